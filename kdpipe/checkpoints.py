@@ -1,0 +1,300 @@
+"""Models and trainer state on disk: the only place that knows weight formats. Nothing is ever unpickled.
+
+Whoever calls a `write_` function hands it a temporary folder and makes the result durable.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from kdpipe.errors import ArtifactError, EngineError
+from kdpipe.forward import head_logits, head_of
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
+    from transformers import PreTrainedTokenizerBase
+
+    from kdpipe.engine import Dtype, ModelSource
+    from kdpipe.recipe import Scratch
+
+TENSORS_FILE = "trainer.safetensors"
+STATE_FILE = "trainer.json"
+_CPU_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
+_PROBE_SCALE = 1000.0
+
+
+class ModelShelf:
+    """Loaded models by digest and dtype, the least recently used dropped beyond `limit`.
+
+    A trainer puts its in-memory model here under the digest of what it has just saved, so that sampling
+    from it loads nothing. A model changed in place must be put again: that forgets its former digest.
+    """
+
+    def __init__(self, device: torch.device, *, limit: int = 3) -> None:
+        self.device = device
+        self._limit = limit
+        self._models: OrderedDict[tuple[str, torch.dtype], PreTrainedModel] = OrderedDict()
+
+    def put(self, digest: str, dtype: torch.dtype, model: PreTrainedModel) -> None:
+        """Makes `model` what `get` returns for this content."""
+        self.forget(model)
+        self._models[digest, dtype] = model
+        while len(self._models) > self._limit:
+            self._models.popitem(last=False)
+
+    def get(self, source: ModelSource) -> PreTrainedModel:
+        """The model of this source in eval mode, opened from its folder when it is not here."""
+        dtype, _ = resolve_dtype(source.dtype, self.device)
+        model = self._models.get((source.digest, dtype))
+        if model is None:
+            model = open_model(
+                source.folder, dtype=dtype, device=self.device, trust_remote_code=source.trust_remote_code
+            )
+            self.put(source.digest, dtype, model)
+        self._models.move_to_end((source.digest, dtype))
+        return model.eval()
+
+    def holds(self, source: ModelSource) -> bool:
+        """Whether `get` would open nothing."""
+        return (source.digest, resolve_dtype(source.dtype, self.device)[0]) in self._models
+
+    def forget(self, model: PreTrainedModel) -> None:
+        """Drops this very model, under whatever digest: its weights are about to change."""
+        for key in [key for key, held in self._models.items() if held is model]:
+            del self._models[key]
+
+    def drop(self, digest: str) -> None:
+        """Drops the models with this digest, of any dtype."""
+        for key in [key for key in self._models if key[0] == digest]:
+            del self._models[key]
+
+    def clear(self) -> None:
+        """Drops all models."""
+        self._models.clear()
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; `auto` is the first CUDA device, or the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise EngineError(
+            f"device {name!r}: torch knows no such device", hint="use auto, cpu or cuda:N"
+        ) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EngineError(
+            f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices", hint="use auto or cpu"
+        )
+    return device
+
+
+def resolve_dtype(
+    name: Dtype, device: torch.device, *, cpuinfo: Path = Path("/proc/cpuinfo")
+) -> tuple[torch.dtype, str]:
+    """The dtype that `name` means on this device, and why."""
+    match name:
+        case "float32":
+            return torch.float32, "asked for"
+        case "bfloat16":
+            return torch.bfloat16, "asked for"
+        case "float16":
+            return torch.float16, "asked for"
+        case "auto":
+            return _best_dtype(device, cpuinfo)
+
+
+def _best_dtype(device: torch.device, cpuinfo: Path) -> tuple[torch.dtype, str]:
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, f"{torch.cuda.get_device_name(device)} has bfloat16 matrix products"
+        return torch.float32, f"{torch.cuda.get_device_name(device)} has no bfloat16 matrix products"
+    if device.type != "cpu":
+        return torch.float32, f"bfloat16 is not tried on {device.type}"
+    words = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.exists() else set()
+    found = [flag for flag in _CPU_BFLOAT16_FLAGS if flag in words]
+    if found:
+        return torch.bfloat16, f"the CPU has {' and '.join(found)}"
+    return torch.float32, (
+        f"the CPU has none of {', '.join(_CPU_BFLOAT16_FLAGS)}: it emulates bfloat16, 100 times slower"
+    )
+
+
+# ----------------------------------------------------------------------------------------------- models
+
+
+def open_model(
+    folder: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The causal language model in a Hugging Face folder, in eval mode.
+
+    Raises EngineError when the folder is not one, lacks weights, or holds a model whose logits are not
+    `hidden @ head`, which is all that kdpipe computes of them.
+    """
+    _require_weights(folder)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise EngineError(
+            f"{folder}: cannot be opened as a causal language model: {error}",
+            hint="give a folder that AutoModelForCausalLM.from_pretrained opens",
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise EngineError(
+            f"{folder}: {len(missing)} weights of the model are not in its files, the first is {missing[0]}",
+            hint="the folder holds another architecture, an adapter, or an incomplete copy",
+        )
+    model = model.to(device).eval()
+    _require_plain_head(model, folder)
+    return model
+
+
+def scratch_model(
+    settings: Scratch, *, num_ids: int, eos_id: int, pad_id: int, seed: int
+) -> LlamaForCausalLM:
+    """A float32 Llama model with weights drawn from the seed; leaves the global generator as it was."""
+    config = LlamaConfig(
+        vocab_size=num_ids,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_kv_heads,
+        max_position_embeddings=settings.max_positions,
+        tie_word_embeddings=settings.tie_embeddings,
+        bos_token_id=None,
+        eos_token_id=eos_id,
+        pad_token_id=pad_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    return model.float().eval()
+
+
+def write_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes a Hugging Face folder: safetensors, config, generation config, tokenizer.
+
+    `dtype` is that of the written weights where the model in memory holds wider masters. Equal weights,
+    config and tokenizer give equal bytes.
+    """
+    dtype = dtype or model.dtype
+    weights = _cast(model.state_dict(), dtype)
+    model.save_pretrained(str(folder), state_dict=weights)
+    tokenizer.save_pretrained(str(folder))
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _cast(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Floating-point weights in `dtype`; weights that share memory still do."""
+    cast: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    result = {}
+    for name, weight in weights.items():
+        key = (weight.data_ptr(), weight.shape)
+        if key not in cast:
+            cast[key] = weight.to(dtype) if weight.is_floating_point() else weight
+        result[name] = cast[key]
+    return result
+
+
+def _require_weights(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise EngineError(
+            f"{folder}: no config.json in it, so it is not a model folder",
+            hint="give the folder that holds config.json, tokenizer files and *.safetensors",
+        )
+    if any(folder.glob("*.safetensors")):
+        return
+    others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    found = f"only {', '.join(others)}, which are pickles" if others else "no weights"
+    raise EngineError(
+        f"{folder}: expected *.safetensors, found {found}",
+        hint="load it once with transformers and save_pretrained it: that writes safetensors",
+    )
+
+
+def _require_plain_head(model: PreTrainedModel, folder: Path) -> None:
+    """Refuses models that cap or scale their logits; large hidden states make either show."""
+
+    def enlarge(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state * _PROBE_SCALE
+        seen.append(output.last_hidden_state)
+        return output
+
+    seen: list[torch.Tensor] = []
+    head = model.get_output_embeddings()
+    handle = model.get_decoder().register_forward_hook(enlarge)
+    try:
+        with torch.no_grad():
+            ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+            logits = model(input_ids=ids, use_cache=False).logits[0].float()
+            if head is None or not seen:
+                raise EngineError(f"{folder}: {type(model).__name__} has no output head of its own")
+            plain = head_logits(seen[0][0], head_of(model, num_ids=head.weight.shape[0]), temperature=1.0)
+    finally:
+        handle.remove()
+    difference = (logits - plain).abs().max().item()
+    # The two are one matrix product; bfloat16 rounds its result to 8 bits.
+    if not difference <= 0.02 * plain.abs().max().item():
+        raise EngineError(
+            f"{folder}: logits of {type(model).__name__} are not hidden @ head (they differ by {difference:.3g}): "
+            "it caps or scales them, which kdpipe does not support",
+            hint="use a model without final_logit_softcapping, logit_scale or logits_scaling",
+        )
+
+
+# ---------------------------------------------------------------------------------------- trainer state
+
+
+def write_trainer(
+    folder: Path, *, tensors: Mapping[str, torch.Tensor], state: Mapping[str, JsonValue]
+) -> None:
+    """Writes optimizer moments, masters, RNG and the like, and all that is not a tensor as JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # safetensors refuses tensors that share memory or are not contiguous.
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    save_file(plain, folder / TENSORS_FILE)
+    text = json.dumps(dict(state), sort_keys=True, indent=1, allow_nan=False)
+    (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_trainer(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, JsonValue]]:
+    """Tensors (on the CPU) and state as written; raises ArtifactError when damaged or missing."""
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(folder / TENSORS_FILE)
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ArtifactError(f"{folder}: trainer state cannot be read: {error}") from error
+    if not isinstance(state, dict):
+        raise ArtifactError(f"{folder / STATE_FILE}: expected a JSON object, found {type(state).__name__}")
+    return tensors, state

@@ -1,0 +1,136 @@
+"""The one seam between the pipeline and whatever runs a model. Names no backend.
+
+An engine is loaded with a model and then samples from it or scores under it. Token ids travel, never
+text; index t of everything returned is completion token t, and shifts by one happen behind this seam only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Progress = Callable[[int], None]
+"""Called with the number of completion tokens just sampled or scored."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model comes from.
+
+    `folder` is a Hugging Face folder with tokenizer and safetensors. `digest` identifies its content: two
+    sources with equal digests are the same weights, so an engine that holds them need not load again.
+    """
+
+    folder: Path
+    digest: str
+    dtype: Dtype = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample. `temperature` 0 is greedy; log-probs are then those at temperature 1.
+
+    `end_ids` are all token ids that end a completion. `stop` strings end it too, as soon as the decoded
+    completion contains one. `num_ids` is the number of token ids in use: logits of ids from there on
+    are padding rows, and have no probability. `top_p` 1.0 and `top_k` 0 mean the whole distribution; when
+    they truncate, log-probs are those of the truncated, renormalised distribution.
+    """
+
+    temperature: float
+    max_new_tokens: int
+    end_ids: tuple[int, ...]
+    num_ids: int
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """One prompt and a seed for each completion wanted. Seeds are in [0, 2**63).
+
+    The completion depends on the prompt, its seed, the model and `Sampling` only, never on what else is
+    in the batch (beyond floating-point rounding).
+    """
+
+    prompt_token_ids: Sequence[int]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """`token_ids` includes the end token (or those that completed a stop string) when stopped."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """A completion to score after a prompt. The prompt has at least one token."""
+
+    prompt_token_ids: Sequence[int]
+    completion_token_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """Log-probs in nats at the asked temperature, over the first `num_ids` ids, for n completion tokens.
+
+    `topk_ids` [n, k] int32 sorted by falling log-prob (ties: lower id first), `topk_logprobs` [n, k] float32,
+    `tail_logprobs` [n] float32 the log of the mass outside the top k, computed from the full
+    distribution (-inf when k = num_ids); None when k is 0.
+    """
+
+    logprobs: npt.NDArray[np.float32]
+    topk_ids: npt.NDArray[np.int32] | None = None
+    topk_logprobs: npt.NDArray[np.float32] | None = None
+    tail_logprobs: npt.NDArray[np.float32] | None = None
+
+
+class Engine(Protocol):
+    """Samples and scores with one loaded model at a time."""
+
+    def load(self, source: ModelSource) -> None:
+        """Makes `source` the model that the next calls use; free when it already is.
+
+        Raises EngineError when the folder is missing or not a model that this engine can run.
+        """
+
+    def sample(
+        self, requests: Sequence[SampleRequest], sampling: Sampling, *, progress: Progress
+    ) -> list[list[Completion]]:
+        """Completions, in the order of `requests`, one for each seed in the order of `seeds`.
+
+        Raises EngineError on a prompt longer than the model's context less `max_new_tokens`, and on
+        logits that are not finite.
+        """
+
+    def score(
+        self,
+        requests: Sequence[ScoreRequest],
+        *,
+        temperature: float,
+        num_ids: int,
+        top_k: int,
+        progress: Progress,
+    ) -> list[TokenScores]:
+        """Scores, in the order of `requests`; an empty completion gets arrays of length 0.
+
+        Raises EngineError on a sequence longer than the context, and on logits that are not finite.
+        """
+
+    def sleep(self) -> None:
+        """Frees device memory until the next load."""
+
+    def close(self) -> None:
+        """Ends what the engine started; it is not used again."""

@@ -1,0 +1,64 @@
+"""The errors that kdpipe raises on purpose; each knows its exit code.
+
+A message says where, what was found and what was expected; `hint` says what to do about it. Anything
+that is not a `KdpipeError` is a bug in kdpipe, and the command line says so.
+"""
+
+from __future__ import annotations
+
+
+class KdpipeError(Exception):
+    """A failure that the user can act on."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class StepError(KdpipeError):
+    """A step failed: its worker died, ran out of disk, or met numbers that are not finite."""
+
+
+class EngineError(KdpipeError):
+    """An engine could not load a model, sample or score."""
+
+
+class RecipeError(KdpipeError):
+    """The recipe, or a value given on the command line, is wrong."""
+
+    exit_code = 2
+
+
+class DataError(KdpipeError):
+    """A data file is missing, empty or malformed."""
+
+    exit_code = 2
+
+
+class LockError(KdpipeError):
+    """Another process holds this run."""
+
+    exit_code = 3
+
+
+class PreflightError(KdpipeError):
+    """The models, vocabularies or objective cannot work together; found before money is spent."""
+
+    exit_code = 4
+
+
+class ArtifactError(KdpipeError):
+    """An artifact is damaged or of a foreign format."""
+
+    exit_code = 5
+
+
+class Interrupted(KdpipeError):
+    """A signal stopped the run at a safe point."""
+
+    def __init__(self, signal_number: int, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = 128 + signal_number

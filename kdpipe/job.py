@@ -1,0 +1,138 @@
+"""What every stage is handed: the recipe, the round and seed, the problems, and a draft to write to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from kdpipe.engine import Completion, SampleRequest, Sampling
+from kdpipe.prompting import (
+    PromptStyle,
+    Tokenizer,
+    completion_text,
+    end_ids,
+    num_ids_in_use,
+    open_tokenizer,
+    prompt_style,
+    render_prompt,
+)
+from kdpipe.seeds import derive_seed
+from kdpipe.tables import merge, write_rows
+from kdpipe.tasks.answers import grade
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pydantic import JsonValue
+
+    from kdpipe.pulse import Pulse
+    from kdpipe.recipe import Recipe
+    from kdpipe.rows import Graded, Problem
+    from kdpipe.store import Draft
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One step's work. `train` and `test` are the task's problems."""
+
+    recipe: Recipe
+    round: int
+    seed: int
+    train: Sequence[Problem]
+    test: Sequence[Problem]
+    draft: Draft
+    pulse: Pulse
+
+    def in_parts(
+        self,
+        name: str,
+        items: Sequence[Item],
+        *,
+        rows_per_item: int,
+        build: Callable[[Sequence[Item]], Sequence[Any]],
+        schema: pa.Schema,
+        first: int = 0,
+    ) -> int:
+        """Writes payload table `name` from the rows that `build` makes of the items, part by part.
+
+        Parts hold whole items, are cut from the recipe alone and numbered from `first`, so that a resumed step
+        repeats the same batches; those that an earlier attempt finished are not built again. Returns
+        the number of the next free part.
+        """
+        size = max(1, self.recipe.runtime.part_rows // rows_per_item)
+        paths: list[Path] = []
+        self.pulse.start("completions", len(items) * rows_per_item)
+        for start in range(0, len(items), size):
+            piece = items[start : start + size]
+            path = self.draft.part(first + len(paths), lambda path: write_rows(path, build(piece), schema))  # noqa: B023
+            paths.append(path)
+            self.pulse.advance(len(piece) * rows_per_item)
+            self.pulse.safe_point()
+        self.draft.write(name, lambda path: merge(paths, path, schema))
+        return first + len(paths)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A model's side of the text: tokenizer, prompts, end ids, and the number of ids in use."""
+
+    tokenizer: Tokenizer
+    style: PromptStyle
+    end_ids: tuple[int, ...]
+    num_ids: int
+
+    @property
+    def end_id(self) -> int:
+        """The end id that reference completions are taught with: the tokenizer's own."""
+        own: int | None = self.tokenizer.eos_token_id
+        return self.end_ids[0] if own is None else own
+
+    def prompt(self, problem: Problem) -> list[int]:
+        """The prompt's token ids."""
+        return render_prompt(self.tokenizer, self.style, problem)
+
+
+def open_text(
+    folder: Path, recipe: Recipe, train: Sequence[Problem], *, template: dict[str, JsonValue], trust: bool
+) -> Text:
+    """The text side of the model in `folder`."""
+    tokenizer = open_tokenizer(folder, trust_remote_code=trust)
+    style = prompt_style(recipe.task, train, template)
+    return Text(tokenizer, style, end_ids(folder, tokenizer), num_ids_in_use(tokenizer))
+
+
+def sampling_of(recipe: Recipe, text: Text, *, temperature: float, max_new_tokens: int) -> Sampling:
+    """Settings for sampling; top-p and top-k are the rollout's, and greedy decoding ignores them."""
+    rollout = recipe.rollout
+    return Sampling(
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        end_ids=text.end_ids,
+        num_ids=text.num_ids,
+        top_p=rollout.top_p if temperature else 1.0,
+        top_k=rollout.top_k if temperature else 0,
+        stop=tuple(rollout.stop),
+    )
+
+
+def request_for(prompt: list[int], samples: int, *seed: str | int) -> SampleRequest:
+    """A request whose seeds depend on `seed` and the sample's number."""
+    return SampleRequest(prompt, tuple(derive_seed(*seed, sample) for sample in range(samples)))
+
+
+def read_completion(
+    recipe: Recipe, text: Text, problem: Problem, completion: Completion
+) -> tuple[str, Graded]:
+    """A completion's text and its grade."""
+    string = completion_text(
+        text.tokenizer, completion.token_ids, end_ids=text.end_ids, stop=recipe.rollout.stop
+    )
+    return string, grade(string, problem.expected, headline=recipe.task.headline)
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean; 0 of nothing."""
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,170 @@
+"""Divergences, policy-gradient losses and ratio weights: tensors in, tensors out.
+
+Shapes stand in names: N completion tokens (flattened), V token ids in use, K ids of a top-k support,
+S support points (K, or K + 1 with the tail bucket). Log-probs are in nats. `student` carries the gradient;
+what is called teacher, signal, weight or advantage never does.
+
+Left out on purpose: masks. A caller indexes the tokens that count *before* calling, because a `where` on a
+result, or a product with 0, still sends nan gradients back from the inputs that it hides.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+# ---------------------------------------------------------------------------------------- distributions
+
+
+def student_support(logprobs_NV: Tensor, topk_ids_NK: Tensor) -> Tensor:
+    """The student's log-probs on a support, [N, S]: the given ids, then the tail bucket unless K = V.
+
+    The tail is a logsumexp over the complement: `log(1 - sum)` loses all digits where the top k hold nearly
+    everything. Ids are distinct within a row.
+    """
+    topk_NK = logprobs_NV.gather(-1, topk_ids_NK)
+    if topk_ids_NK.shape[-1] == logprobs_NV.shape[-1]:
+        return topk_NK
+    complement_NV = logprobs_NV.scatter(-1, topk_ids_NK, -math.inf)
+    # A logsumexp over nothing but -inf is -inf with nan gradients; those rows take the constant instead.
+    is_empty_N1 = (complement_NV == -math.inf).all(dim=-1, keepdim=True)
+    tail_N1 = complement_NV.masked_fill(is_empty_N1, 0).logsumexp(dim=-1, keepdim=True)
+    return torch.cat([topk_NK, tail_N1.masked_fill(is_empty_N1, -math.inf)], dim=-1)
+
+
+def teacher_support(topk_logprobs_NK: Tensor, tail_N: Tensor, *, num_ids: int) -> Tensor:
+    """The teacher's log-probs on the same support, [N, S]: its top k, then its tail unless K = `num_ids`."""
+    if topk_logprobs_NK.shape[-1] == num_ids:
+        return topk_logprobs_NK
+    return torch.cat([topk_logprobs_NK, tail_N.unsqueeze(-1)], dim=-1)
+
+
+def kl(first_NS: Tensor, second_NS: Tensor) -> Tensor:
+    """KL(first‖second) of each row in nats, [N], with 0 log 0 = 0; inf where second lacks mass of first."""
+    is_zero = first_NS == -math.inf
+    first = first_NS.masked_fill(is_zero, 0)
+    second = second_NS.masked_fill(is_zero, 0)
+    return (first.exp() * (first - second)).sum(dim=-1)
+
+
+def jsd(student_NS: Tensor, teacher_NS: Tensor, beta: float) -> Tensor:
+    """Generalised Jensen-Shannon divergence of each row in nats, [N].
+
+    `beta * KL(P‖m) + (1 - beta) * KL(S‖m)` with `m = beta * P + (1 - beta) * S`, P the teacher, S the
+    student. 0 and 1 are *defined* as KL(P‖S) and KL(S‖P) (GKD, 2306.13649): the formula itself is 0 there.
+    """
+    if beta == 0:
+        return kl(teacher_NS, student_NS)
+    if beta == 1:
+        return kl(student_NS, teacher_NS)
+    # logaddexp(-inf, -inf) has nan gradients; where neither has mass, neither KL below looks at the mixture.
+    is_zero = (student_NS == -math.inf) & (teacher_NS == -math.inf)
+    mixture_NS = torch.logaddexp(
+        math.log(beta) + teacher_NS,
+        math.log1p(-beta) + student_NS.masked_fill(is_zero, 0),
+    )
+    return beta * kl(teacher_NS, mixture_NS) + (1 - beta) * kl(student_NS, mixture_NS)
+
+
+def infinite_points(student_NS: Tensor, teacher_NS: Tensor, beta: float) -> Tensor:
+    """Bool [N, S]: the support points that make `jsd` infinite, which only KL at beta 0 or 1 can be."""
+    student_is_zero, teacher_is_zero = student_NS == -math.inf, teacher_NS == -math.inf
+    if beta == 0:
+        return student_is_zero & ~teacher_is_zero
+    if beta == 1:
+        return teacher_is_zero & ~student_is_zero
+    return torch.zeros_like(student_is_zero)
+
+
+# ---------------------------------------------------------------------------------- sampled-token terms
+
+
+def rkl_surrogate(student_N: Tensor, signal_N: Tensor, weight_N: Tensor) -> Tensor:
+    """`-w * a * s` per token, [N]: its gradient, not its value, means something."""
+    return -(weight_N * signal_N).detach() * student_N
+
+
+def k2(student_N: Tensor, teacher_N: Tensor, weight_N: Tensor) -> Tensor:
+    """`w * (s - q)^2 / 2` per token, [N]; the gradient is that of `rkl_surrogate` with signal q - s."""
+    return weight_N.detach() * 0.5 * (student_N - teacher_N.detach()).square()
+
+
+def discounted_future_sum(values_N: Tensor, lengths: Sequence[int], *, gamma: float) -> Tensor:
+    """`D_t = sum_{u >= t} gamma^(u - t) d_u` within each completion, [N]; 0^0 = 1. Detached.
+
+    `lengths` are the tokens of each completion in order, N in all. Windows double: after the pass with
+    offset h, every D_t covers 2h tokens, so a completion of n tokens takes log2(n) passes.
+    """
+    if sum(lengths) != len(values_N):
+        raise ValueError(f"completions of {sum(lengths)} tokens in all, but {len(values_N)} values")
+    sums_N = values_N.detach().clone()
+    if gamma == 0:
+        return sums_N
+    counts = torch.tensor(lengths, dtype=torch.long)
+    ends_N = counts.cumsum(0).repeat_interleave(counts)
+    left_N = (ends_N - torch.arange(len(ends_N))).to(sums_N.device)  # tokens from here to the end, at least 1
+    offset = 1
+    while offset < max(lengths, default=0):
+        later = sums_N[offset:].masked_fill(left_N[:-offset] <= offset, 0)
+        sums_N = torch.cat([sums_N[:-offset] + gamma**offset * later, sums_N[-offset:]])
+        offset *= 2
+    return sums_N
+
+
+# -------------------------------------------------------------------------------------- ratio weights
+
+
+def truncated(ratio_N: Tensor, *, cap: float) -> Tensor:
+    """The ratio, at most `cap` (truncated importance sampling)."""
+    return ratio_N.clamp(max=cap)
+
+
+def masked(ratio_N: Tensor, *, low: float, high: float) -> Tensor:
+    """The ratio inside [low, high], 0 outside (IcePop)."""
+    return ratio_N.masked_fill((ratio_N < low) | (ratio_N > high), 0)
+
+
+def clipped(ratio_N: Tensor, signal_N: Tensor, *, low: float, high: float) -> Tensor:
+    """The ratio; 0 where PPO's clip kills the gradient, distances `low` and `high` being measured from 1."""
+    return ratio_N.masked_fill(_moved_enough(ratio_N, signal_N, low=low, high=high), 0)
+
+
+# ------------------------------------------------------------------------------------------------- RL
+
+
+def ppo_loss(
+    student_N: Tensor,
+    proximal_N: Tensor,
+    advantage_N: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped loss per token, [N], and where it is flat because of a clip, bool [N].
+
+    `L = max(-A u, -A clip(u, 1 - low, 1 + high))` with `u = exp(s - p)`; where A < 0 and `dual_clip` is
+    given, `min(L, dual_clip |A|)`.
+    """
+    ratio_N = (student_N - proximal_N.detach()).exp()
+    advantage_N = advantage_N.detach()
+    loss_N = torch.maximum(-advantage_N * ratio_N, -advantage_N * ratio_N.clamp(1 - clip_low, 1 + clip_high))
+    is_flat_N = _moved_enough(ratio_N.detach(), advantage_N, low=clip_low, high=clip_high)
+    if dual_clip is not None:
+        limit_N = dual_clip * advantage_N.abs()
+        is_over_N = loss_N.detach() > limit_N  # only where A < 0: elsewhere the loss is at most 0
+        loss_N = torch.where(is_over_N, limit_N, loss_N)
+        is_flat_N = is_flat_N | is_over_N
+    return loss_N, is_flat_N
+
+
+def _moved_enough(ratio_N: Tensor, signal_N: Tensor, *, low: float, high: float) -> Tensor:
+    """Where the ratio has already moved past a bound in the direction in which the signal pushes it."""
+    return ((signal_N > 0) & (ratio_N > 1 + high)) | ((signal_N < 0) & (ratio_N < 1 - low))

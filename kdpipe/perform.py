@@ -1,0 +1,408 @@
+"""Performs one step inside a warm worker: opens its inputs, calls its stage, commits its draft.
+
+Everything that stays warm between steps is held here: loaded models, the trainer with its optimizer, the
+problems, the tokenizers.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import JsonValue
+
+from kdpipe.checkpoints import (
+    ModelShelf,
+    open_model,
+    read_trainer,
+    resolve_device,
+    resolve_dtype,
+    scratch_model,
+)
+from kdpipe.engine import Engine, ModelSource
+from kdpipe.engines.hf import HfEngine
+from kdpipe.environment import environment
+from kdpipe.errors import EngineError, StepError
+from kdpipe.job import Job, Text, open_text
+from kdpipe.plan import STUDENT, Input, Step
+from kdpipe.prompting import arithmetic_tokenizer, num_ids_in_use
+from kdpipe.pulse import Pulse
+from kdpipe.recipe import Recipe, Runtime, Sft, Student, Teacher
+from kdpipe.rows import Problem
+from kdpipe.stages.evaluate import Against, evaluate
+from kdpipe.stages.rollout import rollout
+from kdpipe.stages.sft import sft
+from kdpipe.stages.teacher_score import TeacherSide, teacher_score, teacher_side
+from kdpipe.stages.train import train
+from kdpipe.store import Draft, Entry, Store, append_line
+from kdpipe.tables import read_rollouts, read_scores
+from kdpipe.tasks import read_problems
+from kdpipe.tasks.arithmetic import words
+from kdpipe.trainer import Trainer
+from kdpipe.workers import Message, Report
+
+OpenEngine = Callable[[Literal["hf", "vllm"], ModelShelf, Runtime], Engine]
+
+
+def open_engine(name: Literal["hf", "vllm"], shelf: ModelShelf, runtime: Runtime) -> Engine:
+    """The engine that a recipe names."""
+    match name:
+        case "hf":
+            return HfEngine(
+                shelf,
+                sample_tokens=runtime.sample_tokens,
+                score_tokens=runtime.score_tokens,
+                head_chunk_tokens=runtime.head_chunk_tokens,
+            )
+        case "vllm":
+            raise EngineError(
+                "engine vllm: this version of kdpipe cannot run it yet",
+                hint="say --set rollout.engine=hf --set teacher_score.engine=hf",
+            )
+
+
+@dataclass(slots=True)
+class Warm:
+    """What one worker keeps between steps; made anew when the recipe changes."""
+
+    recipe: Recipe
+    device: torch.device
+    shelf: ModelShelf
+    train: list[Problem]
+    test: list[Problem]
+    engines: dict[str, Engine] = field(default_factory=dict)
+    texts: dict[tuple[str, str], Text] = field(default_factory=dict)
+    trainer: tuple[str, Trainer] | None = None
+
+
+class Performer:
+    """Called once for each step of a run, in a worker process."""
+
+    def __init__(self, make_engine: OpenEngine = open_engine) -> None:
+        self._make_engine = make_engine
+        self._warm: Warm | None = None
+
+    def __call__(self, request: Message, report: Report) -> Message:
+        """Performs the step of `request` unless another run has done it meanwhile."""
+        return _Task(request, report, self._warmed(request), self._make_engine).run()
+
+    def _warmed(self, request: Mapping[str, Any]) -> Warm:
+        recipe = Recipe.model_validate_json(json.dumps(request["recipe"]), strict=True)
+        if self._warm is None or self._warm.recipe != recipe:
+            if recipe.runtime.threads is not None:
+                torch.set_num_threads(recipe.runtime.threads)
+            torch.use_deterministic_algorithms(mode=True, warn_only=True)
+            device = resolve_device(recipe.runtime.device)
+            hub = request["folders"].get("data")
+            problems = read_problems(recipe.task, Path(request["folder"]), hub_folder=Path(hub) if hub else None)
+            self._warm = Warm(recipe, device, ModelShelf(device), *problems)
+        return self._warm
+
+
+class _Task:
+    """One step: typed access to what its request says."""
+
+    def __init__(self, request: Mapping[str, Any], report: Report, warm: Warm, make_engine: OpenEngine) -> None:
+        self.request = request
+        self.report = report
+        self.warm = warm
+        self.recipe = warm.recipe
+        self.make_engine = make_engine
+        self.step = _step(request["step"])
+        self.store = Store(Path(request["workspace"]))
+        self.entry = self.store.entry(self.step)
+        self.inputs = {role: _step(value) for role, value in request["inputs"].items()}
+
+    def run(self) -> Message:
+        with self.entry.locked(lambda: self.report.event(kind="waiting")):
+            digests = self._input_digests()
+            manifest = None if self.request["anew"] else self.entry.manifest()
+            if manifest is not None and dict(manifest.inputs) == digests and self.entry.problem(manifest) is None:
+                return {"reused": True, "digest": manifest.payload_digest, "seconds": 0.0, "tokens": 0}
+            if manifest is not None or self.request["anew"]:
+                self.entry.discard()
+            draft = Draft(self.entry, self.step, note=self._note)
+            pulse = Pulse(lambda fields: self.report.event(kind="progress", **fields), self.report.stopping.is_set)
+            started = time.time()
+            trainer = self._perform(self._job(draft, pulse))
+            seconds = time.time() - started
+            self._write_speed(draft, pulse, seconds)
+            manifest = draft.commit(inputs=digests, provenance=self._provenance(started))
+            if trainer is not None:
+                self._keep_warm(trainer, manifest.payload_digest)
+            tokens = pulse.all_tokens
+            return {"reused": False, "digest": manifest.payload_digest, "seconds": seconds, "tokens": tokens}
+
+    def _perform(self, job: Job) -> Trainer | None:
+        match self.step.stage:
+            case "sft":
+                return self._sft(job)
+            case "rollout":
+                engine = self._engine(self.recipe.rollout.engine)
+                rollout(job, text=self._text(STUDENT), student=self._source(STUDENT), engine=engine)
+            case "teacher-score":
+                engine = self._engine(self.recipe.teacher_score.engine)
+                rows = read_rollouts(self._opened("rollout", "rollouts.parquet"))
+                side = self._teacher_side(job)
+                teacher_score(job, rollouts=rows, teacher=side, source=self._source("teacher"), engine=engine)
+            case "train":
+                return self._train(job)
+            case "evaluate":
+                self._evaluate(job)
+        return None
+
+    # the stages that need more than a line
+
+    def _sft(self, job: Job) -> Trainer:
+        model: Student | Teacher = self.recipe.student if self.step.subject == STUDENT else self.recipe.teacher
+        resumed = job.draft.checkpoint()
+        folder = self._base_folder(self.step.subject)
+        dtype, _ = resolve_dtype(model.dtype, self.warm.device)
+        settings = model.sft
+        if resumed is not None:
+            network = self._open(resumed[1] / "model", trust=model.trust_remote_code)
+        elif folder is not None:
+            network = self._open(folder, trust=model.trust_remote_code)
+        else:
+            network = self._scratch(model)
+        text = self._sft_text(folder, model)
+        trainer = Trainer(
+            network,
+            (settings or Sft(steps=1)).optimizer,
+            horizon=settings.steps if settings else 1,
+            compute=dtype,
+            gradient_checkpointing=self.recipe.runtime.gradient_checkpointing,
+        )
+        if resumed is not None:
+            trainer.restore(*read_trainer(resumed[1] / "trainer"))
+        done = resumed[0] if resumed else 0
+        sft(job, settings=settings, text=text, trainer=trainer, dtype=dtype, resumed=done)
+        return trainer
+
+    def _train(self, job: Job) -> Trainer:
+        rows = read_rollouts(self._opened("rollout", "rollouts.parquet"))
+        scores = read_scores(self._opened("scores", "scores.parquet")) if "scores" in self.inputs else None
+        resumed = job.draft.checkpoint()
+        trainer = self._student_trainer(resumed[1] if resumed else None)
+        self.warm.shelf.forget(trainer.model)  # its weights are about to change
+        dtype, _ = resolve_dtype(self.recipe.student.dtype, self.warm.device)
+        train(
+            job,
+            rollouts=rows,
+            scores=scores,
+            text=self._text(STUDENT),
+            trainer=trainer,
+            dtype=dtype,
+            resumed=resumed,
+        )
+        return trainer
+
+    def _evaluate(self, job: Job) -> None:
+        engine = self._engine(self.recipe.evaluate.engine or self.recipe.rollout.engine)
+        baseline = None
+        if "baseline" in self.inputs:
+            baseline = self._opened("baseline", "grades.parquet", "reverse_kl.parquet", folder=True)
+        if self.step.subject == STUDENT:
+            text, source = self._text(STUDENT), self._source(STUDENT)
+            against, prompt = None, text.prompt
+            if self.recipe.evaluate.reverse_kl_problems:
+                against = Against(self._teacher_side(job), self._source("teacher"))
+        else:
+            source, against = self._source("teacher"), None
+            side = self._teacher_side(job)
+            text = side.text
+
+            def prompt(problem: Problem) -> list[int]:
+                return side.prompt_ids(problem, self._text(STUDENT).prompt(problem))
+
+        evaluate(
+            job,
+            subject=self.step.subject,
+            text=text,
+            model=source,
+            engine=engine,
+            prompt=prompt,
+            against=against,
+            baseline=baseline,
+        )
+
+    # inputs
+
+    def _job(self, draft: Draft, pulse: Pulse) -> Job:
+        return Job(self.recipe, self.step.round, self.step.seed, self.warm.train, self.warm.test, draft, pulse)
+
+    def _input_digests(self) -> dict[str, str]:
+        digests = {}
+        for role, step in self.inputs.items():
+            manifest = self.store.entry(step).manifest()
+            if manifest is None:
+                raise StepError(f"{self.step.id} needs {step.id}, which is not there", hint="repeat the run")
+            digests[role] = manifest.payload_digest
+        return digests
+
+    def _opened(self, role: str, *names: str, folder: bool = False) -> Path:
+        """The file of an input entry (or its folder), after its sha256 was checked."""
+        root = self.store.entry(self.inputs[role]).opened(*names)
+        return root if folder else root / names[0]
+
+    def _base_folder(self, name: str) -> Path | None:
+        """The folder of a model that no step made: local, or downloaded."""
+        found = self.request["folders"].get(name)
+        return None if found is None else Path(found)
+
+    def _origin(self, role: str) -> tuple[Entry | None, str]:
+        """Where the student's or the teacher's weights are: an entry, or the folder of a named model."""
+        if role in self.inputs:
+            return self.store.entry(self.inputs[role]), ""
+        teacher = self.recipe.teacher
+        return None, STUDENT if role == STUDENT or teacher.self_ is not None else teacher.name
+
+    def _source(self, role: str) -> ModelSource:
+        """The student or the teacher as an engine loads it; checks weights that come from the store."""
+        settings = self.recipe.student if role == STUDENT else self.recipe.teacher
+        entry, name = self._origin(role)
+        dtype, trust = settings.dtype, settings.trust_remote_code
+        if entry is None:
+            folder = self._base_folder(name)
+            assert folder is not None
+            return ModelSource(folder, self.request["digests"][name], dtype, trust)
+        manifest = entry.manifest()
+        assert manifest is not None
+        source = ModelSource(entry.folder / "model", manifest.payload_digest, dtype, trust)
+        if not self.warm.shelf.holds(source):
+            entry.opened("model")
+        return source
+
+    def _text(self, role: str) -> Text:
+        """The text side of the student or the teacher; kept, since a round changes no tokenizer."""
+        settings = self.recipe.student if role == STUDENT else self.recipe.teacher
+        entry, name = self._origin(role)
+        key = (role, json.dumps(settings.template, sort_keys=True))
+        if key not in self.warm.texts:
+            folder = entry.folder / "model" if entry else self._base_folder(name)
+            assert folder is not None
+            if entry is not None:
+                entry.opened("model/tokenizer.json", "model/tokenizer_config.json", "model/generation_config.json")
+            template = settings.template or self.recipe.student.template
+            self.warm.texts[key] = open_text(
+                folder, self.recipe, self.warm.train, template=template, trust=settings.trust_remote_code
+            )
+        return self.warm.texts[key]
+
+    def _teacher_side(self, job: Job) -> TeacherSide:
+        return teacher_side(job, student=self._text(STUDENT), teacher=self._text("teacher"))
+
+    def _engine(self, name: Literal["hf", "vllm"]) -> Engine:
+        if name not in self.warm.engines:
+            self.warm.engines[name] = self.make_engine(name, self.warm.shelf, self.recipe.runtime)
+        return self.warm.engines[name]
+
+    # models being trained
+
+    def _open(self, folder: Path, *, trust: bool) -> Any:
+        """A model to train: float32 masters, whatever it computes in."""
+        return open_model(folder, dtype=torch.float32, device=self.warm.device, trust_remote_code=trust)
+
+    def _scratch(self, model: Student | Teacher) -> Any:
+        assert model.scratch is not None
+        tokenizer = arithmetic_tokenizer(words())
+        seed = self.step.seed if model.scratch.seed is None else model.scratch.seed
+        network = scratch_model(
+            model.scratch,
+            num_ids=num_ids_in_use(tokenizer),
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+            seed=seed,
+        )
+        return network.to(self.warm.device)
+
+    def _sft_text(self, folder: Path | None, model: Student | Teacher) -> Text:
+        if folder is not None:
+            return open_text(
+                folder, self.recipe, self.warm.train, template=model.template, trust=model.trust_remote_code
+            )
+        from kdpipe.prompting import prompt_style  # noqa: PLC0415
+
+        tokenizer = arithmetic_tokenizer(words())
+        style = prompt_style(self.recipe.task, self.warm.train, model.template)
+        return Text(tokenizer, style, (tokenizer.eos_token_id,), num_ids_in_use(tokenizer))
+
+    def _student_trainer(self, checkpoint: Path | None) -> Trainer:
+        """The student with its optimizer: warm from the last round, from a checkpoint, or from disk."""
+        recipe, settings = self.recipe, self.recipe.train
+        entry, name = self._origin(STUDENT)
+        manifest = entry.manifest() if entry else None
+        warm, self.warm.trainer = self.warm.trainer, None
+        if checkpoint is None and warm is not None and manifest is not None and warm[0] == manifest.payload_digest:
+            return warm[1]
+        steps = settings.minibatches * settings.epochs
+        dtype, _ = resolve_dtype(recipe.student.dtype, self.warm.device)
+        opens = self.step.inputs[STUDENT].opens if entry else ()
+        if entry is not None:
+            entry.opened(*opens)
+        folder = entry.folder if entry else self._base_folder(name)
+        assert folder is not None
+        weights = checkpoint / "model" if checkpoint else folder / "model" if entry else folder
+        trainer = Trainer(
+            self._open(weights, trust=recipe.student.trust_remote_code),
+            settings.optimizer,
+            horizon=(settings.optimizer.schedule_rounds or recipe.rounds) * steps,
+            compute=dtype,
+            gradient_checkpointing=recipe.runtime.gradient_checkpointing,
+        )
+        if checkpoint is not None:
+            trainer.restore(*read_trainer(checkpoint / "trainer"))
+        elif "trainer" in opens:
+            trainer.restore(*read_trainer(folder / "trainer"))
+        return trainer
+
+    def _keep_warm(self, trainer: Trainer, digest: str) -> None:
+        settings = self.recipe.student if self.step.subject in ("", STUDENT) else self.recipe.teacher
+        dtype, _ = resolve_dtype(settings.dtype, self.warm.device)
+        if dtype == trainer.model.dtype:
+            self.warm.shelf.put(digest, dtype, trainer.model)
+        if self.step.stage == "train":
+            self.warm.trainer = (digest, trainer)
+
+    # what is noted
+
+    def _note(self, kind: str, fields: Mapping[str, JsonValue]) -> None:
+        row: dict[str, JsonValue] = {"time": time.time(), "event": kind, "step": self.step.id, **fields}
+        append_line(Path(self.request["run"]) / "events.jsonl", row)
+
+    def _write_speed(self, draft: Draft, pulse: Pulse, seconds: float) -> None:
+        name = self.step.stage.replace("-", "_")
+        draft.metric(f"time/{name}_seconds", seconds)
+        if pulse.all_tokens and seconds > 0:
+            draft.metric(f"speed/{name}_tokens_per_second", pulse.all_tokens / seconds)
+
+    def _provenance(self, started: float) -> dict[str, JsonValue]:
+        dtype, why = resolve_dtype(self.recipe.student.dtype, self.warm.device)
+        return {
+            **environment(),
+            "device": str(self.warm.device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "dtype_reason": why,
+            "threads": torch.get_num_threads(),
+            "started": started,
+            "finished": time.time(),
+        }
+
+
+def _step(value: Mapping[str, Any]) -> Step:
+    inputs = {role: Input(found["step_id"], tuple(found["opens"])) for role, found in value["inputs"].items()}
+    return Step(
+        value["id"],
+        value["stage"],
+        value["round"],
+        value["subject"],
+        value["seed"],
+        inputs,
+        value["document"],
+        value["fingerprint"],
+    )

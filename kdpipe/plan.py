@@ -1,0 +1,314 @@
+"""Recipe -> the ordered steps it means, each with its fingerprint. Pure: no files, no clock, no network.
+
+A fingerprint is the sha256 of canonical JSON of everything that decides a step's result: the stage, its
+format version, the recipe fields it reads, the identity of models and data, the fingerprints of its input
+steps, the round and the seed. `FORMATS` is raised whenever a stage's output changes for equal inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import JsonValue
+
+from kdpipe.errors import RecipeError
+from kdpipe.recipe import Gsm8kTask, JsonlTask, Recipe, Student, Teacher
+
+Stage = Literal["sft", "rollout", "teacher-score", "train", "evaluate"]
+Fields = dict[str, JsonValue]
+
+FORMATS: dict[Stage, int] = {"sft": 1, "rollout": 1, "teacher-score": 1, "train": 1, "evaluate": 1}
+STUDENT = "student"
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """An input of a step: which step makes it, and which folders of its payload are opened."""
+
+    step_id: str
+    opens: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One stage in one round. `document` is all that was hashed into `fingerprint`, readable."""
+
+    id: str
+    stage: Stage
+    round: int
+    subject: str
+    seed: int
+    inputs: Mapping[str, Input]
+    document: Fields
+    fingerprint: str
+
+    @property
+    def link_name(self) -> str:
+        """The name of this step's link in its round's folder of the run."""
+        return f"{self.stage}-{self.subject}" if self.subject else self.stage
+
+
+@dataclass(frozen=True, slots=True)
+class Identities:
+    """What models and data *are*, as opposed to what they are called.
+
+    Each is `{"digest": sha256}` for local files or `{"hub": id, "revision": commit or "unresolved"}`;
+    `models` is keyed by "student" or the teacher's name, `data` by split.
+    """
+
+    models: Mapping[str, Fields]
+    data: Mapping[str, Fields]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every step of the recipe, in the order they run."""
+
+    steps: tuple[Step, ...]
+
+    def step(self, step_id: str) -> Step:
+        """The step called `step_id`; `evaluate@3` is short for `evaluate:student@3`."""
+        stage, at, number = step_id.partition("@")
+        wanted = {step_id, f"{stage}:{STUDENT}{at}{number}"}
+        for step in self.steps:
+            if step.id in wanted:
+                return step
+        near = [step.id for step in self.steps if step.stage == stage.partition(":")[0]]
+        hint = f"steps of this plan: {', '.join(near[:6])}{', ...' if len(near) > 6 else ''}" if near else ""
+        raise RecipeError(
+            f"{step_id}: no such step", hint=hint or "a step is called stage@round, as in rollout@3"
+        )
+
+    def ancestors(self, step: Step) -> tuple[Step, ...]:
+        """`step` and everything it needs, in running order."""
+        wanted = {step.id}
+        for candidate in reversed(self.steps):
+            if candidate.id in wanted:
+                wanted.update(source.step_id for source in candidate.inputs.values())
+        return tuple(candidate for candidate in self.steps if candidate.id in wanted)
+
+
+def canonical(value: JsonValue) -> bytes:
+    """`value` as JSON bytes, equal for equal values; raises on a type or number that JSON cannot hold."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def run_hash(recipe: Recipe) -> str:
+    """Eight hex digits that name a run: the resolved recipe without rounds, runtime and tracking."""
+    document = recipe.model_dump(mode="json", by_alias=True, exclude={"rounds", "runtime", "tracking"})
+    return hashlib.sha256(canonical(document)).hexdigest()[:8]
+
+
+def make_plan(recipe: Recipe, identities: Identities) -> Plan:
+    """The steps of `recipe`, in order: cold starts and evaluations of round 0, then round after round."""
+    return _Planner(recipe, identities).plan()
+
+
+def evaluated(recipe: Recipe, round_number: int) -> bool:
+    """Whether the student is evaluated after `round_number`: every so often, and after the last."""
+    return round_number % recipe.evaluate.every == 0 or round_number == recipe.rounds
+
+
+class _Planner:
+    """Builds the steps one by one; `steps` holds those built so far by id."""
+
+    def __init__(self, recipe: Recipe, identities: Identities) -> None:
+        self.recipe = recipe
+        self.identities = identities
+        self.steps: dict[str, Step] = {}
+
+    def plan(self) -> Plan:
+        recipe = self.recipe
+        for name, model in ((STUDENT, recipe.student), (recipe.teacher.name, recipe.teacher)):
+            if _has_cold_start(model):
+                self._sft(name, model)
+        self._evaluate_student(0)
+        if recipe.evaluate.teacher:
+            self._evaluate_teacher()
+        for number in range(1, recipe.rounds + 1):
+            self._rollout(number)
+            if recipe.train.objective.has_kd:
+                self._teacher_score(number)
+            self._train(number)
+            if evaluated(recipe, number):
+                self._evaluate_student(number)
+        return Plan(tuple(self.steps.values()))
+
+    # Each stage lists what it reads, under the names that the recipe uses.
+
+    def _sft(self, name: str, model: Student | Teacher) -> None:
+        where = STUDENT if name == STUDENT else "teacher"
+        sft, scratch = model.sft, model.scratch
+        seed = sft.seed if sft is not None and sft.seed is not None else self.recipe.seed
+        fields: Fields = {
+            **self._task(split="train", headline=False),
+            f"{where}.model": self._identity(name),
+            f"{where}.scratch": scratch.model_dump(mode="json") if scratch else None,
+            f"{where}.dtype": model.dtype,
+            f"{where}.trust_remote_code": model.trust_remote_code,
+            f"{where}.template": model.template,
+            f"{where}.sft": sft.model_dump(mode="json", exclude={"seed"}) if sft else None,
+        }
+        self._add("sft", 0, name, seed, fields, {})
+
+    def _rollout(self, number: int) -> None:
+        section = self.recipe.rollout
+        fields: Fields = {
+            **self._task(split="train"),
+            **self._student_fields(number - 1),
+            "rollout": section.model_dump(mode="json", exclude={"seed"}),
+        }
+        self._add("rollout", number, "", self._seed(section.seed), fields, self._student_model(number - 1))
+
+    def _teacher_score(self, number: int) -> None:
+        recipe = self.recipe
+        privileged = recipe.teacher.prompt is not None
+        fields: Fields = {
+            **self._teacher_fields(),
+            **(self._task(split="train") if privileged else self._task_settings(headline=False)),
+            "teacher_score.engine": recipe.teacher_score.engine,
+            "teacher_score.keep": recipe.top_k,
+            "rollout.temperature": recipe.rollout.temperature,
+            "student.template": recipe.student.template,
+        }
+        inputs = {"rollout": Input(f"rollout@{number}", ()), **self._teacher_model()}
+        self._add("teacher-score", number, "", recipe.seed, fields, inputs)
+
+    def _train(self, number: int) -> None:
+        recipe = self.recipe
+        train = recipe.train.model_dump(mode="json", exclude={"seed"})
+        horizon = recipe.train.optimizer.schedule_rounds or recipe.rounds
+        constant = recipe.train.optimizer.schedule == "constant"
+        train["optimizer"]["schedule_rounds"] = None if constant else horizon
+        fields: Fields = {
+            "train": train,
+            "rollout.temperature": recipe.rollout.temperature,
+            **self._student_fields(number - 1),
+        }
+        inputs = {"rollout": Input(f"rollout@{number}", ()), **self._student_model(number - 1, trainer=True)}
+        if recipe.train.objective.has_kd:
+            inputs["scores"] = Input(f"teacher-score@{number}", ())
+        self._add("train", number, "", self._seed(recipe.train.seed), fields, inputs)
+
+    def _evaluate_student(self, number: int) -> None:
+        recipe, section = self.recipe, self.recipe.evaluate
+        fields: Fields = {
+            **self._task(split="test"),
+            **self._student_fields(number),
+            **self._evaluate_settings(),
+            "evaluate.reverse_kl_problems": section.reverse_kl_problems,
+        }
+        inputs = dict(self._student_model(number))
+        if section.reverse_kl_problems:
+            rollout = recipe.rollout.model_dump(mode="json", exclude={"seed", "prompts", "samples", "engine"})
+            fields.update({**self._teacher_fields(), "rollout": rollout})
+            fields["teacher_score.engine"] = recipe.teacher_score.engine
+            inputs.update(self._teacher_model())
+        if number > 0:
+            inputs["baseline"] = Input(f"evaluate:{STUDENT}@0", ())
+        self._add("evaluate", number, STUDENT, self._seed(section.seed), fields, inputs)
+
+    def _evaluate_teacher(self) -> None:
+        recipe = self.recipe
+        fields: Fields = {
+            **self._task(split="test"),
+            **self._teacher_fields(),
+            **self._evaluate_settings(),
+            "rollout.stop": list(recipe.rollout.stop),
+            "student.template": recipe.student.template,
+        }
+        inputs = {**self._teacher_model(), "baseline": Input(f"evaluate:{STUDENT}@0", ())}
+        self._add("evaluate", 0, recipe.teacher.name, self._seed(recipe.evaluate.seed), fields, inputs)
+
+    # What several stages read.
+
+    def _seed(self, own: int | None) -> int:
+        return self.recipe.seed if own is None else own
+
+    def _identity(self, name: str) -> JsonValue:
+        return self.identities.models.get(name)
+
+    def _task_settings(self, *, headline: bool = True) -> Fields:
+        paths = {"data", "revision", "train", "test"}  # names; what they hold enters by its digest
+        exclude = paths | (set() if headline else {"headline"})
+        return {"task": self.recipe.task.model_dump(mode="json", exclude=exclude)}
+
+    def _task(self, *, split: str, headline: bool = True) -> Fields:
+        task = self.recipe.task
+        splits = {split}
+        if isinstance(task, Gsm8kTask | JsonlTask) and task.few_shot:
+            splits.add("train")
+        data: Fields = {name: self.identities.data[name] for name in sorted(splits & set(self.identities.data))}
+        return {**self._task_settings(headline=headline), "task.data": data}
+
+    def _student_fields(self, number: int) -> Fields:
+        """The student as loaded; its identity enters here only where no step made it."""
+        student = self.recipe.student
+        made = self._student_model(number)
+        return {
+            "student.model": None if made else self._identity(STUDENT),
+            "student.dtype": student.dtype,
+            "student.trust_remote_code": student.trust_remote_code,
+            "student.template": student.template,
+        }
+
+    def _student_model(self, number: int, *, trainer: bool = False) -> dict[str, Input]:
+        if number > 0:
+            return {"student": Input(f"train@{number}", ("model", "trainer") if trainer else ("model",))}
+        if _has_cold_start(self.recipe.student):
+            return {"student": Input(f"sft:{STUDENT}@0", ("model",))}
+        return {}
+
+    def _teacher_model(self) -> dict[str, Input]:
+        teacher = self.recipe.teacher
+        if teacher.self_ is not None:
+            source = self._student_model(0).get("student")
+            return {"teacher": source} if source else {}
+        if _has_cold_start(teacher):
+            return {"teacher": Input(f"sft:{teacher.name}@0", ("model",))}
+        return {}
+
+    def _teacher_fields(self) -> Fields:
+        teacher = self.recipe.teacher
+        identity = self._identity(STUDENT if teacher.self_ is not None else teacher.name)
+        own = {"model", "revision", "scratch", "sft"}
+        return {
+            "teacher": teacher.model_dump(mode="json", by_alias=True, exclude=own),
+            "teacher.model": None if self._teacher_model() else identity,
+        }
+
+    def _evaluate_settings(self) -> Fields:
+        section, rollout = self.recipe.evaluate, self.recipe.rollout
+        return {
+            "evaluate.engine": section.engine or rollout.engine,
+            "evaluate.problems": section.problems,
+            "evaluate.samples": section.samples,
+            "evaluate.temperature": section.temperature,
+            "evaluate.max_new_tokens": section.max_new_tokens or rollout.max_new_tokens,
+            "rollout.stop": list(rollout.stop),
+        }
+
+    def _add(
+        self, stage: Stage, number: int, subject: str, seed: int, fields: Fields, inputs: dict[str, Input]
+    ) -> None:
+        step_id = f"{stage}:{subject}@{number}" if subject else f"{stage}@{number}"
+        document: Fields = {
+            "stage": stage,
+            "format": FORMATS[stage],
+            "round": number,
+            "subject": subject,
+            "seed": seed,
+            "fields": fields,
+            "inputs": {role: self.steps[source.step_id].fingerprint for role, source in inputs.items()},
+        }
+        fingerprint = hashlib.sha256(canonical(document)).hexdigest()
+        self.steps[step_id] = Step(step_id, stage, number, subject, seed, inputs, document, fingerprint)
+
+
+def _has_cold_start(model: Student | Teacher) -> bool:
+    """Whether an sft step makes the model: it has an `sft`, or it starts from scratch."""
+    return model.sft is not None or model.scratch is not None

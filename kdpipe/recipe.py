@@ -1,0 +1,553 @@
+"""The recipe: the only schema and the only defaults. Never imports torch.
+
+`load_recipe` reads YAML (see `yaml_source.py`), applies `--set`, validates, and reports every error with
+its line. `runtime` and `tracking` cannot change results beyond floating-point rounding; every other field
+is part of some step's fingerprint (`plan.py`), which a test enforces leaf by leaf.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from kdpipe.errors import RecipeError
+from kdpipe.yaml_source import Document, parse_value, read_yaml
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+DEFAULT_INSTRUCTION = (
+    "Solve this problem step by step. End with one line that holds only the final number, in the form: #### N"
+)
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+EngineName = Literal["hf", "vllm"]
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys are errors, values are frozen and finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+# ------------------------------------------------------------------------------------------------ task
+
+
+class Gsm8kTask(Section):
+    """Grade-school word problems; `data` is a hub id or a local folder with train and test files."""
+
+    kind: Literal["gsm8k"]
+    data: str = "openai/gsm8k"
+    revision: str | None = None
+    prompt: Literal["chat", "plain"] = "chat"
+    instruction: str = DEFAULT_INSTRUCTION
+    few_shot: Annotated[int, Field(ge=0, le=64)] = 0
+    headline: Literal["strict", "flexible"] = "flexible"
+
+
+class ArithmeticTask(Section):
+    """Generated word problems of one or two steps, with a tokenizer of their own; nothing to download."""
+
+    kind: Literal["arithmetic"]
+    steps: Annotated[list[Literal[1, 2]], Field(min_length=1)] = [1, 2]
+    max_operand: Annotated[int, Field(ge=5, le=99)] = 20
+    train_problems: Count = 4096
+    test_problems: Count = 200
+    seed: Seed = 0
+    headline: Literal["strict", "flexible"] = "strict"
+
+
+class JsonlTask(Section):
+    """A user's own questions and answers: JSONL or parquet files with a question and an answer field."""
+
+    kind: Literal["jsonl"]
+    train: str
+    test: str
+    question_field: str = "question"
+    answer_field: str = "answer"
+    id_field: str | None = None
+    prompt: Literal["chat", "plain"] = "chat"
+    instruction: str = DEFAULT_INSTRUCTION
+    few_shot: Annotated[int, Field(ge=0, le=64)] = 0
+    headline: Literal["strict", "flexible"] = "flexible"
+
+
+Task = Annotated[Gsm8kTask | ArithmeticTask | JsonlTask, Field(discriminator="kind")]
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+class Optimizer(Section):
+    """AdamW. `schedule_rounds` is the horizon of a schedule that is not constant (default: `rounds`)."""
+
+    learning_rate: Positive = 1e-5
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule_rounds: Count | None = None
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    max_grad_norm: Positive = 1.0
+
+
+class SftOptimizer(Section):
+    """AdamW for a cold start; a schedule that is not constant runs over `steps`."""
+
+    learning_rate: Positive = 1e-3
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    max_grad_norm: Positive = 1.0
+
+
+class Sft(Section):
+    """Cold start of a model by cross-entropy on the reference solutions of the train split."""
+
+    steps: Count
+    batch: Count = 32
+    problems: Count | None = None
+    optimizer: SftOptimizer = SftOptimizer()
+    seed: Seed | None = None
+
+
+class Scratch(Section):
+    """A Llama model initialised from the seed, for tasks that bring their own tokenizer."""
+
+    hidden_size: Count = 96
+    intermediate_size: Count = 256
+    num_layers: Count = 2
+    num_heads: Count = 3
+    num_kv_heads: Count = 3
+    max_positions: Count = 256
+    tie_embeddings: bool = True
+    seed: Seed | None = None
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Scratch:
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads ({self.num_heads}) must divide hidden_size ({self.hidden_size}), "
+                f"and num_kv_heads ({self.num_kv_heads}) must divide num_heads"
+            )
+        return self
+
+
+class Student(Section):
+    """The model that learns: `model` (hub id or local folder) or `scratch`, and its optional cold start."""
+
+    model: str | None = None
+    revision: str | None = None
+    scratch: Scratch | None = None
+    dtype: DtypeName = "auto"
+    trust_remote_code: bool = False
+    template: dict[str, JsonValue] = {}
+    sft: Sft | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Student:
+        if (self.model is None) == (self.scratch is None):
+            raise ValueError("give exactly one of: model, scratch")
+        if self.revision is not None and self.model is None:
+            raise ValueError("revision goes with model")
+        return self
+
+
+class Teacher(Section):
+    """A model that scores: `model`, `scratch` with `sft`, or `self: initial` (the student before round 1).
+
+    `prompt` is the teacher's own prompt text, with {question} and, privileged, {solution}; null means
+    the student's prompt. `temperature` null means the rollout temperature.
+    """
+
+    name: Annotated[str, Field(pattern=NAME)] = "teacher"
+    model: str | None = None
+    revision: str | None = None
+    scratch: Scratch | None = None
+    self_: Annotated[Literal["initial"] | None, Field(alias="self")] = None
+    dtype: DtypeName = "auto"
+    trust_remote_code: bool = False
+    template: dict[str, JsonValue] = {}
+    prompt: str | None = None
+    temperature: Positive | None = None
+    sft: Sft | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Teacher:
+        if sum(origin is not None for origin in (self.model, self.scratch, self.self_)) != 1:
+            raise ValueError("give exactly one of: model, scratch, self")
+        if self.revision is not None and self.model is None:
+            raise ValueError("revision goes with model")
+        if self.self_ is not None and self.sft is not None:
+            raise ValueError("a teacher that is the student itself has no sft of its own")
+        if self.name == "student":
+            raise ValueError("a teacher cannot be called 'student'")
+        if self.prompt is not None and "{question}" not in self.prompt:
+            raise ValueError("prompt must contain {question}")
+        return self
+
+
+# -------------------------------------------------------------------------------------------- sections
+
+
+class RolloutSection(Section):
+    """How each round samples from the student."""
+
+    engine: EngineName = "hf"
+    prompts: Count = 64
+    samples: Count = 1
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    max_new_tokens: Count = 256
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    seed: Seed | None = None
+
+
+class KeepTopK(Section):
+    """Keep the teacher's `top_k` most probable ids and a tail bucket."""
+
+    top_k: Count
+
+
+class TeacherScoreSection(Section):
+    """What is kept of the teacher: `auto` (what the objective needs), `token`, or `{top_k: k}`."""
+
+    engine: EngineName = "hf"
+    keep: Literal["auto", "token"] | KeepTopK = "auto"
+
+
+class Support(Section):
+    """Where a distribution term is summed: the teacher's top k plus a tail bucket, or the vocabulary."""
+
+    teacher_top_k: Count | Literal["vocabulary"] = 64
+
+
+class RatioControl(Section):
+    """Weight of off-policy tokens (method: ratio weights). `cap` for truncate, `low`/`high` for mask and clip."""
+
+    control: Literal["none", "truncate", "mask", "clip"] = "none"
+    cap: Annotated[float, Field(ge=1)] | None = None
+    low: Annotated[float, Field(ge=0)] | None = None
+    high: Positive | None = None
+
+    @model_validator(mode="after")
+    def _parameters_fit(self) -> RatioControl:
+        given = {name for name in ("cap", "low", "high") if getattr(self, name) is not None}
+        wanted = {"none": set(), "truncate": {"cap"}, "mask": {"low", "high"}, "clip": {"low", "high"}}[self.control]
+        if given != wanted:
+            names = ", ".join(sorted(wanted)) or "no parameters"
+            raise ValueError(f"control {self.control} takes {names}")
+        if self.control == "mask" and not (self.low < 1 < self.high):  # type: ignore[operator]
+            raise ValueError("mask keeps ratios between low and high, and needs low < 1 < high")
+        return self
+
+
+class RklTerm(Section):
+    """Reverse KL by the sampled token (policy-gradient surrogate); `gamma` discounts the future sum."""
+
+    term: Literal["rkl"]
+    gamma: Fraction = 0.0
+    ratio: RatioControl = RatioControl()
+
+
+class K2Term(Section):
+    """Reverse KL by the sampled token, as half the squared log-ratio."""
+
+    term: Literal["k2"]
+    ratio: RatioControl = RatioControl()
+
+
+class JsdTerm(Section):
+    """Generalised Jensen-Shannon divergence; beta 0 is forward KL(P|S), beta 1 reverse KL(S|P)."""
+
+    term: Literal["jsd"]
+    beta: Fraction = 0.5
+    support: Support = Support()
+
+
+KdTerm = Annotated[RklTerm | K2Term | JsdTerm, Field(discriminator="term")]
+
+
+class BehaviourControl(Section):
+    """What the RL term does with `v = exp(proximal - behaviour)`: nothing, `truncate` at cap, or `mask` above it."""
+
+    control: Literal["none", "truncate", "mask"] = "none"
+    cap: Annotated[float, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _parameters_fit(self) -> BehaviourControl:
+        if (self.cap is not None) != (self.control != "none"):
+            raise ValueError("cap goes with control truncate or mask, and both need it")
+        return self
+
+
+class Objective(Section):
+    """What train descends: `kd`, `grpo`, or `kdrl` (their weighted sum)."""
+
+    kind: Literal["kd", "grpo", "kdrl"] = "kd"
+    kd: KdTerm = RklTerm(term="rkl")
+    rl_weight: Annotated[float, Field(ge=0)] = 1.0
+    distill_weight: Annotated[float, Field(ge=0)] = 1.0
+    reward_scaling: Positive = 1.0
+    reward_bias: float = 0.0
+    reward_clip: Positive = 20.0
+    group_normalization: Literal["mean_std", "mean"] = "mean_std"
+    batch_normalization: bool = False
+    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
+    clip_high: Positive = 0.2
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    behaviour: BehaviourControl = BehaviourControl()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_is_a_term(cls, value: Any) -> Any:
+        """Lets `kd: k2` stand for `kd: {term: k2}`."""
+        if isinstance(value, dict) and isinstance(value.get("kd"), str):
+            return {**value, "kd": {"term": value["kd"]}}
+        return value
+
+    @property
+    def has_kd(self) -> bool:
+        """Whether the KD term is computed: a weight of exactly 0 means it is not."""
+        return self.kind in ("kd", "kdrl") and self.distill_weight > 0
+
+    @property
+    def has_rl(self) -> bool:
+        """Whether the RL term is computed."""
+        return self.kind in ("grpo", "kdrl") and self.rl_weight > 0
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> Objective:
+        if not (self.has_kd or self.has_rl):
+            raise ValueError("every weight of this objective is 0: nothing would be trained")
+        return self
+
+
+class TrainSection(Section):
+    """How a round's rows become optimizer steps: `epochs` passes of `minibatches` steps each."""
+
+    objective: Objective = Objective()
+    optimizer: Optimizer = Optimizer()
+    minibatches: Count = 1
+    epochs: Count = 1
+    seed: Seed | None = None
+
+
+class EvaluateSection(Section):
+    """Held-out accuracy and reverse KL. Nulls mean: rollout's engine and length, the whole test split."""
+
+    engine: EngineName | None = None
+    problems: Count | None = None
+    samples: Count = 1
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    max_new_tokens: Count | None = None
+    every: Count = 1
+    teacher: bool = True
+    reverse_kl_problems: Annotated[int, Field(ge=0)] = 64
+    seed: Seed | None = None
+
+
+class Tracking(Section):
+    """Where MLflow lives; `uri` null is SQLite in the workspace, `experiment` null the recipe's name."""
+
+    enabled: bool = True
+    uri: str | None = None
+    experiment: str | None = None
+
+
+class Keep(Section):
+    """Retention, in rounds: how many of the latest keep their weights and their optimizer state."""
+
+    weights: Annotated[int, Field(ge=1)] = 2
+    optimizer: Annotated[int, Field(ge=1)] = 2
+
+
+class Runtime(Section):
+    """Hardware, batch sizes and retention; nothing here changes results beyond floating-point rounding."""
+
+    device: str = "auto"
+    threads: Count | None = None
+    sample_tokens: Count = 65536
+    score_tokens: Count = 8192
+    train_tokens: Count = 8192
+    head_chunk_tokens: Count = 512
+    part_rows: Annotated[int, Field(ge=1, le=512)] = 64
+    checkpoint_steps: Count = 100
+    gradient_checkpointing: bool = False
+    keep: Keep = Keep()
+    allow_weak_teacher: bool = False
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Recipe(Section):
+    """One experiment: a task, a student, a teacher, and how the student learns from it."""
+
+    name: Annotated[str, Field(pattern=NAME)]
+    seed: Seed = 1
+    rounds: Count
+    task: Task
+    student: Student
+    teachers: Annotated[list[Teacher], Field(min_length=1, max_length=1)]
+    rollout: RolloutSection = RolloutSection()
+    teacher_score: TeacherScoreSection = TeacherScoreSection()
+    train: TrainSection = TrainSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    tracking: Tracking = Tracking()
+    runtime: Runtime = Runtime()
+
+    @property
+    def teacher(self) -> Teacher:
+        """The teacher."""
+        return self.teachers[0]
+
+    @property
+    def top_k(self) -> int | Literal["vocabulary"]:
+        """How many teacher ids teacher-score keeps a token: 0 is the sampled token only."""
+        objective, keep = self.train.objective, self.teacher_score.keep
+        needed: int | Literal["vocabulary"] = 0
+        if objective.has_kd and isinstance(objective.kd, JsdTerm):
+            needed = objective.kd.support.teacher_top_k
+        if isinstance(keep, KeepTopK):
+            return keep.top_k
+        return needed if keep == "auto" else 0
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        objective, keep = self.train.objective, self.teacher_score.keep
+        if objective.has_kd and isinstance(objective.kd, JsdTerm) and keep != "auto":
+            needed = objective.kd.support.teacher_top_k
+            if not (isinstance(keep, KeepTopK) and keep.top_k == needed):
+                raise ValueError(
+                    f"teacher_score.keep must be auto or {{top_k: {needed}}}: the jsd term of train.objective needs it"
+                )
+        arithmetic = isinstance(self.task, ArithmeticTask)
+        for where, model in (("student", self.student), (f"teacher {self.teacher.name!r}", self.teacher)):
+            if model.scratch is not None and not arithmetic:
+                raise ValueError(f"{where}: scratch needs a task with its own tokenizer (arithmetic)")
+        if objective.has_rl and self.rollout.samples == 1:
+            raise ValueError("an RL term needs rollout.samples of 2 or more: a group of one has no advantage")
+        if self.train.minibatches > self.rollout.prompts * self.rollout.samples:
+            raise ValueError("train.minibatches is larger than the number of completions of a round")
+        return self
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRecipe:
+    """A validated recipe with the text it came from; relative paths in it start from `folder`."""
+
+    recipe: Recipe
+    text: str
+    path: Path
+    overrides: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths in the recipe start from."""
+        return self.path.parent
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> LoadedRecipe:
+    """The recipe in `path` with `a.b=c` overrides applied; raises RecipeError naming every bad field."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe", hint="kdpipe recipes  lists the shipped ones") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    document = read_yaml(text, str(path))
+    for override in overrides:
+        document = _apply_override(document, override)
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(document.value), strict=True)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(document, item) for item in error.errors())) from None
+    return LoadedRecipe(recipe=recipe, text=text, path=path.resolve(), overrides=overrides)
+
+
+def resolved(recipe: Recipe) -> dict[str, JsonValue]:
+    """Every field of the recipe with defaults filled in, as JSON."""
+    value: dict[str, JsonValue] = recipe.model_dump(mode="json", by_alias=True)
+    return value
+
+
+def _apply_override(document: Document, override: str) -> Document:
+    key, equals, text = override.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
+        raise RecipeError(
+            f"--set {override}: not of the form a.b=c",
+            hint="for example: --set train.optimizer.learning_rate=3e-5",
+        )
+    return document.with_value(tuple(key.split(".")), parse_value(text, f"--set {override}"), f"--set {override}")
+
+
+def _explain(document: Document, item: Any) -> str:
+    """One pydantic error as `file:line: field: what, expected`."""
+    # pydantic puts the names of union members into the location; the document's own keys have none.
+    path = document.own_path(item["loc"])
+    dotted = ".".join(str(part) for part in path)
+    where = f"{document.where(path)}: {dotted}: " if dotted else f"{document.where(path)}: "
+    found = document.spelling(path)
+    match item["type"]:
+        case "extra_forbidden":
+            known = _known_keys(item["loc"])
+            near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
+            return f"{where}unknown key" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+        case "missing":
+            return f"{where}is required and missing"
+        case "string_type" if isinstance(item["input"], bool):
+            return f"{where}{found} without quotes is YAML for {str(item['input']).lower()}; write '{found}' in quotes"
+        case _:
+            message = item["msg"].removeprefix("Value error, ")
+            message = message[0].lower() + message[1:]
+            is_leaf = not isinstance(item["input"], (dict, list))
+            return f"{where}{message}" + (f" (found {found})" if is_leaf and found else "")
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """The keys allowed beside the unknown one at `location`, read from the JSON Schema."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    candidates: list[Any] = [schema]
+    for part in location[:-1]:
+        candidates = [found for node in candidates for found in _descend(schema, node, part)] or candidates
+    keys = {key for node in candidates for leaf in _expand(schema, node) for key in leaf.get("properties", {})}
+    return sorted(keys)
+
+
+def _descend(schema: dict[str, Any], node: dict[str, Any], part: int | str) -> list[dict[str, Any]]:
+    found = []
+    for leaf in _expand(schema, node):
+        if isinstance(part, int) and "items" in leaf:
+            found.append(leaf["items"])
+        elif part in leaf.get("properties", {}):
+            found.append(leaf["properties"][part])
+    if not found:  # the tag of a union member, as pydantic writes it
+        found = [
+            leaf
+            for leaf in _expand(schema, node)
+            if any(part in (value.get("const"), leaf.get("title")) for value in leaf.get("properties", {}).values())
+        ]
+    return found
+
+
+def _expand(schema: dict[str, Any], node: dict[str, Any]) -> list[dict[str, Any]]:
+    """`node` with references and unions resolved to the object schemas they stand for."""
+    if "$ref" in node:
+        return _expand(schema, schema["$defs"][node["$ref"].rsplit("/", 1)[1]])
+    for union in ("anyOf", "oneOf", "allOf"):
+        if union in node:
+            return [leaf for member in node[union] for leaf in _expand(schema, member)]
+    return [node]

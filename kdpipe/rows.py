@@ -1,0 +1,71 @@
+"""The rows that travel between stages, and their invariants. No tensors, no paths.
+
+Alignment, everywhere: index t of a per-token list is completion token t. Log-probs are in nats and
+belong to the *sampled* token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+Source = Literal["student", "reference", "teacher"]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One question with its reference.
+
+    `expected` is the reference answer as text (a number for GSM8K), `solution` the reference text that
+    ends in it; `prompt_id` is `<task>/<split>/<row>` or the record's own `id`.
+    """
+
+    prompt_id: str
+    question: str
+    expected: str
+    solution: str
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """What the grader read in one text: both answers, and whether the headline one is right."""
+
+    answer_strict: str | None
+    answer_flexible: str | None
+    correct: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One row of `rollouts.parquet`: a completion, its behaviour log-probs and its grade.
+
+    `completion_token_ids` holds the final end token when `finish_reason` is `stop`; `text` does not.
+    `sampler_logprobs` are at the sampling temperature, None unless `source` is `student`.
+    """
+
+    prompt_id: str
+    sample: int
+    question: str
+    expected: str
+    prompt_token_ids: list[int]
+    completion_token_ids: list[int]
+    sampler_logprobs: list[float] | None
+    source: Source
+    finish_reason: FinishReason
+    text: str
+    answer_strict: str | None
+    answer_flexible: str | None
+    correct: bool
+    reward: float
+
+    def __post_init__(self) -> None:
+        if not self.prompt_token_ids:
+            raise ValueError(f"{self.prompt_id}: a prompt has at least one token")
+        if self.sampler_logprobs is not None and len(self.sampler_logprobs) != len(
+            self.completion_token_ids
+        ):
+            raise ValueError(
+                f"{self.prompt_id}, sample {self.sample}: {len(self.sampler_logprobs)} sampler "
+                f"log-probs for {len(self.completion_token_ids)} completion tokens"
+            )

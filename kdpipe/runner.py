@@ -1,0 +1,370 @@
+"""For each step of the plan: done? skip it. Else perform it in a warm worker, then link, mirror, retain.
+
+Resume is not a mode: repeating a run surveys the store and goes on with the first step that is not done.
+The parent process that runs this never imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from pydantic import JsonValue
+
+from kdpipe.errors import ArtifactError, Interrupted, PreflightError, RecipeError, StepError
+from kdpipe.plan import STUDENT, Fields, Identities, Plan, Step, canonical, make_plan
+from kdpipe.recipe import LoadedRecipe, Recipe, resolved
+from kdpipe.runs import RunFolder, droppable, run_folder
+from kdpipe.sources import Sources
+from kdpipe.store import Entry, Store, run_lock, tidy
+from kdpipe.survey import State, inspect, must_restore, survey
+from kdpipe.workers import Worker
+
+PERFORMER = "kdpipe.perform:Performer"
+FREE_BYTES_FLOOR = 64 << 20
+
+
+class Display(Protocol):
+    """What the runner tells whoever watches."""
+
+    def begin(self, run: RunFolder, todo: int, reused: int) -> None: ...
+    def step_begins(self, step: Step) -> None: ...
+    def step_event(self, step: Step, event: dict[str, Any]) -> None: ...
+    def step_ends(self, step: Step, result: dict[str, Any]) -> None: ...
+    def round_ends(self, number: int, rounds: int, metrics: dict[str, float]) -> None: ...
+    def tick(self) -> None: ...
+
+
+class Mirror(Protocol):
+    """The tracker as the runner sees it: told what changed, never waited for."""
+
+    def nudge(self) -> None: ...
+    def finish(self, status: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to run: the whole plan, its first `rounds`, or one step with what it lacks."""
+
+    rounds: int | None = None
+    only: Step | None = None
+    force: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Stop:
+    """Whether a signal asked to stop, and which; a second one stops at once."""
+
+    number: int | None = None
+    urgent: bool = False
+
+    def asked(self) -> bool:
+        """Whether to stop at the next safe point."""
+        return self.number is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Project:
+    """A recipe in a workspace, with its plan."""
+
+    loaded: LoadedRecipe
+    workspace: Path
+    identities: Identities
+    plan: Plan
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe."""
+        return self.loaded.recipe
+
+    @property
+    def store(self) -> Store:
+        """The workspace's store."""
+        return Store(self.workspace)
+
+    @property
+    def run(self) -> RunFolder:
+        """The run's folder."""
+        return run_folder(self.workspace, self.recipe)
+
+    def survey(self) -> list[State]:
+        """The state of every step."""
+        return survey(self.plan, self.store, self.recipe)
+
+
+def open_project(loaded: LoadedRecipe, workspace: Path) -> Project:
+    """The plan of `loaded` in `workspace`, without network."""
+    identities = Sources(loaded, workspace).identities()
+    return Project(loaded, workspace, identities, make_plan(loaded.recipe, identities))
+
+
+def steps_of(project: Project, request: Request) -> tuple[Step, ...]:
+    """The steps that `request` means, in running order."""
+    if request.only is not None:
+        return project.plan.ancestors(request.only)
+    if request.rounds is None:
+        return project.plan.steps
+    return tuple(step for step in project.plan.steps if step.round <= request.rounds)
+
+
+def run(
+    loaded: LoadedRecipe,
+    workspace: Path,
+    request: Callable[[Project], Request],
+    *,
+    display: Display,
+    open_mirror: Callable[[Project], Mirror],
+    performer: str = PERFORMER,
+) -> Project:
+    """Performs what is not done; returns the project. Raises KdpipeError with what to do next."""
+    folders = Sources(loaded, workspace).fetch()  # pins hub names, so that every fingerprint is known
+    project = open_project(loaded, workspace)
+    with run_lock(project.run.path), _signals() as stop:
+        project.run.write_recipe(loaded)
+        job = _Run(project, request(project), folders, display, stop, performer)
+        mirror = open_mirror(project)
+        status = "FAILED"
+        try:
+            job.go(mirror)
+            status = "FINISHED"
+        except Interrupted:
+            status = "KILLED"
+            job.worker.kill()
+            raise
+        finally:
+            job.worker.stop()
+            mirror.finish(status)
+    return project
+
+
+@dataclass(slots=True)
+class _Run:
+    """One command's work on a project; holds the warm worker."""
+
+    project: Project
+    request: Request
+    folders: dict[str, Path]
+    display: Display
+    stop: Stop
+    performer: str
+    worker: Worker = field(init=False)
+    digests: dict[str, str | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        threads = self.project.recipe.runtime.threads
+        environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+        if threads is not None:
+            environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        self.worker = Worker(
+            self.performer, log=self.project.run.path / "logs" / "worker.log", environment=environment
+        )
+
+    def go(self, mirror: Mirror) -> None:
+        """Performs every step that is not done, in order."""
+        project, steps = self.project, steps_of(self.project, self.request)
+        again = self._again(steps)
+        states = {state.step.id: state for state in project.survey()}
+        todo = sum(not states[step.id].done or step.id in again for step in steps)
+        self.display.begin(project.run, todo, len(steps) - todo)
+        gated = False
+        for step in steps:
+            if step.round > 0 and not gated:
+                gated = True
+                self._gate()
+            state = inspect(project.store, step, self.digests)
+            entry = project.store.entry(step)
+            if state.verdict == "damaged" and step.id not in again:
+                hint = f"rebuild it and what depends on it: repeat the run with --force {step.id}"
+                raise ArtifactError(state.why, hint=hint)
+            if state.done and step.id not in again:
+                manifest = entry.manifest()
+                assert manifest is not None
+                tidy(entry, manifest)
+                project.run.link(step, entry)
+            else:
+                self._perform(step, entry, anew=step.id in again or state.verdict == "stale")
+                self._retain()
+            mirror.nudge()
+            self.digests[step.id] = inspect(project.store, step, self.digests).digest
+            self._tell_round(step, performed=not state.done)
+
+    def _again(self, steps: Sequence[Step]) -> set[str]:
+        """Steps to perform although they are done: forced ones, and those whose dropped files are needed."""
+        forced = {self.project.plan.step(name).id for name in self.request.force}
+        missing = forced - {step.id for step in steps}
+        if missing:
+            raise RecipeError(f"--force {sorted(missing)[0]}: this command does not run that step")
+        states = self.project.survey()
+        wanted = {step.id for step in steps}
+        pending = {state.step.id for state in states if not state.done and state.step.id in wanted} | forced
+        return forced | must_restore(states, pending)
+
+    def _perform(self, step: Step, entry: Entry, *, anew: bool) -> None:
+        project = self.project
+        self._interrupted(step)
+        self._check_free_space(step)
+        project.run.link(step, entry)
+        project.run.event("step started", step=step.id)
+        self.display.step_begins(step)
+        request: dict[str, JsonValue] = {
+            "workspace": str(project.workspace),
+            "recipe": resolved(project.recipe),
+            "folder": str(project.loaded.folder),
+            "run": str(project.run.path),
+            "step": _step_json(step),
+            "inputs": {role: _step_json(project.plan.step(s.step_id)) for role, s in step.inputs.items()},
+            "folders": {name: str(folder) for name, folder in self.folders.items()},
+            "digests": {name: _digest(fields) for name, fields in project.identities.models.items()},
+            "anew": anew,
+        }
+        result = self.worker.call(
+            request,
+            on_event=lambda event: self.display.step_event(step, event),
+            stop=self.stop.asked,
+            tick=self.display.tick,
+        )
+        if result is None:
+            project.run.event("step stopped", step=step.id)
+            self._interrupted(step)
+        assert result is not None
+        project.run.event("step done", step=step.id, reused=result.get("reused", False))
+        self.display.step_ends(step, result)
+
+    def _interrupted(self, step: Step) -> None:
+        if self.stop.number is not None:
+            name = signal.Signals(self.stop.number).name
+            raise Interrupted(
+                self.stop.number,
+                f"stopped by {name} at {step.id}; everything finished is kept",
+                hint="the same command continues",
+            )
+
+    def _gate(self) -> None:
+        """Stops a run whose teacher is no better than student 0 (method: headroom)."""
+        recipe, teacher = self.project.recipe, self.project.recipe.teacher
+        privileged = teacher.prompt is not None and "{solution}" in teacher.prompt
+        if not (recipe.evaluate.teacher and recipe.train.objective.has_kd) or privileged:
+            return
+        if recipe.runtime.allow_weak_teacher or teacher.self_ is not None:
+            return
+        summary = summary_of(self.project, f"evaluate:{teacher.name}@0")
+        if summary is not None and summary["accuracy_change"] <= 0:
+            raise PreflightError(
+                f"teacher {teacher.name!r} is not better than the student: accuracy {summary['accuracy']:.1%}, "
+                f"headroom {summary['accuracy_change']:+.1%} "
+                f"[{summary['accuracy_change_low']:+.1%}, {summary['accuracy_change_high']:+.1%}]",
+                hint="choose another teacher, or say --set runtime.allow_weak_teacher=true",
+            )
+
+    def _retain(self) -> None:
+        """Drops weights that no run keeps; only after what replaces them is durable."""
+        for folder, kind in droppable(self.project.run, self.project.workspace):
+            fingerprint = json.loads((folder / "fingerprint.json").read_text())["fingerprint"]
+            freed = Entry(folder, folder.name, fingerprint).drop(kind)
+            if freed:
+                self.project.run.event("dropped", entry=folder.name, payload=kind, bytes=freed)
+
+    def _check_free_space(self, step: Step) -> None:
+        """Raises StepError when the disk cannot hold what the step is likely to write."""
+        need = FREE_BYTES_FLOOR
+        if step.stage in ("train", "sft"):
+            need += 5 * max([_model_bytes(folder) for folder in self._model_folders(step)], default=0)
+        free = shutil.disk_usage(self.project.workspace).free
+        if free < need:
+            raise StepError(
+                f"{self.project.workspace}: {free >> 20} MiB free, {step.id} may need {need >> 20} MiB",
+                hint="free some space (kdpipe gc shows what can go), then repeat the command",
+            )
+
+    def _model_folders(self, step: Step) -> Iterator[Path]:
+        for role, source in step.inputs.items():
+            if role == "student":
+                yield self.project.store.entry(self.project.plan.step(source.step_id)).folder / "model"
+        if (name := step.subject or STUDENT) in self.folders:
+            yield self.folders[name]
+
+    def _tell_round(self, step: Step, *, performed: bool) -> None:
+        """After the last step of a round: its line, unless nothing of it was done by this command."""
+        rounds = self.project.recipe.rounds
+        last = [other for other in self.project.plan.steps if other.round == step.round][-1]
+        if step.id == last.id and step.round > 0 and performed:
+            self.display.round_ends(step.round, rounds, round_metrics(self.project, step.round))
+
+
+# ------------------------------------------------------------------------------------- reading results
+
+
+def summary_of(project: Project, step_id: str) -> dict[str, Any] | None:
+    """The summary.json of an evaluation, or None when it is not done (or not in the plan)."""
+    for step in project.plan.steps:
+        if step.id == step_id:
+            entry = project.store.entry(step)
+            if entry.manifest() is not None:
+                summary: dict[str, Any] = json.loads((entry.folder / "summary.json").read_text())
+                return summary
+    return None
+
+
+def round_metrics(project: Project, number: int) -> dict[str, float]:
+    """The per-round metrics of every done step of a round, by name."""
+    from kdpipe.store import METRICS, read_lines
+
+    metrics: dict[str, float] = {}
+    for step in project.plan.steps:
+        if step.round == number:
+            for row in read_lines(project.store.entry(step).folder / METRICS):
+                if row["optimizer_step"] is None:
+                    metrics[row["name"]] = row["value"]
+    return metrics
+
+
+def _step_json(step: Step) -> dict[str, JsonValue]:
+    return {
+        "id": step.id,
+        "stage": step.stage,
+        "round": step.round,
+        "subject": step.subject,
+        "seed": step.seed,
+        "inputs": {role: {"step_id": s.step_id, "opens": list(s.opens)} for role, s in step.inputs.items()},
+        "document": step.document,
+        "fingerprint": step.fingerprint,
+    }
+
+
+def _digest(identity: Fields) -> str:
+    """One string that identifies a model, for engines that keep models loaded."""
+    return hashlib.sha256(canonical(identity)).hexdigest()
+
+
+def _model_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Stop]:
+    """Turns the first SIGINT or SIGTERM into a request, the second into the end; restores handlers after."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if stop.asked():
+            raise Interrupted(number, "stopped at once", hint="the same command continues")
+        stop.number = number
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,152 @@
+"""Where models and data come from, and what they are: local files by digest, hub repositories by commit.
+
+The only module that talks to the hub. `identities` needs no network: a hub name that was never pinned is
+"unresolved" until the first `run` fetches it and writes its commit to `pins.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from kdpipe.errors import DataError, EngineError
+from kdpipe.plan import STUDENT, Fields, Identities, canonical
+from kdpipe.recipe import Gsm8kTask, LoadedRecipe, Student, Teacher
+from kdpipe.store import file_digest, write_json
+from kdpipe.tasks import data_files, hub_id
+
+MODEL_SUFFIXES = {".safetensors", ".json", ".model", ".txt", ".jinja", ".py"}
+HUB_HINT = "check the name and the network, or name a local folder instead"
+
+
+@dataclass(slots=True)
+class Sources:
+    """Finds the models and data of one recipe, with the workspace's memory of digests and pins."""
+
+    loaded: LoadedRecipe
+    workspace: Path
+    _digests: dict[str, list[JsonValue]] = field(default_factory=dict)
+    _pins: dict[str, str] = field(default_factory=dict)
+    _changed: bool = False
+
+    def __post_init__(self) -> None:
+        self._digests = _read(self.workspace / "digests.json")
+        self._pins = _read(self.workspace / "pins.json")
+
+    def identities(self) -> Identities:
+        """What the recipe's models and data are; raises EngineError or DataError when a local one is missing."""
+        models = {name: self._model(model) for name, model in self._models() if model.model is not None}
+        task = self.loaded.recipe.task
+        data: dict[str, Fields]
+        if isinstance(task, Gsm8kTask) and (hub := hub_id(task, self.loaded.folder)):
+            identity = self._hub_identity("datasets/" + hub, task.revision)
+            data = {"train": identity, "test": identity}
+        else:
+            files = data_files(task, self.loaded.folder)
+            data = {split: {"digest": self._digest(path)} for split, path in files.items()}
+        if self._changed:
+            self.workspace.mkdir(parents=True, exist_ok=True)
+            write_json(self.workspace / "digests.json", self._digests)  # type: ignore[arg-type]
+            self._changed = False
+        return Identities(models=models, data=data)
+
+    def fetch(self) -> dict[str, Path]:
+        """Folders of every model by role, and of hub data as "data"; downloads and pins what is not here."""
+        folders: dict[str, Path] = {}
+        for name, model in self._models():
+            if model.model is not None:
+                local = _local_folder(model.model, self.loaded.folder)
+                folders[name] = local or self._download(model.model, model.revision, kind="model")
+        task = self.loaded.recipe.task
+        if isinstance(task, Gsm8kTask) and (hub := hub_id(task, self.loaded.folder)):
+            folders["data"] = self._download(hub, task.revision, kind="dataset")
+        return folders
+
+    def _models(self) -> list[tuple[str, Student | Teacher]]:
+        recipe = self.loaded.recipe
+        return [(STUDENT, recipe.student), (recipe.teacher.name, recipe.teacher)]
+
+    def _model(self, model: Student | Teacher) -> Fields:
+        assert model.model is not None
+        folder = _local_folder(model.model, self.loaded.folder)
+        if folder is None:
+            return self._hub_identity(model.model, model.revision)
+        files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_SUFFIXES)
+        if not any(path.name == "config.json" for path in files):
+            raise EngineError(
+                f"{folder}: not a model folder: config.json is missing",
+                hint="name a folder that transformers' save_pretrained wrote",
+            )
+        parts: JsonValue = [[path.name, self._digest(path)] for path in files]
+        return {"digest": hashlib.sha256(canonical(parts)).hexdigest()}
+
+    def _hub_identity(self, name: str, revision: str | None) -> Fields:
+        pinned = revision if _is_commit(revision) else self._pins.get(_pin_key(name, revision))
+        return {"hub": name, "revision": pinned or "unresolved"}
+
+    def _digest(self, path: Path) -> str:
+        try:
+            stat = path.stat()
+            stamp: list[JsonValue] = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+            known = self._digests.get(str(path))
+            if known is not None and known[:3] == stamp:
+                return str(known[3])
+            digest = file_digest(path)
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be read: {error.strerror}", hint="mend the path in the recipe"
+            ) from error
+        self._digests[str(path)] = [*stamp, digest]
+        self._changed = True
+        return digest
+
+    def _download(self, name: str, revision: str | None, *, kind: str) -> Path:
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        key = _pin_key(("datasets/" if kind == "dataset" else "") + name, revision)
+        try:
+            commit = revision if _is_commit(revision) else self._pins.get(key)
+            if commit is None:
+                commit = HfApi().repo_info(name, revision=revision, repo_type=kind).sha
+                assert commit is not None
+                self._pins[key] = commit
+                self.workspace.mkdir(parents=True, exist_ok=True)
+                write_json(self.workspace / "pins.json", dict(self._pins))
+            patterns = ["main/*.parquet"] if kind == "dataset" else [f"*{suffix}" for suffix in MODEL_SUFFIXES]
+            return Path(snapshot_download(name, revision=commit, repo_type=kind, allow_patterns=patterns))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            where = f"{kind} {name}" + (f" at {revision}" if revision else "")
+            error_type = DataError if kind == "dataset" else EngineError
+            raise error_type(f"{where}: cannot be fetched from the hub: {reason}", hint=HUB_HINT) from error
+
+
+def _local_folder(name: str, folder: Path) -> Path | None:
+    """The local folder that `name` means, or None for a hub id."""
+    path = (folder / Path(name).expanduser()).resolve()
+    if path.is_dir():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise EngineError(f"{path}: no such model folder", hint="mend student.model or teachers[].model in the recipe")
+    return None
+
+
+def _is_commit(revision: str | None) -> bool:
+    return revision is not None and len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
+
+
+def _pin_key(name: str, revision: str | None) -> str:
+    return f"{name}@{revision or 'main'}"
+
+
+def _read(path: Path) -> dict[str, object]:  # type: ignore[type-arg]
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # a cache that cannot be read is rebuilt
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,269 @@
+"""Evaluate: held-out accuracy with its interval, and held-out reverse KL against the teacher.
+
+Seeds leave the round out and the subset leaves the seed out, so that any two evaluations of one recipe are
+paired problem by problem. The unit of every interval is the problem.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from kdpipe import statistics
+from kdpipe.job import Job, Text, mean, read_completion, request_for, sampling_of
+from kdpipe.seeds import permutation
+from kdpipe.stages.teacher_score import TeacherSide, score_completions
+from kdpipe.tables import GRADES, REVERSE_KL, read_rows
+from kdpipe.tasks.answers import grade, parse_number
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from pydantic import JsonValue
+
+    from kdpipe.engine import Completion, Engine, ModelSource
+    from kdpipe.rows import Problem
+
+BOOTSTRAP_SEED = 0
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Against:
+    """The teacher that reverse KL is measured against, and its weights."""
+
+    teacher: TeacherSide
+    source: ModelSource
+
+
+def evaluate(
+    job: Job,
+    *,
+    subject: str,
+    text: Text,
+    model: ModelSource,
+    engine: Engine,
+    prompt: Callable[[Problem], list[int]],
+    against: Against | None,
+    baseline: Path | None,
+) -> None:
+    """Writes `grades.parquet`, `summary.json` and, with `against`, `reverse_kl.parquet`.
+
+    `baseline` is the folder of student 0's evaluation, with which this one is compared problem by problem.
+    """
+    grades, free = _grades(job, text, model, engine, prompt)
+    summary: dict[str, JsonValue] = {"model": subject, "round": job.round, **_accuracy(job, grades)}
+    if baseline is not None:
+        summary |= _accuracy_change(grades, read_rows(baseline / "grades.parquet", GRADES))
+    if against is not None:
+        rows = _reverse_kl_rows(job, text, model, engine, against, first_part=free)
+        summary |= _reverse_kl(rows)
+        if baseline is not None:
+            summary |= _reverse_kl_change(rows, read_rows(baseline / "reverse_kl.parquet", REVERSE_KL))
+    job.draft.write_json("summary.json", summary)
+    for name, value in summary.items():
+        if isinstance(value, int | float) and name != "round":
+            job.draft.metric(f"evaluate/{name}", value)
+
+
+def subset(problems: Sequence[Problem], count: int | None) -> list[Problem]:
+    """The first `count` test problems of an order that depends on nothing but their ids; None: all."""
+    order = permutation([problem.prompt_id for problem in problems], "evaluate")
+    return [problems[index] for index in order[:count]]
+
+
+# --------------------------------------------------------------------------------------------- accuracy
+
+
+def _grades(
+    job: Job, text: Text, model: ModelSource, engine: Engine, prompt: Callable[[Problem], list[int]]
+) -> tuple[Rows, int]:
+    settings = job.recipe.evaluate
+    sampling = sampling_of(
+        job.recipe,
+        text,
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens or job.recipe.rollout.max_new_tokens,
+    )
+    engine.load(model)
+
+    def build(problems: Sequence[Problem]) -> Rows:
+        return [
+            _grade_row(job, text, *sampled)
+            for sampled in _sample(job, problems, prompt, sampling, engine, settings.samples, purpose="grade")
+        ]
+
+    problems = subset(job.test, settings.problems)
+    free = job.in_parts(
+        "grades.parquet", problems, rows_per_item=settings.samples, build=build, schema=GRADES
+    )
+    return read_rows(job.draft.folder / "grades.parquet", GRADES), free
+
+
+def _sample(
+    job: Job,
+    problems: Sequence[Problem],
+    prompt: Callable[[Problem], list[int]],
+    sampling: Any,
+    engine: Engine,
+    samples: int,
+    *,
+    purpose: str,
+) -> list[tuple[Problem, int, list[int], Completion]]:
+    requests = [
+        request_for(prompt(problem), samples, job.seed, "evaluate", purpose, problem.prompt_id) for problem in problems
+    ]
+    answers = engine.sample(requests, sampling, progress=job.pulse.tokens)
+    return [
+        (problem, number, list(request.prompt_token_ids), completion)
+        for problem, request, completions in zip(problems, requests, answers, strict=True)
+        for number, completion in enumerate(completions)
+    ]
+
+
+def _grade_row(
+    job: Job, text: Text, problem: Problem, number: int, prompt_ids: list[int], completion: Completion
+) -> dict[str, Any]:
+    string, graded = read_completion(job.recipe, text, problem, completion)
+    return {
+        "prompt_id": problem.prompt_id,
+        "sample": number,
+        "question": problem.question,
+        "expected": problem.expected,
+        "text": string,
+        **asdict(graded),
+        "prompt_token_ids": prompt_ids,
+        "completion_token_ids": completion.token_ids,
+        "sampler_logprobs": completion.logprobs,
+        "finish_reason": completion.finish_reason,
+    }
+
+
+def _accuracy(job: Job, grades: Rows) -> dict[str, JsonValue]:
+    by_problem = _by_problem(grades)
+    interval = statistics.accuracy([[row["correct"] for row in rows] for rows in by_problem.values()])
+    samples = job.recipe.evaluate.samples
+    summary: dict[str, JsonValue] = {
+        "problems": len(by_problem),
+        "samples": samples,
+        "accuracy": interval.estimate,
+        "accuracy_low": interval.low,
+        "accuracy_high": interval.high,
+        "accuracy_strict": mean([_right(row, "strict") for row in grades]),
+        "accuracy_flexible": mean([_right(row, "flexible") for row in grades]),
+        "truncated_fraction": mean([row["finish_reason"] == "length" for row in grades]),
+        "completion_tokens_mean": mean([len(row["completion_token_ids"]) for row in grades]),
+    }
+    if samples > 1:
+        groups = by_problem.values()
+        correct = [sum(row["correct"] for row in rows) for rows in groups]
+        summary[f"pass_at_{samples}"] = mean([statistics.pass_at_k(samples, n, samples) for n in correct])
+        summary[f"maj_at_{samples}"] = mean([_majority(job, rows) for rows in groups])
+    return summary
+
+
+def _right(row: dict[str, Any], headline: Literal["strict", "flexible"]) -> bool:
+    return grade(row["text"], row["expected"], headline=headline).correct
+
+
+def _majority(job: Job, rows: Rows) -> float:
+    answers = [row[f"answer_{job.recipe.task.headline}"] for row in rows]
+    numbers = [None if answer is None else parse_number(answer) for answer in answers]
+    return statistics.majority_at_k(numbers, [row["correct"] for row in rows], len(rows))
+
+
+def _accuracy_change(grades: Rows, before: Rows) -> dict[str, JsonValue]:
+    """The paired difference to student 0, and McNemar's exact p-value where each problem has one sample."""
+    now, then = _by_problem(grades), _by_problem(before)
+    shared = sorted(now.keys() & then.keys())
+    first = [mean([row["correct"] for row in now[key]]) for key in shared]
+    second = [mean([row["correct"] for row in then[key]]) for key in shared]
+    change = statistics.paired_bootstrap(first, second, seed=BOOTSTRAP_SEED)
+    summary: dict[str, JsonValue] = {
+        "accuracy_change": change.estimate,
+        "accuracy_change_low": change.low,
+        "accuracy_change_high": change.high,
+    }
+    if all(len(rows) == 1 for rows in (*now.values(), *then.values())):
+        gained = sum(a > b for a, b in zip(first, second, strict=True))
+        lost = sum(a < b for a, b in zip(first, second, strict=True))
+        summary["accuracy_change_p_value"] = statistics.mcnemar(gained, lost)
+    return summary
+
+
+def _by_problem(rows: Rows) -> dict[str, Rows]:
+    groups: dict[str, Rows] = {}
+    for row in rows:
+        groups.setdefault(row["prompt_id"], []).append(row)
+    return groups
+
+
+# ------------------------------------------------------------------------------------------- reverse KL
+
+
+def _reverse_kl_rows(
+    job: Job, text: Text, model: ModelSource, engine: Engine, against: Against, *, first_part: int
+) -> Rows:
+    """Held-out prompts sampled at the rollout temperature, scored by the teacher after its own prompt."""
+    rollout, teacher = job.recipe.rollout, against.teacher
+    sampling = sampling_of(
+        job.recipe, text, temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens
+    )
+
+    def build(problems: Sequence[Problem]) -> Rows:
+        engine.load(model)
+        sampled = _sample(job, problems, text.prompt, sampling, engine, 1, purpose="reverse KL")
+        engine.load(against.source)
+        triples = [(problem, prompt_ids, completion.token_ids) for problem, _, prompt_ids, completion in sampled]
+        scored = score_completions(job, triples, teacher=teacher, engine=engine, top_k=0)
+        return [
+            {
+                "prompt_id": problem.prompt_id,
+                "sample": number,
+                "prompt_token_ids": prompt_ids,
+                "teacher_prompt_token_ids": fields[0],
+                "completion_token_ids": completion.token_ids,
+                "sampler_logprobs": completion.logprobs,
+                "teacher_logprobs": fields[1],
+                "scorable": fields[2],
+            }
+            for (problem, number, prompt_ids, completion), fields in zip(sampled, scored, strict=True)
+        ]
+
+    problems = subset(job.test, job.recipe.evaluate.reverse_kl_problems)
+    name = "reverse_kl.parquet"
+    job.in_parts(name, problems, rows_per_item=1, build=build, schema=REVERSE_KL, first=first_part)
+    return read_rows(job.draft.folder / name, REVERSE_KL)
+
+
+def _totals(rows: Rows) -> tuple[list[float], list[float]]:
+    """Sum of sampler minus teacher log-prob over scorable tokens, and their number, of each problem."""
+    sums, counts = [], []
+    for row in rows:
+        mask = np.asarray(row["scorable"], bool)
+        difference = np.subtract(row["sampler_logprobs"], row["teacher_logprobs"], dtype=np.float64)
+        sums.append(float(difference[mask].sum()))
+        counts.append(float(mask.sum()))
+    return sums, counts
+
+
+def _reverse_kl(rows: Rows) -> dict[str, JsonValue]:
+    interval = statistics.bootstrap_ratio(*_totals(rows), seed=BOOTSTRAP_SEED)
+    return {
+        "reverse_kl_nats": interval.estimate,
+        "reverse_kl_low": interval.low,
+        "reverse_kl_high": interval.high,
+    }
+
+
+def _reverse_kl_change(rows: Rows, before: Rows) -> dict[str, JsonValue]:
+    """The paired difference to student 0: the same problems in every resample."""
+    interval = statistics.bootstrap_ratio_difference(*_totals(rows), *_totals(before), seed=BOOTSTRAP_SEED)
+    return {
+        "reverse_kl_change_nats": interval.estimate,
+        "reverse_kl_change_low": interval.low,
+        "reverse_kl_change_high": interval.high,
+    }

@@ -1,0 +1,458 @@
+"""The store: entries on disk that are either whole or not there. The only module that knows names in it.
+
+Every durable write is made beside its place, flushed, fsynced, renamed, and its directory fsynced; the
+manifest comes last and makes the entry *done*. A killed step leaves parts or checkpoints, which the next
+attempt uses. Locks are flock (they go with their process), never PID files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from filelock import FileLock, Timeout
+from pydantic import JsonValue
+
+from kdpipe.errors import ArtifactError, KdpipeError, LockError, StepError
+from kdpipe.plan import Step, canonical
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+FINGERPRINT = "fingerprint.json"
+METRICS = "metrics.jsonl"
+NOT_PAYLOAD = (MANIFEST, FINGERPRINT, METRICS)
+TEMPORARY = ".tmp-"
+
+
+# ------------------------------------------------------------------------------------- durable writes
+
+
+def write_durably(path: Path, writer: Callable[[Path], None]) -> None:
+    """Makes `path` (file or folder) hold what `writer` writes, wholly or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.parent / f"{TEMPORARY}{path.name}"
+    _remove(draft)
+    try:
+        writer(draft)
+        for file in _files(draft):
+            _fsync(file)
+        for folder in _folders(draft):
+            _fsync(folder)
+        if path.is_dir():
+            _remove(path)
+        draft.replace(path)
+        _fsync(path.parent)
+    except OSError as error:
+        raise StepError(
+            f"{path}: cannot be written: {error.strerror or error}",
+            hint="free space or mend the disk, then repeat the command: finished pieces are kept",
+        ) from error
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """`write_durably` of bytes."""
+    write_durably(path, lambda draft: draft.write_bytes(data) and None)
+
+
+def write_json(path: Path, value: JsonValue) -> None:
+    """`write_durably` of JSON with sorted keys."""
+    write_bytes(path, (json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n").encode())
+
+
+def append_line(path: Path, value: Mapping[str, JsonValue]) -> None:
+    """Appends one JSON line in one write; a reader skips a last line that a kill cut short."""
+    line = json.dumps(value, sort_keys=True, allow_nan=False) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of `path` ([] when it is missing); a line that is cut short is left out."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    return rows
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(found for found in path.rglob("*") if found.is_file())
+
+
+def _folders(path: Path) -> list[Path]:
+    return [path, *(found for found in path.rglob("*") if found.is_dir())] if path.is_dir() else []
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------ manifests
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One payload file: its path inside the entry, size and sha256."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a done entry holds; `dropped` names files that retention removed."""
+
+    fingerprint: str
+    files: tuple[StoredFile, ...]
+    inputs: Mapping[str, str]
+    payload_digest: str
+    dropped: tuple[str, ...]
+    provenance: Mapping[str, JsonValue]
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """The manifest as written, with the digest of itself."""
+        document: dict[str, JsonValue] = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "files": [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in self.files],
+            "inputs": dict(self.inputs),
+            "payload_digest": self.payload_digest,
+            "dropped": list(self.dropped),
+            "provenance": dict(self.provenance),
+        }
+        return {**document, "self_sha256": hashlib.sha256(canonical(document)).hexdigest()}
+
+
+def _parse_manifest(path: Path, text: str, fingerprint: str) -> Manifest:
+    try:
+        document = json.loads(text)
+        own = document.pop("self_sha256")
+        if document["format"] != FORMAT:
+            raise ArtifactError(
+                f"{path}: format {document['format']}, and this kdpipe reads format {FORMAT}",
+                hint="use another --workspace, or the kdpipe that wrote this one",
+            )
+        if own != hashlib.sha256(canonical(document)).hexdigest():
+            raise ValueError("its own sha256 does not match")
+        if document["fingerprint"] != fingerprint:
+            raise ValueError("it belongs to another step")
+        return Manifest(
+            fingerprint=document["fingerprint"],
+            files=tuple(StoredFile(f["path"], f["bytes"], f["sha256"]) for f in document["files"]),
+            inputs=document["inputs"],
+            payload_digest=document["payload_digest"],
+            dropped=tuple(document["dropped"]),
+            provenance=document["provenance"],
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path}: damaged manifest: {error}") from None
+
+
+# -------------------------------------------------------------------------------------------- entries
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The place of one step's artifacts: `store/<stage>/<fingerprint16>`."""
+
+    folder: Path
+    step_id: str
+    fingerprint: str
+
+    def manifest(self) -> Manifest | None:
+        """The manifest, or None when the entry is not committed; raises ArtifactError when damaged."""
+        path = self.folder / MANIFEST
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise self._damage(f"{path}: cannot be read: {error}") from error
+        try:
+            return _parse_manifest(path, text, self.fingerprint)
+        except ArtifactError as error:
+            raise error if error.hint else self._damage(error.message) from None
+
+    def problem(self, manifest: Manifest) -> str | None:
+        """What is wrong with the files of a committed entry by their sizes, or None."""
+        for file in manifest.files:
+            if file.path in manifest.dropped:
+                continue
+            try:
+                size = (self.folder / file.path).stat().st_size
+            except FileNotFoundError:
+                return f"{self.folder / file.path}: is missing"
+            if size != file.bytes:
+                return f"{self.folder / file.path}: {size} bytes, its manifest says {file.bytes}"
+        return None
+
+    def opened(self, *prefixes: str) -> Path:
+        """The entry's folder, after the sha256 of every file below `prefixes` was checked."""
+        manifest = self.manifest()
+        if manifest is None:
+            raise ArtifactError(f"{self.folder}: {self.step_id} is not there", hint="repeat the run")
+        for file in manifest.files:
+            if any(file.path == prefix or file.path.startswith(f"{prefix}/") for prefix in prefixes):
+                self.check(file)
+        return self.folder
+
+    def check(self, file: StoredFile) -> None:
+        """Raises ArtifactError unless `file` is there with its sha256."""
+        path = self.folder / file.path
+        try:
+            found = file_digest(path)
+        except OSError as error:
+            raise self._damage(f"{path}: cannot be read: {error.strerror}") from error
+        if found != file.sha256:
+            raise self._damage(f"{path}: sha256 {found[:16]}..., its manifest says {file.sha256[:16]}...")
+
+    def discard(self) -> None:
+        """Forgets everything of the entry, so that the step is performed from nothing."""
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        for child in self.folder.iterdir() if self.folder.is_dir() else ():
+            if child.name != ".lock":
+                _remove(child)
+
+    def drop(self, prefix: str) -> int:
+        """Removes the files below `prefix` and says so in the manifest; returns the bytes freed."""
+        manifest = self.manifest()
+        if manifest is None:
+            return 0
+        gone = [f for f in manifest.files if f.path.startswith(f"{prefix}/") and f.path not in manifest.dropped]
+        if not gone:
+            return 0
+        dropped = tuple(sorted({*manifest.dropped, *(f.path for f in gone)}))
+        changed = Manifest(
+            manifest.fingerprint,
+            manifest.files,
+            manifest.inputs,
+            manifest.payload_digest,
+            dropped,
+            manifest.provenance,
+        )
+        write_json(self.folder / MANIFEST, changed.to_json())
+        _remove(self.folder / prefix)
+        return sum(f.bytes for f in gone)
+
+    @contextlib.contextmanager
+    def locked(self, waiting: Callable[[], None]) -> Iterator[None]:
+        """Holds the entry; calls `waiting` once when another run has it, and waits for that run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waiting()
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _damage(self, message: str) -> ArtifactError:
+        return ArtifactError(
+            message, hint=f"rebuild it and what depends on it: repeat the run with --force {self.step_id}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """The workspace's entries, shared by all its runs."""
+
+    workspace: Path
+
+    def entry(self, step: Step) -> Entry:
+        """The place of `step`'s artifacts."""
+        return self.entry_of(step.stage, step.fingerprint, step.id)
+
+    def entry_of(self, stage: str, fingerprint: str, step_id: str) -> Entry:
+        """The place of a step's artifacts by its parts."""
+        return Entry(self.workspace / "store" / stage / fingerprint[:16], step_id, fingerprint)
+
+    def all_folders(self) -> list[Path]:
+        """Every entry's folder, committed or not."""
+        root = self.workspace / "store"
+        return sorted(path for stage in root.glob("*") for path in stage.glob("*") if path.is_dir())
+
+
+# -------------------------------------------------------------------------------------------- drafts
+
+
+class Draft:
+    """What a stage writes to. Nothing in it counts before `commit`, but parts and checkpoints survive a kill."""
+
+    def __init__(self, entry: Entry, step: Step, *, note: Callable[[str, Mapping[str, JsonValue]], None]) -> None:
+        self.folder = entry.folder
+        self.round = step.round
+        self._entry = entry
+        self._step = step
+        self._note = note
+        self._metrics: list[dict[str, JsonValue]] = []
+        self._payload: list[str] = []
+        for leftover in self.folder.rglob(f"{TEMPORARY}*"):
+            _remove(leftover)
+        write_json(self.folder / FINGERPRINT, {**step.document, "fingerprint": step.fingerprint})
+
+    # payload
+
+    def write(self, name: str, writer: Callable[[Path], None]) -> None:
+        """Durably writes the payload file or folder `name` through `writer(temporary path)`."""
+        write_durably(self.folder / _inside(name), writer)
+        self._payload.append(name)
+
+    def write_json(self, name: str, value: JsonValue) -> None:
+        """Durably writes the payload file `name` as JSON."""
+        write_json(self.folder / _inside(name), value)
+        self._payload.append(name)
+
+    def metric(self, name: str, value: float, *, optimizer_step: int | None = None) -> None:
+        """One row of metrics.jsonl; it is durable at the next checkpoint, or at commit."""
+        row: dict[str, JsonValue] = {"round": self.round, "name": name, "value": float(value)}
+        self._metrics.append({**row, "optimizer_step": optimizer_step})
+
+    # parts: finished pieces of a step that handles rows
+
+    def part(self, index: int, writer: Callable[[Path], None]) -> Path:
+        """The path of part `index`, written through `writer` unless an earlier attempt finished it."""
+        path = self.folder / "parts" / f"part-{index:05d}.parquet"
+        if not path.exists():
+            self._note("part started", {"part": index})
+            write_durably(path, writer)
+            self._note("part done", {"part": index})
+        return path
+
+    # checkpoints: finished states inside a step that trains
+
+    def checkpoint(self) -> tuple[int, Path] | None:
+        """The newest checkpoint as (optimizer step, folder), with the metrics of the steps before it."""
+        found = sorted((self.folder / "checkpoints").glob("step-*"))
+        if not found:
+            return None
+        newest = found[-1]
+        self._metrics = read_lines(newest / METRICS)
+        return int(newest.name.removeprefix("step-")), newest
+
+    def write_checkpoint(self, optimizer_step: int, writer: Callable[[Path], None]) -> None:
+        """Durably writes a checkpoint folder through `writer`, then removes the older ones."""
+
+        def write(path: Path) -> None:
+            path.mkdir()
+            writer(path)
+            _write_lines(path / METRICS, self._metrics)
+
+        folder = self.folder / "checkpoints"
+        name = f"step-{optimizer_step:06d}"
+        write_durably(folder / name, write)
+        self._note("checkpoint", {"optimizer_step": optimizer_step})
+        for older in folder.glob("step-*"):
+            if older.name < name:
+                _remove(older)
+
+    # commit
+
+    def commit(self, *, inputs: Mapping[str, str], provenance: Mapping[str, JsonValue]) -> Manifest:
+        """Writes metrics and, last, the manifest; then parts and checkpoints go."""
+        write_durably(self.folder / METRICS, lambda path: _write_lines(path, self._metrics))
+        files = []
+        for name in self._payload:
+            for path in _files(self.folder / name):
+                relative = path.relative_to(self.folder).as_posix()
+                files.append(StoredFile(relative, path.stat().st_size, file_digest(path)))
+        files.sort(key=lambda file: file.path)
+        digest = hashlib.sha256(canonical([[file.path, file.sha256] for file in files])).hexdigest()
+        manifest = Manifest(
+            self._entry.fingerprint, tuple(files), dict(inputs), digest, (), {**provenance, "step": self._step.id}
+        )
+        write_json(self.folder / MANIFEST, manifest.to_json())
+        tidy(self._entry, manifest)
+        return manifest
+
+
+def tidy(entry: Entry, manifest: Manifest) -> None:
+    """Removes what a kill right after a commit, or in the middle of a drop, left beside the payload."""
+    for name in ("parts", "checkpoints"):
+        _remove(entry.folder / name)
+    for path in manifest.dropped:
+        _remove(entry.folder / path)
+    for leftover in entry.folder.rglob(f"{TEMPORARY}*"):
+        _remove(leftover)
+
+
+def _write_lines(path: Path, rows: list[dict[str, JsonValue]]) -> None:
+    path.write_text("".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows))
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise KdpipeError(f"{name}: leads out of its folder")
+    return name
+
+
+# ---------------------------------------------------------------------------------------------- locks
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Holds the run in `folder`; raises LockError naming the holder when another process does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    holder = folder / "holder.json"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = "another process"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads(holder.read_text())
+            who = f"process {found['pid']} on {found['host']}, since {found['since']}"
+        raise LockError(
+            f"{folder.name}: is being run by {who}", hint="wait for it, or stop it; then repeat the command"
+        ) from None
+    try:
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def is_running(folder: Path) -> bool:
+    """Whether some process holds the run in `folder`."""
+    path = folder / ".lock"
+    if not path.exists():
+        return False
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False

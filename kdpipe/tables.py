@@ -1,0 +1,198 @@
+"""Rows <-> parquet: the columns that other programs read. Schemas are fixed; a file that lacks one is damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdpipe.errors import ArtifactError
+from kdpipe.rows import Rollout
+
+IDS = pa.list_(pa.int32())
+LOGPROBS = pa.list_(pa.float32())
+
+ROLLOUTS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample", pa.int32()),
+        ("question", pa.string()),
+        ("expected", pa.string()),
+        ("prompt_token_ids", IDS),
+        ("completion_token_ids", IDS),
+        ("sampler_logprobs", LOGPROBS),
+        ("source", pa.string()),
+        ("finish_reason", pa.string()),
+        ("text", pa.string()),
+        ("answer_strict", pa.string()),
+        ("answer_flexible", pa.string()),
+        ("correct", pa.bool_()),
+        ("reward", pa.float32()),
+    ]
+)
+
+_SCORES = [
+    ("prompt_id", pa.string()),
+    ("sample", pa.int32()),
+    ("teacher", pa.string()),
+    ("teacher_prompt_token_ids", IDS),
+    ("teacher_logprobs", LOGPROBS),
+    ("scorable", pa.list_(pa.bool_())),
+]
+SCORES = pa.schema(_SCORES)
+SCORES_TOPK = pa.schema(
+    [
+        *_SCORES,
+        ("topk_ids", pa.list_(IDS)),
+        ("topk_logprobs", pa.list_(LOGPROBS)),
+        ("tail_logprobs", LOGPROBS),
+    ]
+)
+
+COMPLETIONS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample", pa.int32()),
+        ("epoch", pa.int32()),
+        ("optimizer_step", pa.int32()),
+        ("advantage", pa.float32()),
+        ("kept", pa.bool_()),
+        ("proximal_logprobs", LOGPROBS),
+    ]
+)
+
+GRADES = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample", pa.int32()),
+        ("question", pa.string()),
+        ("expected", pa.string()),
+        ("text", pa.string()),
+        ("answer_strict", pa.string()),
+        ("answer_flexible", pa.string()),
+        ("correct", pa.bool_()),
+        ("prompt_token_ids", IDS),
+        ("completion_token_ids", IDS),
+        ("sampler_logprobs", LOGPROBS),
+        ("finish_reason", pa.string()),
+    ]
+)
+
+REVERSE_KL = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample", pa.int32()),
+        ("prompt_token_ids", IDS),
+        ("teacher_prompt_token_ids", IDS),
+        ("completion_token_ids", IDS),
+        ("sampler_logprobs", LOGPROBS),
+        ("teacher_logprobs", LOGPROBS),
+        ("scorable", pa.list_(pa.bool_())),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """One row of `scores.parquet`: n completion tokens under one teacher.
+
+    `topk_ids` [n, k], `topk_logprobs` [n, k] and `tail_logprobs` [n] are None where only the sampled
+    token's log-prob is kept. Where `scorable` is false the teacher has no such id: its log-prob is 0 there
+    and must not be used.
+    """
+
+    prompt_id: str
+    sample: int
+    teacher: str
+    teacher_prompt_token_ids: list[int]
+    teacher_logprobs: npt.NDArray[np.float32]
+    scorable: npt.NDArray[np.bool_]
+    topk_ids: npt.NDArray[np.int32] | None = None
+    topk_logprobs: npt.NDArray[np.float32] | None = None
+    tail_logprobs: npt.NDArray[np.float32] | None = None
+
+
+def write_rows(path: Path, rows: Sequence[Any], schema: pa.Schema) -> None:
+    """Writes dataclass rows or dicts as one parquet file; equal rows give equal bytes."""
+    columns = {
+        name: [row[name] if isinstance(row, dict) else getattr(row, name) for row in rows] for name in schema.names
+    }
+    arrays = [_array(columns[field.name], field.type) for field in schema]
+    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), path, compression="zstd")
+
+
+def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """An arrow array; 2-D numpy values become lists of equally long lists without a Python loop."""
+    if values and isinstance(values[0], np.ndarray) and values[0].ndim == 2:
+        lengths = [value.shape[0] for value in values]
+        flat = np.concatenate([value.reshape(-1) for value in values])
+        width = values[0].shape[1]
+        inner_offsets = pa.array(np.arange(sum(lengths) + 1, dtype=np.int32) * width)
+        inner = pa.ListArray.from_arrays(inner_offsets, pa.array(flat, kind.value_type.value_type))
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+        return pa.ListArray.from_arrays(offsets, inner)
+    return pa.array(values, kind)
+
+
+def read_rows(path: Path, schema: pa.Schema, *, columns: list[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of a parquet file as dicts; raises ArtifactError when it is not of this schema."""
+    return _read(path, schema, columns).to_pylist()  # type: ignore[no-any-return]
+
+
+def read_rollouts(path: Path) -> list[Rollout]:
+    """The rows of a rollouts file."""
+    names = [field.name for field in fields(Rollout)]
+    return [Rollout(**{name: row[name] for name in names}) for row in read_rows(path, ROLLOUTS)]
+
+
+def read_scores(path: Path) -> list[Scores]:
+    """The rows of a scores file, with or without the teacher's top k."""
+    with_topk = "topk_ids" in pq.read_schema(path).names
+    table = _read(path, SCORES_TOPK if with_topk else SCORES, None)
+    plain = table.select(["prompt_id", "sample", "teacher", "teacher_prompt_token_ids"]).to_pylist()
+    scores = []
+    for index, row in enumerate(plain):
+        n = len(table["teacher_logprobs"][index])
+        scores.append(
+            Scores(
+                **row,
+                teacher_logprobs=_numpy(table["teacher_logprobs"][index], np.float32),
+                scorable=_numpy(table["scorable"][index], np.bool_),
+                topk_ids=_matrix(table["topk_ids"][index], n, np.int32) if with_topk else None,
+                topk_logprobs=_matrix(table["topk_logprobs"][index], n, np.float32) if with_topk else None,
+                tail_logprobs=_numpy(table["tail_logprobs"][index], np.float32) if with_topk else None,
+            )
+        )
+    return scores
+
+
+def _read(path: Path, schema: pa.Schema, columns: list[str] | None) -> pa.Table:
+    try:
+        table = pq.read_table(path, columns=columns)
+        wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+        return table.select(wanted.names).cast(wanted)
+    except (pa.ArrowException, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"{path}: not the table it should be: {reason}", hint="kdpipe verify names the step") from error
+
+
+def _numpy(scalar: pa.ListScalar, dtype: Any) -> npt.NDArray[Any]:
+    values = scalar.values
+    return np.asarray(values.to_numpy(zero_copy_only=False), dtype=dtype)
+
+
+def _matrix(scalar: pa.ListScalar, n: int, dtype: Any) -> npt.NDArray[Any]:
+    inner = scalar.values
+    return np.asarray(inner.flatten().to_numpy(zero_copy_only=False), dtype=dtype).reshape(n, -1)
+
+
+def merge(parts: Sequence[Path], path: Path, schema: pa.Schema) -> None:
+    """Writes the rows of `parts`, in order, as one file whose bytes depend on the rows only."""
+    table = pa.concat_tables([_read(part, schema, None) for part in parts]) if parts else schema.empty_table()
+    pq.write_table(table.combine_chunks(), path, compression="zstd")

@@ -1,0 +1,248 @@
+"""Warm processes: start a role, call it, wait, stop it. Runs whatever it is handed; knows no stage.
+
+Parent and worker exchange JSON lines over the worker's stdin and stdout; whatever the worker's libraries
+print goes to its log. A worker ends as soon as its parent does: a thread waits on stdin, whose end closes
+with the parent, and Linux is asked to kill it besides.
+
+    python -m kdpipe.workers package.module:factory
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import queue
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from pydantic import JsonValue
+
+import kdpipe.errors
+from kdpipe.errors import KdpipeError, StepError
+from kdpipe.pulse import Stopped
+
+Message = dict[str, JsonValue]
+STOP_SECONDS = 5.0
+"""How long a worker may take to reach a safe point after it was asked to stop."""
+
+
+class Report:
+    """What a call inside a worker tells its parent, and learns from it."""
+
+    def __init__(self, send: Callable[[Message], None]) -> None:
+        self._send = send
+        self.stopping = threading.Event()
+
+    def event(self, **fields: JsonValue) -> None:
+        """Sends a progress event to the parent."""
+        self._send({"event": fields})
+
+
+class Serve(Protocol):
+    """What a factory returns: called once for each request."""
+
+    def __call__(self, request: Message, report: Report) -> Message: ...
+
+
+# ---------------------------------------------------------------------------------------- parent's side
+
+
+class Worker:
+    """One warm process. Started by the first call."""
+
+    def __init__(self, target: str, *, log: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.target = target
+        self.log = log
+        self._environment = dict(environment or {})
+        self._process: subprocess.Popen[bytes] | None = None
+        self._buffer = b""
+
+    def call(
+        self,
+        request: Message,
+        *,
+        on_event: Callable[[Message], None],
+        stop: Callable[[], bool] = lambda: False,
+        tick: Callable[[], None] = lambda: None,
+    ) -> Message | None:
+        """The result of one call, or None when `stop()` became true and the worker stopped safely.
+
+        `tick` is called a few times a second. Raises the worker's own KdpipeError, or StepError with the
+        tail of its log when it died.
+        """
+        process = self._process or self._start()
+        self._write(process, {"call": request})
+        asked: float | None = None
+        while True:
+            if asked is None and stop():
+                asked = time.monotonic()
+                self._write(process, {"stop": True})
+            if asked is not None and time.monotonic() - asked > STOP_SECONDS:
+                self.kill()
+                return None
+            for message in self._read(process, seconds=0.2):
+                if "event" in message:
+                    on_event(message["event"])  # type: ignore[arg-type]
+                elif "result" in message:
+                    return message["result"]  # type: ignore[return-value]
+                elif "stopped" in message:
+                    return None
+                elif "error" in message:
+                    raise self._error(message["error"])  # type: ignore[arg-type]
+            tick()
+
+    def kill(self) -> None:
+        """Ends the process at once; a later call starts a new one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._close()
+
+    def stop(self) -> None:
+        """Lets the process end by itself, and sees to it that it does."""
+        if self._process is None:
+            return
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()  # type: ignore[union-attr]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=STOP_SECONDS)
+        self.kill()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(  # noqa: S603 (our own interpreter and module)
+                [sys.executable, "-m", "kdpipe.workers", self.target, str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, **self._environment},
+            )
+        os.set_blocking(process.stdout.fileno(), False)  # type: ignore[union-attr]
+        self._process = process
+        self._buffer = b""
+        return process
+
+    def _write(self, process: subprocess.Popen[bytes], message: Message) -> None:
+        try:
+            process.stdin.write(json.dumps(message).encode() + b"\n")  # type: ignore[union-attr]
+            process.stdin.flush()  # type: ignore[union-attr]
+        except OSError:
+            raise self._death(process) from None
+
+    def _read(self, process: subprocess.Popen[bytes], *, seconds: float) -> list[Message]:
+        """The messages that arrived within `seconds`; raises StepError when the process ended."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)  # type: ignore[arg-type]
+            if not selector.select(seconds):
+                return []
+        data = process.stdout.read()  # type: ignore[union-attr]
+        if data == b"":
+            raise self._death(process)
+        *lines, self._buffer = (self._buffer + (data or b"")).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def _death(self, process: subprocess.Popen[bytes]) -> StepError:
+        status = process.wait()
+        self._close()
+        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        killed = " (the system may be out of memory)" if status == -signal.SIGKILL else ""
+        tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-12:])
+        return StepError(
+            f"the worker died: {how}{killed}; the end of {self.log}:\n{tail}",
+            hint="repeat the command: it continues where this stopped",
+        )
+
+    def _close(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):
+                    pipe.close()  # type: ignore[union-attr]
+
+    def _error(self, error: Message) -> KdpipeError:
+        kind = getattr(kdpipe.errors, str(error["kind"]), None)
+        if isinstance(kind, type) and issubclass(kind, KdpipeError):
+            return kind(str(error["message"]), hint=str(error["hint"]))
+        return StepError(
+            f"{error['kind']}: {error['message']} (the whole story is in {self.log})",
+            hint="this is a bug in kdpipe; finished pieces are kept, and repeating the command continues",
+        )
+
+
+# ---------------------------------------------------------------------------------------- worker's side
+
+
+def main(target: str, parent: int) -> None:
+    """Serves calls until the parent goes away."""
+    _die_with(parent)
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides when to stop
+        signal.signal(number, signal.SIG_IGN)
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is for the log, not for the parent
+    lock = threading.Lock()
+
+    def send(message: Message) -> None:
+        with lock, contextlib.suppress(BrokenPipeError):
+            replies.write(json.dumps(message) + "\n")
+            replies.flush()
+
+    report = Report(send)
+    calls: queue.Queue[Message] = queue.Queue()
+    threading.Thread(target=_listen, args=(sys.stdin, calls, report), daemon=True).start()
+    module, _, name = target.partition(":")
+    serve: Serve | None = None
+    while True:
+        request = calls.get()
+        try:
+            if serve is None:
+                serve = getattr(importlib.import_module(module), name)()
+            assert serve is not None
+            send({"result": serve(request, report)})
+        except Stopped:
+            send({"stopped": True})
+        except KdpipeError as error:
+            send({"error": _describe(error, error.message, error.hint)})
+        except Exception as error:  # noqa: BLE001 (the seam of the process: the parent reports it)
+            import traceback
+
+            traceback.print_exc()
+            send({"error": _describe(error, str(error), "")})
+
+
+def _describe(error: Exception, message: str, hint: str) -> Message:
+    return {"kind": type(error).__name__, "message": message, "hint": hint}
+
+
+def _listen(requests: TextIO, calls: queue.Queue[Message], report: Report) -> None:
+    """Queues calls; ends the process at once when the parent's end of the pipe closes."""
+    for line in requests:
+        message: dict[str, Any] = json.loads(line)
+        if "call" in message:
+            report.stopping.clear()
+            calls.put(message["call"])
+        else:
+            report.stopping.set()
+    os._exit(0)
+
+
+def _die_with(parent: int) -> None:
+    """Asks Linux for SIGKILL when the parent dies; elsewhere the closed pipe has to do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

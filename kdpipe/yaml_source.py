@@ -1,0 +1,183 @@
+"""YAML text -> plain values that remember their lines. PyYAML's safe loader with three repairs.
+
+Duplicate keys are errors; `1e-5` is a number (YAML 1.1 reads a string); numbers with a leading zero are
+refused (YAML 1.1 reads `010` as 8). The spelling of every scalar is kept, so that a message can show
+what was written.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import yaml
+from pydantic import JsonValue
+
+from kdpipe.errors import RecipeError
+
+Path = tuple[int | str, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-5` as a float."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A parsed YAML mapping; `origins` maps a path inside it to `file:line`, `spellings` to the text."""
+
+    value: dict[str, JsonValue]
+    name: str
+    origins: dict[Path, str] = field(default_factory=dict)
+    spellings: dict[Path, str] = field(default_factory=dict)
+
+    def where(self, path: Path) -> str:
+        """`file:line` of `path`, or of the nearest thing around it."""
+        for length in range(len(path), -1, -1):
+            if path[:length] in self.origins:
+                return self.origins[path[:length]]
+        return self.name
+
+    def spelling(self, path: Path) -> str:
+        """The scalar at `path` as it was written; empty when there is none."""
+        return self.spellings.get(path, "")
+
+    def own_path(self, location: tuple[int | str, ...]) -> Path:
+        """`location` without the parts that are not keys of this document (names of union members).
+
+        The last part is kept when it is a key that is missing here.
+        """
+        path: list[int | str] = []
+        value: Any = self.value
+        for index, part in enumerate(location):
+            inside = (isinstance(value, dict) and part in value) or (
+                isinstance(value, list) and isinstance(part, int) and part < len(value)
+            )
+            if inside:
+                path.append(part)
+                value = value[part]
+            elif index == len(location) - 1 and isinstance(value, dict) and isinstance(part, str) and path != []:
+                if re.fullmatch(r"[a-z_]+", part):
+                    path.append(part)
+            elif len(location) == 1:
+                path.append(part)
+        return tuple(path)
+
+    def with_value(self, path: tuple[str, ...], value: JsonValue, origin: str) -> Document:
+        """This document with `value` at `path`; mappings on the way are made, list items must exist."""
+        keys: list[int | str] = []
+        root = _copy(self.value)
+        node: Any = root
+        for depth, part in enumerate(path):
+            last = depth == len(path) - 1
+            if isinstance(node, list):
+                if not part.isdigit() or int(part) >= len(node):
+                    here = ".".join(str(key) for key in keys)
+                    raise RecipeError(f"{origin}: {here} is a list of {len(node)}; {part!r} is not an index of it")
+                key: int | str = int(part)
+            elif isinstance(node, dict):
+                key = part
+                if not last and not isinstance(node.get(part), (dict, list)):
+                    node[part] = {}
+            else:
+                raise RecipeError(f"{origin}: {'.'.join(str(key) for key in keys)} is not a mapping")
+            keys.append(key)
+            if last:
+                node[key] = value
+            else:
+                node = node[key]
+        place = tuple(keys)
+        outside = {known: text for known, text in self.origins.items() if known[: len(place)] != place}
+        spellings = {known: text for known, text in self.spellings.items() if known[: len(place)] != place}
+        if not isinstance(value, (dict, list)):
+            spellings[place] = origin.partition("=")[2]
+        return replace(self, value=root, origins={**outside, place: origin}, spellings=spellings)
+
+
+def read_yaml(text: str, name: str) -> Document:
+    """The mapping in `text`; raises RecipeError with line and column on anything that is not one."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"{name}:{line}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise RecipeError(f"{name}: a recipe is a mapping of sections", hint="kdpipe recipes quickstart  shows one")
+    document = Document(value={}, name=name)
+    value = _construct(node, (), document)
+    assert isinstance(value, dict)
+    return replace(document, value=value)
+
+
+def parse_value(text: str, origin: str) -> JsonValue:
+    """The YAML value in `text`, as after `--set key=`."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{origin}: not a YAML value: {str(error).splitlines()[0]}") from None
+    if node is None:
+        return None
+    return _construct(node, (), Document(value={}, name=origin))
+
+
+def _construct(node: yaml.Node, path: Path, document: Document) -> JsonValue:
+    line = node.start_mark.line + 1
+    origin = f"{document.name}:{line}"
+    document.origins.setdefault(path, origin)
+    match node:
+        case yaml.MappingNode():
+            mapping: dict[str, JsonValue] = {}
+            for key_node, value_node in node.value:
+                key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+                here = f"{document.name}:{key_node.start_mark.line + 1}"
+                if not isinstance(key, str) or key_node.tag == "tag:yaml.org,2002:merge":
+                    raise RecipeError(f"{here}: keys are plain words; merges and complex keys are not used here")
+                if key in mapping:
+                    raise RecipeError(f"{here}: {'.'.join(map(str, (*path, key)))}: this key stands here twice")
+                document.origins[(*path, key)] = here
+                mapping[key] = _construct(value_node, (*path, key), document)
+            return mapping
+        case yaml.SequenceNode():
+            return [_construct(item, (*path, index), document) for index, item in enumerate(node.value)]
+        case yaml.ScalarNode():
+            document.spellings[path] = node.value
+            return _scalar(node, origin)
+    raise RecipeError(f"{origin}: aliases and tags are not used here")
+
+
+def _scalar(node: yaml.ScalarNode, origin: str) -> JsonValue:
+    plain = node.style is None
+    if plain and re.fullmatch(r"[-+]?0[\d_]+", node.value):
+        raise RecipeError(f"{origin}: {node.value}: a leading zero means octal in YAML; write it without, or in quotes")
+    loader = _Loader("")
+    match node.tag:
+        case "tag:yaml.org,2002:null":
+            return None
+        case "tag:yaml.org,2002:bool":
+            return bool(loader.construct_yaml_bool(node))
+        case "tag:yaml.org,2002:int":
+            return int(loader.construct_yaml_int(node))
+        case "tag:yaml.org,2002:float":
+            value = float(node.value.replace("_", "")) if "e" in node.value.lower() else loader.construct_yaml_float(node)
+            if value != value or value in (float("inf"), float("-inf")):
+                raise RecipeError(f"{origin}: {node.value}: a number must be finite")
+            return float(value)
+        case "tag:yaml.org,2002:str" | "tag:yaml.org,2002:timestamp":
+            return str(node.value)
+    raise RecipeError(f"{origin}: the YAML tag {node.tag} is not used here")
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,301 @@
+"""Losses against closed forms and naive formulas, in float64."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdpipe import losses
+
+INF = math.inf
+BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
+
+
+def random_logprobs(seed: int, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (2 * torch.randn(*shape, generator=generator, dtype=torch.float64)).log_softmax(-1)
+
+
+def logs(*probabilities: float) -> Tensor:
+    return torch.tensor([probabilities], dtype=torch.float64).log()
+
+
+def naive_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    s, p = student.exp(), teacher.exp()
+    if beta == 0:
+        return (p * (p / s).log()).sum(-1)
+    if beta == 1:
+        return (s * (s / p).log()).sum(-1)
+    m = beta * p + (1 - beta) * s
+    return beta * (p * (p / m).log()).sum(-1) + (1 - beta) * (s * (s / m).log()).sum(-1)
+
+
+def top(teacher: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids and log-probs of the top k, and the log of the remaining mass."""
+    values, ids = teacher.sort(dim=-1, descending=True)
+    return ids[:, :k], values[:, :k], values[:, k:].logsumexp(-1)
+
+
+def topk_jsd(student: Tensor, teacher: Tensor, k: int, beta: float) -> Tensor:
+    ids, values, tail = top(teacher, k)
+    support = losses.teacher_support(values, tail, num_ids=teacher.shape[-1])
+    return losses.jsd(losses.student_support(student, ids), support, beta)
+
+
+# ----------------------------------------------------------------------------------------------- support
+
+
+def test_the_student_support_holds_the_named_ids_and_the_rest_of_the_mass() -> None:
+    student = logs(0.1, 0.2, 0.3, 0.4)
+    support = losses.student_support(student, torch.tensor([[3, 0]]))
+    torch.testing.assert_close(support.exp(), torch.tensor([[0.4, 0.1, 0.5]], dtype=torch.float64))
+
+
+def test_a_support_of_the_whole_vocabulary_has_no_tail_bucket() -> None:
+    student = random_logprobs(0, 3, 5)
+    ids, values, tail = top(random_logprobs(1, 3, 5), 5)
+    assert losses.student_support(student, ids).shape == (3, 5)
+    assert losses.teacher_support(values, tail, num_ids=5).shape == (3, 5)
+
+
+def test_the_tail_keeps_its_digits_where_the_top_k_hold_nearly_everything() -> None:
+    # In float32, 1 - sum is exactly 0 here.
+    logits = torch.tensor([[30.0, 0.0, 0.0]])
+    tail = losses.student_support(logits.log_softmax(-1), torch.tensor([[0]]))[0, 1]
+    assert tail.item() == pytest.approx(math.log(2) - 30, rel=1e-6)
+
+
+def test_a_tail_without_mass_is_minus_infinity_with_finite_gradients() -> None:
+    logits = torch.tensor([[1.0, 2.0, -INF], [1.0, 2.0, 0.5]], dtype=torch.float64, requires_grad=True)
+    support = losses.student_support(logits.log_softmax(-1), torch.tensor([[0, 1], [0, 1]]))
+    assert support[0, 2].item() == -INF
+    support[:, :2].sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------- jsd
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_jsd_equals_the_naive_formula_in_value_and_gradient(beta: float) -> None:
+    logits = random_logprobs(2, 6, 7).requires_grad_()
+    teacher = random_logprobs(3, 6, 7)
+    value, expected = (
+        losses.jsd(logits.log_softmax(-1), teacher, beta),
+        naive_jsd(logits.log_softmax(-1), teacher, beta),
+    )
+    torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
+    (grad,) = torch.autograd.grad(value.sum(), logits)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), logits)
+    torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12)
+
+
+def test_jsd_weighs_the_teacher_with_beta() -> None:
+    student, teacher = logs(1.0, 0.0), logs(0.5, 0.5)
+    m0, m1 = 0.25 * 0.5 + 0.75, 0.25 * 0.5
+    expected = 0.25 * (0.5 * math.log(0.5 / m0) + 0.5 * math.log(0.5 / m1)) + 0.75 * math.log(1 / m0)
+    assert losses.jsd(student, teacher, 0.25).item() == pytest.approx(expected, abs=1e-14)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_jsd_swaps_its_arguments_with_one_minus_beta(beta: float) -> None:
+    student, teacher = random_logprobs(4, 50, 9), random_logprobs(5, 50, 9)
+    torch.testing.assert_close(
+        losses.jsd(student, teacher, beta), losses.jsd(teacher, student, 1 - beta), rtol=0, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_jsd_lies_between_0_and_the_entropy_of_beta_which_disjoint_distributions_reach(beta: float) -> None:
+    entropy = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)
+    peaked, other = (
+        (9 * random_logprobs(6, 200, 4)).log_softmax(-1),
+        (9 * random_logprobs(7, 200, 4)).log_softmax(-1),
+    )
+    values = losses.jsd(peaked, other, beta)
+    assert (values >= -1e-12).all()
+    assert (values <= entropy + 1e-12).all()
+    assert losses.jsd(logs(1.0, 0.0), logs(0.0, 1.0), beta).item() == pytest.approx(entropy, abs=1e-14)
+
+
+def test_jsd_at_0_and_1_is_the_limit_of_jsd_over_beta_not_the_formula() -> None:
+    student, teacher = random_logprobs(8, 20, 5), random_logprobs(9, 20, 5)
+    for end, other in ((0.0, 1e-6), (1.0, 1 - 1e-6)):
+        slope = losses.jsd(student, teacher, other) / 1e-6
+        torch.testing.assert_close(losses.jsd(student, teacher, end), slope, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(losses.jsd(student, teacher, 0), losses.kl(teacher, student), rtol=0, atol=0)
+    torch.testing.assert_close(losses.jsd(student, teacher, 1), losses.kl(student, teacher), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_jsd_on_the_whole_vocabulary_does_not_depend_on_the_order_of_ids(beta: float) -> None:
+    student, teacher = random_logprobs(10, 30, 8), random_logprobs(11, 30, 8)
+    torch.testing.assert_close(
+        topk_jsd(student, teacher, 8, beta), losses.jsd(student, teacher, beta), rtol=0, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_jsd_grows_with_the_support_from_0_to_the_full_value(beta: float) -> None:
+    student, teacher = random_logprobs(12, 100, 8), random_logprobs(13, 100, 8)
+    previous = torch.zeros(100, dtype=torch.float64)
+    for k in range(1, 9):
+        current = topk_jsd(student, teacher, k, beta)
+        assert (current >= previous - 1e-12).all(), k
+        previous = current
+    torch.testing.assert_close(previous, losses.jsd(student, teacher, beta), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_jsd_has_no_gradient_where_teacher_and_student_agree(beta: float, k: int) -> None:
+    logits = random_logprobs(14, 10, 6).requires_grad_()
+    student = logits.log_softmax(-1)
+    value = topk_jsd(student, student.detach(), k, beta)
+    (grad,) = torch.autograd.grad(value.sum(), logits)
+    assert value.abs().max() < 1e-12
+    assert grad.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_ids_and_tails_without_mass_on_both_sides_are_harmless(beta: float) -> None:
+    logits = torch.tensor([[0.3, -0.2, 1.0, -INF]], dtype=torch.float64, requires_grad=True)
+    teacher = logs(0.5, 0.3, 0.2, 0.0)
+    with_zero = losses.jsd(logits.log_softmax(-1), teacher, beta)
+    without = losses.jsd(logits[:, :3].log_softmax(-1), teacher[:, :3], beta)
+    torch.testing.assert_close(with_zero, without, rtol=0, atol=1e-14)
+    (grad,) = torch.autograd.grad(with_zero.sum(), logits)
+    (expected,) = torch.autograd.grad(without.sum(), logits)
+    torch.testing.assert_close(grad, expected, rtol=0, atol=1e-14)
+    # the same zero as a tail bucket
+    tail = losses.student_support(logits.log_softmax(-1), torch.tensor([[0, 1, 2]]))
+    in_tail = losses.jsd(tail, teacher, beta)
+    (grad,) = torch.autograd.grad(in_tail.sum(), logits)
+    torch.testing.assert_close(in_tail, without, rtol=0, atol=1e-14)
+    torch.testing.assert_close(grad, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("beta", "is_infinite"), [(0.0, False), (0.5, False), (1.0, True)])
+def test_a_teacher_zero_under_student_mass_is_infinite_for_reverse_kl_only(
+    beta: float, is_infinite: bool
+) -> None:
+    logits = torch.tensor([[0.3, -0.2]], dtype=torch.float64, requires_grad=True)
+    student, teacher = logits.log_softmax(-1), logs(1.0, 0.0)
+    value = losses.jsd(student, teacher, beta)
+    points = losses.infinite_points(student, teacher, beta)
+    assert bool(value.isinf()) is is_infinite
+    assert points.tolist() == [[False, is_infinite]]
+    if not is_infinite:
+        (grad,) = torch.autograd.grad(value.sum(), logits)
+        assert grad.isfinite().all()
+
+
+def test_a_student_zero_under_teacher_mass_is_infinite_for_forward_kl_only() -> None:
+    student, teacher = logs(1.0, 0.0), logs(0.4, 0.6)
+    assert [bool(losses.jsd(student, teacher, beta).isinf()) for beta in (0.0, 0.5, 1.0)] == [
+        True,
+        False,
+        False,
+    ]
+    assert losses.infinite_points(student, teacher, 0.0).tolist() == [[False, True]]
+    assert not losses.infinite_points(student, teacher, 1.0).any()
+
+
+# -------------------------------------------------------------------------------- sampled-token terms
+
+
+def test_k2_and_rkl_have_the_same_gradient_for_every_sample() -> None:
+    generator = torch.Generator().manual_seed(15)
+    student = torch.randn(100, generator=generator, dtype=torch.float64).requires_grad_()
+    teacher, weight = torch.randn(2, 100, generator=generator, dtype=torch.float64)
+    (first,) = torch.autograd.grad(losses.k2(student, teacher, weight).sum(), student)
+    signal = teacher - student.detach()
+    (second,) = torch.autograd.grad(losses.rkl_surrogate(student, signal, weight).sum(), student)
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-12)
+    torch.testing.assert_close(first, weight * (student - teacher).detach(), rtol=0, atol=1e-12)
+
+
+def test_signal_and_weight_are_detached() -> None:
+    student = torch.tensor([-1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    loss = losses.rkl_surrogate(student, student * 3, student.exp())
+    (grad,) = torch.autograd.grad(loss.sum(), student)
+    torch.testing.assert_close(grad, -(student * 3 * student.exp()).detach())
+    (grad,) = torch.autograd.grad(losses.k2(student, student * 3, student.exp()).sum(), student)
+    torch.testing.assert_close(grad, (student.exp() * (student - 3 * student)).detach())
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+def test_the_future_sum_is_its_definition_within_each_completion(gamma: float) -> None:
+    lengths = [1, 5, 0, 2, 8, 13]
+    values = torch.randn(29, generator=torch.Generator().manual_seed(16), dtype=torch.float64)
+    expected = torch.cat(
+        [
+            torch.stack(
+                [sum(gamma ** (u - t) * part[u] for u in range(t, len(part))) for t in range(len(part))]
+            )
+            for part in values.split(lengths)
+            if len(part)
+        ]
+    )
+    result = losses.discounted_future_sum(values, lengths, gamma=gamma)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
+
+
+def test_the_future_sum_of_nothing_is_nothing_and_wrong_lengths_are_refused() -> None:
+    assert losses.discounted_future_sum(torch.zeros(0), [], gamma=0.5).shape == (0,)
+    with pytest.raises(ValueError, match="3 tokens in all, but 2 values"):
+        losses.discounted_future_sum(torch.zeros(2), [1, 2], gamma=1.0)
+
+
+# ---------------------------------------------------------------------------------------- ratio weights
+
+
+def test_ratio_weights_are_their_table() -> None:
+    ratio = torch.tensor([0.4, 0.5, 1.0, 2.0, 2.1], dtype=torch.float64)
+    assert losses.truncated(ratio, cap=2.0).tolist() == [0.4, 0.5, 1.0, 2.0, 2.0]
+    assert losses.masked(ratio, low=0.5, high=2.0).tolist() == [0.0, 0.5, 1.0, 2.0, 0.0]
+    up, down = torch.ones(5, dtype=torch.float64), -torch.ones(5, dtype=torch.float64)
+    assert losses.clipped(ratio, up, low=0.5, high=1.0).tolist() == [0.4, 0.5, 1.0, 2.0, 0.0]
+    assert losses.clipped(ratio, down, low=0.5, high=1.0).tolist() == [0.0, 0.5, 1.0, 2.0, 2.1]
+
+
+# ------------------------------------------------------------------------------------------------ PPO
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "dual_clip", "loss", "slope", "is_flat"),
+    [
+        # slope is d loss / d s = d loss / d u * u
+        (1.0, 2.0, None, -2.0, -2.0, False),
+        (1.1, 2.0, None, -2.2, -2.2, False),
+        (1.5, 2.0, None, -2.6, 0.0, True),  # up enough: held at 1 + high
+        (0.5, 2.0, None, -1.0, -1.0, False),  # a good token fell: pulled back up
+        (0.5, -2.0, None, 1.6, 0.0, True),  # down enough: held at 1 - low
+        (0.9, -2.0, None, 1.8, 1.8, False),
+        (1.5, -2.0, None, 3.0, 3.0, False),  # a bad token rose: pushed down
+        (5.0, -2.0, None, 10.0, 10.0, False),
+        (5.0, -2.0, 3.0, 6.0, 0.0, True),  # dual clip: at most 3 |A|
+        (2.0, -2.0, 3.0, 4.0, 4.0, False),
+        (5.0, 2.0, 3.0, -2.6, 0.0, True),  # dual clip leaves good tokens alone
+        (5.0, 0.0, 3.0, 0.0, 0.0, False),
+    ],
+)
+def test_ppo_and_dual_clip_in_closed_form(
+    ratio: float, advantage: float, dual_clip: float | None, loss: float, slope: float, is_flat: bool
+) -> None:
+    proximal = torch.tensor([-0.7], dtype=torch.float64)
+    student = (proximal + math.log(ratio)).requires_grad_()
+    value, flat = losses.ppo_loss(
+        student,
+        proximal,
+        torch.tensor([advantage], dtype=torch.float64),
+        clip_low=0.2,
+        clip_high=0.3,
+        dual_clip=dual_clip,
+    )
+    (grad,) = torch.autograd.grad(value.sum(), student)
+    assert value.item() == pytest.approx(loss, abs=1e-12)
+    assert grad.item() == pytest.approx(slope, abs=1e-12)
+    assert flat.tolist() == [is_flat]
