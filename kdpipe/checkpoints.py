@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,8 @@ from kdpipe.errors import ArtifactError, EngineError
 from kdpipe.forward import head_logits, head_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pydantic import JsonValue
     from transformers import PreTrainedTokenizerBase
 
@@ -264,8 +265,8 @@ def _require_plain_head(model: PreTrainedModel, folder: Path) -> None:
     # The two are one matrix product; bfloat16 rounds its result to 8 bits.
     if not difference <= 0.02 * plain.abs().max().item():
         raise EngineError(
-            f"{folder}: logits of {type(model).__name__} are not hidden @ head (they differ by {difference:.3g}): "
-            "it caps or scales them, which kdpipe does not support",
+            f"{folder}: logits of {type(model).__name__} are not hidden @ head (they differ by "
+            f"{difference:.3g}): it caps or scales them, which kdpipe does not support",
             hint="use a model without final_logit_softcapping, logit_scale or logits_scaling",
         )
 

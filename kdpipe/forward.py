@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
@@ -71,16 +71,15 @@ def hidden_states(model: CausalModel, batch: Batch) -> torch.Tensor:
 
 def head_of(model: CausalModel, *, num_ids: int) -> Head:
     """The output head without its padding rows."""
-    linear = model.get_output_embeddings()
-    bias = linear.bias
-    if num_ids == linear.weight.shape[0]:
-        return Head(linear.weight, bias)
-    return Head(linear.weight[:num_ids], None if bias is None else bias[:num_ids])
+    weight_VH, bias_V = (layer := model.get_output_embeddings()).weight, layer.bias
+    if num_ids == weight_VH.shape[0]:
+        return Head(weight_VH, bias_V)
+    return Head(weight_VH[:num_ids], None if bias_V is None else bias_V[:num_ids])
 
 
 def head_logits(hidden_CH: torch.Tensor, head: Head, *, temperature: float) -> torch.Tensor:
     """Logits [C, V] divided by the temperature, in float32, or float64 when the model is."""
-    logits_CV = F.linear(hidden_CH, head.weight_VH, head.bias_V)
+    logits_CV = linear(hidden_CH, head.weight_VH, head.bias_V)
     if logits_CV.dtype != torch.float64:
         logits_CV = logits_CV.float()
     return logits_CV if temperature == 1 else logits_CV / temperature
@@ -135,7 +134,7 @@ def score_tokens(
 
 
 def _top(logprobs_CV: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids and log-probs of the `top_k` most probable ids, ties by lower id, and the log of the rest's mass."""
+    """Ids and log-probs of the `top_k` most probable ids, ties by lower id, and the rest's log-mass."""
     if top_k == 0:
         empty_C0 = logprobs_CV[:, :0]
         return empty_C0.long(), empty_C0, torch.zeros_like(logprobs_CV[:, 0])

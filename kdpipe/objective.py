@@ -129,11 +129,13 @@ def distribution_term(
     topk_ids_NK: Tensor,
     topk_logprobs_NK: Tensor,
     tail_N: Tensor,
+    offset: int = 0,
 ) -> Tensor:
     """The divergence at each position, [N], with gradient to `logprobs_NV`; exactly 0 where not scorable.
 
     `logprobs_NV` are the student's at T over the ids in use. Positions that are not kept are cut by the
-    caller before its log-softmax. Raises NonFiniteError naming the token id that makes a KL infinite.
+    caller before its log-softmax. Raises NonFiniteError naming the token id that makes a KL infinite; its index
+    counts from `offset`, the place of the first row in the micro-batch.
     """
     result_N = logprobs_NV.new_zeros(len(logprobs_NV))
     at = scorable_N.nonzero().squeeze(-1)
@@ -146,7 +148,7 @@ def distribution_term(
     )
     values_n = losses.jsd(student_nS, teacher_nS, kd.beta)
     if not bool(torch.isfinite(values_n).all()):
-        _explain_divergence(kd, at, ids_nK, student_nS.detach(), teacher_nS)
+        _explain_divergence(kd, at + offset, ids_nK, student_nS.detach(), teacher_nS)
     return result_N.index_put((at,), values_n)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,7 +91,7 @@ def _invert(probs_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
         ids_B, _ = _search(probs_BV, uniforms_B)
         return ids_B
     padding = -probs_BV.shape[-1] % _BLOCK
-    blocks_BNK = F.pad(probs_BV, (0, padding)).unflatten(-1, (-1, _BLOCK))
+    blocks_BNK = pad(probs_BV, (0, padding)).view(len(probs_BV), -1, _BLOCK)
     block_B, within_B = _search(blocks_BNK.sum(-1, dtype=torch.float64), uniforms_B)
     rows_B = torch.arange(len(block_B), device=block_B.device)
     ids_B, _ = _search(blocks_BNK[rows_B, block_B], within_B)

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from kdpipe.plan import Step
 from kdpipe.runs import RunFolder
+from kdpipe.survey import State
 
 PLAIN_SECONDS = 5.0
 
@@ -222,3 +223,56 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def plan_lines(run: str, states: Sequence[State], *, horizon: str) -> list[Text]:
+    """The plan, a line a step; rounds that repeat the one before are told in one line."""
+    lines = [Text.assemble((run, "bold"), f": {len(states)} steps, {sum(not s.done for s in states)} to run")]
+    rounds: dict[int, list[State]] = {}
+    for state in states:
+        rounds.setdefault(state.step.round, []).append(state)
+    before: list[tuple[str, str, str]] = []
+    repeats: list[int] = []
+    for number, members in rounds.items():
+        shape = [(s.step.link_name, s.verdict, s.why.replace(f"@{number}", "@this")) for s in members]
+        shape = [(name, verdict, why.replace(f"@{number - 1}", "@last")) for name, verdict, why in shape]
+        if shape == before:
+            repeats.append(number)
+            continue
+        lines += _repeat_line(repeats)
+        repeats = []
+        before = shape
+        lines += [_state_line(state) for state in members]
+    lines += _repeat_line(repeats)
+    return [*lines, Text(horizon)] if horizon else lines
+
+
+def _repeat_line(rounds: list[int]) -> list[Text]:
+    if not rounds:
+        return []
+    which = f"round {rounds[0]}" if len(rounds) == 1 else f"rounds {rounds[0]} to {rounds[-1]}"
+    return [Text(f"  {which}: the same", style="dim")]
+
+
+def _state_line(state: State) -> Text:
+    colour = {"done": "green", "stale": "yellow", "to do": "cyan", "damaged": "red"}[state.verdict]
+    notes = [state.why] if state.why else []
+    if state.dropped:
+        notes.append(f"dropped: {', '.join(sorted(state.dropped))}")
+    return Text.assemble(f"  {state.step.id:<24}", (f"{state.verdict:<8}", colour), inert("; ".join(notes)))
+
+
+def sample_lines(step: str, rows: Sequence[dict[str, Any]]) -> list[Text]:
+    """Completions for reading: question, expected answer, what was written, and the grade."""
+    lines = [Text(f"{step}: {len(rows)} completions", style="bold")]
+    for row in rows:
+        grade = ("right", "green") if row["correct"] else ("wrong", "red")
+        answer = row["answer_strict"] or row["answer_flexible"]
+        lines += [
+            Text(""),
+            Text.assemble((f"{inert(row['prompt_id'])}/{row['sample']} ", "bold"), grade),
+            Text(inert(row["question"]), style="dim"),
+            Text(inert(row["text"])),
+            Text(inert(f"expected {row['expected']}, found {answer}, {row['finish_reason']}"), style="dim"),
+        ]
+    return lines

@@ -96,11 +96,12 @@ def test_negative_zero_is_zero():
 
 
 @pytest.mark.parametrize("pattern", ["9", ",", ".", "$", "1.", "-1", "#### ", "####", "-", "1-"])
-def test_grading_time_grows_with_the_length_of_the_text_only(pattern):
-    text = "#### " + pattern * (1_000_000 // len(pattern))
+@pytest.mark.parametrize("end", ["", ".9.9"])
+def test_grading_time_grows_with_the_length_of_the_text_only(pattern, end):
+    text = "#### " + pattern * (300_000 // len(pattern)) + end
     start = time.process_time()
     grade(text, "9", headline="flexible")
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 2
 
 
 def test_numbers_of_any_length_are_compared_exactly():

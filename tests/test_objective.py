@@ -617,10 +617,16 @@ def test_a_denominator_that_counts_nothing_is_refused(denominator: float) -> Non
 # ------------------------------------------------------------------------------------------------ errors
 
 
-@pytest.mark.parametrize("field", ["student", "behaviour", "teacher", "proximal", "advantage"])
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [("grpo", field) for field in ("student", "behaviour", "proximal", "advantage")]
+    + [("kd", field) for field in ("student", "behaviour", "teacher")],
+)
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_a_kept_number_that_is_not_finite_is_an_error_that_names_its_index(field: str, value: float) -> None:
-    settings = objective(kind="kdrl")
+def test_a_kept_number_that_is_not_finite_is_an_error_that_names_its_index(
+    kind: str, field: str, value: float
+) -> None:
+    settings = objective(kind=kind)
     batch = mixed_batch(settings, policy(20))
     tensor = getattr(batch, field).detach().clone()
     tensor[4] = value
@@ -645,6 +651,9 @@ def test_a_teacher_zero_under_student_mass_is_an_error_that_names_position_and_t
     with pytest.raises(NonFiniteError, match=f"token id {int(ids[3, 1])} .* infinite") as caught:
         distribution_term(JsdTerm(term="jsd", beta=1.0), student.logprobs, **arguments)
     assert caught.value.index == 3
+    with pytest.raises(NonFiniteError) as caught:
+        distribution_term(JsdTerm(term="jsd", beta=1.0), student.logprobs, **arguments, offset=512)
+    assert caught.value.index == 515
     assert distribution_term(JsdTerm(term="jsd", beta=0.5), student.logprobs, **arguments).isfinite().all()
 
 

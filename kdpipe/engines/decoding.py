@@ -13,8 +13,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn.functional import embedding, scaled_dot_product_attention
 from transformers import (
     DynamicCache,
     LlamaForCausalLM,
@@ -54,11 +54,13 @@ class Decoder(Protocol):
 
 def make_decoder(model: PreTrainedModel, *, max_new_tokens: int) -> Decoder:
     """The fastest decoder that computes exactly this model."""
-    return LlamaDecoder(model, max_new_tokens=max_new_tokens) if is_llama_like(model) else GenericDecoder(model)
+    if is_llama_like(model):
+        return LlamaDecoder(model, max_new_tokens=max_new_tokens)
+    return GenericDecoder(model)
 
 
 def is_llama_like(model: PreTrainedModel) -> bool:
-    """Whether `LlamaDecoder` computes this model: its class, attention, positions and layers are the known ones."""
+    """Whether `LlamaDecoder` computes this model: class, attention, positions, layers are known ones."""
     config = model.config
     if type(model) not in _LLAMA_LIKE or config.rope_parameters["rope_type"] not in _FIXED_ROPE:
         return False
@@ -158,12 +160,15 @@ class LlamaDecoder:
     def step(self, ids_B: torch.Tensor) -> torch.Tensor:
         """See Decoder."""
         body = self._model.get_decoder()
-        x_HB = F.embedding(ids_B, body.embed_tokens.weight).t().contiguous()
-        cos_DB = self._cos[self._positions].t().contiguous()
-        sin_DB = self._sin[self._positions].t().contiguous()
+        x_HB = embedding(ids_B, body.embed_tokens.weight).t().contiguous()
+        rotation = (
+            self._cos[self._positions].t().contiguous(),
+            self._sin[self._positions].t().contiguous(),
+        )
         mask = None if self._mask is None else self._mask[..., : self._slot + 1]
         for index, layer in enumerate(body.layers):
-            attended = self._attend(index, layer, _norm(x_HB, layer.input_layernorm), cos_DB, sin_DB, mask)
+            h_HB = _norm(x_HB, layer.input_layernorm)
+            attended = self._attend(index, layer, h_HB, rotation, mask=mask)
             x_HB = _project(layer.self_attn.o_proj, attended, onto=x_HB)
             h_HB = _norm(x_HB, layer.post_attention_layernorm)
             mlp = layer.mlp
@@ -178,8 +183,8 @@ class LlamaDecoder:
         index: int,
         layer: Any,
         h_HB: torch.Tensor,
-        cos_DB: torch.Tensor,
-        sin_DB: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        *,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention of the new tokens to all slots so far [heads * D, B], before the output projection."""
@@ -192,11 +197,11 @@ class LlamaDecoder:
         v = _project(attention.v_proj, h_HB).view(shape)
         if type(self._model) is Qwen3ForCausalLM:
             q, k = _norm(q, attention.q_norm), _norm(k, attention.k_norm)
-        q, k = _rotate(q, cos_DB, sin_DB), _rotate(k, cos_DB, sin_DB)
+        q, k = _rotate(q, *rotation), _rotate(k, *rotation)
         keys[:, :, slot] = k.permute(2, 0, 1)
         values[:, :, slot] = v.permute(2, 0, 1)
         # Query heads that share a key-value head stand as its queries: nothing is expanded.
-        attended = F.scaled_dot_product_attention(
+        attended = scaled_dot_product_attention(
             q.permute(2, 0, 1).contiguous().view(num_rows, num_kv_heads, -1, head_dim),
             keys[:, :, : slot + 1],
             values[:, :, : slot + 1],
@@ -264,7 +269,8 @@ def _norm(x: torch.Tensor, norm: Any) -> torch.Tensor:
     """RMS norm over the second dimension from the right, rounded where transformers rounds."""
     wide = x if x.dtype == torch.float64 else x.float()
     scale = torch.rsqrt(wide.square().mean(-2, keepdim=True) + norm.variance_epsilon)
-    return (wide * scale).to(x.dtype) * norm.weight[:, None]
+    normed: torch.Tensor = (wide * scale).to(x.dtype) * norm.weight[:, None]
+    return normed
 
 
 def _rotate(x: torch.Tensor, cos_DB: torch.Tensor, sin_DB: torch.Tensor) -> torch.Tensor:

@@ -102,10 +102,9 @@ class HfEngine:
         """See Engine."""
         model, _ = self._loaded()
         for index, request in enumerate(requests):
-            ids = [*request.prompt_token_ids, *request.completion_token_ids]
-            _require_fit(model, ids, where=f"request {index}", new_tokens=0)
-            if not request.prompt_token_ids:
-                raise EngineError(f"request {index}: its prompt is empty, so nothing predicts the first token")
+            where, completion = f"request {index}", request.completion_token_ids
+            _require_fit(model, request.prompt_token_ids, where=where, new_tokens=len(completion))
+            _require_known(model, completion, where=where)
         head = head_of(model, num_ids=_require_ids(model, num_ids, top_k=top_k))
         lengths = [
             len(request.prompt_token_ids) + len(request.completion_token_ids) - 1 for request in requests
@@ -320,8 +319,8 @@ def _logits(hidden_HB: torch.Tensor, head: Head) -> torch.Tensor:
 
 
 def _split(scores: Scores, counts: Sequence[int], indexes: Sequence[int], *, top_k: int) -> list[TokenScores]:
-    """Scores of a batch, cut into those of its sequences; raises EngineError on logits that are not finite."""
-    finite = scores.finite_N.split(list(counts))
+    """Scores of a batch, cut into those of its sequences; raises EngineError on non-finite logits."""
+    finite = torch.split(scores.finite_N, list(counts))
     for index, finite_C in zip(indexes, finite, strict=True):
         if not finite_C.all():
             token = int((~finite_C).nonzero()[0])
@@ -330,7 +329,7 @@ def _split(scores: Scores, counts: Sequence[int], indexes: Sequence[int], *, top
                 hint="the weights hold nan, inf or values too large for the dtype; try dtype: float32",
             )
     columns = [
-        column.split(list(counts))
+        torch.split(column, list(counts))
         for column in (
             scores.logprobs_N.float().cpu(),
             scores.topk_ids_NK.int().cpu(),
@@ -344,16 +343,22 @@ def _split(scores: Scores, counts: Sequence[int], indexes: Sequence[int], *, top
 
 
 def _require_fit(model: PreTrainedModel, ids: Sequence[int], *, where: str, new_tokens: int) -> None:
-    """Raises EngineError on ids that the model cannot embed or has no positions for."""
+    """Raises EngineError on a prompt that is empty, too long, or holds ids that the model lacks."""
     if not ids:
         raise EngineError(f"{where}: its prompt is empty, so nothing predicts the first token")
     limit = model.config.max_position_embeddings
     if len(ids) + new_tokens > limit:
-        what = f"{len(ids)} prompt tokens and {new_tokens} new ones" if new_tokens else f"{len(ids)} tokens"
+        what = f"{len(ids)} prompt tokens and {new_tokens} completion tokens"
         raise EngineError(
             f"{where}: {what} do not fit the model's context of {limit}",
             hint="lower max_new_tokens, drop long prompts, or take a model with a longer context",
         )
+    _require_known(model, ids, where=where)
+
+
+def _require_known(model: PreTrainedModel, ids: Sequence[int], *, where: str) -> None:
+    if not ids:
+        return
     rows = model.get_input_embeddings().weight.shape[0]
     if max(ids) >= rows or min(ids) < 0:
         raise EngineError(f"{where}: token ids reach from {min(ids)} to {max(ids)}, the model has {rows}")
@@ -372,4 +377,6 @@ def _open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise EngineError(f"{folder}: its tokenizer, needed for stop strings, cannot be opened: {error}") from error
+        raise EngineError(
+            f"{folder}: its tokenizer, needed for stop strings, cannot be opened: {error}"
+        ) from error

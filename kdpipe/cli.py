@@ -1,0 +1,666 @@
+"""The command line: parse, call, print. The only place that prints errors, and the only one that knows typer.
+
+Results go to stdout, progress and errors to stderr. Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import typer
+
+from kdpipe import __version__
+from kdpipe.errors import KdpipeError, PreflightError, RecipeError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="On-policy knowledge distillation of language models, one resumable step at a time.\n\n"
+    "Example: kdpipe run quickstart",
+)
+
+Parameters = ParamSpec("Parameters")
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one field of the recipe; repeatable.")
+]
+WorkspaceOption = Annotated[Path, typer.Option("--workspace", help="Where everything is written.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+RoundOption = Annotated[int | None, typer.Option("--round", min=0, help="The round; 0 is before training.")]
+WORKSPACE = Path("kdpipe-out")
+
+
+def main() -> None:
+    """Runs the command line; every expected failure becomes one message and its exit code."""
+    app()
+
+
+def reported(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
+    """Prints a KdpipeError as a message with what to do, and exits with its code."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except KdpipeError as error:
+            _print_error(error)
+            raise typer.Exit(error.exit_code) from None
+        except BrokenPipeError:  # the reader of our output went away, as `| head` does
+            raise typer.Exit(0) from None
+
+    return wrapper
+
+
+def _print_error(error: KdpipeError) -> None:
+    from kdpipe.terminal import console, plain  # noqa: PLC0415
+
+    out = console(stderr=True)
+    kind = "stopped" if error.exit_code > 128 else "error"
+    out.print(f"[bold {'yellow' if kind == 'stopped' else 'red'}]{kind}:[/] ", end="")
+    out.print(plain(error.message), soft_wrap=True)
+    if error.hint:
+        out.print(plain(f"  {error.hint}"), soft_wrap=True)
+    if error.exit_code in (1, 5, 130, 143) and len(sys.argv) > 1:
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        out.print(plain(f"  everything finished is kept; to continue: {command}"), soft_wrap=True)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, sort_keys=True, indent=1))  # noqa: T201
+
+
+def _recipe_path(recipe: str) -> Path:
+    path = Path(recipe)
+    if path.exists() or path.suffix in (".yaml", ".yml") or "/" in recipe:
+        return path
+    from kdpipe.recipes_shipped import shipped_path  # noqa: PLC0415
+
+    return shipped_path(recipe)
+
+
+def _load(recipe: str, overrides: list[str] | None) -> Any:
+    from kdpipe.recipe import load_recipe  # noqa: PLC0415
+
+    return load_recipe(_recipe_path(recipe), tuple(overrides or ()))
+
+
+def _open(recipe: str, overrides: list[str] | None, workspace: Path) -> Any:
+    from kdpipe.runner import open_project  # noqa: PLC0415
+
+    return open_project(_load(recipe, overrides), workspace.resolve())
+
+
+# ------------------------------------------------------------------------------------------------- run
+
+
+@app.command()
+@reported
+def run(
+    recipe: RecipeArgument,
+    rounds: Annotated[int | None, typer.Option(min=0, help="Only the first N rounds of the plan.")] = None,
+    force: Annotated[
+        list[str] | None, typer.Option(metavar="STEP", help="Perform a step again, as in rollout@3; repeatable.")
+    ] = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Run every step that is not done. Repeating the command resumes.
+
+    Example: kdpipe run recipes/quickstart.yaml --set train.optimizer.learning_rate=1e-3
+    """
+    from kdpipe.runner import Request  # noqa: PLC0415
+
+    request = Request(rounds=rounds, force=tuple(force or ()))
+    _run(recipe, overrides, workspace, lambda _project: request, as_json=as_json)
+
+
+def _run(
+    recipe: str, overrides: list[str] | None, workspace: Path, request: Any, *, as_json: bool
+) -> None:
+    from kdpipe.runner import run as run_steps  # noqa: PLC0415
+    from kdpipe.terminal import JsonLines, Terminal  # noqa: PLC0415
+    from kdpipe.tracking import open_mirror  # noqa: PLC0415
+
+    display = JsonLines() if as_json else Terminal()
+    try:
+        project = run_steps(
+            _load(recipe, overrides), workspace.resolve(), request, display=display, open_mirror=open_mirror
+        )
+    finally:
+        display.stop()
+    if as_json:
+        print(json.dumps({"event": "end", **_outcome(project)}, sort_keys=True))  # noqa: T201
+    else:
+        _print_outcome(project, recipe, workspace)
+
+
+def _evaluations(project: Any) -> list[tuple[str, dict[str, Any] | None]]:
+    from kdpipe.plan import STUDENT  # noqa: PLC0415
+    from kdpipe.runner import summary_of  # noqa: PLC0415
+
+    done = [
+        (step, summary)
+        for step in project.plan.steps
+        if step.stage == "evaluate" and (summary := summary_of(project, step.id)) is not None
+    ]
+    of_student = [(step, summary) for step, summary in done if step.subject == STUDENT]
+    rows = [("student before", summary) for step, summary in of_student if step.round == 0]
+    rows += [(f"student after round {step.round}", summary) for step, summary in of_student[-1:] if step.round]
+    rows += [(step.subject, summary) for step, summary in done if step.subject != STUDENT]
+    return rows
+
+
+def _outcome(project: Any) -> dict[str, Any]:
+    return {
+        "run": project.run.name,
+        "folder": str(project.run.path),
+        "evaluations": {label: summary for label, summary in _evaluations(project)},
+    }
+
+
+def _print_outcome(project: Any, recipe: str, workspace: Path) -> None:
+    from kdpipe.terminal import change_lines, console, outcome_table, plain  # noqa: PLC0415
+
+    out = console()
+    rows = _evaluations(project)
+    if rows:
+        out.print()
+        out.print(outcome_table(rows))
+        after = [summary for label, summary in rows if label.startswith("student after")]
+        for line in change_lines(after[-1]) if after and after[-1] else ():
+            out.print(plain(line))
+    place = "" if workspace == WORKSPACE else f" --workspace {shlex.quote(str(workspace))}"
+    out.print()
+    out.print(plain(f"artifacts  {_shown(project.run.path)}"), soft_wrap=True)
+    for words in (
+        f"kdpipe samples {recipe} --wrong{place}",
+        f"kdpipe export {recipe} my-student{place}",
+        f"kdpipe ui{place}",
+    ):
+        out.print(plain(f"next       {words}"), soft_wrap=True)
+
+
+def _shown(path: Path) -> str:
+    """The path as a person would type it from here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def _one_step(
+    stage: str, recipe: str, round_number: int | None, overrides: list[str] | None, workspace: Path, as_json: bool
+) -> None:
+    """Runs the first unfinished step of a stage (or that of a round), and what it lacks."""
+    from kdpipe.runner import Project, Request  # noqa: PLC0415
+
+    def request(project: Project) -> Request:
+        states = [
+            state
+            for state in project.survey()
+            if state.step.stage == stage and round_number in (None, state.step.round)
+        ]
+        if not states:
+            where = f" in round {round_number}" if round_number is not None else ""
+            raise RecipeError(f"the plan has no {stage} step{where}", hint=f"kdpipe plan {recipe}  lists the steps")
+        unfinished = [state.step for state in states if not state.done]
+        return Request(only=unfinished[0] if unfinished else states[-1].step)
+
+    _run(recipe, overrides, workspace, request, as_json=as_json)
+
+
+@app.command()
+@reported
+def sft(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Cold-start the student or the teacher: the first one that is not done.
+
+    Example: kdpipe sft recipes/quickstart.yaml
+    """
+    _one_step("sft", recipe, None, overrides, workspace, as_json)
+
+
+@app.command()
+@reported
+def rollout(
+    recipe: RecipeArgument,
+    round_number: RoundOption = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Sample the student on a round's prompts, after what that needs.
+
+    Example: kdpipe rollout recipes/quickstart.yaml --round 1
+    """
+    _one_step("rollout", recipe, round_number, overrides, workspace, as_json)
+
+
+@app.command("teacher-score")
+@reported
+def teacher_score(
+    recipe: RecipeArgument,
+    round_number: RoundOption = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a round's completions with the teacher, after what that needs.
+
+    Example: kdpipe teacher-score recipes/quickstart.yaml --round 1
+    """
+    _one_step("teacher-score", recipe, round_number, overrides, workspace, as_json)
+
+
+@app.command()
+@reported
+def train(
+    recipe: RecipeArgument,
+    round_number: RoundOption = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the student on a round, after what that needs.
+
+    Example: kdpipe train recipes/quickstart.yaml --round 1
+    """
+    _one_step("train", recipe, round_number, overrides, workspace, as_json)
+
+
+@app.command()
+@reported
+def evaluate(
+    recipe: RecipeArgument,
+    round_number: RoundOption = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate the student of a round on held-out problems, after what that needs.
+
+    Example: kdpipe evaluate recipes/quickstart.yaml --round 0
+    """
+    _one_step("evaluate", recipe, round_number, overrides, workspace, as_json)
+
+
+# ------------------------------------------------------------------------------------- before and while
+
+
+@app.command()
+@reported
+def check(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+    """Check a recipe against the schema: under a second, no network, no models.
+
+    Example: kdpipe check recipes/quickstart.yaml
+    """
+    from kdpipe.recipe import resolved  # noqa: PLC0415
+
+    loaded = _load(recipe, overrides)
+    if as_json:
+        _print_json({"recipe": str(loaded.path), "resolved": resolved(loaded.recipe)})
+    else:
+        print(f"{recipe}: good; {loaded.recipe.rounds} rounds")  # noqa: T201
+
+
+@app.command()
+@reported
+def plan(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """List every step: done, stale or to do, and why. Runs nothing.
+
+    Example: kdpipe plan recipes/quickstart.yaml --set train.optimizer.learning_rate=3e-4
+    """
+    from kdpipe.terminal import console, plan_lines  # noqa: PLC0415
+
+    project = _open(recipe, overrides, workspace)
+    states = project.survey()
+    if as_json:
+        _print_json({"run": project.run.name, "steps": [_state_json(state) for state in states]})
+        return
+    out = console()
+    for line in plan_lines(project.run.name, states, horizon=_horizon(project.recipe)):
+        out.print(line, soft_wrap=True)
+
+
+def _horizon(recipe: Any) -> str:
+    optimizer = recipe.train.optimizer
+    if optimizer.schedule == "constant":
+        return ""
+    rounds = optimizer.schedule_rounds or recipe.rounds
+    return f"the {optimizer.schedule} schedule ends after round {rounds}; other `rounds` train anew unless schedule_rounds is set"
+
+
+def _state_json(state: Any) -> dict[str, Any]:
+    return {
+        "step": state.step.id,
+        "round": state.step.round,
+        "state": state.verdict,
+        "why": state.why,
+        "fingerprint": state.step.fingerprint,
+        "dropped": sorted(state.dropped),
+    }
+
+
+@app.command()
+@reported
+def status(
+    recipe: RecipeArgument,
+    check_only: Annotated[bool, typer.Option("--check", help="Exit 6 when work is left.")] = False,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how far a run is, and whether it is going on now.
+
+    Example: kdpipe status recipes/quickstart.yaml --check
+    """
+    from kdpipe.runner import round_metrics  # noqa: PLC0415
+    from kdpipe.store import is_running  # noqa: PLC0415
+    from kdpipe.terminal import console, plain, round_line  # noqa: PLC0415
+
+    project = _open(recipe, overrides, workspace)
+    states = project.survey()
+    left = [state for state in states if not state.done]
+    running = is_running(project.run.path)
+    rounds_done = max((state.step.round for state in states if state.step.stage == "train" and state.done), default=0)
+    if as_json:
+        _print_json(
+            {
+                "run": project.run.name,
+                "running": running,
+                "rounds_done": rounds_done,
+                "rounds": project.recipe.rounds,
+                "steps_left": len(left),
+                "next": left[0].step.id if left else None,
+            }
+        )
+    else:
+        out = console()
+        out.print(plain(f"{project.run.name}: {'running' if running else 'not running'}"))
+        out.print(plain(f"{len(states) - len(left)} of {len(states)} steps done, {rounds_done} rounds"))
+        if rounds_done:
+            line = round_line(rounds_done, project.recipe.rounds, round_metrics(project, rounds_done))
+            out.print(plain(line), soft_wrap=True)
+        if left:
+            out.print(plain(f"next: {left[0].step.id}{'; ' + left[0].why if left[0].why else ''}"), soft_wrap=True)
+    if check_only and left:
+        raise typer.Exit(6)
+
+
+@app.command()
+@reported
+def samples(
+    recipe: RecipeArgument,
+    round_number: RoundOption = None,
+    wrong: Annotated[bool, typer.Option("--wrong", help="Only wrong answers.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="How many.")] = 5,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what the student wrote.
+
+    Example: kdpipe samples recipes/quickstart.yaml --round 0 --wrong --limit 3
+    """
+    from kdpipe.housekeeping import samples as read_samples  # noqa: PLC0415
+    from kdpipe.terminal import console, sample_lines  # noqa: PLC0415
+
+    project = _open(recipe, overrides, workspace)
+    step, rows = read_samples(project, round_number=round_number, wrong=wrong, limit=limit)
+    if as_json:
+        _print_json({"step": step, "samples": rows})
+        return
+    out = console()
+    for line in sample_lines(step, rows):
+        out.print(line)
+
+
+# ------------------------------------------------------------------------------------------- artifacts
+
+
+@app.command()
+@reported
+def export(
+    recipe: RecipeArgument,
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    round_number: RoundOption = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the student as a Hugging Face folder that transformers and vLLM load.
+
+    Example: kdpipe export recipes/quickstart.yaml my-student
+    """
+    from kdpipe.housekeeping import export as export_student  # noqa: PLC0415
+
+    number, folder = export_student(_open(recipe, overrides, workspace), target, round_number=round_number)
+    if as_json:
+        _print_json({"round": number, "folder": str(folder)})
+    else:
+        print(f"{folder}: student {number}")  # noqa: T201
+
+
+@app.command()
+@reported
+def verify(
+    recipe: RecipeArgument,
+    full: Annotated[bool, typer.Option("--full", help="Compare sha256, not only sizes.")] = False,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Check the artifacts of a run against their manifests; exit 5 when one is damaged.
+
+    Example: kdpipe verify recipes/quickstart.yaml --full
+    """
+    from kdpipe.errors import ArtifactError  # noqa: PLC0415
+    from kdpipe.housekeeping import verify as verify_steps  # noqa: PLC0415
+    from kdpipe.terminal import console, plain  # noqa: PLC0415
+
+    findings = list(verify_steps(_open(recipe, overrides, workspace), full=full))
+    damaged = [finding for finding in findings if finding.problem]
+    if as_json:
+        _print_json(
+            {
+                "steps": len(findings),
+                "files": sum(finding.files for finding in findings),
+                "bytes": sum(finding.bytes for finding in findings),
+                "damaged": {finding.step: finding.problem for finding in damaged},
+            }
+        )
+    else:
+        files, size = sum(f.files for f in findings), sum(f.bytes for f in findings)
+        what = "sha256" if full else "sizes"
+        print(f"{len(findings)} steps, {files} files, {size / 1e6:,.1f} MB: {what} compared")  # noqa: T201
+    if damaged:
+        if not as_json:
+            for finding in damaged:
+                console(stderr=True).print(plain(f"{finding.step}: {finding.problem}"), soft_wrap=True)
+        force = " ".join(f"--force {finding.step}" for finding in damaged)
+        raise ArtifactError(
+            f"{len(damaged)} of {len(findings)} steps are damaged",
+            hint=f"rebuild them and what depends on them: kdpipe run {recipe} {force}",
+        )
+
+
+@app.command()
+@reported
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="Really remove it.")] = False,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", hidden=True)] = None,
+) -> None:
+    """Say which store entries no run uses; remove them with --delete.
+
+    A run's entries are in use as long as its folder stands under runs/ of the workspace.
+
+    Example: kdpipe gc --delete
+    """
+    from kdpipe.housekeeping import collect, garbage  # noqa: PLC0415
+
+    del recipe  # accepted so that the command reads like the others; the store belongs to the workspace
+    found = garbage(workspace.resolve())
+    for item in found:
+        if delete:
+            collect(item)
+        if not as_json:
+            print(f"{_shown(item.folder)}  {item.bytes / 1e6:,.1f} MB  {item.reason}")  # noqa: T201
+    total = sum(item.bytes for item in found)
+    if as_json:
+        folders = [{"folder": str(item.folder), "bytes": item.bytes, "reason": item.reason} for item in found]
+        _print_json({"deleted": delete, "bytes": total, "entries": folders})
+    elif found:
+        done = "removed" if delete else "can go: kdpipe gc --delete"
+        print(f"{len(found)} entries, {total / 1e6:,.1f} MB {done}")  # noqa: T201
+    else:
+        print("nothing to remove")  # noqa: T201
+
+
+# ----------------------------------------------------------------------------------------------- recipes
+
+
+@app.command()
+@reported
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the shipped recipes, or print one.
+
+    Example: kdpipe recipes quickstart
+    """
+    from kdpipe.recipes_shipped import shipped, shipped_path, title  # noqa: PLC0415
+
+    if name is not None:
+        text = shipped_path(name).read_text(encoding="utf-8")
+        if as_json:
+            _print_json({"name": name, "text": text})
+        else:
+            print(text, end="")  # noqa: T201
+        return
+    found = {path.stem: title(path) for path in shipped()}
+    if as_json:
+        _print_json(found)
+        return
+    width = max(map(len, found), default=0)
+    for stem, line in found.items():
+        print(f"{stem:<{width}}  {line}")  # noqa: T201
+
+
+@app.command()
+@reported
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
+    recipe: Annotated[str, typer.Option("--recipe", help="The shipped recipe to start from.")] = "quickstart",
+    as_json: JsonOption = False,
+) -> None:
+    """Start a project: a folder with a recipe of your own.
+
+    Example: kdpipe init my-distillation --recipe gsm8k-qwen3-opd
+    """
+    from kdpipe.recipes_shipped import shipped_path  # noqa: PLC0415
+
+    target = folder / "recipe.yaml"
+    if target.exists():
+        raise RecipeError(f"{target}: exists already", hint="name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    target.write_text(shipped_path(recipe).read_text(encoding="utf-8"), encoding="utf-8")
+    if as_json:
+        _print_json({"recipe": str(target)})
+    else:
+        print(f"{target}: edit it, then\n  kdpipe check {target}\n  kdpipe run {target}")  # noqa: T201
+
+
+@app.command()
+@reported
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors.
+
+    Example: kdpipe schema > recipe.schema.json
+    """
+    from kdpipe.recipe import Recipe  # noqa: PLC0415
+
+    _print_json(Recipe.model_json_schema(by_alias=True))
+
+
+# ---------------------------------------------------------------------------------------- environment
+
+
+@app.command()
+@reported
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Also plan this recipe.")] = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the environment as a block to paste; with a recipe, what its plan needs.
+
+    Example: kdpipe doctor
+    """
+    from kdpipe.environment import environment  # noqa: PLC0415
+
+    found: dict[str, Any] = dict(environment())
+    if recipe is not None:
+        project = _open(recipe, overrides, workspace)
+        found |= {"recipe": recipe, "run": project.run.name, "steps": len(project.plan.steps)}
+    if as_json:
+        _print_json(found)
+        return
+    width = max(map(len, found))
+    for name, value in found.items():
+        print(f"{name:<{width}}  {'-' if value is None else value}")  # noqa: T201
+
+
+@app.command()
+@reported
+def ui(
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The first port to try.")] = 5000,
+    workspace: WorkspaceOption = WORKSPACE,
+) -> None:
+    """Open MLflow's own page over this workspace's runs.
+
+    Example: kdpipe ui --port 5001
+    """
+    from kdpipe.tracking import serve_ui  # noqa: PLC0415
+
+    code = serve_ui(workspace.resolve(), host, port)
+    if code:
+        raise PreflightError(f"MLflow's page ended with exit status {code}")
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    """On-policy knowledge distillation of language models, one resumable step at a time.
+
+    Example: kdpipe run recipes/quickstart.yaml
+    """
+    if show:
+        print(f"kdpipe {__version__}")  # noqa: T201
+        raise typer.Exit
+
+
+if __name__ == "__main__":
+    main()

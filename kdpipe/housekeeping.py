@@ -1,0 +1,153 @@
+"""What is done with artifacts outside a run: verify, gc, export, and reading samples."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdpipe.errors import ArtifactError, RecipeError
+from kdpipe.plan import STUDENT, Step
+from kdpipe.runner import Project
+from kdpipe.runs import all_runs
+from kdpipe.sources import Sources
+from kdpipe.store import MANIFEST, Store, is_running
+
+# ---------------------------------------------------------------------------------------------- verify
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What verifying one step found: files looked at, bytes, and what is wrong (empty: nothing)."""
+
+    step: str
+    files: int
+    bytes: int
+    problem: str
+
+
+def verify(project: Project, *, full: bool) -> Iterator[Finding]:
+    """Checks every committed step of the plan by sizes, or by sha256 with `full`."""
+    for step in project.plan.steps:
+        entry = project.store.entry(step)
+        try:
+            manifest = entry.manifest()
+            if manifest is None:
+                continue
+            files = [file for file in manifest.files if file.path not in manifest.dropped]
+            problem = entry.problem(manifest) or ""
+            if full and not problem:
+                for file in files:
+                    entry.check(file)
+            yield Finding(step.id, len(files), sum(file.bytes for file in files), problem)
+        except ArtifactError as error:
+            yield Finding(step.id, 0, 0, error.message)
+
+
+# -------------------------------------------------------------------------------------------------- gc
+
+
+@dataclass(frozen=True, slots=True)
+class Garbage:
+    """A folder that no run links, and its size."""
+
+    folder: Path
+    bytes: int
+    reason: str
+
+
+def garbage(workspace: Path) -> list[Garbage]:
+    """Store entries that no run's links point at. A run's links go when its folder under runs/ is removed."""
+    linked = {link.target for run in all_runs(workspace) for link in run.links()}
+    found = []
+    for folder in Store(workspace).all_folders():
+        if folder.resolve() not in linked and not is_running(folder):
+            committed = (folder / MANIFEST).exists()
+            reason = "no run links it" if committed else "unfinished, and no run links it"
+            found.append(Garbage(folder, _bytes(folder), reason))
+    return found
+
+
+def collect(item: Garbage) -> None:
+    """Removes the folder, its manifest first, so that a kill leaves nothing that looks whole."""
+    (item.folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(item.folder)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+# ---------------------------------------------------------------------------------------------- export
+
+
+def export(project: Project, target: Path, *, round_number: int | None) -> tuple[int, Path]:
+    """Copies the student of a round (default: the last trained) to `target`; returns the round and the folder.
+
+    Every file is checked against its sha256. Raises RecipeError when there is no such student or the target is
+    not empty.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RecipeError(f"{target}: exists and is not an empty folder", hint="name a folder that is not there yet")
+    number, folder = _student_folder(project, round_number)
+    draft = target.with_name(f".tmp-{target.name}")
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(draft)
+    shutil.copytree(folder, draft)
+    if target.exists():
+        target.rmdir()
+    draft.replace(target)
+    return number, target
+
+
+def _student_folder(project: Project, round_number: int | None) -> tuple[int, Path]:
+    candidates: list[Step] = [
+        step
+        for step in project.plan.steps
+        if (step.stage == "train" or (step.stage == "sft" and step.subject == STUDENT))
+        and round_number in (None, step.round)
+    ]
+    for step in reversed(candidates):
+        entry = project.store.entry(step)
+        manifest = entry.manifest()
+        if manifest is None:
+            continue
+        if any(path.startswith("model/") for path in manifest.dropped):
+            if round_number is None:
+                continue
+            raise RecipeError(
+                f"student {round_number}: its weights were dropped by retention",
+                hint=f"train it again from the nearest kept round: --force {step.id}, or raise runtime.keep.weights",
+            )
+        return step.round, entry.opened("model") / "model"
+    if round_number in (None, 0) and project.recipe.student.model is not None:
+        return 0, Sources(project.loaded, project.workspace).fetch()[STUDENT]
+    which = f"student {round_number}" if round_number is not None else "a trained student"
+    raise RecipeError(f"{which} is not there yet", hint=f"kdpipe run {project.loaded.path}")
+
+
+# ---------------------------------------------------------------------------------------------- samples
+
+
+def samples(project: Project, *, round_number: int | None, wrong: bool, limit: int) -> tuple[str, list[dict[str, Any]]]:
+    """The step whose completions are shown, and those rows: rollouts of a round, or round 0's evaluation.
+
+    Without a round: the newest rollouts there are. Raises RecipeError when nothing was sampled yet.
+    """
+    from kdpipe.tables import GRADES, ROLLOUTS, read_rows  # noqa: PLC0415 (pyarrow is needed here only)
+
+    for step in reversed(project.plan.steps):
+        is_rollout = step.stage == "rollout"
+        is_baseline = step.stage == "evaluate" and step.round == 0 and step.subject == STUDENT
+        if not (is_rollout or is_baseline) or round_number not in (None, step.round):
+            continue
+        entry = project.store.entry(step)
+        if entry.manifest() is None:
+            continue
+        name, schema = ("rollouts.parquet", ROLLOUTS) if is_rollout else ("grades.parquet", GRADES)
+        rows = read_rows(entry.opened(name) / name, schema)
+        return step.id, [row for row in rows if not (wrong and row["correct"])][:limit]
+    raise RecipeError("nothing was sampled yet", hint=f"kdpipe run {project.loaded.path}")

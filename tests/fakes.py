@@ -1,0 +1,128 @@
+"""An engine without a model: bigrams drawn from the digest. An implementation of the seam, not a mock."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kdpipe.engine import (
+    Completion,
+    ModelSource,
+    Progress,
+    SampleRequest,
+    Sampling,
+    ScoreRequest,
+    TokenScores,
+)
+from kdpipe.errors import EngineError
+
+
+def fake_text(ids: Sequence[int]) -> str:
+    """The text of token ids, for stop strings."""
+    return " ".join(f"w{token}." for token in ids)
+
+
+class FakeEngine:
+    """The next token depends on the last one only, by a table of logits drawn from the model's digest."""
+
+    def __init__(self, *, num_rows: int = 16, max_positions: int = 64) -> None:
+        self.max_positions = max_positions
+        self._num_rows = num_rows
+        self._logits: np.ndarray | None = None
+        self.loaded: list[str] = []
+
+    def load(self, source: ModelSource) -> None:
+        if not Path(source.folder).is_dir():
+            raise EngineError(f"{source.folder}: no such folder")
+        seed = int.from_bytes(hashlib.sha256(source.digest.encode()).digest()[:8], "big")
+        self._logits = np.random.default_rng(seed).normal(size=(self._num_rows, self._num_rows))
+        self.loaded.append(source.digest)
+
+    def sample(
+        self, requests: Sequence[SampleRequest], sampling: Sampling, *, progress: Progress
+    ) -> list[list[Completion]]:
+        for index, request in enumerate(requests):
+            self._require_fit(index, len(request.prompt_token_ids) + sampling.max_new_tokens)
+        results = [
+            [self._complete(request.prompt_token_ids, seed, sampling) for seed in request.seeds]
+            for request in requests
+        ]
+        progress(sum(len(completion.token_ids) for row in results for completion in row))
+        return results
+
+    def score(
+        self,
+        requests: Sequence[ScoreRequest],
+        *,
+        temperature: float,
+        num_ids: int,
+        top_k: int,
+        progress: Progress,
+    ) -> list[TokenScores]:
+        results = []
+        for index, request in enumerate(requests):
+            ids = [*request.prompt_token_ids, *request.completion_token_ids]
+            self._require_fit(index, len(ids))
+            n = len(request.completion_token_ids)
+            before = ids[len(ids) - n - 1 : -1] if n else []
+            logprobs = np.array([self._logprobs(i, temperature, num_ids) for i in before]).reshape(n, num_ids)
+            token = logprobs[np.arange(n), list(request.completion_token_ids)].astype(np.float32)
+            order = np.argsort(-logprobs, axis=1, kind="stable")
+            sorted_ = np.take_along_axis(logprobs, order, axis=1)
+            with np.errstate(divide="ignore"):
+                tail = np.log(np.exp(sorted_[:, top_k:]).sum(axis=1))
+            progress(n)
+            results.append(
+                TokenScores(
+                    token,
+                    order[:, :top_k].astype(np.int32),
+                    sorted_[:, :top_k].astype(np.float32),
+                    tail.astype(np.float32),
+                )
+                if top_k
+                else TokenScores(token)
+            )
+        return results
+
+    def sleep(self) -> None:
+        self._logits = None
+
+    def close(self) -> None:
+        self._logits = None
+
+    def _complete(self, prompt: Sequence[int], seed: int, sampling: Sampling) -> Completion:
+        uniforms = np.random.default_rng(seed).random(sampling.max_new_tokens)
+        last, ids, logprobs = prompt[-1], [], []
+        for uniform in uniforms:
+            row = self._truncate(self._logprobs(last, sampling.temperature or 1.0, sampling.num_ids), sampling)
+            cdf = np.exp(row).cumsum()
+            last = int(np.argmax(row) if sampling.temperature == 0 else (cdf > uniform * cdf[-1]).argmax())
+            ids.append(last)
+            logprobs.append(float(row[last]))
+            if last in sampling.end_ids or any(text in fake_text(ids) for text in sampling.stop):
+                return Completion(ids, logprobs, "stop")
+        return Completion(ids, logprobs, "length")
+
+    def _truncate(self, row: np.ndarray, sampling: Sampling) -> np.ndarray:
+        if sampling.temperature == 0:
+            return row
+        order = np.argsort(-row, kind="stable")
+        kept = order[: sampling.top_k or len(row)]
+        mass = np.exp(row[kept]) / np.exp(row[kept]).sum()
+        kept = kept[(mass.cumsum() - mass < sampling.top_p) | (np.arange(len(kept)) == 0)]
+        result = np.full_like(row, -np.inf)
+        result[kept] = row[kept] - np.log(np.exp(row[kept]).sum())
+        return result
+
+    def _logprobs(self, last: int, temperature: float, num_ids: int) -> np.ndarray:
+        assert self._logits is not None, "load comes first"
+        row = self._logits[last, :num_ids] / temperature
+        shifted = row - row.max()
+        return shifted - np.log(np.exp(shifted).sum())
+
+    def _require_fit(self, index: int, tokens: int) -> None:
+        if tokens > self.max_positions:
+            raise EngineError(f"request {index}: {tokens} tokens, the context holds {self.max_positions}")
