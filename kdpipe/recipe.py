@@ -244,7 +244,9 @@ class RatioControl(Section):
     @model_validator(mode="after")
     def _parameters_fit(self) -> RatioControl:
         given = {name for name in ("cap", "low", "high") if getattr(self, name) is not None}
-        wanted = {"none": set(), "truncate": {"cap"}, "mask": {"low", "high"}, "clip": {"low", "high"}}[self.control]
+        wanted = {"none": set(), "truncate": {"cap"}, "mask": {"low", "high"}, "clip": {"low", "high"}}[
+            self.control
+        ]
         if given != wanted:
             names = ", ".join(sorted(wanted)) or "no parameters"
             raise ValueError(f"control {self.control} takes {names}")
@@ -491,7 +493,9 @@ def _apply_override(document: Document, override: str) -> Document:
             f"--set {override}: not of the form a.b=c",
             hint="for example: --set train.optimizer.learning_rate=3e-5",
         )
-    return document.with_value(tuple(key.split(".")), parse_value(text, f"--set {override}"), f"--set {override}")
+    return document.with_value(
+        tuple(key.split(".")), parse_value(text, f"--set {override}"), f"--set {override}"
+    )
 
 
 def _explain(document: Document, item: Any) -> str:
@@ -505,7 +509,9 @@ def _explain(document: Document, item: Any) -> str:
         case "extra_forbidden":
             known = _known_keys(item["loc"])
             near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
-            return f"{where}unknown key" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+            return f"{where}unknown key" + (
+                f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+            )
         case "missing":
             return f"{where}is required and missing"
         case "string_type" if isinstance(item["input"], bool):
@@ -523,7 +529,9 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     candidates: list[Any] = [schema]
     for part in location[:-1]:
         candidates = [found for node in candidates for found in _descend(schema, node, part)] or candidates
-    keys = {key for node in candidates for leaf in _expand(schema, node) for key in leaf.get("properties", {})}
+    keys = {
+        key for node in candidates for leaf in _expand(schema, node) for key in leaf.get("properties", {})
+    }
     return sorted(keys)
 
 
@@ -538,7 +546,10 @@ def _descend(schema: dict[str, Any], node: dict[str, Any], part: int | str) -> l
         found = [
             leaf
             for leaf in _expand(schema, node)
-            if any(part in (value.get("const"), leaf.get("title")) for value in leaf.get("properties", {}).values())
+            if any(
+                part in (value.get("const"), leaf.get("title"))
+                for value in leaf.get("properties", {}).values()
+            )
         ]
     return found
 

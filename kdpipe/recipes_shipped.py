@@ -18,7 +18,9 @@ def shipped_path(name: str) -> Path:
     found = {path.stem: path for path in shipped()}
     stem = name.removesuffix(".yaml")
     if stem not in found:
-        raise RecipeError(f"{name}: no such recipe file, and no shipped recipe", hint=f"shipped: {', '.join(found)}")
+        raise RecipeError(
+            f"{name}: no such recipe file, and no shipped recipe", hint=f"shipped: {', '.join(found)}"
+        )
     return found[stem]
 
 

@@ -62,9 +62,7 @@ class Rollout:
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
             raise ValueError(f"{self.prompt_id}: a prompt has at least one token")
-        if self.sampler_logprobs is not None and len(self.sampler_logprobs) != len(
-            self.completion_token_ids
-        ):
+        if self.sampler_logprobs is not None and len(self.sampler_logprobs) != len(self.completion_token_ids):
             raise ValueError(
                 f"{self.prompt_id}, sample {self.sample}: {len(self.sampler_logprobs)} sampler "
                 f"log-probs for {len(self.completion_token_ids)} completion tokens"

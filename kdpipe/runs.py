@@ -113,7 +113,10 @@ def run_folder(workspace: Path, recipe: Recipe) -> RunFolder:
 def all_runs(workspace: Path) -> list[RunFolder]:
     """Every run of the workspace, the one changed last first."""
     folders = [path for path in (workspace / "runs").glob("*") if (path / "resolved.json").exists()]
-    return [RunFolder(p) for p in sorted(folders, key=lambda p: (p / "resolved.json").stat().st_mtime, reverse=True)]
+    return [
+        RunFolder(p)
+        for p in sorted(folders, key=lambda p: (p / "resolved.json").stat().st_mtime, reverse=True)
+    ]
 
 
 # ------------------------------------------------------------------------------------------ retention

@@ -29,8 +29,8 @@ class Sources:
 
     loaded: LoadedRecipe
     workspace: Path
-    _digests: dict[str, list[JsonValue]] = field(default_factory=dict)
-    _pins: dict[str, str] = field(default_factory=dict)
+    _digests: dict[str, JsonValue] = field(default_factory=dict)
+    _pins: dict[str, JsonValue] = field(default_factory=dict)
     _changed: bool = False
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class Sources:
             data = {split: {"digest": self._digest(path)} for split, path in files.items()}
         if self._changed:
             self.workspace.mkdir(parents=True, exist_ok=True)
-            write_json(self.workspace / "digests.json", self._digests)  # type: ignore[arg-type]
+            write_json(self.workspace / "digests.json", self._digests)
             self._changed = False
         return Identities(models=models, data=data)
 
@@ -85,15 +85,21 @@ class Sources:
         return {"digest": hashlib.sha256(canonical(parts)).hexdigest()}
 
     def _hub_identity(self, name: str, revision: str | None) -> Fields:
-        pinned = revision if _is_commit(revision) else self._pins.get(_pin_key(name, revision))
-        return {"hub": name, "revision": pinned or "unresolved"}
+        return {"hub": name, "revision": self._pinned(_pin_key(name, revision), revision) or "unresolved"}
+
+    def _pinned(self, key: str, revision: str | None) -> str | None:
+        """The commit that `revision` is or was pinned to."""
+        if _is_commit(revision):
+            return revision
+        pin = self._pins.get(key)
+        return pin if isinstance(pin, str) else None
 
     def _digest(self, path: Path) -> str:
         try:
             stat = path.stat()
             stamp: list[JsonValue] = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
             known = self._digests.get(str(path))
-            if known is not None and known[:3] == stamp:
+            if isinstance(known, list) and known[:3] == stamp:
                 return str(known[3])
             digest = file_digest(path)
         except OSError as error:
@@ -110,14 +116,16 @@ class Sources:
 
         key = _pin_key(("datasets/" if kind == "dataset" else "") + name, revision)
         try:
-            commit = revision if _is_commit(revision) else self._pins.get(key)
+            commit = self._pinned(key, revision)
             if commit is None:
                 commit = HfApi().repo_info(name, revision=revision, repo_type=kind).sha
                 assert commit is not None
                 self._pins[key] = commit
                 self.workspace.mkdir(parents=True, exist_ok=True)
-                write_json(self.workspace / "pins.json", dict(self._pins))
-            patterns = ["main/*.parquet"] if kind == "dataset" else [f"*{suffix}" for suffix in MODEL_SUFFIXES]
+                write_json(self.workspace / "pins.json", self._pins)
+            patterns = (
+                ["main/*.parquet"] if kind == "dataset" else [f"*{suffix}" for suffix in MODEL_SUFFIXES]
+            )
             return Path(snapshot_download(name, revision=commit, repo_type=kind, allow_patterns=patterns))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -132,7 +140,9 @@ def _local_folder(name: str, folder: Path) -> Path | None:
     if path.is_dir():
         return path
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise EngineError(f"{path}: no such model folder", hint="mend student.model or teachers[].model in the recipe")
+        raise EngineError(
+            f"{path}: no such model folder", hint="mend student.model or teachers[].model in the recipe"
+        )
     return None
 
 
@@ -144,7 +154,7 @@ def _pin_key(name: str, revision: str | None) -> str:
     return f"{name}@{revision or 'main'}"
 
 
-def _read(path: Path) -> dict[str, object]:  # type: ignore[type-arg]
+def _read(path: Path) -> dict[str, JsonValue]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # a cache that cannot be read is rebuilt

@@ -58,7 +58,11 @@ def write_durably(path: Path, writer: Callable[[Path], None]) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """`write_durably` of bytes."""
-    write_durably(path, lambda draft: draft.write_bytes(data) and None)
+
+    def write(draft: Path) -> None:
+        draft.write_bytes(data)
+
+    write_durably(path, write)
 
 
 def write_json(path: Path, value: JsonValue) -> None:
@@ -247,7 +251,9 @@ class Entry:
         manifest = self.manifest()
         if manifest is None:
             return 0
-        gone = [f for f in manifest.files if f.path.startswith(f"{prefix}/") and f.path not in manifest.dropped]
+        gone = [
+            f for f in manifest.files if f.path.startswith(f"{prefix}/") and f.path not in manifest.dropped
+        ]
         if not gone:
             return 0
         dropped = tuple(sorted({*manifest.dropped, *(f.path for f in gone)}))
@@ -310,7 +316,9 @@ class Store:
 class Draft:
     """What a stage writes to. Nothing in it counts before `commit`, but parts and checkpoints survive a kill."""
 
-    def __init__(self, entry: Entry, step: Step, *, note: Callable[[str, Mapping[str, JsonValue]], None]) -> None:
+    def __init__(
+        self, entry: Entry, step: Step, *, note: Callable[[str, Mapping[str, JsonValue]], None]
+    ) -> None:
         self.folder = entry.folder
         self.round = step.round
         self._entry = entry
@@ -390,7 +398,12 @@ class Draft:
         files.sort(key=lambda file: file.path)
         digest = hashlib.sha256(canonical([[file.path, file.sha256] for file in files])).hexdigest()
         manifest = Manifest(
-            self._entry.fingerprint, tuple(files), dict(inputs), digest, (), {**provenance, "step": self._step.id}
+            self._entry.fingerprint,
+            tuple(files),
+            dict(inputs),
+            digest,
+            (),
+            {**provenance, "step": self._step.id},
         )
         write_json(self.folder / MANIFEST, manifest.to_json())
         tidy(self._entry, manifest)

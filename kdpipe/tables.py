@@ -121,7 +121,8 @@ class Scores:
 def write_rows(path: Path, rows: Sequence[Any], schema: pa.Schema) -> None:
     """Writes dataclass rows or dicts as one parquet file; equal rows give equal bytes."""
     columns = {
-        name: [row[name] if isinstance(row, dict) else getattr(row, name) for row in rows] for name in schema.names
+        name: [row[name] if isinstance(row, dict) else getattr(row, name) for row in rows]
+        for name in schema.names
     }
     arrays = [_array(columns[field.name], field.type) for field in schema]
     pq.write_table(pa.Table.from_arrays(arrays, schema=schema), path, compression="zstd")
@@ -179,7 +180,9 @@ def _read(path: Path, schema: pa.Schema, columns: list[str] | None) -> pa.Table:
         return table.select(wanted.names).cast(wanted)
     except (pa.ArrowException, KeyError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ArtifactError(f"{path}: not the table it should be: {reason}", hint="kdpipe verify names the step") from error
+        raise ArtifactError(
+            f"{path}: not the table it should be: {reason}", hint="kdpipe verify names the step"
+        ) from error
 
 
 def _numpy(scalar: pa.ListScalar, dtype: Any) -> npt.NDArray[Any]:

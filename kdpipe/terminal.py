@@ -53,7 +53,7 @@ class _Rate:
         if self.tokens:
             pieces.append(f"{self.tokens / seconds:,.0f} tokens/s")
         finished = self.done - self.first
-        if 0 < finished and self.done < self.total:
+        if finished > 0 and self.done < self.total:
             pieces.append(f"{_duration(seconds * (self.total - self.done) / finished)} left")
         return ", ".join(pieces)
 
@@ -192,7 +192,11 @@ def change_lines(after: dict[str, Any]) -> list[str]:
     lines = []
     if "accuracy_change" in after:
         low, high = after["accuracy_change_low"], after["accuracy_change_high"]
-        p = f", McNemar p = {after['accuracy_change_p_value']:.2g}" if "accuracy_change_p_value" in after else ""
+        p = (
+            f", McNemar p = {after['accuracy_change_p_value']:.2g}"
+            if "accuracy_change_p_value" in after
+            else ""
+        )
         lines.append(
             f"accuracy {100 * after['accuracy_change']:+.1f} points, paired 95 % interval "
             f"{100 * low:+.1f} to {100 * high:+.1f}{p}"
@@ -234,8 +238,7 @@ def plan_lines(run: str, states: Sequence[State], *, horizon: str) -> list[Text]
     before: list[tuple[str, str, str]] = []
     repeats: list[int] = []
     for number, members in rounds.items():
-        shape = [(s.step.link_name, s.verdict, s.why.replace(f"@{number}", "@this")) for s in members]
-        shape = [(name, verdict, why.replace(f"@{number - 1}", "@last")) for name, verdict, why in shape]
+        shape = [_shape(state) for state in members]
         if shape == before:
             repeats.append(number)
             continue
@@ -245,6 +248,13 @@ def plan_lines(run: str, states: Sequence[State], *, horizon: str) -> list[Text]
         lines += [_state_line(state) for state in members]
     lines += _repeat_line(repeats)
     return [*lines, Text(horizon)] if horizon else lines
+
+
+def _shape(state: State) -> tuple[str, str, str]:
+    """The state with round numbers told as this and last, equal for rounds that are alike."""
+    number = state.step.round
+    why = state.why.replace(f"@{number}", "@this").replace(f"@{number - 1}", "@last")
+    return state.step.link_name, state.verdict, why
 
 
 def _repeat_line(rounds: list[int]) -> list[Text]:

@@ -68,7 +68,7 @@ class Trainer:
         """The context of a forward pass: autocast where the compute dtype is not the masters'."""
         if self.compute == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.model.device.type, dtype=self.compute)  # type: ignore[return-value]
+        return torch.autocast(self.model.device.type, dtype=self.compute)
 
     def begin(self) -> None:
         """Prepares for gradients."""
@@ -129,7 +129,9 @@ class Trainer:
                 if (master := tensors.get(f"master.{name}")) is not None:
                     weight.copy_(master)
                 moments = {key: tensors.get(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq")}
-                if step and any(moment is None or moment.shape != weight.shape for moment in moments.values()):
+                if step and any(
+                    moment is None or moment.shape != weight.shape for moment in moments.values()
+                ):
                     raise ArtifactError(f"trainer state: no moments of the right shape for {name}")
                 if step:
                     self._optimizer.state[weight] = {

@@ -213,7 +213,7 @@ def main(target: str, parent: int) -> None:
             send({"stopped": True})
         except KdpipeError as error:
             send({"error": _describe(error, error.message, error.hint)})
-        except Exception as error:  # noqa: BLE001 (the seam of the process: the parent reports it)
+        except Exception as error:
             import traceback
 
             traceback.print_exc()

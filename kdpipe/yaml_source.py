@@ -64,7 +64,12 @@ class Document:
             if inside:
                 path.append(part)
                 value = value[part]
-            elif index == len(location) - 1 and isinstance(value, dict) and isinstance(part, str) and path != []:
+            elif (
+                index == len(location) - 1
+                and isinstance(value, dict)
+                and isinstance(part, str)
+                and path != []
+            ):
                 if re.fullmatch(r"[a-z_]+", part):
                     path.append(part)
             elif len(location) == 1:
@@ -81,7 +86,9 @@ class Document:
             if isinstance(node, list):
                 if not part.isdigit() or int(part) >= len(node):
                     here = ".".join(str(key) for key in keys)
-                    raise RecipeError(f"{origin}: {here} is a list of {len(node)}; {part!r} is not an index of it")
+                    raise RecipeError(
+                        f"{origin}: {here} is a list of {len(node)}; {part!r} is not an index of it"
+                    )
                 key: int | str = int(part)
             elif isinstance(node, dict):
                 key = part
@@ -112,7 +119,9 @@ def read_yaml(text: str, name: str) -> Document:
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(node, yaml.MappingNode):
-        raise RecipeError(f"{name}: a recipe is a mapping of sections", hint="kdpipe recipes quickstart  shows one")
+        raise RecipeError(
+            f"{name}: a recipe is a mapping of sections", hint="kdpipe recipes quickstart  shows one"
+        )
     document = Document(value={}, name=name)
     value = _construct(node, (), document)
     assert isinstance(value, dict)
@@ -141,9 +150,13 @@ def _construct(node: yaml.Node, path: Path, document: Document) -> JsonValue:
                 key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
                 here = f"{document.name}:{key_node.start_mark.line + 1}"
                 if not isinstance(key, str) or key_node.tag == "tag:yaml.org,2002:merge":
-                    raise RecipeError(f"{here}: keys are plain words; merges and complex keys are not used here")
+                    raise RecipeError(
+                        f"{here}: keys are plain words; merges and complex keys are not used here"
+                    )
                 if key in mapping:
-                    raise RecipeError(f"{here}: {'.'.join(map(str, (*path, key)))}: this key stands here twice")
+                    raise RecipeError(
+                        f"{here}: {'.'.join(map(str, (*path, key)))}: this key stands here twice"
+                    )
                 document.origins[(*path, key)] = here
                 mapping[key] = _construct(value_node, (*path, key), document)
             return mapping
@@ -158,7 +171,9 @@ def _construct(node: yaml.Node, path: Path, document: Document) -> JsonValue:
 def _scalar(node: yaml.ScalarNode, origin: str) -> JsonValue:
     plain = node.style is None
     if plain and re.fullmatch(r"[-+]?0[\d_]+", node.value):
-        raise RecipeError(f"{origin}: {node.value}: a leading zero means octal in YAML; write it without, or in quotes")
+        raise RecipeError(
+            f"{origin}: {node.value}: a leading zero means octal in YAML; write it without, or in quotes"
+        )
     loader = _Loader("")
     match node.tag:
         case "tag:yaml.org,2002:null":
@@ -168,7 +183,11 @@ def _scalar(node: yaml.ScalarNode, origin: str) -> JsonValue:
         case "tag:yaml.org,2002:int":
             return int(loader.construct_yaml_int(node))
         case "tag:yaml.org,2002:float":
-            value = float(node.value.replace("_", "")) if "e" in node.value.lower() else loader.construct_yaml_float(node)
+            value = (
+                float(node.value.replace("_", ""))
+                if "e" in node.value.lower()
+                else loader.construct_yaml_float(node)
+            )
             if value != value or value in (float("inf"), float("-inf")):
                 raise RecipeError(f"{origin}: {node.value}: a number must be finite")
             return float(value)

@@ -114,7 +114,8 @@ def _sample(
     purpose: str,
 ) -> list[tuple[Problem, int, list[int], Completion]]:
     requests = [
-        request_for(prompt(problem), samples, job.seed, "evaluate", purpose, problem.prompt_id) for problem in problems
+        request_for(prompt(problem), samples, job.seed, "evaluate", purpose, problem.prompt_id)
+        for problem in problems
     ]
     answers = engine.sample(requests, sampling, progress=job.pulse.tokens)
     return [
@@ -217,20 +218,24 @@ def _reverse_kl_rows(
         engine.load(model)
         sampled = _sample(job, problems, text.prompt, sampling, engine, 1, purpose="reverse KL")
         engine.load(against.source)
-        triples = [(problem, prompt_ids, completion.token_ids) for problem, _, prompt_ids, completion in sampled]
+        triples = [
+            (problem, prompt_ids, completion.token_ids) for problem, _, prompt_ids, completion in sampled
+        ]
         scored = score_completions(job, triples, teacher=teacher, engine=engine, top_k=0)
         return [
             {
                 "prompt_id": problem.prompt_id,
                 "sample": number,
                 "prompt_token_ids": prompt_ids,
-                "teacher_prompt_token_ids": fields[0],
+                "teacher_prompt_token_ids": teacher_prompt,
                 "completion_token_ids": completion.token_ids,
                 "sampler_logprobs": completion.logprobs,
-                "teacher_logprobs": fields[1],
-                "scorable": fields[2],
+                "teacher_logprobs": score.logprobs,
+                "scorable": scorable,
             }
-            for (problem, number, prompt_ids, completion), fields in zip(sampled, scored, strict=True)
+            for (problem, number, prompt_ids, completion), (teacher_prompt, score, scorable) in zip(
+                sampled, scored, strict=True
+            )
         ]
 
     problems = subset(job.test, job.recipe.evaluate.reverse_kl_problems)

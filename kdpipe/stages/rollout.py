@@ -31,7 +31,9 @@ def rollout(job: Job, *, text: Text, student: ModelSource, engine: Engine) -> No
 
     def sample(problems: Sequence[Problem]) -> list[Rollout]:
         requests = [
-            request_for(text.prompt(problem), settings.samples, job.seed, "rollout", job.round, problem.prompt_id)
+            request_for(
+                text.prompt(problem), settings.samples, job.seed, "rollout", job.round, problem.prompt_id
+            )
             for problem in problems
         ]
         answers = engine.sample(requests, sampling, progress=job.pulse.tokens)
@@ -75,5 +77,7 @@ def round_problems(job: Job) -> list[Problem]:
     try:
         chosen = round_indices(ids, prompts=prompts, round_number=job.round, seed=job.seed)
     except ValueError as error:
-        raise DataError(f"rollout.prompts: {error}", hint=f"set rollout.prompts to {len(ids)} or fewer") from None
+        raise DataError(
+            f"rollout.prompts: {error}", hint=f"set rollout.prompts to {len(ids)} or fewer"
+        ) from None
     return [job.train[index] for index in chosen]

@@ -35,7 +35,9 @@ def sft(
     """Writes `model/` and `trainer/` after `settings.steps` optimizer steps, the first `resumed` done already."""
     if settings is not None:
         problems = job.train[: settings.problems]
-        examples = [(text.prompt(p), reference_completion(text.tokenizer, p, end_id=text.end_id)) for p in problems]
+        examples = [
+            (text.prompt(p), reference_completion(text.tokenizer, p, end_id=text.end_id)) for p in problems
+        ]
         ids = tuple(problem.prompt_id for problem in problems)
         job.pulse.start("optimizer steps", settings.steps)
         job.pulse.advance(resumed)
@@ -51,13 +53,16 @@ def sft(
             job.pulse.advance()
             is_due = (step + 1) % job.recipe.runtime.checkpoint_steps == 0
             if (is_due or job.pulse.stopping) and step + 1 < settings.steps:
-                job.draft.write_checkpoint(step + 1, lambda folder: write_state(folder, trainer, text, torch.float32))
+                job.draft.write_checkpoint(
+                    step + 1, lambda folder: write_state(folder, trainer, text, torch.float32)
+                )
             job.pulse.safe_point()
         trainer.end()
     job.draft.write("model", lambda folder: write_model(trainer.model, text.tokenizer, folder, dtype=dtype))
     masters = dtype != torch.float32
     job.draft.write(
-        "trainer", lambda folder: write_trainer(folder, tensors=trainer.tensors(masters=masters), state=trainer.state())
+        "trainer",
+        lambda folder: write_trainer(folder, tensors=trainer.tensors(masters=masters), state=trainer.state()),
     )
 
 
@@ -97,6 +102,6 @@ def _gradient(trainer: Trainer, examples: Sequence[Example], *, text: Text, job:
                 hidden, head, batch.target_ids_N, temperature=1.0, chunk=job.recipe.runtime.head_chunk_tokens
             )
         loss = -logprobs.sum() / tokens
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     return total, tokens

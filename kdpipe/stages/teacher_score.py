@@ -8,11 +8,11 @@ reads, and get no score.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from kdpipe.engine import ScoreRequest
+from kdpipe.engine import ScoreRequest, TokenScores
 from kdpipe.errors import PreflightError
 from kdpipe.job import Job, Text
 from kdpipe.prompting import Vocabulary, compare_vocabularies, render_teacher_prompt
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kdpipe.engine import Engine, ModelSource, TokenScores
+    from kdpipe.engine import Engine, ModelSource
     from kdpipe.rows import Problem, Rollout
 
 MAX_UNSCORABLE_FRACTION = 0.01
+Number = TypeVar("Number", bound=np.generic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,8 @@ def teacher_side(job: Job, *, student: Text, teacher: Text) -> TeacherSide:
         top_k = num_ids
     elif top_k > num_ids:
         raise PreflightError(
-            f"the teacher's top {top_k} of {num_ids} shared ids", hint="lower teacher_top_k, or say vocabulary"
+            f"the teacher's top {top_k} of {num_ids} shared ids",
+            hint="lower teacher_top_k, or say vocabulary",
         )
     return TeacherSide(
         name=settings.name,
@@ -96,7 +98,18 @@ def teacher_score(
         pairs = [(problems[row.prompt_id], row.prompt_token_ids, row.completion_token_ids) for row in rows]
         scored = score_completions(job, pairs, teacher=teacher, engine=engine)
         return [
-            Scores(row.prompt_id, row.sample, teacher.name, *fields) for row, fields in zip(rows, scored, strict=True)
+            Scores(
+                prompt_id=row.prompt_id,
+                sample=row.sample,
+                teacher=teacher.name,
+                teacher_prompt_token_ids=prompt,
+                teacher_logprobs=score.logprobs,
+                scorable=scorable,
+                topk_ids=score.topk_ids,
+                topk_logprobs=score.topk_logprobs,
+                tail_logprobs=score.tail_logprobs,
+            )
+            for row, (prompt, score, scorable) in zip(rows, scored, strict=True)
         ]
 
     name = "scores.parquet"
@@ -115,16 +128,6 @@ def teacher_score(
     job.draft.metric("score/unscorable_tokens", unscorable)
 
 
-ScoreFields = tuple[
-    "list[int]",
-    "npt.NDArray[np.float32]",
-    "npt.NDArray[np.bool_]",
-    "npt.NDArray[np.int32] | None",
-    "npt.NDArray[np.float32] | None",
-    "npt.NDArray[np.float32] | None",
-]
-
-
 def score_completions(
     job: Job,
     rows: Sequence[tuple[Problem, list[int], list[int]]],
@@ -132,8 +135,8 @@ def score_completions(
     teacher: TeacherSide,
     engine: Engine,
     top_k: int | None = None,
-) -> list[ScoreFields]:
-    """Teacher prompt ids, log-probs, scorable, top-k ids, log-probs and tail of (problem, prompt, completion).
+) -> list[tuple[list[int], TokenScores, npt.NDArray[np.bool_]]]:
+    """Teacher prompt ids, scores and scorable [n] of each (problem, student prompt, completion).
 
     `engine` holds the teacher. Where a token is not scorable its log-probs are 0 and its ids 0.
     """
@@ -152,21 +155,26 @@ def score_completions(
         progress=job.pulse.tokens,
     )
     return [
-        (prompt, *_spread(score, mask)) for prompt, score, mask in zip(prompts, scores, masks, strict=True)
+        (prompt, _spread(score, mask), mask)
+        for prompt, score, mask in zip(prompts, scores, masks, strict=True)
     ]
 
 
-def _spread(score: TokenScores, mask: npt.NDArray[np.bool_]) -> tuple[object, ...]:  # type: ignore[misc]
+def _spread(score: TokenScores, mask: npt.NDArray[np.bool_]) -> TokenScores:
     """Scores of the scorable tokens, put back to their places among all tokens."""
+    if mask.all():
+        return score
 
-    def place(values: npt.NDArray[np.generic] | None) -> npt.NDArray[np.generic] | None:
-        if values is None or mask.all():
-            return values
+    def place(values: npt.NDArray[Number]) -> npt.NDArray[Number]:
         full = np.zeros((len(mask), *values.shape[1:]), values.dtype)
         full[mask] = values
         return full
 
-    return place(score.logprobs), mask, place(score.topk_ids), place(score.topk_logprobs), place(score.tail_logprobs)
+    if score.topk_ids is None or score.topk_logprobs is None or score.tail_logprobs is None:
+        return TokenScores(place(score.logprobs))
+    return TokenScores(
+        place(score.logprobs), place(score.topk_ids), place(score.topk_logprobs), place(score.tail_logprobs)
+    )
 
 
 def _check_scorable(teacher: TeacherSide, masks: Sequence[npt.NDArray[np.bool_]]) -> None:

@@ -62,7 +62,11 @@ def train(
 ) -> None:
     """Writes `model/`, `trainer/` and `completions.parquet`; `resumed` is (steps done, checkpoint folder)."""
     done, checkpoint = resumed or (0, None)
-    proximal = _proximal(job, rollouts, text, trainer) if checkpoint is None else _read_proximal(checkpoint, rollouts)
+    proximal = (
+        _proximal(job, rollouts, text, trainer)
+        if checkpoint is None
+        else _read_proximal(checkpoint, rollouts)
+    )
     rows = _rows(job, rollouts, scores, proximal)
     plan = minibatches(job, rows)
     job.pulse.start("optimizer steps", len(plan))
@@ -77,7 +81,9 @@ def train(
         job.pulse.advance()
         is_due = (number + 1) % job.recipe.runtime.checkpoint_steps == 0
         if (is_due or job.pulse.stopping) and number + 1 < len(plan):
-            job.draft.write_checkpoint(number + 1, lambda folder: _write_checkpoint(folder, trainer, text, proximal))
+            job.draft.write_checkpoint(
+                number + 1, lambda folder: _write_checkpoint(folder, trainer, text, proximal)
+            )
         job.pulse.safe_point()
     trainer.end()
     _write(job, rows, plan, text, trainer, dtype)
@@ -213,7 +219,8 @@ def _located(job: Job, rows: Sequence[Row], error: NonFiniteError) -> StepError:
         if index < length:
             where = f"round {job.round}, prompt {row.rollout.prompt_id}, sample {row.rollout.sample}, token {index}"
             return StepError(
-                f"{where}: {error.found}", hint="nothing was published; kdpipe samples shows the round's completions"
+                f"{where}: {error.found}",
+                hint="nothing was published; kdpipe samples shows the round's completions",
             )
         index -= length
     return error
@@ -264,7 +271,7 @@ def _proximal(
                 top_k=0,
                 chunk=runtime.head_chunk_tokens,
             )
-        pieces = scores.logprobs_N.float().cpu().split(batch.counts)
+        pieces = scores.logprobs_N.float().cpu().split(batch.counts)  # type: ignore[no-untyped-call]
         found.update({i: piece.numpy() for i, piece in zip(indices, pieces, strict=True)})
         job.pulse.advance(len(indices))
         job.pulse.safe_point()
@@ -277,7 +284,9 @@ def _batch(rows: Sequence[Row], device: torch.device) -> Batch:
 
 def _batch_of(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
     return make_batch(
-        [row.prompt_token_ids for row in rollouts], [row.completion_token_ids for row in rollouts], device=device
+        [row.prompt_token_ids for row in rollouts],
+        [row.completion_token_ids for row in rollouts],
+        device=device,
     )
 
 
@@ -323,7 +332,8 @@ def _write(
     job.draft.write("model", lambda folder: write_model(trainer.model, text.tokenizer, folder, dtype=dtype))
     masters = dtype != torch.float32
     job.draft.write(
-        "trainer", lambda folder: write_trainer(folder, tensors=trainer.tensors(masters=masters), state=trainer.state())
+        "trainer",
+        lambda folder: write_trainer(folder, tensors=trainer.tensors(masters=masters), state=trainer.state()),
     )
     _write_mismatch(job, rows)
 
