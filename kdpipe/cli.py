@@ -169,7 +169,7 @@ def _outcome(project: Any) -> dict[str, Any]:
     return {
         "run": project.run.name,
         "folder": str(project.run.path),
-        "evaluations": {label: summary for label, summary in _evaluations(project)},
+        "evaluations": dict(_evaluations(project)),
     }
 
 
@@ -356,7 +356,8 @@ def _horizon(recipe: Any) -> str:
     if optimizer.schedule == "constant":
         return ""
     rounds = optimizer.schedule_rounds or recipe.rounds
-    return f"the {optimizer.schedule} schedule ends after round {rounds}; other `rounds` train anew unless schedule_rounds is set"
+    ends = f"the {optimizer.schedule} schedule ends after round {rounds}"
+    return ends + ("" if optimizer.schedule_rounds else "; other `rounds` would train anew (set schedule_rounds)")
 
 
 def _state_json(state: Any) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def token_loss(
     `denominator` is the number of kept tokens of the whole optimizer step, across micro-batches and ranks,
     so the shares simply add up; it counts what a KD mask, a clip or a ratio mask zeroes. Metrics:
     `kept_tokens`; with an RL term `rl_loss`, `rl_clipped`, `rl_behaviour_acted` (divide by `kept_tokens`);
-    with a KD term `kd_tokens` and, to divide by it, `kd_loss`, `kd_reverse_kl` (s - q), `kd_ratio_acted`.
+    with a KD term `kd_tokens` and, to divide by it, `kd_loss`, `kd_reverse_kl_nats` (s - q), `kd_ratio_acted`.
     Raises NonFiniteError where a kept token's s, b, p, q or advantage is not finite and a term needs it.
     """
     if not denominator > 0:
@@ -235,7 +235,7 @@ def _kd_term(objective: Objective, batch: TokenBatch, at: Tensor) -> tuple[Tenso
         _require_finite(
             at, {"the student's log-prob": batch.student[at], "the teacher's log-prob": batch.teacher[at]}
         )
-        metrics["kd_reverse_kl"] = (batch.student[at].detach() - batch.teacher[at]).sum()
+        metrics["kd_reverse_kl_nats"] = (batch.student[at].detach() - batch.teacher[at]).sum()
     if isinstance(objective.kd, JsdTerm):
         if batch.divergence is None:
             raise ValueError("a distribution term needs TokenBatch.divergence")

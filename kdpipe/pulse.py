@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
-class Stopped(Exception):  # noqa: N818 (not an error: the answer to a request)
+class Stopped(Exception):
     """Raised at a safe point after a request to stop; everything finished so far is on disk."""
 
 

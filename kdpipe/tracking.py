@@ -283,6 +283,7 @@ class _MirroredRun:
             _make_database(self.workspace)
         self.client: MlflowClient = _mlflow().MlflowClient(self.record.uri or database_uri(self.workspace))
         run = self._run()
+        self.run_id: str = run.info.run_id
         self.artifact_uri: str = run.info.artifact_uri
         self._describe(run)
 
@@ -295,7 +296,7 @@ class _MirroredRun:
         record = self.record
         record.wanted = status
         if status == "RUNNING" and record.status != status:
-            self.client.update_run(record.run_id, status=status)
+            self.client.update_run(self.run_id, status=status)
             record.status = status
             self._save()
         steps = list(done_steps(self.folder))
@@ -304,7 +305,7 @@ class _MirroredRun:
         )
         self._log_datasets(steps)
         if status != record.status:
-            self.client.set_terminated(record.run_id, status, self._ended())
+            self.client.set_terminated(self.run_id, status, self._ended())
             record.status = status
         self._save()
         self._log_artifacts(report)
@@ -356,18 +357,14 @@ class _MirroredRun:
     def _experiment(self) -> str:
         name, is_server = self.record.experiment, (self.record.uri or "").startswith(("http:", "https:"))
         location = None if is_server else str(self.workspace / ARTIFACTS)
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
+        if (found := self.client.get_experiment_by_name(name)) is None:
             try:
-                made: str = self.client.create_experiment(name, artifact_location=location)
+                return str(self.client.create_experiment(name, artifact_location=location))
             except _mlflow().MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-                found = self.client.get_experiment_by_name(name)  # another run was faster
-            else:
-                return made
-        experiment_id: str = found.experiment_id
-        return experiment_id
+                found = self.client.get_experiment_by_name(name)  # another run may have been faster
+                if found is None:
+                    raise error from None
+        return str(found.experiment_id)
 
     def _began(self) -> int:
         events = RunFolder(self.folder).events()
@@ -386,7 +383,7 @@ class _MirroredRun:
         leaves = {key: self._safe(value) for key, value in flatten(self.recipe)}
         new = [entities.Param(key, value) for key, value in leaves.items() if key not in run.data.params]
         for start in range(0, len(new), MAX_PARAMS):
-            self.client.log_batch(self.record.run_id, params=new[start : start + MAX_PARAMS])
+            self.client.log_batch(self.run_id, params=new[start : start + MAX_PARAMS])
         changed = {key: value for key, value in self._tags().items() if run.data.tags.get(key) != value}
         self.client.log_batch(
             self.record.run_id, tags=[entities.RunTag(key, value) for key, value in changed.items()]
@@ -421,7 +418,7 @@ class _MirroredRun:
             if len(batch) < MAX_METRICS and step is not steps[-1]:
                 continue
             for start in range(0, len(batch), MAX_METRICS):
-                self.client.log_batch(self.record.run_id, metrics=batch[start : start + MAX_METRICS])
+                self.client.log_batch(self.run_id, metrics=batch[start : start + MAX_METRICS])
                 report.event(mirror="metrics")
             count += len(batch)
             self.record.mirrored |= marks
@@ -433,7 +430,7 @@ class _MirroredRun:
         """The rows of a step that was performed again, without those that repeat what MLflow shows."""
         shown: dict[tuple[str, int], tuple[int, float]] = {}
         for name in {row.key for row in rows}:
-            for old in self.client.get_metric_history(self.record.run_id, name):
+            for old in self.client.get_metric_history(self.run_id, name):
                 place, value = (old.key, old.step), (old.timestamp, old.value)
                 shown[place] = max(shown.get(place, value), value)
         return [row for row in rows if shown.get((row.key, row.step), (0, None))[1] != row.value]
@@ -449,7 +446,7 @@ class _MirroredRun:
                 context = entities.InputTag(
                     "mlflow.data.context", "training" if split == "train" else "evaluation"
                 )
-                self.client.log_inputs(self.record.run_id, [entities.DatasetInput(data, [context])])
+                self.client.log_inputs(self.run_id, [entities.DatasetInput(data, [context])])
                 self.record.datasets.append(f"{split} {digest}")
 
     def _log_artifacts(self, report: Report) -> None:
@@ -460,7 +457,7 @@ class _MirroredRun:
                 text = path.read_text(encoding="utf-8")
                 digest = hashlib.sha256(text.encode()).hexdigest()[:16]
                 if self.record.artifacts.get(name) != digest:
-                    self.client.log_text(self.record.run_id, self._safe(text), name)
+                    self.client.log_text(self.run_id, self._safe(text), name)
                     self.record.artifacts[name] = digest
                     report.event(mirror=name)
 
@@ -479,15 +476,22 @@ def database_uri(workspace: Path) -> str:
 
 def _make_database(workspace: Path) -> None:
     """Makes the workspace's database in one piece: a kill in the middle of MLflow's set-up would break it."""
-    from mlflow import MlflowClient
-
     path = workspace / DATABASE
+
+    def make(draft: Path) -> None:
+        _mlflow().MlflowClient(f"sqlite:///{draft}").search_experiments()
+
     if not path.exists():
         with FileLock(workspace / f".{DATABASE}.lock"):
             if not path.exists():
-                write_durably(
-                    path, lambda draft: MlflowClient(f"sqlite:///{draft}").search_experiments() and None
-                )
+                write_durably(path, make)
+
+
+def _mlflow() -> Any:
+    """The library, which takes seconds to import: only ever in a process of its own."""
+    import mlflow
+
+    return mlflow
 
 
 def _model(model: Mapping[str, Any]) -> str:
@@ -665,11 +669,11 @@ def ui_command(workspace: Path, host: str, port: int) -> list[str]:
     return [*command, "--host", host, "--port", str(port), "--workers", "1"]
 
 
-def serve_ui(workspace: Path, host: str = "127.0.0.1", port: int | None = None) -> int:
+def serve_ui(workspace: Path, host: str = "127.0.0.1", first_port: int = 5000) -> int:
     """Serves MLflow's page until a signal; returns the server's exit status, 0 after SIGINT or SIGTERM."""
     stopped = False
     environment = {**os.environ, **ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    command = ui_command(workspace, host, free_port(host) if port is None else port)
+    command = ui_command(workspace, host, free_port(host, first_port))
     process = subprocess.Popen(command, env=environment, start_new_session=True)  # noqa: S603 (our own)
 
     def stop(_number: int, _frame: FrameType | None) -> None:

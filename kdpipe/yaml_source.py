@@ -7,6 +7,7 @@ what was written.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -188,7 +189,7 @@ def _scalar(node: yaml.ScalarNode, origin: str) -> JsonValue:
                 if "e" in node.value.lower()
                 else loader.construct_yaml_float(node)
             )
-            if value != value or value in (float("inf"), float("-inf")):
+            if not math.isfinite(value):
                 raise RecipeError(f"{origin}: {node.value}: a number must be finite")
             return float(value)
         case "tag:yaml.org,2002:str" | "tag:yaml.org,2002:timestamp":

@@ -697,6 +697,6 @@ def test_metrics_are_sums_over_tokens_without_a_graph() -> None:
     batch = mixed_batch(settings, policy(20))
     loss, metrics = token_loss(settings, batch, denominator=7)
     assert batch.teacher is not None
-    assert_equal(metrics["kd_reverse_kl"], (batch.student - batch.teacher).sum().detach(), 1e-14)
+    assert_equal(metrics["kd_reverse_kl_nats"], (batch.student - batch.teacher).sum().detach(), 1e-14)
     assert_equal((0.5 * metrics["rl_loss"] + 0.25 * metrics["kd_loss"]) / 7, loss.detach(), 1e-14)
     assert not any(value.requires_grad for value in metrics.values())

@@ -1,1 +1,1 @@
-"""The five stages: one public function each, named as its file. Typed inputs in, a draft to write to, no world around."""
+"""The five stages: one public function each, named as its file. Typed inputs in, a draft to write to."""

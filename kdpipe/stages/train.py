@@ -144,6 +144,7 @@ def micro_batch_loss(
             topk_ids_NK=columns.topk("topk_ids")[part],
             topk_logprobs_NK=columns.topk("topk_logprobs")[part],
             tail_N=columns.topk("tail_logprobs")[part],
+            offset=part.start,
         )
 
     with trainer.computing():
