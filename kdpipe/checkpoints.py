@@ -5,6 +5,7 @@ Whoever calls a `write_` function hands it a temporary folder and makes the resu
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import OrderedDict
 from pathlib import Path
@@ -14,12 +15,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from kdpipe.errors import ArtifactError, EngineError
 from kdpipe.forward import head_logits, head_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from pydantic import JsonValue
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +33,12 @@ TENSORS_FILE = "trainer.safetensors"
 STATE_FILE = "trainer.json"
 _CPU_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 _PROBE_SCALE = 1000.0
+# How a tokenizer was opened, which transformers writes beside what it is.
+_TOKENIZER_HISTORY = ("is_local", "local_files_only", "name_or_path")
+
+
+# Bars of loading and writing would tear the pipeline's own progress lines.
+disable_progress_bar()
 
 
 class ModelShelf:
@@ -164,6 +172,7 @@ def open_model(
             hint="the folder holds another architecture, an adapter, or an incomplete copy",
         )
     model = model.to(device).eval()
+    _align(model)
     _require_plain_head(model, folder)
     return model
 
@@ -181,6 +190,7 @@ def scratch_model(
         num_key_value_heads=settings.num_kv_heads,
         max_position_embeddings=settings.max_positions,
         tie_word_embeddings=settings.tie_embeddings,
+        initializer_range=settings.init_std,
         bos_token_id=None,
         eos_token_id=eos_id,
         pad_token_id=pad_id,
@@ -205,12 +215,37 @@ def write_model(
     """
     dtype = dtype or model.dtype
     weights = _cast(model.state_dict(), dtype)
-    model.save_pretrained(str(folder), state_dict=weights)
+    with _disk_errors(folder):
+        model.save_pretrained(str(folder), state_dict=weights)
     tokenizer.save_pretrained(str(folder))
-    config_file = folder / "config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _rewrite(folder / "config.json", {"dtype": str(dtype).removeprefix("torch.")})
+    _rewrite(folder / "tokenizer_config.json", dict.fromkeys(_TOKENIZER_HISTORY))
+
+
+def _rewrite(file: Path, changes: Mapping[str, str | None]) -> None:
+    """Sets fields of a JSON file, or drops those that are None."""
+    record = json.loads(file.read_text(encoding="utf-8")) | changes
+    record = {name: value for name, value in record.items() if name not in changes or value is not None}
+    file.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _align(model: PreTrainedModel) -> None:
+    """Moves weights to memory of their own, aligned as torch aligns what it allocates.
+
+    Read from a file they lie where the file's header puts them, and matrix products round differently there: a
+    resumed run would not end with the digests of an unbroken one.
+    """
+    for weight in (*model.parameters(), *model.buffers()):
+        weight.data = weight.data.clone()
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Turns what safetensors raises when the disk refuses into the OSError that it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{folder.name}: {error}") from error
 
 
 def _cast(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -284,7 +319,8 @@ def write_trainer(
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    save_file(plain, folder / TENSORS_FILE)
+    with _disk_errors(folder):
+        save_file(plain, folder / TENSORS_FILE)
     text = json.dumps(dict(state), sort_keys=True, indent=1, allow_nan=False)
     (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
 

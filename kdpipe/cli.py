@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -21,9 +22,9 @@ from kdpipe.errors import KdpipeError, PreflightError, RecipeError
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # plain help: rich would double the time that --help takes
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["--help", "-h"]},
     help="On-policy knowledge distillation of language models, one resumable step at a time.\n\n"
     "Example: kdpipe run quickstart",
 )
@@ -44,7 +45,20 @@ WORKSPACE = Path("kdpipe-out")
 
 def main() -> None:
     """Runs the command line; every expected failure becomes one message and its exit code."""
+    # pydantic would look for plugins in the metadata of every installed distribution.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "true")
+    _ensure_home()
     app()
+
+
+def _ensure_home() -> None:
+    """Gives a user id without an account a home, as in a container: MLflow cannot be imported without one."""
+    try:
+        Path.home()
+    except RuntimeError:
+        import tempfile
+
+        os.environ["HOME"] = os.environ.get("XDG_CACHE_HOME") or tempfile.gettempdir()
 
 
 def reported(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
@@ -64,17 +78,18 @@ def reported(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
 
 
 def _print_error(error: KdpipeError) -> None:
-    from kdpipe.terminal import console, plain
+    from kdpipe.terminal import inert, painter
 
-    out = console(stderr=True)
-    kind = "stopped" if error.exit_code > 128 else "error"
-    out.print(f"[bold {'yellow' if kind == 'stopped' else 'red'}]{kind}:[/] ", end="")
-    out.print(plain(error.message), soft_wrap=True)
+    paint = painter(sys.stderr)
+    stopped = error.exit_code > 128
+    label = paint("stopped:", "yellow") if stopped else paint("error:", "red")
+    lines = [f"{label} {inert(error.message)}"]
     if error.hint:
-        out.print(plain(f"  {error.hint}"), soft_wrap=True)
+        lines.append(f"  {inert(error.hint)}")
     if error.exit_code in (1, 5, 130, 143) and len(sys.argv) > 1:
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        out.print(plain(f"  everything finished is kept; to continue: {command}"), soft_wrap=True)
+        lines.append(f"  everything finished is kept; to continue: {inert(command)}")
+    print("\n".join(lines), file=sys.stderr)  # noqa: T201
 
 
 def _print_json(value: Any) -> None:
@@ -174,25 +189,22 @@ def _outcome(project: Any) -> dict[str, Any]:
 
 
 def _print_outcome(project: Any, recipe: str, workspace: Path) -> None:
-    from kdpipe.terminal import change_lines, console, outcome_table, plain
+    from kdpipe.terminal import change_lines, outcome_lines, painter
 
-    out = console()
+    lines = []
     rows = _evaluations(project)
     if rows:
-        out.print()
-        out.print(outcome_table(rows))
         after = [summary for label, summary in rows if label.startswith("student after")]
-        for line in change_lines(after[-1]) if after and after[-1] else ():
-            out.print(plain(line))
+        changes = change_lines(after[-1]) if after and after[-1] else []
+        lines = [*outcome_lines(rows, painter(sys.stdout)), *changes, ""]
     place = "" if workspace == WORKSPACE else f" --workspace {shlex.quote(str(workspace))}"
-    out.print()
-    out.print(plain(f"artifacts  {_shown(project.run.path)}"), soft_wrap=True)
-    for words in (
-        f"kdpipe samples {recipe} --wrong{place}",
-        f"kdpipe export {recipe} my-student{place}",
-        f"kdpipe ui{place}",
-    ):
-        out.print(plain(f"next       {words}"), soft_wrap=True)
+    lines += [
+        f"artifacts  {_shown(project.run.path)}",
+        f"next       kdpipe samples {recipe} --wrong{place}",
+        f"           kdpipe export {recipe} my-student{place}",
+        f"           kdpipe ui{place}",
+    ]
+    print("\n".join(lines))  # noqa: T201
 
 
 def _shown(path: Path) -> str:
@@ -339,16 +351,16 @@ def plan(
 
     Example: kdpipe plan recipes/quickstart.yaml --set train.optimizer.learning_rate=3e-4
     """
-    from kdpipe.terminal import console, plan_lines
+    from kdpipe.terminal import painter, plan_lines
 
     project = _open(recipe, overrides, workspace)
     states = project.survey()
     if as_json:
         _print_json({"run": project.run.name, "steps": [_state_json(state) for state in states]})
         return
-    out = console()
-    for line in plan_lines(project.run.name, states, horizon=_horizon(project.recipe)):
-        out.print(line, soft_wrap=True)
+    horizon = _horizon(project.recipe)
+    lines = plan_lines(project.run.name, states, horizon=horizon, paint=painter(sys.stdout))
+    print("\n".join(lines))  # noqa: T201
 
 
 def _horizon(recipe: Any) -> str:
@@ -357,7 +369,9 @@ def _horizon(recipe: Any) -> str:
         return ""
     rounds = optimizer.schedule_rounds or recipe.rounds
     ends = f"the {optimizer.schedule} schedule ends after round {rounds}"
-    return ends + ("" if optimizer.schedule_rounds else "; other `rounds` would train anew (set schedule_rounds)")
+    return ends + (
+        "" if optimizer.schedule_rounds else "; other `rounds` would train anew (set schedule_rounds)"
+    )
 
 
 def _state_json(state: Any) -> dict[str, Any]:
@@ -386,7 +400,7 @@ def status(
     """
     from kdpipe.runner import round_metrics
     from kdpipe.store import is_running
-    from kdpipe.terminal import console, plain, round_line
+    from kdpipe.terminal import inert, round_line
 
     project = _open(recipe, overrides, workspace)
     states = project.survey()
@@ -407,16 +421,16 @@ def status(
             }
         )
     else:
-        out = console()
-        out.print(plain(f"{project.run.name}: {'running' if running else 'not running'}"))
-        out.print(plain(f"{len(states) - len(left)} of {len(states)} steps done, {rounds_done} rounds"))
+        lines = [
+            f"{project.run.name}: {'running' if running else 'not running'}",
+            f"{len(states) - len(left)} of {len(states)} steps, {rounds_done} of {project.recipe.rounds} rounds done",
+        ]
         if rounds_done:
-            line = round_line(rounds_done, project.recipe.rounds, round_metrics(project, rounds_done))
-            out.print(plain(line), soft_wrap=True)
+            metrics = round_metrics(project, rounds_done)
+            lines.append(round_line(rounds_done, project.recipe.rounds, metrics))
         if left:
-            out.print(
-                plain(f"next: {left[0].step.id}{'; ' + left[0].why if left[0].why else ''}"), soft_wrap=True
-            )
+            lines.append(f"next: {left[0].step.id}{'; ' + inert(left[0].why) if left[0].why else ''}")
+        print("\n".join(lines))  # noqa: T201
     if check_only and left:
         raise typer.Exit(6)
 
@@ -437,16 +451,14 @@ def samples(
     Example: kdpipe samples recipes/quickstart.yaml --round 0 --wrong --limit 3
     """
     from kdpipe.housekeeping import samples as read_samples
-    from kdpipe.terminal import console, sample_lines
+    from kdpipe.terminal import painter, sample_lines
 
     project = _open(recipe, overrides, workspace)
     step, rows = read_samples(project, round_number=round_number, wrong=wrong, limit=limit)
     if as_json:
         _print_json({"step": step, "samples": rows})
         return
-    out = console()
-    for line in sample_lines(step, rows):
-        out.print(line)
+    print("\n".join(sample_lines(step, rows, painter(sys.stdout))))  # noqa: T201
 
 
 # ------------------------------------------------------------------------------------------- artifacts
@@ -490,7 +502,7 @@ def verify(
     """
     from kdpipe.errors import ArtifactError
     from kdpipe.housekeeping import verify as verify_steps
-    from kdpipe.terminal import console, plain
+    from kdpipe.terminal import inert
 
     findings = list(verify_steps(_open(recipe, overrides, workspace), full=full))
     damaged = [finding for finding in findings if finding.problem]
@@ -510,7 +522,7 @@ def verify(
     if damaged:
         if not as_json:
             for finding in damaged:
-                console(stderr=True).print(plain(f"{finding.step}: {finding.problem}"), soft_wrap=True)
+                print(inert(f"{finding.step}: {finding.problem}"), file=sys.stderr)  # noqa: T201
         force = " ".join(f"--force {finding.step}" for finding in damaged)
         raise ArtifactError(
             f"{len(damaged)} of {len(findings)} steps are damaged",
@@ -599,8 +611,9 @@ def init(
     target = folder / "recipe.yaml"
     if target.exists():
         raise RecipeError(f"{target}: exists already", hint="name another folder")
+    text = shipped_path(recipe).read_text(encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
-    target.write_text(shipped_path(recipe).read_text(encoding="utf-8"), encoding="utf-8")
+    target.write_text(text, encoding="utf-8")
     if as_json:
         _print_json({"recipe": str(target)})
     else:

@@ -182,7 +182,7 @@ class _Task:
             network = self._open(folder, trust=model.trust_remote_code)
         else:
             network = self._scratch(model)
-        text = self._sft_text(folder, model)
+        text = self._open_text(folder, model.template, trust=model.trust_remote_code)
         trainer = Trainer(
             network,
             (settings or Sft(steps=1)).optimizer,
@@ -298,16 +298,14 @@ class _Task:
         entry, name = self._origin(role)
         key = (role, json.dumps(settings.template, sort_keys=True))
         if key not in self.warm.texts:
+            # No folder: a scratch student, in a step that reads its text but opens none of its weights.
             folder = entry.folder / "model" if entry else self._base_folder(name)
-            assert folder is not None
             if entry is not None:
                 entry.opened(
                     "model/tokenizer.json", "model/tokenizer_config.json", "model/generation_config.json"
                 )
             template = settings.template or self.recipe.student.template
-            self.warm.texts[key] = open_text(
-                folder, self.recipe, self.warm.train, template=template, trust=settings.trust_remote_code
-            )
+            self.warm.texts[key] = self._open_text(folder, template, trust=settings.trust_remote_code)
         return self.warm.texts[key]
 
     def _teacher_side(self, job: Job) -> TeacherSide:
@@ -337,15 +335,14 @@ class _Task:
         )
         return network.to(self.warm.device)
 
-    def _sft_text(self, folder: Path | None, model: Student | Teacher) -> Text:
+    def _open_text(self, folder: Path | None, template: dict[str, JsonValue], *, trust: bool) -> Text:
+        """The text side of the model in `folder`; None is a scratch model, with the task's own tokenizer."""
         if folder is not None:
-            return open_text(
-                folder, self.recipe, self.warm.train, template=model.template, trust=model.trust_remote_code
-            )
+            return open_text(folder, self.recipe, self.warm.train, template=template, trust=trust)
         from kdpipe.prompting import prompt_style
 
         tokenizer = arithmetic_tokenizer(words())
-        style = prompt_style(self.recipe.task, self.warm.train, model.template)
+        style = prompt_style(self.recipe.task, self.warm.train, template)
         return Text(tokenizer, style, (tokenizer.eos_token_id,), num_ids_in_use(tokenizer))
 
     def _student_trainer(self, checkpoint: Path | None) -> Trainer:

@@ -94,7 +94,20 @@ class Plan:
 
 def canonical(value: JsonValue) -> bytes:
     """`value` as JSON bytes, equal for equal values; raises on a type or number that JSON cannot hold."""
+    _require_text_keys(value)
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _require_text_keys(value: JsonValue) -> None:
+    """Raises TypeError on keys that JSON would turn into text, making two documents one."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"key {key!r} is not text")
+            _require_text_keys(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _require_text_keys(item)
 
 
 def run_hash(recipe: Recipe) -> str:

@@ -178,7 +178,7 @@ def _chat_text(tokenizer: Tokenizer, style: PromptStyle, messages: list[dict[str
     if not tokenizer.chat_template:
         raise PreflightError(f"{name}: has no chat template", hint="set task.prompt to plain")
     for argument in style.template_arguments:
-        if not re.search(rf"\b{re.escape(argument)}\b", str(tokenizer.get_chat_template())):
+        if argument not in used_arguments(tokenizer, style.template_arguments):
             raise PreflightError(
                 f"{name}: its chat template does not use the argument {argument!r}",
                 hint=f"remove template.{argument} of this model from the recipe",
@@ -194,6 +194,14 @@ def _chat_text(tokenizer: Tokenizer, style: PromptStyle, messages: list[dict[str
             hint="set task.prompt to plain, or correct the template arguments",
         ) from error
     return text
+
+
+def used_arguments(tokenizer: Tokenizer, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """Those of `arguments` that the tokenizer's chat template names; none without a template."""
+    template = str(tokenizer.get_chat_template()) if tokenizer.chat_template else ""
+    return {
+        name: value for name, value in arguments.items() if re.search(rf"\b{re.escape(name)}\b", template)
+    }
 
 
 def _plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from kdpipe.errors import RecipeError
-from kdpipe.yaml_source import Document, parse_value, read_yaml
+from kdpipe.yaml_source import Document, read_yaml
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 DEFAULT_INSTRUCTION = (
@@ -131,6 +131,7 @@ class Scratch(Section):
     num_kv_heads: Count = 3
     max_positions: Count = 256
     tie_embeddings: bool = True
+    init_std: Positive = 0.02
     seed: Seed | None = None
 
     @model_validator(mode="after")
@@ -493,9 +494,7 @@ def _apply_override(document: Document, override: str) -> Document:
             f"--set {override}: not of the form a.b=c",
             hint="for example: --set train.optimizer.learning_rate=3e-5",
         )
-    return document.with_value(
-        tuple(key.split(".")), parse_value(text, f"--set {override}"), f"--set {override}"
-    )
+    return document.with_value(tuple(key.split(".")), text, f"--set {override}")
 
 
 def _explain(document: Document, item: Any) -> str:

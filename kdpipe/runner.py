@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from pydantic import JsonValue
 
 from kdpipe.errors import ArtifactError, Interrupted, PreflightError, RecipeError, StepError
-from kdpipe.plan import STUDENT, Fields, Identities, Plan, Step, canonical, make_plan
+from kdpipe.plan import STUDENT, Fields, Identities, Input, Plan, Step, canonical, make_plan
 from kdpipe.recipe import LoadedRecipe, Recipe, resolved
 from kdpipe.runs import RunFolder, droppable, run_folder
 from kdpipe.sources import Sources
@@ -158,6 +158,7 @@ class _Run:
     performer: str
     worker: Worker = field(init=False)
     digests: dict[str, str | None] = field(default_factory=dict)
+    again: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         threads = self.project.recipe.runtime.threads
@@ -171,7 +172,7 @@ class _Run:
     def go(self, mirror: Mirror) -> None:
         """Performs every step that is not done, in order."""
         project, steps = self.project, steps_of(self.project, self.request)
-        again = self._again(steps)
+        again = self.again = self._again(steps)
         states = {state.step.id: state for state in project.survey()}
         todo = sum(not states[step.id].done or step.id in again for step in steps)
         self.display.begin(project.run, todo, len(steps) - todo)
@@ -191,7 +192,9 @@ class _Run:
                 tidy(entry, manifest)
                 project.run.link(step, entry)
             else:
+                self._restore(step)
                 self._perform(step, entry, anew=step.id in again or state.verdict == "stale")
+                again.discard(step.id)
                 self._retain()
             mirror.nudge()
             self.digests[step.id] = inspect(project.store, step, self.digests).digest
@@ -205,8 +208,24 @@ class _Run:
             raise RecipeError(f"--force {sorted(missing)[0]}: this command does not run that step")
         states = self.project.survey()
         wanted = {step.id for step in steps}
-        pending = {state.step.id for state in states if not state.done and state.step.id in wanted} | forced
-        return forced | must_restore(states, pending)
+        # A step whose input has to be made first may turn out to be done; if not, `_restore` sees to it.
+        certain = {s.step.id for s in states if not s.done and not (s.verdict == "to do" and s.digest)}
+        return forced | must_restore(states, certain & wanted | forced)
+
+    def _restore(self, step: Step) -> None:
+        """Performs again the steps whose dropped files `step` opens, where that was not foreseen."""
+        project = self.project
+        if not any(self._was_dropped(source) for source in step.inputs.values()):
+            return
+        states = project.survey()
+        lost = must_restore(states, {step.id})
+        for origin in [state.step for state in states if state.step.id in lost]:
+            self._perform(origin, project.store.entry(origin), anew=True)
+            self.digests[origin.id] = inspect(project.store, origin, self.digests).digest
+
+    def _was_dropped(self, source: Input) -> bool:
+        manifest = self.project.store.entry(self.project.plan.step(source.step_id)).manifest()
+        return manifest is not None and any(path.partition("/")[0] in source.opens for path in manifest.dropped)
 
     def _perform(self, step: Step, entry: Entry, *, anew: bool) -> None:
         project = self.project
@@ -266,12 +285,29 @@ class _Run:
             )
 
     def _retain(self) -> None:
-        """Drops weights that no run keeps; only after what replaces them is durable."""
-        for folder, kind in droppable(self.project.run, self.project.workspace):
+        """Drops weights that no run keeps and no step ahead opens; only after what replaces them is durable."""
+        found = droppable(self.project.run, self.project.workspace)
+        candidates = [(folder, kind) for folder, kind in found if (folder / kind).exists()]
+        awaited = self._awaited() if candidates else set()
+        for folder, kind in candidates:
+            if (folder, kind) in awaited:
+                continue
             fingerprint = json.loads((folder / "fingerprint.json").read_text())["fingerprint"]
             freed = Entry(folder, folder.name, fingerprint).drop(kind)
             if freed:
                 self.project.run.event("dropped", entry=folder.name, payload=kind, bytes=freed)
+
+    def _awaited(self) -> set[tuple[Path, str]]:
+        """(entry, folder of its payload) that steps of the plan which are not done will open."""
+        project = self.project
+        steps = {step.id: step for step in project.plan.steps}
+        pending = {state.step.id for state in project.survey() if not state.done} | self.again
+        return {
+            (project.store.entry(steps[source.step_id]).folder.resolve(), name)
+            for step_id in pending
+            for source in steps[step_id].inputs.values()
+            for name in source.opens
+        }
 
     def _check_free_space(self, step: Step) -> None:
         """Raises StepError when the disk cannot hold what the step is likely to write."""

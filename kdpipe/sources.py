@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from kdpipe.errors import DataError, EngineError
+from kdpipe.errors import DataError, EngineError, RecipeError
 from kdpipe.plan import STUDENT, Fields, Identities, canonical
 from kdpipe.recipe import Gsm8kTask, LoadedRecipe, Student, Teacher
 from kdpipe.store import file_digest, write_json
@@ -38,7 +38,7 @@ class Sources:
         self._pins = _read(self.workspace / "pins.json")
 
     def identities(self) -> Identities:
-        """What the recipe's models and data are; raises EngineError or DataError when a local one is missing."""
+        """What the recipe's models and data are; raises RecipeError or DataError when a local one is missing."""
         models = {name: self._model(model) for name, model in self._models() if model.model is not None}
         task = self.loaded.recipe.task
         data: dict[str, Fields]
@@ -77,7 +77,7 @@ class Sources:
             return self._hub_identity(model.model, model.revision)
         files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_SUFFIXES)
         if not any(path.name == "config.json" for path in files):
-            raise EngineError(
+            raise RecipeError(
                 f"{folder}: not a model folder: config.json is missing",
                 hint="name a folder that transformers' save_pretrained wrote",
             )
@@ -140,7 +140,7 @@ def _local_folder(name: str, folder: Path) -> Path | None:
     if path.is_dir():
         return path
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise EngineError(
+        raise RecipeError(
             f"{path}: no such model folder", hint="mend student.model or teachers[].model in the recipe"
         )
     return None

@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -36,10 +38,10 @@ TEMPORARY = ".tmp-"
 
 def write_durably(path: Path, writer: Callable[[Path], None]) -> None:
     """Makes `path` (file or folder) hold what `writer` writes, wholly or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.parent / f"{TEMPORARY}{path.name}"
-    _remove(draft)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(draft)
         writer(draft)
         for file in _files(draft):
             _fsync(file)
@@ -71,11 +73,13 @@ def write_json(path: Path, value: JsonValue) -> None:
 
 
 def append_line(path: Path, value: Mapping[str, JsonValue]) -> None:
-    """Appends one JSON line in one write; a reader skips a last line that a kill cut short."""
+    """Appends one JSON line in one write, on a line of its own though the last one was cut short."""
     line = json.dumps(value, sort_keys=True, allow_nan=False) + "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line.encode())
+        size = os.fstat(descriptor).st_size
+        is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, ("\n" + line if is_torn else line).encode())
     finally:
         os.close(descriptor)
 
@@ -84,8 +88,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON lines of `path` ([] when it is missing); a line that is cut short is left out."""
     rows = []
     with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
                 rows.append(json.loads(line))
     return rows
 
@@ -451,6 +455,8 @@ def run_lock(folder: Path) -> Iterator[None]:
             f"{folder.name}: is being run by {who}", hint="wait for it, or stop it; then repeat the command"
         ) from None
     try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
         yield
     finally:
         holder.unlink(missing_ok=True)

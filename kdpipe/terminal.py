@@ -1,32 +1,42 @@
 """What a person sees of a run: progress on stderr, one line a round, a table at the end. Or JSON lines.
 
 Without a terminal it prints plain lines, one every few seconds at most, and no control codes. Model text is
-shown through `inert`, which strips whatever a terminal would act on.
+shown through `inert`, which strips whatever a terminal would act on. Only the live progress line needs rich,
+which would be a fifth of what `kdpipe plan` costs.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
-from rich.table import Table
-from rich.text import Text
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from kdpipe.plan import Step
 from kdpipe.runs import RunFolder
 from kdpipe.survey import State
 
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
 PLAIN_SECONDS = 5.0
+Style = Literal["bold", "dim", "red", "green", "yellow", "cyan"]
+Paint = Callable[[str, Style], str]
+_CODES: dict[Style, int] = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
 
 
-def console(*, stderr: bool = False) -> Console:
-    """A console that honours NO_COLOR and never wraps numbers into links."""
-    return Console(stderr=stderr, highlight=False, soft_wrap=not sys.stdout.isatty())
+def painter(stream: TextIO) -> Paint:
+    """Puts colour codes around a text where `stream` is a terminal and NO_COLOR is not set; else nothing."""
+    if is_terminal(stream) and not os.environ.get("NO_COLOR"):
+        return lambda text, style: f"\x1b[{_CODES[style]}m{text}\x1b[0m"
+    return lambda text, _style: text
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether `stream` understands control codes."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def inert(text: str) -> str:
@@ -62,8 +72,8 @@ class Terminal:
     """Shows a run to a person, on stderr: a live line where stderr is a terminal, else plain lines."""
 
     def __init__(self) -> None:
-        self.console = console(stderr=True)
-        self.live = self.console.is_terminal
+        self.live = is_terminal(sys.stderr)
+        self._paint = painter(sys.stderr)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._rate = _Rate()
@@ -71,28 +81,21 @@ class Terminal:
 
     def begin(self, run: RunFolder, todo: int, reused: int) -> None:
         """Says what is about to happen."""
-        self.console.print(f"[bold]{run.name}[/]: {todo} steps to do, {reused} done already")
+        done = f", {reused} done already" if reused else ""
+        self._say(f"{self._paint(run.name, 'bold')}: {_counted(todo, 'step')} to do{done}")
 
     def step_begins(self, step: Step) -> None:
         """Starts the step's line."""
         self._rate = _Rate()
         self._said = time.monotonic()
         if self.live:
-            self._progress = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=16),
-                TextColumn("{task.fields[words]}"),
-                console=self.console,
-                transient=True,
-            )
-            self._task = self._progress.add_task(step.id, total=None, words="starting")
+            self._progress, self._task = _live_line(step.id)
             self._progress.start()
 
     def step_event(self, step: Step, event: dict[str, Any]) -> None:
         """Shows how far the step is."""
         if event["kind"] == "waiting":
-            self.console.print(f"{step.id}: another run is making it; waiting to reuse it")
+            self._say(f"{step.id}: another run is making it; waiting to reuse it")
             return
         self._rate.update(event)
         if self._progress is not None and self._task is not None:
@@ -101,19 +104,19 @@ class Terminal:
             )
         elif time.monotonic() - self._said > PLAIN_SECONDS:
             self._said = time.monotonic()
-            self.console.print(f"{step.id}: {self._rate.words()}", soft_wrap=True)
+            self._say(f"{step.id}: {self._rate.words()}")
 
     def step_ends(self, step: Step, result: dict[str, Any]) -> None:
         """Ends the step's line; steps of round 0 leave one, as no line of a round follows them."""
         self.stop()
         if result["reused"]:
-            self.console.print(f"{step.id}: reused from another run")
+            self._say(f"{step.id}: reused from another run")
         elif step.round == 0:
-            self.console.print(f"{step.id}: {_duration(result['seconds'])}", soft_wrap=True)
+            self._say(f"{step.id}: {_duration(result['seconds'])}")
 
     def round_ends(self, number: int, rounds: int, metrics: dict[str, float]) -> None:
         """Prints the round's line."""
-        self.console.print(round_line(number, rounds, metrics), soft_wrap=True)
+        self._say(round_line(number, rounds, metrics))
 
     def tick(self) -> None:
         """Nothing: rich refreshes by itself."""
@@ -123,6 +126,28 @@ class Terminal:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+    def _say(self, line: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=sys.stderr, flush=True)  # noqa: T201 (progress goes to stderr)
+
+
+def _live_line(name: str) -> tuple[Progress, TaskID]:
+    from rich.console import Console
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn
+    from rich.progress import Progress as LiveProgress
+
+    progress = LiveProgress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=12),
+        TextColumn("{task.fields[words]}", markup=False),
+        console=Console(stderr=True, highlight=False),
+        transient=True,
+    )
+    return progress, progress.add_task(name, total=None, words="starting")
 
 
 class JsonLines:
@@ -171,20 +196,27 @@ def round_line(number: int, rounds: int, metrics: dict[str, float]) -> str:
     return "  ".join(pieces)
 
 
-def outcome_table(rows: Sequence[tuple[str, dict[str, Any] | None]]) -> Table:
-    """Before and after with intervals: (label, summary.json of the evaluation)."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("", "accuracy", "95 % interval", "held-out reverse KL (nats)"):
-        table.add_column(column, justify="left" if not column else "right")
-    for label, summary in rows:
-        if summary is not None:
-            table.add_row(
-                label,
-                f"{summary['accuracy']:.1%}",
-                f"{summary['accuracy_low']:.1%} to {summary['accuracy_high']:.1%}",
-                _interval(summary, "reverse_kl_nats", "reverse_kl_low", "reverse_kl_high", ".3f"),
-            )
-    return table
+def outcome_lines(rows: Sequence[tuple[str, dict[str, Any] | None]], paint: Paint) -> list[str]:
+    """Before and after with intervals, as a table: (label, summary.json of the evaluation)."""
+    table = [("", "accuracy", "95 % interval", "held-out reverse KL, nats")]
+    table += [
+        (
+            label,
+            f"{summary['accuracy']:.1%}",
+            f"{summary['accuracy_low']:.1%} to {summary['accuracy_high']:.1%}",
+            _interval(summary, "reverse_kl_nats", "reverse_kl_low", "reverse_kl_high", ".3f"),
+        )
+        for label, summary in rows
+        if summary is not None
+    ]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join(
+            [f"{row[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in table
+    ]
+    return [paint(lines[0], "bold"), *(line.rstrip() for line in lines[1:])]
 
 
 def change_lines(after: dict[str, Any]) -> list[str]:
@@ -210,11 +242,6 @@ def change_lines(after: dict[str, Any]) -> list[str]:
     return lines
 
 
-def plain(text: str) -> Text:
-    """Text that rich shows as it is, markup characters included."""
-    return Text(inert(text))
-
-
 def _interval(summary: dict[str, Any], value: str, low: str, high: str, spec: str) -> str:
     if value not in summary:
         return ""
@@ -229,60 +256,68 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def plan_lines(run: str, states: Sequence[State], *, horizon: str) -> list[Text]:
+def plan_lines(run: str, states: Sequence[State], *, horizon: str, paint: Paint) -> list[str]:
     """The plan, a line a step; rounds that repeat the one before are told in one line."""
-    lines = [Text.assemble((run, "bold"), f": {len(states)} steps, {sum(not s.done for s in states)} to run")]
+    todo = sum(not state.done for state in states)
+    lines = [f"{paint(run, 'bold')}: {_counted(len(states), 'step')}, {todo} to run"]
     rounds: dict[int, list[State]] = {}
     for state in states:
         rounds.setdefault(state.step.round, []).append(state)
-    before: list[tuple[str, str, str]] = []
+    before: Sequence[tuple[str, str, str]] = ()
     repeats: list[int] = []
     for number, members in rounds.items():
-        shape = [_shape(state) for state in members]
+        shape = [(s.step.link_name, s.verdict, s.why.replace(f"@{number}", "@this")) for s in members]
+        shape = [(name, verdict, why.replace(f"@{number - 1}", "@last")) for name, verdict, why in shape]
         if shape == before:
             repeats.append(number)
             continue
-        lines += _repeat_line(repeats)
+        lines += _repeat_line(repeats, paint)
         repeats = []
         before = shape
-        lines += [_state_line(state) for state in members]
-    lines += _repeat_line(repeats)
-    return [*lines, Text(horizon)] if horizon else lines
+        lines += [_state_line(state, paint) for state in members]
+    lines += _repeat_line(repeats, paint)
+    return [*lines, horizon] if horizon else lines
 
 
-def _shape(state: State) -> tuple[str, str, str]:
-    """The state with round numbers told as this and last, equal for rounds that are alike."""
-    number = state.step.round
-    why = state.why.replace(f"@{number}", "@this").replace(f"@{number - 1}", "@last")
-    return state.step.link_name, state.verdict, why
-
-
-def _repeat_line(rounds: list[int]) -> list[Text]:
+def _repeat_line(rounds: list[int], paint: Paint) -> list[str]:
     if not rounds:
         return []
     which = f"round {rounds[0]}" if len(rounds) == 1 else f"rounds {rounds[0]} to {rounds[-1]}"
-    return [Text(f"  {which}: the same", style="dim")]
+    return [paint(f"  {which}: the same", "dim")]
 
 
-def _state_line(state: State) -> Text:
-    colour = {"done": "green", "stale": "yellow", "to do": "cyan", "damaged": "red"}[state.verdict]
+def _state_line(state: State, paint: Paint) -> str:
+    colours: dict[str, Style] = {"done": "green", "stale": "yellow", "to do": "cyan", "damaged": "red"}
     notes = [state.why] if state.why else []
     if state.dropped:
         notes.append(f"dropped: {', '.join(sorted(state.dropped))}")
-    return Text.assemble(f"  {state.step.id:<24}", (f"{state.verdict:<8}", colour), inert("; ".join(notes)))
+    verdict = paint(f"{state.verdict:<8}" if notes else state.verdict, colours[state.verdict])
+    return f"  {state.step.id:<24}{verdict}{inert('; '.join(notes))}"
 
 
-def sample_lines(step: str, rows: Sequence[dict[str, Any]]) -> list[Text]:
-    """Completions for reading: question, expected answer, what was written, and the grade."""
-    lines = [Text(f"{step}: {len(rows)} completions", style="bold")]
+def sample_lines(step: str, rows: Sequence[dict[str, Any]], paint: Paint) -> list[str]:
+    """Completions for reading: question, what was written, the expected answer, and the grade."""
+    lines = [paint(f"{step}: {_counted(len(rows), 'completion')}", "bold")]
     for row in rows:
-        grade = ("right", "green") if row["correct"] else ("wrong", "red")
+        grade = paint("right", "green") if row["correct"] else paint("wrong", "red")
+        prompt_id, number = row["prompt_id"], row["sample"]
         answer = row["answer_strict"] or row["answer_flexible"]
+        found = "no answer" if answer is None else f"found {answer}"
+        cut = ", cut at the length limit" if row["finish_reason"] == "length" else ""
         lines += [
-            Text(""),
-            Text.assemble((f"{inert(row['prompt_id'])}/{row['sample']} ", "bold"), grade),
-            Text(inert(row["question"]), style="dim"),
-            Text(inert(row["text"])),
-            Text(inert(f"expected {row['expected']}, found {answer}, {row['finish_reason']}"), style="dim"),
+            "",
+            f"{paint(f'{inert(prompt_id)} sample {number}', 'bold')}: {grade}",
+            *_indented(row["question"], "  | ", paint),
+            *_indented(row["text"], "  > ", paint),
+            paint(inert(f"  expected {row['expected']}, {found}{cut}"), "dim"),
         ]
     return lines
+
+
+def _indented(text: str, mark: str, paint: Paint) -> list[str]:
+    """Each line of a text after a mark, so that model text cannot pass for ours."""
+    return [f"{paint(mark, 'dim')}{line}" for line in inert(text).split("\n")]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -72,6 +72,8 @@ QUIET_SECONDS = 10.0
 PATIENCE_SECONDS: dict[Status, float] = {"FINISHED": 60.0, "FAILED": 60.0, "KILLED": 2.0}
 """How long it waits at most; after a signal the command has to be gone within seconds."""
 RETRY_SECONDS = 30.0
+PAUSE_RATIO = 9.0
+"""Rest after a sync, in its own durations: the mirror takes at most a tenth of one core."""
 
 
 class Request(BaseModel):
@@ -554,43 +556,52 @@ class MlflowMirror:
 
     def _work(self) -> None:
         """The thread: everything that talks to the worker."""
-        delivered = self._attempt(self._request)
-        if delivered and not self._ending.is_set():
-            self._settle_others()
+        if self._attempt(self._mirror) and not self._ending.is_set():
+            self._attempt(self._settle_others)
         while not self._ending.is_set():
             self._wake.wait()
             self._wake.clear()
-            if not self._ending.is_set() and not self._attempt(self._request):
-                self._ending.wait(RETRY_SECONDS)
-        last = self._request.model_copy(update={"status": self._final})
-        if not self._attempt(last):
-            self._note_wanted()
+            start = time.monotonic()
+            if not self._ending.is_set():
+                delivered = self._attempt(self._mirror)
+                pause = min(RETRY_SECONDS, PAUSE_RATIO * (time.monotonic() - start))
+                self._ending.wait(pause if delivered else RETRY_SECONDS)
+        delivered = self._attempt(self._mirror)
         self._worker.kill()
+        if not delivered:
+            self._attempt(self._note_wanted)
 
-    def _attempt(self, request: Request) -> bool:
+    def _attempt(self, action: Callable[[], None]) -> bool:
+        """Whether `action` went well; nothing that goes wrong in it may stop the run."""
         try:
-            self._worker.call(request.model_dump(mode="json"), on_event=self._progress, tick=self._check_time)
+            action()
         except Exception as error:
             self._worker.kill()
             self.error = str(error)
             with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as log:
                 log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} not mirrored: {error}\n")
             return False
-        self.error = None
         return True
+
+    def _mirror(self) -> None:
+        self._call(self._request.model_copy(update={"status": self._final}))
+        self.error = None
 
     def _settle_others(self) -> None:
         for request in unsettled(self._request.workspace):
             if not self._ending.is_set():
-                self._attempt(request)
+                self._call(request)
 
     def _note_wanted(self) -> None:
         """Notes the status that could not be delivered; the worker is gone, so nobody else writes."""
         record = read_record(self._request.run)
         if record is not None:
             record.wanted = self._final
-            with contextlib.suppress(KdpipeError):
-                _write_record(self._request.run, record)
+            _write_record(self._request.run, record)
+
+    def _call(self, request: Request) -> None:
+        self._check_time()
+        self._worker.call(request.model_dump(mode="json"), on_event=self._progress, tick=self._check_time)
 
     def _progress(self, _event: Message) -> None:
         self._quiet_since = time.monotonic()
@@ -617,7 +628,7 @@ def open_mirror(project: Project) -> Mirror:
     )
 
 
-def settle(workspace: Path, *, seconds: float = 20.0) -> list[str]:
+def settle(workspace: Path, *, seconds: float = 30.0) -> list[str]:
     """Tells MLflow the end of runs that were killed or could not be mirrored; returns their names.
 
     Starts MLflow's process only when there is such a run, and gives up after `seconds`.

@@ -84,13 +84,16 @@ class Worker:
         self._write(process, {"call": request})
         asked: float | None = None
         while True:
-            if asked is None and stop():
-                asked = time.monotonic()
-                self._write(process, {"stop": True})
-            if asked is not None and time.monotonic() - asked > STOP_SECONDS:
-                self.kill()
-                return None
-            for message in self._read(process, seconds=0.2):
+            try:
+                if asked is None and stop():
+                    asked = time.monotonic()
+                    self._write(process, {"stop": True})
+                messages = self._read(process, seconds=0.2)
+            except StepError:
+                if stop():  # the same signal reached a worker that did not ignore signals yet
+                    return None
+                raise
+            for message in messages:
                 if "event" in message:
                     on_event(message["event"])  # type: ignore[arg-type]
                 elif "result" in message:
@@ -99,6 +102,9 @@ class Worker:
                     return None
                 elif "error" in message:
                     raise self._error(message["error"])  # type: ignore[arg-type]
+            if asked is not None and time.monotonic() - asked > STOP_SECONDS:
+                self.kill()
+                return None
             tick()
 
     def kill(self) -> None:
@@ -221,7 +227,9 @@ def main(target: str, parent: int) -> None:
 
 
 def _describe(error: Exception, message: str, hint: str) -> Message:
-    return {"kind": type(error).__name__, "message": message, "hint": hint}
+    # The parent knows the classes of `errors` only: a subclass from elsewhere travels as the nearest of them.
+    known = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == KdpipeError.__module__]
+    return {"kind": known[0] if known else type(error).__name__, "message": message, "hint": hint}
 
 
 def _listen(requests: TextIO, calls: queue.Queue[Message], report: Report) -> None:

@@ -1,8 +1,9 @@
 """YAML text -> plain values that remember their lines. PyYAML's safe loader with three repairs.
 
 Duplicate keys are errors; `1e-5` is a number (YAML 1.1 reads a string); numbers with a leading zero are
-refused (YAML 1.1 reads `010` as 8). The spelling of every scalar is kept, so that a message can show
-what was written.
+refused (YAML 1.1 reads `010` as 8), and so are those with colons (it reads `1:30` as 90). Aliases and tags
+are refused: an alias of an alias of an alias is how a small text becomes a huge one. The spelling of every
+scalar is kept, so that a message can show what was written.
 """
 
 from __future__ import annotations
@@ -21,7 +22,17 @@ Path = tuple[int | str, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-5` as a float."""
+    """SafeLoader that reads `1e-5` as a float and refuses aliases and tags."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if getattr(event, "anchor", None) is not None:  # of an alias, it is the name of its anchor
+            found = "anchors and aliases"
+        elif getattr(event, "tag", None) is not None:
+            found = "tags"
+        else:
+            return super().compose_node(parent, index)
+        raise yaml.composer.ComposerError(None, None, f"{found} are not used here", event.start_mark)
 
 
 _Loader.add_implicit_resolver(
@@ -29,6 +40,10 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
+
+
+_CONSTRUCTOR = _Loader("")
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +92,19 @@ class Document:
                 path.append(part)
         return tuple(path)
 
-    def with_value(self, path: tuple[str, ...], value: JsonValue, origin: str) -> Document:
-        """This document with `value` at `path`; mappings on the way are made, list items must exist."""
+    def with_value(self, path: tuple[str, ...], text: str, origin: str) -> Document:
+        """This document with the value that `text` means at `path`; `origin` is what messages name.
+
+        Mappings on the way are made, list items must exist.
+        """
+        value, added = _parse_value(text, origin)
         keys: list[int | str] = []
         root = _copy(self.value)
         node: Any = root
         for depth, part in enumerate(path):
             last = depth == len(path) - 1
             if isinstance(node, list):
-                if not part.isdigit() or int(part) >= len(node):
+                if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(node):
                     here = ".".join(str(key) for key in keys)
                     raise RecipeError(
                         f"{origin}: {here} is a list of {len(node)}; {part!r} is not an index of it"
@@ -105,20 +124,13 @@ class Document:
         place = tuple(keys)
         outside = {known: text for known, text in self.origins.items() if known[: len(place)] != place}
         spellings = {known: text for known, text in self.spellings.items() if known[: len(place)] != place}
-        if not isinstance(value, (dict, list)):
-            spellings[place] = origin.partition("=")[2]
+        spellings |= {(*place, *inside): spelling for inside, spelling in added.items()}
         return replace(self, value=root, origins={**outside, place: origin}, spellings=spellings)
 
 
 def read_yaml(text: str, name: str) -> Document:
     """The mapping in `text`; raises RecipeError with line and column on anything that is not one."""
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"{name}:{line}: not valid YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
+    node = _compose(text, name)
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError(
             f"{name}: a recipe is a mapping of sections", hint="kdpipe recipes quickstart  shows one"
@@ -131,13 +143,27 @@ def read_yaml(text: str, name: str) -> Document:
 
 def parse_value(text: str, origin: str) -> JsonValue:
     """The YAML value in `text`, as after `--set key=`."""
+    return _parse_value(text, origin)[0]
+
+
+def _parse_value(text: str, origin: str) -> tuple[JsonValue, dict[Path, str]]:
+    """The value in `text` and the spellings of its scalars."""
+    node = _compose(text, origin)
+    document = Document(value={}, name=origin)
+    return (None if node is None else _construct(node, (), document)), document.spellings
+
+
+def _compose(text: str, name: str) -> yaml.Node | None:
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        node: yaml.Node | None = yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"{name}:{line}: not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{origin}: not a YAML value: {str(error).splitlines()[0]}") from None
-    if node is None:
-        return None
-    return _construct(node, (), Document(value={}, name=origin))
+        raise RecipeError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise RecipeError(f"{name}: not valid YAML: it is nested too deeply") from None
+    return node
 
 
 def _construct(node: yaml.Node, path: Path, document: Document) -> JsonValue:
@@ -166,7 +192,7 @@ def _construct(node: yaml.Node, path: Path, document: Document) -> JsonValue:
         case yaml.ScalarNode():
             document.spellings[path] = node.value
             return _scalar(node, origin)
-    raise RecipeError(f"{origin}: aliases and tags are not used here")
+    raise RecipeError(f"{origin}: {node.tag} is not used here")
 
 
 def _scalar(node: yaml.ScalarNode, origin: str) -> JsonValue:
@@ -175,19 +201,27 @@ def _scalar(node: yaml.ScalarNode, origin: str) -> JsonValue:
         raise RecipeError(
             f"{origin}: {node.value}: a leading zero means octal in YAML; write it without, or in quotes"
         )
-    loader = _Loader("")
+    if plain and ":" in node.value and node.tag in _NUMBERS:
+        raise RecipeError(f"{origin}: {node.value}: means a number of base 60 in YAML; write it in quotes")
+    try:
+        return _value(node, origin)
+    except (ValueError, KeyError):  # numbers of thousands of digits, and `0x_`
+        raise RecipeError(f"{origin}: {node.value[:40]}: not a number that can be read") from None
+
+
+def _value(node: yaml.ScalarNode, origin: str) -> JsonValue:
     match node.tag:
         case "tag:yaml.org,2002:null":
             return None
         case "tag:yaml.org,2002:bool":
-            return bool(loader.construct_yaml_bool(node))
+            return bool(_CONSTRUCTOR.construct_yaml_bool(node))
         case "tag:yaml.org,2002:int":
-            return int(loader.construct_yaml_int(node))
+            return int(_CONSTRUCTOR.construct_yaml_int(node))
         case "tag:yaml.org,2002:float":
             value = (
                 float(node.value.replace("_", ""))
                 if "e" in node.value.lower()
-                else loader.construct_yaml_float(node)
+                else _CONSTRUCTOR.construct_yaml_float(node)
             )
             if not math.isfinite(value):
                 raise RecipeError(f"{origin}: {node.value}: a number must be finite")

@@ -97,7 +97,9 @@ class FakeEngine:
         uniforms = np.random.default_rng(seed).random(sampling.max_new_tokens)
         last, ids, logprobs = prompt[-1], [], []
         for uniform in uniforms:
-            row = self._truncate(self._logprobs(last, sampling.temperature or 1.0, sampling.num_ids), sampling)
+            row = self._truncate(
+                self._logprobs(last, sampling.temperature or 1.0, sampling.num_ids), sampling
+            )
             cdf = np.exp(row).cumsum()
             last = int(np.argmax(row) if sampling.temperature == 0 else (cdf > uniform * cdf[-1]).argmax())
             ids.append(last)

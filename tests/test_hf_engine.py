@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,9 +94,7 @@ def test_the_fast_decoder_takes_the_models_it_computes_and_no_others():
 def test_batch_limits_do_not_change_what_is_drawn(name, sample_tokens):
     model = tiny_model(name)
     wide, narrow = sample(engine_of(model)), sample(engine_of(model, sample_tokens=sample_tokens))
-    for one, other in zip(
-        (c for row in wide for c in row), (c for row in narrow for c in row), strict=True
-    ):
+    for one, other in zip((c for row in wide for c in row), (c for row in narrow for c in row), strict=True):
         assert one.token_ids == other.token_ids
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
 
@@ -170,8 +167,8 @@ def test_a_model_trained_in_memory_is_what_its_new_digest_samples_from(tmp_path)
     engine.load(ModelSource(tmp_path, "before", dtype="float32"))
     before = sample(engine)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        model.model.embed_tokens.weight.mul_(1.1)
+        model.lm_head.weight.add_(torch.linspace(-1, 1, 24))
     shelf.put("after", torch.float32, model)
     engine.load(ModelSource(Path("/not/read"), "after", dtype="float32"))
     after = sample(engine)
@@ -188,30 +185,69 @@ def test_sampling_leaves_the_model_able_to_learn():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_logits_that_are_not_finite_are_refused_by_request_and_token():
-    model = tiny_model("llama")
-    broken = copy.deepcopy(model)
-    with torch.no_grad():
-        broken.model.embed_tokens.weight[5] = torch.nan
-    engine = engine_of(broken)
-    with pytest.raises(EngineError, match=r"request 1: .* token 2 "):
-        engine.score(
-            [ScoreRequest([2, 3], [4, 6]), ScoreRequest([2], [3, 5, 4])],
+def test_scores_that_are_not_finite_are_refused_by_request_and_token(monkeypatch):
+    def poisoned(model, batch):
+        hidden_NH = hidden_states(model, batch)
+        # Of two sequences, the longer first: token 1 of request 1.
+        hidden_NH[3 + 1, 0] = torch.inf
+        return hidden_NH
+
+    hidden_states = hf.hidden_states
+    monkeypatch.setattr(hf, "hidden_states", poisoned)
+    with pytest.raises(EngineError, match=r"request 1: .* token 1 "):
+        engine_of(tiny_model("llama")).score(
+            [ScoreRequest([2], [4, 6]), ScoreRequest([2, 2], [3, 5, 4])][::-1],
             temperature=1.0,
             num_ids=NUM_IDS,
             top_k=0,
             progress=lambda _: None,
         )
-    with pytest.raises(EngineError, match=r"request 2, sample 0: .* token 0 "):
-        sample(engine, asked=[SampleRequest(ids, (1, 2)) for ids in ([2, 3], [4], [5, 2, 2])], settings=replace(SAMPLING, end_ids=(), max_new_tokens=1))
-    # Draws from a completion's own nan token: found at the token after it.
-    plain = sample(engine_of(model), asked=[SampleRequest([2, 3], (4,))])[0][0]
-    broken = copy.deepcopy(model)
+
+
+def test_draws_that_are_not_finite_are_refused_by_request_sample_and_token(monkeypatch):
+    def poisoned(hidden_HB, head):
+        steps.append(1)
+        logits_BV = logits(hidden_HB, head)
+        if len(steps) == 3:
+            logits_BV[4, 11] = -torch.inf
+        return logits_BV
+
+    steps: list[int] = []
+    logits = hf._logits
+    monkeypatch.setattr(hf, "_logits", poisoned)
+    asked = [SampleRequest([2], (1, 2, 3)), SampleRequest([3], (1, 2, 3))]
+    with pytest.raises(EngineError, match=r"request 1, sample 1: .* token 2 "):
+        sample(engine_of(tiny_model("llama")), replace(SAMPLING, end_ids=()), asked)
+
+
+def test_weights_of_nan_are_refused_and_not_drawn_from():
+    model = tiny_model("llama")
     with torch.no_grad():
-        broken.lm_head.weight[9] = -torch.inf * torch.sign(broken.lm_head.weight[9])
-    with pytest.raises(EngineError, match="token 0 are not finite"):
-        sample(engine_of(broken), asked=[SampleRequest([2, 3], (4,))])
-    assert plain.token_ids
+        model.lm_head.weight[3] = torch.nan
+    for temperature in (0.0, 1.0):
+        with pytest.raises(EngineError, match="token 0 are not finite"):
+            sample(engine_of(model), replace(SAMPLING, temperature=temperature))
+
+
+def test_what_follows_the_end_of_a_completion_is_not_held_against_it(monkeypatch):
+    model = tiny_model("llama")
+    asked = [SampleRequest([2, 3], tuple(range(12)))]
+    plain = sample(engine_of(model), asked=asked)[0]
+    shortest = min(range(12), key=lambda row: len(plain[row].token_ids))
+    steps: list[int] = []
+    logits = hf._logits
+
+    def poisoned(hidden_HB, head):
+        steps.append(1)
+        logits_BV = logits(hidden_HB, head)
+        if len(steps) > len(plain[shortest].token_ids):
+            logits_BV[shortest] = torch.nan
+        return logits_BV
+
+    monkeypatch.setattr(hf, "_logits", poisoned)
+    monkeypatch.setattr(hf, "_COMPACT_BELOW", 0.0)
+    drawn = sample(engine_of(model), asked=asked)[0]
+    assert [completion.token_ids for completion in drawn] == [completion.token_ids for completion in plain]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ reads, and get no score.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from kdpipe.engine import ScoreRequest, TokenScores
 from kdpipe.errors import PreflightError
 from kdpipe.job import Job, Text
-from kdpipe.prompting import Vocabulary, compare_vocabularies, render_teacher_prompt
+from kdpipe.prompting import Vocabulary, compare_vocabularies, render_teacher_prompt, used_arguments
 from kdpipe.tables import SCORES, SCORES_TOPK, Scores, read_scores
 
 if TYPE_CHECKING:
@@ -75,6 +75,9 @@ def teacher_side(job: Job, *, student: Text, teacher: Text) -> TeacherSide:
             f"the teacher's top {top_k} of {num_ids} shared ids",
             hint="lower teacher_top_k, or say vocabulary",
         )
+    if not settings.template:  # the student's arguments, as far as another family's template knows them
+        known = used_arguments(teacher.tokenizer, teacher.style.template_arguments)
+        teacher = replace(teacher, style=replace(teacher.style, template_arguments=known))
     return TeacherSide(
         name=settings.name,
         text=teacher,

@@ -1,0 +1,363 @@
+"""Broken recipes, data and models through the command line: one clear message, the right exit code, no traceback."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import kdpipe.runner
+from kdpipe.checkpoints import scratch_model, write_model
+from kdpipe.cli import app
+from kdpipe.prompting import arithmetic_tokenizer, num_ids_in_use
+from kdpipe.recipe import Scratch
+from kdpipe.tasks.arithmetic import words as arithmetic_words
+from tests.worlds import NearWorker, write_recipe
+
+GOOD = {"question": "What is 1 + 1?", "answer": "1 + 1 = 2\n#### 2"}
+JSONL = (
+    "task={kind: jsonl, train: train.jsonl, test: test.jsonl, prompt: plain}",
+    "student={model: ./model}",
+)
+GSM8K = ("task={kind: gsm8k, data: ./data, prompt: plain}", "student={model: ./model}")
+SELF = ("teachers=[{self: initial}]",)
+
+
+CHECK = ("check", "RECIPE")
+RUN = ("run", "RECIPE")
+PLAN = ("plan", "RECIPE")
+
+
+@dataclass(frozen=True)
+class Bad:
+    """One mistake: what is set, which files there are, the command, and what is to be said about it."""
+
+    sets: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    code: int = 2
+    command: tuple[str, ...] = CHECK
+    text: str = ""
+    files: dict[str, bytes | str] = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=dict)
+
+
+def lines(*rows: Any) -> str:
+    return "".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows)
+
+
+RECIPES = {
+    "unknown key": Bad(text="sede: 1\n", words=("recipe.yaml:", "sede", "did you mean 'seed'")),
+    "unknown key below": Bad(("rollout.promts=2",), ("rollout.promts", "did you mean 'prompts'")),
+    "key twice": Bad(text="rounds: 4\n", words=("recipe.yaml:", "rounds", "twice")),
+    "wrong type": Bad(("rounds=many",), ("rounds", "integer", "many")),
+    "text where a section is": Bad(("rollout=fast",), ("rollout", "object")),
+    "unquoted no": Bad(("rollout.stop=[no]",), ("rollout.stop.0", "no without quotes", "'no' in quotes")),
+    "unquoted on": Bad(("name=on",), ("name", "on without quotes")),
+    "octal": Bad(("seed=010",), ("seed=010", "octal")),
+    "base 60": Bad(("name=1:30",), ("1:30", "base 60")),
+    "not a number": Bad(("train.optimizer.learning_rate=.nan",), (".nan", "finite")),
+    "not YAML": Bad(text="a: [1\n", words=("recipe.yaml:", "not valid YAML")),
+    "an alias": Bad(text="runtime: *x\n", words=("recipe.yaml:", "anchors and aliases")),
+    "a tag": Bad(text="seed: !!python/name:os.system x\n", words=("recipe.yaml:", "tags are not used")),
+    "not UTF-8": Bad(files={"recipe.yaml": b"name: \xff\n"}, words=("recipe.yaml", "UTF-8")),
+    "empty recipe": Bad(files={"recipe.yaml": ""}, words=("recipe.yaml", "mapping of sections")),
+    "bad set": Bad(("rounds",), ("--set rounds", "a.b=c")),
+    "set beyond a list": Bad(("teachers.1.name=x",), ("list of 1",)),
+    "missing recipe": Bad(command=("check", "nowhere.yaml"), words=("nowhere.yaml", "no such recipe")),
+    "unknown shipped recipe": Bad(
+        command=("check", "quickstrat"), words=("quickstrat", "shipped: ", "quickstart")
+    ),
+    "recipe is a folder": Bad(command=("check", "."), words=("cannot be read",)),
+    "name leads out": Bad(("name=../up",), ("name", "pattern", "../up")),
+    "name is absolute": Bad(("name=/tmp/x",), ("name", "pattern")),
+    "name is hidden": Bad(("name=.git",), ("name", "pattern")),
+    "name holds a newline": Bad(('name="a\\nb"',), ("name", "pattern")),
+    "teacher leads out": Bad(("teachers.0.name=../../t",), ("teachers.0.name", "pattern")),
+    "teacher is called student": Bad(("teachers.0.name=student",), ("cannot be called 'student'",)),
+    "two teachers": Bad(("teachers=[{self: initial}, {self: initial}]",), ("teachers", "at most 1")),
+    "no teacher": Bad(("teachers=[]",), ("teachers", "at least 1")),
+    "model and scratch": Bad(("student.model=./m",), ("student", "exactly one of: model, scratch")),
+    "neither model nor scratch": Bad(("student={}",), ("student", "exactly one of")),
+    "revision without model": Bad(("student.revision=abc",), ("student", "revision goes with model")),
+    "self with sft": Bad(("teachers.0={self: initial, sft: {steps: 1}}",), ("no sft of its own",)),
+    "prompt without question": Bad(("teachers.0.prompt=Think.",), ("prompt must contain {question}",)),
+    "all weights zero": Bad(
+        ("train.objective={kind: kdrl, rl_weight: 0, distill_weight: 0}",),
+        ("every weight", "nothing would be trained"),
+    ),
+    "a group of one": Bad(
+        ("train.objective.kind=grpo", "rollout.samples=1"), ("rollout.samples", "2 or more")
+    ),
+    "tokens kept for a distribution": Bad(
+        ("train.objective={kd: jsd}", "teacher_score.keep=token"), ("teacher_score.keep", "jsd", "top_k: 64")
+    ),
+    "temperature 0": Bad(("rollout.temperature=0",), ("rollout.temperature", "greater than 0")),
+    "a cap without control": Bad(
+        ("train.objective.kd={term: rkl, ratio: {cap: 2}}",), ("control none takes no parameters",)
+    ),
+    "too many minibatches": Bad(("train.minibatches=17",), ("train.minibatches", "larger than the number")),
+    "heads that do not divide": Bad(("student.scratch.num_heads=3",), ("num_heads (3) must divide",)),
+    "scratch for text": Bad(("task={kind: gsm8k}",), ("scratch needs a task with its own tokenizer",)),
+    "no shards of 0 rows": Bad(("runtime.part_rows=0",), ("runtime.part_rows", "greater than or equal to 1")),
+}
+
+DATA = {
+    "missing data file": Bad((*JSONL, "task.train=none.jsonl"), ("none.jsonl", "no such file"), command=PLAN),
+    "missing data folder": Bad(GSM8K, ("data", "no such folder"), command=PLAN),
+    "missing split": Bad(
+        GSM8K, ("no test split", "train.jsonl"), command=PLAN, files={"data/train.jsonl": lines(GOOD)}
+    ),
+    "missing shard": Bad(
+        GSM8K,
+        ("all files of one numbering",),
+        command=PLAN,
+        files={"data/train-00000-of-00002.parquet": b"", "data/test.jsonl": lines(GOOD)},
+    ),
+    "shard count of nonsense": Bad(
+        GSM8K,
+        ("all files of one numbering",),
+        command=PLAN,
+        files={f"data/train-0000{n}-of-0000{n}.parquet": b"" for n in (1, 2)}
+        | {"data/test.jsonl": lines(GOOD)},
+    ),
+    "not parquet": Bad(
+        GSM8K,
+        ("train-00000-of-00001.parquet", "not a parquet file"),
+        command=RUN,
+        files={"data/train-00000-of-00001.parquet": b"PAR?", "data/test.jsonl": lines(GOOD)},
+        models={"model": "arithmetic"},
+    ),
+    "empty data": Bad(JSONL, ("train.jsonl", "no records"), files={"train.jsonl": "\n"}),
+    "answer without its mark": Bad(
+        GSM8K,
+        ("data/train.jsonl:2", "####"),
+        files={
+            "data/train.jsonl": lines(GOOD, {**GOOD, "answer": "it is 2"}),
+            "data/test.jsonl": lines(GOOD),
+        },
+    ),
+    "answer that is no number": Bad(
+        JSONL,
+        ("train.jsonl:1", "expected a number"),
+        files={"train.jsonl": lines({**GOOD, "answer": "#### two"})},
+    ),
+    "bad JSON": Bad(
+        JSONL, ("train.jsonl:3", "not valid JSON"), files={"train.jsonl": lines(GOOD, GOOD, "{oops\n")}
+    ),
+    "a list on a line": Bad(JSONL, ("train.jsonl:1", "JSON object"), files={"train.jsonl": "[1]\n"}),
+    "data not UTF-8": Bad(
+        JSONL, ("train.jsonl:2", "UTF-8"), files={"train.jsonl": lines(GOOD).encode() + b'"\xff"\n'}
+    ),
+    "missing field": Bad(
+        (*JSONL, "task.question_field=prompt"), ("train.jsonl:1", "'prompt' is missing", "'question'")
+    ),
+    "empty question": Bad(
+        JSONL, ("train.jsonl:1", "is empty"), files={"train.jsonl": lines({**GOOD, "question": " "})}
+    ),
+    "the same id twice": Bad(
+        (*JSONL, "task.id_field=id"),
+        ("test.jsonl:1", "stands already at", "train.jsonl:1"),
+        files={name: lines({**GOOD, "id": "a"}) for name in ("train.jsonl", "test.jsonl")},
+    ),
+    "an id that is a control code": Bad(
+        (*JSONL, "task.id_field=id"),
+        ("train.jsonl:1", "printable"),
+        files={"train.jsonl": lines({**GOOD, "id": "\x1b["})},
+    ),
+    "more examples than problems": Bad(
+        (*JSONL, "task.few_shot=4"), ("task.few_shot is 4", "train holds 1"), models={"model": "arithmetic"}
+    ),
+    "too few problems to make": Bad(
+        ("task.max_operand=5", "task.train_problems=9999"), ("max_operand 5", "9999"), command=RUN
+    ),
+    "more prompts than problems": Bad(("rollout.prompts=65",), ("rollout.prompts", "65", "64"), command=RUN),
+}
+
+# Models: not there, not models, or not made for each other.
+MODELS = {
+    "missing model folder": Bad(
+        ("student={model: ./nowhere}",), ("nowhere", "no such model folder"), 2, PLAN
+    ),
+    "a folder that is no model": Bad(
+        ("student={model: ./model}",),
+        ("not a model folder", "config.json"),
+        2,
+        PLAN,
+        files={"model/x.txt": "x"},
+    ),
+    "weights that are pickles": Bad(
+        ("student={model: ./model}", *SELF),
+        ("expected *.safetensors", "pytorch_model.bin", "pickles"),
+        1,
+        RUN,
+        models={"model": "arithmetic"},
+        files={"model/pytorch_model.bin": b"\x80\x04"},
+    ),
+    "weights that are cut short": Bad(
+        ("student={model: ./model}", *SELF),
+        ("model", "cannot be opened"),
+        1,
+        RUN,
+        models={"model": "arithmetic"},
+        files={"model/model.safetensors": b"\x10\x00"},
+    ),
+    "no tokenizer": Bad(
+        ("student={model: ./model}", *SELF),
+        ("model", "tokenizer"),
+        1,
+        RUN,
+        models={"model": "arithmetic"},
+        files={"model/tokenizer.json": "{}"},
+    ),
+    "teacher of another vocabulary": Bad(
+        ("student={model: ./model}", "teachers=[{model: ./teacher}]"),
+        ("different vocabularies", "the student", "teacher 'teacher'", "id 3 is"),
+        4,
+        RUN,
+        models={"model": "arithmetic", "teacher": "reversed"},
+    ),
+    "no chat template": Bad(
+        ("task={kind: jsonl, train: train.jsonl, test: test.jsonl}", "student={model: ./model}", *SELF),
+        ("no chat template", "task.prompt to plain"),
+        4,
+        RUN,
+        models={"model": "arithmetic"},
+    ),
+    "template for plain prompts": Bad(
+        ("student.template={enable_thinking: false}",), ("enable_thinking", "prompts are plain"), 2, RUN
+    ),
+    "context too short": Bad(
+        ("student.scratch.max_positions=16", "student.sft=null"), ("context", "16"), 1, RUN
+    ),
+    "more teacher ids than there are": Bad(
+        ("train.objective={kd: {term: jsd, support: {teacher_top_k: 5000}}}",),
+        ("top 5000 of", "teacher_top_k"),
+        4,
+        RUN,
+    ),
+    "a teacher that is no better": Bad(
+        ("runtime.allow_weak_teacher=false", "teachers.0.sft.steps=1", "rounds=1"),
+        ("not better than the student", "headroom", "allow_weak_teacher"),
+        4,
+        RUN,
+    ),
+    "an engine that is not there": Bad(("rollout.engine=vllm",), ("vllm",), 1, RUN),
+    "a device that is not there": Bad(("runtime.device=cuda:7",), ("cuda:7", "CUDA devices"), 1, RUN),
+    "a device that is none": Bad(("runtime.device=toaster",), ("toaster",), 1, RUN),
+}
+
+COMMANDS = {
+    "force of an unknown step": Bad(
+        command=("run", "RECIPE", "--force", "rollout@9"), words=("rollout@9", "no such step")
+    ),
+    "force of a step not run": Bad(
+        command=("run", "RECIPE", "--rounds", "0", "--force", "rollout@1"),
+        words=("rollout@1", "does not run that step"),
+    ),
+    "negative rounds": Bad(
+        command=("run", "RECIPE", "--rounds", "-1"), words=("--rounds", "greater than or equal to 0")
+    ),
+    "a round that is not planned": Bad(
+        command=("rollout", "RECIPE", "--round", "9"), words=("no rollout step in round 9",)
+    ),
+    "a stage that is not planned": Bad(
+        ("train.objective.kind=grpo",), ("no teacher-score step",), command=("teacher-score", "RECIPE")
+    ),
+    "export before training": Bad(command=("export", "RECIPE", "out"), words=("not there yet", "kdpipe run")),
+    "export of a round to come": Bad(
+        command=("export", "RECIPE", "out", "--round", "2"), words=("student 2 is not there yet",)
+    ),
+    "export over something": Bad(command=("export", "RECIPE", "."), words=("not an empty folder",)),
+    "export onto a file": Bad(command=("export", "RECIPE", "recipe.yaml"), words=("not an empty folder",)),
+    "samples before sampling": Bad(command=("samples", "RECIPE"), words=("nothing was sampled yet",)),
+    "no samples at all": Bad(
+        command=("samples", "RECIPE", "--limit", "0"), words=("--limit", "greater than or equal to 1")
+    ),
+    "unknown recipe to start from": Bad(
+        command=("init", "new", "--recipe", "nothing"), words=("nothing", "shipped: ")
+    ),
+    "unknown command": Bad(command=("runn", "RECIPE"), words=("runn",)),
+    "unknown option": Bad(command=("run", "RECIPE", "--fast"), words=("--fast",)),
+}
+
+TABLE = {**RECIPES, **DATA, **MODELS, **COMMANDS}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two tiny models whose tokenizers have the same words under different ids."""
+    folder = tmp_path_factory.mktemp("models")
+    words = arithmetic_words()
+    for name, vocabulary in (("arithmetic", words), ("reversed", words[::-1])):
+        tokenizer = arithmetic_tokenizer(vocabulary)
+        settings = Scratch(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1)
+        ids = num_ids_in_use(tokenizer)
+        model = scratch_model(settings, num_ids=ids, eos_id=1, pad_id=0, seed=0)
+        (folder / name).mkdir()
+        write_model(model, tokenizer, folder / name, dtype=torch.float32)
+    return {name: folder / name for name in ("arithmetic", "reversed")}
+
+
+@pytest.fixture
+def near(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers in this process."""
+    monkeypatch.setattr(kdpipe.runner, "Worker", NearWorker)
+    monkeypatch.setattr(sys, "argv", ["kdpipe", "run", "recipe.yaml"])
+
+
+def arrange(bad: Bad, folder: Path, models: dict[str, Path]) -> list[str]:
+    """Writes the case's files; returns the command."""
+    recipe = write_recipe(folder)
+    with recipe.open("a", encoding="utf-8") as file:
+        file.write(bad.text)
+    for name in ("train.jsonl", "test.jsonl"):
+        (folder / name).write_text(lines(GOOD), encoding="utf-8")
+    for name, model in bad.models.items():
+        (folder / name).mkdir()
+        for path in models[model].iterdir():
+            (folder / name / path.name).write_bytes(path.read_bytes())
+    if "model/pytorch_model.bin" in bad.files:
+        (folder / "model" / "model.safetensors").unlink()
+    for name, content in bad.files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    command, *rest = [str(recipe) if word == "RECIPE" else word for word in bad.command]
+    sets = [word for value in bad.sets for word in ("--set", value)]
+    place = ["--workspace", str(folder / "out")] if bad.command[0] not in ("check", "init") else []
+    return [command, *rest, *sets, *place]
+
+
+@pytest.mark.usefixtures("near")
+@pytest.mark.parametrize("case", TABLE)
+def test_a_mistake_gets_one_clear_message_and_its_exit_code(
+    case: str, tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = TABLE[case]
+    if case in DATA and bad.command == CHECK:  # a check reads no data
+        bad = replace(bad, command=RUN, models={"model": "arithmetic"} if "./model" in str(bad.sets) else {})
+    monkeypatch.chdir(tmp_path)
+    args = arrange(bad, tmp_path, models)
+    before = {path for path in tmp_path.rglob("*") if "out" not in path.relative_to(tmp_path).parts}
+    result = CliRunner().invoke(app, args)
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    assert result.exit_code == bad.code, result.output
+    assert "Traceback" not in result.output
+    message = result.stderr
+    for word in bad.words:
+        assert word in message, message
+    assert len(re.findall(r"^(?:error|Error):", message, re.MULTILINE)) == 1, message
+    assert result.stdout == ""
+    after = {path for path in tmp_path.rglob("*") if "out" not in path.relative_to(tmp_path).parts}
+    assert after == before, "a command that fails writes outside its workspace"
+
+
+def test_the_table_is_long_enough() -> None:
+    assert len(TABLE) >= 40

@@ -1,0 +1,252 @@
+"""The rooms of the house: who may import whom, which module is the door to which library, and what stays light."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kdpipe
+
+PACKAGE = Path(kdpipe.__file__).parent
+
+# Imports go to strictly lower levels only, also those made for type checking: a type that a module names is
+# something it knows about. The whole number is the level of the house, the fraction an order inside it.
+LEVELS = {
+    "kdpipe": 0,
+    "errors": 0,
+    "rows": 1,
+    "pulse": 1,
+    "seeds": 1,
+    "losses": 1,
+    "statistics": 1,
+    "environment": 1,
+    "recipes_shipped": 1,
+    "yaml_source": 1,
+    "recipe": 1.1,
+    "engine": 2,
+    "plan": 2,
+    "tables": 2,
+    "batching": 2,
+    "objective": 2,
+    "trainer": 2,
+    "tasks.answers": 2,
+    "tasks.arithmetic": 2,
+    "tasks.jsonl": 2.1,
+    "tasks.gsm8k": 2.2,
+    "tasks": 2.3,
+    "prompting": 2.4,
+    "sampling": 2.1,
+    "forward": 2.1,
+    "checkpoints": 2.2,
+    "store": 3,
+    "workers": 3,
+    "engines": 3,
+    "engines.decoding": 3,
+    "engines.hf": 3.1,
+    "sources": 3.1,
+    "job": 3.1,
+    "runs": 4,
+    "survey": 4.1,
+    "stages": 4,
+    "stages.sft": 4,
+    "stages.rollout": 4,
+    "stages.teacher_score": 4,
+    "stages.train": 4.1,
+    "stages.evaluate": 4.1,
+    "runner": 5,
+    "perform": 5,
+    "terminal": 5,
+    "housekeeping": 5.1,
+    "tracking": 5.1,
+    "cli": 6,
+}
+
+# The modules that may import a library; `trainer` names a model's type and calls nothing of the library.
+DOORS = {
+    "vllm": {"engines.vllm"},
+    "transformers": {"engines.hf", "engines.decoding", "prompting", "checkpoints", "trainer"},
+    "mlflow": {"tracking"},
+    "typer": {"cli"},
+    "click": {"cli"},
+    "rich": {"terminal"},
+    "huggingface_hub": {"sources"},
+    "yaml": {"yaml_source"},
+    "filelock": {"store", "tracking"},
+    "subprocess": {"workers", "environment", "tracking"},
+    "pickle": set[str](),
+    "marshal": set[str](),
+    "shelve": set[str](),
+}
+TYPES_ONLY = {("trainer", "transformers")}
+FORBIDDEN_CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "torch.load",
+    "torch.save",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "os.system",
+}
+
+HEAVY = ("torch", "transformers", "vllm", "mlflow", "pyarrow", "numpy")
+LIGHT_COMMANDS = (
+    ["--help"],
+    ["run", "--help"],
+    ["check", "quickstart"],
+    ["plan", "quickstart"],
+    ["status", "quickstart"],
+    ["recipes"],
+)
+
+
+def modules() -> dict[str, ast.Module]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(part for part in parts if part != "__init__") or "kdpipe"
+        found[name] = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    return found
+
+
+MODULES = modules()
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Dotted name and line of everything imported, at any depth; `from a import b` may name the module a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", node.lineno
+
+
+def own_module(dotted: str) -> str | None:
+    """The kdpipe module that an imported name belongs to."""
+    first, _, rest = dotted.partition(".")
+    if first != "kdpipe":
+        return None
+    parts = rest.split(".")
+    while parts and ".".join(parts) not in MODULES:
+        parts.pop()
+    return ".".join(parts) or "kdpipe"
+
+
+def test_every_module_has_a_level_and_every_level_a_module() -> None:
+    # A door may stand for a module that is still to come, a level may not.
+    assert set(MODULES) == set(LEVELS)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_module_imports_only_from_strictly_lower_levels(name: str) -> None:
+    for dotted, line in imports(MODULES[name]):
+        target = own_module(dotted)
+        if target is not None and target != name:
+            assert LEVELS[target] < LEVELS[name], f"{name}, line {line}: imports {target}"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_library_is_imported_only_by_its_door(name: str) -> None:
+    for dotted, line in imports(MODULES[name]):
+        library = dotted.partition(".")[0]
+        if library in DOORS:
+            assert name in DOORS[library], f"{name}, line {line}: imports {dotted}"
+
+
+@pytest.mark.parametrize(("name", "library"), sorted(TYPES_ONLY))
+def test_a_module_let_in_for_types_imports_nothing_at_run_time(name: str, library: str) -> None:
+    guarded = {
+        id(child)
+        for node in ast.walk(MODULES[name])
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
+    found = [
+        node
+        for node in ast.walk(MODULES[name])
+        if isinstance(node, ast.Import | ast.ImportFrom) and library in ast.unparse(node)
+    ]
+    assert found
+    assert all(id(node) in guarded for node in found)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_nothing_is_unpickled_evaluated_or_run_by_a_shell(name: str) -> None:
+    for node in ast.walk(MODULES[name]):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        assert called not in FORBIDDEN_CALLS, f"{name}, line {node.lineno}: {called}"
+        for keyword in node.keywords:
+            assert keyword.arg != "shell", f"{name}, line {node.lineno}: shell="
+            if keyword.arg in ("allow_pickle", "weights_only"):
+                safe = keyword.arg == "weights_only"
+                assert isinstance(keyword.value, ast.Constant)
+                assert keyword.value.value is safe, f"{name}, line {node.lineno}"
+        if called in ("np.load", "np.save", "numpy.load"):
+            assert any(keyword.arg == "allow_pickle" for keyword in node.keywords), (
+                f"{name}, line {node.lineno}"
+            )
+
+
+def test_only_the_command_line_and_the_terminal_print() -> None:
+    printing = {
+        name
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.stdout.write")
+    }
+    assert printing <= {"cli", "terminal"}
+
+
+# -------------------------------------------------------------------------------------- light commands
+
+
+def python(*args: str, workspace: Path) -> subprocess.CompletedProcess[str]:
+    # Byte code may be written: an installed kdpipe has it, and compiling at every start is no part of the claim.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return subprocess.run(
+        [sys.executable, *args], capture_output=True, text=True, cwd=workspace, env=environment, check=False
+    )
+
+
+@pytest.mark.parametrize("command", LIGHT_COMMANDS, ids=" ".join)
+def test_a_light_command_imports_no_heavy_library(command: list[str], tmp_path: Path) -> None:
+    script = (
+        "import atexit, json, sys\n"
+        f"atexit.register(lambda: print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]), file=sys.stderr))\n"
+        f"sys.argv = ['kdpipe', *{command!r}]\n"
+        "from kdpipe.cli import main\n"
+        "main()\n"
+    )
+    result = python("-c", script, workspace=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+    assert json.loads(result.stderr.splitlines()[-1]) == []
+
+
+@pytest.mark.parametrize("command", [["--help"], ["plan", "quickstart"]], ids=" ".join)
+def test_a_light_command_takes_less_than_half_a_second_of_cpu_time(
+    command: list[str], tmp_path: Path
+) -> None:
+    # A busy machine makes CPU time longer, never shorter: one good attempt proves the claim.
+    seconds = []
+    for _ in range(8):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        result = python("-c", "from kdpipe.cli import main; main()", *command, workspace=tmp_path)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert result.returncode == 0, result.stderr
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+        if seconds[-1] < 0.5:
+            return
+    pytest.fail(f"CPU seconds: {', '.join(f'{value:.2f}' for value in seconds)}")

@@ -1,0 +1,571 @@
+"""The mirror against a real SQLite store; the entries are made up, the files and MLflow are not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kdpipe import tracking
+from kdpipe.errors import KdpipeError
+from kdpipe.plan import Identities, Step, make_plan
+from kdpipe.recipe import LoadedRecipe, Tracking, load_recipe
+from kdpipe.runs import RunFolder, run_folder
+from kdpipe.store import Draft, Store, run_lock
+from kdpipe.tracking import (
+    MlflowMirror,
+    Request,
+    Synchronizer,
+    flatten,
+    metric_name,
+    pending,
+    read_record,
+    unsettled,
+)
+from kdpipe.workers import Report
+
+RECIPE = """
+name: {name}
+rounds: {rounds}
+task: {{kind: arithmetic}}
+student: {{scratch: {{}}, sft: {{steps: 2}}}}
+teachers: [{{scratch: {{}}, sft: {{steps: 2}}}}]
+rollout: {{prompts: 8, samples: 1, max_new_tokens: 16}}
+"""
+T0 = 1_700_000_000.25
+"""When the first made-up step finished."""
+
+
+@dataclass(frozen=True)
+class World:
+    """A workspace with one run, whose steps a test finishes by hand."""
+
+    workspace: Path
+    loaded: LoadedRecipe
+    uri: str | None = None
+
+    @property
+    def run(self) -> RunFolder:
+        return run_folder(self.workspace, self.loaded.recipe)
+
+    @property
+    def steps(self) -> dict[str, Step]:
+        return {step.id: step for step in make_plan(self.loaded.recipe, Identities({}, {})).steps}
+
+    def finish(self, step_id: str, *rows: tuple[str, float, int | None], after: float = 0.0) -> None:
+        """Commits and links `step_id` with these metrics, `after` seconds from T0."""
+        step = self.steps[step_id]
+        entry = Store(self.workspace).entry(step)
+        draft = Draft(entry, step, note=lambda _kind, _fields: None)
+        for name, value, optimizer_step in rows:
+            draft.metric(name, value, optimizer_step=optimizer_step)
+        if step.stage == "evaluate":
+            draft.write_json("summary.json", {"accuracy": 0.5, "step": step_id})
+        draft.commit(inputs={}, provenance={"finished": T0 + after})
+        self.run.link(step, entry)
+
+    def finish_everything(self) -> None:
+        for index, step_id in enumerate(self.steps):
+            stage = step_id.partition("@")[0].partition(":")[0]
+            rows = [(f"time/{stage.replace('-', '_')}_seconds", 1.0 + index, None)]
+            if stage == "evaluate":
+                rows.append(("evaluate/accuracy", 0.01 * index, None))
+            if stage in ("sft", "train"):
+                rows += [
+                    (f"{stage}/loss", 0.5 + index, 2 * index + 1),
+                    (f"{stage}/loss", 0.25, 2 * index + 2),
+                ]
+            self.finish(step_id, *rows, after=float(index))
+
+    def request(self, status: str = "RUNNING") -> Request:
+        place = Tracking(uri=self.uri)
+        fields = {"workspace": self.workspace, "run": self.run.path, "tracking": place, "status": status}
+        return Request.model_validate(fields)
+
+    def sync(self, status: str = "RUNNING", synchronizer: Synchronizer | None = None) -> int:
+        """Mirrors as a fresh process would, unless a synchronizer is given; returns the metrics logged."""
+        report = Report(lambda _message: None)
+        result = (synchronizer or Synchronizer())(self.request(status).model_dump(mode="json"), report)
+        assert isinstance(result["metrics"], int)
+        return result["metrics"]
+
+    def query(self, sql: str) -> list[tuple]:
+        with closing(sqlite3.connect(self.workspace / "mlflow.db")) as connection:
+            return connection.execute(sql).fetchall()
+
+    def metrics(self) -> list[tuple[str, int, float]]:
+        return sorted(self.query("select key, step, value from metrics"))
+
+    def statuses(self) -> list[str]:
+        return [row[0] for row in self.query("select status from runs order by start_time")]
+
+
+def make_world(
+    workspace: Path, name: str = "tiny", *, rounds: int = 2, overrides: tuple[str, ...] = ()
+) -> World:
+    path = workspace / f"{name}.yaml"
+    path.write_text(RECIPE.format(name=name, rounds=rounds))
+    world = World(workspace, load_recipe(path, overrides))
+    world.run.write_recipe(world.loaded)
+    return world
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database as the first sync of a workspace makes it: seconds of MLflow's migrations, once."""
+    folder = tmp_path_factory.mktemp("template")
+    tracking._make_database(folder)
+    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".lock") == ["mlflow.db"]
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def workspace(empty_database: Path, tmp_path: Path) -> Path:
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+@pytest.fixture
+def world(workspace: Path) -> World:
+    return make_world(workspace)
+
+
+# ------------------------------------------------------------------------------------------------ metrics
+
+
+def test_every_metric_is_there_once_with_its_step(world: World) -> None:
+    world.finish("sft:student@0", ("sft/loss", 3.0, 1), ("sft/loss", 2.0, 2), ("time/sft_seconds", 7.0, None))
+    world.finish("sft:teacher@0", ("sft/loss", 1.0, 1), ("time/sft_seconds", 8.0, None))
+    world.finish("evaluate:student@0", ("evaluate/accuracy", 0.1, None), ("time/evaluate_seconds", 2.0, None))
+    world.finish("evaluate:teacher@0", ("evaluate/accuracy", 0.9, None), ("time/evaluate_seconds", 3.0, None))
+    world.finish("rollout@1", ("rollout/reward_mean", 0.25, None))
+    world.finish("teacher-score@1", ("score/reverse_kl_nats", 1.5, None))
+    world.finish(
+        "train@1", ("train/loss", 0.5, 7), ("train/loss", 0.4, 8), ("train/mismatch_nats_p99", 0.01, None)
+    )
+    expected = [
+        ("evaluate/accuracy", 0, 0.1),
+        ("evaluate_teacher/accuracy", 0, 0.9),
+        ("rollout/reward_mean", 1, 0.25),
+        ("score/reverse_kl_nats", 1, 1.5),
+        ("sft/student/loss", 1, 3.0),
+        ("sft/student/loss", 2, 2.0),
+        ("sft/teacher/loss", 1, 1.0),
+        ("time/evaluate_seconds", 0, 2.0),
+        ("time/evaluate_teacher_seconds", 0, 3.0),
+        ("time/sft_student_seconds", 0, 7.0),
+        ("time/sft_teacher_seconds", 0, 8.0),
+        ("train/mismatch_nats_p99", 1, 0.01),
+        ("train_step/loss", 7, 0.5),
+        ("train_step/loss", 8, 0.4),
+    ]
+    assert world.sync() == len(expected)
+    assert world.metrics() == expected
+    assert {row[0] for row in world.query("select timestamp from metrics")} == {round(T0 * 1000)}
+
+
+def test_a_second_sync_logs_only_what_is_new(world: World) -> None:
+    warm = Synchronizer()
+    world.finish("rollout@1", ("rollout/reward_mean", 0.25, None))
+    assert world.sync(synchronizer=warm) == 1
+    assert world.sync(synchronizer=warm) == 0
+    assert world.sync() == 0
+    world.finish("rollout@2", ("rollout/reward_mean", 0.5, None))
+    assert pending(world.run.path) == 1
+    assert world.sync(synchronizer=warm) == 1
+    assert pending(world.run.path) == 0
+    assert world.metrics() == [("rollout/reward_mean", 1, 0.25), ("rollout/reward_mean", 2, 0.5)]
+    assert len(world.statuses()) == 1
+
+
+def test_a_kill_between_logging_and_noting_it_leaves_no_duplicates(world: World) -> None:
+    world.sync()
+    before = (world.run.path / "mlflow.json").read_bytes()
+    world.finish_everything()
+    logged = world.sync()
+    once = world.metrics()
+    (world.run.path / "mlflow.json").write_bytes(before)
+    assert world.sync() == logged > 0
+    assert world.metrics() == once
+    assert len(once) == logged
+
+
+def test_a_lost_record_finds_its_run_again(world: World) -> None:
+    world.finish_everything()
+    world.sync()
+    once = world.metrics()
+    (world.run.path / "mlflow.json").unlink()
+    world.sync()
+    assert world.metrics() == once
+    assert world.statuses() == ["RUNNING"]
+
+
+def test_on_a_shared_server_only_the_key_tells_whose_run_it_is(workspace: Path) -> None:
+    uri = tracking.database_uri(workspace)
+    mine = make_world(workspace)
+    mine = World(mine.workspace, mine.loaded, uri)
+    mine.sync()
+    record = read_record(mine.run.path)
+    assert record is not None
+    tracking._write_record(mine.run.path, record.model_copy(update={"run_id": None}))  # killed after creation
+    mine.sync()
+    assert len(mine.statuses()) == 1
+    (mine.run.path / "mlflow.json").unlink()  # as in another workspace with the same recipe
+    mine.sync()
+    assert len(mine.statuses()) == 2
+
+
+def test_a_run_deleted_in_mlflow_is_made_again_whole(world: World) -> None:
+    from mlflow import MlflowClient
+
+    world.finish_everything()
+    count = world.sync()
+    record = read_record(world.run.path)
+    assert record is not None
+    MlflowClient(tracking.database_uri(world.workspace)).delete_run(record.run_id)
+    assert world.sync() == count
+    now = read_record(world.run.path)
+    assert now is not None
+    assert now.run_id != record.run_id
+    assert len(world.metrics()) == 2 * count
+
+
+def test_a_step_performed_again_adds_only_what_changed_and_shows_it(world: World) -> None:
+    world.finish("train@1", ("train/loss", 0.5, 1), ("train/loss", 0.4, 2), ("time/train_seconds", 9.0, None))
+    world.sync()
+    world.finish(
+        "train@1", ("train/loss", 0.5, 1), ("train/loss", 0.4, 2), ("time/train_seconds", 3.0, None), after=60
+    )
+    assert world.sync() == 1
+    assert [row for row in world.metrics() if row[0] == "train_step/loss"] == [
+        ("train_step/loss", 1, 0.5),
+        ("train_step/loss", 2, 0.4),
+    ]
+    assert world.query("select value from latest_metrics where key = 'time/train_seconds'") == [(3.0,)]
+
+
+def test_more_metrics_than_one_batch_takes(world: World) -> None:
+    rows = [("train/loss", float(index), index) for index in range(2345)]
+    world.finish("rollout@1", ("rollout/reward_mean", 0.5, None))
+    world.finish("train@1", *rows)
+    assert world.sync() == 2346
+    assert world.query(
+        "select count(*), min(step), max(step) from metrics where key = 'train_step/loss'"
+    ) == [(2345, 0, 2344)]
+
+
+def test_a_step_that_is_linked_but_not_finished_is_not_mirrored(world: World) -> None:
+    step = world.steps["rollout@1"]
+    entry = Store(world.workspace).entry(step)
+    Draft(entry, step, note=lambda _kind, _fields: None).metric("rollout/reward_mean", 1.0)
+    world.run.link(step, entry)
+    assert pending(world.run.path) == 0
+    assert world.sync() == 0
+
+
+def test_a_second_run_gets_the_metrics_of_the_steps_it_reuses(workspace: Path) -> None:
+    first = make_world(workspace, "first")
+    first.finish_everything()
+    count = first.sync("FINISHED")
+    second = make_world(workspace, "second")
+    assert second.run.path != first.run.path
+    for step in second.steps.values():
+        second.run.link(step, Store(workspace).entry(step))
+    assert second.sync("FINISHED") == count
+    by_run = second.query("select run_uuid, count(*) from metrics group by run_uuid")
+    assert [number for _, number in by_run] == [count, count]
+
+
+# -------------------------------------------------------------------------------- params, tags, artifacts
+
+
+def test_params_are_logged_once_though_runtime_changed(workspace: Path) -> None:
+    make_world(workspace).sync("KILLED")
+    again = make_world(workspace, overrides=("runtime.threads=1", "student.scratch.num_layers=2"))
+    again.sync()
+    params = dict(again.query("select key, value from params"))
+    assert params["runtime.threads"] == "null"  # what it was first: MLflow lets no param change
+    assert params["student.scratch.hidden_size"] == "96"
+    assert params["teachers.0.name"] == "teacher"
+    assert params["name"] == "tiny"
+    leaves = dict(flatten(json.loads((again.run.path / "resolved.json").read_text())["recipe"]))
+    assert params.keys() == leaves.keys()
+
+
+def test_params_that_a_newer_recipe_adds_are_logged(world: World) -> None:
+    world.sync()
+    resolved = json.loads((world.run.path / "resolved.json").read_text())
+    resolved["recipe"]["runtime"]["fresh"] = "x" * 9000
+    (world.run.path / "resolved.json").write_text(json.dumps(resolved))
+    world.sync()
+    assert world.query("select length(value) from params where key = 'runtime.fresh'") == [
+        (tracking.MAX_VALUE,)
+    ]
+
+
+def test_tags_datasets_and_artifacts_tell_what_it_was(world: World) -> None:
+    world.finish_everything()
+    (world.run.path / "report.html").write_text("<p>first</p>")
+    world.sync()
+    tags = dict(world.query("select key, value from tags"))
+    assert tags["kdpipe.run"] == tags["mlflow.runName"] == world.run.name
+    assert (tags["student"], tags["teacher"], tags["mlflow.source.name"]) == ("scratch", "scratch", "kdpipe")
+    assert tags["environment.python"].startswith("3.")
+    assert world.query("select name from experiments where name = 'tiny'")
+    data = sorted(name for (name,) in world.query("select name from datasets"))
+    assert data == ["arithmetic/test", "arithmetic/train"]
+    assert len(world.query("select * from inputs")) == 2
+    (artifacts,) = (world.workspace / "mlartifacts").glob("*/artifacts")
+    found = sorted(path.relative_to(artifacts).as_posix() for path in artifacts.rglob("*") if path.is_file())
+    assert found == [
+        "environment.json",
+        "evaluate/round-000-student.json",
+        "evaluate/round-000-teacher.json",
+        "evaluate/round-001-student.json",
+        "evaluate/round-002-student.json",
+        "recipe.yaml",
+        "report.html",
+        "resolved.json",
+    ]
+    (world.run.path / "report.html").write_text("<p>second</p>")
+    world.sync()
+    assert (artifacts / "report.html").read_text() == "<p>second</p>"
+    assert len(world.query("select * from inputs")) == 2
+
+
+def test_a_workspace_that_was_moved_writes_nothing_to_its_old_place(world: World, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+    shutil.copy(world.workspace / "mlflow.db", old / "mlflow.db")
+    before = make_world(old)
+    before.finish("rollout@1", ("rollout/reward_mean", 0.5, None))
+    before.sync()
+    new.rmdir()
+    old.rename(new)
+    moved = make_world(new)
+    moved.finish("rollout@2", ("rollout/reward_mean", 0.5, None))
+    (moved.run.path / "report.html").write_text("report")
+    assert moved.sync() == 1
+    assert not old.exists()
+
+
+def test_a_password_in_the_address_goes_nowhere(world: World) -> None:
+    uri = "postgresql://kim:hunter2@db/mlflow"
+    text = tracking._without_secret(f"cannot reach {uri}", uri)
+    assert text == "cannot reach postgresql://***@db/mlflow"
+    assert tracking._without_secret("plain", "sqlite:////tmp/a@b.db") == "plain"
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "subject", "per_step", "expected"),
+    [
+        ("train/loss", "train", "", True, "train_step/loss"),
+        ("train/loss", "train", "", False, "train/loss"),
+        ("sft/loss", "sft", "student", True, "sft/student/loss"),
+        ("speed/sft_tokens_per_second", "sft", "qwen", False, "speed/sft_teacher_tokens_per_second"),
+        ("evaluate/accuracy", "evaluate", "student", False, "evaluate/accuracy"),
+        ("evaluate/accuracy", "evaluate", "qwen", False, "evaluate_teacher/accuracy"),
+        ("time/evaluate_seconds", "evaluate", "qwen", False, "time/evaluate_teacher_seconds"),
+        ("score/reverse_kl_nats", "teacher-score", "", False, "score/reverse_kl_nats"),
+    ],
+)
+def test_metric_names_keep_students_teachers_steps_and_rounds_apart(
+    name: str, stage: str, subject: str, per_step: bool, expected: str
+) -> None:
+    assert metric_name(name, stage=stage, subject=subject, per_step=per_step) == expected
+
+
+def test_flatten_names_every_leaf_as_mlflow_takes_it() -> None:
+    value = {"a": {"b": 1, "c": {}}, "d": [{"e": None}, {"e": True}], "f": [1, 2], "weird/$key": "text"}
+    assert dict(flatten(value)) == {
+        "a.b": "1",
+        "a.c": "{}",
+        "d.0.e": "null",
+        "d.1.e": "true",
+        "f": "[1, 2]",
+        "weird__key": "text",
+    }
+
+
+# ------------------------------------------------------------------------------------------------- status
+
+
+def test_the_status_follows_the_run(world: World) -> None:
+    warm = Synchronizer()
+    for status in ("RUNNING", "FAILED", "RUNNING", "KILLED", "FINISHED"):
+        world.sync(status, warm)
+        assert world.statuses() == [status]
+
+
+def test_a_run_that_was_killed_is_settled_by_whoever_sees_its_lock_free(world: World) -> None:
+    world.sync()
+    world.run.event("part done")
+    with run_lock(world.run.path):
+        assert unsettled(world.workspace) == []
+    (request,) = unsettled(world.workspace)
+    assert (request.run, request.status) == (world.run.path, "KILLED")
+    Synchronizer()(request.model_dump(mode="json"), Report(lambda _message: None))
+    assert world.statuses() == ["KILLED"]
+    assert world.query("select end_time from runs") == [(round(world.run.events()[-1]["time"] * 1000),)]
+    assert unsettled(world.workspace) == []
+    assert tracking.settle(world.workspace) == []
+
+
+def test_the_mirror_delivers_and_settles_without_its_parent_importing_mlflow(workspace: Path) -> None:
+    killed = make_world(workspace, "killed")
+    killed.sync()
+    world = make_world(workspace, "alive")
+    world.finish_everything()
+    with run_lock(world.run.path):
+        program = (
+            "import sys, time\n"
+            "from kdpipe.tracking import MlflowMirror, Request\n"
+            "mirror = MlflowMirror(Request.model_validate_json(sys.argv[1]))\n"
+            "start = time.monotonic(); mirror.nudge(); nudged = time.monotonic() - start\n"
+            "while mirror._quiet_since == 0.0: time.sleep(0.05)\n"
+            "mirror.finish('FINISHED')\n"
+            "print(nudged, mirror.error, 'mlflow' in sys.modules, 'torch' in sys.modules)\n"
+        )
+        request = world.request().model_dump_json()
+        done = subprocess.run(
+            [sys.executable, "-c", program, request], capture_output=True, text=True, check=True
+        )
+    nudged, *rest = done.stdout.split()
+    assert float(nudged) < 0.2
+    assert rest == ["None", "False", "False"]
+    assert pending(world.run.path) == 0
+    statuses = dict(world.query("select name, status from runs"))
+    assert statuses[world.run.name] == "FINISHED"
+    assert statuses[killed.run.name] in ("RUNNING", "KILLED")  # settled when there was time for it
+
+
+def dead_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def test_a_refused_connection_fails_at_once_and_hides_the_password(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in tracking.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    dead = World(world.workspace, world.loaded, f"http://kim:hunter2@{dead_address()}")
+    start = time.monotonic()
+    with pytest.raises(KdpipeError, match=r"MLflow at http://\*\*\*@127") as caught:
+        dead.sync()
+    assert time.monotonic() - start < 10
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_dead_server_costs_seconds_and_loses_nothing(world: World) -> None:
+    world.finish_everything()
+    dead = World(world.workspace, world.loaded, f"http://{dead_address()}")
+    mirror = MlflowMirror(dead.request())
+    mirror.nudge()
+    start = time.monotonic()
+    mirror.finish("FINISHED")
+    assert time.monotonic() - start < tracking.PATIENCE_SECONDS["FINISHED"] + 2
+    assert mirror.error is not None
+    assert not mirror._thread.is_alive()
+    assert "not mirrored" in (world.run.path / "logs" / "tracking.log").read_text()
+    assert pending(world.run.path) == len(world.steps)
+    (request,) = unsettled(world.workspace)
+    assert request.status == "FINISHED"
+    assert world.sync(request.status) > 0
+    assert pending(world.run.path) == 0
+    assert world.statuses() == ["FINISHED"]
+
+
+def test_a_server_that_never_answers_does_not_hold_up_a_stop(world: World) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        mute = World(world.workspace, world.loaded, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        mirror = MlflowMirror(mute.request())
+        start = time.monotonic()
+        mirror.finish("KILLED")
+        assert time.monotonic() - start < 5
+        assert mirror.error is not None
+
+
+def test_an_unknown_place_is_a_clear_error(world: World) -> None:
+    nowhere = World(world.workspace, world.loaded, "file:///nowhere")
+    with pytest.raises(KdpipeError, match="MLflow at file:///nowhere"):
+        nowhere.sync()
+
+
+# --------------------------------------------------------------------------------------------------- page
+
+
+def test_the_page_takes_the_next_free_port() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert tracking.free_port("127.0.0.1", port) > port
+
+
+def test_the_page_is_served_over_the_workspace(tmp_path: Path) -> None:
+    command = tracking.ui_command(tmp_path, "127.0.0.1", 5001)
+    assert command[:4] == [sys.executable, "-m", "mlflow", "server"]
+    assert f"sqlite:///{tmp_path.resolve()}/mlflow.db" in command
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+
+
+@pytest.mark.slow
+def test_a_real_server_mirrors_as_the_database_does(world: World) -> None:
+    import urllib.request
+
+    port = tracking.free_port("127.0.0.1", 23000)
+    program = (
+        "import sys, pathlib\n"
+        "from kdpipe.tracking import serve_ui\n"
+        "sys.exit(serve_ui(pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))\n"
+    )
+    server = subprocess.Popen([sys.executable, "-c", program, str(world.workspace), "127.0.0.1", str(port)])
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+                break
+            except OSError:
+                assert server.poll() is None
+                time.sleep(0.2)
+        far = World(world.workspace, world.loaded, f"http://127.0.0.1:{port}")
+        world.sync()
+        before = (world.run.path / "mlflow.json").read_bytes()
+        assert far.sync() == 0
+        record = (world.run.path / "mlflow.json").read_bytes()
+        assert record != before
+        far.finish_everything()
+        count = far.sync("FINISHED")
+        once = far.metrics()
+        assert len(once) == count
+        (far.run.path / "mlflow.json").write_bytes(record)
+        assert far.sync("FINISHED") == count
+        assert far.metrics() == once
+        assert "FINISHED" in far.statuses()
+    finally:
+        server.terminate()
+        assert server.wait(timeout=20) == 0
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.slow
+def test_settle_tells_the_end_of_killed_runs(world: World) -> None:
+    world.finish_everything()
+    world.sync()
+    assert tracking.settle(world.workspace, seconds=200) == [world.run.name]
+    assert world.statuses() == ["KILLED"]

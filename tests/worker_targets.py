@@ -1,0 +1,85 @@
+"""Factories for `kdpipe.workers` that do what a test asks, in a process that starts quickly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+
+from kdpipe.errors import ArtifactError, StepError
+from kdpipe.pulse import Stopped
+from kdpipe.workers import Message, Report
+
+
+class Echo:
+    """Counts its calls, and does what the request's `do` says."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+
+    def __call__(self, request: Message, report: Report) -> Message:
+        self._calls += 1
+        actions: dict[str, Callable[[Message, Report], None]] = {
+            "nothing": lambda _request, _report: None,
+            "events": _events,
+            "artifact error": _artifact_error,
+            "step error": _step_error,
+            "bug": _bug,
+            "unserializable": lambda request, _report: request.update(out={1, 2}),  # type: ignore[dict-item]
+            "die": _die,
+            "exit": lambda _request, _report: os._exit(7),
+            "noise": _noise,
+            "wait": _wait,
+            "hang": _hang,
+        }
+        actions[str(request.get("do", "nothing"))](request, report)
+        return {"calls": self._calls, "pid": os.getpid(), "out": request.get("out")}
+
+
+def failing() -> Echo:
+    raise ArtifactError("cannot be made", hint="do this")
+
+
+def _events(request: Message, report: Report) -> None:
+    for number in range(int(str(request["count"]))):
+        report.event(number=number, padding="x" * 1000)
+
+
+def _artifact_error(_request: Message, _report: Report) -> None:
+    raise ArtifactError("scores.parquet: damaged", hint="repeat the run with --force teacher-score@1")
+
+
+def _step_error(_request: Message, _report: Report) -> None:
+    class OutOfPaperError(StepError):
+        """A subclass that the parent has never heard of."""
+
+    raise OutOfPaperError("no paper", hint="buy some")
+
+
+def _bug(_request: Message, _report: Report) -> None:
+    raise ZeroDivisionError("a bug")
+
+
+def _die(_request: Message, _report: Report) -> None:
+    print("CUDA error: unspecified launch failure", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _noise(_request: Message, _report: Report) -> None:
+    print('{"result": {"calls": -1}}')
+    print("a progress bar without end", end="", flush=True)
+    os.write(1, b'\n{"error": 1}\n')
+    subprocess.run(["echo", "from a child process"], check=True)
+
+
+def _wait(_request: Message, report: Report) -> None:
+    report.event(waiting=True)
+    if report.stopping.wait(timeout=60):
+        raise Stopped
+
+
+def _hang(_request: Message, report: Report) -> None:
+    report.event(waiting=True)
+    signal.pause()

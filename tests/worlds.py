@@ -1,0 +1,200 @@
+"""Tiny complete experiments: a recipe that runs in seconds, and ways to run it.
+
+Everything is real (hf engine, training, store) but small: about 10,000 parameters, 16 completions a round.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from kdpipe.perform import Performer
+from kdpipe.pulse import Stopped
+from kdpipe.recipe import LoadedRecipe, load_recipe
+from kdpipe.runner import Project, Request, run
+from kdpipe.workers import Message, Report
+
+_SCRATCH = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
+_TINY: dict[str, Any] = {
+    "name": "tiny",
+    "seed": 1,
+    "rounds": 3,
+    "task": {"kind": "arithmetic", "steps": [1], "max_operand": 10, "train_problems": 64, "test_problems": 8},
+    "student": {"dtype": "float32", "scratch": _SCRATCH, "sft": {"steps": 6, "batch": 8}},
+    "teachers": [
+        {
+            "dtype": "float32",
+            "scratch": {**_SCRATCH, "hidden_size": 32, "num_heads": 2},
+            "sft": {"steps": 10, "batch": 16, "optimizer": {"learning_rate": 5e-3}},
+        }
+    ],
+    "rollout": {"prompts": 8, "samples": 2, "max_new_tokens": 12},
+    "train": {"optimizer": {"learning_rate": 1e-3}, "minibatches": 4},
+    "evaluate": {"reverse_kl_problems": 4},
+    "tracking": {"enabled": False},
+    "runtime": {
+        "device": "cpu",
+        "threads": 1,
+        "part_rows": 4,
+        "checkpoint_steps": 2,
+        "allow_weak_teacher": True,
+    },
+}
+
+
+def tiny_recipe(**changes: Any) -> dict[str, Any]:
+    """The recipe as a document; `a__b=value` replaces field a.b, a mapping value replaces all of a."""
+    document = copy.deepcopy(_TINY)
+    for path, value in changes.items():
+        *parents, leaf = path.split("__")
+        section = document
+        for name in parents:
+            section = section.setdefault(name, {})
+        section[leaf] = value
+    return document
+
+
+def write_recipe(folder: Path, **changes: Any) -> Path:
+    """The path of a recipe file in `folder` with these changes."""
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tiny_recipe(**changes), sort_keys=False), encoding="utf-8")
+    return path
+
+
+def load_tiny(folder: Path, *overrides: str, **changes: Any) -> LoadedRecipe:
+    """The recipe with these changes, read from a file in `folder`."""
+    return load_recipe(write_recipe(folder, **changes), overrides)
+
+
+class Watcher:
+    """A display that remembers which steps were performed, reused after waiting, and which rounds were told."""
+
+    def __init__(self) -> None:
+        self.performed: list[str] = []
+        self.rounds: list[int] = []
+        self.todo: int | None = None
+        self.on_event: Callable[[str, dict[str, Any]], None] = lambda _step, _event: None
+
+    def begin(self, run: Any, todo: int, reused: int) -> None:
+        self.todo = todo
+
+    def step_begins(self, step: Any) -> None:
+        self.performed.append(step.id)
+
+    def step_event(self, step: Any, event: dict[str, Any]) -> None:
+        self.on_event(step.id, event)
+
+    def step_ends(self, step: Any, result: dict[str, Any]) -> None: ...
+    def tick(self) -> None: ...
+    def stop(self) -> None: ...
+
+    def round_ends(self, number: int, rounds: int, metrics: dict[str, float]) -> None:
+        self.rounds.append(number)
+
+
+class SilentMirror:
+    """A tracker that only remembers how the run ended."""
+
+    def __init__(self) -> None:
+        self.status: str | None = None
+
+    def nudge(self) -> None: ...
+
+    def finish(self, status: str) -> None:
+        self.status = status
+
+
+class NearWorker:
+    """Performs in this process what a worker would: nothing is imported again, nothing stays warm after stop.
+
+    `forgetful` begins every single step as cold as a new process.
+    """
+
+    started = 0
+    forgetful = False
+
+    def __init__(self, target: str, *, log: Path, environment: Mapping[str, str] | None = None) -> None:
+        self._performer: Performer | None = None
+
+    def call(
+        self,
+        request: Message,
+        *,
+        on_event: Callable[[Message], None],
+        stop: Callable[[], bool] = lambda: False,
+        tick: Callable[[], None] = lambda: None,
+    ) -> Message | None:
+        if self._performer is None or NearWorker.forgetful:
+            self._performer = Performer()
+            NearWorker.started += 1
+        report = Report(lambda _message: None)
+
+        def send(message: Message) -> None:
+            on_event(json.loads(json.dumps(message["event"])))
+            if stop():
+                report.stopping.set()
+
+        report._send = send
+        try:
+            return self._performer(json.loads(json.dumps(request)), report)
+        except Stopped:
+            return None
+
+    def kill(self) -> None:
+        self._performer = None
+
+    stop = kill
+
+
+def run_near(
+    loaded: LoadedRecipe,
+    workspace: Path,
+    *,
+    watcher: Watcher | None = None,
+    mirror: SilentMirror | None = None,
+    **request: Any,
+) -> Project:
+    """Runs the recipe without starting a process; every call begins as cold as a new command."""
+    import kdpipe.runner
+
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    real, kdpipe.runner.Worker = kdpipe.runner.Worker, NearWorker
+    try:
+        return run(
+            loaded,
+            workspace,
+            lambda _project: Request(**request),
+            display=watcher or Watcher(),
+            open_mirror=lambda _project: mirror or SilentMirror(),
+        )
+    finally:
+        kdpipe.runner.Worker = real
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(mode=deterministic)
+
+
+def payload_digests(workspace: Path) -> dict[str, str]:
+    """The payload digest of every committed step by its id; a workspace of one run only."""
+    manifests = [json.loads(path.read_text()) for path in workspace.glob("store/*/*/manifest.json")]
+    return {manifest["provenance"]["step"]: manifest["payload_digest"] for manifest in manifests}
+
+
+def leftovers(workspace: Path) -> list[Path]:
+    """What no finished run leaves behind: temporary files, parts, checkpoints."""
+    return [
+        path
+        for path in workspace.rglob("*")
+        if path.name.startswith(".tmp-") or path.name in ("parts", "checkpoints")
+    ]
+
+
+def events_of(workspace: Path) -> list[dict[str, Any]]:
+    """The events of the only run in the workspace."""
+    [path] = workspace.glob("runs/*/events.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
