@@ -214,7 +214,10 @@ def write_model(
     config and tokenizer give equal bytes.
     """
     dtype = dtype or model.dtype
-    weights = _cast(model.state_dict(), dtype)
+    weights = {
+        name: weight.to(dtype) if weight.is_floating_point() else weight
+        for name, weight in model.state_dict().items()
+    }
     with _disk_errors(folder):
         model.save_pretrained(str(folder), state_dict=weights)
     tokenizer.save_pretrained(str(folder))
@@ -246,18 +249,6 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise OSError(f"{folder.name}: {error}") from error
-
-
-def _cast(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Floating-point weights in `dtype`; weights that share memory still do."""
-    cast: dict[tuple[int, torch.Size], torch.Tensor] = {}
-    result = {}
-    for name, weight in weights.items():
-        key = (weight.data_ptr(), weight.shape)
-        if key not in cast:
-            cast[key] = weight.to(dtype) if weight.is_floating_point() else weight
-        result[name] = cast[key]
-    return result
 
 
 def _require_weights(folder: Path) -> None:

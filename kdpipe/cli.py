@@ -401,11 +401,13 @@ def status(
     from kdpipe.runner import round_metrics
     from kdpipe.store import is_running
     from kdpipe.terminal import inert, round_line
+    from kdpipe.tracking import pending
 
     project = _open(recipe, overrides, workspace)
     states = project.survey()
     left = [state for state in states if not state.done]
     running = is_running(project.run.path)
+    waiting = pending(project.run) if project.recipe.tracking.enabled else 0
     rounds_done = max(
         (state.step.round for state in states if state.step.stage == "train" and state.done), default=0
     )
@@ -418,6 +420,7 @@ def status(
                 "rounds": project.recipe.rounds,
                 "steps_left": len(left),
                 "next": left[0].step.id if left else None,
+                "not_mirrored": waiting,
             }
         )
     else:
@@ -430,6 +433,8 @@ def status(
             lines.append(round_line(rounds_done, project.recipe.rounds, metrics))
         if left:
             lines.append(f"next: {left[0].step.id}{'; ' + inert(left[0].why) if left[0].why else ''}")
+        if waiting and not running:
+            lines.append(f"{waiting} steps are not in MLflow yet: the next run mirrors them")
         print("\n".join(lines))  # noqa: T201
     if check_only and left:
         raise typer.Exit(6)
@@ -672,8 +677,9 @@ def ui(
 
     Example: kdpipe ui --port 5001
     """
-    from kdpipe.tracking import serve_ui
+    from kdpipe.tracking import serve_ui, settle
 
+    settle(workspace.resolve())
     code = serve_ui(workspace.resolve(), host, port)
     if code:
         raise PreflightError(f"MLflow's page ended with exit status {code}")

@@ -17,13 +17,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
 from pydantic import JsonValue
 
 from kdpipe.errors import ArtifactError, KdpipeError, LockError, StepError
 from kdpipe.plan import Step, canonical
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -277,10 +279,10 @@ class Entry:
     def locked(self, waiting: Callable[[], None]) -> Iterator[None]:
         """Holds the entry; calls `waiting` once when another run has it, and waits for that run."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock")
+        lock = _file_lock(self.folder / ".lock")
         try:
             lock.acquire(timeout=0)
-        except Timeout:
+        except TimeoutError:
             waiting()
             lock.acquire()
         try:
@@ -442,11 +444,11 @@ def _inside(name: str) -> str:
 def run_lock(folder: Path) -> Iterator[None]:
     """Holds the run in `folder`; raises LockError naming the holder when another process does."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = _file_lock(folder / ".lock")
     holder = folder / "holder.json"
     try:
         lock.acquire(timeout=0)
-    except Timeout:
+    except TimeoutError:
         who = "another process"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             found = json.loads(holder.read_text())
@@ -468,10 +470,17 @@ def is_running(folder: Path) -> bool:
     path = folder / ".lock"
     if not path.exists():
         return False
-    lock = FileLock(path)
+    lock = _file_lock(path)
     try:
         lock.acquire(timeout=0)
-    except Timeout:
+    except TimeoutError:
         return True
     lock.release()
     return False
+
+
+def _file_lock(path: Path) -> BaseFileLock:
+    """An flock on `path`. Imported here, as `kdpipe plan` takes none and the import is a tenth of its time."""
+    from filelock import FileLock
+
+    return FileLock(path)

@@ -46,25 +46,28 @@ def inert(text: str) -> str:
 
 
 class _Rate:
-    """Tokens per second and time left of one step, from its progress events."""
+    """Tokens per second and time left of one step, from its progress events; the clock starts with the first."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
-        self.unit, self.total, self.done, self.tokens, self.first = "", 0, 0, 0, 0
+        self.unit, self.total, self.done, self.tokens = "", 0, 0, 0
+        self.first_done, self.first_tokens = 0, 0
 
     def update(self, event: dict[str, Any]) -> None:
         if event["unit"] != self.unit:
-            self.unit, self.first = event["unit"], event["done"]
+            self.unit, self.started = event["unit"], time.monotonic()
+            self.first_done, self.first_tokens = event["done"], event["tokens"]
         self.total, self.done, self.tokens = event["total"], event["done"], event["tokens"]
 
     def words(self) -> str:
         seconds = max(time.monotonic() - self.started, 1e-3)
         pieces = [f"{self.done}/{self.total} {self.unit}"]
-        if self.tokens:
-            pieces.append(f"{self.tokens / seconds:,.0f} tokens/s")
-        finished = self.done - self.first
+        if (tokens := self.tokens - self.first_tokens) > 0:
+            pieces.append(f"{tokens / seconds:,.0f} tokens/s")
+        finished = self.done - self.first_done
         if finished > 0 and self.done < self.total:
-            pieces.append(f"{_duration(seconds * (self.total - self.done) / finished)} left")
+            left = seconds * (self.total - self.done) / finished
+            pieces.append(f"{_duration(left) if left >= 3600 else _roughly(left)} left")
         return ", ".join(pieces)
 
 
@@ -121,6 +124,10 @@ class Terminal:
     def tick(self) -> None:
         """Nothing: rich refreshes by itself."""
 
+    def warn(self, message: str) -> None:
+        """Says what does not stop the run but should be known."""
+        self._say(f"{self._paint('warning:', 'yellow')} {inert(message)}")
+
     def stop(self) -> None:
         """Removes the live line."""
         if self._progress is not None:
@@ -136,13 +143,12 @@ class Terminal:
 
 def _live_line(name: str) -> tuple[Progress, TaskID]:
     from rich.console import Console
-    from rich.progress import BarColumn, SpinnerColumn, TextColumn
     from rich.progress import Progress as LiveProgress
+    from rich.progress import SpinnerColumn, TextColumn
 
     progress = LiveProgress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=12),
         TextColumn("{task.fields[words]}", markup=False),
         console=Console(stderr=True, highlight=False),
         transient=True,
@@ -174,6 +180,10 @@ class JsonLines:
 
     def tick(self) -> None:
         """Nothing."""
+
+    def warn(self, message: str) -> None:
+        """See Terminal."""
+        self._print(event="warning", message=message)
 
     def stop(self) -> None:
         """Nothing."""
@@ -246,6 +256,10 @@ def _interval(summary: dict[str, Any], value: str, low: str, high: str, spec: st
     if value not in summary:
         return ""
     return f"{summary[value]:{spec}} ({summary[low]:{spec}} to {summary[high]:{spec}})"
+
+
+def _roughly(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.0f} min"
 
 
 def _duration(seconds: float) -> str:

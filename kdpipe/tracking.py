@@ -518,8 +518,9 @@ class NoMirror:
     def nudge(self) -> None:
         """Does nothing."""
 
-    def finish(self, status: str) -> None:
+    def finish(self, status: str) -> str | None:
         """Does nothing."""
+        return None
 
 
 class MlflowMirror:
@@ -545,14 +546,15 @@ class MlflowMirror:
         """Says that there may be something new."""
         self._wake.set()
 
-    def finish(self, status: str) -> None:
-        """Mirrors a last time with `status`, in bounded time; what is left is noted for a later command."""
+    def finish(self, status: str) -> str | None:
+        """Mirrors a last time with `status`, in bounded time; returns why what is left waits for a later command."""
         self._final = Request.model_validate({**self._request.model_dump(), "status": status}).status
         self._quiet_since = time.monotonic()
         self._deadline = self._quiet_since + PATIENCE_SECONDS[self._final]
         self._ending.set()
         self._wake.set()
         self._thread.join(PATIENCE_SECONDS[self._final] + 2)
+        return "it did not answer in time" if self._thread.is_alive() else self.error
 
     def _work(self) -> None:
         """The thread: everything that talks to the worker."""

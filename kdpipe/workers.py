@@ -32,7 +32,7 @@ from kdpipe.errors import KdpipeError, StepError
 from kdpipe.pulse import Stopped
 
 Message = dict[str, JsonValue]
-STOP_SECONDS = 5.0
+STOP_SECONDS = 3.5
 """How long a worker may take to reach a safe point after it was asked to stop."""
 
 

@@ -22,14 +22,13 @@ from kdpipe.tasks.arithmetic import words as arithmetic_words
 from tests.worlds import NearWorker, write_recipe
 
 GOOD = {"question": "What is 1 + 1?", "answer": "1 + 1 = 2\n#### 2"}
+SELF = ("teachers=[{self: initial}]",)
 JSONL = (
     "task={kind: jsonl, train: train.jsonl, test: test.jsonl, prompt: plain}",
     "student={model: ./model}",
+    *SELF,
 )
-GSM8K = ("task={kind: gsm8k, data: ./data, prompt: plain}", "student={model: ./model}")
-SELF = ("teachers=[{self: initial}]",)
-
-
+GSM8K = ("task={kind: gsm8k, data: ./data, prompt: plain}", "student={model: ./model}", *SELF)
 CHECK = ("check", "RECIPE")
 RUN = ("run", "RECIPE")
 PLAN = ("plan", "RECIPE")
@@ -341,8 +340,9 @@ def test_a_mistake_gets_one_clear_message_and_its_exit_code(
     case: str, tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = TABLE[case]
-    if case in DATA and bad.command == CHECK:  # a check reads no data
-        bad = replace(bad, command=RUN, models={"model": "arithmetic"} if "./model" in str(bad.sets) else {})
+    if case in DATA:  # with a good model, and by a run: a check reads no data
+        models_there = {"model": "arithmetic"} if "./model" in str(bad.sets) else {}
+        bad = replace(bad, command=RUN if bad.command == CHECK else bad.command, models=models_there)
     monkeypatch.chdir(tmp_path)
     args = arrange(bad, tmp_path, models)
     before = {path for path in tmp_path.rglob("*") if "out" not in path.relative_to(tmp_path).parts}

@@ -75,10 +75,23 @@ class Command:
             return []
 
     def start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "kdpipe.cli", "run", "recipe.yaml", "--workspace", str(self.workspace)]
+        command = [
+            sys.executable,
+            "-m",
+            "kdpipe.cli",
+            "run",
+            "recipe.yaml",
+            "--workspace",
+            str(self.workspace),
+        ]
         with (self.folder / "output").open("ab") as output:
             return subprocess.Popen(
-                command, cwd=self.folder, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True
+                command,
+                cwd=self.folder,
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
 
     def kill(self, when: When, how: How) -> None:

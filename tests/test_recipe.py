@@ -403,7 +403,7 @@ DOCUMENTS = st.recursive(
 )
 FUZZ = settings(
     deadline=None,
-    max_examples=250,
+    max_examples=120,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

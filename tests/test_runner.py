@@ -52,7 +52,9 @@ class World:
     def project(self, *overrides: str, **changes: Any) -> Project:
         return open_project(load_tiny(self.folder, *overrides, **changes), self.workspace)
 
-    def run(self, *overrides: str, force: tuple[str, ...] = (), rounds: int | None = None, **changes: Any) -> list[str]:
+    def run(
+        self, *overrides: str, force: tuple[str, ...] = (), rounds: int | None = None, **changes: Any
+    ) -> list[str]:
         watcher = Watcher()
         loaded = load_tiny(self.folder, *overrides, **changes)
         run_near(loaded, self.workspace, watcher=watcher, force=force, rounds=rounds)
@@ -235,7 +237,9 @@ def link(run: RunFolder, folder: Path, number: int, name: str) -> Path:
     return target
 
 
-def test_a_step_that_needs_dropped_weights_has_them_trained_again_alike(world: World, forgetful: None) -> None:
+def test_a_step_that_needs_dropped_weights_has_them_trained_again_alike(
+    world: World, forgetful: None
+) -> None:
     before = world.digests()
     assert world.run(force=("evaluate:student@1",)) == ["train@1", "evaluate:student@1"]
     assert world.digests() == before
@@ -293,7 +297,9 @@ def test_a_damaged_input_is_refused_and_forcing_it_mends_the_run(world: World) -
 
 
 @pytest.mark.parametrize("damage", ["cut", "emptied manifest"])
-def test_damage_that_sizes_show_stops_the_run_and_forcing_performs_that_step_only(world: World, damage: str) -> None:
+def test_damage_that_sizes_show_stops_the_run_and_forcing_performs_that_step_only(
+    world: World, damage: str
+) -> None:
     before = world.digests()
     name = "rollouts.parquet" if damage == "cut" else "manifest.json"
     path = world.file("rollout@1", name)
@@ -351,14 +357,20 @@ def test_a_signal_stops_at_a_safe_point_and_the_next_command_goes_on(
     assert world.states()["rollout@1"][0] == "to do"
     assert "finished parts" in world.states()["rollout@1"][1]
     assert world.run(rounds=1) == round_steps(1)
-    parts = [e["part"] for e in events_of(world.workspace) if e["event"] == "part started" and e["step"] == "rollout@1"]
+    parts = [
+        e["part"]
+        for e in events_of(world.workspace)
+        if e["event"] == "part started" and e["step"] == "rollout@1"
+    ]
     assert parts == [0, 1, 2, 3]
     reference = finished.digests()
     assert payload_digests(world.workspace) == {step: reference[step] for step in ROUND_0 + round_steps(1)}
 
 
-def test_a_signal_in_training_leaves_a_checkpoint(finished: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["kd", "grpo"])
+def test_a_signal_in_training_leaves_a_checkpoint(finished: World, tmp_path: Path, kind: str) -> None:
     world, watcher = World(tmp_path), Watcher()
+    objective = f"train.objective.kind={kind}"
 
     def on_event(step: str, event: dict[str, Any]) -> None:
         if step == "train@1" and event.get("unit") == "optimizer steps" and event["done"] == 1:
@@ -366,12 +378,13 @@ def test_a_signal_in_training_leaves_a_checkpoint(finished: World, tmp_path: Pat
 
     watcher.on_event = on_event
     with pytest.raises(Interrupted):
-        run_near(load_tiny(world.folder), world.workspace, watcher=watcher)
-    assert world.states()["train@1"] == ("to do", "goes on from optimizer step 1")
-    world.run(rounds=1)
-    assert payload_digests(world.workspace)["train@1"] == finished.digests()["train@1"]
-    lines = world.file("train@1", "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+        run_near(load_tiny(world.folder, objective), world.workspace, watcher=watcher)
+    assert world.states(objective)["train@1"] == ("to do", "goes on from optimizer step 1")
+    world.run(objective, rounds=1)
+    if kind == "kd":
+        assert payload_digests(world.workspace)["train@1"] == finished.digests()["train@1"]
+    [path] = world.workspace.glob("store/train/*/metrics.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
     names = [(row["name"], row["optimizer_step"]) for row in rows]
     assert len(names) == len(set(names)), "no metric is there twice"
     assert [row["optimizer_step"] for row in rows if row["name"] == "train/loss"] == [1, 2, 3, 4]

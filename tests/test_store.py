@@ -89,8 +89,15 @@ def test_a_writer_that_raises_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    for name in ("first", "second"):
-        write_durably(tmp_path / "model", lambda draft: (draft.mkdir(), (draft / name).write_text(name)) and None)  # noqa: B023
+    def folder_with(name: str) -> Callable[[Path], None]:
+        def write(draft: Path) -> None:
+            draft.mkdir()
+            (draft / name).write_text(name)
+
+        return write
+
+    write_durably(tmp_path / "model", folder_with("first"))
+    write_durably(tmp_path / "model", folder_with("second"))
     assert names_in(tmp_path / "model") == {"second"}
 
 
@@ -111,7 +118,9 @@ write_durably(Path(sys.argv[1]), writer)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_process_killed_while_writing_leaves_the_old_and_its_leftovers_go(tmp_path: Path, kind: str) -> None:
+def test_a_process_killed_while_writing_leaves_the_old_and_its_leftovers_go(
+    tmp_path: Path, kind: str
+) -> None:
     draft = draft_in(tmp_path)
     path = draft.folder / "payload"
     write_bytes(path, b"old")
@@ -143,7 +152,9 @@ def test_a_real_file_limit_while_saving_tensors_is_a_step_error(tmp_path: Path) 
     resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, old[1]))
     try:
         with pytest.raises(StepError, match=r"trainer: cannot be written"):
-            write_durably(tmp_path / "trainer", lambda folder: write_trainer(folder, tensors=tensors, state={}))
+            write_durably(
+                tmp_path / "trainer", lambda folder: write_trainer(folder, tensors=tensors, state={})
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert not (tmp_path / "trainer").exists()
@@ -205,7 +216,11 @@ def test_a_committed_entry_is_whole(tmp_path: Path) -> None:
     entry = commit(tmp_path)
     manifest = entry.manifest()
     assert manifest is not None
-    assert [file.path for file in manifest.files] == ["model/config.json", "model/deep/weights", "rollouts.parquet"]
+    assert [file.path for file in manifest.files] == [
+        "model/config.json",
+        "model/deep/weights",
+        "rollouts.parquet",
+    ]
     assert manifest.inputs == {"student": "d1"}
     assert manifest.dropped == ()
     assert all(file.sha256 == file_digest(entry.folder / file.path) for file in manifest.files)
@@ -445,7 +460,10 @@ with lock:
 
 def hold(kind: str, folder: Path) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, kind, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLDER, kind, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
@@ -457,7 +475,10 @@ def test_a_second_run_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
     holder = hold("run", folder)
     try:
         assert is_running(folder)
-        with pytest.raises(LockError, match=rf"tiny-12345678.*process {holder.pid} on ") as caught, run_lock(folder):
+        with (
+            pytest.raises(LockError, match=rf"tiny-12345678.*process {holder.pid} on ") as caught,
+            run_lock(folder),
+        ):
             pytest.fail("both hold it")
         assert caught.value.exit_code == 3
     finally:

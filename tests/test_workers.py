@@ -158,7 +158,9 @@ def test_a_request_to_stop_reaches_a_safe_point_and_keeps_the_worker(worker: Wor
     assert call(worker, "nothing", out=1) is not None, "the request to stop does not linger"
 
 
-def test_a_worker_that_reaches_no_safe_point_is_killed(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_reaches_no_safe_point_is_killed(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(workers, "STOP_SECONDS", 0.5)
     first = call(worker, "nothing")
     assert first is not None
@@ -211,7 +213,7 @@ worker.call({"do": sys.argv[3]}, on_event=on_event)
 """
 
 
-@pytest.mark.parametrize("do", ["wait", "hang"])
+@pytest.mark.parametrize("do", ["wait", "hang", "hold"])
 @pytest.mark.parametrize("state", ["running", "stopped"])
 def test_a_parent_that_is_killed_takes_its_worker_with_it(tmp_path: Path, do: str, state: str) -> None:
     parent = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -33,6 +34,7 @@ class Echo:
             "noise": _noise,
             "wait": _wait,
             "hang": _hang,
+            "hold": _hold,
         }
         actions[str(request.get("do", "nothing"))](request, report)
         return {"calls": self._calls, "pid": os.getpid(), "out": request.get("out")}
@@ -78,6 +80,14 @@ def _wait(_request: Message, report: Report) -> None:
     report.event(waiting=True)
     if report.stopping.wait(timeout=60):
         raise Stopped
+
+
+def _hold(_request: Message, report: Report) -> None:
+    """Sleeps with the interpreter's lock held, as a long call into a library may: no other thread runs."""
+    library = ctypes.PyDLL(None)
+    sys.setswitchinterval(1000)  # nor does one on the way there
+    report.event(waiting=True)
+    library.sleep(60)
 
 
 def _hang(_request: Message, report: Report) -> None:

@@ -246,7 +246,6 @@ def _rows(
     signal = [0.0] * len(rollouts)
     if objective.has_rl:
         signal = advantages(objective, [row.reward for row in rollouts], [row.prompt_id for row in rollouts])
-        job.draft.metric("train/advantage_abs_mean", mean([abs(value) for value in signal]))
     aligned: Sequence[Scores | None] = [None] * len(rollouts) if scores is None else scores
     return [Row(*fields) for fields in zip(rollouts, aligned, signal, proximal, strict=True)]
 
@@ -336,6 +335,8 @@ def _write(
         "trainer",
         lambda folder: write_trainer(folder, tensors=trainer.tensors(masters=masters), state=trainer.state()),
     )
+    if job.recipe.train.objective.has_rl:
+        job.draft.metric("train/advantage_abs_mean", mean([abs(row.advantage) for row in rows]))
     _write_mismatch(job, rows)
 
 
