@@ -1,6 +1,6 @@
 """The quickstart recipe on seeds 1, 2 and 3: one JSON line a seed, and whether each meets what is promised.
 
-    python benchmarks/quickstart.py > benchmarks/results/quickstart.jsonl
+python benchmarks/quickstart.py > benchmarks/results/quickstart.jsonl
 """
 
 from __future__ import annotations

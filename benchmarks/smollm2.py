@@ -29,7 +29,9 @@ def main() -> int:
     run = run_recipe(ROOT / "recipes" / "gsm8k-smollm2-cpu.yaml", arguments.workspace, overrides)
     run["overrides"] = arguments.overrides  # the two paths belong to the machine, not to the result
     print(json.dumps(run, sort_keys=True))
-    after = next(summary for label, summary in run["evaluations"].items() if label.startswith("student after"))
+    after = next(
+        summary for label, summary in run["evaluations"].items() if label.startswith("student after")
+    )
     return 0 if after["reverse_kl_change_high"] < 0 else 1
 
 

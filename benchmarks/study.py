@@ -25,7 +25,16 @@ def commit() -> str:
 
 def run_recipe(recipe: Path, workspace: Path, overrides: list[str]) -> dict[str, Any]:
     """Runs `kdpipe run` and gives its evaluations, CPU seconds (user and system of every process), and peak memory."""
-    command = [sys.executable, "-m", "kdpipe.cli", "run", str(recipe), "--json", "--workspace", str(workspace)]
+    command = [
+        sys.executable,
+        "-m",
+        "kdpipe.cli",
+        "run",
+        str(recipe),
+        "--json",
+        "--workspace",
+        str(workspace),
+    ]
     for override in overrides:
         command += ["--set", override]
     before, started = os.times(), time.monotonic()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from kdpipe.errors import ArtifactError, EngineError
+from kdpipe.errors import ArtifactError, ModelError
 from kdpipe.forward import head_logits, head_of
 
 if TYPE_CHECKING:
@@ -98,11 +98,11 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise EngineError(
+        raise ModelError(
             f"device {name!r}: torch knows no such device", hint="use auto, cpu or cuda:N"
         ) from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise EngineError(
+        raise ModelError(
             f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices", hint="use auto or cpu"
         )
     return device
@@ -147,7 +147,7 @@ def open_model(
 ) -> PreTrainedModel:
     """The causal language model in a Hugging Face folder, in eval mode.
 
-    Raises EngineError when the folder is not one, lacks weights, or holds a model whose logits are not
+    Raises ModelError when the folder is not one, lacks weights, or holds a model whose logits are not
     `hidden @ head`, which is all that kdpipe computes of them.
     """
     _require_weights(folder)
@@ -161,13 +161,13 @@ def open_model(
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise EngineError(
+        raise ModelError(
             f"{folder}: cannot be opened as a causal language model: {error}",
             hint="give a folder that AutoModelForCausalLM.from_pretrained opens",
         ) from error
     missing = sorted(info["missing_keys"])
     if missing:
-        raise EngineError(
+        raise ModelError(
             f"{folder}: {len(missing)} weights of the model are not in its files, the first is {missing[0]}",
             hint="the folder holds another architecture, an adapter, or an incomplete copy",
         )
@@ -253,7 +253,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 def _require_weights(folder: Path) -> None:
     if not (folder / "config.json").is_file():
-        raise EngineError(
+        raise ModelError(
             f"{folder}: no config.json in it, so it is not a model folder",
             hint="give the folder that holds config.json, tokenizer files and *.safetensors",
         )
@@ -261,7 +261,7 @@ def _require_weights(folder: Path) -> None:
         return
     others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     found = f"only {', '.join(others)}, which are pickles" if others else "no weights"
-    raise EngineError(
+    raise ModelError(
         f"{folder}: expected *.safetensors, found {found}",
         hint="load it once with transformers and save_pretrained it: that writes safetensors",
     )
@@ -283,14 +283,14 @@ def _require_plain_head(model: PreTrainedModel, folder: Path) -> None:
             ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
             logits = model(input_ids=ids, use_cache=False).logits[0].float()
             if head is None or not seen:
-                raise EngineError(f"{folder}: {type(model).__name__} has no output head of its own")
+                raise ModelError(f"{folder}: {type(model).__name__} has no output head of its own")
             plain = head_logits(seen[0][0], head_of(model, num_ids=head.weight.shape[0]), temperature=1.0)
     finally:
         handle.remove()
     difference = (logits - plain).abs().max().item()
     # The two are one matrix product; bfloat16 rounds its result to 8 bits.
     if not difference <= 0.02 * plain.abs().max().item():
-        raise EngineError(
+        raise ModelError(
             f"{folder}: logits of {type(model).__name__} are not hidden @ head (they differ by "
             f"{difference:.3g}): it caps or scales them, which kdpipe does not support",
             hint="use a model without final_logit_softcapping, logit_scale or logits_scaling",

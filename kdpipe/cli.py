@@ -9,15 +9,21 @@ import functools
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
 from kdpipe import __version__
-from kdpipe.errors import KdpipeError, PreflightError, RecipeError
+from kdpipe.errors import Interrupted, KdpipeError, PreflightError, RecipeError
+
+if TYPE_CHECKING:
+    from kdpipe.recipe import LoadedRecipe, Recipe
+    from kdpipe.runner import Project
+    from kdpipe.survey import State
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -71,6 +77,9 @@ def reported(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
         except KdpipeError as error:
             _print_error(error)
             raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:  # before the run took over the signals
+            _print_error(Interrupted(signal.SIGINT, "stopped before anything began"))
+            raise typer.Exit(130) from None
         except BrokenPipeError:  # the reader of our output went away, as `| head` does
             raise typer.Exit(0) from None
 
@@ -105,13 +114,13 @@ def _recipe_path(recipe: str) -> Path:
     return shipped_path(recipe)
 
 
-def _load(recipe: str, overrides: list[str] | None) -> Any:
+def _load(recipe: str, overrides: list[str] | None) -> LoadedRecipe:
     from kdpipe.recipe import load_recipe
 
     return load_recipe(_recipe_path(recipe), tuple(overrides or ()))
 
 
-def _open(recipe: str, overrides: list[str] | None, workspace: Path) -> Any:
+def _open(recipe: str, overrides: list[str] | None, workspace: Path) -> Project:
     from kdpipe.runner import open_project
 
     return open_project(_load(recipe, overrides), workspace.resolve())
@@ -161,7 +170,7 @@ def _run(recipe: str, overrides: list[str] | None, workspace: Path, request: Any
         _print_outcome(project, recipe, workspace)
 
 
-def _evaluations(project: Any) -> list[tuple[str, dict[str, Any] | None]]:
+def _evaluations(project: Project) -> list[tuple[str, dict[str, Any] | None]]:
     from kdpipe.plan import STUDENT
     from kdpipe.runner import summary_of
 
@@ -180,7 +189,7 @@ def _evaluations(project: Any) -> list[tuple[str, dict[str, Any] | None]]:
     return rows
 
 
-def _outcome(project: Any) -> dict[str, Any]:
+def _outcome(project: Project) -> dict[str, Any]:
     return {
         "run": project.run.name,
         "folder": str(project.run.path),
@@ -188,7 +197,7 @@ def _outcome(project: Any) -> dict[str, Any]:
     }
 
 
-def _print_outcome(project: Any, recipe: str, workspace: Path) -> None:
+def _print_outcome(project: Project, recipe: str, workspace: Path) -> None:
     from kdpipe.terminal import change_lines, outcome_lines, painter
 
     lines = []
@@ -222,7 +231,7 @@ def _one_step(
     as_json: bool,
 ) -> None:
     """Runs the first unfinished step of a stage (or that of a round), and what it lacks."""
-    from kdpipe.runner import Project, Request
+    from kdpipe.runner import Request
 
     def request(project: Project) -> Request:
         states = [
@@ -363,7 +372,7 @@ def plan(
     print("\n".join(lines))  # noqa: T201
 
 
-def _horizon(recipe: Any) -> str:
+def _horizon(recipe: Recipe) -> str:
     optimizer = recipe.train.optimizer
     if optimizer.schedule == "constant":
         return ""
@@ -374,7 +383,7 @@ def _horizon(recipe: Any) -> str:
     )
 
 
-def _state_json(state: Any) -> dict[str, Any]:
+def _state_json(state: State) -> dict[str, Any]:
     return {
         "step": state.step.id,
         "round": state.step.round,
@@ -407,7 +416,7 @@ def status(
     states = project.survey()
     left = [state for state in states if not state.done]
     running = is_running(project.run.path)
-    waiting = pending(project.run) if project.recipe.tracking.enabled else 0
+    waiting = pending(project.run.path) if project.recipe.tracking.enabled else 0
     rounds_done = max(
         (state.step.round for state in states if state.step.stage == "train" and state.done), default=0
     )

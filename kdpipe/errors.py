@@ -26,6 +26,12 @@ class EngineError(KdpipeError):
     """An engine could not load a model, sample or score."""
 
 
+class ModelError(EngineError):
+    """A model, its tokenizer or its context cannot do what the recipe asks; found before it runs."""
+
+    exit_code = 4
+
+
 class RecipeError(KdpipeError):
     """The recipe, or a value given on the command line, is wrong."""
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from kdpipe.errors import DataError, EngineError, PreflightError, RecipeError
+from kdpipe.errors import DataError, ModelError, PreflightError, RecipeError
 from kdpipe.recipe import ArithmeticTask
 
 if TYPE_CHECKING:
@@ -34,13 +34,13 @@ def open_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
     from transformers import AutoTokenizer
 
     if not folder.is_dir():
-        raise EngineError(f"{folder}: no such model folder")
+        raise ModelError(f"{folder}: no such model folder")
     try:
         return AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise EngineError(
+        raise ModelError(
             f"{folder}: its tokenizer cannot be opened: {error}",
             hint="a model folder holds tokenizer.json and tokenizer_config.json beside its weights",
         ) from error
@@ -243,13 +243,13 @@ def _configured_end_ids(path: Path) -> set[int]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise EngineError(f"{path}: cannot be read as JSON: {error}") from error
+        raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
     value = config.get("eos_token_id") if isinstance(config, dict) else None
     token_ids = value if isinstance(value, list) else [value] if value is not None else []
     if any(
         not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0 for token_id in token_ids
     ):
-        raise EngineError(f"{path}: eos_token_id is {value!r}, expected a token id or a list of them")
+        raise ModelError(f"{path}: eos_token_id is {value!r}, expected a token id or a list of them")
     return set(token_ids)
 
 

@@ -145,7 +145,9 @@ def run(
         finally:
             job.worker.stop()
             if trouble := mirror.finish(status):
-                display.warn(f"MLflow: not everything is mirrored yet: {trouble}; the next command goes on with it")
+                display.warn(
+                    f"MLflow: not everything is mirrored yet: {trouble}; the next command goes on with it"
+                )
     return project
 
 
@@ -303,8 +305,10 @@ class _Run:
         for folder, kind in candidates:
             if (folder, kind) in awaited:
                 continue
-            fingerprint = json.loads((folder / "fingerprint.json").read_text())["fingerprint"]
-            freed = Entry(folder, folder.name, fingerprint).drop(kind)
+            document = json.loads((folder / "fingerprint.json").read_text())
+            entry = Entry(folder, f"{document['stage']}@{document['round']}", document["fingerprint"])
+            with entry.locked(lambda: None):
+                freed = entry.drop(kind)
             if freed:
                 self.project.run.event("dropped", entry=folder.name, payload=kind, bytes=freed)
 

@@ -127,8 +127,16 @@ def retained(run: RunFolder) -> dict[Path, set[str]]:
 
     The last rounds by `runtime.keep`, and the weights of the best and of the last evaluated round.
     """
-    recipe, links = run.recipe(), list(run.links())
+    links = list(run.links())
     trained = {link.round: link.target for link in links if link.name == "train"}
+    try:
+        recipe = run.recipe()
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+    ):  # damaged, or of another version: such a run keeps all that it links
+        return {target: {"model", "trainer"} for target in trained.values()}
     keep: dict[Path, set[str]] = {}
     rounds = sorted(trained)
     for kind, count in (("model", recipe.runtime.keep.weights), ("trainer", recipe.runtime.keep.optimizer)):

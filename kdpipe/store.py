@@ -447,7 +447,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     lock = _file_lock(folder / ".lock")
     holder = folder / "holder.json"
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=0.5)  # `status` takes it for an instant, to see whether it is free
     except TimeoutError:
         who = "another process"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

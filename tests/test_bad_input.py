@@ -194,7 +194,7 @@ MODELS = {
     "weights that are pickles": Bad(
         ("student={model: ./model}", *SELF),
         ("expected *.safetensors", "pytorch_model.bin", "pickles"),
-        1,
+        4,
         RUN,
         models={"model": "arithmetic"},
         files={"model/pytorch_model.bin": b"\x80\x04"},
@@ -202,7 +202,7 @@ MODELS = {
     "weights that are cut short": Bad(
         ("student={model: ./model}", *SELF),
         ("model", "cannot be opened"),
-        1,
+        4,
         RUN,
         models={"model": "arithmetic"},
         files={"model/model.safetensors": b"\x10\x00"},
@@ -210,7 +210,7 @@ MODELS = {
     "no tokenizer": Bad(
         ("student={model: ./model}", *SELF),
         ("model", "tokenizer"),
-        1,
+        4,
         RUN,
         models={"model": "arithmetic"},
         files={"model/tokenizer.json": "{}"},
@@ -233,7 +233,7 @@ MODELS = {
         ("student.template={enable_thinking: false}",), ("enable_thinking", "prompts are plain"), 2, RUN
     ),
     "context too short": Bad(
-        ("student.scratch.max_positions=16", "student.sft=null"), ("context", "16"), 1, RUN
+        ("student.scratch.max_positions=16", "student.sft=null"), ("context", "16"), 4, RUN
     ),
     "more teacher ids than there are": Bad(
         ("train.objective={kd: {term: jsd, support: {teacher_top_k: 5000}}}",),

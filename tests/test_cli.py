@@ -429,3 +429,11 @@ def test_a_terminal_gets_colours_unless_no_color_is_set(world: dict[str, Any], t
 )
 def test_no_color_leaves_a_terminal_without_control_codes(command: list[str], tmp_path: Path) -> None:
     assert not CONTROL.search(in_a_terminal(*command, cwd=tmp_path, NO_COLOR="1"))
+
+
+def test_status_with_tracking_on_counts_what_mlflow_lacks(world: dict[str, Any], copied: Path) -> None:
+    shown = on(world, "status", "--set", "tracking.enabled=true", workspace=copied).stdout
+    assert "12 steps are not in MLflow yet" in shown
+    document = json.loads(on(world, "status", "--set", "tracking={}", "--json", workspace=copied).stdout)
+    assert document["not_mirrored"] == 12
+    assert invoke("status", "quickstart", "--workspace", str(copied / "new")).exit_code == 0

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from kdpipe.batching import batches_by_tokens, make_batch
 from kdpipe.engine import Completion, TokenScores
 from kdpipe.engines.decoding import is_llama_like, make_decoder
-from kdpipe.errors import EngineError
+from kdpipe.errors import EngineError, ModelError
 from kdpipe.forward import Head, Scores, head_of, hidden_states, score_tokens
 from kdpipe.sampling import draw, uniforms
 
@@ -343,13 +343,13 @@ def _split(scores: Scores, counts: Sequence[int], indexes: Sequence[int], *, top
 
 
 def _require_fit(model: PreTrainedModel, ids: Sequence[int], *, where: str, new_tokens: int) -> None:
-    """Raises EngineError on a prompt that is empty, too long, or holds ids that the model lacks."""
+    """Raises ModelError on a prompt that is too long, EngineError on one that is empty or holds foreign ids."""
     if not ids:
         raise EngineError(f"{where}: its prompt is empty, so nothing predicts the first token")
     limit = model.config.max_position_embeddings
     if len(ids) + new_tokens > limit:
         what = f"{len(ids)} prompt tokens and {new_tokens} completion tokens"
-        raise EngineError(
+        raise ModelError(
             f"{where}: {what} do not fit the model's context of {limit}",
             hint="lower max_new_tokens, drop long prompts, or take a model with a longer context",
         )
