@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from kdpipe.errors import ArtifactError, ModelError
+from kdpipe.errors import ArtifactError, ModelError, RecipeError
 from kdpipe.forward import head_logits, head_of
 
 if TYPE_CHECKING:
@@ -98,11 +98,11 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ModelError(
+        raise RecipeError(
             f"device {name!r}: torch knows no such device", hint="use auto, cpu or cuda:N"
         ) from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(
+        raise RecipeError(
             f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices", hint="use auto or cpu"
         )
     return device

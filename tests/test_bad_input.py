@@ -248,8 +248,8 @@ MODELS = {
         RUN,
     ),
     "an engine that is not there": Bad(("rollout.engine=vllm",), ("vllm",), 1, RUN),
-    "a device that is not there": Bad(("runtime.device=cuda:7",), ("cuda:7", "CUDA devices"), 1, RUN),
-    "a device that is none": Bad(("runtime.device=toaster",), ("toaster",), 1, RUN),
+    "a device that is not there": Bad(("runtime.device=cuda:7",), ("cuda:7", "CUDA devices"), 2, RUN),
+    "a device that is none": Bad(("runtime.device=toaster",), ("toaster",), 2, RUN),
 }
 
 COMMANDS = {

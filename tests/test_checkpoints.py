@@ -19,7 +19,7 @@ from kdpipe.checkpoints import (
     write_trainer,
 )
 from kdpipe.engine import ModelSource
-from kdpipe.errors import ArtifactError, EngineError
+from kdpipe.errors import ArtifactError, EngineError, RecipeError
 from kdpipe.recipe import Scratch
 from tests.tiny_models import COMMON, CONFIGS, tiny_model, tiny_tokenizer
 
@@ -160,9 +160,9 @@ def test_auto_is_bfloat16_only_where_the_cpu_computes_it(flags, expected, reason
 def test_devices_are_named_or_refused():
     assert resolve_device("cpu") == CPU
     assert resolve_device("auto").type in ("cpu", "cuda")
-    with pytest.raises(EngineError, match="gpu7"):
+    with pytest.raises(RecipeError, match="gpu7"):
         resolve_device("gpu7")
-    with pytest.raises(EngineError, match="CUDA devices"):
+    with pytest.raises(RecipeError, match="CUDA devices"):
         resolve_device("cuda:99")
 
 
