@@ -89,21 +89,29 @@ class Performer:
 
     def __call__(self, request: Message, report: Report) -> Message:
         """Performs the step of `request` unless another run has done it meanwhile."""
-        return _Task(request, report, self._warmed(request), self._make_engine).run()
+        return _Task(request, report, self._warmed(request, report), self._make_engine).run()
 
-    def _warmed(self, request: Mapping[str, Any]) -> Warm:
+    def _warmed(self, request: Mapping[str, Any], report: Report) -> Warm:
         recipe = Recipe.model_validate_json(json.dumps(request["recipe"]), strict=True)
         if self._warm is None or self._warm.recipe != recipe:
             if recipe.runtime.threads is not None:
                 torch.set_num_threads(recipe.runtime.threads)
             torch.use_deterministic_algorithms(mode=True, warn_only=True)
             device = resolve_device(recipe.runtime.device)
+            report.event(kind="note", text=_hardware(recipe, device))
             hub = request["folders"].get("data")
             problems = read_problems(
                 recipe.task, Path(request["folder"]), hub_folder=Path(hub) if hub else None
             )
             self._warm = Warm(recipe, device, ModelShelf(device), *problems)
         return self._warm
+
+
+def _hardware(recipe: Recipe, device: torch.device) -> str:
+    """Which device and dtype were picked, and why."""
+    dtype, why = resolve_dtype(recipe.student.dtype, device)
+    name = str(dtype).removeprefix("torch.")
+    return f"the student computes in {name} on {device} ({why}), {torch.get_num_threads()} threads"
 
 
 class _Task:

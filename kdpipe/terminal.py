@@ -100,6 +100,9 @@ class Terminal:
         if event["kind"] == "waiting":
             self._say(f"{step.id}: another run is making it; waiting to reuse it")
             return
+        if event["kind"] == "note":
+            self._say(inert(event["text"]))
+            return
         self._rate.update(event)
         if self._progress is not None and self._task is not None:
             self._progress.update(
@@ -168,7 +171,9 @@ class JsonLines:
         self._print(event="step begins", step=step.id, fingerprint=step.fingerprint)
 
     def step_event(self, step: Step, event: dict[str, Any]) -> None:
-        """Progress is for people."""
+        """Notes; progress is for people."""
+        if event["kind"] == "note":
+            self._print(event="note", step=step.id, text=event["text"])
 
     def step_ends(self, step: Step, result: dict[str, Any]) -> None:
         """See Terminal."""
