@@ -111,7 +111,8 @@ def _hardware(recipe: Recipe, device: torch.device) -> str:
     """Which device and dtype were picked, and why."""
     dtype, why = resolve_dtype(recipe.student.dtype, device)
     name = str(dtype).removeprefix("torch.")
-    return f"the student computes in {name} on {device} ({why}), {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"student: {name} on {device}, {threads} thread{'s'[: threads != 1]}\n  {why}"
 
 
 class _Task:
