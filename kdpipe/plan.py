@@ -305,6 +305,9 @@ class _Planner:
             "evaluate.temperature": section.temperature,
             "evaluate.max_new_tokens": section.max_new_tokens or rollout.max_new_tokens,
             "rollout.stop": list(rollout.stop),
+            # Greedy decoding reads neither.
+            "rollout.top_p": rollout.top_p if section.temperature else None,
+            "rollout.top_k": rollout.top_k if section.temperature else None,
         }
 
     def _add(

@@ -187,6 +187,8 @@ class _Run:
         states = {state.step.id: state for state in project.survey()}
         todo = sum(not states[step.id].done or step.id in again for step in steps)
         self.display.begin(project.run, todo, len(steps) - todo)
+        if todo:
+            self._warn_of_bias()
         gated = False
         for step in steps:
             if step.round > 0 and not gated:
@@ -210,6 +212,15 @@ class _Run:
             mirror.nudge()
             self.digests[step.id] = inspect(project.store, step, self.digests).digest
             self._tell_round(step, performed=not state.done)
+
+    def _warn_of_bias(self) -> None:
+        """Says once what the recipe allows although it biases the result (method: temperature)."""
+        rollout = self.project.recipe.rollout
+        if rollout.top_p < 1 or rollout.top_k:
+            self.display.warn(
+                "rollout.top_p or top_k cuts the distribution that is sampled, and the trained one is whole: "
+                "importance ratios are biased; rollout/kept_mass_mean says by how much"
+            )
 
     def _again(self, steps: Sequence[Step]) -> set[str]:
         """Steps to perform although they are done: forced ones, and those whose dropped files are needed."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from kdpipe.errors import DataError, EngineError, RecipeError
+from kdpipe.errors import DataError, ModelError, RecipeError
 from kdpipe.plan import STUDENT, Fields, Identities, canonical
 from kdpipe.recipe import Gsm8kTask, LoadedRecipe, Student, Teacher
 from kdpipe.store import file_digest, write_json
@@ -112,7 +112,7 @@ class Sources:
 
     def _download(self, name: str, revision: str | None, *, kind: str) -> Path:
         from huggingface_hub import HfApi, snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 
         key = _pin_key(("datasets/" if kind == "dataset" else "") + name, revision)
         try:
@@ -127,10 +127,10 @@ class Sources:
                 ["main/*.parquet"] if kind == "dataset" else [f"*{suffix}" for suffix in MODEL_SUFFIXES]
             )
             return Path(snapshot_download(name, revision=commit, repo_type=kind, allow_patterns=patterns))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        except (HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             where = f"{kind} {name}" + (f" at {revision}" if revision else "")
-            error_type = DataError if kind == "dataset" else EngineError
+            error_type = DataError if kind == "dataset" else ModelError
             raise error_type(f"{where}: cannot be fetched from the hub: {reason}", hint=HUB_HINT) from error
 
 

@@ -279,6 +279,7 @@ def plan_lines(run: str, states: Sequence[State], *, horizon: str, paint: Paint)
     """The plan, a line a step; rounds that repeat the one before are told in one line."""
     todo = sum(not state.done for state in states)
     lines = [f"{paint(run, 'bold')}: {_counted(len(states), 'step')}, {todo} to run"]
+    width = max([24, *(len(state.step.id) + 2 for state in states)])
     rounds: dict[int, list[State]] = {}
     for state in states:
         rounds.setdefault(state.step.round, []).append(state)
@@ -293,7 +294,7 @@ def plan_lines(run: str, states: Sequence[State], *, horizon: str, paint: Paint)
         lines += _repeat_line(repeats, paint)
         repeats = []
         before = shape
-        lines += [_state_line(state, paint) for state in members]
+        lines += [_state_line(state, paint, width) for state in members]
     lines += _repeat_line(repeats, paint)
     return [*lines, horizon] if horizon else lines
 
@@ -305,13 +306,13 @@ def _repeat_line(rounds: list[int], paint: Paint) -> list[str]:
     return [paint(f"  {which}: the same", "dim")]
 
 
-def _state_line(state: State, paint: Paint) -> str:
+def _state_line(state: State, paint: Paint, width: int) -> str:
     colours: dict[str, Style] = {"done": "green", "stale": "yellow", "to do": "cyan", "damaged": "red"}
     notes = [state.why] if state.why else []
     if state.dropped:
         notes.append(f"dropped: {', '.join(sorted(state.dropped))}")
     verdict = paint(f"{state.verdict:<8}" if notes else state.verdict, colours[state.verdict])
-    return f"  {state.step.id:<24}{verdict}{inert('; '.join(notes))}"
+    return f"  {state.step.id:<{width}}{verdict}{inert('; '.join(notes))}"
 
 
 def sample_lines(step: str, rows: Sequence[dict[str, Any]], paint: Paint) -> list[str]:

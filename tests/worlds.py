@@ -78,6 +78,7 @@ class Watcher:
     def __init__(self) -> None:
         self.performed: list[str] = []
         self.rounds: list[int] = []
+        self.warnings: list[str] = []
         self.todo: int | None = None
         self.on_event: Callable[[str, dict[str, Any]], None] = lambda _step, _event: None
 
@@ -89,6 +90,9 @@ class Watcher:
 
     def step_event(self, step: Any, event: dict[str, Any]) -> None:
         self.on_event(step.id, event)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
 
     def step_ends(self, step: Any, result: dict[str, Any]) -> None: ...
     def tick(self) -> None: ...

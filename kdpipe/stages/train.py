@@ -350,3 +350,7 @@ def _write_mismatch(job: Job, rows: Sequence[Row]) -> None:
         job.draft.metric("train/mismatch_nats_mean", float(differences.mean()))
         job.draft.metric("train/mismatch_nats_p99", float(np.quantile(absolute, 0.99)))
         job.draft.metric("train/mismatch_nats_max", float(absolute.max()))
+        rollout = job.recipe.rollout
+        if rollout.top_p < 1 or rollout.top_k:
+            # b is of the truncated distribution, which is p over the mass it kept.
+            job.draft.metric("rollout/kept_mass_mean", float(np.exp(-differences).mean()))
