@@ -360,15 +360,17 @@ def plan(
 
     Example: kdpipe plan recipes/quickstart.yaml --set train.optimizer.learning_rate=3e-4
     """
-    from kdpipe.terminal import painter, plan_lines
+    from kdpipe.terminal import inert, painter, plan_lines
 
     project = _open(recipe, overrides, workspace)
     states = project.survey()
+    unresolved = project.identities.unresolved()
     if as_json:
-        _print_json({"run": project.run.name, "steps": [_state_json(state) for state in states]})
+        steps = [_state_json(state) for state in states]
+        _print_json({"run": project.run.name, "steps": steps, "unresolved": unresolved})
         return
-    horizon = _horizon(project.recipe)
-    lines = plan_lines(project.run.name, states, horizon=horizon, paint=painter(sys.stdout))
+    lines = plan_lines(project.run.name, states, horizon=_horizon(project.recipe), paint=painter(sys.stdout))
+    lines += [f"unresolved until the first run fetches and pins it: {inert(name)}" for name in unresolved]
     print("\n".join(lines))  # noqa: T201
 
 

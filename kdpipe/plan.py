@@ -23,6 +23,7 @@ Fields = dict[str, JsonValue]
 
 FORMATS: dict[Stage, int] = {"sft": 1, "rollout": 1, "teacher-score": 1, "train": 1, "evaluate": 1}
 STUDENT = "student"
+UNRESOLVED = "unresolved"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,15 @@ class Identities:
     models: Mapping[str, Fields]
     data: Mapping[str, Fields]
 
+    def unresolved(self) -> list[str]:
+        """Hub names whose commit is not known yet: their fingerprints will change with the first run."""
+        found = {
+            str(fields["hub"])
+            for fields in (*self.models.values(), *self.data.values())
+            if _is_unresolved(fields)
+        }
+        return sorted(found)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -90,6 +100,10 @@ class Plan:
             if candidate.id in wanted:
                 wanted.update(source.step_id for source in candidate.inputs.values())
         return tuple(candidate for candidate in self.steps if candidate.id in wanted)
+
+
+def _is_unresolved(fields: Fields) -> bool:
+    return fields.get("revision") == UNRESOLVED
 
 
 def canonical(value: JsonValue) -> bytes:

@@ -208,7 +208,8 @@ class _Run:
                 self._restore(step)
                 self._perform(step, entry, anew=step.id in again or state.verdict == "stale")
                 again.discard(step.id)
-                self._retain()
+                if step.stage in ("train", "evaluate"):  # only these change what is kept
+                    self._retain()
             mirror.nudge()
             self.digests[step.id] = inspect(project.store, step, self.digests).digest
             self._tell_round(step, performed=not state.done)

@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from kdpipe.errors import DataError, ModelError, RecipeError
-from kdpipe.plan import STUDENT, Fields, Identities, canonical
+from kdpipe.plan import STUDENT, UNRESOLVED, Fields, Identities, canonical
 from kdpipe.recipe import Gsm8kTask, LoadedRecipe, Student, Teacher
 from kdpipe.store import file_digest, write_json
 from kdpipe.tasks import data_files, hub_id
@@ -85,7 +85,7 @@ class Sources:
         return {"digest": hashlib.sha256(canonical(parts)).hexdigest()}
 
     def _hub_identity(self, name: str, revision: str | None) -> Fields:
-        return {"hub": name, "revision": self._pinned(_pin_key(name, revision), revision) or "unresolved"}
+        return {"hub": name, "revision": self._pinned(_pin_key(name, revision), revision) or UNRESOLVED}
 
     def _pinned(self, key: str, revision: str | None) -> str | None:
         """The commit that `revision` is or was pinned to."""

@@ -59,12 +59,14 @@ def sources(folder: Path) -> Sources:
 def test_a_hub_name_is_unresolved_until_a_fetch_pins_it(tmp_path: Path, hub: Hub) -> None:
     before = sources(tmp_path).identities()
     assert before.models["student"] == {"hub": "someone/student", "revision": "unresolved"}
+    assert before.unresolved() == ["datasets/openai/gsm8k", "someone/student", "someone/teacher"]
     assert hub.asked == []
     folders = sources(tmp_path).fetch()
     assert folders["student"] == tmp_path / "cache" / "model"
     assert folders["data"] == tmp_path / "cache" / "dataset"
     after = sources(tmp_path).identities()
     assert after.models["student"] == {"hub": "someone/student", "revision": COMMIT}
+    assert after.unresolved() == []
     assert after.data["train"] == {"hub": "datasets/openai/gsm8k", "revision": COMMIT}
     assert ("someone/teacher", "v2") in hub.asked
     assert json.loads((tmp_path / "out" / "pins.json").read_text())["someone/teacher@v2"] == COMMIT
