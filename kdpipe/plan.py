@@ -245,7 +245,6 @@ class _Planner:
             **self._task(split="test"),
             **self._teacher_fields(),
             **self._evaluate_settings(),
-            "rollout.stop": list(recipe.rollout.stop),
             "student.template": recipe.student.template,
         }
         inputs = {**self._teacher_model(), "baseline": Input(f"evaluate:{STUDENT}@0", ())}
@@ -312,16 +311,15 @@ class _Planner:
 
     def _evaluate_settings(self) -> Fields:
         section, rollout = self.recipe.evaluate, self.recipe.rollout
+        # Greedy decoding reads neither top-p nor top-k.
+        cut: Fields = {"top_p": rollout.top_p, "top_k": rollout.top_k} if section.temperature else {}
         return {
             "evaluate.engine": section.engine or rollout.engine,
             "evaluate.problems": section.problems,
             "evaluate.samples": section.samples,
             "evaluate.temperature": section.temperature,
             "evaluate.max_new_tokens": section.max_new_tokens or rollout.max_new_tokens,
-            "rollout.stop": list(rollout.stop),
-            # Greedy decoding reads neither.
-            "rollout.top_p": rollout.top_p if section.temperature else None,
-            "rollout.top_k": rollout.top_k if section.temperature else None,
+            "rollout": {"stop": list(rollout.stop), **cut},
         }
 
     def _add(

@@ -17,6 +17,7 @@ from pydantic import BaseModel, JsonValue, ValidationError
 from kdpipe.errors import RecipeError
 from kdpipe.plan import Identities, Plan, canonical, make_plan, run_hash
 from kdpipe.recipe import Recipe
+from kdpipe.survey import _leaves
 
 Document = dict[str, Any]
 Path_ = tuple[str | int, ...]
@@ -535,7 +536,9 @@ def test_equal_values_are_equal_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [{1, 2}, object(), Path("a"), b"a", 1j, math.nan, math.inf, -math.inf, [{"deep": {1}}]], ids=repr
+    "value",
+    [{1, 2}, object(), Path("a"), b"a", 1j, math.nan, math.inf, -math.inf, [{"deep": {1}}]],
+    ids=["set", "object", "path", "bytes", "complex", "nan", "inf", "minus inf", "deep set"],
 )
 def test_what_json_cannot_hold_is_not_hashed(value: Any) -> None:
     with pytest.raises((TypeError, ValueError)):
@@ -561,6 +564,15 @@ def test_a_run_has_another_name_when_anything_else_changes() -> None:
     hashes = {run_hash(recipe_of(document)) for document in variants}
     assert len(hashes) == len(variants)
     assert all(len(value) == 8 for value in hashes)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_documents_fields_have_one_name_each_so_that_a_difference_can_be_told(name: str) -> None:
+    for step in plan_of(RECIPES[name]).steps:
+        fields = step.document["fields"]
+        assert isinstance(fields, dict)
+        names = [leaf for leaf, _ in _leaves(fields)]
+        assert len(names) == len(set(names)), step.id
 
 
 def test_the_plan_of_a_recipe_is_always_the_same() -> None:
