@@ -3,9 +3,8 @@
 Results go to stdout, progress and errors to stderr. Nothing heavy is imported before a command needs it.
 """
 
-from __future__ import annotations
-
 import functools
+import gc as collector
 import json
 import os
 import shlex
@@ -21,8 +20,8 @@ from kdpipe import __version__
 from kdpipe.errors import Interrupted, KdpipeError, PreflightError, RecipeError
 
 if TYPE_CHECKING:
+    from kdpipe.project import Project
     from kdpipe.recipe import LoadedRecipe, Recipe
-    from kdpipe.runner import Project
     from kdpipe.survey import State
 
 app = typer.Typer(
@@ -51,6 +50,8 @@ WORKSPACE = Path("kdpipe-out")
 
 def main() -> None:
     """Runs the command line; every expected failure becomes one message and its exit code."""
+    # Starting makes many objects and hardly any garbage: looking for it takes a twentieth of `kdpipe plan`.
+    collector.set_threshold(100_000, 50, 50)
     # pydantic would look for plugins in the metadata of every installed distribution.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "true")
     _ensure_home()
@@ -114,14 +115,14 @@ def _recipe_path(recipe: str) -> Path:
     return shipped_path(recipe)
 
 
-def _load(recipe: str, overrides: list[str] | None) -> LoadedRecipe:
+def _load(recipe: str, overrides: list[str] | None) -> "LoadedRecipe":
     from kdpipe.recipe import load_recipe
 
     return load_recipe(_recipe_path(recipe), tuple(overrides or ()))
 
 
-def _open(recipe: str, overrides: list[str] | None, workspace: Path) -> Project:
-    from kdpipe.runner import open_project
+def _open(recipe: str, overrides: list[str] | None, workspace: Path) -> "Project":
+    from kdpipe.project import open_project
 
     return open_project(_load(recipe, overrides), workspace.resolve())
 
@@ -170,9 +171,9 @@ def _run(recipe: str, overrides: list[str] | None, workspace: Path, request: Any
         _print_outcome(project, recipe, workspace)
 
 
-def _evaluations(project: Project) -> list[tuple[str, dict[str, Any] | None]]:
+def _evaluations(project: "Project") -> list[tuple[str, dict[str, Any] | None]]:
     from kdpipe.plan import STUDENT
-    from kdpipe.runner import summary_of
+    from kdpipe.project import summary_of
 
     done = [
         (step, summary)
@@ -189,7 +190,7 @@ def _evaluations(project: Project) -> list[tuple[str, dict[str, Any] | None]]:
     return rows
 
 
-def _outcome(project: Project) -> dict[str, Any]:
+def _outcome(project: "Project") -> dict[str, Any]:
     return {
         "run": project.run.name,
         "folder": str(project.run.path),
@@ -197,7 +198,7 @@ def _outcome(project: Project) -> dict[str, Any]:
     }
 
 
-def _print_outcome(project: Project, recipe: str, workspace: Path) -> None:
+def _print_outcome(project: "Project", recipe: str, workspace: Path) -> None:
     from kdpipe.terminal import change_lines, outcome_lines, painter
 
     lines = []
@@ -233,7 +234,7 @@ def _one_step(
     """Runs the first unfinished step of a stage (or that of a round), and what it lacks."""
     from kdpipe.runner import Request
 
-    def request(project: Project) -> Request:
+    def request(project: "Project") -> Request:
         states = [
             state
             for state in project.survey()
@@ -374,7 +375,7 @@ def plan(
     print("\n".join(lines))  # noqa: T201
 
 
-def _horizon(recipe: Recipe) -> str:
+def _horizon(recipe: "Recipe") -> str:
     optimizer = recipe.train.optimizer
     if optimizer.schedule == "constant":
         return ""
@@ -385,7 +386,7 @@ def _horizon(recipe: Recipe) -> str:
     )
 
 
-def _state_json(state: State) -> dict[str, Any]:
+def _state_json(state: "State") -> dict[str, Any]:
     return {
         "step": state.step.id,
         "round": state.step.round,
@@ -409,7 +410,7 @@ def status(
 
     Example: kdpipe status recipes/quickstart.yaml --check
     """
-    from kdpipe.runner import round_metrics
+    from kdpipe.project import round_metrics
     from kdpipe.store import is_running
     from kdpipe.terminal import inert, round_line
     from kdpipe.tracking import pending

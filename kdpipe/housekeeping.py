@@ -11,7 +11,7 @@ from typing import Any
 
 from kdpipe.errors import ArtifactError, RecipeError
 from kdpipe.plan import STUDENT, Step
-from kdpipe.runner import Project
+from kdpipe.project import Project
 from kdpipe.runs import all_runs
 from kdpipe.sources import Sources
 from kdpipe.store import MANIFEST, Store, is_running

@@ -115,12 +115,12 @@ def canonical(value: JsonValue) -> bytes:
 def _require_text_keys(value: JsonValue) -> None:
     """Raises TypeError on keys that JSON would turn into text, making two documents one."""
     if isinstance(value, dict):
-        for key, item in value.items():
+        for key in value:
             if not isinstance(key, str):
                 raise TypeError(f"key {key!r} is not text")
-            _require_text_keys(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
+        value = list(value.values())
+    for item in value if isinstance(value, list | tuple) else ():
+        if isinstance(item, dict | list | tuple):  # a call for every leaf would be most of the time of a plan
             _require_text_keys(item)
 
 

@@ -5,8 +5,6 @@ its line. `runtime` and `tracking` cannot change results beyond floating-point r
 is part of some step's fingerprint (`plan.py`), which a test enforces leaf by leaf.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import re
@@ -135,7 +133,7 @@ class Scratch(Section):
     seed: Seed | None = None
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> Scratch:
+    def _heads_divide(self) -> "Scratch":
         if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads ({self.num_heads}) must divide hidden_size ({self.hidden_size}), "
@@ -156,7 +154,7 @@ class Student(Section):
     sft: Sft | None = None
 
     @model_validator(mode="after")
-    def _one_origin(self) -> Student:
+    def _one_origin(self) -> "Student":
         if (self.model is None) == (self.scratch is None):
             raise ValueError("give exactly one of: model, scratch")
         if self.revision is not None and self.model is None:
@@ -184,7 +182,7 @@ class Teacher(Section):
     sft: Sft | None = None
 
     @model_validator(mode="after")
-    def _one_origin(self) -> Teacher:
+    def _one_origin(self) -> "Teacher":
         if sum(origin is not None for origin in (self.model, self.scratch, self.self_)) != 1:
             raise ValueError("give exactly one of: model, scratch, self")
         if self.revision is not None and self.model is None:
@@ -243,7 +241,7 @@ class RatioControl(Section):
     high: Positive | None = None
 
     @model_validator(mode="after")
-    def _parameters_fit(self) -> RatioControl:
+    def _parameters_fit(self) -> "RatioControl":
         given = {name for name in ("cap", "low", "high") if getattr(self, name) is not None}
         wanted = {"none": set(), "truncate": {"cap"}, "mask": {"low", "high"}, "clip": {"low", "high"}}[
             self.control
@@ -289,7 +287,7 @@ class BehaviourControl(Section):
     cap: Annotated[float, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
-    def _parameters_fit(self) -> BehaviourControl:
+    def _parameters_fit(self) -> "BehaviourControl":
         if (self.cap is not None) != (self.control != "none"):
             raise ValueError("cap goes with control truncate or mask, and both need it")
         return self
@@ -331,7 +329,7 @@ class Objective(Section):
         return self.kind in ("grpo", "kdrl") and self.rl_weight > 0
 
     @model_validator(mode="after")
-    def _something_is_left(self) -> Objective:
+    def _something_is_left(self) -> "Objective":
         if not (self.has_kd or self.has_rl):
             raise ValueError("every weight of this objective is 0: nothing would be trained")
         return self
@@ -410,7 +408,7 @@ class Recipe(Section):
     runtime: Runtime = Runtime()
 
     @property
-    def teacher(self) -> Teacher:
+    def teacher(self) -> "Teacher":
         """The teacher."""
         return self.teachers[0]
 
@@ -426,7 +424,7 @@ class Recipe(Section):
         return needed if keep == "auto" else 0
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> Recipe:
+    def _sections_agree(self) -> "Recipe":
         objective, keep = self.train.objective, self.teacher_score.keep
         if objective.has_kd and isinstance(objective.kd, JsdTerm) and keep != "auto":
             needed = objective.kd.support.teacher_top_k

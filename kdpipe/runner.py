@@ -22,12 +22,13 @@ from typing import Any, Protocol
 from pydantic import JsonValue
 
 from kdpipe.errors import ArtifactError, Interrupted, PreflightError, RecipeError, StepError
-from kdpipe.plan import STUDENT, Fields, Identities, Input, Plan, Step, canonical, make_plan
-from kdpipe.recipe import LoadedRecipe, Recipe, resolved
-from kdpipe.runs import RunFolder, droppable, run_folder
+from kdpipe.plan import STUDENT, Fields, Input, Step, canonical
+from kdpipe.project import Project, open_project, round_metrics, summary_of
+from kdpipe.recipe import LoadedRecipe, resolved
+from kdpipe.runs import RunFolder, droppable
 from kdpipe.sources import Sources
-from kdpipe.store import Entry, Store, run_lock, tidy
-from kdpipe.survey import State, inspect, must_restore, survey
+from kdpipe.store import Entry, run_lock, tidy
+from kdpipe.survey import inspect, must_restore
 from kdpipe.workers import Worker
 
 PERFORMER = "kdpipe.perform:Performer"
@@ -72,41 +73,6 @@ class Stop:
     def asked(self) -> bool:
         """Whether to stop at the next safe point."""
         return self.number is not None
-
-
-@dataclass(frozen=True, slots=True)
-class Project:
-    """A recipe in a workspace, with its plan."""
-
-    loaded: LoadedRecipe
-    workspace: Path
-    identities: Identities
-    plan: Plan
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe."""
-        return self.loaded.recipe
-
-    @property
-    def store(self) -> Store:
-        """The workspace's store."""
-        return Store(self.workspace)
-
-    @property
-    def run(self) -> RunFolder:
-        """The run's folder."""
-        return run_folder(self.workspace, self.recipe)
-
-    def survey(self) -> list[State]:
-        """The state of every step."""
-        return survey(self.plan, self.store, self.recipe)
-
-
-def open_project(loaded: LoadedRecipe, workspace: Path) -> Project:
-    """The plan of `loaded` in `workspace`, without network."""
-    identities = Sources(loaded, workspace).identities()
-    return Project(loaded, workspace, identities, make_plan(loaded.recipe, identities))
 
 
 def steps_of(project: Project, request: Request) -> tuple[Step, ...]:
@@ -363,31 +329,7 @@ class _Run:
             self.display.round_ends(step.round, rounds, round_metrics(self.project, step.round))
 
 
-# ------------------------------------------------------------------------------------- reading results
-
-
-def summary_of(project: Project, step_id: str) -> dict[str, Any] | None:
-    """The summary.json of an evaluation, or None when it is not done (or not in the plan)."""
-    for step in project.plan.steps:
-        if step.id == step_id:
-            entry = project.store.entry(step)
-            if entry.manifest() is not None:
-                summary: dict[str, Any] = json.loads((entry.folder / "summary.json").read_text())
-                return summary
-    return None
-
-
-def round_metrics(project: Project, number: int) -> dict[str, float]:
-    """The per-round metrics of every done step of a round, by name."""
-    from kdpipe.store import METRICS, read_lines
-
-    metrics: dict[str, float] = {}
-    for step in project.plan.steps:
-        if step.round == number:
-            for row in read_lines(project.store.entry(step).folder / METRICS):
-                if row["optimizer_step"] is None:
-                    metrics[row["name"]] = row["value"]
-    return metrics
+# ------------------------------------------------------------------------------------------- requests
 
 
 def _step_json(step: Step) -> dict[str, JsonValue]:

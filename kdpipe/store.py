@@ -308,7 +308,7 @@ class Store:
 
     def entry_of(self, stage: str, fingerprint: str, step_id: str) -> Entry:
         """The place of a step's artifacts by its parts."""
-        return Entry(self.workspace / "store" / stage / fingerprint[:16], step_id, fingerprint)
+        return Entry(Path(f"{self.workspace}/store/{stage}/{fingerprint[:16]}"), step_id, fingerprint)
 
     def all_folders(self) -> list[Path]:
         """Every entry's folder, committed or not."""

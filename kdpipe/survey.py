@@ -108,8 +108,10 @@ class _History:
 
 def _explained(state: State, history: _History, store: Store) -> State:
     step = state.step
-    parts = len(list((store.entry(step).folder / "parts").glob("*.parquet")))
-    checkpoints = sorted((store.entry(step).folder / "checkpoints").glob("step-*"))
+    folder = store.entry(step).folder
+    begun = folder.exists()
+    parts = len(list((folder / "parts").glob("*.parquet"))) if begun else 0
+    checkpoints = sorted((folder / "checkpoints").glob("step-*")) if begun else []
     if parts:
         return State(step, "to do", f"goes on after {parts} finished parts", None, frozenset())
     if checkpoints:

@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
-    from kdpipe.runner import Mirror, Project
+    from kdpipe.project import Project
+    from kdpipe.runner import Mirror
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 

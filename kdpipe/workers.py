@@ -10,7 +10,6 @@ with the parent, and Linux is asked to kill it besides.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import json
 import os
@@ -247,6 +246,8 @@ def _listen(requests: TextIO, calls: queue.Queue[Message], report: Report) -> No
 def _die_with(parent: int) -> None:
     """Asks Linux for SIGKILL when the parent dies; elsewhere the closed pipe has to do."""
     if sys.platform == "linux":
+        import ctypes  # a worker's need only: the light commands import this module too
+
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(0)

@@ -61,6 +61,7 @@ LEVELS = {
     "stages.teacher_score": 4,
     "stages.train": 4.1,
     "stages.evaluate": 4.1,
+    "project": 4.2,
     "runner": 5,
     "perform": 5,
     "terminal": 5,

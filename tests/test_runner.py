@@ -16,7 +16,7 @@ import pytest
 from kdpipe.engine import TokenScores
 from kdpipe.engines.hf import HfEngine
 from kdpipe.errors import ArtifactError, Interrupted, LockError, PreflightError, RecipeError
-from kdpipe.runner import Project, open_project
+from kdpipe.project import Project, open_project
 from kdpipe.runs import RunFolder, retained
 from kdpipe.store import run_lock
 from kdpipe.trainer import Trainer

@@ -15,9 +15,10 @@ import torch
 import yaml
 
 from kdpipe.perform import Performer
+from kdpipe.project import Project
 from kdpipe.pulse import Stopped
 from kdpipe.recipe import LoadedRecipe, load_recipe
-from kdpipe.runner import Project, Request, run
+from kdpipe.runner import Request, run
 from kdpipe.workers import Message, Report
 
 _SCRATCH = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
