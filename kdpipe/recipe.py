@@ -388,7 +388,6 @@ class Runtime(Section):
     gradient_checkpointing: bool = False
     keep: Keep = Keep()
     allow_weak_teacher: bool = False
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 class Recipe(Section):
