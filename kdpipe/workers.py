@@ -33,6 +33,7 @@ from kdpipe.pulse import Stopped
 Message = dict[str, JsonValue]
 STOP_SECONDS = 3.5
 """How long a worker may take to reach a safe point after it was asked to stop."""
+_PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the parent decides when to stop
 
 
 class Report:
@@ -89,7 +90,7 @@ class Worker:
                     self._write(process, {"stop": True})
                 messages = self._read(process, seconds=0.2)
             except StepError:
-                if stop():  # the same signal reached a worker that did not ignore signals yet
+                if stop():  # whoever stops the run may have killed the worker too
                     return None
                 raise
             for message in messages:
@@ -125,14 +126,19 @@ class Worker:
 
     def _start(self) -> subprocess.Popen[bytes]:
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
-            process = subprocess.Popen(  # noqa: S603 (our own interpreter and module)
-                [sys.executable, "-m", "kdpipe.workers", self.target, str(os.getpid())],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env={**os.environ, **self._environment},
-            )
+        # The child inherits the mask: a signal to the group cannot kill a worker that is still importing.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS_SIGNALS)
+        try:
+            with self.log.open("ab") as log:
+                process = subprocess.Popen(  # noqa: S603 (our own interpreter and module)
+                    [sys.executable, "-m", "kdpipe.workers", self.target, str(os.getpid())],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env={**os.environ, **self._environment},
+                )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.set_blocking(process.stdout.fileno(), False)  # type: ignore[union-attr]
         self._process = process
         self._buffer = b""
@@ -191,8 +197,9 @@ class Worker:
 def main(target: str, parent: int) -> None:
     """Serves calls until the parent goes away."""
     _die_with(parent)
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides when to stop
+    for number in _PARENTS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENTS_SIGNALS)  # what this process starts is not born deaf
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is for the log, not for the parent
     lock = threading.Lock()

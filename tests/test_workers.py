@@ -182,6 +182,22 @@ def test_a_worker_that_dies_of_the_signal_that_stops_the_run_is_a_stop(worker: W
     assert call(worker, "nothing") is not None
 
 
+def test_a_worker_that_is_still_starting_survives_signals_for_the_group(worker: Worker) -> None:
+    pids: list[int] = []
+
+    def stop() -> bool:  # the first look comes a millisecond after the process was made
+        if worker._process is not None and not pids:
+            pids.append(worker._process.pid)
+            os.kill(pids[0], signal.SIGINT)
+            os.kill(pids[0], signal.SIGTERM)
+        return False
+
+    answer = worker.call({"do": "nothing"}, on_event=lambda _: None, stop=stop)
+    assert answer is not None
+    assert [answer["pid"]] == pids
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
 def test_signals_for_the_group_leave_the_worker_to_its_parent(worker: Worker) -> None:
     answer = call(worker, "nothing")
     assert answer is not None
