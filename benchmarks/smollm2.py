@@ -32,7 +32,7 @@ def main() -> int:
     after = next(
         summary for label, summary in run["evaluations"].items() if label.startswith("student after")
     )
-    return 0 if after["reverse_kl_change_high"] < 0 else 1
+    return 0 if after["reverse_kl_exact_change_high"] < 0 else 1
 
 
 if __name__ == "__main__":

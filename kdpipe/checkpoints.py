@@ -6,19 +6,20 @@ Whoever calls a `write_` function hands it a temporary folder and makes the resu
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from kdpipe.errors import ArtifactError, ModelError, RecipeError
-from kdpipe.forward import head_logits, head_of
+from kdpipe.forward import Head, head_logits, head_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -175,6 +176,57 @@ def open_model(
     _align(model)
     _require_plain_head(model, folder)
     return model
+
+
+def read_head(
+    folder: Path,
+    *,
+    num_ids: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> Head:
+    """The output head of the model in a folder, for `num_ids` ids in use: its rows are all that is read.
+
+    Raises ModelError when the folder is not a model, or its files do not hold the head by its name.
+    """
+    _require_weights(folder)
+    config = AutoConfig.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    layer = skeleton.get_output_embeddings()
+    found = {}
+    for key, wanted in (("weight", layer.weight), ("bias", layer.bias)):
+        if wanted is not None:
+            # A tied head goes by the name of the input embeddings too, and files hold one of the two.
+            named = skeleton.named_parameters(remove_duplicate=False)
+            names = [name for name, tensor in named if tensor is wanted]
+            found[key] = _read_rows_of(folder, names, num_ids).to(device, dtype).clone()
+    return Head(found["weight"], found.get("bias"))
+
+
+def _read_rows_of(folder: Path, names: list[str], count: int) -> torch.Tensor:
+    """The first rows of the tensor that goes by one of `names` in the folder's safetensors files."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in set(names) & set(file.keys()):
+                    rows: torch.Tensor = file.get_slice(name)[:count]
+                    return rows
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path}: cannot be read: {error}") from error
+    raise ModelError(f"{folder}: none of its *.safetensors holds {' or '.join(names)}, the output head")
+
+
+def head_digest(head: Head) -> str:
+    """sha256 of the head's numbers, in its dtype: hidden states mean something only beside this very head."""
+    digest = hashlib.sha256(str(head.weight_VH.dtype).encode())
+    for tensor in (head.weight_VH, head.bias_V):
+        if tensor is not None:
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def scratch_model(

@@ -76,29 +76,44 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """A completion to score after a prompt. The prompt has at least one token."""
+    """A completion to score after a prompt. The prompt has at least one token.
+
+    `support_ids` [n, S] are further ids to score at each of the n completion tokens, distinct in a row.
+    """
 
     prompt_token_ids: Sequence[int]
     completion_token_ids: Sequence[int]
+    support_ids: npt.NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
     """Log-probs in nats at the asked temperature, over the first `num_ids` ids, for n completion tokens.
 
-    `topk_ids` [n, k] int32 sorted by falling log-prob (ties: lower id first), `topk_logprobs` [n, k] float32,
-    `tail_logprobs` [n] float32 the log of the mass outside the top k, computed from the full
-    distribution (-inf when k = num_ids); None when k is 0.
+    The support of a token is its k most probable ids, the request's `support_ids`, or their union:
+    `topk_ids` [n, S] int32 sorted by falling log-prob (ties: lower id first), `topk_logprobs` [n, S] float32,
+    `tail_logprobs` [n] float32 the log of the mass outside it, computed from the full distribution (-inf
+    when it holds all ids). A row of a union that is shorter ends with id -1 and log-prob -inf. None without support.
+    `hidden` [n, H] float32, if asked for, are the states that the output head turns into logits.
     """
 
     logprobs: npt.NDArray[np.float32]
     topk_ids: npt.NDArray[np.int32] | None = None
     topk_logprobs: npt.NDArray[np.float32] | None = None
     tail_logprobs: npt.NDArray[np.float32] | None = None
+    hidden: npt.NDArray[np.float32] | None = None
+
+
+Ability = Literal["support", "hidden"]
+"""What not every engine can score: ids given by the request, and the hidden states behind the logits."""
 
 
 class Engine(Protocol):
     """Samples and scores with one loaded model at a time."""
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        """What it scores beyond the completion's own ids and the most probable ones."""
 
     def load(self, source: ModelSource) -> None:
         """Makes `source` the model that the next calls use; free when it already is.
@@ -123,10 +138,12 @@ class Engine(Protocol):
         num_ids: int,
         top_k: int,
         progress: Progress,
+        hidden: bool = False,
     ) -> list[TokenScores]:
         """Scores, in the order of `requests`; an empty completion gets arrays of length 0.
 
-        Raises EngineError on a sequence longer than the context, and on logits that are not finite.
+        `support_ids` are given by all requests or by none, with one S. Raises EngineError on a sequence longer
+        than the context, on logits that are not finite, and on `support_ids` or `hidden` where it knows neither.
         """
 
     def sleep(self) -> None:

@@ -4,7 +4,7 @@ The output head is the largest matrix of a small model and its logits the larges
 they are computed only where a completion token is predicted and never for all of them at once.
 
 Shapes: B sequences, T positions, H hidden size, V ids in use, N completion tokens, C tokens of one chunk,
-K most probable ids.
+K most probable ids, S ids of a support.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
+
+from kdpipe.losses import kl
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,15 +51,15 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Log-probs of the given ids and, for K > 0, of the most probable ones and all others together.
+    """Log-probs of the completion's ids, of S ids that support a distribution, and of all others together.
 
-    `finite_N` is False where a logit is not finite.
+    `finite_N` is False where a logit is not finite. Rows of the support as in `engine.TokenScores`.
     """
 
     logprobs_N: torch.Tensor
     finite_N: torch.Tensor
-    topk_ids_NK: torch.Tensor
-    topk_logprobs_NK: torch.Tensor
+    topk_ids_NS: torch.Tensor
+    topk_logprobs_NS: torch.Tensor
     tail_logprobs_N: torch.Tensor
 
 
@@ -120,35 +122,76 @@ def token_logprobs(
 
 @torch.no_grad()
 def score_tokens(
-    hidden_NH: torch.Tensor, head: Head, ids_N: torch.Tensor, *, temperature: float, top_k: int, chunk: int
+    hidden_NH: torch.Tensor,
+    head: Head,
+    ids_N: torch.Tensor,
+    *,
+    temperature: float,
+    top_k: int,
+    chunk: int,
+    support_ids_NS: torch.Tensor | None = None,
 ) -> Scores:
-    """Log-probs of `ids_N` and of the `top_k` most probable ids at each position, without gradients."""
+    """Log-probs of `ids_N`, and of the `top_k` most probable ids and `support_ids_NS`, without gradients."""
     results = []
     for part in _parts(len(ids_N), _chunk_tokens(chunk, head)):
         logits_CV = head_logits(hidden_NH[part], head, temperature=temperature)
         finite_C = logits_CV.sum(-1).isfinite()
         logprobs_CV = logits_CV.log_softmax(-1)
         token_C = logprobs_CV.gather(-1, ids_N[part, None]).squeeze(-1)
-        results.append((token_C, finite_C, *_top(logprobs_CV, top_k)))
+        given_CS = None if support_ids_NS is None else support_ids_NS[part].long()
+        results.append((token_C, finite_C, *support_of(logprobs_CV, top_k, given_CS)))
     return Scores(*(torch.cat(column) for column in zip(*results, strict=True)))
 
 
-def _top(logprobs_CV: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids and log-probs of the `top_k` most probable ids, ties by lower id, and the rest's log-mass."""
-    if top_k == 0:
-        empty_C0 = logprobs_CV[:, :0]
-        return empty_C0.long(), empty_C0, torch.zeros_like(logprobs_CV[:, 0])
-    if top_k == logprobs_CV.shape[-1]:
-        topk_CK, ids_CK = logprobs_CV.sort(dim=-1, descending=True, stable=True)
-        return ids_CK, topk_CK, torch.full_like(topk_CK[:, 0], -torch.inf)
-    ids_CK = _top_ids(logprobs_CV, top_k)
-    topk_CK = logprobs_CV.gather(-1, ids_CK)
-    tail_C = logprobs_CV.scatter(-1, ids_CK, -torch.inf).logsumexp(-1)
-    return ids_CK, topk_CK, tail_C
+@torch.no_grad()
+def reverse_kl(
+    student: tuple[torch.Tensor, Head, float], teacher: tuple[torch.Tensor, Head, float], *, chunk: int
+) -> torch.Tensor:
+    """KL(student‖teacher) over the whole vocabulary at each position, nats [N].
+
+    Each side is hidden states [N, its H], head, and temperature; both heads hold the same ids.
+    """
+    results = []
+    for part in _parts(len(student[0]), _chunk_tokens(chunk, student[1])):
+        student_CV, teacher_CV = (
+            head_logits(hidden_NH[part], head, temperature=temperature).log_softmax(-1)
+            for hidden_NH, head, temperature in (student, teacher)
+        )
+        results.append(kl(student_CV, teacher_CV))
+    return torch.cat(results)
+
+
+def support_of(
+    logprobs_CV: torch.Tensor, top_k: int, given_CS: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids and log-probs of the `top_k` most probable ids and the given ones, and the rest's log-mass."""
+    ids_CS = _top_ids(logprobs_CV, top_k)
+    if given_CS is not None:
+        ids_CS = _union(logprobs_CV, ids_CS, given_CS)
+    if ids_CS.shape[-1] == 0:
+        return ids_CS, logprobs_CV[:, :0], torch.zeros_like(logprobs_CV[:, 0])
+    is_padding_CS = ids_CS < 0
+    safe_CS = torch.where(is_padding_CS, ids_CS[:, :1], ids_CS)
+    support_CS = logprobs_CV.gather(-1, safe_CS).masked_fill(is_padding_CS, -torch.inf)
+    return ids_CS, support_CS, logprobs_CV.scatter(-1, safe_CS, -torch.inf).logsumexp(-1)
+
+
+def _union(logprobs_CV: torch.Tensor, first_CS: torch.Tensor, second_CS: torch.Tensor) -> torch.Tensor:
+    """Ids that stand in either, by falling log-prob (ties: lower id first), then -1."""
+    ids_CS = torch.cat([first_CS, second_CS], dim=-1).sort(dim=-1).values
+    again_CS = torch.zeros_like(ids_CS, dtype=torch.bool)
+    again_CS[:, 1:] = ids_CS[:, 1:] == ids_CS[:, :-1]
+    order_CS = logprobs_CV.gather(-1, ids_CS).argsort(dim=-1, descending=True, stable=True)
+    order_CS = order_CS.gather(-1, again_CS.gather(-1, order_CS).long().argsort(dim=-1, stable=True))
+    return ids_CS.masked_fill(again_CS, -1).gather(-1, order_CS)[:, : logprobs_CV.shape[-1]]
 
 
 def _top_ids(logprobs_CV: torch.Tensor, top_k: int) -> torch.Tensor:
     """Ids [C, K] as a stable sort of the whole row would give, at the price of a selection."""
+    if top_k == 0:
+        return logprobs_CV[:, :0].long()
+    if top_k == logprobs_CV.shape[-1]:
+        return logprobs_CV.sort(dim=-1, descending=True, stable=True).indices
     values_CK, ids_CK = logprobs_CV.topk(top_k + 1, dim=-1)
     # topk leaves the order of ties open, inside the selection and at its edge.
     tied_C = values_CK[:, -1] == values_CK[:, -2]

@@ -21,7 +21,7 @@ from kdpipe.recipe import Gsm8kTask, JsonlTask, Recipe, Student, Teacher
 Stage = Literal["sft", "rollout", "teacher-score", "train", "evaluate"]
 Fields = dict[str, JsonValue]
 
-FORMATS: dict[Stage, int] = {"sft": 1, "rollout": 1, "teacher-score": 1, "train": 1, "evaluate": 1}
+FORMATS: dict[Stage, int] = {"sft": 1, "rollout": 1, "teacher-score": 1, "train": 1, "evaluate": 2}
 STUDENT = "student"
 UNRESOLVED = "unresolved"
 

@@ -94,6 +94,7 @@ REVERSE_KL = pa.schema(
         ("sampler_logprobs", LOGPROBS),
         ("teacher_logprobs", LOGPROBS),
         ("scorable", pa.list_(pa.bool_())),
+        ("reverse_kl_nats", LOGPROBS),
     ]
 )
 

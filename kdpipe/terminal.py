@@ -219,7 +219,7 @@ def outcome_lines(rows: Sequence[tuple[str, dict[str, Any] | None]], paint: Pain
             label,
             f"{summary['accuracy']:.1%}",
             f"{summary['accuracy_low']:.1%} to {summary['accuracy_high']:.1%}",
-            _interval(summary, "reverse_kl_nats", "reverse_kl_low", "reverse_kl_high", ".3f"),
+            _interval(summary, *_reverse_kl_keys(summary, ""), ".3f"),
         )
         for label, summary in rows
         if summary is not None
@@ -248,13 +248,18 @@ def change_lines(after: dict[str, Any]) -> list[str]:
             f"accuracy {100 * after['accuracy_change']:+.1f} points, paired 95 % interval "
             f"{100 * low:+.1f} to {100 * high:+.1f}{p}"
         )
-    if "reverse_kl_change_nats" in after:
-        low, high = after["reverse_kl_change_low"], after["reverse_kl_change_high"]
-        lines.append(
-            f"held-out reverse KL {after['reverse_kl_change_nats']:+.3f} nats, paired 95 % interval "
-            f"{low:+.3f} to {high:+.3f}"
-        )
+    keys = _reverse_kl_keys(after, "_change")
+    if keys[0] in after:
+        value, low, high = (after[key] for key in keys)
+        lines.append(f"held-out reverse KL {value:+.3f} nats, paired 95 % interval {low:+.3f} to {high:+.3f}")
     return lines
+
+
+def _reverse_kl_keys(summary: dict[str, Any], what: str) -> tuple[str, str, str]:
+    """The keys of the estimate from whole distributions where there is one: it has less variance."""
+    exact = f"reverse_kl_exact{what}"
+    name = exact if f"{exact}_nats" in summary else f"reverse_kl{what}"
+    return f"{name}_nats", f"{name}_low", f"{name}_high"
 
 
 def _interval(summary: dict[str, Any], value: str, low: str, high: str, spec: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from kdpipe.engine import (
+    Ability,
     Completion,
     ModelSource,
     Progress,
@@ -27,6 +28,8 @@ def fake_text(ids: Sequence[int]) -> str:
 
 class FakeEngine:
     """The next token depends on the last one only, by a table of logits drawn from the model's digest."""
+
+    abilities: frozenset[Ability] = frozenset({"support"})
 
     def __init__(self, *, num_rows: int = 16, max_positions: int = 64) -> None:
         self.max_positions = max_positions
@@ -61,7 +64,10 @@ class FakeEngine:
         num_ids: int,
         top_k: int,
         progress: Progress,
+        hidden: bool = False,
     ) -> list[TokenScores]:
+        if hidden:
+            raise EngineError("a table has no hidden states")
         results = []
         for index, request in enumerate(requests):
             ids = [*request.prompt_token_ids, *request.completion_token_ids]
@@ -70,21 +76,23 @@ class FakeEngine:
             before = ids[len(ids) - n - 1 : -1] if n else []
             logprobs = np.array([self._logprobs(i, temperature, num_ids) for i in before]).reshape(n, num_ids)
             token = logprobs[np.arange(n), list(request.completion_token_ids)].astype(np.float32)
-            order = np.argsort(-logprobs, axis=1, kind="stable")
-            sorted_ = np.take_along_axis(logprobs, order, axis=1)
-            with np.errstate(divide="ignore"):
-                tail = np.log(np.exp(sorted_[:, top_k:]).sum(axis=1))
             progress(n)
-            results.append(
-                TokenScores(
-                    token,
-                    order[:, :top_k].astype(np.int32),
-                    sorted_[:, :top_k].astype(np.float32),
-                    tail.astype(np.float32),
-                )
-                if top_k
-                else TokenScores(token)
-            )
+            given = request.support_ids
+            width = min(top_k + (0 if given is None else given.shape[1]), num_ids)
+            if width == 0:
+                results.append(TokenScores(token))
+                continue
+            found = np.full((n, width), -1, np.int32)
+            values = np.full((n, width), -np.inf, np.float32)
+            tail = np.full(n, -np.inf, np.float32)
+            for row, at in enumerate(logprobs):
+                order = np.argsort(-at, kind="stable").tolist()
+                wanted = set(order[:top_k]) | (set() if given is None else set(given[row].tolist()))
+                chosen = [token for token in order if token in wanted]
+                found[row, : len(chosen)], values[row, : len(chosen)] = chosen, at[chosen]
+                with np.errstate(divide="ignore"):
+                    tail[row] = np.log(np.exp(np.delete(at, chosen)).sum())
+            results.append(TokenScores(token, found, values, tail))
         return results
 
     def sleep(self) -> None:

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, PreTrainedTokenizerFast
 
 from kdpipe.checkpoints import (
     ModelShelf,
+    head_digest,
     open_model,
+    read_head,
     read_trainer,
     resolve_device,
     resolve_dtype,
@@ -19,7 +22,8 @@ from kdpipe.checkpoints import (
     write_trainer,
 )
 from kdpipe.engine import ModelSource
-from kdpipe.errors import ArtifactError, EngineError, RecipeError
+from kdpipe.errors import ArtifactError, EngineError, ModelError, RecipeError
+from kdpipe.forward import head_of
 from kdpipe.recipe import Scratch
 from tests.tiny_models import COMMON, CONFIGS, tiny_model, tiny_tokenizer
 
@@ -47,6 +51,30 @@ def test_a_written_model_opens_bit_for_bit_and_writes_the_same_bytes_again(name,
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= set(
         digests(tmp_path / "one")
     )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_output_head_is_read_alone_and_known_by_its_digest(name, tmp_path):
+    model = tiny_model(name)
+    write_model(model, tiny_tokenizer(), tmp_path)
+    wanted = head_of(model, num_ids=13)
+    head = read_head(tmp_path, num_ids=13, dtype=torch.float32, device=CPU)
+    assert torch.equal(head.weight_VH, wanted.weight_VH)
+    assert (head.bias_V is None) == (wanted.bias_V is None)
+    assert head_digest(head) == head_digest(wanted)
+    assert head_digest(head) != head_digest(read_head(tmp_path, num_ids=12, dtype=torch.float32, device=CPU))
+    with torch.no_grad():
+        wanted.weight_VH[3, 2] += 1e-3
+    assert head_digest(head) != head_digest(wanted)
+
+
+def test_a_folder_without_its_output_head_is_named(tmp_path):
+    write_model(tiny_model("llama"), tiny_tokenizer(), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"none of its .* holds lm_head\.weight"):
+        read_head(tmp_path, num_ids=13, dtype=torch.float32, device=CPU)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied-biased"])

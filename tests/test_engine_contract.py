@@ -68,9 +68,11 @@ def score(
     *,
     temperature: float = 1.0,
     top_k: int = 0,
+    supports: Sequence[np.ndarray] | None = None,
 ):
+    given = [None] * len(pairs) if supports is None else supports
     return subject.engine.score(
-        [ScoreRequest(prompt, completion) for prompt, completion in pairs],
+        [ScoreRequest(*pair, support) for pair, support in zip(pairs, given, strict=True)],
         temperature=temperature,
         num_ids=NUM_IDS,
         top_k=top_k,
@@ -209,6 +211,29 @@ def test_top_k_is_sorted_and_its_mass_and_the_tails_are_one(subject):
             mass = np.exp(scored.topk_logprobs).sum(axis=1) + np.exp(scored.tail_logprobs)
             np.testing.assert_allclose(mass, 1, atol=1e-5)
             assert (k < NUM_IDS) or (scored.tail_logprobs == -np.inf).all()
+
+
+@pytest.mark.parametrize("top_k", [0, 3, NUM_IDS])
+def test_given_ids_are_scored_alone_and_together_with_the_top_k(subject, top_k):
+    pairs = [([2, 3], [4, 5, 6]), ([7], [8]), ([9, 10], [])]
+    given = [np.array([[11, 0], [4, 3], [5, 6]], np.int32), np.array([[1, 2]], np.int32)]
+    given.append(np.zeros((0, 2), np.int32))
+    full = score(subject, pairs, temperature=0.7, top_k=NUM_IDS)
+    scored = score(subject, pairs, temperature=0.7, top_k=top_k, supports=given)
+    for row, whole, support, (_, completion) in zip(scored, full, given, pairs, strict=True):
+        width = min(top_k + 2, NUM_IDS)
+        assert row.topk_ids.shape == row.topk_logprobs.shape == (len(completion), width)
+        np.testing.assert_array_equal(row.logprobs, whole.logprobs)
+        for t in range(len(completion)):
+            logprob_of = dict(zip(whole.topk_ids[t].tolist(), whole.topk_logprobs[t].tolist(), strict=True))
+            wanted = {*whole.topk_ids[t, :top_k].tolist(), *support[t].tolist()}
+            expected = [token for token in whole.topk_ids[t].tolist() if token in wanted]
+            padding = [-1] * (width - len(expected))
+            assert row.topk_ids[t].tolist() == [*expected, *padding]
+            values = [logprob_of[token] for token in expected] + [-np.inf] * len(padding)
+            np.testing.assert_allclose(row.topk_logprobs[t], values, atol=1e-6)
+            rest = sum(np.exp(value) for token, value in logprob_of.items() if token not in wanted)
+            np.testing.assert_allclose(np.exp(row.tail_logprobs[t]), rest, atol=1e-6)
 
 
 def test_nothing_asked_is_nothing_answered(subject):

@@ -171,7 +171,7 @@ def test_ties_in_the_top_k_go_to_the_lower_id_inside_and_at_the_edge():
     logits_NV = torch.tensor([[1.0, 4.0, 2.0, 4.0, 2.0, 2.0], [3.0] * 6])
     head = Head(torch.eye(6), None)
     scores = score_tokens(logits_NV, head, torch.tensor([0, 5]), temperature=1.0, top_k=4, chunk=9)
-    assert scores.topk_ids_NK.tolist() == [[1, 3, 2, 4], [0, 1, 2, 3]]
+    assert scores.topk_ids_NS.tolist() == [[1, 3, 2, 4], [0, 1, 2, 3]]
     expected = torch.tensor([[1.0, 2.0]]).logsumexp(-1) - logits_NV[0].logsumexp(-1)
     torch.testing.assert_close(scores.tail_logprobs_N, torch.cat((expected, torch.tensor([2 / 6]).log())))
 
@@ -181,4 +181,4 @@ def test_no_tokens_are_no_scores():
     logprobs, _ = token_logprobs(hidden[:0], head, ids[:0], temperature=1.0, chunk=5)
     assert logprobs.shape == (0,)
     scores = score_tokens(hidden[:0], head, ids[:0], temperature=1.0, top_k=3, chunk=5)
-    assert scores.topk_ids_NK.shape == (0, 3)
+    assert scores.topk_ids_NS.shape == (0, 3)

@@ -143,7 +143,7 @@ def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             "optimizer": {"learning_rate": 2e-3},
             "minibatches": 2,
         },
-        evaluate={"reverse_kl_problems": 0, "teacher": False, "every": 2},
+        evaluate={"reverse_kl_problems": 2, "teacher": False, "every": 2},
         runtime__part_rows=64,
         runtime__train_tokens=700,  # an optimizer step is several micro-batches
     )
@@ -170,6 +170,21 @@ def forward(folder: Path) -> Callable[[list[int], list[int]], np.ndarray]:
         )
 
     return logprobs
+
+
+def test_held_out_reverse_kl_is_that_of_the_two_whole_distributions(files: Files) -> None:
+    student, teacher = forward(files.student(3)), forward(files.folder / "teacher")
+    folder = files.run / "round-002" / "evaluate-student"
+    table = pd.read_parquet(folder / "reverse_kl.parquet")
+    values = []
+    for row in table.itertuples():
+        s = student(row.prompt_token_ids, row.completion_token_ids)
+        q = teacher(row.teacher_prompt_token_ids, row.completion_token_ids)
+        values.append((np.exp(s) * (s - q)).sum(-1))
+        np.testing.assert_allclose(row.reverse_kl_nats, values[-1], atol=1e-4)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["reverse_kl_exact_nats"] == pytest.approx(np.concatenate(values).mean(), abs=1e-4)
+    assert summary["reverse_kl_exact_change_low"] <= summary["reverse_kl_exact_change_nats"]
 
 
 def of_tokens(logprobs: np.ndarray, completion: Any) -> np.ndarray:

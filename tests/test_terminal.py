@@ -161,6 +161,17 @@ def test_the_outcome_is_a_table_of_80_columns_with_the_numbers_under_their_names
         assert lines[0].index(name) + len(name) == lines[1].index(value) + len(value)
 
 
+def test_the_estimate_from_whole_distributions_is_shown_where_there_is_one() -> None:
+    exact = {
+        "reverse_kl_exact_nats": 0.3111,
+        "reverse_kl_exact_low": 0.3012,
+        "reverse_kl_exact_high": 0.3234,
+    }
+    text = "\n".join(outcome_lines([("student", SUMMARY | exact)], bare))
+    assert "0.311 (0.301 to 0.323)" in text
+    assert "0.457" not in text
+
+
 def test_a_model_without_reverse_kl_has_an_empty_place() -> None:
     summary = {name: value for name, value in SUMMARY.items() if not name.startswith("reverse")}
     assert (

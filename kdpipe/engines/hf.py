@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kdpipe.checkpoints import ModelShelf
-    from kdpipe.engine import ModelSource, Progress, SampleRequest, Sampling, ScoreRequest
+    from kdpipe.engine import Ability, ModelSource, Progress, SampleRequest, Sampling, ScoreRequest
 
 _PROGRESS_STEPS = 32
 _COMPACT_BELOW = 0.75
@@ -48,6 +49,8 @@ class HfEngine:
     `sample_tokens` bounds the tokens of one sampling batch, prompts and new ones; `score_tokens` those of
     one forward pass; `head_chunk_tokens` those whose logits exist at once.
     """
+
+    abilities: frozenset[Ability] = frozenset({"support", "hidden"})
 
     def __init__(
         self, models: ModelShelf, *, sample_tokens: int, score_tokens: int, head_chunk_tokens: int
@@ -98,6 +101,7 @@ class HfEngine:
         num_ids: int,
         top_k: int,
         progress: Progress,
+        hidden: bool = False,
     ) -> list[TokenScores]:
         """See Engine."""
         model, _ = self._loaded()
@@ -105,6 +109,7 @@ class HfEngine:
             where, completion = f"request {index}", request.completion_token_ids
             _require_fit(model, request.prompt_token_ids, where=where, new_tokens=len(completion))
             _require_known(model, completion, where=where)
+            _require_support(request, num_ids, where=where)
         head = head_of(model, num_ids=_require_ids(model, num_ids, top_k=top_k))
         lengths = [
             len(request.prompt_token_ids) + len(request.completion_token_ids) - 1 for request in requests
@@ -116,17 +121,25 @@ class HfEngine:
                 [requests[index].completion_token_ids for index in indexes],
                 device=self._models.device,
             )
+            hidden_NH = hidden_states(model, batch)
             scores = score_tokens(
-                hidden_states(model, batch),
+                hidden_NH,
                 head,
                 batch.target_ids_N,
                 temperature=temperature,
                 top_k=top_k,
                 chunk=self._head_chunk_tokens,
+                support_ids_NS=self._supports([requests[index] for index in indexes]),
             )
-            results |= zip(indexes, _split(scores, batch.counts, indexes, top_k=top_k), strict=True)
+            kept_NH = hidden_NH if hidden else None
+            results |= zip(indexes, _split(scores, kept_NH, batch.counts, indexes), strict=True)
             progress(len(batch.target_ids_N))
         return [results[index] for index in range(len(requests))]
+
+    def _supports(self, requests: Sequence[ScoreRequest]) -> torch.Tensor | None:
+        """The `support_ids` of all completion tokens of the requests, one after another."""
+        given = [request.support_ids for request in requests if request.support_ids is not None]
+        return torch.from_numpy(np.concatenate(given)).to(self._models.device) if given else None
 
     def sleep(self) -> None:
         """See Engine."""
@@ -318,7 +331,9 @@ def _logits(hidden_HB: torch.Tensor, head: Head) -> torch.Tensor:
     return logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
 
 
-def _split(scores: Scores, counts: Sequence[int], indexes: Sequence[int], *, top_k: int) -> list[TokenScores]:
+def _split(
+    scores: Scores, hidden_NH: torch.Tensor | None, counts: Sequence[int], indexes: Sequence[int]
+) -> list[TokenScores]:
     """Scores of a batch, cut into those of its sequences; raises EngineError on non-finite logits."""
     finite = torch.split(scores.finite_N, list(counts))
     for index, finite_C in zip(indexes, finite, strict=True):
@@ -328,18 +343,18 @@ def _split(scores: Scores, counts: Sequence[int], indexes: Sequence[int], *, top
                 f"request {index}: logits at completion token {token} are not finite",
                 hint="the weights hold nan, inf or values too large for the dtype; try dtype: float32",
             )
-    columns = [
-        torch.split(column, list(counts))
-        for column in (
-            scores.logprobs_N.float().cpu(),
-            scores.topk_ids_NK.int().cpu(),
-            scores.topk_logprobs_NK.float().cpu(),
-            scores.tail_logprobs_N.float().cpu(),
-        )
+    columns = {"logprobs": scores.logprobs_N.float()}
+    if scores.topk_ids_NS.shape[-1]:
+        columns["topk_ids"] = scores.topk_ids_NS.int()
+        columns["topk_logprobs"] = scores.topk_logprobs_NS.float()
+        columns["tail_logprobs"] = scores.tail_logprobs_N.float()
+    if hidden_NH is not None:
+        columns["hidden"] = hidden_NH.float()
+    pieces = zip(*(torch.split(column.cpu(), list(counts)) for column in columns.values()), strict=True)
+    return [
+        TokenScores(**{name: part.numpy() for name, part in zip(columns, parts, strict=True)})
+        for parts in pieces
     ]
-    if top_k == 0:
-        return [TokenScores(logprobs.numpy()) for logprobs in columns[0]]
-    return [TokenScores(*(part.numpy() for part in parts)) for parts in zip(*columns, strict=True)]
 
 
 def _require_fit(model: PreTrainedModel, ids: Sequence[int], *, where: str, new_tokens: int) -> None:
@@ -362,6 +377,20 @@ def _require_known(model: PreTrainedModel, ids: Sequence[int], *, where: str) ->
     rows = model.get_input_embeddings().weight.shape[0]
     if max(ids) >= rows or min(ids) < 0:
         raise EngineError(f"{where}: token ids reach from {min(ids)} to {max(ids)}, the model has {rows}")
+
+
+def _require_support(request: ScoreRequest, num_ids: int, *, where: str) -> None:
+    ids = request.support_ids
+    if ids is None or not ids.size:
+        return
+    if len(ids) != len(request.completion_token_ids):
+        raise EngineError(
+            f"{where}: support_ids for {len(ids)} of {len(request.completion_token_ids)} tokens"
+        )
+    if ids.max() >= num_ids or ids.min() < 0:
+        raise EngineError(
+            f"{where}: support_ids reach from {ids.min()} to {ids.max()}, {num_ids} ids are in use"
+        )
 
 
 def _require_ids(model: PreTrainedModel, num_ids: int, *, top_k: int = 0) -> int:

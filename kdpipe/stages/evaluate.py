@@ -1,5 +1,9 @@
 """Evaluate: held-out accuracy with its interval, and held-out reverse KL against the teacher.
 
+Reverse KL is estimated twice from the same completions: by the sampled tokens, `s_t - q_t`, and where the
+engine gives hidden states by KL(student‖teacher) of the two whole distributions at each position. Both have
+the same expectation (given a prefix, the second is the mean of the first), the second much less variance.
+
 Seeds leave the round out and the subset leaves the seed out, so that any two evaluations of one recipe are
 paired problem by problem. The unit of every interval is the problem.
 """
@@ -10,8 +14,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 
 from kdpipe import statistics
+from kdpipe.checkpoints import read_head, resolve_device, resolve_dtype
+from kdpipe.engine import ScoreRequest
+from kdpipe.forward import reverse_kl
 from kdpipe.job import Job, Text, mean, read_completion, request_for, sampling_of
 from kdpipe.seeds import permutation
 from kdpipe.stages.teacher_score import TeacherSide, score_completions
@@ -24,7 +32,8 @@ if TYPE_CHECKING:
 
     from pydantic import JsonValue
 
-    from kdpipe.engine import Completion, Engine, ModelSource
+    from kdpipe.engine import Completion, Engine, ModelSource, TokenScores
+    from kdpipe.forward import Head
     from kdpipe.rows import Problem
 
 BOOTSTRAP_SEED = 0
@@ -213,15 +222,24 @@ def _reverse_kl_rows(
     sampling = sampling_of(
         job.recipe, text, temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens
     )
+    exact = _Exact(job, text, model, engine, against) if _has_exact(engine, teacher) else None
 
     def build(problems: Sequence[Problem]) -> Rows:
         engine.load(model)
         sampled = _sample(job, problems, text.prompt, sampling, engine, 1, purpose="reverse KL")
-        engine.load(against.source)
         triples = [
             (problem, prompt_ids, completion.token_ids) for problem, _, prompt_ids, completion in sampled
         ]
-        scored = score_completions(job, triples, teacher=teacher, engine=engine, top_k=0)
+        student_hidden = exact.student_hidden(triples) if exact else []
+        engine.load(against.source)
+        scored = score_completions(
+            job, triples, teacher=teacher, engine=engine, top_k=0, hidden=exact is not None
+        )
+        divergences = (
+            exact.divergences(student_hidden, [score for _, score, _ in scored])
+            if exact
+            else [None] * len(scored)
+        )
         return [
             {
                 "prompt_id": problem.prompt_id,
@@ -232,16 +250,77 @@ def _reverse_kl_rows(
                 "sampler_logprobs": completion.logprobs,
                 "teacher_logprobs": score.logprobs,
                 "scorable": scorable,
+                "reverse_kl_nats": divergence,
             }
-            for (problem, number, prompt_ids, completion), (teacher_prompt, score, scorable) in zip(
-                sampled, scored, strict=True
-            )
+            for (problem, number, prompt_ids, completion), (
+                teacher_prompt,
+                score,
+                scorable,
+            ), divergence in zip(sampled, scored, divergences, strict=True)
         ]
 
     problems = subset(job.test, job.recipe.evaluate.reverse_kl_problems)
     name = "reverse_kl.parquet"
     job.in_parts(name, problems, rows_per_item=1, build=build, schema=REVERSE_KL, first=first_part)
     return read_rows(job.draft.folder / name, REVERSE_KL)
+
+
+def _has_exact(engine: Engine, teacher: TeacherSide) -> bool:
+    """Whether both distributions are at hand; a teacher that lacks ids gives them no probability at all."""
+    return "hidden" in engine.abilities and not teacher.vocabulary.unscorable
+
+
+class _Exact:
+    """The two whole distributions at each position of the sampled completions."""
+
+    def __init__(self, job: Job, text: Text, model: ModelSource, engine: Engine, against: Against) -> None:
+        self._job = job
+        self._engine = engine
+        self._text = text
+        self._device = resolve_device(job.recipe.runtime.device)
+        self._temperatures = (job.recipe.rollout.temperature, against.teacher.temperature)
+        self._heads = [self._head(source) for source in (model, against.source)]
+
+    def _head(self, source: ModelSource) -> Head:
+        dtype, _ = resolve_dtype(source.dtype, self._device)
+        return read_head(
+            source.folder,
+            num_ids=self._text.num_ids,
+            dtype=dtype,
+            device=self._device,
+            trust_remote_code=source.trust_remote_code,
+        )
+
+    def student_hidden(self, triples: Sequence[tuple[Problem, list[int], list[int]]]) -> list[Any]:
+        """Hidden states [n, H] of each completion; the engine holds the student."""
+        scores = self._engine.score(
+            [ScoreRequest(prompt, completion) for _, prompt, completion in triples],
+            temperature=self._temperatures[0],
+            num_ids=self._text.num_ids,
+            top_k=0,
+            progress=lambda _: None,  # these tokens were counted when they were sampled
+            hidden=True,
+        )
+        return [score.hidden for score in scores]
+
+    def divergences(self, student_hidden: Sequence[Any], scores: Sequence[TokenScores]) -> list[Any]:
+        """KL(student‖teacher) [n] of each completion."""
+        sides = [
+            (
+                torch.from_numpy(np.concatenate(hidden)).to(self._device, head.weight_VH.dtype),
+                head,
+                temperature,
+            )
+            for hidden, head, temperature in zip(
+                (student_hidden, [score.hidden for score in scores]),
+                self._heads,
+                self._temperatures,
+                strict=True,
+            )
+        ]
+        kl_N = reverse_kl(sides[0], sides[1], chunk=self._job.recipe.runtime.head_chunk_tokens)
+        ends = np.cumsum([len(hidden) for hidden in student_hidden])
+        return list(np.split(kl_N.cpu().numpy(), ends[:-1]))
 
 
 def _totals(rows: Rows) -> tuple[list[float], list[float]]:
@@ -255,20 +334,42 @@ def _totals(rows: Rows) -> tuple[list[float], list[float]]:
     return sums, counts
 
 
+def _exact_totals(rows: Rows) -> tuple[list[float], list[float]] | None:
+    """Sum of KL over positions, and their number, of each problem; None where it was not measured."""
+    values = [row["reverse_kl_nats"] for row in rows]
+    if any(value is None for value in values):
+        return None
+    return [float(np.sum(value, dtype=np.float64)) for value in values], [
+        float(len(value)) for value in values
+    ]
+
+
 def _reverse_kl(rows: Rows) -> dict[str, JsonValue]:
-    interval = statistics.bootstrap_ratio(*_totals(rows), seed=BOOTSTRAP_SEED)
-    return {
-        "reverse_kl_nats": interval.estimate,
-        "reverse_kl_low": interval.low,
-        "reverse_kl_high": interval.high,
-    }
+    found = {"reverse_kl": statistics.bootstrap_ratio(*_totals(rows), seed=BOOTSTRAP_SEED)}
+    if (totals := _exact_totals(rows)) is not None:
+        found["reverse_kl_exact"] = statistics.bootstrap_ratio(*totals, seed=BOOTSTRAP_SEED)
+    return _named(found)
 
 
 def _reverse_kl_change(rows: Rows, before: Rows) -> dict[str, JsonValue]:
     """The paired difference to student 0: the same problems in every resample."""
-    interval = statistics.bootstrap_ratio_difference(*_totals(rows), *_totals(before), seed=BOOTSTRAP_SEED)
+    pair = (*_totals(rows), *_totals(before))
+    found = {"reverse_kl_change": statistics.bootstrap_ratio_difference(*pair, seed=BOOTSTRAP_SEED)}
+    now, then = _exact_totals(rows), _exact_totals(before)
+    if now is not None and then is not None:
+        found["reverse_kl_exact_change"] = statistics.bootstrap_ratio_difference(
+            *now, *then, seed=BOOTSTRAP_SEED
+        )
+    return _named(found)
+
+
+def _named(intervals: dict[str, statistics.Interval]) -> dict[str, JsonValue]:
     return {
-        "reverse_kl_change_nats": interval.estimate,
-        "reverse_kl_change_low": interval.low,
-        "reverse_kl_change_high": interval.high,
+        name: value
+        for key, interval in intervals.items()
+        for name, value in (
+            (f"{key}_nats", interval.estimate),
+            (f"{key}_low", interval.low),
+            (f"{key}_high", interval.high),
+        )
     }

@@ -7,8 +7,8 @@ reads, and get no score.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -138,6 +138,7 @@ def score_completions(
     teacher: TeacherSide,
     engine: Engine,
     top_k: int | None = None,
+    hidden: bool = False,
 ) -> list[tuple[list[int], TokenScores, npt.NDArray[np.bool_]]]:
     """Teacher prompt ids, scores and scorable [n] of each (problem, student prompt, completion).
 
@@ -156,6 +157,7 @@ def score_completions(
         num_ids=teacher.num_ids,
         top_k=teacher.top_k if top_k is None else top_k,
         progress=job.pulse.tokens,
+        hidden=hidden,
     )
     return [
         (prompt, _spread(score, mask), mask)
@@ -173,11 +175,12 @@ def _spread(score: TokenScores, mask: npt.NDArray[np.bool_]) -> TokenScores:
         full[mask] = values
         return full
 
-    if score.topk_ids is None or score.topk_logprobs is None or score.tail_logprobs is None:
-        return TokenScores(place(score.logprobs))
-    return TokenScores(
-        place(score.logprobs), place(score.topk_ids), place(score.topk_logprobs), place(score.tail_logprobs)
-    )
+    columns: dict[str, Any] = {
+        field.name: place(found)
+        for field in fields(score)
+        if (found := getattr(score, field.name)) is not None
+    }
+    return TokenScores(**columns)
 
 
 def _check_scorable(teacher: TeacherSide, masks: Sequence[npt.NDArray[np.bool_]]) -> None:
