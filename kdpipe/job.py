@@ -55,22 +55,29 @@ class Job:
         build: Callable[[Sequence[Item]], Sequence[Any]],
         schema: pa.Schema,
         first: int = 0,
+        part_schema: pa.Schema | None = None,
+        finish: Callable[[Sequence[Path]], None] = lambda _: None,
     ) -> int:
         """Writes payload table `name` from the rows that `build` makes of the items, part by part.
 
         Parts hold whole items, are cut from the recipe alone and numbered from `first`, so that a resumed step
-        repeats the same batches; those that an earlier attempt finished are not built again. Returns
-        the number of the next free part.
+        repeats the same batches; those that an earlier attempt finished are not built again. Parts may have
+        columns (`part_schema`) that the table has not: `finish` sees their files before. Returns the number of
+        the next free part.
         """
         size = max(1, self.recipe.runtime.part_rows // rows_per_item)
         paths: list[Path] = []
         self.pulse.start("completions", len(items) * rows_per_item)
         for start in range(0, len(items), size):
             piece = items[start : start + size]
-            path = self.draft.part(first + len(paths), lambda path: write_rows(path, build(piece), schema))  # noqa: B023
+            path = self.draft.part(
+                first + len(paths),
+                lambda path: write_rows(path, build(piece), part_schema or schema),  # noqa: B023
+            )
             paths.append(path)
             self.pulse.advance(len(piece) * rows_per_item)
             self.pulse.safe_point()
+        finish(paths)
         self.draft.write(name, lambda path: merge(paths, path, schema))
         return first + len(paths)
 

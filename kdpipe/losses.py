@@ -1,7 +1,7 @@
 """Divergences, policy-gradient losses and ratio weights: tensors in, tensors out.
 
-Shapes stand in names: N completion tokens (flattened), V token ids in use, K ids of a top-k support,
-S support points (K, or K + 1 with the tail bucket). Log-probs are in nats. `student` carries the gradient;
+Shapes stand in names: N completion tokens (flattened), V token ids in use, K ids of a support (id -1 is
+padding), S support points (K + 1 with the tail bucket, or V). Log-probs are in nats. `student` carries the gradient;
 what is called teacher, signal, weight or advantage never does.
 
 Left out on purpose: masks. A caller indexes the tokens that count *before* calling, because a `where` on a
@@ -23,27 +23,25 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------------------------------- distributions
 
 
-def student_support(logprobs_NV: Tensor, topk_ids_NK: Tensor) -> Tensor:
-    """The student's log-probs on a support, [N, S]: the given ids, then the tail bucket unless K = V.
+def student_support(logprobs_NV: Tensor, ids_NK: Tensor) -> Tensor:
+    """The student's log-probs on a support, [N, K + 1]: the given ids, then the tail bucket.
 
-    The tail is a logsumexp over the complement: `log(1 - sum)` loses all digits where the top k hold nearly
-    everything. Ids are distinct within a row.
+    The tail is a logsumexp over the complement: `log(1 - sum)` loses all digits where the support holds nearly
+    everything. -inf where there is no complement, and at padding. Ids are distinct, the first is no padding.
     """
-    topk_NK = logprobs_NV.gather(-1, topk_ids_NK)
-    if topk_ids_NK.shape[-1] == logprobs_NV.shape[-1]:
-        return topk_NK
-    complement_NV = logprobs_NV.scatter(-1, topk_ids_NK, -math.inf)
+    is_padding_NK = ids_NK < 0
+    ids_NK = torch.where(is_padding_NK, ids_NK[:, :1], ids_NK)
+    support_NK = logprobs_NV.gather(-1, ids_NK).masked_fill(is_padding_NK, -math.inf)
+    complement_NV = logprobs_NV.scatter(-1, ids_NK, -math.inf)
     # A logsumexp over nothing but -inf is -inf with nan gradients; those rows take the constant instead.
     is_empty_N1 = (complement_NV == -math.inf).all(dim=-1, keepdim=True)
     tail_N1 = complement_NV.masked_fill(is_empty_N1, 0).logsumexp(dim=-1, keepdim=True)
-    return torch.cat([topk_NK, tail_N1.masked_fill(is_empty_N1, -math.inf)], dim=-1)
+    return torch.cat([support_NK, tail_N1.masked_fill(is_empty_N1, -math.inf)], dim=-1)
 
 
-def teacher_support(topk_logprobs_NK: Tensor, tail_N: Tensor, *, num_ids: int) -> Tensor:
-    """The teacher's log-probs on the same support, [N, S]: its top k, then its tail unless K = `num_ids`."""
-    if topk_logprobs_NK.shape[-1] == num_ids:
-        return topk_logprobs_NK
-    return torch.cat([topk_logprobs_NK, tail_N.unsqueeze(-1)], dim=-1)
+def teacher_support(logprobs_NK: Tensor, tail_N: Tensor) -> Tensor:
+    """The teacher's log-probs on the same support, [N, K + 1]: those of the ids, then its tail."""
+    return torch.cat([logprobs_NK, tail_N.unsqueeze(-1)], dim=-1)
 
 
 def kl(first_NS: Tensor, second_NS: Tensor) -> Tensor:
@@ -52,6 +50,18 @@ def kl(first_NS: Tensor, second_NS: Tensor) -> Tensor:
     first = first_NS.masked_fill(is_zero, 0)
     second = second_NS.masked_fill(is_zero, 0)
     return (first.exp() * (first - second)).sum(dim=-1)
+
+
+def mixture(teacher_NS: Tensor, student_NS: Tensor, teacher_share: float) -> Tensor:
+    """Log of `share * P + (1 - share) * S`, [N, S]; the share is in [0, 1)."""
+    if teacher_share == 0:
+        return student_NS
+    # logaddexp(-inf, -inf) has nan gradients; where neither has mass, no KL to the mixture looks at it.
+    is_zero = (student_NS == -math.inf) & (teacher_NS == -math.inf)
+    return torch.logaddexp(
+        math.log(teacher_share) + teacher_NS,
+        math.log1p(-teacher_share) + student_NS.masked_fill(is_zero, 0),
+    )
 
 
 def jsd(student_NS: Tensor, teacher_NS: Tensor, beta: float) -> Tensor:
@@ -64,23 +74,25 @@ def jsd(student_NS: Tensor, teacher_NS: Tensor, beta: float) -> Tensor:
         return kl(teacher_NS, student_NS)
     if beta == 1:
         return kl(student_NS, teacher_NS)
-    # logaddexp(-inf, -inf) has nan gradients; where neither has mass, neither KL below looks at the mixture.
-    is_zero = (student_NS == -math.inf) & (teacher_NS == -math.inf)
-    mixture_NS = torch.logaddexp(
-        math.log(beta) + teacher_NS,
-        math.log1p(-beta) + student_NS.masked_fill(is_zero, 0),
-    )
+    mixture_NS = mixture(teacher_NS, student_NS, beta)
     return beta * kl(teacher_NS, mixture_NS) + (1 - beta) * kl(student_NS, mixture_NS)
 
 
-def infinite_points(student_NS: Tensor, teacher_NS: Tensor, beta: float) -> Tensor:
-    """Bool [N, S]: the support points that make `jsd` infinite, which only KL at beta 0 or 1 can be."""
-    student_is_zero, teacher_is_zero = student_NS == -math.inf, teacher_NS == -math.inf
-    if beta == 0:
-        return student_is_zero & ~teacher_is_zero
-    if beta == 1:
-        return teacher_is_zero & ~student_is_zero
-    return torch.zeros_like(student_is_zero)
+def skew_kl(student_NS: Tensor, teacher_NS: Tensor, alpha: float) -> Tensor:
+    """`KL(P‖alpha * P + (1 - alpha) * S)` of each row in nats, [N], in [0, -log alpha] (DistiLLM, 2402.03898)."""
+    return kl(teacher_NS, mixture(teacher_NS, student_NS, alpha))
+
+
+def skew_rkl(student_NS: Tensor, teacher_NS: Tensor, alpha: float) -> Tensor:
+    """`KL(S‖alpha * S + (1 - alpha) * P)` of each row in nats, [N], in [0, -log alpha]; S carries the gradient."""
+    if alpha == 0:
+        return kl(student_NS, teacher_NS)
+    return kl(student_NS, mixture(teacher_NS, student_NS, 1 - alpha))
+
+
+def infinite_points(first_NS: Tensor, second_NS: Tensor) -> Tensor:
+    """Bool [N, S]: the support points that make KL(first‖second) infinite."""
+    return (first_NS > -math.inf) & (second_NS == -math.inf)
 
 
 # ---------------------------------------------------------------------------------- sampled-token terms
@@ -94,6 +106,12 @@ def rkl_surrogate(student_N: Tensor, signal_N: Tensor, weight_N: Tensor) -> Tens
 def k2(student_N: Tensor, teacher_N: Tensor, weight_N: Tensor) -> Tensor:
     """`w * (s - q)^2 / 2` per token, [N]; the gradient is that of `rkl_surrogate` with signal q - s."""
     return weight_N.detach() * 0.5 * (student_N - teacher_N.detach()).square()
+
+
+def k3(student_N: Tensor, teacher_N: Tensor, weight_N: Tensor) -> Tensor:
+    """`w * (exp(q - s) - 1 - (q - s))` per token, [N]; the gradient is that of signal `exp(q - s) - 1`."""
+    difference_N = teacher_N.detach() - student_N
+    return weight_N.detach() * (difference_N.expm1() - difference_N)
 
 
 def discounted_future_sum(values_N: Tensor, lengths: Sequence[int], *, gamma: float) -> Tensor:

@@ -18,6 +18,7 @@ from pydantic import JsonValue
 
 from kdpipe.checkpoints import (
     ModelShelf,
+    head_digest,
     open_model,
     read_trainer,
     resolve_device,
@@ -28,6 +29,8 @@ from kdpipe.engine import Engine, ModelSource
 from kdpipe.engines.hf import HfEngine
 from kdpipe.environment import environment
 from kdpipe.errors import EngineError, StepError
+from kdpipe.hidden import FILE as HIDDEN_FILE
+from kdpipe.hidden import HiddenFile
 from kdpipe.job import Job, Text, open_text
 from kdpipe.plan import STUDENT, Input, Step
 from kdpipe.prompting import arithmetic_tokenizer, num_ids_in_use
@@ -37,8 +40,8 @@ from kdpipe.rows import Problem
 from kdpipe.stages.evaluate import Against, evaluate
 from kdpipe.stages.rollout import rollout
 from kdpipe.stages.sft import sft
-from kdpipe.stages.teacher_score import TeacherSide, teacher_score, teacher_side
-from kdpipe.stages.train import train
+from kdpipe.stages.teacher_score import TeacherSide, output_head, teacher_score, teacher_side
+from kdpipe.stages.train import HiddenTeacher, train
 from kdpipe.store import Draft, Entry, Store, append_line
 from kdpipe.tables import read_rollouts, read_scores
 from kdpipe.tasks import read_problems
@@ -168,7 +171,14 @@ class _Task:
                 engine = self._engine(self.recipe.teacher_score.engine)
                 rows = read_rollouts(self._opened("rollout", "rollouts.parquet"))
                 side = self._teacher_side(job)
-                teacher_score(job, rollouts=rows, teacher=side, source=self._source("teacher"), engine=engine)
+                teacher_score(
+                    job,
+                    rollouts=rows,
+                    teacher=side,
+                    source=self._source("teacher"),
+                    engine=engine,
+                    student=self._source(STUDENT) if self.recipe.keep.student_top_k else None,
+                )
             case "train":
                 return self._train(job)
             case "evaluate":
@@ -207,7 +217,10 @@ class _Task:
 
     def _train(self, job: Job) -> Trainer:
         rows = read_rollouts(self._opened("rollout", "rollouts.parquet"))
-        scores = read_scores(self._opened("scores", "scores.parquet")) if "scores" in self.inputs else None
+        scores, hidden = None, None
+        if "scores" in self.inputs:
+            scores = read_scores(self._opened("scores", "scores.parquet"))
+            hidden = self._hidden_teacher(job) if self.recipe.keep.hidden else None
         resumed = job.draft.checkpoint()
         trainer = self._student_trainer(resumed[1] if resumed else None)
         self.warm.shelf.forget(trainer.model)  # its weights are about to change
@@ -220,8 +233,16 @@ class _Task:
             trainer=trainer,
             dtype=dtype,
             resumed=resumed,
+            hidden=hidden,
         )
         return trainer
+
+    def _hidden_teacher(self, job: Job) -> HiddenTeacher:
+        """The teacher's kept states with its output head, which is all that is read of its weights."""
+        side = self._teacher_side(job)
+        head = output_head(job, self._source("teacher"), num_ids=side.num_ids)
+        file = HiddenFile(self._opened("scores", HIDDEN_FILE), head_sha256=head_digest(head))
+        return HiddenTeacher(file, head, side.temperature)
 
     def _evaluate(self, job: Job) -> None:
         engine = self._engine(self.recipe.evaluate.engine or self.recipe.rollout.engine)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from pydantic import JsonValue
@@ -21,7 +21,7 @@ from kdpipe.recipe import Gsm8kTask, JsonlTask, Recipe, Student, Teacher
 Stage = Literal["sft", "rollout", "teacher-score", "train", "evaluate"]
 Fields = dict[str, JsonValue]
 
-FORMATS: dict[Stage, int] = {"sft": 1, "rollout": 1, "teacher-score": 1, "train": 1, "evaluate": 2}
+FORMATS: dict[Stage, int] = {"sft": 1, "rollout": 1, "teacher-score": 2, "train": 2, "evaluate": 2}
 STUDENT = "student"
 UNRESOLVED = "unresolved"
 
@@ -158,7 +158,7 @@ class _Planner:
             self._evaluate_teacher()
         for number in range(1, recipe.rounds + 1):
             self._rollout(number)
-            if recipe.train.objective.has_kd:
+            if recipe.train.objective.in_round(number).has_kd:
                 self._teacher_score(number)
             self._train(number)
             if evaluated(recipe, number):
@@ -198,11 +198,15 @@ class _Planner:
             **self._teacher_fields(),
             **(self._task(split="train") if privileged else self._task_settings(headline=False)),
             "teacher_score.engine": recipe.teacher_score.engine,
-            "teacher_score.keep": recipe.top_k,
+            "teacher_score.keep": asdict(recipe.keep),
+            "teacher_score.logprobs": recipe.teacher_score.logprobs,
             "rollout.temperature": recipe.rollout.temperature,
             "student.template": recipe.student.template,
         }
         inputs = {"rollout": Input(f"rollout@{number}", ()), **self._teacher_model()}
+        if recipe.keep.student_top_k:  # the student that sampled chooses ids too
+            fields |= self._student_fields(number - 1)
+            inputs |= self._student_model(number - 1)
         self._add("teacher-score", number, "", recipe.seed, fields, inputs)
 
     def _train(self, number: int) -> None:
@@ -211,14 +215,23 @@ class _Planner:
         horizon = recipe.train.optimizer.schedule_rounds or recipe.rounds
         constant = recipe.train.optimizer.schedule == "constant"
         train["optimizer"]["schedule_rounds"] = None if constant else horizon
+        objective = recipe.train.objective.in_round(number)
+        train["objective"] = objective.model_dump(mode="json")
+        if objective.distill_schedule.kind != "constant":
+            train["objective"]["distill_schedule"]["rounds"] = recipe.distill_horizon
         fields: Fields = {
             "train": train,
+            "reproduce": recipe.reproduce,
             "rollout.temperature": recipe.rollout.temperature,
             **self._student_fields(number - 1),
         }
+        if objective.normalization == "fixed" and objective.fixed_length is None:
+            fields["rollout.max_new_tokens"] = recipe.rollout.max_new_tokens
         inputs = {"rollout": Input(f"rollout@{number}", ()), **self._student_model(number - 1, trainer=True)}
-        if recipe.train.objective.has_kd:
+        if objective.has_kd:
             inputs["scores"] = Input(f"teacher-score@{number}", ())
+            if recipe.keep.hidden:  # its output head turns hidden states into distributions
+                inputs |= self._teacher_model()
         self._add("train", number, "", self._seed(recipe.train.seed), fields, inputs)
 
     def _evaluate_student(self, number: int) -> None:

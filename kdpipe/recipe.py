@@ -28,12 +28,14 @@ Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 EngineName = Literal["hf", "vllm"]
+ENGINE_ABILITIES: dict[str, frozenset[str]] = {"hf": frozenset({"support", "hidden"}), "vllm": frozenset()}
+"""What each engine scores beyond sampled tokens and the teacher's top k (see engine.py)."""
 
 
 class Section(BaseModel):
     """What all sections share: unknown keys are errors, values are frozen and finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 # ------------------------------------------------------------------------------------------------ task
@@ -220,16 +222,37 @@ class KeepTopK(Section):
 
 
 class TeacherScoreSection(Section):
-    """What is kept of the teacher: `auto` (what the objective needs), `token`, or `{top_k: k}`."""
+    """What is kept of the teacher: `auto` (what the objective needs), `token`, `{top_k: k}`, or `hidden`.
+
+    `hidden` keeps the states before the teacher's output head, from which train computes its whole
+    distribution. `logprobs` is the dtype in which a support's log-probs are stored.
+    """
 
     engine: EngineName = "hf"
-    keep: Literal["auto", "token"] | KeepTopK = "auto"
+    keep: Literal["auto", "token", "hidden"] | KeepTopK = "auto"
+    logprobs: Literal["float32", "float16"] = "float32"
 
 
 class Support(Section):
-    """Where a distribution term is summed: the teacher's top k plus a tail bucket, or the vocabulary."""
+    """The ids on which a distribution is compared, and a tail bucket for all others; exactly one is given.
 
-    teacher_top_k: Count | Literal["vocabulary"] = 64
+    The k most probable ids of the teacher, of the student that sampled, or of either (`union_top_k`). Chosen
+    when the teacher scores, and kept.
+    """
+
+    teacher_top_k: Count | None = None
+    student_top_k: Count | None = None
+    union_top_k: Count | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "Support":
+        if sum(k is not None for k in (self.teacher_top_k, self.student_top_k, self.union_top_k)) != 1:
+            raise ValueError("give exactly one of: teacher_top_k, student_top_k, union_top_k")
+        return self
+
+
+AnySupport = Literal["vocabulary"] | Support
+DEFAULT_SUPPORT = Support(teacher_top_k=64)
 
 
 class RatioControl(Section):
@@ -254,19 +277,79 @@ class RatioControl(Section):
         return self
 
 
-class RklTerm(Section):
+class DecoupledControl(Section):
+    """Two weights whose product is w: `update` acts on exp(s - p), `behaviour` on exp(p - b)."""
+
+    update: RatioControl = RatioControl()
+    behaviour: RatioControl = RatioControl()
+
+    @model_validator(mode="after")
+    def _controls_fit(self) -> "DecoupledControl":
+        if self.update.control not in ("none", "clip"):
+            raise ValueError("update.control is none or clip")
+        if self.behaviour.control not in ("none", "truncate", "mask"):
+            raise ValueError("behaviour.control is none, truncate or mask")
+        return self
+
+
+class SampledTerm(Section):
+    """What the terms by the sampled token share.
+
+    `ratio` weighs by exp(s - b); `decoupled` instead by two ratios through p. `baseline` is subtracted from the
+    signal: its mean over the other completions of the step, or of the group.
+    """
+
+    ratio: RatioControl = RatioControl()
+    decoupled: DecoupledControl | None = None
+    baseline: Literal["none", "step", "group", "exact"] = "none"
+
+    @model_validator(mode="after")
+    def _one_weight(self) -> "SampledTerm":
+        if self.decoupled is not None and self.ratio.control != "none":
+            raise ValueError("give ratio or decoupled, not both")
+        return self
+
+
+class SampledReverseKl(SampledTerm):
+    """A sampled-token term whose signal is q - s.
+
+    `baseline` may be `exact`: the signal's expectation given the prefix, for which a distribution on `support`
+    (default: the teacher's top 64) is kept.
+    """
+
+    support: AnySupport | None = None
+
+    @model_validator(mode="after")
+    def _support_is_used(self) -> "SampledReverseKl":
+        if self.support is not None and self.baseline != "exact":
+            raise ValueError("support goes with baseline: exact")
+        return self
+
+
+class RklTerm(SampledReverseKl):
     """Reverse KL by the sampled token (policy-gradient surrogate); `gamma` discounts the future sum."""
 
     term: Literal["rkl"]
     gamma: Fraction = 0.0
-    ratio: RatioControl = RatioControl()
 
 
-class K2Term(Section):
+class K2Term(SampledReverseKl):
     """Reverse KL by the sampled token, as half the squared log-ratio."""
 
     term: Literal["k2"]
-    ratio: RatioControl = RatioControl()
+
+
+class K3Term(SampledTerm):
+    """GRPO's KL estimator as a loss: its gradient is that of the *forward* KL."""
+
+    term: Literal["k3"]
+    baseline: Literal["none", "step", "group"] = "none"
+
+
+class K1LossTerm(Section):
+    """AReaL's joint branch: s - q as a loss, whose expected gradient is zero. For reproducing it only."""
+
+    term: Literal["k1_loss"]
 
 
 class JsdTerm(Section):
@@ -274,10 +357,29 @@ class JsdTerm(Section):
 
     term: Literal["jsd"]
     beta: Fraction = 0.5
-    support: Support = Support()
+    support: AnySupport = DEFAULT_SUPPORT
 
 
-KdTerm = Annotated[RklTerm | K2Term | JsdTerm, Field(discriminator="term")]
+class SkewKlTerm(Section):
+    """KL of the teacher against its mixture with the student, `alpha` being the teacher's share."""
+
+    term: Literal["skew_kl"]
+    alpha: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    support: AnySupport = DEFAULT_SUPPORT
+
+
+class SkewRklTerm(Section):
+    """KL of the student against its mixture with the teacher, `alpha` being the student's share."""
+
+    term: Literal["skew_rkl"]
+    alpha: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    support: AnySupport = DEFAULT_SUPPORT
+
+
+DistributionTerm = JsdTerm | SkewKlTerm | SkewRklTerm
+KdTerm = Annotated[
+    RklTerm | K2Term | K3Term | K1LossTerm | JsdTerm | SkewKlTerm | SkewRklTerm, Field(discriminator="term")
+]
 
 
 class BehaviourControl(Section):
@@ -293,13 +395,37 @@ class BehaviourControl(Section):
         return self
 
 
-class Objective(Section):
-    """What train descends: `kd`, `grpo`, or `kdrl` (their weighted sum)."""
+class DistillSchedule(Section):
+    """How `distill_weight` moves to `end` over the optimizer steps of `rounds` (default: all), both ends included."""
 
-    kind: Literal["kd", "grpo", "kdrl"] = "kd"
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    end: Annotated[float, Field(ge=0)] | None = None
+    rounds: Count | None = None
+
+    @model_validator(mode="after")
+    def _parameters_fit(self) -> "DistillSchedule":
+        if (self.end is not None) != (self.kind != "constant"):
+            raise ValueError("end goes with kind linear or cosine, and both need it")
+        if self.rounds is not None and self.kind == "constant":
+            raise ValueError("rounds goes with kind linear or cosine")
+        return self
+
+
+class Objective(Section):
+    """What train descends: `kd`, `grpo`, their weighted sum `kdrl`, `srpo`, or `then` (kd first, grpo after).
+
+    `mask` closes the KD term of kdrl where the student is right anyway. `normalization`: what an optimizer step's
+    sum over tokens is divided by. `truncated`: completions cut at max_new_tokens count, are dropped, or
+    get reward 0. `end_token: mask` leaves the end token out.
+    """
+
+    kind: Literal["kd", "grpo", "kdrl", "srpo", "then"] = "kd"
     kd: KdTerm = RklTerm(term="rkl")
+    kd_rounds: Count | None = None
     rl_weight: Annotated[float, Field(ge=0)] = 1.0
     distill_weight: Annotated[float, Field(ge=0)] = 1.0
+    distill_schedule: DistillSchedule = DistillSchedule()
+    mask: Literal["none", "wrong", "all_wrong_groups"] = "none"
     reward_scaling: Positive = 1.0
     reward_bias: float = 0.0
     reward_clip: Positive = 20.0
@@ -309,6 +435,10 @@ class Objective(Section):
     clip_high: Positive = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     behaviour: BehaviourControl = BehaviourControl()
+    normalization: Literal["token", "sequence", "fixed"] = "token"
+    fixed_length: Count | None = None
+    truncated: Literal["keep", "drop", "no_reward"] = "keep"
+    end_token: Literal["keep", "mask"] = "keep"  # noqa: S105 (no password)
 
     @model_validator(mode="before")
     @classmethod
@@ -320,18 +450,53 @@ class Objective(Section):
 
     @property
     def has_kd(self) -> bool:
-        """Whether the KD term is computed: a weight of exactly 0 means it is not."""
-        return self.kind in ("kd", "kdrl") and self.distill_weight > 0
+        """Whether some phase computes the KD term: a weight that is exactly 0 throughout means none does."""
+        return self.kind != "grpo" and (self.distill_weight > 0 or bool(self.distill_schedule.end))
 
     @property
     def has_rl(self) -> bool:
-        """Whether the RL term is computed."""
-        return self.kind in ("grpo", "kdrl") and self.rl_weight > 0
+        """Whether some phase computes the RL term."""
+        return self.kind != "kd" and self.rl_weight > 0
+
+    @property
+    def distribution_support(self) -> AnySupport | None:
+        """Where the KD term needs the teacher's distribution; None when the sampled tokens are enough."""
+        if not self.has_kd:
+            return None
+        if isinstance(self.kd, SampledReverseKl):
+            return (self.kd.support or DEFAULT_SUPPORT) if self.kd.baseline == "exact" else None
+        return self.kd.support if isinstance(self.kd, DistributionTerm) else None
+
+    def in_round(self, number: int) -> "Objective":
+        """The objective of that round: `then` is `kd` up to `kd_rounds` and `grpo` after."""
+        if self.kind != "then" or self.kd_rounds is None:
+            return self
+        phase = "kd" if number <= self.kd_rounds else "grpo"
+        return self.model_copy(update={"kind": phase, "kd_rounds": None})
 
     @model_validator(mode="after")
-    def _something_is_left(self) -> "Objective":
+    def _settings_fit(self) -> "Objective":
+        if (self.kd_rounds is not None) != (self.kind == "then"):
+            raise ValueError("kd_rounds goes with kind: then, which needs it")
+        if self.kind == "then" and not (self.has_kd and self.has_rl):
+            raise ValueError("then needs both weights above 0")
         if not (self.has_kd or self.has_rl):
             raise ValueError("every weight of this objective is 0: nothing would be trained")
+        if self.mask != "none" and self.kind != "kdrl":
+            raise ValueError("mask goes with kind: kdrl")
+        if self.kind == "srpo":
+            plain = RklTerm(term="rkl")
+            if self.kd != plain:
+                raise ValueError(
+                    "srpo takes kd: rkl without further settings: its signal goes through the RL loss"
+                )
+        if self.fixed_length is not None and self.normalization != "fixed":
+            raise ValueError("fixed_length goes with normalization: fixed")
+        schedule = self.distill_schedule
+        if schedule.kind != "constant" and self.kind == "grpo":
+            raise ValueError("distill_schedule needs an objective with a KD term")
+        if (not self.has_rl or self.kind == "then") and 0 in (self.distill_weight, schedule.end):
+            raise ValueError("a distill weight of 0 would leave steps without anything to train")
         return self
 
 
@@ -390,11 +555,24 @@ class Runtime(Section):
     allow_weak_teacher: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """What teacher-score keeps for each token: hidden states, or a support of k ids from either model, or neither."""
+
+    teacher_top_k: int = 0
+    student_top_k: int = 0
+    hidden: bool = False
+
+
 class Recipe(Section):
-    """One experiment: a task, a student, a teacher, and how the student learns from it."""
+    """One experiment: a task, a student, a teacher, and how the student learns from it.
+
+    `reproduce` lets an objective run that check-loss fails, to reproduce what others did.
+    """
 
     name: Annotated[str, Field(pattern=NAME)]
     seed: Seed = 1
+    reproduce: bool = False
     rounds: Count
     task: Task
     student: Student
@@ -412,25 +590,52 @@ class Recipe(Section):
         return self.teachers[0]
 
     @property
-    def top_k(self) -> int | Literal["vocabulary"]:
-        """How many teacher ids teacher-score keeps a token: 0 is the sampled token only."""
-        objective, keep = self.train.objective, self.teacher_score.keep
-        needed: int | Literal["vocabulary"] = 0
-        if objective.has_kd and isinstance(objective.kd, JsdTerm):
-            needed = objective.kd.support.teacher_top_k
-        if isinstance(keep, KeepTopK):
-            return keep.top_k
-        return needed if keep == "auto" else 0
+    def keep(self) -> "Keeping":
+        """What teacher-score keeps of the teacher beside each token's log-prob."""
+        section, support = self.teacher_score, self.train.objective.distribution_support
+        if section.keep == "hidden":
+            return Keeping(hidden=True)
+        if isinstance(section.keep, KeepTopK):
+            return Keeping(teacher_top_k=section.keep.top_k)
+        if section.keep == "token" or support is None:
+            return Keeping()
+        if support == "vocabulary":
+            return Keeping(hidden=True)
+        k = support.union_top_k
+        return Keeping(
+            teacher_top_k=support.teacher_top_k or k or 0, student_top_k=support.student_top_k or k or 0
+        )
+
+    @property
+    def distill_horizon(self) -> int:
+        """Optimizer steps over which the distill weight moves."""
+        objective = self.train.objective
+        rounds = objective.distill_schedule.rounds or objective.kd_rounds or self.rounds
+        return rounds * self.train.minibatches * self.train.epochs
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Recipe":
-        objective, keep = self.train.objective, self.teacher_score.keep
-        if objective.has_kd and isinstance(objective.kd, JsdTerm) and keep != "auto":
-            needed = objective.kd.support.teacher_top_k
-            if not (isinstance(keep, KeepTopK) and keep.top_k == needed):
+        objective, section = self.train.objective, self.teacher_score
+        support = objective.distribution_support
+        if section.keep != "auto" and support is not None:
+            enough = section.keep == "hidden" and (
+                support == "vocabulary" or support.teacher_top_k is not None
+            )
+            if isinstance(section.keep, KeepTopK) and support != "vocabulary":
+                enough = section.keep.top_k == support.teacher_top_k
+            if not enough:
                 raise ValueError(
-                    f"teacher_score.keep must be auto or {{top_k: {needed}}}: the jsd term of train.objective needs it"
+                    f"teacher_score.keep {_spelled(section.keep)} is not what train.objective.kd needs: auto keeps that"
                 )
+        needs = ("support",) if self.keep.student_top_k else ("hidden",) if self.keep.hidden else ()
+        for ability in needs:
+            if ability not in ENGINE_ABILITIES[section.engine]:
+                what = "scores of given ids" if ability == "support" else "hidden states"
+                raise ValueError(
+                    f"teacher_score.engine {section.engine} gives no {what}: use hf, or support: {{teacher_top_k: k}}"
+                )
+        if section.logprobs == "float16" and not (self.keep.teacher_top_k or self.keep.student_top_k):
+            raise ValueError("teacher_score.logprobs goes with a top-k support: nothing else is stored by it")
         arithmetic = isinstance(self.task, ArithmeticTask)
         for where, model in (("student", self.student), (f"teacher {self.teacher.name!r}", self.teacher)):
             if model.scratch is not None and not arithmetic:
@@ -440,6 +645,10 @@ class Recipe(Section):
         if self.train.minibatches > self.rollout.prompts * self.rollout.samples:
             raise ValueError("train.minibatches is larger than the number of completions of a round")
         return self
+
+
+def _spelled(keep: str | KeepTopK) -> str:
+    return keep if isinstance(keep, str) else f"{{top_k: {keep.top_k}}}"
 
 
 # ---------------------------------------------------------------------------------------------- loading

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -46,14 +46,22 @@ _SCORES = [
     ("scorable", pa.list_(pa.bool_())),
 ]
 SCORES = pa.schema(_SCORES)
-SCORES_TOPK = pa.schema(
-    [
-        *_SCORES,
-        ("topk_ids", pa.list_(IDS)),
-        ("topk_logprobs", pa.list_(LOGPROBS)),
-        ("tail_logprobs", LOGPROBS),
-    ]
-)
+HIDDEN_PART = pa.schema([*_SCORES, ("hidden", pa.large_binary())])
+"""A finished piece of a long scoring; at commit, its hidden states move to a file of their own."""
+
+
+def topk_schema(dtype: Literal["float32", "float16"]) -> pa.Schema:
+    """The columns of scores with a support, whose log-probs are stored in `dtype`."""
+    stored = pa.list_(pa.float32() if dtype == "float32" else pa.float16())
+    return pa.schema(
+        [
+            *_SCORES,
+            ("topk_ids", pa.list_(IDS)),
+            ("topk_logprobs", pa.list_(stored)),
+            ("tail_logprobs", LOGPROBS),
+        ]
+    )
+
 
 COMPLETIONS = pa.schema(
     [
@@ -103,9 +111,9 @@ REVERSE_KL = pa.schema(
 class Scores:
     """One row of `scores.parquet`: n completion tokens under one teacher.
 
-    `topk_ids` [n, k], `topk_logprobs` [n, k] and `tail_logprobs` [n] are None where only the sampled
-    token's log-prob is kept. Where `scorable` is false the teacher has no such id: its log-prob is 0 there
-    and must not be used.
+    `topk_ids` [n, k], `topk_logprobs` [n, k] and `tail_logprobs` [n] are None where no support is kept; a
+    support shorter than k ends with id -1. `hidden` is there in unfinished pieces only (see hidden.py). Where
+    `scorable` is false the teacher has no such id: its log-prob is 0 there and must not be used.
     """
 
     prompt_id: str
@@ -117,6 +125,7 @@ class Scores:
     topk_ids: npt.NDArray[np.int32] | None = None
     topk_logprobs: npt.NDArray[np.float32] | None = None
     tail_logprobs: npt.NDArray[np.float32] | None = None
+    hidden: bytes | None = None
 
 
 def write_rows(path: Path, rows: Sequence[Any], schema: pa.Schema) -> None:
@@ -133,10 +142,13 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
     """An arrow array; 2-D numpy values become lists of equally long lists without a Python loop."""
     if values and isinstance(values[0], np.ndarray) and values[0].ndim == 2:
         lengths = [value.shape[0] for value in values]
+        inner_type = kind.value_type.value_type
         flat = np.concatenate([value.reshape(-1) for value in values])
+        if pa.types.is_float16(inner_type):
+            flat = flat.astype(np.float16)
         width = values[0].shape[1]
         inner_offsets = pa.array(np.arange(sum(lengths) + 1, dtype=np.int32) * width)
-        inner = pa.ListArray.from_arrays(inner_offsets, pa.array(flat, kind.value_type.value_type))
+        inner = pa.ListArray.from_arrays(inner_offsets, pa.array(flat, inner_type))
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
         return pa.ListArray.from_arrays(offsets, inner)
     return pa.array(values, kind)
@@ -154,9 +166,13 @@ def read_rollouts(path: Path) -> list[Rollout]:
 
 
 def read_scores(path: Path) -> list[Scores]:
-    """The rows of a scores file, with or without the teacher's top k."""
-    with_topk = "topk_ids" in pq.read_schema(path).names
-    table = _read(path, SCORES_TOPK if with_topk else SCORES, None)
+    """The rows of a scores file, with or without a support."""
+    schema = pq.read_schema(path)
+    with_topk = "topk_ids" in schema.names
+    if with_topk:
+        is_half = pa.types.is_float16(schema.field("topk_logprobs").type.value_type.value_type)
+        schema = topk_schema("float16" if is_half else "float32")
+    table = _read(path, schema if with_topk else SCORES, None)
     plain = table.select(["prompt_id", "sample", "teacher", "teacher_prompt_token_ids"]).to_pylist()
     scores = []
     for index, row in enumerate(plain):

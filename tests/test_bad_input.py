@@ -95,7 +95,36 @@ RECIPES = {
         ("train.objective.kind=grpo", "rollout.samples=1"), ("rollout.samples", "2 or more")
     ),
     "tokens kept for a distribution": Bad(
-        ("train.objective={kd: jsd}", "teacher_score.keep=token"), ("teacher_score.keep", "jsd", "top_k: 64")
+        ("train.objective={kd: jsd}", "teacher_score.keep=token"),
+        ("teacher_score.keep token", "train.objective.kd", "auto"),
+    ),
+    "ids that vllm does not score": Bad(
+        ("train.objective={kd: {term: jsd, support: {union_top_k: 8}}}", "teacher_score.engine=vllm"),
+        ("teacher_score.engine vllm", "given ids", "use hf"),
+    ),
+    "two supports": Bad(
+        ("train.objective={kd: {term: jsd, support: {union_top_k: 8, teacher_top_k: 8}}}",),
+        ("exactly one of", "student_top_k"),
+    ),
+    "a mask without an RL term": Bad(
+        ("train.objective={kind: kd, mask: wrong}",), ("mask goes with kind: kdrl",)
+    ),
+    "then without kd_rounds": Bad(("train.objective={kind: then}", "rollout.samples=2"), ("kd_rounds",)),
+    "srpo with a distribution": Bad(
+        ("train.objective={kind: srpo, kd: jsd}", "rollout.samples=2"), ("srpo takes kd: rkl",)
+    ),
+    "a schedule without an end": Bad(
+        ("train.objective={distill_schedule: {kind: linear}}",), ("distill_schedule", "end goes with")
+    ),
+    "a schedule down to nothing": Bad(
+        ("train.objective={distill_schedule: {kind: linear, end: 0}}",), ("without anything to train",)
+    ),
+    "an exact baseline for k3": Bad(
+        ("train.objective={kd: {term: k3, baseline: exact}}",), ("baseline", "'step' or 'group'")
+    ),
+    "two weights": Bad(
+        ("train.objective={kd: {term: k2, ratio: {control: truncate, cap: 2}, decoupled: {}}}",),
+        ("ratio or decoupled",),
     ),
     "temperature 0": Bad(("rollout.temperature=0",), ("rollout.temperature", "greater than 0")),
     "a cap without control": Bad(
@@ -237,7 +266,7 @@ MODELS = {
     ),
     "more teacher ids than there are": Bad(
         ("train.objective={kd: {term: jsd, support: {teacher_top_k: 5000}}}",),
-        ("top 5000 of", "teacher_top_k"),
+        ("a support of 5000 ids", "share", "top_k"),
         4,
         RUN,
     ),

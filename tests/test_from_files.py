@@ -5,8 +5,8 @@ Nothing of kdpipe is used but to make the run. Every forward pass is unbatched a
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from kdpipe.prompting import arithmetic_tokenizer
@@ -31,7 +32,7 @@ PROMPTS = 12
 SAMPLES = 4
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "rkl": {"kind": "kd", "kd": {"term": "rkl"}, "distill_weight": 0.7},
-    "jsd": {"kind": "kd", "kd": {"term": "jsd", "beta": 1.0, "support": {"teacher_top_k": "vocabulary"}}},
+    "jsd": {"kind": "kd", "kd": {"term": "jsd", "beta": 1.0, "support": "vocabulary"}},
     "jsd-top5": {"kind": "kd", "kd": {"term": "jsd", "beta": 0.3, "support": {"teacher_top_k": 5}}},
     "kdrl": {
         "kind": "kdrl",
@@ -42,6 +43,16 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "reward_bias": -0.5,
         "reward_clip": 4.0,
         "batch_normalization": True,
+    },
+    "skew-union": {"kd": {"term": "skew_rkl", "alpha": 0.2, "support": {"union_top_k": 4}}},
+    "masked": {
+        "kind": "kdrl",
+        "kd": {"term": "k3", "baseline": "group"},
+        "distill_weight": 0.5,
+        "mask": "wrong",
+        "truncated": "drop",
+        "end_token": "mask",
+        "normalization": "sequence",
     },
 }
 
@@ -251,24 +262,54 @@ def test_teacher_scores_are_those_of_a_plain_forward_pass(files: Files) -> None:
             full = logprobs(row.prompt_token_ids, row.completion_token_ids)
             expected = of_tokens(full, row.completion_token_ids)
             np.testing.assert_allclose(row.teacher_logprobs, expected, atol=1e-4, rtol=0)
-            if files.objective.startswith("jsd"):
+            if files.objective == "jsd-top5":
                 assert_top_k(row, full)
+            if files.objective == "skew-union":
+                student = forward(files.student(number))(row.prompt_token_ids, row.completion_token_ids)
+                assert_union(row, full, student)
+        if files.objective == "jsd":
+            states = hidden_logprobs(files, number)
+            for row, found in zip(scores.merge(rollouts).itertuples(), states, strict=True):
+                full = logprobs(row.prompt_token_ids, row.completion_token_ids)
+                np.testing.assert_allclose(found, full, atol=1e-4, rtol=0)
+
+
+def hidden_logprobs(files: Files, number: int) -> list[np.ndarray]:
+    """The teacher's log-probs [n, NUM_IDS] of each row of scores.parquet, from its kept states and its head."""
+    kept = load_file(files.run / f"round-{number:03d}" / "teacher-score" / "hidden.safetensors")
+    head = load_file(files.folder / "teacher" / "model.safetensors")["lm_head.weight"][:NUM_IDS]
+    offsets = kept["offsets"].tolist()
+    assert (len(offsets), kept["hidden"].shape) == (PROMPTS * SAMPLES + 1, (offsets[-1], 24))
+    logits = kept["hidden"].double() @ head.double().T / TEMPERATURE
+    logprobs = logits.log_softmax(-1).numpy()
+    return [logprobs[start:end] for start, end in itertools.pairwise(offsets)]
+
+
+def assert_union(row: Any, full: np.ndarray, student: np.ndarray) -> None:
+    """The ids are the 4 most probable of either model, each once, then -1."""
+    ids, values = np.stack(row.topk_ids), np.stack(row.topk_logprobs)
+    assert ids.shape[1] == 8
+    for t, line in enumerate(ids):
+        wanted = {*np.argsort(-full[t])[:4].tolist(), *np.argsort(-student[t])[:4].tolist()}
+        found = line[line >= 0].tolist()
+        assert set(found) == wanted
+        assert len(found) == len(wanted)
+        np.testing.assert_allclose(values[t, : len(found)], full[t, found], atol=1e-4)
+        assert (values[t, len(found) :] == -np.inf).all()
+        rest = np.delete(full[t], found)
+        np.testing.assert_allclose(row.tail_logprobs[t], np.log(np.exp(rest).sum()), atol=1e-4)
 
 
 def assert_top_k(row: Any, full: np.ndarray) -> None:
     ids, values = np.stack(row.topk_ids), np.stack(row.topk_logprobs)
-    k = ids.shape[1]
-    assert k in (5, NUM_IDS)
-    assert all(len(set(line)) == k for line in ids)
+    assert ids.shape[1] == 5
+    assert all(len(set(line)) == 5 for line in ids)
     assert (np.diff(values, axis=1) <= 0).all()
     np.testing.assert_allclose(values, np.take_along_axis(full, ids, axis=1), atol=1e-4, rtol=0)
-    np.testing.assert_allclose(values, -np.sort(-full, axis=1)[:, :k], atol=1e-4, rtol=0)
-    if k < NUM_IDS:
-        rest = full.copy()
-        np.put_along_axis(rest, ids, -np.inf, axis=1)
-        np.testing.assert_allclose(row.tail_logprobs, logsumexp(rest), atol=1e-4, rtol=0)
-    else:
-        assert all(value == -math.inf for value in row.tail_logprobs)
+    np.testing.assert_allclose(values, -np.sort(-full, axis=1)[:, :5], atol=1e-4, rtol=0)
+    rest = full.copy()
+    np.put_along_axis(rest, ids, -np.inf, axis=1)
+    np.testing.assert_allclose(row.tail_logprobs, logsumexp(rest), atol=1e-4, rtol=0)
 
 
 def test_the_loss_of_a_rounds_first_optimizer_step_follows_from_the_files(files: Files) -> None:
@@ -277,45 +318,77 @@ def test_the_loss_of_a_rounds_first_optimizer_step_follows_from_the_files(files:
         step = completions.optimizer_step.min()
         assert step == 2 * (number - 1) + 1
         rollouts = files.rollouts(number)
-        rollouts["own_advantage"] = advantages(rollouts) if files.objective == "kdrl" else 0.0
+        rollouts["own_advantage"] = 0.0
+        if files.objective == "kdrl":
+            rollouts["own_advantage"] = advantages(rollouts)
+        if files.objective == "masked":
+            left = rollouts[rollouts.finish_reason == "stop"]  # truncated ones leave their group, too
+            groups = left.reward.astype(float).groupby(left.prompt_id)
+            spread = groups.transform("std").fillna(0.0)
+            rollouts["own_advantage"] = (left.reward - groups.transform("mean")) / (spread + 1e-5)
+            rollouts = rollouts.fillna({"own_advantage": 0.0})
         joined = completions[completions.optimizer_step == step].merge(rollouts, on=["prompt_id", "sample"])
         joined = joined.merge(files.scores(number), on=["prompt_id", "sample"], validate="one_to_one")
         assert len(joined) == PROMPTS * SAMPLES // 2
         np.testing.assert_allclose(joined.advantage, joined.own_advantage, atol=1e-5)
 
         logprobs = forward(files.student(number))
-        sums, tokens = 0.0, 0
+        losses = []
         for row in joined.itertuples():
             student = logprobs(row.prompt_token_ids, row.completion_token_ids)
             s = of_tokens(student, row.completion_token_ids)
             np.testing.assert_allclose(row.proximal_logprobs, s, atol=1e-4, rtol=0)
-            sums += token_losses(files.objective, row, student, s).sum()
-            tokens += len(s)
-        assert logged_loss(files, number, int(step)) == pytest.approx(sums / tokens, abs=1e-4, rel=1e-4)
-        assert abs(sums / tokens) > 1e-2, "a loss of nothing would prove nothing"
+            losses.append(token_losses(files, number, row, student, s))
+        if files.objective == "masked":  # a mean per completion, then over those with a token left
+            means = [values.mean() for values in losses if values.size]
+            assert 0 < len(means) < len(losses)
+            expected = sum(means) / len(means)
+        else:
+            expected = np.concatenate(losses).mean()
+        assert logged_loss(files, number, int(step)) == pytest.approx(expected, abs=1e-4, rel=1e-4)
+        assert abs(expected) > 1e-2, "a loss of nothing would prove nothing"
 
 
-def token_losses(objective: str, row: Any, student: np.ndarray, s: np.ndarray) -> np.ndarray:
-    """The loss of each token before the first update, where s = p."""
-    settings = OBJECTIVES[objective]
+def token_losses(files: Files, number: int, row: Any, student: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """The loss of each token that counts, before the first update, where s = p."""
+    settings = OBJECTIVES[files.objective]
     b, q = np.asarray(row.sampler_logprobs, float), np.asarray(row.teacher_logprobs, float)
     ratio = np.exp(s - b)
-    match objective:
+    match files.objective:
         case "rkl":
             return settings["distill_weight"] * -ratio * (q - s) * s
         case "jsd":
-            teacher = np.empty_like(student)
-            np.put_along_axis(
-                teacher, np.stack(row.topk_ids), np.stack(row.topk_logprobs).astype(float), axis=1
+            scores = files.scores(number)
+            index = list(zip(scores.prompt_id, scores["sample"], strict=True)).index(
+                (row.prompt_id, row.sample)
             )
+            teacher = hidden_logprobs(files, number)[index]
             return (np.exp(student) * (student - teacher)).sum(1)
         case "jsd-top5":
             return jsd_with_tail(row, student, beta=0.3)
+        case "skew-union":
+            return skew_rkl_with_tail(row, student, alpha=0.2)
         case "kdrl":
             clipped = np.clip(1.0, 1 - 0.2, 1 + 0.2)  # u = exp(s - p) = 1
             rl = np.maximum(-row.own_advantage * 1.0, -row.own_advantage * clipped) * ratio
             return settings["rl_weight"] * rl + settings["distill_weight"] * ratio * 0.5 * (s - q) ** 2
-    raise AssertionError(objective)
+        case "masked":
+            if row.finish_reason != "stop":
+                return np.zeros(0)
+            k3 = np.exp(q - s) - 1 - (q - s)  # its baseline changes the gradient, not the value
+            losses = -row.own_advantage * ratio + 0.5 * (not row.correct) * ratio * k3
+            return losses[:-1]
+    raise AssertionError(files.objective)
+
+
+def skew_rkl_with_tail(row: Any, student: np.ndarray, *, alpha: float) -> np.ndarray:
+    values = []
+    for t, line in enumerate(np.stack(row.topk_ids)):
+        ids = line[line >= 0]
+        S = np.exp([*student[t, ids], np.log(np.exp(np.delete(student[t], ids)).sum())])
+        P = np.exp([*row.topk_logprobs[t][: len(ids)], row.tail_logprobs[t]])
+        values.append((S * np.log(S / (alpha * S + (1 - alpha) * P))).sum())
+    return np.array(values)
 
 
 def jsd_with_tail(row: Any, student: np.ndarray, *, beta: float) -> np.ndarray:

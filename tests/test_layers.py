@@ -47,6 +47,8 @@ LEVELS = {
     "sampling": 2.1,
     "forward": 2.1,
     "checkpoints": 2.2,
+    "hidden": 2,
+    "micro_batch": 2.2,
     "store": 3,
     "workers": 3,
     "engines": 3,

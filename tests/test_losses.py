@@ -39,7 +39,7 @@ def top(teacher: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def topk_jsd(student: Tensor, teacher: Tensor, k: int, beta: float) -> Tensor:
     ids, values, tail = top(teacher, k)
-    support = losses.teacher_support(values, tail, num_ids=teacher.shape[-1])
+    support = losses.teacher_support(values, tail)
     return losses.jsd(losses.student_support(student, ids), support, beta)
 
 
@@ -52,11 +52,30 @@ def test_the_student_support_holds_the_named_ids_and_the_rest_of_the_mass() -> N
     torch.testing.assert_close(support.exp(), torch.tensor([[0.4, 0.1, 0.5]], dtype=torch.float64))
 
 
-def test_a_support_of_the_whole_vocabulary_has_no_tail_bucket() -> None:
+def test_a_support_of_the_whole_vocabulary_has_an_empty_tail() -> None:
     student = random_logprobs(0, 3, 5)
     ids, values, tail = top(random_logprobs(1, 3, 5), 5)
-    assert losses.student_support(student, ids).shape == (3, 5)
-    assert losses.teacher_support(values, tail, num_ids=5).shape == (3, 5)
+    assert (losses.student_support(student, ids)[:, 5] == -INF).all()
+    assert (losses.teacher_support(values, tail)[:, 5] == -INF).all()
+
+
+def test_padding_of_a_support_changes_neither_value_nor_gradient() -> None:
+    logits = random_logprobs(2, 4, 6).requires_grad_()
+    student, teacher = logits.log_softmax(-1), random_logprobs(3, 4, 6)
+    ids, values, tail = top(teacher, 3)
+    pad = torch.full((4, 2), -1)
+    for beta in BETAS:
+        plain = losses.jsd(losses.student_support(student, ids), losses.teacher_support(values, tail), beta)
+        padded = losses.jsd(
+            losses.student_support(student, torch.cat([ids, pad], dim=-1)),
+            losses.teacher_support(torch.cat([values, torch.full((4, 2), -INF)], dim=-1), tail),
+            beta,
+        )
+        torch.testing.assert_close(padded, plain, rtol=0, atol=1e-14)
+        found, expected = (
+            torch.autograd.grad(value.sum(), logits, retain_graph=True)[0] for value in (padded, plain)
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
 
 
 def test_the_tail_keeps_its_digits_where_the_top_k_hold_nearly_everything() -> None:
@@ -184,9 +203,8 @@ def test_a_teacher_zero_under_student_mass_is_infinite_for_reverse_kl_only(
     logits = torch.tensor([[0.3, -0.2]], dtype=torch.float64, requires_grad=True)
     student, teacher = logits.log_softmax(-1), logs(1.0, 0.0)
     value = losses.jsd(student, teacher, beta)
-    points = losses.infinite_points(student, teacher, beta)
     assert bool(value.isinf()) is is_infinite
-    assert points.tolist() == [[False, is_infinite]]
+    assert losses.infinite_points(student.detach(), teacher).tolist() == [[False, True]]
     if not is_infinite:
         (grad,) = torch.autograd.grad(value.sum(), logits)
         assert grad.isfinite().all()
@@ -199,8 +217,8 @@ def test_a_student_zero_under_teacher_mass_is_infinite_for_forward_kl_only() -> 
         False,
         False,
     ]
-    assert losses.infinite_points(student, teacher, 0.0).tolist() == [[False, True]]
-    assert not losses.infinite_points(student, teacher, 1.0).any()
+    assert losses.infinite_points(teacher, student).tolist() == [[False, True]]
+    assert not losses.infinite_points(student, teacher).any()
 
 
 # -------------------------------------------------------------------------------- sampled-token terms

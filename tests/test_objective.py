@@ -13,13 +13,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdpipe.objective import NonFiniteError, TokenBatch, advantages, distribution_term, token_loss
-from kdpipe.recipe import JsdTerm, Objective
+from kdpipe.objective import (
+    NonFiniteError,
+    TeacherSupport,
+    TokenBatch,
+    advantages,
+    at_step,
+    baselines,
+    distribution_value,
+    open_completions,
+    shares,
+    token_loss,
+)
+from kdpipe.recipe import Objective
 
 V = 4
 NAN, INF = math.nan, math.inf
 MAX_TOKENS = [1, 2]
-VOCABULARY = {"term": "jsd", "support": {"teacher_top_k": "vocabulary"}}
+VOCABULARY = {"term": "jsd", "support": "vocabulary"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,55 @@ def completions(max_tokens: int) -> list[tuple[int, ...]]:
     return [(0,)] + [(first, second) for first in range(1, V) for second in range(V)]
 
 
+@dataclass(frozen=True)
+class Case:
+    """A micro-batch with the student's log-probs and what comes of its distributions."""
+
+    student: Tensor
+    behaviour: Tensor
+    proximal: Tensor
+    advantage: Tensor
+    kept: Tensor
+    scorable: Tensor
+    lengths: list[int]
+    teacher: Tensor | None = None
+    divergence: Tensor | None = None
+    kd_open: Tensor | None = None
+    baseline: Tensor | None = None
+
+
+def loss_of(settings: Objective, case: Case, *, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss with an equal share of `1 / denominator` for every token."""
+    batch = TokenBatch(
+        behaviour=case.behaviour,
+        proximal=case.proximal,
+        advantage=case.advantage,
+        kept=case.kept,
+        scorable=case.scorable,
+        kd_open=torch.ones_like(case.kept) if case.kd_open is None else case.kd_open,
+        share=torch.full(case.kept.shape, 1 / denominator, dtype=torch.float64),
+        lengths=case.lengths,
+        teacher=case.teacher,
+        baseline=case.baseline,
+    )
+    return token_loss(settings, batch, case.student, case.divergence)
+
+
+def divergence_of(
+    settings: Objective,
+    logprobs_NV: Tensor,
+    *,
+    scorable_N: Tensor,
+    topk_ids_NK: Tensor,
+    topk_logprobs_NK: Tensor,
+    tail_N: Tensor,
+    offset: int = 0,
+) -> Tensor:
+    support = TeacherSupport(topk_logprobs_NK, topk_ids_NK, tail_N)
+    places = torch.arange(len(logprobs_NV)) + offset
+    return distribution_value(settings, logprobs_NV, support, taught_N=scorable_N, places_N=places)
+
+
 def objective(**fields: Any) -> Objective:
     return Objective.model_validate(fields)
 
@@ -72,18 +132,18 @@ def batch_of(
     proximal: Policy | None = None,
     advantage: list[float] | None = None,
     scorable: list[bool] | None = None,
-) -> TokenBatch:
+) -> Case:
     """The micro-batch of some completions; behaviour and proximal policy are the student's unless given."""
     lengths = [len(row) for row in rows]
     num_tokens = sum(lengths)
     is_scorable = torch.tensor(scorable or [True] * num_tokens)
     divergence = None
-    if isinstance(settings.kd, JsdTerm):
-        k = settings.kd.support.teacher_top_k
+    support = settings.distribution_support
+    if support is not None:
+        k = V if support == "vocabulary" else support.teacher_top_k
         values, ids = torch.cat([teacher.of(row) for row in rows]).detach().sort(dim=-1, descending=True)
-        k = V if k == "vocabulary" else k
-        divergence = distribution_term(
-            settings.kd,
+        divergence = divergence_of(
+            settings,
             torch.cat([student.of(row) for row in rows]),
             scorable_N=is_scorable,
             topk_ids_NK=ids[:, :k],
@@ -91,7 +151,7 @@ def batch_of(
             tail_N=values[:, k:].logsumexp(-1),
         )
     tokens = torch.cat([student.tokens(row) for row in rows])
-    return TokenBatch(
+    return Case(
         student=tokens,
         behaviour=torch.cat([(behaviour or student).tokens(row) for row in rows]).detach(),
         proximal=torch.cat([(proximal or student).tokens(row) for row in rows]).detach(),
@@ -117,8 +177,8 @@ def expected_gradient(
     """The gradient of the summed loss over all completions, weighed by their behaviour probability."""
     total = torch.zeros_like(student.logits)
     for row in completions(max_tokens):
-        batch = batch_of(settings, [row], student, teacher, behaviour=behaviour)
-        loss, _ = token_loss(settings, batch, denominator=1)
+        batch = batch_of(settings, [row], student, teacher, behaviour=behaviour, proximal=policy(31))
+        loss, _ = loss_of(settings, batch, denominator=1)
         total += behaviour.probability(row).detach() * gradient(loss, student)
     return total
 
@@ -132,6 +192,8 @@ def exact_gradient(
         "reverse": (s.exp() * (s - p)).sum(-1),
         "forward": (p.exp() * (p - s)).sum(-1),
         "jensen_shannon": _jensen_shannon(s, p),
+        "skew_kl": (p.exp() * (p - (0.3 * p.exp() + 0.7 * s.exp()).log())).sum(-1),
+        "skew_rkl": (s.exp() * (s - (0.3 * s.exp() + 0.7 * p.exp()).log())).sum(-1),
     }[name]
     value = divergence[0]
     if max_tokens == 2:
@@ -158,6 +220,13 @@ KD_CLAIMS = [
     (VOCABULARY | {"beta": 1.0}, "reverse"),
     (VOCABULARY | {"beta": 0.0}, "forward"),
     (VOCABULARY | {"beta": 0.5}, "jensen_shannon"),
+    ("k3", "forward"),
+    ({"term": "skew_kl", "alpha": 0.3, "support": "vocabulary"}, "skew_kl"),
+    ({"term": "skew_rkl", "alpha": 0.3, "support": "vocabulary"}, "skew_rkl"),
+    ({"term": "rkl", "baseline": "exact", "support": "vocabulary"}, "reverse"),
+    ({"term": "k2", "baseline": "exact", "support": {"teacher_top_k": 2}}, "reverse"),
+    ({"term": "rkl", "decoupled": {}}, "reverse"),
+    ({"term": "k3", "decoupled": {}}, "forward"),
 ]
 
 
@@ -217,7 +286,7 @@ def test_every_single_completion_has_no_gradient_where_teacher_and_student_agree
     settings = objective(kd=kd)
     for row in completions(2):
         batch = batch_of(settings, [row], student, student, behaviour=policy(7) if off_policy else None)
-        loss, _ = token_loss(settings, batch, denominator=1)
+        loss, _ = loss_of(settings, batch, denominator=1)
         assert gradient(loss, student).abs().max() <= 1e-12
 
 
@@ -240,7 +309,7 @@ def test_ratio_control_weighs_every_token_once(term: str, ratio: dict[str, Any],
     acted = 0
     for row in completions(2):
         batch = batch_of(settings, [row], student, teacher, behaviour=behaviour)
-        loss, metrics = token_loss(settings, batch, denominator=1)
+        loss, metrics = loss_of(settings, batch, denominator=1)
         assert batch.teacher is not None
         difference = (batch.teacher - batch.student).detach()
         ratios = (batch.student.detach() - batch.behaviour).exp()
@@ -256,7 +325,7 @@ def test_ratio_control_weighs_every_token_once(term: str, ratio: dict[str, Any],
 def test_the_ratio_clip_of_rkl_looks_at_the_discounted_signal() -> None:
     # d = (+1, -3): with gamma 1 the first signal is -2, so its ratio of 2 is not clipped but would be by d.
     student = torch.tensor([-1.0, -1.0], dtype=torch.float64, requires_grad=True)
-    batch = TokenBatch(
+    batch = Case(
         student=student,
         behaviour=student.detach() - math.log(2),
         proximal=student.detach(),
@@ -267,9 +336,9 @@ def test_the_ratio_clip_of_rkl_looks_at_the_discounted_signal() -> None:
         teacher=student.detach() + torch.tensor([1.0, -3.0], dtype=torch.float64),
     )
     clip = {"control": "clip", "low": 0.2, "high": 0.2}
-    loss, _ = token_loss(objective(kd={"term": "rkl", "gamma": 1.0, "ratio": clip}), batch, denominator=1)
+    loss, _ = loss_of(objective(kd={"term": "rkl", "gamma": 1.0, "ratio": clip}), batch, denominator=1)
     assert torch.autograd.grad(loss, student)[0].tolist() == [pytest.approx(4.0), pytest.approx(6.0)]
-    loss, _ = token_loss(objective(kd={"term": "rkl", "gamma": 0.0, "ratio": clip}), batch, denominator=1)
+    loss, _ = loss_of(objective(kd={"term": "rkl", "gamma": 0.0, "ratio": clip}), batch, denominator=1)
     assert torch.autograd.grad(loss, student)[0].tolist() == [0.0, pytest.approx(6.0)]
 
 
@@ -277,9 +346,9 @@ def test_distribution_terms_are_never_ratio_weighted() -> None:
     student, teacher = policy(1), policy(2)
     settings = objective(kd=VOCABULARY | {"beta": 0.3})
     values = [
-        token_loss(
-            settings, batch_of(settings, [(1, 2)], student, teacher, behaviour=behaviour), denominator=1
-        )[0]
+        loss_of(settings, batch_of(settings, [(1, 2)], student, teacher, behaviour=behaviour), denominator=1)[
+            0
+        ]
         for behaviour in (student, policy(3))
     ]
     assert torch.equal(values[0], values[1])
@@ -302,7 +371,7 @@ def test_the_expected_grpo_gradient_is_the_policy_gradient_times_g_minus_1_over_
         chance = math.prod(student.probability(row).item() for row in group)
         advantage = advantages(settings, [reward[row] for row in group], [0] * group_size)
         batch = batch_of(settings, list(group), student, teacher, advantage=advantage)
-        loss, _ = token_loss(settings, batch, denominator=group_size)
+        loss, _ = loss_of(settings, batch, denominator=group_size)
         found += chance * gradient(loss, student)
     objective_value = sum(student.probability(row) * reward[row] for row in rows)
     expected = -gradient(objective_value, student) * (group_size - 1) / group_size
@@ -328,7 +397,7 @@ def test_the_decoupled_loss_clips_on_the_proximal_ratio_and_weighs_by_the_behavi
     proximal = torch.full((25,), -2.0, dtype=torch.float64)
     student = (proximal + u).requires_grad_()
     full = torch.ones(25, dtype=torch.bool)
-    batch = TokenBatch(
+    batch = Case(
         student=student,
         behaviour=proximal - v,
         proximal=proximal,
@@ -337,7 +406,7 @@ def test_the_decoupled_loss_clips_on_the_proximal_ratio_and_weighs_by_the_behavi
         scorable=full,
         lengths=[20, 5],
     )
-    loss, metrics = token_loss(settings, batch, denominator=5)
+    loss, metrics = loss_of(settings, batch, denominator=5)
     (grad,) = torch.autograd.grad(loss, student)
     value, slopes, clipped, acted = 0.0, [], 0, 0
     for ratio, behaviour_ratio in zip(u.exp().tolist(), v.exp().tolist(), strict=True):
@@ -413,10 +482,19 @@ KDS: list[Any] = [
     "k2",
     {"term": "rkl", "gamma": 0.7, "ratio": {"control": "truncate", "cap": 1.1}},
     {"term": "jsd", "beta": 0.4, "support": {"teacher_top_k": 2}},
+    {"term": "skew_rkl", "support": {"teacher_top_k": 3}},
+    {
+        "term": "k3",
+        "decoupled": {
+            "update": {"control": "clip", "low": 0.2, "high": 0.2},
+            "behaviour": {"control": "truncate", "cap": 1.1},
+        },
+    },
+    "k1_loss",
 ]
 
 
-def mixed_batch(settings: Objective, student: Policy, rows: list[tuple[int, ...]] = ROWS) -> TokenBatch:
+def mixed_batch(settings: Objective, student: Policy, rows: list[tuple[int, ...]] = ROWS) -> Case:
     advantage = {(1, 2): 1.0, (0,): -0.4, (3, 0): 0.0, (2, 2): -1.3}
     return batch_of(
         settings,
@@ -441,7 +519,7 @@ def test_kdrl_with_a_weight_of_0_is_the_other_recipe_bit_for_bit(kd: Any, zeroed
     student = policy(20)
     results = []
     for settings in (objective(kind="kdrl", kd=kd, **zeroed), objective(kd=kd, **alone)):
-        loss, metrics = token_loss(settings, mixed_batch(settings, student), denominator=7)
+        loss, metrics = loss_of(settings, mixed_batch(settings, student), denominator=7)
         results.append((loss, gradient(loss, student), metrics))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
@@ -461,7 +539,7 @@ def test_a_term_of_weight_0_is_not_computed(kind: str) -> None:
         if kind == "grpo"
         else replace(batch, advantage=nothing, proximal=nothing)
     )
-    loss, _ = token_loss(settings, batch, denominator=7)
+    loss, _ = loss_of(settings, batch, denominator=7)
     assert gradient(loss, student).isfinite().all()
 
 
@@ -474,7 +552,7 @@ def test_kdrl_is_the_weighted_sum_of_its_terms(kd: Any) -> None:
         objective(kind="kd", kd=kd, distill_weight=1.0),
     )
     losses = [
-        token_loss(settings, mixed_batch(settings, student), denominator=5)[0]
+        loss_of(settings, mixed_batch(settings, student), denominator=5)[0]
         for settings in (both, rl, distill)
     ]
     assert_equal(losses[0], 0.7 * losses[1] + 0.2 * losses[2], 1e-14)
@@ -490,9 +568,9 @@ def test_the_loss_and_gradient_of_a_step_do_not_depend_on_its_micro_batches(
 ) -> None:
     student = policy(20)
     settings = objective(kind="kdrl", kd=kd, distill_weight=0.2)
-    whole, metrics = token_loss(settings, mixed_batch(settings, student), denominator=7)
+    whole, metrics = loss_of(settings, mixed_batch(settings, student), denominator=7)
     parts = [
-        token_loss(settings, mixed_batch(settings, student, [ROWS[i] for i in part]), denominator=7)
+        loss_of(settings, mixed_batch(settings, student, [ROWS[i] for i in part]), denominator=7)
         for part in cut
     ]
     assert_equal(sum(loss for loss, _ in parts), whole, 1e-14)
@@ -521,8 +599,8 @@ def test_what_stands_at_a_token_that_is_not_kept_does_not_matter(kind: str, kd: 
         divergence=None if clean.divergence is None else clean.divergence.detach().masked_fill(~kept, junk),
         kept=kept,
     )
-    expected, _ = token_loss(settings, replace(clean, kept=kept), denominator=5)
-    loss, metrics = token_loss(settings, dirty, denominator=5)
+    expected, _ = loss_of(settings, replace(clean, kept=kept), denominator=5)
+    loss, metrics = loss_of(settings, dirty, denominator=5)
     assert_equal(loss, expected, 1e-14)
     assert int(metrics["kept_tokens"]) == 5
     if loss.requires_grad:
@@ -538,12 +616,12 @@ def test_a_token_that_is_not_scorable_leaves_the_kd_term_but_stays_in_rl_and_in_
     batch = mixed_batch(settings, student)
     assert batch.teacher is not None
     scorable = torch.tensor([True, True, False, True, True, True, True])
-    masked, metrics = token_loss(
+    masked, metrics = loss_of(
         settings,
         replace(batch, scorable=scorable, teacher=batch.teacher.masked_fill(~scorable, NAN)),
         denominator=7,
     )
-    whole, _ = token_loss(settings, batch, denominator=7)
+    whole, _ = loss_of(settings, batch, denominator=7)
     rho = (batch.student[2] - batch.behaviour[2]).exp()
     missing = rho * 0.5 * (batch.student[2] - batch.teacher[2]) ** 2 / 7
     assert_equal(masked, whole - missing, 1e-14)
@@ -553,7 +631,7 @@ def test_a_token_that_is_not_scorable_leaves_the_kd_term_but_stays_in_rl_and_in_
 def test_a_masked_token_inside_a_completion_keeps_its_place_in_the_discounting() -> None:
     student = torch.tensor([-1.0, -2.0, -1.5], dtype=torch.float64, requires_grad=True)
     full = torch.ones(3, dtype=torch.bool)
-    batch = TokenBatch(
+    batch = Case(
         student=student,
         behaviour=student.detach(),
         proximal=student.detach(),
@@ -563,27 +641,27 @@ def test_a_masked_token_inside_a_completion_keeps_its_place_in_the_discounting()
         lengths=[3],
         teacher=student.detach() + torch.tensor([1.0, NAN, 4.0], dtype=torch.float64),
     )
-    loss, _ = token_loss(objective(kd={"term": "rkl", "gamma": 0.5}), batch, denominator=1)
+    loss, _ = loss_of(objective(kd={"term": "rkl", "gamma": 0.5}), batch, denominator=1)
     assert torch.autograd.grad(loss, student)[0].tolist() == [-2.0, 0.0, -4.0]
 
 
 def test_junk_in_the_top_k_of_a_position_that_is_not_scorable_does_not_matter() -> None:
-    kd = JsdTerm(term="jsd", beta=0.4)
+    settings = objective(kd={"term": "jsd", "beta": 0.4})
     student = policy(24)
     teacher = policy(25).logprobs.detach()
     values, ids = teacher.sort(dim=-1, descending=True)
     scorable = torch.tensor([True, False, True, False, True])
     junk = ~scorable[:, None]
-    found = distribution_term(
-        kd,
+    found = divergence_of(
+        settings,
         student.logprobs,
         scorable_N=scorable,
         topk_ids_NK=ids[:, :2].masked_fill(junk, -7),
         topk_logprobs_NK=values[:, :2].masked_fill(junk, NAN),
         tail_N=values[:, 2:].logsumexp(-1).masked_fill(~scorable, INF),
     )
-    expected = distribution_term(
-        kd,
+    expected = divergence_of(
+        settings,
         student.logprobs[scorable],
         scorable_N=torch.ones(3, dtype=torch.bool),
         topk_ids_NK=ids[scorable, :2],
@@ -601,17 +679,10 @@ def test_a_micro_batch_without_a_kept_token_contributes_0_with_a_finite_gradient
     settings = objective(kind="kdrl", kd=kd)
     student = policy(20)
     batch = mixed_batch(settings, student)
-    loss, metrics = token_loss(settings, replace(batch, kept=torch.zeros(7, dtype=torch.bool)), denominator=3)
+    loss, metrics = loss_of(settings, replace(batch, kept=torch.zeros(7, dtype=torch.bool)), denominator=3)
     assert loss.item() == 0
     assert (gradient(loss, student) == 0).all()
     assert int(metrics["kept_tokens"]) == 0
-
-
-@pytest.mark.parametrize("denominator", [0.0, -1.0, NAN])
-def test_a_denominator_that_counts_nothing_is_refused(denominator: float) -> None:
-    settings = objective()
-    with pytest.raises(ValueError, match="denominator"):
-        token_loss(settings, mixed_batch(settings, policy(20)), denominator=denominator)
 
 
 # ------------------------------------------------------------------------------------------------ errors
@@ -632,7 +703,7 @@ def test_a_kept_number_that_is_not_finite_is_an_error_that_names_its_index(
     tensor[4] = value
     kept = torch.tensor([True, False, True, True, True, True, True])
     with pytest.raises(NonFiniteError) as caught:
-        token_loss(settings, replace(batch, **{field: tensor}, kept=kept), denominator=7)
+        loss_of(settings, replace(batch, **{field: tensor}, kept=kept), denominator=7)
     assert caught.value.index == 4
     assert str(value) in caught.value.message
 
@@ -649,12 +720,13 @@ def test_a_teacher_zero_under_student_mass_is_an_error_that_names_position_and_t
         "tail_N": values[:, 0],
     }
     with pytest.raises(NonFiniteError, match=f"token id {int(ids[3, 1])} .* infinite") as caught:
-        distribution_term(JsdTerm(term="jsd", beta=1.0), student.logprobs, **arguments)
+        divergence_of(objective(kd={"term": "jsd", "beta": 1.0}), student.logprobs, **arguments)
     assert caught.value.index == 3
     with pytest.raises(NonFiniteError) as caught:
-        distribution_term(JsdTerm(term="jsd", beta=1.0), student.logprobs, **arguments, offset=512)
+        divergence_of(objective(kd={"term": "jsd", "beta": 1.0}), student.logprobs, **arguments, offset=512)
     assert caught.value.index == 515
-    assert distribution_term(JsdTerm(term="jsd", beta=0.5), student.logprobs, **arguments).isfinite().all()
+    bounded = divergence_of(objective(kd={"term": "jsd", "beta": 0.5}), student.logprobs, **arguments)
+    assert bounded.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -666,8 +738,8 @@ def test_a_bad_tail_is_an_error_that_says_so(value: float, message: str) -> None
     tail = values[:, 2:].logsumexp(-1)
     tail[2] = value
     with pytest.raises(NonFiniteError, match=message) as caught:
-        distribution_term(
-            JsdTerm(term="jsd", beta=1.0),
+        divergence_of(
+            objective(kd={"term": "jsd", "beta": 1.0}),
             student.logprobs,
             scorable_N=torch.ones(5, dtype=torch.bool),
             topk_ids_NK=ids[:, :2],
@@ -679,24 +751,228 @@ def test_a_bad_tail_is_an_error_that_says_so(value: float, message: str) -> None
 
 def test_what_an_objective_needs_and_lacks_is_named() -> None:
     student = policy(20)
-    for kd, name in (("rkl", "teacher"), ("k2", "teacher"), ({"term": "jsd"}, "divergence")):
+    for kd, name in (
+        ("rkl", "TokenBatch.teacher"),
+        ("k1_loss", "TokenBatch.teacher"),
+        ({"term": "rkl", "baseline": "step"}, "baseline step"),
+        ({"term": "jsd"}, "distribution_N"),
+    ):
         settings = objective(kd=kd)
-        batch = replace(mixed_batch(objective(), student), teacher=None, divergence=None)
-        with pytest.raises(ValueError, match=f"TokenBatch.{name}"):
-            token_loss(settings, batch, denominator=7)
+        batch = replace(mixed_batch(objective(), student), divergence=None)
+        if name == "TokenBatch.teacher":
+            batch = replace(batch, teacher=None)
+        with pytest.raises(ValueError, match=name):
+            loss_of(settings, batch, denominator=7)
 
 
 def test_a_batch_whose_shapes_disagree_is_refused() -> None:
     batch = mixed_batch(objective(), policy(20))
     with pytest.raises(ValueError, match="proximal has shape"):
-        replace(batch, proximal=batch.proximal[:-1])
+        loss_of(objective(), replace(batch, proximal=batch.proximal[:-1]), denominator=7)
 
 
 def test_metrics_are_sums_over_tokens_without_a_graph() -> None:
     settings = objective(kind="kdrl", kd="k2", rl_weight=0.5, distill_weight=0.25)
     batch = mixed_batch(settings, policy(20))
-    loss, metrics = token_loss(settings, batch, denominator=7)
+    loss, metrics = loss_of(settings, batch, denominator=7)
     assert batch.teacher is not None
     assert_equal(metrics["kd_reverse_kl_nats"], (batch.student - batch.teacher).sum().detach(), 1e-14)
     assert_equal((0.5 * metrics["rl_loss"] + 0.25 * metrics["kd_loss"]) / 7, loss.detach(), 1e-14)
     assert not any(value.requires_grad for value in metrics.values())
+
+
+# ------------------------------------------------------------------------------------- k1_loss, by itself
+
+
+@pytest.mark.parametrize("max_tokens", MAX_TOKENS)
+def test_k1_loss_has_no_expected_gradient_whatever_the_teacher(max_tokens: int) -> None:
+    student = policy(1)
+    found = expected_gradient(objective(kd="k1_loss"), max_tokens, student, policy(2), behaviour=student)
+    assert found.abs().max() <= 1e-12
+    batch = batch_of(objective(kd="k1_loss"), [(1, 2)], student, policy(2))
+    assert gradient(loss_of(objective(kd="k1_loss"), batch, denominator=1)[0], student).abs().max() > 0.1
+
+
+# ------------------------------------------------------------------------------------------ ratio, baseline
+
+
+def test_decoupled_weights_are_a_product_of_two_ratios() -> None:
+    student, teacher, behaviour, proximal = policy(8), policy(9), policy(10), policy(11)
+    control = {
+        "update": {"control": "clip", "low": 0.2, "high": 0.2},
+        "behaviour": {"control": "mask", "low": 0.8, "high": 1.5},
+    }
+    settings = objective(kd={"term": "k2", "decoupled": control})
+    acted = 0
+    for row in completions(2):
+        case = batch_of(settings, [row], student, teacher, behaviour=behaviour, proximal=proximal)
+        assert case.teacher is not None
+        expected = torch.zeros((), dtype=torch.float64)
+        count = 0
+        for s, p, b, q in zip(case.student, case.proximal, case.behaviour, case.teacher, strict=True):
+            d, u, v = float(q - s), float((s - p).exp()), float((p - b).exp())
+            flat = (d > 0 and u > 1.2) or (d < 0 and u < 0.8)
+            outside = not 0.8 <= v <= 1.5
+            expected = expected - (0.0 if flat or outside else u * v) * d * s
+            count += flat or outside
+        loss, metrics = loss_of(settings, case, denominator=1)
+        assert_equal(gradient(loss, student), gradient(expected, student), 1e-12)
+        assert int(metrics["kd_ratio_acted"]) == count
+        acted += count
+    assert 0 < acted < 2 * len(completions(2)) - 1
+
+
+@pytest.mark.parametrize("term", ["rkl", "k2", "k3"])
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_the_mean_over_the_other_completions_leaves_the_expected_gradient_of_pairs(
+    term: str, off_policy: bool
+) -> None:
+    student, teacher = policy(1), policy(2)
+    sampler = policy(3) if off_policy else student
+    plain = objective(kd=term)
+    settings = objective(kd={"term": term, "baseline": "step"})
+    alone = expected_gradient(plain, 2, student, teacher, behaviour=sampler)
+    found, biased = torch.zeros_like(alone), torch.zeros_like(alone)
+    squares = [0.0, 0.0]
+    for pair in itertools.product(completions(2), repeat=2):
+        chance = math.prod(float(sampler.probability(row)) for row in pair)
+        case = batch_of(settings, list(pair), student, teacher, behaviour=sampler, proximal=policy(4))
+        assert case.teacher is not None
+        differences = list((case.teacher - case.proximal).split(case.lengths))
+        taught = [torch.ones(n, dtype=torch.bool) for n in case.lengths]
+        values = baselines(settings.kd, differences, taught, [0, 0])
+        spread = torch.tensor(values, dtype=torch.float64).repeat_interleave(torch.tensor(case.lengths))
+        with_it = gradient(loss_of(settings, replace(case, baseline=spread), denominator=1)[0], student)
+        without = gradient(loss_of(plain, case, denominator=1)[0], student)
+        found += chance * with_it
+        squares[0] += chance * float((with_it - 2 * alone).square().sum())
+        squares[1] += chance * float((without - 2 * alone).square().sum())
+        signals = torch.cat(differences)
+        own = (signals.expm1() if term == "k3" else signals).mean().expand(len(spread))
+        biased += chance * gradient(loss_of(settings, replace(case, baseline=own), denominator=1)[0], student)
+    assert_equal(found, 2 * alone)
+    assert squares[0] != squares[1]
+    assert (biased - 2 * alone).abs().max() > 1e-3, "a mean that includes the own completion is biased"
+
+
+def test_baselines_are_means_over_the_tokens_of_the_others_of_a_scope() -> None:
+    kd = objective(kd={"term": "k2", "baseline": "group"}).kd
+    differences = [
+        torch.tensor([1.0, 2.0]),
+        torch.tensor([NAN, 5.0]),
+        torch.tensor([7.0]),
+        torch.tensor([9.0]),
+    ]
+    taught = [torch.ones(2, dtype=torch.bool), torch.tensor([False, True])] + [
+        torch.ones(1, dtype=torch.bool)
+    ] * 2
+    assert baselines(kd, differences, taught, ["a", "a", "a", "b"]) == [6.0, 10 / 3, 8 / 3, 0.0]
+    discounted = objective(kd={"term": "rkl", "gamma": 0.5, "baseline": "step"}).kd
+    assert baselines(discounted, differences, taught, [0, 0, 1, 1]) == [5.0, 2.0, 9.0, 7.0]
+
+
+def test_the_exact_baseline_lowers_the_variance_of_the_gradient() -> None:
+    student, teacher = policy(1), policy(2)
+    variances = []
+    for kd in ("rkl", {"term": "rkl", "baseline": "exact", "support": "vocabulary"}):
+        settings = objective(kd=kd)
+        mean = expected_gradient(settings, 2, student, teacher, behaviour=student)
+        variances.append(
+            sum(
+                float(student.probability(row))
+                * float(
+                    (
+                        gradient(
+                            loss_of(settings, batch_of(settings, [row], student, teacher), denominator=1)[0],
+                            student,
+                        )
+                        - mean
+                    )
+                    .square()
+                    .sum()
+                )
+                for row in completions(2)
+            )
+        )
+    assert variances[1] < 0.95 * variances[0]
+
+
+# --------------------------------------------------------------------------- masks, schedules, shares, srpo
+
+
+def test_a_closed_completion_contributes_nothing_to_the_kd_part_and_stays_in_the_rl_part() -> None:
+    student = policy(20)
+    settings = objective(kind="kdrl", kd="k2", mask="wrong", distill_weight=0.3)
+    case = mixed_batch(settings, student)
+    assert case.teacher is not None
+    closed = torch.tensor([False, False, True, True, True, True, True])  # the first completion
+    junk = replace(case, kd_open=closed, teacher=case.teacher.masked_fill(~closed, NAN))
+    loss, metrics = loss_of(settings, junk, denominator=7)
+    rl, _ = loss_of(objective(kind="grpo"), case, denominator=7)
+    rest = mixed_batch(settings, student, ROWS[1:])
+    kd, _ = loss_of(objective(kd="k2", distill_weight=0.3), rest, denominator=7)
+    assert_equal(loss, rl + kd, 1e-14)
+    assert (int(metrics["kept_tokens"]), int(metrics["kd_tokens"])) == (7, 5)
+
+
+def test_which_completions_a_mask_opens() -> None:
+    correct, groups = [True, False, False, False], ["a", "a", "b", "b"]
+    assert open_completions(objective(kind="kdrl"), correct, groups) == [True] * 4
+    wrong = [False, True, True, True]
+    assert open_completions(objective(kind="kdrl", mask="wrong"), correct, groups) == wrong
+    assert open_completions(objective(kind="srpo"), correct, groups) == wrong
+    hopeless = objective(kind="kdrl", mask="all_wrong_groups")
+    assert open_completions(hopeless, correct, groups) == [False, False, True, True]
+
+
+def test_a_schedule_reaches_both_ends_and_its_middle() -> None:
+    for kind, middle in (("linear", 0.6), ("cosine", 0.6)):
+        settings = objective(kind="kdrl", distill_weight=1.0, distill_schedule={"kind": kind, "end": 0.2})
+        weights = [at_step(settings, step, 5).distill_weight for step in range(6)]
+        assert weights == pytest.approx([1.0, weights[1], middle, weights[3], 0.2, 0.2])
+        expected = 0.8 if kind == "linear" else 0.2 + 0.4 * (1 + math.cos(math.pi / 4))
+        assert weights[1] == pytest.approx(expected)
+        assert at_step(settings, 0, 1).distill_weight == 1.0
+    off = objective(kind="kdrl", distill_weight=1.0, distill_schedule={"kind": "linear", "end": 0.0})
+    assert not at_step(off, 4, 5).has_kd
+    assert at_step(objective(), 3, 5) == objective()
+
+
+def test_shares_add_up_as_the_normalization_says() -> None:
+    kept = [3, 1, 0, None]
+    assert shares(objective(), kept, max_new_tokens=8) == [1 / 4] * 4
+    sequence = objective(normalization="sequence")
+    assert shares(sequence, kept, max_new_tokens=8) == [1 / 6, 1 / 2, 0.0, 0.0]
+    assert shares(objective(normalization="fixed"), kept, max_new_tokens=8) == [1 / 24] * 4
+    longer = objective(normalization="fixed", fixed_length=10)
+    assert shares(longer, kept, max_new_tokens=8) == [1 / 30] * 4
+    for settings in (objective(), sequence, longer):
+        assert all(math.isfinite(share) for share in shares(settings, [None, None], max_new_tokens=8))
+
+
+def test_srpo_sends_one_signal_through_the_rl_loss() -> None:
+    student = policy(20)
+    settings = objective(kind="srpo", rl_weight=0.7, distill_weight=0.4, dual_clip=1.5)
+    case = mixed_batch(settings, student)
+    assert case.teacher is not None
+    correct = torch.tensor([True, True, False, False, False, True, True])
+    loss, _ = loss_of(settings, replace(case, kd_open=~correct), denominator=7)
+    expected = torch.zeros((), dtype=torch.float64)
+    for t in range(7):
+        d = float(case.teacher[t] - case.student[t])
+        signal = 0.7 * float(case.advantage[t]) if correct[t] else 0.4 * d
+        u = (case.student[t] - case.proximal[t]).exp()
+        term = torch.maximum(-signal * u, -signal * u.clamp(0.8, 1.2))
+        if signal < 0:
+            term = term.clamp(max=1.5 * abs(signal))
+        expected = expected + (case.proximal[t] - case.behaviour[t]).exp() * term / 7
+    assert_equal(loss, expected, 1e-14)
+    assert_equal(gradient(loss, student), gradient(expected, student), 1e-14)
+
+
+def test_then_is_kd_first_and_grpo_after() -> None:
+    settings = objective(kind="then", kd_rounds=2, kd="k2")
+    phases = [settings.in_round(number).kind for number in (1, 2, 3)]
+    assert phases == ["kd", "kd", "grpo"]
+    with pytest.raises(ValueError, match="in_round"):
+        loss_of(settings, mixed_batch(objective(), policy(20)), denominator=1)

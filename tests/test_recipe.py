@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kdpipe.errors import RecipeError
-from kdpipe.recipe import JsdTerm, K2Term, LoadedRecipe, Recipe, RklTerm, load_recipe, resolved
+from kdpipe.recipe import JsdTerm, K2Term, Keeping, LoadedRecipe, Recipe, RklTerm, load_recipe, resolved
 from kdpipe.yaml_source import parse_value, read_yaml
 
 MINIMAL = """\
@@ -71,7 +71,11 @@ def test_a_recipe_of_a_few_lines_gets_the_documented_defaults(tmp_path: Path) ->
     }
     assert {name: found[name] for name in expected} == expected
     assert recipe.teacher.name == "teacher"
-    assert (recipe.top_k, recipe.train.objective.has_kd, recipe.train.objective.has_rl) == (0, True, False)
+    assert (recipe.keep, recipe.train.objective.has_kd, recipe.train.objective.has_rl) == (
+        Keeping(),
+        True,
+        False,
+    )
 
 
 def test_what_is_resolved_is_a_recipe_with_the_same_meaning(tmp_path: Path) -> None:
@@ -206,7 +210,7 @@ def test_set_reaches_into_lists_by_index(tmp_path: Path) -> None:
 
 def test_set_of_kd_replaces_all_of_it(tmp_path: Path) -> None:
     text = MINIMAL + "train: {objective: {kd: {term: jsd, beta: 1.0, support: {teacher_top_k: 8}}}}\n"
-    assert load(tmp_path, text).recipe.top_k == 8
+    assert load(tmp_path, text).recipe.keep == Keeping(teacher_top_k=8)
     assert load(tmp_path, text, "train.objective.kd=k2").recipe.train.objective.kd == K2Term(term="k2")
     assert load(tmp_path, text, "train.objective.kd={term: rkl}").recipe.train.objective.kd == RklTerm(
         term="rkl"
@@ -281,11 +285,11 @@ def test_a_list_of_numbers_has_no_fields_to_set(tmp_path: Path) -> None:
         ("rollout: {stop: [no]}", "recipe.yaml:8: rollout.stop.0: ", ["no without quotes", "'no' in quotes"]),
         ("tracking: {experiment: on}", "recipe.yaml:8: tracking.experiment: ", ["on without quotes", "'on'"]),
         ("evaluate: {teacher: 1}", "recipe.yaml:8: evaluate.teacher: ", ["boolean"]),
-        ("train: {objective: {kd: k9}}", "recipe.yaml:8: train.objective.kd", ["'rkl', 'k2', 'jsd'"]),
+        ("train: {objective: {kd: k9}}", "recipe.yaml:8: train.objective.kd", ["'rkl', 'k2', 'k3'"]),
         (
             "train: {objective: {kind: kl}}",
             "recipe.yaml:8: train.objective.kind: ",
-            ["'kd', 'grpo' or 'kdrl'"],
+            ["'kd', 'grpo', 'kdrl', 'srpo' or 'then'"],
         ),
         ("name: again", "recipe.yaml:8: name: ", ["twice"]),
         (
@@ -358,7 +362,7 @@ def test_errors_in_required_sections_are_as_exact(
 def test_a_wrong_key_in_one_of_several_forms_is_told_with_the_forms(tmp_path: Path) -> None:
     message = error_of(tmp_path, MINIMAL + "teacher_score: {keep: {topk: 4}}\n")
     assert "recipe.yaml:8: teacher_score.keep.topk: unknown key; did you mean 'top_k'?" in message
-    assert "'auto' or 'token'" in message
+    assert "'auto', 'token' or 'hidden'" in message
 
 
 def test_all_errors_are_told_at_once_a_line_each(tmp_path: Path) -> None:

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from kdpipe import statistics
-from kdpipe.checkpoints import read_head, resolve_device, resolve_dtype
+from kdpipe.checkpoints import resolve_device
 from kdpipe.engine import ScoreRequest
 from kdpipe.forward import reverse_kl
 from kdpipe.job import Job, Text, mean, read_completion, request_for, sampling_of
 from kdpipe.seeds import permutation
-from kdpipe.stages.teacher_score import TeacherSide, score_completions
+from kdpipe.stages.teacher_score import TeacherSide, output_head, score_completions
 from kdpipe.tables import GRADES, REVERSE_KL, read_rows
 from kdpipe.tasks.answers import grade, parse_number
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from pydantic import JsonValue
 
     from kdpipe.engine import Completion, Engine, ModelSource, TokenScores
-    from kdpipe.forward import Head
     from kdpipe.rows import Problem
 
 BOOTSTRAP_SEED = 0
@@ -232,9 +231,7 @@ def _reverse_kl_rows(
         ]
         student_hidden = exact.student_hidden(triples) if exact else []
         engine.load(against.source)
-        scored = score_completions(
-            job, triples, teacher=teacher, engine=engine, top_k=0, hidden=exact is not None
-        )
+        scored = score_completions(job, triples, teacher=teacher, engine=engine, hidden=exact is not None)
         divergences = (
             exact.divergences(student_hidden, [score for _, score, _ in scored])
             if exact
@@ -279,17 +276,7 @@ class _Exact:
         self._text = text
         self._device = resolve_device(job.recipe.runtime.device)
         self._temperatures = (job.recipe.rollout.temperature, against.teacher.temperature)
-        self._heads = [self._head(source) for source in (model, against.source)]
-
-    def _head(self, source: ModelSource) -> Head:
-        dtype, _ = resolve_dtype(source.dtype, self._device)
-        return read_head(
-            source.folder,
-            num_ids=self._text.num_ids,
-            dtype=dtype,
-            device=self._device,
-            trust_remote_code=source.trust_remote_code,
-        )
+        self._heads = [output_head(job, source, num_ids=text.num_ids) for source in (model, against.source)]
 
     def student_hidden(self, triples: Sequence[tuple[Problem, list[int], list[int]]]) -> list[Any]:
         """Hidden states [n, H] of each completion; the engine holds the student."""

@@ -12,18 +12,23 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from kdpipe.checkpoints import head_digest, read_head, resolve_device, resolve_dtype
 from kdpipe.engine import ScoreRequest, TokenScores
 from kdpipe.errors import PreflightError
+from kdpipe.hidden import FILE as HIDDEN_FILE
+from kdpipe.hidden import to_bytes, write_hidden
 from kdpipe.job import Job, Text
 from kdpipe.prompting import Vocabulary, compare_vocabularies, render_teacher_prompt, used_arguments
-from kdpipe.tables import SCORES, SCORES_TOPK, Scores, read_scores
+from kdpipe.tables import HIDDEN_PART, SCORES, Scores, read_scores, topk_schema
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     import numpy.typing as npt
 
     from kdpipe.engine import Engine, ModelSource
+    from kdpipe.forward import Head
     from kdpipe.rows import Problem, Rollout
 
 MAX_UNSCORABLE_FRACTION = 0.01
@@ -40,7 +45,6 @@ class TeacherSide:
     prompt: str | None
     has_own_template: bool
     temperature: float
-    top_k: int
 
     @property
     def num_ids(self) -> int:
@@ -61,19 +65,17 @@ def teacher_side(job: Job, *, student: Text, teacher: Text) -> TeacherSide:
     names = ("the student", f"teacher {settings.name!r}")
     vocabulary = compare_vocabularies(student.tokenizer, teacher.tokenizer, names=names)
     num_ids = min(vocabulary.student_ids, vocabulary.teacher_ids)
-    top_k = recipe.top_k
-    if top_k == "vocabulary":
-        if vocabulary.unscorable:
-            raise PreflightError(
-                f"{names[1]} lacks {len(vocabulary.unscorable)} of the student's ids, so its distribution over the "
-                "whole vocabulary is zero where the student's is not",
-                hint="set train.objective.kd.support.teacher_top_k to a number: the rest becomes a tail bucket",
-            )
-        top_k = num_ids
-    elif top_k > num_ids:
+    keep, objective = recipe.keep, recipe.train.objective
+    if objective.distribution_support == "vocabulary" and vocabulary.unscorable:
         raise PreflightError(
-            f"the teacher's top {top_k} of {num_ids} shared ids",
-            hint="lower teacher_top_k, or say vocabulary",
+            f"{names[1]} lacks {len(vocabulary.unscorable)} of the student's ids, so its distribution over the "
+            "whole vocabulary is zero where the student's is not",
+            hint="set train.objective.kd.support to {teacher_top_k: 64}: the rest becomes a tail bucket",
+        )
+    if (top_k := max(keep.teacher_top_k, keep.student_top_k)) > num_ids:
+        raise PreflightError(
+            f"a support of {top_k} ids, but teacher and student share {num_ids}",
+            hint="lower top_k, or use support: vocabulary",
         )
     if not settings.template:  # the student's arguments, as far as another family's template knows them
         known = used_arguments(teacher.tokenizer, teacher.style.template_arguments)
@@ -85,21 +87,42 @@ def teacher_side(job: Job, *, student: Text, teacher: Text) -> TeacherSide:
         prompt=settings.prompt,
         has_own_template=settings.template != recipe.student.template and bool(settings.template),
         temperature=settings.temperature or recipe.rollout.temperature,
-        top_k=top_k,
     )
 
 
 def teacher_score(
-    job: Job, *, rollouts: Sequence[Rollout], teacher: TeacherSide, source: ModelSource, engine: Engine
+    job: Job,
+    *,
+    rollouts: Sequence[Rollout],
+    teacher: TeacherSide,
+    source: ModelSource,
+    engine: Engine,
+    student: ModelSource | None = None,
 ) -> None:
-    """Writes `scores.parquet`: one row per rollout, in the same order."""
+    """Writes `scores.parquet`, one row per rollout in the same order, and `hidden.safetensors` where kept.
+
+    `student` is the model that sampled, where it chooses ids of the support.
+    """
     problems = {problem.prompt_id: problem for problem in job.train}
-    schema = SCORES_TOPK if teacher.top_k else SCORES
-    engine.load(source)
+    keep = job.recipe.keep
+    head = output_head(job, source, num_ids=teacher.num_ids) if keep.hidden else None
 
     def build(rows: Sequence[Rollout]) -> list[Scores]:
-        pairs = [(problems[row.prompt_id], row.prompt_token_ids, row.completion_token_ids) for row in rows]
-        scored = score_completions(job, pairs, teacher=teacher, engine=engine)
+        triples = [(problems[row.prompt_id], row.prompt_token_ids, row.completion_token_ids) for row in rows]
+        supports = None
+        if student is not None and keep.student_top_k:
+            engine.load(student)
+            supports = _most_probable(job, triples, num_ids=teacher.num_ids, engine=engine)
+        engine.load(source)
+        scored = score_completions(
+            job,
+            triples,
+            teacher=teacher,
+            engine=engine,
+            top_k=keep.teacher_top_k,
+            hidden=keep.hidden,
+            supports=supports,
+        )
         return [
             Scores(
                 prompt_id=row.prompt_id,
@@ -111,12 +134,33 @@ def teacher_score(
                 topk_ids=score.topk_ids,
                 topk_logprobs=score.topk_logprobs,
                 tail_logprobs=score.tail_logprobs,
+                hidden=to_bytes(score.hidden, head.weight_VH.dtype)
+                if head and score.hidden is not None
+                else None,
             )
             for row, (prompt, score, scorable) in zip(rows, scored, strict=True)
         ]
 
+    def keep_hidden(parts: Sequence[Path]) -> None:
+        if head is not None:
+            width, dtype, digest = head.weight_VH.shape[1], head.weight_VH.dtype, head_digest(head)
+            job.draft.write(
+                HIDDEN_FILE,
+                lambda path: write_hidden(path, parts, width=width, dtype=dtype, head_sha256=digest),
+            )
+
     name = "scores.parquet"
-    job.in_parts(name, rollouts, rows_per_item=1, build=build, schema=schema)
+    has_support = keep.teacher_top_k or keep.student_top_k
+    schema = topk_schema(job.recipe.teacher_score.logprobs) if has_support else SCORES
+    job.in_parts(
+        name,
+        rollouts,
+        rows_per_item=1,
+        build=build,
+        schema=schema,
+        part_schema=HIDDEN_PART if keep.hidden else None,
+        finish=keep_hidden,
+    )
     scores = read_scores(job.draft.folder / name)
     _check_scorable(teacher, [row.scorable for row in scores])
     differences = [
@@ -137,25 +181,30 @@ def score_completions(
     *,
     teacher: TeacherSide,
     engine: Engine,
-    top_k: int | None = None,
+    top_k: int = 0,
     hidden: bool = False,
+    supports: Sequence[npt.NDArray[np.int32]] | None = None,
 ) -> list[tuple[list[int], TokenScores, npt.NDArray[np.bool_]]]:
     """Teacher prompt ids, scores and scorable [n] of each (problem, student prompt, completion).
 
-    `engine` holds the teacher. Where a token is not scorable its log-probs are 0 and its ids 0.
+    `engine` holds the teacher; `supports` [n, S] are ids to score at each token besides its `top_k`. Where a
+    token is not scorable its log-probs are 0 and its ids 0.
     """
     lacking = teacher.vocabulary.unscorable
     prompts = [teacher.prompt_ids(problem, prompt) for problem, prompt, _ in rows]
     masks = [np.array([token not in lacking for token in completion], np.bool_) for _, _, completion in rows]
+    given = (
+        [None] * len(rows) if supports is None else [s[mask] for s, mask in zip(supports, masks, strict=True)]
+    )
     requests = [
-        ScoreRequest(prompt, [token for token in completion if token not in lacking])
-        for prompt, (_, _, completion) in zip(prompts, rows, strict=True)
+        ScoreRequest(prompt, [token for token in completion if token not in lacking], support)
+        for prompt, (_, _, completion), support in zip(prompts, rows, given, strict=True)
     ]
     scores = engine.score(
         requests,
         temperature=teacher.temperature,
         num_ids=teacher.num_ids,
-        top_k=teacher.top_k if top_k is None else top_k,
+        top_k=top_k,
         progress=job.pulse.tokens,
         hidden=hidden,
     )
@@ -163,6 +212,33 @@ def score_completions(
         (prompt, _spread(score, mask), mask)
         for prompt, score, mask in zip(prompts, scores, masks, strict=True)
     ]
+
+
+def output_head(job: Job, source: ModelSource, *, num_ids: int) -> Head:
+    """The output head of a model over the first `num_ids` ids, in the dtype in which the model computes."""
+    device = resolve_device(job.recipe.runtime.device)
+    dtype, _ = resolve_dtype(source.dtype, device)
+    return read_head(
+        source.folder,
+        num_ids=num_ids,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=source.trust_remote_code,
+    )
+
+
+def _most_probable(
+    job: Job, rows: Sequence[tuple[Problem, list[int], list[int]]], *, num_ids: int, engine: Engine
+) -> list[npt.NDArray[np.int32]]:
+    """The student's most probable ids [n, k] at each token, at the rollout temperature; `engine` holds it."""
+    scores = engine.score(
+        [ScoreRequest(prompt, completion) for _, prompt, completion in rows],
+        temperature=job.recipe.rollout.temperature,
+        num_ids=num_ids,
+        top_k=job.recipe.keep.student_top_k,
+        progress=lambda _: None,
+    )
+    return [score.topk_ids for score in scores if score.topk_ids is not None]
 
 
 def _spread(score: TokenScores, mask: npt.NDArray[np.bool_]) -> TokenScores:

@@ -7,7 +7,7 @@ own log-prob at the start of the round, is taken before the first update.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,20 +16,32 @@ import torch
 from kdpipe.batching import Batch, batches_by_tokens, make_batch
 from kdpipe.checkpoints import write_model, write_trainer
 from kdpipe.errors import ArtifactError, StepError
-from kdpipe.forward import head_of, hidden_states, score_tokens, token_logprobs
+from kdpipe.forward import head_of, hidden_states, score_tokens
 from kdpipe.job import Job, Text, mean
-from kdpipe.objective import NonFiniteError, TokenBatch, advantages, distribution_term, token_loss
-from kdpipe.recipe import JsdTerm
+from kdpipe.micro_batch import TeacherHidden, micro_batch_loss
+from kdpipe.objective import (
+    NonFiniteError,
+    TeacherSupport,
+    TokenBatch,
+    advantages,
+    at_step,
+    baselines,
+    open_completions,
+    shares,
+)
+from kdpipe.recipe import Objective, SampledTerm
 from kdpipe.seeds import permutation
 from kdpipe.stages.sft import write_state
 from kdpipe.tables import COMPLETIONS, write_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     import numpy.typing as npt
 
+    from kdpipe.forward import Head
+    from kdpipe.hidden import HiddenFile
     from kdpipe.rows import Rollout
     from kdpipe.tables import Scores
     from kdpipe.trainer import Trainer
@@ -37,17 +49,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One completion with everything that its loss reads; `proximal` [n] is p_t."""
+    """One completion with everything that its loss reads.
 
+    `number` is its place in the round's tables, `proximal` [n] is p_t, `kept` [n] the tokens that count, `taught`
+    whether the KD term looks at it, `baseline` that of its group, `is_dropped` says that it does not count at all.
+    """
+
+    number: int
     rollout: Rollout
     scores: Scores | None
-    advantage: float
     proximal: npt.NDArray[np.float32]
+    advantage: float
+    kept: npt.NDArray[np.bool_]
+    taught: bool
+    is_dropped: bool
+    baseline: float = 0.0
 
     @property
     def length(self) -> int:
         """Tokens of prompt and completion."""
         return len(self.rollout.prompt_token_ids) + len(self.rollout.completion_token_ids)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the completion that count."""
+        return int(self.kept.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenTeacher:
+    """The teacher's kept hidden states with what turns them into distributions."""
+
+    file: HiddenFile
+    head: Head
+    temperature: float
 
 
 def train(
@@ -59,6 +94,7 @@ def train(
     trainer: Trainer,
     dtype: torch.dtype,
     resumed: tuple[int, Path] | None,
+    hidden: HiddenTeacher | None = None,
 ) -> None:
     """Writes `model/`, `trainer/` and `completions.parquet`; `resumed` is (steps done, checkpoint folder)."""
     done, checkpoint = resumed or (0, None)
@@ -67,7 +103,7 @@ def train(
         if checkpoint is None
         else _read_proximal(checkpoint, rollouts)
     )
-    rows = _rows(job, rollouts, scores, proximal)
+    rows = _rows(job, rollouts, scores, proximal, text)
     plan = minibatches(job, rows)
     job.pulse.start("optimizer steps", len(plan))
     job.pulse.advance(done)
@@ -75,7 +111,7 @@ def train(
     for number, (_, indices) in enumerate(plan):
         if number < done:
             continue
-        metrics = _optimizer_step(job, [rows[i] for i in indices], text, trainer)
+        metrics = _optimizer_step(job, [rows[i] for i in indices], text, trainer, hidden)
         for name, value in metrics.items():
             job.draft.metric(f"train/{name}", value, optimizer_step=trainer.step)
         job.pulse.advance()
@@ -105,16 +141,32 @@ def minibatches(job: Job, rows: Sequence[Row]) -> list[tuple[int, list[int]]]:
 # ------------------------------------------------------------------------------------- one optimizer step
 
 
-def _optimizer_step(job: Job, rows: Sequence[Row], text: Text, trainer: Trainer) -> dict[str, float]:
-    """One update from the token mean over `rows`; returns its metrics. Without any token it is skipped."""
-    tokens = sum(len(row.rollout.completion_token_ids) for row in rows)
-    if tokens == 0:
+def _optimizer_step(
+    job: Job, rows: Sequence[Row], text: Text, trainer: Trainer, hidden: HiddenTeacher | None
+) -> dict[str, float]:
+    """One update from `rows`; returns its metrics. Without any token that counts it is skipped."""
+    recipe = job.recipe
+    objective = recipe.train.objective.in_round(job.round)
+    objective = at_step(objective, trainer.step, recipe.distill_horizon)
+    left = [row for row in rows if row.tokens]
+    if not left:
         return {"skipped": 1.0}
+    counts = [None if row.is_dropped else row.tokens for row in rows]
+    share_of = dict(
+        zip(
+            (row.number for row in rows),
+            shares(objective, counts, max_new_tokens=recipe.rollout.max_new_tokens),
+            strict=True,
+        )
+    )
+    if objective.has_kd and isinstance(objective.kd, SampledTerm) and objective.kd.baseline == "step":
+        found = _baselines(objective.kd, left, [0] * len(left))
+        left = [replace(row, baseline=value) for row, value in zip(left, found, strict=True)]
     rate, sums = trainer.learning_rate(), dict[str, float]()
-    for indices in batches_by_tokens([row.length for row in rows], job.recipe.runtime.train_tokens):
-        picked = [rows[i] for i in indices]
+    for indices in batches_by_tokens([row.length for row in left], recipe.runtime.train_tokens):
+        picked = [left[i] for i in indices]
         try:
-            loss, metrics = micro_batch_loss(job, picked, text, trainer, denominator=tokens)
+            loss, metrics = _micro_batch(job, objective, picked, share_of, text, trainer, hidden)
         except NonFiniteError as error:
             raise _located(job, picked, error) from None
         loss.backward()  # type: ignore[no-untyped-call]
@@ -122,84 +174,88 @@ def _optimizer_step(job: Job, rows: Sequence[Row], text: Text, trainer: Trainer)
             sums[name] = sums.get(name, 0.0) + float(value)
         job.pulse.tokens(sum(len(row.rollout.completion_token_ids) for row in picked))
     norm = trainer.apply()
-    return {"learning_rate": rate, "grad_norm": norm, **_averages(sums)}
+    weight = {"distill_weight": objective.distill_weight} if objective.kind in ("kdrl", "srpo") else {}
+    return {"learning_rate": rate, "grad_norm": norm, **weight, **_averages(sums)}
 
 
-def micro_batch_loss(
-    job: Job, rows: Sequence[Row], text: Text, trainer: Trainer, *, denominator: float
+def _micro_batch(
+    job: Job,
+    objective: Objective,
+    rows: Sequence[Row],
+    share_of: Mapping[int, float],
+    text: Text,
+    trainer: Trainer,
+    hidden: HiddenTeacher | None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The share of `rows` in the optimizer step's loss, with its gradient to the student's weights."""
-    objective, runtime = job.recipe.train.objective, job.recipe.runtime
-    device = trainer.model.device
+    runtime, device = job.recipe.runtime, trainer.model.device
     batch = _batch(rows, device)
-    columns = _Columns(rows, device)
-    kd = objective.kd if objective.has_kd else None
-
-    def divergence(logprobs_CV: torch.Tensor, part: slice) -> torch.Tensor:
-        assert isinstance(kd, JsdTerm)
-        return distribution_term(
-            kd,
-            logprobs_CV,
-            scorable_N=columns.scorable[part],
-            topk_ids_NK=columns.topk("topk_ids")[part],
-            topk_logprobs_NK=columns.topk("topk_logprobs")[part],
-            tail_N=columns.topk("tail_logprobs")[part],
-            offset=part.start,
-        )
-
     with trainer.computing():
-        hidden_NH = hidden_states(trainer.model, batch)
-        student_N, divergence_N = token_logprobs(
-            hidden_NH,
-            head_of(trainer.model, num_ids=text.num_ids),
+        return micro_batch_loss(
+            objective,
+            _tokens(rows, share_of, device),
             batch.target_ids_N,
+            hidden_states(trainer.model, batch),
+            head_of(trainer.model, num_ids=text.num_ids),
             temperature=job.recipe.rollout.temperature,
             chunk=runtime.head_chunk_tokens,
-            extra=divergence if isinstance(kd, JsdTerm) else None,
+            teacher=_teacher(objective, rows, hidden, device),
         )
-    tokens = TokenBatch(
-        student=student_N,
-        behaviour=columns.behaviour,
-        proximal=columns.proximal,
-        advantage=columns.advantage,
-        kept=torch.ones_like(columns.scorable),
-        scorable=columns.scorable,
-        lengths=batch.counts,
-        teacher=columns.teacher,
-        divergence=divergence_N,
+
+
+def _tokens(rows: Sequence[Row], share_of: Mapping[int, float], device: torch.device) -> TokenBatch:
+    """The per-token data of rows, one after another."""
+
+    def column(arrays: Iterable[npt.NDArray[Any]]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(list(arrays))).to(device)
+
+    def spread(values: Iterable[float], dtype: Any = np.float32) -> torch.Tensor:
+        return column(np.full(len(row.kept), value, dtype) for row, value in zip(rows, values, strict=True))
+
+    scores = [row.scores for row in rows if row.scores is not None]
+    return TokenBatch(
+        behaviour=column(np.asarray(row.rollout.sampler_logprobs, np.float32) for row in rows),
+        proximal=column(row.proximal for row in rows),
+        advantage=spread(row.advantage for row in rows),
+        kept=column(row.kept for row in rows),
+        scorable=column(score.scorable for score in scores)
+        if scores
+        else spread((1.0 for _ in rows), np.bool_),
+        kd_open=spread((row.taught for row in rows), np.bool_),
+        share=spread(share_of[row.number] for row in rows),
+        lengths=[len(row.kept) for row in rows],
+        teacher=column(score.teacher_logprobs for score in scores) if scores else None,
+        baseline=spread(row.baseline for row in rows),
     )
-    return token_loss(objective, tokens, denominator=denominator)
 
 
-class _Columns:
-    """The per-token data of rows, one after another, as tensors [N] or [N, K]."""
+def _teacher(
+    objective: Objective, rows: Sequence[Row], hidden: HiddenTeacher | None, device: torch.device
+) -> TeacherSupport | TeacherHidden | None:
+    """The teacher's distribution at the completion tokens of `rows`, where the objective needs one."""
+    support = objective.distribution_support
+    if support is None:
+        return None
+    if hidden is not None:
+        top_k = 0 if support == "vocabulary" else support.teacher_top_k or 0
+        states = hidden.file.rows([row.number for row in rows]).to(device)
+        return TeacherHidden(states, hidden.head, hidden.temperature, top_k)
+    ids, logprobs, tail = (
+        torch.from_numpy(np.concatenate([getattr(row.scores, name) for row in rows])).to(device)
+        for name in ("topk_ids", "topk_logprobs", "tail_logprobs")
+    )
+    return TeacherSupport(logprobs, ids, tail)
 
-    def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
-        self._rows = rows
-        self._device = device
-        self._cache: dict[str, torch.Tensor] = {}
-        counts = [len(row.rollout.completion_token_ids) for row in rows]
-        self.behaviour = self._tensor([np.asarray(row.rollout.sampler_logprobs, np.float32) for row in rows])
-        self.proximal = self._tensor([row.proximal for row in rows])
-        self.advantage = self._tensor(
-            [np.full(n, row.advantage, np.float32) for row, n in zip(rows, counts, strict=True)]
-        )
-        scores = [row.scores for row in rows if row.scores is not None]
-        self.teacher = self._tensor([score.teacher_logprobs for score in scores]) if scores else None
-        self.scorable = (
-            self._tensor([score.scorable for score in scores])
-            if scores
-            else torch.ones(sum(counts), dtype=torch.bool, device=device)
-        )
 
-    def topk(self, name: str) -> torch.Tensor:
-        """The teacher's top k: `topk_ids`, `topk_logprobs` or `tail_logprobs`."""
-        if name not in self._cache:
-            self._cache[name] = self._tensor([getattr(row.scores, name) for row in self._rows])
-        return self._cache[name]
-
-    def _tensor(self, arrays: Sequence[npt.NDArray[Any]]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(arrays)).to(self._device)
+def _baselines(kd: SampledTerm, rows: Sequence[Row], scopes: Sequence[Hashable]) -> list[float]:
+    """The mean signal of the other completions of each row's scope, from log-probs at the start of the round."""
+    pairs = [(row, row.scores) for row in rows if row.scores is not None]
+    return baselines(
+        kd,
+        [torch.from_numpy(scores.teacher_logprobs - row.proximal) for row, scores in pairs],
+        [torch.from_numpy(scores.scorable & row.kept & row.taught) for row, scores in pairs],
+        scopes,
+    )
 
 
 def _averages(sums: dict[str, float]) -> dict[str, float]:
@@ -235,19 +291,56 @@ def _rows(
     rollouts: Sequence[Rollout],
     scores: Sequence[Scores] | None,
     proximal: Sequence[npt.NDArray[np.float32]],
+    text: Text,
 ) -> list[Row]:
-    objective = job.recipe.train.objective
+    """The completions with their advantages and masks. What is dropped takes no part in its group's mean either."""
+    objective = job.recipe.train.objective.in_round(job.round)
     keys = [(row.prompt_id, row.sample) for row in rollouts]
     if scores is not None and [(score.prompt_id, score.sample) for score in scores] != keys:
         raise ArtifactError(
             f"round {job.round}: scores.parquet and rollouts.parquet hold different rows",
             hint=f"score again: repeat the run with --force teacher-score@{job.round}",
         )
-    signal = [0.0] * len(rollouts)
+    truncated = [row.finish_reason == "length" for row in rollouts]
+    dropped = [cut and objective.truncated == "drop" for cut in truncated]
+    unpaid = [cut and objective.truncated == "no_reward" for cut in truncated]
+    correct = [row.correct and not cut for row, cut in zip(rollouts, unpaid, strict=True)]
+    counted = [number for number, is_out in enumerate(dropped) if not is_out]
+    groups = [rollouts[number].prompt_id for number in counted]
+    signal = dict.fromkeys(range(len(rollouts)), 0.0)
     if objective.has_rl:
-        signal = advantages(objective, [row.reward for row in rollouts], [row.prompt_id for row in rollouts])
-    aligned: Sequence[Scores | None] = [None] * len(rollouts) if scores is None else scores
-    return [Row(*fields) for fields in zip(rollouts, aligned, signal, proximal, strict=True)]
+        rewards = [0.0 if unpaid[number] else rollouts[number].reward for number in counted]
+        signal |= zip(counted, advantages(objective, rewards, groups), strict=True)
+    taught = dict.fromkeys(range(len(rollouts)), False)
+    taught |= zip(
+        counted, open_completions(objective, [correct[number] for number in counted], groups), strict=True
+    )
+    rows = [
+        Row(
+            number=number,
+            rollout=rollout,
+            scores=None if scores is None else scores[number],
+            proximal=proximal[number],
+            advantage=signal[number],
+            kept=_kept(objective, rollout, text, is_dropped=dropped[number]),
+            taught=taught[number],
+            is_dropped=dropped[number],
+        )
+        for number, rollout in enumerate(rollouts)
+    ]
+    if objective.has_kd and isinstance(objective.kd, SampledTerm) and objective.kd.baseline == "group":
+        found = _baselines(objective.kd, rows, [row.rollout.prompt_id for row in rows])
+        rows = [replace(row, baseline=value) for row, value in zip(rows, found, strict=True)]
+    return rows
+
+
+def _kept(objective: Objective, rollout: Rollout, text: Text, *, is_dropped: bool) -> npt.NDArray[np.bool_]:
+    """The tokens of a completion that count: all, all but its end token, or none."""
+    ids = rollout.completion_token_ids
+    kept = np.full(len(ids), not is_dropped, np.bool_)
+    if objective.end_token == "mask" and rollout.finish_reason == "stop" and ids[-1] in text.end_ids:  # noqa: S105
+        kept[-1] = False
+    return kept
 
 
 def _proximal(
@@ -322,7 +415,7 @@ def _write(
             "epoch": epoch,
             "optimizer_step": first + number + 1,
             "advantage": rows[index].advantage,
-            "kept": True,
+            "kept": rows[index].tokens > 0,
             "proximal_logprobs": rows[index].proximal,
         }
         for number, (epoch, indices) in enumerate(plan)

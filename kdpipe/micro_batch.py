@@ -1,0 +1,94 @@
+"""From hidden states to the loss of a micro-batch: the one path from a student's output to its gradient.
+
+The trainer and `check-loss` call it. Tokens that are not kept are cut from the hidden states before the output
+head: a log-softmax of what may be nan has nan gradients even where its result is masked.
+
+Shapes: N completion tokens of the micro-batch, H the student's hidden size, G the teacher's, V ids in use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kdpipe.forward import head_logits, support_of, token_logprobs
+from kdpipe.objective import TeacherSupport, distribution_value, token_loss
+
+if TYPE_CHECKING:
+    from kdpipe.forward import Head
+    from kdpipe.objective import TokenBatch
+    from kdpipe.recipe import Objective
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherHidden:
+    """The teacher's distribution as the states before its output head, computed where it is needed.
+
+    `top_k` 0 is the whole vocabulary, else that many most probable ids and a tail.
+    """
+
+    hidden_NG: torch.Tensor
+    head: Head
+    temperature: float
+    top_k: int = 0
+
+    def at(self, index: torch.Tensor) -> TeacherSupport:
+        """The distribution at the positions in `index`."""
+        with torch.no_grad():
+            logits_CV = head_logits(self.hidden_NG[index], self.head, temperature=self.temperature)
+            logprobs_CV = logits_CV.log_softmax(-1)
+            if self.top_k == 0:
+                return TeacherSupport(logprobs_CV)
+            ids_CK, topk_CK, tail_C = support_of(logprobs_CV, self.top_k)
+            return TeacherSupport(topk_CK, ids_CK, tail_C)
+
+
+def micro_batch_loss(
+    objective: Objective,
+    batch: TokenBatch,
+    ids_N: torch.Tensor,
+    hidden_NH: torch.Tensor,
+    head: Head,
+    *,
+    temperature: float,
+    chunk: int,
+    teacher: TeacherSupport | TeacherHidden | None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The share of these tokens in the optimizer step's loss, with its gradient, and metrics as sums over tokens.
+
+    `ids_N` are the sampled tokens, `hidden_NH` the states that predict them, `temperature` that of the
+    rollout, `chunk` the tokens whose logits exist at once. `teacher` is needed where the objective has a
+    `distribution_support`. Raises NonFiniteError as `token_loss` does.
+    """
+    at = batch.kept.nonzero().squeeze(-1)
+    is_taught_n = batch.taught[at]
+    needs_distribution = objective.has_kd and objective.distribution_support is not None
+
+    def value(logprobs_CV: torch.Tensor, part: slice) -> torch.Tensor:
+        if teacher is None:
+            raise ValueError("this objective needs the teacher's distribution")
+        places = at[part]
+        return distribution_value(
+            objective,
+            logprobs_CV,
+            teacher.at(places),
+            taught_N=is_taught_n[part],
+            places_N=places,
+        )
+
+    student_n, distribution_n = token_logprobs(
+        hidden_NH[at],
+        head,
+        ids_N[at],
+        temperature=temperature,
+        chunk=chunk,
+        extra=value if needs_distribution else None,
+    )
+    student_N, distribution_N = (
+        None if found_n is None else found_n.new_zeros(len(ids_N)).index_put((at,), found_n)
+        for found_n in (student_n, distribution_n)
+    )
+    assert student_N is not None
+    return token_loss(objective, batch, student_N, distribution_N)
