@@ -371,6 +371,8 @@ def plan(
         _print_json({"run": project.run.name, "steps": steps, "unresolved": unresolved})
         return
     lines = plan_lines(project.run.name, states, horizon=_horizon(project.recipe), paint=painter(sys.stdout))
+    if project.recipe.train.objective.has_kd:
+        lines += _kept_bytes(project.recipe)
     lines += [f"unresolved until the first run fetches and pins it: {inert(name)}" for name in unresolved]
     print("\n".join(lines))  # noqa: T201
 
@@ -384,6 +386,27 @@ def _horizon(recipe: "Recipe") -> str:
     return ends + (
         "" if optimizer.schedule_rounds else "; other `rounds` would train anew (set schedule_rounds)"
     )
+
+
+def _kept_bytes(recipe: "Recipe") -> list[str]:
+    """What teacher-score stores for a completion token, and what the other choices would take."""
+    keep = recipe.keep
+    origin = recipe.student if recipe.teacher.self_ else recipe.teacher
+    width = origin.scratch.hidden_size if origin.scratch else None
+    ids = keep.teacher_top_k + keep.student_top_k or 64
+    support = 8 + ids * (6 if recipe.teacher_score.logprobs == "float16" else 8)
+    choices = {
+        "the sampled token": "4",
+        f"{ids} ids and a tail": str(support),
+        "its hidden state": str(4 + 4 * width) if width else "4 + hidden size x 2 or 4",
+    }
+    names = list(choices)
+    chosen = names[2] if keep.hidden else names[1] if keep.teacher_top_k or keep.student_top_k else names[0]
+    others = ", ".join(f"{name} {size}" for name, size in choices.items() if name != chosen)
+    return [
+        f"kept of the teacher for each token: {chosen}, {choices[chosen]} bytes",
+        f"  the other choices: {others}",
+    ]
 
 
 def _state_json(state: "State") -> dict[str, Any]:

@@ -211,7 +211,24 @@ def test_plan_tells_rounds_that_are_alike_in_one_line(world: dict[str, Any], tmp
 
 def test_plan_says_where_a_schedule_ends(world: dict[str, Any]) -> None:
     shown = on(world, "plan", "--set", "train.optimizer.schedule=linear").stdout
-    assert "the linear schedule ends after round 2" in shown.splitlines()[-1]
+    assert "\nthe linear schedule ends after round 2" in shown
+
+
+@pytest.mark.parametrize(
+    ("kd", "line"),
+    [
+        ("rkl", "the sampled token, 4 bytes"),
+        ("{term: jsd, support: {teacher_top_k: 8}}", "8 ids and a tail, 72 bytes"),
+        ("{term: jsd, support: {union_top_k: 8}}", "16 ids and a tail, 136 bytes"),
+        ("{term: jsd, support: vocabulary}", "its hidden state, 132 bytes"),
+    ],
+)
+def test_plan_says_how_much_is_kept_of_the_teacher(world: dict[str, Any], kd: str, line: str) -> None:
+    lines = on(world, "plan", "--set", f"train.objective.kd={kd}").stdout.splitlines()
+    [at] = [number for number, text in enumerate(lines) if text.startswith("kept of the teacher")]
+    assert lines[at] == f"kept of the teacher for each token: {line}"
+    assert lines[at + 1].startswith("  the other choices: ")
+    assert max(map(len, lines[at : at + 2])) <= 100
 
 
 def test_plan_and_check_write_nothing(world: dict[str, Any], tmp_path: Path) -> None:
