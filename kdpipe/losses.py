@@ -52,15 +52,15 @@ def kl(first_NS: Tensor, second_NS: Tensor) -> Tensor:
     return (first.exp() * (first - second)).sum(dim=-1)
 
 
-def mixture(teacher_NS: Tensor, student_NS: Tensor, teacher_share: float) -> Tensor:
-    """Log of `share * P + (1 - share) * S`, [N, S]; the share is in [0, 1)."""
-    if teacher_share == 0:
-        return student_NS
+def mixture(first_NS: Tensor, second_NS: Tensor, first_share: float) -> Tensor:
+    """Log of `share * first + (1 - share) * second`, [N, S]; the share is in [0, 1)."""
+    if first_share == 0:
+        return second_NS
     # logaddexp(-inf, -inf) has nan gradients; where neither has mass, no KL to the mixture looks at it.
-    is_zero = (student_NS == -math.inf) & (teacher_NS == -math.inf)
+    is_zero = (first_NS == -math.inf) & (second_NS == -math.inf)
     return torch.logaddexp(
-        math.log(teacher_share) + teacher_NS,
-        math.log1p(-teacher_share) + student_NS.masked_fill(is_zero, 0),
+        math.log(first_share) + first_NS,
+        math.log1p(-first_share) + second_NS.masked_fill(is_zero, 0),
     )
 
 
@@ -85,9 +85,7 @@ def skew_kl(student_NS: Tensor, teacher_NS: Tensor, alpha: float) -> Tensor:
 
 def skew_rkl(student_NS: Tensor, teacher_NS: Tensor, alpha: float) -> Tensor:
     """`KL(S‖alpha * S + (1 - alpha) * P)` of each row in nats, [N], in [0, -log alpha]; S carries the gradient."""
-    if alpha == 0:
-        return kl(student_NS, teacher_NS)
-    return kl(student_NS, mixture(teacher_NS, student_NS, 1 - alpha))
+    return kl(student_NS, mixture(student_NS, teacher_NS, alpha))
 
 
 def infinite_points(first_NS: Tensor, second_NS: Tensor) -> Tensor:

@@ -500,4 +500,5 @@ def _require_finite(at: Tensor, values: Mapping[str, Tensor]) -> None:
         is_finite = torch.isfinite(tensor)
         if not bool(is_finite.all()):
             row = int((~is_finite).nonzero()[0])
-            raise NonFiniteError(int(at[row]), f"{name} is {float(tensor[row])}, expected a finite number")
+            found = float(tensor[row].detach())
+            raise NonFiniteError(int(at[row]), f"{name} is {found}, expected a finite number")

@@ -10,6 +10,11 @@ from kdpipe import losses
 
 INF = math.inf
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
+ALPHAS = [0.0, 0.1, 0.6]
+DIVERGENCES = [("jsd", beta) for beta in BETAS] + [
+    (name, alpha) for name in ("skew_kl", "skew_rkl") for alpha in ALPHAS
+]
+every_divergence = pytest.mark.parametrize(("name", "share"), DIVERGENCES)
 
 
 def random_logprobs(seed: int, *shape: int) -> Tensor:
@@ -21,14 +26,31 @@ def logs(*probabilities: float) -> Tensor:
     return torch.tensor([probabilities], dtype=torch.float64).log()
 
 
-def naive_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+def divergence(name: str, student: Tensor, teacher: Tensor, share: float) -> Tensor:
+    return {"jsd": losses.jsd, "skew_kl": losses.skew_kl, "skew_rkl": losses.skew_rkl}[name](
+        student, teacher, share
+    )
+
+
+def naive(name: str, student: Tensor, teacher: Tensor, share: float) -> Tensor:
+    """The definition, in probabilities."""
+
+    def kl(first: Tensor, second: Tensor) -> Tensor:
+        return (first * (first / second).log()).sum(-1)
+
     s, p = student.exp(), teacher.exp()
-    if beta == 0:
-        return (p * (p / s).log()).sum(-1)
-    if beta == 1:
-        return (s * (s / p).log()).sum(-1)
-    m = beta * p + (1 - beta) * s
-    return beta * (p * (p / m).log()).sum(-1) + (1 - beta) * (s * (s / m).log()).sum(-1)
+    match name:
+        case "jsd" if share == 0:
+            return kl(p, s)
+        case "jsd" if share == 1:
+            return kl(s, p)
+        case "jsd":
+            m = share * p + (1 - share) * s
+            return share * kl(p, m) + (1 - share) * kl(s, m)
+        case "skew_kl":
+            return kl(p, share * p + (1 - share) * s)
+        case _:
+            return kl(s, share * s + (1 - share) * p)
 
 
 def top(teacher: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,10 +59,17 @@ def top(teacher: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return ids[:, :k], values[:, :k], values[:, k:].logsumexp(-1)
 
 
-def topk_jsd(student: Tensor, teacher: Tensor, k: int, beta: float) -> Tensor:
+def on_top(name: str, student: Tensor, teacher: Tensor, share: float, *, k: int) -> Tensor:
+    """The divergence on the teacher's top k and a tail."""
     ids, values, tail = top(teacher, k)
-    support = losses.teacher_support(values, tail)
-    return losses.jsd(losses.student_support(student, ids), support, beta)
+    return divergence(name, losses.student_support(student, ids), losses.teacher_support(values, tail), share)
+
+
+def assert_same(found: Tensor, expected: Tensor, leaf: Tensor, *, tolerance: float = 1e-14) -> None:
+    """Equal values, and equal gradients to the leaf."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    one, other = (torch.autograd.grad(value.sum(), leaf, retain_graph=True)[0] for value in (found, expected))
+    torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
 
 
 # ----------------------------------------------------------------------------------------------- support
@@ -59,23 +88,23 @@ def test_a_support_of_the_whole_vocabulary_has_an_empty_tail() -> None:
     assert (losses.teacher_support(values, tail)[:, 5] == -INF).all()
 
 
-def test_padding_of_a_support_changes_neither_value_nor_gradient() -> None:
+@every_divergence
+def test_padding_of_a_support_changes_neither_value_nor_gradient(name: str, share: float) -> None:
     logits = random_logprobs(2, 4, 6).requires_grad_()
-    student, teacher = logits.log_softmax(-1), random_logprobs(3, 4, 6)
-    ids, values, tail = top(teacher, 3)
+    student = logits.log_softmax(-1)
+    ids, values, tail = top(random_logprobs(3, 4, 6), 3)
     pad = torch.full((4, 2), -1)
-    for beta in BETAS:
-        plain = losses.jsd(losses.student_support(student, ids), losses.teacher_support(values, tail), beta)
-        padded = losses.jsd(
-            losses.student_support(student, torch.cat([ids, pad], dim=-1)),
-            losses.teacher_support(torch.cat([values, torch.full((4, 2), -INF)], dim=-1), tail),
-            beta,
-        )
-        torch.testing.assert_close(padded, plain, rtol=0, atol=1e-14)
-        found, expected = (
-            torch.autograd.grad(value.sum(), logits, retain_graph=True)[0] for value in (padded, plain)
-        )
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    nothing = torch.full((4, 2), -INF)
+    padded = divergence(
+        name,
+        losses.student_support(student, torch.cat([ids, pad], dim=-1)),
+        losses.teacher_support(torch.cat([values, nothing], dim=-1), tail),
+        share,
+    )
+    plain = divergence(
+        name, losses.student_support(student, ids), losses.teacher_support(values, tail), share
+    )
+    assert_same(padded, plain, logits)
 
 
 def test_the_tail_keeps_its_digits_where_the_top_k_hold_nearly_everything() -> None:
@@ -94,21 +123,15 @@ def test_a_tail_without_mass_is_minus_infinity_with_finite_gradients() -> None:
     assert logits.grad.isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------------- jsd
+# ------------------------------------------------------------------------------------------ divergences
 
 
-@pytest.mark.parametrize("beta", BETAS)
-def test_jsd_equals_the_naive_formula_in_value_and_gradient(beta: float) -> None:
-    logits = random_logprobs(2, 6, 7).requires_grad_()
-    teacher = random_logprobs(3, 6, 7)
-    value, expected = (
-        losses.jsd(logits.log_softmax(-1), teacher, beta),
-        naive_jsd(logits.log_softmax(-1), teacher, beta),
-    )
-    torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
-    (grad,) = torch.autograd.grad(value.sum(), logits)
-    (expected_grad,) = torch.autograd.grad(expected.sum(), logits)
-    torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12)
+@every_divergence
+def test_a_divergence_is_its_definition_in_value_and_gradient(name: str, share: float) -> None:
+    logits, teacher = random_logprobs(2, 6, 7).requires_grad_(), random_logprobs(3, 6, 7)
+    student = logits.log_softmax(-1)
+    found, expected = (of(name, student, teacher, share) for of in (divergence, naive))
+    assert_same(found, expected, logits, tolerance=1e-12)
 
 
 def test_jsd_weighs_the_teacher_with_beta() -> None:
@@ -139,6 +162,35 @@ def test_jsd_lies_between_0_and_the_entropy_of_beta_which_disjoint_distributions
     assert losses.jsd(logs(1.0, 0.0), logs(0.0, 1.0), beta).item() == pytest.approx(entropy, abs=1e-14)
 
 
+@pytest.mark.parametrize("alpha", [0.05, 0.5, 0.95])
+@pytest.mark.parametrize("name", ["skew_kl", "skew_rkl"])
+def test_a_skewed_kl_lies_between_0_and_minus_log_alpha_which_disjoint_distributions_reach(
+    name: str, alpha: float
+) -> None:
+    student, teacher = ((9 * random_logprobs(seed, 200, 4)).log_softmax(-1) for seed in (6, 7))
+    values = divergence(name, student, teacher, alpha)
+    assert (values >= -1e-12).all()
+    assert (values <= -math.log(alpha) + 1e-12).all()
+    reached = divergence(name, logs(1.0, 0.0), logs(0.0, 1.0), alpha)
+    assert reached.item() == pytest.approx(-math.log(alpha), abs=1e-14)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_jsd_is_the_weighted_sum_of_the_two_skewed_kls(beta: float) -> None:
+    student, teacher = random_logprobs(4, 50, 9), random_logprobs(5, 50, 9)
+    parts = beta * losses.skew_kl(student, teacher, beta) + (1 - beta) * losses.skew_rkl(
+        student, teacher, 1 - beta
+    )
+    torch.testing.assert_close(losses.jsd(student, teacher, beta), parts, rtol=0, atol=1e-12)
+
+
+def test_shares_too_small_for_a_difference_from_1_are_the_limit() -> None:
+    student, teacher = random_logprobs(4, 50, 9), random_logprobs(5, 50, 9)
+    for name, tiny in (("jsd", 1e-300), ("skew_kl", 1e-17), ("skew_rkl", 1e-17)):
+        limit = torch.zeros(50, dtype=torch.float64) if name == "jsd" else naive(name, student, teacher, 0.0)
+        torch.testing.assert_close(divergence(name, student, teacher, tiny), limit, rtol=0, atol=1e-12)
+
+
 def test_jsd_at_0_and_1_is_the_limit_of_jsd_over_beta_not_the_formula() -> None:
     student, teacher = random_logprobs(8, 20, 5), random_logprobs(9, 20, 5)
     for end, other in ((0.0, 1e-6), (1.0, 1 - 1e-6)):
@@ -148,77 +200,74 @@ def test_jsd_at_0_and_1_is_the_limit_of_jsd_over_beta_not_the_formula() -> None:
     torch.testing.assert_close(losses.jsd(student, teacher, 1), losses.kl(student, teacher), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("beta", BETAS)
-def test_jsd_on_the_whole_vocabulary_does_not_depend_on_the_order_of_ids(beta: float) -> None:
-    student, teacher = random_logprobs(10, 30, 8), random_logprobs(11, 30, 8)
-    torch.testing.assert_close(
-        topk_jsd(student, teacher, 8, beta), losses.jsd(student, teacher, beta), rtol=0, atol=1e-12
-    )
+@every_divergence
+def test_a_support_of_the_whole_vocabulary_is_no_support_at_all(name: str, share: float) -> None:
+    logits, teacher = random_logprobs(10, 30, 8).requires_grad_(), random_logprobs(11, 30, 8)
+    student = logits.log_softmax(-1)
+    found = on_top(name, student, teacher, share, k=8)
+    assert_same(found, divergence(name, student, teacher, share), logits, tolerance=1e-12)
 
 
-@pytest.mark.parametrize("beta", BETAS)
-def test_jsd_grows_with_the_support_from_0_to_the_full_value(beta: float) -> None:
+@every_divergence
+def test_a_divergence_grows_with_the_support_from_0_to_the_full_value(name: str, share: float) -> None:
     student, teacher = random_logprobs(12, 100, 8), random_logprobs(13, 100, 8)
-    previous = torch.zeros(100, dtype=torch.float64)
-    for k in range(1, 9):
-        current = topk_jsd(student, teacher, k, beta)
-        assert (current >= previous - 1e-12).all(), k
-        previous = current
-    torch.testing.assert_close(previous, losses.jsd(student, teacher, beta), rtol=0, atol=1e-12)
+    values = [on_top(name, student, teacher, share, k=k) for k in range(1, 9)]
+    for smaller, larger in zip([torch.zeros(100, dtype=torch.float64), *values], values, strict=False):
+        assert (larger >= smaller - 1e-12).all()
+    torch.testing.assert_close(values[-1], divergence(name, student, teacher, share), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("beta", BETAS)
+@every_divergence
 @pytest.mark.parametrize("k", [1, 3, 6])
-def test_jsd_has_no_gradient_where_teacher_and_student_agree(beta: float, k: int) -> None:
+def test_a_divergence_has_no_gradient_where_teacher_and_student_agree(
+    name: str, share: float, k: int
+) -> None:
     logits = random_logprobs(14, 10, 6).requires_grad_()
     student = logits.log_softmax(-1)
-    value = topk_jsd(student, student.detach(), k, beta)
+    value = on_top(name, student, student.detach(), share, k=k)
     (grad,) = torch.autograd.grad(value.sum(), logits)
     assert value.abs().max() < 1e-12
     assert grad.abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("beta", BETAS)
-def test_ids_and_tails_without_mass_on_both_sides_are_harmless(beta: float) -> None:
+@every_divergence
+def test_ids_and_tails_without_mass_on_both_sides_are_harmless(name: str, share: float) -> None:
     logits = torch.tensor([[0.3, -0.2, 1.0, -INF]], dtype=torch.float64, requires_grad=True)
-    teacher = logs(0.5, 0.3, 0.2, 0.0)
-    with_zero = losses.jsd(logits.log_softmax(-1), teacher, beta)
-    without = losses.jsd(logits[:, :3].log_softmax(-1), teacher[:, :3], beta)
-    torch.testing.assert_close(with_zero, without, rtol=0, atol=1e-14)
-    (grad,) = torch.autograd.grad(with_zero.sum(), logits)
-    (expected,) = torch.autograd.grad(without.sum(), logits)
-    torch.testing.assert_close(grad, expected, rtol=0, atol=1e-14)
-    # the same zero as a tail bucket
-    tail = losses.student_support(logits.log_softmax(-1), torch.tensor([[0, 1, 2]]))
-    in_tail = losses.jsd(tail, teacher, beta)
-    (grad,) = torch.autograd.grad(in_tail.sum(), logits)
-    torch.testing.assert_close(in_tail, without, rtol=0, atol=1e-14)
-    torch.testing.assert_close(grad, expected, rtol=0, atol=1e-14)
+    student, teacher = logits.log_softmax(-1), logs(0.5, 0.3, 0.2, 0.0)
+    without = divergence(name, logits[:, :3].log_softmax(-1), teacher[:, :3], share)
+    assert_same(divergence(name, student, teacher, share), without, logits)
+    as_a_tail = losses.student_support(student, torch.tensor([[0, 1, 2]]))
+    assert_same(divergence(name, as_a_tail, teacher, share), without, logits)
 
 
-@pytest.mark.parametrize(("beta", "is_infinite"), [(0.0, False), (0.5, False), (1.0, True)])
-def test_a_teacher_zero_under_student_mass_is_infinite_for_reverse_kl_only(
-    beta: float, is_infinite: bool
-) -> None:
+REVERSE = {("jsd", 1.0), ("skew_rkl", 0.0)}
+FORWARD = {("jsd", 0.0), ("skew_kl", 0.0)}
+
+
+@every_divergence
+def test_a_teacher_zero_under_student_mass_is_infinite_for_reverse_kl_only(name: str, share: float) -> None:
     logits = torch.tensor([[0.3, -0.2]], dtype=torch.float64, requires_grad=True)
     student, teacher = logits.log_softmax(-1), logs(1.0, 0.0)
-    value = losses.jsd(student, teacher, beta)
-    assert bool(value.isinf()) is is_infinite
+    value = divergence(name, student, teacher, share)
+    assert bool(value.isinf()) is ((name, share) in REVERSE)
     assert losses.infinite_points(student.detach(), teacher).tolist() == [[False, True]]
-    if not is_infinite:
+    assert not losses.infinite_points(teacher, student.detach()).any()
+    if (name, share) not in REVERSE:
         (grad,) = torch.autograd.grad(value.sum(), logits)
         assert grad.isfinite().all()
 
 
-def test_a_student_zero_under_teacher_mass_is_infinite_for_forward_kl_only() -> None:
-    student, teacher = logs(1.0, 0.0), logs(0.4, 0.6)
-    assert [bool(losses.jsd(student, teacher, beta).isinf()) for beta in (0.0, 0.5, 1.0)] == [
-        True,
-        False,
-        False,
-    ]
-    assert losses.infinite_points(teacher, student).tolist() == [[False, True]]
-    assert not losses.infinite_points(student, teacher).any()
+@every_divergence
+def test_a_student_zero_under_teacher_mass_is_infinite_for_forward_kl_only(name: str, share: float) -> None:
+    logits = torch.tensor([[0.3, -INF]], dtype=torch.float64, requires_grad=True)
+    student, teacher = logits.log_softmax(-1), logs(0.4, 0.6)
+    value = divergence(name, student, teacher, share)
+    assert bool(value.isinf()) is ((name, share) in FORWARD)
+    assert losses.infinite_points(teacher, student.detach()).tolist() == [[False, True]]
+    assert not losses.infinite_points(student.detach(), teacher).any()
+    if (name, share) not in FORWARD:
+        (grad,) = torch.autograd.grad(value.sum(), logits)
+        assert grad.isfinite().all()
 
 
 # -------------------------------------------------------------------------------- sampled-token terms
