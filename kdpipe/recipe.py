@@ -117,7 +117,7 @@ class Sft(Section):
     steps: Count
     batch: Count = 32
     problems: Count | None = None
-    optimizer: SftOptimizer = SftOptimizer()
+    optimizer: SftOptimizer = SftOptimizer.model_construct()
     seed: Seed | None = None
 
 
@@ -252,7 +252,7 @@ class Support(Section):
 
 
 AnySupport = Literal["vocabulary"] | Support
-DEFAULT_SUPPORT = Support(teacher_top_k=64)
+DEFAULT_SUPPORT = Support.model_construct(teacher_top_k=64)
 
 
 class RatioControl(Section):
@@ -280,8 +280,8 @@ class RatioControl(Section):
 class DecoupledControl(Section):
     """Two weights whose product is w: `update` acts on exp(s - p), `behaviour` on exp(p - b)."""
 
-    update: RatioControl = RatioControl()
-    behaviour: RatioControl = RatioControl()
+    update: RatioControl = RatioControl.model_construct()
+    behaviour: RatioControl = RatioControl.model_construct()
 
     @model_validator(mode="after")
     def _controls_fit(self) -> "DecoupledControl":
@@ -299,7 +299,7 @@ class SampledTerm(Section):
     signal: its mean over the other completions of the step, or of the group.
     """
 
-    ratio: RatioControl = RatioControl()
+    ratio: RatioControl = RatioControl.model_construct()
     decoupled: DecoupledControl | None = None
     baseline: Literal["none", "step", "group", "exact"] = "none"
 
@@ -420,11 +420,11 @@ class Objective(Section):
     """
 
     kind: Literal["kd", "grpo", "kdrl", "srpo", "then"] = "kd"
-    kd: KdTerm = RklTerm(term="rkl")
+    kd: KdTerm = RklTerm.model_construct(term="rkl")
     kd_rounds: Count | None = None
     rl_weight: Annotated[float, Field(ge=0)] = 1.0
     distill_weight: Annotated[float, Field(ge=0)] = 1.0
-    distill_schedule: DistillSchedule = DistillSchedule()
+    distill_schedule: DistillSchedule = DistillSchedule.model_construct()
     mask: Literal["none", "wrong", "all_wrong_groups"] = "none"
     reward_scaling: Positive = 1.0
     reward_bias: float = 0.0
@@ -434,7 +434,7 @@ class Objective(Section):
     clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
     clip_high: Positive = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = None
-    behaviour: BehaviourControl = BehaviourControl()
+    behaviour: BehaviourControl = BehaviourControl.model_construct()
     normalization: Literal["token", "sequence", "fixed"] = "token"
     fixed_length: Count | None = None
     truncated: Literal["keep", "drop", "no_reward"] = "keep"
@@ -485,7 +485,7 @@ class Objective(Section):
         if self.mask != "none" and self.kind != "kdrl":
             raise ValueError("mask goes with kind: kdrl")
         if self.kind == "srpo":
-            plain = RklTerm(term="rkl")
+            plain = RklTerm.model_construct(term="rkl")
             if self.kd != plain:
                 raise ValueError(
                     "srpo takes kd: rkl without further settings: its signal goes through the RL loss"
@@ -503,8 +503,8 @@ class Objective(Section):
 class TrainSection(Section):
     """How a round's rows become optimizer steps: `epochs` passes of `minibatches` steps each."""
 
-    objective: Objective = Objective()
-    optimizer: Optimizer = Optimizer()
+    objective: Objective = Objective.model_construct()
+    optimizer: Optimizer = Optimizer.model_construct()
     minibatches: Count = 1
     epochs: Count = 1
     seed: Seed | None = None
@@ -551,7 +551,7 @@ class Runtime(Section):
     part_rows: Annotated[int, Field(ge=1, le=512)] = 64
     checkpoint_steps: Count = 100
     gradient_checkpointing: bool = False
-    keep: Keep = Keep()
+    keep: Keep = Keep.model_construct()
     allow_weak_teacher: bool = False
 
 
@@ -577,12 +577,12 @@ class Recipe(Section):
     task: Task
     student: Student
     teachers: Annotated[list[Teacher], Field(min_length=1, max_length=1)]
-    rollout: RolloutSection = RolloutSection()
-    teacher_score: TeacherScoreSection = TeacherScoreSection()
-    train: TrainSection = TrainSection()
-    evaluate: EvaluateSection = EvaluateSection()
-    tracking: Tracking = Tracking()
-    runtime: Runtime = Runtime()
+    rollout: RolloutSection = RolloutSection.model_construct()
+    teacher_score: TeacherScoreSection = TeacherScoreSection.model_construct()
+    train: TrainSection = TrainSection.model_construct()
+    evaluate: EvaluateSection = EvaluateSection.model_construct()
+    tracking: Tracking = Tracking.model_construct()
+    runtime: Runtime = Runtime.model_construct()
 
     @property
     def teacher(self) -> "Teacher":

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -458,7 +457,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         ) from None
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+        write_json(holder, {"pid": os.getpid(), "host": os.uname().nodename, "since": since})
         yield
     finally:
         holder.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Losses against closed forms and naive formulas, in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -273,24 +274,37 @@ def test_a_student_zero_under_teacher_mass_is_infinite_for_forward_kl_only(name:
 # -------------------------------------------------------------------------------- sampled-token terms
 
 
-def test_k2_and_rkl_have_the_same_gradient_for_every_sample() -> None:
+SAMPLED = [
+    (losses.k2, lambda d: d, lambda d: 0.5 * d**2),
+    (losses.k3, torch.expm1, lambda d: d.exp() - 1 - d),
+]
+
+
+@pytest.mark.parametrize(("term", "signal", "value"), SAMPLED)
+def test_k2_and_k3_have_the_gradient_of_the_surrogate_with_their_own_signal(
+    term: Any, signal: Any, value: Any
+) -> None:
     generator = torch.Generator().manual_seed(15)
     student = torch.randn(100, generator=generator, dtype=torch.float64).requires_grad_()
     teacher, weight = torch.randn(2, 100, generator=generator, dtype=torch.float64)
-    (first,) = torch.autograd.grad(losses.k2(student, teacher, weight).sum(), student)
-    signal = teacher - student.detach()
-    (second,) = torch.autograd.grad(losses.rkl_surrogate(student, signal, weight).sum(), student)
+    difference = teacher - student.detach()
+    found = term(student, teacher, weight)
+    torch.testing.assert_close(found.detach(), weight * value(difference), rtol=0, atol=1e-12)
+    (first,) = torch.autograd.grad(found.sum(), student)
+    surrogate = losses.rkl_surrogate(student, signal(difference), weight)
+    (second,) = torch.autograd.grad(surrogate.sum(), student)
     torch.testing.assert_close(first, second, rtol=0, atol=1e-12)
-    torch.testing.assert_close(first, weight * (student - teacher).detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(first, -weight * signal(difference), rtol=0, atol=1e-12)
 
 
-def test_signal_and_weight_are_detached() -> None:
+def test_signal_weight_and_teacher_are_detached() -> None:
     student = torch.tensor([-1.0, -2.0], dtype=torch.float64, requires_grad=True)
     loss = losses.rkl_surrogate(student, student * 3, student.exp())
     (grad,) = torch.autograd.grad(loss.sum(), student)
     torch.testing.assert_close(grad, -(student * 3 * student.exp()).detach())
-    (grad,) = torch.autograd.grad(losses.k2(student, student * 3, student.exp()).sum(), student)
-    torch.testing.assert_close(grad, (student.exp() * (student - 3 * student)).detach())
+    for term, signal, _ in SAMPLED:
+        (grad,) = torch.autograd.grad(term(student, student * 3, student.exp()).sum(), student)
+        torch.testing.assert_close(grad, (-student.exp() * signal(2 * student)).detach())
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
