@@ -1,4 +1,4 @@
-"""The Jensen-Shannon loss against TRL's, which runs in an environment of its own (see `.ci/run`)."""
+"""The Jensen-Shannon loss against TRL's, which runs in an environment of its own: KDPIPE_TRL_PYTHON names its interpreter."""
 
 from __future__ import annotations
 
