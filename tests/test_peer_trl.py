@@ -1,4 +1,4 @@
-"""The Jensen-Shannon loss against TRL's, which runs in an environment of its own: KDPIPE_TRL_PYTHON names its interpreter."""
+"""The Jensen-Shannon loss against TRL's, in an environment of its own whose interpreter KDPIPE_TRL_PYTHON names."""
 
 from __future__ import annotations
 
