@@ -360,6 +360,7 @@ def test_ratio_weights_are_their_table() -> None:
         (5.0, -2.0, 3.0, 6.0, 0.0, True),  # dual clip: at most 3 |A|
         (2.0, -2.0, 3.0, 4.0, 4.0, False),
         (5.0, 2.0, 3.0, -2.6, 0.0, True),  # dual clip leaves good tokens alone
+        (1.2, 2.0, 1.1, -2.4, -2.4, False),  # even where it is tighter than the clip
         (5.0, 0.0, 3.0, 0.0, 0.0, False),
     ],
 )

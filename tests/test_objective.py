@@ -313,6 +313,15 @@ def test_rkl_with_gamma_1_has_the_gradient_of_the_sequence_kl(max_tokens: int, b
     assert_equal(expected_gradient(settings, max_tokens, student, teacher), gradient(sequence_kl, student))
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_rkl_below_gamma_1_has_another_gradient_than_the_sequence_kl(gamma: float) -> None:
+    one, other = (
+        expected_gradient(objective(kd={"term": "rkl", "gamma": value}), 2, policy(4), policy(5))
+        for value in (1.0, gamma)
+    )
+    assert (one - other).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.8, 1.0])
 def test_rkl_discounts_the_future_of_its_own_completion_by_its_formula(gamma: float) -> None:
     settings = objective(kd={"term": "rkl", "gamma": gamma})
