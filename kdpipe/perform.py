@@ -36,6 +36,7 @@ from kdpipe.plan import STUDENT, Input, Step
 from kdpipe.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.pulse import Pulse
 from kdpipe.recipe import Recipe, Runtime, Sft, Student, Teacher
+from kdpipe.routing import check_records
 from kdpipe.rows import Problem
 from kdpipe.stages.evaluate import Against, evaluate
 from kdpipe.stages.rollout import rollout
@@ -106,6 +107,7 @@ class Performer:
             problems = read_problems(
                 recipe.task, Path(request["folder"]), hub_folder=Path(hub) if hub else None
             )
+            check_records(recipe, *problems)
             self._warm = Warm(recipe, device, ModelShelf(device), *problems)
         return self._warm
 

@@ -22,6 +22,9 @@ DEFAULT_INSTRUCTION = (
     "Solve this problem step by step. End with one line that holds only the final number, in the form: #### N"
 )
 
+PROMPT_PIECE = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
+"""What a teacher's prompt holds beside plain text: a literal brace, or the name of a field of the record."""
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -167,8 +170,8 @@ class Student(Section):
 class Teacher(Section):
     """A model that scores: `model`, `scratch` with `sft`, or `self: initial` (the student before round 1).
 
-    `prompt` is the teacher's own prompt text, with {question} and, privileged, {solution}; null means
-    the student's prompt. `temperature` null means the rollout temperature.
+    `prompt` is the teacher's own prompt text, with {question} and, privileged, {solution} or any other field of
+    the record; null means the student's prompt. `temperature` null means the rollout temperature.
     """
 
     name: Annotated[str, Field(pattern=NAME)] = "teacher"
@@ -193,9 +196,20 @@ class Teacher(Section):
             raise ValueError("a teacher that is the student itself has no sft of its own")
         if self.name == "student":
             raise ValueError("a teacher cannot be called 'student'")
-        if self.prompt is not None and "{question}" not in self.prompt:
+        if self.prompt is not None and "question" not in self.prompt_fields:
             raise ValueError("prompt must contain {question}")
         return self
+
+    @property
+    def prompt_fields(self) -> tuple[str, ...]:
+        """The names that the teacher's own prompt is filled in with, in the order of the text."""
+        names = (match[1] for match in PROMPT_PIECE.finditer(self.prompt or ""))
+        return tuple(dict.fromkeys(name for name in names if name))
+
+    @property
+    def is_privileged(self) -> bool:
+        """Whether it is shown more of the record than the question."""
+        return bool({*self.prompt_fields} - {"question"})
 
 
 # -------------------------------------------------------------------------------------------- sections

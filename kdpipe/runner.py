@@ -261,8 +261,7 @@ class _Run:
     def _gate(self) -> None:
         """Stops a run whose teacher is no better than student 0 (method: headroom)."""
         recipe, teacher = self.project.recipe, self.project.recipe.teacher
-        privileged = teacher.prompt is not None and "{solution}" in teacher.prompt
-        if not (recipe.evaluate.teacher and recipe.train.objective.has_kd) or privileged:
+        if not (recipe.evaluate.teacher and recipe.train.objective.has_kd) or teacher.is_privileged:
             return
         if recipe.runtime.allow_weak_teacher or teacher.self_ is not None:
             return

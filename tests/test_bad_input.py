@@ -202,6 +202,22 @@ DATA = {
     "more examples than problems": Bad(
         (*JSONL, "task.few_shot=4"), ("task.few_shot is 4", "train holds 1"), models={"model": "arithmetic"}
     ),
+    "a prompt of a field that records lack": Bad(
+        ("teachers.0.prompt='{question} {hint}'",),
+        (
+            "{hint}",
+            "teacher 'teacher'",
+            "arithmetic/train/0",
+            "operation, question, solution, steps",
+            "{{hint}}",
+        ),
+        command=RUN,
+    ),
+    "a prompt of a field that test records lack": Bad(
+        (*JSONL, "teachers.0.prompt='{question} {hint}'", "train.objective.kind=grpo", "rollout.samples=2"),
+        ("{hint}", "jsonl/test/0", "question, solution"),
+        files={"train.jsonl": lines({**GOOD, "hint": "add"})},
+    ),
     "too few problems to make": Bad(
         ("task.max_operand=5", "task.train_problems=9999"), ("max_operand 5", "9999"), command=RUN
     ),

@@ -44,6 +44,7 @@ LEVELS = {
     "tasks.gsm8k": 2.2,
     "tasks": 2.3,
     "prompting": 2.4,
+    "routing": 2.5,
     "sampling": 2.1,
     "forward": 2.1,
     "checkpoints": 2.2,
