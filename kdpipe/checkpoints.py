@@ -53,6 +53,11 @@ class ModelShelf:
         self.device = device
         self._limit = limit
         self._models: OrderedDict[tuple[str, torch.dtype], PreTrainedModel] = OrderedDict()
+        self._turns: set[str] = set()
+
+    def take_turns(self, digest: str) -> None:
+        """Makes this content one of those of which a single one is held: opening one drops the others before."""
+        self._turns.add(digest)
 
     def put(self, digest: str, dtype: torch.dtype, model: PreTrainedModel) -> None:
         """Makes `model` what `get` returns for this content."""
@@ -66,9 +71,12 @@ class ModelShelf:
         dtype, _ = resolve_dtype(source.dtype, self.device)
         model = self._models.get((source.digest, dtype))
         if model is None:
+            if source.digest in self._turns:
+                for digest in self._turns:
+                    self.drop(digest)
             model = open_model(
                 source.folder, dtype=dtype, device=self.device, trust_remote_code=source.trust_remote_code
-            )
+            ).requires_grad_(False)  # engines sample and score; whoever trains opens a model of its own
             self.put(source.digest, dtype, model)
         self._models.move_to_end((source.digest, dtype))
         return model.eval()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,21 +32,22 @@ from kdpipe.errors import EngineError, StepError
 from kdpipe.hidden import FILE as HIDDEN_FILE
 from kdpipe.hidden import HiddenFile
 from kdpipe.job import Job, Text, open_text
-from kdpipe.plan import STUDENT, Input, Step
+from kdpipe.plan import STUDENT, Input, Step, teacher_role
 from kdpipe.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.pulse import Pulse
 from kdpipe.recipe import Recipe, Runtime, Sft, Student, Teacher
-from kdpipe.routing import check_records
-from kdpipe.rows import Problem
-from kdpipe.stages.evaluate import Against, evaluate
+from kdpipe.routing import check_records, teaches
+from kdpipe.rows import Problem, Rollout
+from kdpipe.stages.evaluate import Against, evaluate, graded_problems
 from kdpipe.stages.rollout import rollout
 from kdpipe.stages.sft import sft
 from kdpipe.stages.teacher_score import TeacherSide, output_head, teacher_score, teacher_side
-from kdpipe.stages.train import HiddenTeacher, train
+from kdpipe.stages.train import train
 from kdpipe.store import Draft, Entry, Store, append_line
 from kdpipe.tables import read_rollouts, read_scores
 from kdpipe.tasks import read_problems
 from kdpipe.tasks.arithmetic import words
+from kdpipe.teachers import HiddenTeacher, RoundScores, TeacherScores, join_scores
 from kdpipe.trainer import Trainer
 from kdpipe.workers import Message, Report
 
@@ -172,12 +173,12 @@ class _Task:
             case "teacher-score":
                 engine = self._engine(self.recipe.teacher_score.engine)
                 rows = read_rollouts(self._opened("rollout", "rollouts.parquet"))
-                side = self._teacher_side(job)
+                role = self._own_role()
                 teacher_score(
                     job,
                     rollouts=rows,
-                    teacher=side,
-                    source=self._source("teacher"),
+                    teacher=self._teacher_side(job, role),
+                    source=self._source(role),
                     engine=engine,
                     student=self._source(STUDENT) if self.recipe.keep.student_top_k else None,
                 )
@@ -190,9 +191,9 @@ class _Task:
     # the stages that need more than a line
 
     def _sft(self, job: Job) -> Trainer:
-        model: Student | Teacher = (
-            self.recipe.student if self.step.subject == STUDENT else self.recipe.teacher
-        )
+        model = self._settings(self._own_role())
+        if isinstance(model, Teacher):
+            job = replace(job, train=[problem for problem in job.train if teaches(model, problem)])
         resumed = job.draft.checkpoint()
         folder = self._base_folder(self.step.subject)
         dtype, _ = resolve_dtype(model.dtype, self.warm.device)
@@ -219,10 +220,7 @@ class _Task:
 
     def _train(self, job: Job) -> Trainer:
         rows = read_rollouts(self._opened("rollout", "rollouts.parquet"))
-        scores, hidden = None, None
-        if "scores" in self.inputs:
-            scores = read_scores(self._opened("scores", "scores.parquet"))
-            hidden = self._hidden_teacher(job) if self.recipe.keep.hidden else None
+        scores = self._round_scores(job, rows) if self._has_scores() else None
         resumed = job.draft.checkpoint()
         trainer = self._student_trainer(resumed[1] if resumed else None)
         self.warm.shelf.forget(trainer.model)  # its weights are about to change
@@ -235,15 +233,29 @@ class _Task:
             trainer=trainer,
             dtype=dtype,
             resumed=resumed,
-            hidden=hidden,
         )
         return trainer
 
-    def _hidden_teacher(self, job: Job) -> HiddenTeacher:
+    def _has_scores(self) -> bool:
+        return any(role.partition(":")[0] == "scores" for role in self.inputs)
+
+    def _round_scores(self, job: Job, rollouts: list[Rollout]) -> RoundScores:
+        """What every teacher scored, in the order of their names, so that a mixture is summed in one order."""
+        found = []
+        for teacher in sorted(self.recipe.teachers, key=lambda teacher: teacher.name):
+            role = teacher_role(self.recipe, teacher)
+            scored = role.replace("teacher", "scores", 1)
+            rows = read_scores(self._opened(scored, "scores.parquet"))
+            hidden = self._hidden_teacher(job, role, scored) if self.recipe.keep.hidden else None
+            found.append(TeacherScores(teacher.name, rows, hidden))
+        weights = self.recipe.weights if self.recipe.is_mixed else None
+        return join_scores(rollouts, found, weights=weights, round_number=self.step.round)
+
+    def _hidden_teacher(self, job: Job, role: str, scored: str) -> HiddenTeacher:
         """The teacher's kept states with its output head, which is all that is read of its weights."""
-        side = self._teacher_side(job)
-        head = output_head(job, self._source("teacher"), num_ids=side.num_ids)
-        file = HiddenFile(self._opened("scores", HIDDEN_FILE), head_sha256=head_digest(head))
+        side = self._teacher_side(job, role)
+        head = output_head(job, self._source(role), num_ids=side.num_ids)
+        file = HiddenFile(self._opened(scored, HIDDEN_FILE), head_sha256=head_digest(head))
         return HiddenTeacher(file, head, side.temperature)
 
     def _evaluate(self, job: Job) -> None:
@@ -251,15 +263,16 @@ class _Task:
         baseline = None
         if "baseline" in self.inputs:
             baseline = self._opened("baseline", "grades.parquet", "reverse_kl.parquet", folder=True)
-        if self.step.subject == STUDENT:
-            text, source = self._text(STUDENT), self._source(STUDENT)
-            against, prompt = None, text.prompt
+        role = self._own_role()
+        text, source, teacher = self._text(role), self._source(role), None
+        against, prompt = list[Against](), text.prompt
+        if role == STUDENT:
             if self.recipe.evaluate.reverse_kl_problems:
-                against = Against(self._teacher_side(job), self._source("teacher"))
+                roles = [teacher_role(self.recipe, teacher) for teacher in self.recipe.teachers]
+                against = [Against(self._teacher_side(job, role), self._source(role)) for role in roles]
         else:
-            source, against = self._source("teacher"), None
-            side = self._teacher_side(job)
-            text = side.text
+            side = self._teacher_side(job, role)
+            text, teacher = side.text, side.settings
 
             def prompt(problem: Problem) -> list[int]:
                 return side.prompt_ids(problem, self._text(STUDENT).prompt(problem))
@@ -271,6 +284,7 @@ class _Task:
             model=source,
             engine=engine,
             prompt=prompt,
+            problems=graded_problems(job, teacher),
             against=against,
             baseline=baseline,
         )
@@ -302,15 +316,51 @@ class _Task:
         return None if found is None else Path(found)
 
     def _origin(self, role: str) -> tuple[Entry | None, str]:
-        """Where the student's or the teacher's weights are: an entry, or the folder of a named model."""
+        """Where the student's or a teacher's weights are: an entry, or the folder of a named model."""
         if role in self.inputs:
             return self.store.entry(self.inputs[role]), ""
-        teacher = self.recipe.teacher
-        return None, STUDENT if role == STUDENT or teacher.self_ is not None else teacher.name
+        model = self._settings(role)
+        return None, model.name if isinstance(model, Teacher) and model.self_ is None else STUDENT
+
+    def _own_role(self) -> str:
+        """The role of the model that the step is about."""
+        if self.step.subject == STUDENT:
+            return STUDENT
+        teachers = self.recipe.teachers
+        return next(
+            (teacher_role(self.recipe, teacher) for teacher in teachers if teacher.name == self.step.subject),
+            "teacher",
+        )
+
+    def _settings(self, role: str) -> Student | Teacher:
+        """What the recipe says of the student or a teacher."""
+        for teacher in self.recipe.teachers:
+            if role == teacher_role(self.recipe, teacher):
+                return teacher
+        return self.recipe.student
 
     def _source(self, role: str) -> ModelSource:
-        """The student or the teacher as an engine loads it; checks weights that come from the store."""
-        settings = self.recipe.student if role == STUDENT else self.recipe.teacher
+        """The student or a teacher as an engine loads it; checks weights that come from the store."""
+        source = self._found_source(role)
+        if (
+            role != STUDENT
+            and len(self.recipe.teachers) > 1
+            and source.digest != self._weights_digest(STUDENT)
+        ):
+            self.warm.shelf.take_turns(source.digest)
+        return source
+
+    def _weights_digest(self, role: str) -> str | None:
+        """What identifies a model's weights; None for a student from nothing that the step does not open."""
+        entry, name = self._origin(role)
+        if entry is None:
+            found: str | None = self.request["digests"].get(name)
+            return found
+        manifest = entry.manifest()
+        return manifest.payload_digest if manifest else None
+
+    def _found_source(self, role: str) -> ModelSource:
+        settings = self._settings(role)
         entry, name = self._origin(role)
         dtype, trust = settings.dtype, settings.trust_remote_code
         if entry is None:
@@ -325,8 +375,8 @@ class _Task:
         return source
 
     def _text(self, role: str) -> Text:
-        """The text side of the student or the teacher; kept, since a round changes no tokenizer."""
-        settings = self.recipe.student if role == STUDENT else self.recipe.teacher
+        """The text side of the student or a teacher; kept, since a round changes no tokenizer."""
+        settings = self._settings(role)
         entry, name = self._origin(role)
         key = (role, json.dumps(settings.template, sort_keys=True))
         if key not in self.warm.texts:
@@ -340,8 +390,10 @@ class _Task:
             self.warm.texts[key] = self._open_text(folder, template, trust=settings.trust_remote_code)
         return self.warm.texts[key]
 
-    def _teacher_side(self, job: Job) -> TeacherSide:
-        return teacher_side(job, student=self._text(STUDENT), teacher=self._text("teacher"))
+    def _teacher_side(self, job: Job, role: str) -> TeacherSide:
+        settings = self._settings(role)
+        assert isinstance(settings, Teacher)
+        return teacher_side(job, settings, student=self._text(STUDENT), teacher=self._text(role))
 
     def _engine(self, name: Literal["hf", "vllm"]) -> Engine:
         if name not in self.warm.engines:
@@ -412,8 +464,10 @@ class _Task:
         return trainer
 
     def _keep_warm(self, trainer: Trainer, digest: str) -> None:
-        settings = self.recipe.student if self.step.subject in ("", STUDENT) else self.recipe.teacher
+        settings = self.recipe.student if self.step.subject == "" else self._settings(self._own_role())
         dtype, _ = resolve_dtype(settings.dtype, self.warm.device)
+        if self.step.stage == "sft":
+            trainer.model.requires_grad_(False)  # from here on it is only asked
         if dtype == trainer.model.dtype:
             self.warm.shelf.put(digest, dtype, trainer.model)
         if self.step.stage == "train":
@@ -427,6 +481,8 @@ class _Task:
 
     def _write_speed(self, draft: Draft, pulse: Pulse, seconds: float) -> None:
         name = self.step.stage.replace("-", "_")
+        if self.step.stage == "teacher-score" and self.step.subject:  # one of several in the round
+            name += f"/{self.step.subject}"
         draft.metric(f"time/{name}_seconds", seconds)
         if pulse.all_tokens and seconds > 0:
             draft.metric(f"speed/{name}_tokens_per_second", pulse.all_tokens / seconds)

@@ -150,16 +150,18 @@ class _Planner:
 
     def plan(self) -> Plan:
         recipe = self.recipe
-        for name, model in ((STUDENT, recipe.student), (recipe.teacher.name, recipe.teacher)):
+        models: list[tuple[str, Student | Teacher]] = [(STUDENT, recipe.student)]
+        models += [(teacher.name, teacher) for teacher in recipe.teachers]
+        for name, model in models:
             if _has_cold_start(model):
                 self._sft(name, model)
         self._evaluate_student(0)
-        if recipe.evaluate.teacher:
-            self._evaluate_teacher()
+        for teacher in recipe.teachers if recipe.evaluate.teacher else ():
+            self._evaluate_teacher(teacher)
         for number in range(1, recipe.rounds + 1):
             self._rollout(number)
-            if recipe.train.objective.in_round(number).has_kd:
-                self._teacher_score(number)
+            for teacher in recipe.teachers if recipe.train.objective.in_round(number).has_kd else ():
+                self._teacher_score(number, teacher)
             self._train(number)
             if evaluated(recipe, number):
                 self._evaluate_student(number)
@@ -180,6 +182,8 @@ class _Planner:
             f"{where}.template": model.template,
             f"{where}.sft": sft.model_dump(mode="json", exclude={"seed"}) if sft else None,
         }
+        if isinstance(model, Teacher) and model.only is not None:  # a specialist learns what it teaches
+            fields[f"{where}.only"] = _routes(model)
         self._add("sft", 0, name, seed, fields, {})
 
     def _rollout(self, number: int) -> None:
@@ -191,23 +195,24 @@ class _Planner:
         }
         self._add("rollout", number, "", self._seed(section.seed), fields, self._student_model(number - 1))
 
-    def _teacher_score(self, number: int) -> None:
+    def _teacher_score(self, number: int, teacher: Teacher) -> None:
         recipe = self.recipe
-        privileged = recipe.teacher.prompt is not None
+        reads_records = teacher.prompt is not None or teacher.only is not None
         fields: Fields = {
-            **self._teacher_fields(),
-            **(self._task(split="train") if privileged else self._task_settings(headline=False)),
+            **self._teacher_fields(teacher),
+            **(self._task(split="train") if reads_records else self._task_settings(headline=False)),
             "teacher_score.engine": recipe.teacher_score.engine,
             "teacher_score.keep": asdict(recipe.keep),
             "teacher_score.logprobs": recipe.teacher_score.logprobs,
             "rollout.temperature": recipe.rollout.temperature,
             "student.template": recipe.student.template,
         }
-        inputs = {"rollout": Input(f"rollout@{number}", ()), **self._teacher_model()}
+        inputs = {"rollout": Input(f"rollout@{number}", ()), **self._teacher_model(teacher)}
         if recipe.keep.student_top_k:  # the student that sampled chooses ids too
             fields |= self._student_fields(number - 1)
             inputs |= self._student_model(number - 1)
-        self._add("teacher-score", number, "", recipe.seed, fields, inputs)
+        subject = "" if len(recipe.teachers) == 1 else teacher.name
+        self._add("teacher-score", number, subject, recipe.seed, fields, inputs)
 
     def _train(self, number: int) -> None:
         recipe = self.recipe
@@ -229,9 +234,13 @@ class _Planner:
             fields["rollout.max_new_tokens"] = recipe.rollout.max_new_tokens
         inputs = {"rollout": Input(f"rollout@{number}", ()), **self._student_model(number - 1, trainer=True)}
         if objective.has_kd:
-            inputs["scores"] = Input(f"teacher-score@{number}", ())
-            if recipe.keep.hidden:  # its output head turns hidden states into distributions
-                inputs |= self._teacher_model()
+            for teacher in recipe.teachers:
+                role = teacher_role(recipe, teacher)
+                step_id = f"teacher-score{role.removeprefix('teacher')}@{number}"
+                inputs[role.replace("teacher", "scores", 1)] = Input(step_id, ())
+                if recipe.keep.hidden:  # its output head turns hidden states into distributions
+                    inputs |= self._teacher_model(teacher)
+            fields |= self._mixture()
         self._add("train", number, "", self._seed(recipe.train.seed), fields, inputs)
 
     def _evaluate_student(self, number: int) -> None:
@@ -245,23 +254,25 @@ class _Planner:
         inputs = dict(self._student_model(number))
         if section.reverse_kl_problems:
             rollout = recipe.rollout.model_dump(mode="json", exclude={"seed", "prompts", "samples", "engine"})
-            fields.update({**self._teacher_fields(), "rollout": rollout})
-            fields["teacher_score.engine"] = recipe.teacher_score.engine
-            inputs.update(self._teacher_model())
+            fields |= {"rollout": rollout, "teacher_score.engine": recipe.teacher_score.engine}
+            fields |= self._mixture()
+            for teacher in recipe.teachers:
+                fields |= self._teacher_fields(teacher)
+                inputs |= self._teacher_model(teacher)
         if number > 0:
             inputs["baseline"] = Input(f"evaluate:{STUDENT}@0", ())
         self._add("evaluate", number, STUDENT, self._seed(section.seed), fields, inputs)
 
-    def _evaluate_teacher(self) -> None:
+    def _evaluate_teacher(self, teacher: Teacher) -> None:
         recipe = self.recipe
         fields: Fields = {
             **self._task(split="test"),
-            **self._teacher_fields(),
+            **self._teacher_fields(teacher),
             **self._evaluate_settings(),
             "student.template": recipe.student.template,
         }
-        inputs = {**self._teacher_model(), "baseline": Input(f"evaluate:{STUDENT}@0", ())}
-        self._add("evaluate", 0, recipe.teacher.name, self._seed(recipe.evaluate.seed), fields, inputs)
+        inputs = {**self._teacher_model(teacher), "baseline": Input(f"evaluate:{STUDENT}@0", ())}
+        self._add("evaluate", 0, teacher.name, self._seed(recipe.evaluate.seed), fields, inputs)
 
     # What several stages read.
 
@@ -304,23 +315,33 @@ class _Planner:
             return {"student": Input(f"sft:{STUDENT}@0", ("model",))}
         return {}
 
-    def _teacher_model(self) -> dict[str, Input]:
-        teacher = self.recipe.teacher
+    def _teacher_model(self, teacher: Teacher) -> dict[str, Input]:
+        role = teacher_role(self.recipe, teacher)
         if teacher.self_ is not None:
             source = self._student_model(0).get("student")
-            return {"teacher": source} if source else {}
+            return {role: source} if source else {}
         if _has_cold_start(teacher):
-            return {"teacher": Input(f"sft:{teacher.name}@0", ("model",))}
+            return {role: Input(f"sft:{teacher.name}@0", ("model",))}
         return {}
 
-    def _teacher_fields(self) -> Fields:
-        teacher = self.recipe.teacher
+    def _teacher_fields(self, teacher: Teacher) -> Fields:
         identity = self._identity(STUDENT if teacher.self_ is not None else teacher.name)
-        own = {"model", "revision", "scratch", "sft"}
-        return {
-            "teacher": teacher.model_dump(mode="json", by_alias=True, exclude=own),
-            "teacher.model": None if self._teacher_model() else identity,
+        own = {"model", "revision", "scratch", "sft", "only", "weight"}
+        role = teacher_role(self.recipe, teacher)
+        fields: Fields = {
+            role: teacher.model_dump(mode="json", by_alias=True, exclude=own),
+            f"{role}.model": None if self._teacher_model(teacher) else identity,
         }
+        return fields if teacher.only is None else {**fields, f"{role}.only": _routes(teacher)}
+
+    def _mixture(self) -> Fields:
+        """The weights of a mixture, sorted by name as it is summed."""
+        weights = self.recipe.weights
+        return (
+            {"teachers.weights": {name: weights[name] for name in sorted(weights)}}
+            if self.recipe.is_mixed
+            else {}
+        )
 
     def _evaluate_settings(self) -> Fields:
         section, rollout = self.recipe.evaluate, self.recipe.rollout
@@ -350,6 +371,20 @@ class _Planner:
         }
         fingerprint = hashlib.sha256(canonical(document)).hexdigest()
         self.steps[step_id] = Step(step_id, stage, number, subject, seed, inputs, document, fingerprint)
+
+
+def teacher_role(recipe: Recipe, teacher: Teacher) -> str:
+    """What a teacher is called among a step's inputs and fields: `teacher`, or `teacher:NAME` of several."""
+    return "teacher" if len(recipe.teachers) == 1 else f"teacher:{teacher.name}"
+
+
+def _routes(teacher: Teacher) -> JsonValue:
+    """`only` as it is understood: a value is a list of one, and their order means nothing."""
+    routes: dict[str, JsonValue] = {}
+    for name, wanted in (teacher.only or {}).items():
+        values = wanted if isinstance(wanted, list) else [wanted]
+        routes[name] = list[JsonValue](sorted({str(value) for value in values}))
+    return routes
 
 
 def _has_cold_start(model: Student | Teacher) -> bool:

@@ -167,11 +167,16 @@ class Student(Section):
         return self
 
 
+FieldValue = Annotated[str, Field(min_length=1)] | int | float
+
+
 class Teacher(Section):
     """A model that scores: `model`, `scratch` with `sft`, or `self: initial` (the student before round 1).
 
     `prompt` is the teacher's own prompt text, with {question} and, privileged, {solution} or any other field of
-    the record; null means the student's prompt. `temperature` null means the rollout temperature.
+    the record; null means the student's prompt. `temperature` null means the rollout temperature. Of several
+    teachers, each teaches the problems whose record has the values in `only`; without `only` all score every
+    completion and are mixed by `weight`.
     """
 
     name: Annotated[str, Field(pattern=NAME)] = "teacher"
@@ -184,6 +189,13 @@ class Teacher(Section):
     template: dict[str, JsonValue] = {}
     prompt: str | None = None
     temperature: Positive | None = None
+    only: (
+        Annotated[
+            dict[str, FieldValue | Annotated[list[FieldValue], Field(min_length=1)]], Field(min_length=1)
+        ]
+        | None
+    ) = None
+    weight: Positive | None = None
     sft: Sft | None = None
 
     @model_validator(mode="after")
@@ -579,7 +591,7 @@ class Keeping:
 
 
 class Recipe(Section):
-    """One experiment: a task, a student, a teacher, and how the student learns from it.
+    """One experiment: a task, a student, its teachers, and how the student learns from them.
 
     `reproduce` lets an objective run that check-loss fails, to reproduce what others did.
     """
@@ -590,7 +602,7 @@ class Recipe(Section):
     rounds: Count
     task: Task
     student: Student
-    teachers: Annotated[list[Teacher], Field(min_length=1, max_length=1)]
+    teachers: Annotated[list[Teacher], Field(min_length=1)]
     rollout: RolloutSection = RolloutSection.model_construct()
     teacher_score: TeacherScoreSection = TeacherScoreSection.model_construct()
     train: TrainSection = TrainSection.model_construct()
@@ -600,8 +612,24 @@ class Recipe(Section):
 
     @property
     def teacher(self) -> "Teacher":
-        """The teacher."""
+        """The teacher, or the first of several."""
         return self.teachers[0]
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether each problem has one of several teachers."""
+        return len(self.teachers) > 1 and self.teachers[0].only is not None
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether several teachers score every completion."""
+        return len(self.teachers) > 1 and self.teachers[0].only is None
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The share of each teacher in their mixture, by name; they sum to 1."""
+        given = {teacher.name: 1.0 if teacher.weight is None else teacher.weight for teacher in self.teachers}
+        return {name: weight / sum(given.values()) for name, weight in given.items()}
 
     @property
     def keep(self) -> "Keeping":
@@ -613,7 +641,7 @@ class Recipe(Section):
             return Keeping(teacher_top_k=section.keep.top_k)
         if section.keep == "token" or support is None:
             return Keeping()
-        if support == "vocabulary":
+        if support == "vocabulary" or self.is_mixed:  # the top k of a mixture are those of none of its parts
             return Keeping(hidden=True)
         k = support.union_top_k
         return Keeping(
@@ -635,7 +663,7 @@ class Recipe(Section):
             enough = section.keep == "hidden" and (
                 support == "vocabulary" or support.teacher_top_k is not None
             )
-            if isinstance(section.keep, KeepTopK) and support != "vocabulary":
+            if isinstance(section.keep, KeepTopK) and support != "vocabulary" and not self.is_mixed:
                 enough = section.keep.top_k == support.teacher_top_k
             if not enough:
                 raise ValueError(
@@ -645,19 +673,43 @@ class Recipe(Section):
         for ability in needs:
             if ability not in ENGINE_ABILITIES[section.engine]:
                 what = "scores of given ids" if ability == "support" else "hidden states"
-                raise ValueError(
-                    f"teacher_score.engine {section.engine} gives no {what}: use hf, or support: {{teacher_top_k: k}}"
-                )
+                other = "" if self.is_mixed else ", or support: {teacher_top_k: k}"
+                raise ValueError(f"teacher_score.engine {section.engine} gives no {what}: use hf{other}")
         if section.logprobs == "float16" and not (self.keep.teacher_top_k or self.keep.student_top_k):
             raise ValueError("teacher_score.logprobs goes with a top-k support: nothing else is stored by it")
         arithmetic = isinstance(self.task, ArithmeticTask)
-        for where, model in (("student", self.student), (f"teacher {self.teacher.name!r}", self.teacher)):
+        models: list[tuple[str, Student | Teacher]] = [("student", self.student)]
+        models += [(f"teacher {teacher.name!r}", teacher) for teacher in self.teachers]
+        for where, model in models:
             if model.scratch is not None and not arithmetic:
                 raise ValueError(f"{where}: scratch needs a task with its own tokenizer (arithmetic)")
         if objective.has_rl and self.rollout.samples == 1:
             raise ValueError("an RL term needs rollout.samples of 2 or more: a group of one has no advantage")
         if self.train.minibatches > self.rollout.prompts * self.rollout.samples:
             raise ValueError("train.minibatches is larger than the number of completions of a round")
+        return self
+
+    @model_validator(mode="after")
+    def _teachers_agree(self) -> "Recipe":
+        names = [teacher.name for teacher in self.teachers]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two teachers are called {twice!r}: give each a name of its own")
+        routed = [teacher.only is not None for teacher in self.teachers]
+        if len(names) == 1 and routed[0]:
+            raise ValueError("only goes with several teachers: a single one teaches every problem")
+        if any(routed) and not all(routed):
+            lacking = names[routed.index(False)]
+            raise ValueError(
+                f"teacher {lacking!r} has no only, and others have: give it to all teachers or to none"
+            )
+        if not self.is_mixed and any(teacher.weight is not None for teacher in self.teachers):
+            raise ValueError("weight goes with several teachers without only, which are mixed by it")
+        support = self.train.objective.distribution_support
+        if self.is_mixed and isinstance(support, Support) and support.teacher_top_k is None:
+            raise ValueError(
+                "a mixture of teachers is not compared on the student's top k: "
+                "use support: vocabulary or {teacher_top_k: k}, which are then the mixture's"
+            )
         return self
 
 

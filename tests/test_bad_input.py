@@ -29,6 +29,11 @@ JSONL = (
     *SELF,
 )
 GSM8K = ("task={kind: gsm8k, data: ./data, prompt: plain}", "student={model: ./model}", *SELF)
+MIXED = "teachers=[{name: a, self: initial, weight: 3}, {name: b, self: initial}]"
+ROUTED = (
+    "teachers=[{name: a, self: initial, only: {operation: addition}}, "
+    "{name: b, self: initial, only: {operation: subtraction}}]"
+)
 CHECK = ("check", "RECIPE")
 RUN = ("run", "RECIPE")
 PLAN = ("plan", "RECIPE")
@@ -80,7 +85,39 @@ RECIPES = {
     "name holds a newline": Bad(('name="a\\nb"',), ("name", "pattern")),
     "teacher leads out": Bad(("teachers.0.name=../../t",), ("teachers.0.name", "pattern")),
     "teacher is called student": Bad(("teachers.0.name=student",), ("cannot be called 'student'",)),
-    "two teachers": Bad(("teachers=[{self: initial}, {self: initial}]",), ("teachers", "at most 1")),
+    "two teachers of one name": Bad(
+        ("teachers=[{self: initial}, {self: initial}]",),
+        ("two teachers are called 'teacher'", "a name of its own"),
+    ),
+    "only for some teachers": Bad(
+        ("teachers=[{name: a, self: initial, only: {steps: 1}}, {name: b, self: initial}]",),
+        ("teacher 'b' has no only", "to all teachers or to none"),
+    ),
+    "only for a single teacher": Bad(
+        ("teachers=[{self: initial, only: {steps: 1}}]",), ("only goes with several teachers",)
+    ),
+    "only of nothing": Bad(("teachers=[{self: initial, only: {}}]",), ("teachers.0.only", "at least 1")),
+    "a weight for a single teacher": Bad(("teachers.0.weight=2",), ("weight goes with several teachers",)),
+    "a weight for routed teachers": Bad(
+        (ROUTED.replace("initial, only", "initial, weight: 2, only"),),
+        ("weight goes with several teachers without only",),
+    ),
+    "a weight of nothing": Bad((MIXED.replace("weight: 3", "weight: 0"),), ("weight", "greater than 0")),
+    "a mixture on the student's ids": Bad(
+        (MIXED, "train.objective={kd: {term: jsd, support: {union_top_k: 8}}}"),
+        ("a mixture of teachers", "support: vocabulary or {teacher_top_k: k}"),
+    ),
+    "ids kept for a mixture": Bad(
+        (
+            MIXED,
+            "train.objective={kd: {term: jsd, support: {teacher_top_k: 8}}}",
+            "teacher_score.keep={top_k: 8}",
+        ),
+        ("teacher_score.keep {top_k: 8}", "auto keeps that"),
+    ),
+    "a mixture of distributions by vllm": Bad(
+        (MIXED, "train.objective={kd: jsd}", "teacher_score.engine=vllm"), ("no hidden states", "use hf")
+    ),
     "no teacher": Bad(("teachers=[]",), ("teachers", "at least 1")),
     "model and scratch": Bad(("student.model=./m",), ("student", "exactly one of: model, scratch")),
     "neither model nor scratch": Bad(("student={}",), ("student", "exactly one of")),
@@ -217,6 +254,40 @@ DATA = {
         (*JSONL, "teachers.0.prompt='{question} {hint}'", "train.objective.kind=grpo", "rollout.samples=2"),
         ("{hint}", "jsonl/test/0", "question, solution"),
         files={"train.jsonl": lines({**GOOD, "hint": "add"})},
+    ),
+    "problems without a teacher": Bad(
+        (ROUTED, "task.steps=[1, 2]"),
+        ("of 64 train problems match no teacher", "arithmetic/train/", "(operation: mixed), ", "..."),
+        command=RUN,
+    ),
+    "problems of two teachers": Bad(
+        (ROUTED.replace("subtraction", "[subtraction, addition]"),),
+        ("of 64 train problems match several teachers", "(operation: addition)"),
+        command=RUN,
+    ),
+    "problems routed by a field that they lack": Bad(
+        (ROUTED.replace("operation", "level"),),
+        ("64 of 64 train problems match no teacher", "(level: missing)"),
+        command=RUN,
+    ),
+    "a teacher without a problem": Bad(
+        (
+            ROUTED.replace("addition", "[addition, subtraction]").replace(
+                "{operation: subtraction}", "{operation: division}"
+            ),
+        ),
+        ("teacher 'b' teaches none of the 64 train problems", "division"),
+        command=RUN,
+    ),
+    "a teacher without a problem to be evaluated on": Bad(
+        (ROUTED, "evaluate.problems=1"),
+        ("teaches none of the 1 test problems", "evaluate.teacher"),
+        command=RUN,
+    ),
+    "a test problem without a teacher": Bad(
+        (*JSONL, ROUTED.replace("operation", "kind")),
+        ("1 of 1 test problems match no teacher", "jsonl/test/0 (kind: missing)"),
+        files={"train.jsonl": lines({**GOOD, "kind": "addition"}, {**GOOD, "kind": "subtraction"})},
     ),
     "too few problems to make": Bad(
         ("task.max_operand=5", "task.train_problems=9999"), ("max_operand 5", "9999"), command=RUN

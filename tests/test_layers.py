@@ -50,6 +50,7 @@ LEVELS = {
     "checkpoints": 2.2,
     "hidden": 2,
     "micro_batch": 2.2,
+    "teachers": 2.3,
     "store": 3,
     "workers": 3,
     "engines": 3,

@@ -66,6 +66,24 @@ GRPO: Document = {
     "train": {"objective": {"kind": "grpo", "dual_clip": 3.0}},
     "evaluate": {"reverse_kl_problems": 0},
 }
+ROUTED: Document = {
+    **DISTILL,
+    "name": "routed",
+    "task": {"kind": "arithmetic", "steps": [1]},
+    "teachers": [
+        {"name": "adds", "scratch": {}, "sft": SFT, "only": {"operation": "addition"}},
+        {"name": "takes", "model": "org/teacher", "only": {"operation": ["subtraction"], "steps": [1, 2]}},
+    ],
+}
+MIXED: Document = {
+    **GSM8K,
+    "name": "mixed",
+    "teachers": [
+        {"name": "first", "model": "org/first", "weight": 3},
+        {"name": "second", "model": "org/second", "prompt": "{question} {solution}"},
+    ],
+    "train": {"objective": {"kd": {"term": "jsd", "support": "vocabulary"}}},
+}
 OBJECTIVES: list[Document] = [
     {
         "kind": "kdrl",
@@ -102,7 +120,7 @@ FORMS: list[Document] = [
     {**GSM8K, "name": f"form-{number}", "train": {"objective": objective}}
     for number, objective in enumerate(OBJECTIVES)
 ]
-BASIC = {document["name"]: document for document in (DISTILL, GSM8K, JSONL, TOKENS, GRPO)}
+BASIC = {document["name"]: document for document in (DISTILL, GSM8K, JSONL, TOKENS, GRPO, ROUTED, MIXED)}
 RECIPES = BASIC | {document["name"]: document for document in FORMS}
 
 
@@ -114,7 +132,7 @@ def identities_of(recipe: Recipe) -> Identities:
     """What sources.py finds: models and data by what the recipe names, so that another name is another thing."""
     models: dict[str, dict[str, JsonValue]] = {
         name: {"hub": model.model, "revision": model.revision or "pinned"}
-        for name, model in (("student", recipe.student), (recipe.teacher.name, recipe.teacher))
+        for name, model in (("student", recipe.student), *((t.name, t) for t in recipe.teachers))
         if model.model is not None
     }
     task = recipe.task.model_dump()
@@ -181,6 +199,80 @@ def test_models_that_are_named_need_no_cold_start_and_rewards_no_teacher() -> No
     assert not prints(GSM8K, "sft")
     assert not prints(GRPO, "teacher-score")
     assert set(prints(JSONL, "sft")) == {"sft:student@0"}
+
+
+def test_several_teachers_are_steps_of_their_own() -> None:
+    plan = plan_of({**ROUTED, "rounds": 1})
+    assert [step.id for step in plan.steps] == [
+        "sft:student@0",
+        "sft:adds@0",
+        "evaluate:student@0",
+        "evaluate:adds@0",
+        "evaluate:takes@0",
+        "rollout@1",
+        "teacher-score:adds@1",
+        "teacher-score:takes@1",
+        "train@1",
+        "evaluate:student@1",
+    ]
+    assert plan.step("teacher-score:adds@1").link_name == "teacher-score-adds"
+    roles = {role: source.step_id for role, source in plan.step("train@1").inputs.items()}
+    assert roles == {
+        "rollout": "rollout@1",
+        "student": "sft:student@0",
+        "scores:adds": "teacher-score:adds@1",
+        "scores:takes": "teacher-score:takes@1",
+    }
+
+
+def test_a_teacher_changes_only_what_it_has_a_part_in() -> None:
+    before = prints(ROUTED)
+    other = copy.deepcopy(ROUTED)
+    other["teachers"][1]["prompt"] = "{question}!"
+    after = prints(other)
+    same = {step for step in before if before[step] == after[step]}
+    assert {"sft:adds@0", "rollout@1", "teacher-score:adds@1"} <= same
+    assert {"evaluate:takes@0", "teacher-score:takes@1", "train@1", "evaluate:student@0"}.isdisjoint(same)
+
+
+def test_equal_mixtures_and_equal_routes_are_one() -> None:
+    doubled, spelled = copy.deepcopy(MIXED), copy.deepcopy(ROUTED)
+    doubled["teachers"][0]["weight"], doubled["teachers"][1]["weight"] = 6, 2
+    assert prints(doubled) == prints(MIXED)
+    spelled["teachers"][0]["only"] = {"operation": ["addition"]}
+    spelled["teachers"][1]["only"] = {"steps": [2, 1], "operation": "subtraction"}
+    assert prints(spelled) == prints(ROUTED)
+
+
+def test_a_weight_changes_training_and_not_what_is_scored() -> None:
+    heavier = copy.deepcopy(MIXED)
+    heavier["teachers"][0]["weight"] = 5
+    before, after = prints(MIXED), prints(heavier)
+    assert before["teacher-score:first@1"] == after["teacher-score:first@1"]
+    assert before["teacher-score:second@1"] == after["teacher-score:second@1"]
+    assert before["train@1"] != after["train@1"]
+    assert before["evaluate:student@0"] != after["evaluate:student@0"]
+
+
+def test_a_specialist_learns_and_scores_what_it_teaches() -> None:
+    other = copy.deepcopy(ROUTED)
+    other["teachers"][0]["only"] = {"operation": ["addition", "mixed"]}
+    before, after = prints(ROUTED), prints(other)
+    assert before["sft:adds@0"] != after["sft:adds@0"]
+    assert before["teacher-score:takes@1"] == after["teacher-score:takes@1"]
+
+
+@pytest.mark.parametrize(
+    ("kd", "keep"),
+    [
+        ({"term": "jsd"}, "hidden"),
+        ({"term": "rkl"}, "token"),
+        ({"term": "rkl", "baseline": "exact"}, "hidden"),
+    ],
+)
+def test_auto_keeps_hidden_states_where_a_mixture_needs_distributions(kd: Any, keep: str) -> None:
+    document = {**MIXED, "train": {"objective": {"kd": kd}}}
+    assert prints({**document, "teacher_score": {"keep": keep}}) == prints(document)
 
 
 def test_the_student_is_evaluated_every_so_often_and_after_the_last_round() -> None:
@@ -260,7 +352,7 @@ def others(value: Any) -> list[Any]:
         case list():
             return [[1], ["stop here"], [0.5, 0.6], [*value, *value]]
         case dict():
-            return [{"enable_thinking": False}]
+            return [{"enable_thinking": False}, {"level": ["high"]}]
         case None:
             return [7, 1.5, "other", "{question}!", *LITERALS, SFT, {}, TOP_3]
     raise AssertionError(f"no other value for {value!r}")

@@ -64,6 +64,7 @@ class HfEngine:
 
     def load(self, source: ModelSource) -> None:
         """See Engine. Asks the shelf every time: a model in memory may have been trained since."""
+        self._model = None  # so that the shelf can let go of it before it opens another
         self._model = self._models.get(source)
         self._source = source
 

@@ -4,12 +4,15 @@ Reverse KL is estimated twice from the same completions: by the sampled tokens, 
 engine gives hidden states by KL(student‖teacher) of the two whole distributions at each position. Both have
 the same expectation (given a prefix, the second is the mean of the first), the second much less variance.
 
+With several teachers it is measured against each problem's own one, or against their mixture.
+
 Seeds leave the round out and the subset leaves the seed out, so that any two evaluations of one recipe are
 paired problem by problem. The unit of every interval is the problem.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,21 +22,29 @@ import torch
 from kdpipe import statistics
 from kdpipe.checkpoints import resolve_device
 from kdpipe.engine import ScoreRequest
+from kdpipe.errors import DataError
 from kdpipe.forward import reverse_kl
 from kdpipe.job import Job, Text, mean, read_completion, request_for, sampling_of
+from kdpipe.micro_batch import TeacherHidden, TeacherMixture, TeacherPart
+from kdpipe.routing import teaches
 from kdpipe.seeds import permutation
 from kdpipe.stages.teacher_score import TeacherSide, output_head, score_completions
-from kdpipe.tables import GRADES, REVERSE_KL, read_rows
+from kdpipe.tables import GRADES, REVERSE_KL, REVERSE_KL_OF_SEVERAL, read_rows
 from kdpipe.tasks.answers import grade, parse_number
+from kdpipe.teachers import mixed_logprobs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    import pyarrow as pa
     from pydantic import JsonValue
 
-    from kdpipe.engine import Completion, Engine, ModelSource, TokenScores
+    from kdpipe.engine import Completion, Engine, ModelSource
+    from kdpipe.forward import Head, Side
+    from kdpipe.recipe import Teacher
     from kdpipe.rows import Problem
+    from kdpipe.stages.teacher_score import Scored, Triple
 
 BOOTSTRAP_SEED = 0
 Rows = list[dict[str, Any]]
@@ -41,10 +52,21 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Against:
-    """The teacher that reverse KL is measured against, and its weights."""
+    """A teacher that reverse KL is measured against, and where its weights are."""
 
     teacher: TeacherSide
     source: ModelSource
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What the teachers of one completion think: of its tokens, and as distributions [V] at its positions."""
+
+    names: list[str]
+    prompts: list[list[int]]
+    logprobs: Any
+    scorable: Any
+    reverse_kl: Any
 
 
 def evaluate(
@@ -55,22 +77,25 @@ def evaluate(
     model: ModelSource,
     engine: Engine,
     prompt: Callable[[Problem], list[int]],
-    against: Against | None,
+    problems: Sequence[Problem],
+    against: Sequence[Against],
     baseline: Path | None,
 ) -> None:
     """Writes `grades.parquet`, `summary.json` and, with `against`, `reverse_kl.parquet`.
 
-    `baseline` is the folder of student 0's evaluation, with which this one is compared problem by problem.
+    `problems` are those that are graded, `against` all teachers. `baseline` is the folder of student 0's
+    evaluation, with which this one is compared problem by problem.
     """
-    grades, free = _grades(job, text, model, engine, prompt)
+    grades, free = _grades(job, text, model, engine, prompt, problems)
     summary: dict[str, JsonValue] = {"model": subject, "round": job.round, **_accuracy(job, grades)}
     if baseline is not None:
         summary |= _accuracy_change(grades, read_rows(baseline / "grades.parquet", GRADES))
-    if against is not None:
+    if against:
         rows = _reverse_kl_rows(job, text, model, engine, against, first_part=free)
         summary |= _reverse_kl(rows)
         if baseline is not None:
-            summary |= _reverse_kl_change(rows, read_rows(baseline / "reverse_kl.parquet", REVERSE_KL))
+            schema = _reverse_kl_schema(against)
+            summary |= _reverse_kl_change(rows, read_rows(baseline / "reverse_kl.parquet", schema))
     job.draft.write_json("summary.json", summary)
     for name, value in summary.items():
         if isinstance(value, int | float) and name != "round":
@@ -83,11 +108,30 @@ def subset(problems: Sequence[Problem], count: int | None) -> list[Problem]:
     return [problems[index] for index in order[:count]]
 
 
+def graded_problems(job: Job, teacher: Teacher | None) -> list[Problem]:
+    """The test problems that the student is graded on, or those of them that `teacher` teaches."""
+    problems = subset(job.test, job.recipe.evaluate.problems)
+    if teacher is None:
+        return problems
+    own = [problem for problem in problems if teaches(teacher, problem)]
+    if not own:
+        raise DataError(
+            f"teacher {teacher.name!r} teaches none of the {len(problems)} test problems that are evaluated",
+            hint="raise evaluate.problems, add such problems to test, or set evaluate.teacher to false",
+        )
+    return own
+
+
 # --------------------------------------------------------------------------------------------- accuracy
 
 
 def _grades(
-    job: Job, text: Text, model: ModelSource, engine: Engine, prompt: Callable[[Problem], list[int]]
+    job: Job,
+    text: Text,
+    model: ModelSource,
+    engine: Engine,
+    prompt: Callable[[Problem], list[int]],
+    problems: Sequence[Problem],
 ) -> tuple[Rows, int]:
     settings = job.recipe.evaluate
     sampling = sampling_of(
@@ -104,7 +148,6 @@ def _grades(
             for sampled in _sample(job, problems, prompt, sampling, engine, settings.samples, purpose="grade")
         ]
 
-    problems = subset(job.test, settings.problems)
     free = job.in_parts(
         "grades.parquet", problems, rows_per_item=settings.samples, build=build, schema=GRADES
     )
@@ -214,14 +257,14 @@ def _by_problem(rows: Rows) -> dict[str, Rows]:
 
 
 def _reverse_kl_rows(
-    job: Job, text: Text, model: ModelSource, engine: Engine, against: Against, *, first_part: int
+    job: Job, text: Text, model: ModelSource, engine: Engine, against: Sequence[Against], *, first_part: int
 ) -> Rows:
-    """Held-out prompts sampled at the rollout temperature, scored by the teacher after its own prompt."""
-    rollout, teacher = job.recipe.rollout, against.teacher
+    """Held-out prompts sampled at the rollout temperature, scored by the teachers after their own prompts."""
+    rollout = job.recipe.rollout
     sampling = sampling_of(
         job.recipe, text, temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens
     )
-    exact = _Exact(job, text, model, engine, against) if _has_exact(engine, teacher) else None
+    exact = _Exact(job, text, model, engine, against) if _has_exact(engine, against) else None
 
     def build(problems: Sequence[Problem]) -> Rows:
         engine.load(model)
@@ -230,59 +273,99 @@ def _reverse_kl_rows(
             (problem, prompt_ids, completion.token_ids) for problem, _, prompt_ids, completion in sampled
         ]
         student_hidden = exact.student_hidden(triples) if exact else []
-        engine.load(against.source)
-        scored = score_completions(job, triples, teacher=teacher, engine=engine, hidden=exact is not None)
-        divergences = (
-            exact.divergences(student_hidden, [score for _, score, _ in scored])
-            if exact
-            else [None] * len(scored)
-        )
+        verdicts = _verdicts(job, triples, against, engine, exact, student_hidden)
         return [
             {
                 "prompt_id": problem.prompt_id,
                 "sample": number,
                 "prompt_token_ids": prompt_ids,
-                "teacher_prompt_token_ids": teacher_prompt,
+                "teacher_prompt_token_ids": verdict.prompts[0],
                 "completion_token_ids": completion.token_ids,
                 "sampler_logprobs": completion.logprobs,
-                "teacher_logprobs": score.logprobs,
-                "scorable": scorable,
-                "reverse_kl_nats": divergence,
+                "teacher_logprobs": verdict.logprobs,
+                "scorable": verdict.scorable,
+                "reverse_kl_nats": verdict.reverse_kl,
+                "teachers": verdict.names,
+                "teachers_prompt_token_ids": verdict.prompts,
             }
-            for (problem, number, prompt_ids, completion), (
-                teacher_prompt,
-                score,
-                scorable,
-            ), divergence in zip(sampled, scored, divergences, strict=True)
+            for (problem, number, prompt_ids, completion), verdict in zip(sampled, verdicts, strict=True)
         ]
 
     problems = subset(job.test, job.recipe.evaluate.reverse_kl_problems)
-    name = "reverse_kl.parquet"
-    job.in_parts(name, problems, rows_per_item=1, build=build, schema=REVERSE_KL, first=first_part)
-    return read_rows(job.draft.folder / name, REVERSE_KL)
+    name, schema = "reverse_kl.parquet", _reverse_kl_schema(against)
+    job.in_parts(name, problems, rows_per_item=1, build=build, schema=schema, first=first_part)
+    return read_rows(job.draft.folder / name, schema)
 
 
-def _has_exact(engine: Engine, teacher: TeacherSide) -> bool:
-    """Whether both distributions are at hand; a teacher that lacks ids gives them no probability at all."""
-    return "hidden" in engine.abilities and not teacher.vocabulary.unscorable
+def _reverse_kl_schema(against: Sequence[Against]) -> pa.Schema:
+    return REVERSE_KL if len(against) == 1 else REVERSE_KL_OF_SEVERAL
+
+
+def _verdicts(
+    job: Job,
+    triples: Sequence[Triple],
+    against: Sequence[Against],
+    engine: Engine,
+    exact: _Exact | None,
+    student_hidden: Sequence[Any],
+) -> list[_Verdict]:
+    """What each completion's teacher, or the mixture of all, thinks of it; teachers are loaded one after another."""
+    scored: list[list[tuple[str, Scored]]] = [[] for _ in triples]
+    for one in against:
+        own = [
+            index for index, (problem, _, _) in enumerate(triples) if teaches(one.teacher.settings, problem)
+        ]
+        if not own:
+            continue
+        engine.load(one.source)
+        found = score_completions(
+            job, [triples[i] for i in own], teacher=one.teacher, engine=engine, hidden=exact is not None
+        )
+        for index, scores in zip(own, found, strict=True):
+            scored[index].append((one.teacher.name, scores))
+    divergences = exact.divergences(student_hidden, scored) if exact else [None] * len(triples)
+    return [_verdict(job, rows, divergence) for rows, divergence in zip(scored, divergences, strict=True)]
+
+
+def _verdict(job: Job, rows: Sequence[tuple[str, Scored]], divergence: Any) -> _Verdict:
+    names = [name for name, _ in rows]
+    logprobs, scorable = rows[0][1][1].logprobs, rows[0][1][2]
+    if job.recipe.is_mixed:
+        weights = job.recipe.weights
+        scorable = np.logical_and.reduce([mask for _, (_, _, mask) in rows])
+        mixed = mixed_logprobs(
+            [score.logprobs for _, (_, score, _) in rows], [weights[name] for name in names]
+        )
+        logprobs = np.where(scorable, mixed, np.float32(0))
+    return _Verdict(names, [prompt for _, (prompt, _, _) in rows], logprobs, scorable, divergence)
+
+
+def _has_exact(engine: Engine, against: Sequence[Against]) -> bool:
+    """Whether all distributions are at hand; a teacher that lacks ids gives them no probability at all."""
+    return "hidden" in engine.abilities and not any(one.teacher.vocabulary.unscorable for one in against)
 
 
 class _Exact:
-    """The two whole distributions at each position of the sampled completions."""
+    """The whole distributions of student and teachers at each position of the sampled completions."""
 
-    def __init__(self, job: Job, text: Text, model: ModelSource, engine: Engine, against: Against) -> None:
+    def __init__(
+        self, job: Job, text: Text, model: ModelSource, engine: Engine, against: Sequence[Against]
+    ) -> None:
         self._job = job
         self._engine = engine
         self._text = text
         self._device = resolve_device(job.recipe.runtime.device)
-        self._temperatures = (job.recipe.rollout.temperature, against.teacher.temperature)
-        self._heads = [output_head(job, source, num_ids=text.num_ids) for source in (model, against.source)]
+        self._head = output_head(job, model, num_ids=text.num_ids)
+        self._teachers = {
+            one.teacher.name: (output_head(job, one.source, num_ids=text.num_ids), one.teacher.temperature)
+            for one in against
+        }
 
-    def student_hidden(self, triples: Sequence[tuple[Problem, list[int], list[int]]]) -> list[Any]:
+    def student_hidden(self, triples: Sequence[Triple]) -> list[Any]:
         """Hidden states [n, H] of each completion; the engine holds the student."""
         scores = self._engine.score(
             [ScoreRequest(prompt, completion) for _, prompt, completion in triples],
-            temperature=self._temperatures[0],
+            temperature=self._job.recipe.rollout.temperature,
             num_ids=self._text.num_ids,
             top_k=0,
             progress=lambda _: None,  # these tokens were counted when they were sampled
@@ -290,24 +373,43 @@ class _Exact:
         )
         return [score.hidden for score in scores]
 
-    def divergences(self, student_hidden: Sequence[Any], scores: Sequence[TokenScores]) -> list[Any]:
-        """KL(student‖teacher) [n] of each completion."""
-        sides = [
-            (
-                torch.from_numpy(np.concatenate(hidden)).to(self._device, head.weight_VH.dtype),
-                head,
-                temperature,
-            )
-            for hidden, head, temperature in zip(
-                (student_hidden, [score.hidden for score in scores]),
-                self._heads,
-                self._temperatures,
-                strict=True,
-            )
-        ]
-        kl_N = reverse_kl(sides[0], sides[1], chunk=self._job.recipe.runtime.head_chunk_tokens)
-        ends = np.cumsum([len(hidden) for hidden in student_hidden])
-        return list(np.split(kl_N.cpu().numpy(), ends[:-1]))
+    def divergences(
+        self, student_hidden: Sequence[Any], scored: Sequence[Sequence[tuple[str, Scored]]]
+    ) -> list[Any]:
+        """KL(student‖teacher) [n] of each completion, the teacher being its own one or the mixture."""
+        temperature = self._job.recipe.rollout.temperature
+        student = (self._tensor(student_hidden, self._head), self._head, temperature)
+        lengths = [len(hidden) for hidden in student_hidden]
+        teacher: Side | Callable[[slice], torch.Tensor]
+        if len(self._teachers) == 1:
+            [(head, of_teacher)] = self._teachers.values()
+            teacher = (self._tensor([rows[0][1][1].hidden for rows in scored], head), head, of_teacher)
+        else:
+            mixture = self._mixture(scored, lengths)
+
+            def teacher(part: slice) -> torch.Tensor:
+                return mixture.at(torch.arange(part.start, part.stop, device=self._device)).logprobs_NS
+
+        kl_N = reverse_kl(student, teacher, chunk=self._job.recipe.runtime.head_chunk_tokens)
+        return list(np.split(kl_N.cpu().numpy(), np.cumsum(lengths)[:-1]))
+
+    def _mixture(
+        self, scored: Sequence[Sequence[tuple[str, Scored]]], lengths: Sequence[int]
+    ) -> TeacherMixture:
+        parts = []
+        for name, (head, temperature) in sorted(self._teachers.items()):
+            own = [dict(rows).get(name) for rows in scored]
+            if not any(own):
+                continue
+            is_own_N = np.repeat([row is not None for row in own], lengths)
+            place_N = torch.from_numpy(np.where(is_own_N, is_own_N.cumsum() - 1, -1)).to(self._device)
+            states = self._tensor([row[1].hidden for row in own if row is not None], head)
+            weight = self._job.recipe.weights[name] if self._job.recipe.is_mixed else 1.0
+            parts.append(TeacherPart(TeacherHidden(states, head, temperature), place_N, math.log(weight)))
+        return TeacherMixture(parts, self._text.num_ids)
+
+    def _tensor(self, hidden: Sequence[Any], head: Head) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(hidden)).to(self._device, head.weight_VH.dtype)
 
 
 def _totals(rows: Rows) -> tuple[list[float], list[float]]:

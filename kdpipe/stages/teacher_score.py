@@ -8,7 +8,7 @@ reads, and get no score.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from kdpipe.hidden import FILE as HIDDEN_FILE
 from kdpipe.hidden import to_bytes, write_hidden
 from kdpipe.job import Job, Text
 from kdpipe.prompting import Vocabulary, compare_vocabularies, render_teacher_prompt, used_arguments
+from kdpipe.routing import teaches
 from kdpipe.tables import HIDDEN_PART, SCORES, Scores, read_scores, topk_schema
 
 if TYPE_CHECKING:
@@ -29,9 +30,14 @@ if TYPE_CHECKING:
 
     from kdpipe.engine import Engine, ModelSource
     from kdpipe.forward import Head
+    from kdpipe.recipe import Teacher
     from kdpipe.rows import Problem, Rollout
 
 MAX_UNSCORABLE_FRACTION = 0.01
+Triple: TypeAlias = "tuple[Problem, list[int], list[int]]"
+"""A problem, the student's prompt, and a completion."""
+Scored: TypeAlias = "tuple[list[int], TokenScores, npt.NDArray[np.bool_]]"
+"""The teacher's prompt, its scores, and which tokens are scorable."""
 Number = TypeVar("Number", bound=np.generic)
 
 
@@ -39,12 +45,16 @@ Number = TypeVar("Number", bound=np.generic)
 class TeacherSide:
     """A teacher as the scoring sees it: its text, what it shares with the student, and how it is asked."""
 
-    name: str
+    settings: Teacher
     text: Text
     vocabulary: Vocabulary
-    prompt: str | None
     has_own_template: bool
     temperature: float
+
+    @property
+    def name(self) -> str:
+        """The teacher's name."""
+        return self.settings.name
 
     @property
     def num_ids(self) -> int:
@@ -54,14 +64,14 @@ class TeacherSide:
     def prompt_ids(self, problem: Problem, student_prompt: list[int]) -> list[int]:
         """The student's prompt as it was, unless the teacher has its own prompt, template, or vocabulary."""
         lacks = not self.vocabulary.unscorable.isdisjoint(student_prompt)
-        if self.prompt is None and not self.has_own_template and not lacks:
+        if self.settings.prompt is None and not self.has_own_template and not lacks:
             return student_prompt
-        return render_teacher_prompt(self.text.tokenizer, self.text.style, problem, self.prompt)
+        return render_teacher_prompt(self.text.tokenizer, self.text.style, problem, self.settings.prompt)
 
 
-def teacher_side(job: Job, *, student: Text, teacher: Text) -> TeacherSide:
-    """The recipe's teacher, after comparing vocabularies; raises PreflightError when they do not fit."""
-    recipe, settings = job.recipe, job.recipe.teacher
+def teacher_side(job: Job, settings: Teacher, *, student: Text, teacher: Text) -> TeacherSide:
+    """That teacher of the recipe, after comparing vocabularies; raises PreflightError when they do not fit."""
+    recipe = job.recipe
     names = ("the student", f"teacher {settings.name!r}")
     vocabulary = compare_vocabularies(student.tokenizer, teacher.tokenizer, names=names)
     num_ids = min(vocabulary.student_ids, vocabulary.teacher_ids)
@@ -81,10 +91,9 @@ def teacher_side(job: Job, *, student: Text, teacher: Text) -> TeacherSide:
         known = used_arguments(teacher.tokenizer, teacher.style.template_arguments)
         teacher = replace(teacher, style=replace(teacher.style, template_arguments=known))
     return TeacherSide(
-        name=settings.name,
+        settings=settings,
         text=teacher,
         vocabulary=vocabulary,
-        prompt=settings.prompt,
         has_own_template=settings.template != recipe.student.template and bool(settings.template),
         temperature=settings.temperature or recipe.rollout.temperature,
     )
@@ -99,11 +108,12 @@ def teacher_score(
     engine: Engine,
     student: ModelSource | None = None,
 ) -> None:
-    """Writes `scores.parquet`, one row per rollout in the same order, and `hidden.safetensors` where kept.
+    """Writes `scores.parquet`, and `hidden.safetensors` where kept: a row for each rollout that it teaches, in order.
 
     `student` is the model that sampled, where it chooses ids of the support.
     """
     problems = {problem.prompt_id: problem for problem in job.train}
+    rollouts = [row for row in rollouts if teaches(teacher.settings, problems[row.prompt_id])]
     keep = job.recipe.keep
     head = output_head(job, source, num_ids=teacher.num_ids) if keep.hidden else None
 
@@ -162,29 +172,34 @@ def teacher_score(
         finish=keep_hidden,
     )
     scores = read_scores(job.draft.folder / name)
-    _check_scorable(teacher, [row.scorable for row in scores])
+    check_scorable(f"teacher {teacher.name!r} lacks", [row.scorable for row in scores])
+    prefix = "score" if len(job.recipe.teachers) == 1 else f"score/{teacher.name}"
+    for metric, value in score_metrics(list(zip(rollouts, scores, strict=True))).items():
+        job.draft.metric(f"{prefix}/{metric}", value)
+
+
+def score_metrics(pairs: Sequence[tuple[Rollout, Scores]]) -> dict[str, float]:
+    """Token mean of sampler minus teacher log-prob over scorable tokens, and how many are not scorable."""
     differences = [
         np.asarray(row.sampler_logprobs, np.float64)[score.scorable] - score.teacher_logprobs[score.scorable]
-        for row, score in zip(rollouts, scores, strict=True)
+        for row, score in pairs
         if row.sampler_logprobs is not None
     ]
     every = np.concatenate(differences) if differences else np.zeros(0)
-    if every.size:
-        job.draft.metric("score/reverse_kl_nats", float(every.mean()))
-    unscorable = sum(int((~score.scorable).sum()) for score in scores)
-    job.draft.metric("score/unscorable_tokens", unscorable)
+    found = {"reverse_kl_nats": float(every.mean())} if every.size else {}
+    return {**found, "unscorable_tokens": sum(int((~score.scorable).sum()) for _, score in pairs)}
 
 
 def score_completions(
     job: Job,
-    rows: Sequence[tuple[Problem, list[int], list[int]]],
+    rows: Sequence[Triple],
     *,
     teacher: TeacherSide,
     engine: Engine,
     top_k: int = 0,
     hidden: bool = False,
     supports: Sequence[npt.NDArray[np.int32]] | None = None,
-) -> list[tuple[list[int], TokenScores, npt.NDArray[np.bool_]]]:
+) -> list[Scored]:
     """Teacher prompt ids, scores and scorable [n] of each (problem, student prompt, completion).
 
     `engine` holds the teacher; `supports` [n, S] are ids to score at each token besides its `top_k`. Where a
@@ -228,7 +243,7 @@ def output_head(job: Job, source: ModelSource, *, num_ids: int) -> Head:
 
 
 def _most_probable(
-    job: Job, rows: Sequence[tuple[Problem, list[int], list[int]]], *, num_ids: int, engine: Engine
+    job: Job, rows: Sequence[Triple], *, num_ids: int, engine: Engine
 ) -> list[npt.NDArray[np.int32]]:
     """The student's most probable ids [n, k] at each token, at the rollout temperature; `engine` holds it."""
     scores = engine.score(
@@ -259,12 +274,13 @@ def _spread(score: TokenScores, mask: npt.NDArray[np.bool_]) -> TokenScores:
     return TokenScores(**columns)
 
 
-def _check_scorable(teacher: TeacherSide, masks: Sequence[npt.NDArray[np.bool_]]) -> None:
+def check_scorable(who: str, masks: Sequence[npt.NDArray[np.bool_]]) -> None:
+    """Raises PreflightError when more tokens of a round are not scorable than an oversight would explain."""
     total = sum(len(mask) for mask in masks)
     lacking = total - sum(int(mask.sum()) for mask in masks)
     if total and lacking / total > MAX_UNSCORABLE_FRACTION:
         raise PreflightError(
-            f"teacher {teacher.name!r} lacks the ids of {lacking} of {total} sampled tokens "
+            f"{who} the ids of {lacking} of {total} sampled tokens "
             f"({lacking / total:.1%}), more than {MAX_UNSCORABLE_FRACTION:.0%}",
             hint="choose a teacher with the student's vocabulary, or a student template that avoids those tokens",
         )
