@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 TENSORS_FILE = "trainer.safetensors"
 STATE_FILE = "trainer.json"
+MASTERS = "masters"
 _CPU_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 _PROBE_SCALE = 1000.0
 # How a tokenizer was opened, which transformers writes beside what it is.
@@ -282,6 +284,54 @@ def write_model(
     tokenizer.save_pretrained(str(folder))
     _rewrite(folder / "config.json", {"dtype": str(dtype).removeprefix("torch.")})
     _rewrite(folder / "tokenizer_config.json", dict.fromkeys(_TOKENIZER_HISTORY))
+
+
+@dataclass(frozen=True, slots=True)
+class Average:
+    """The running average of the students, over float32 weights; `folder` holds it as it was before this round.
+
+    Before round 1 that is the folder of the student itself.
+    """
+
+    decay: float
+    folder: Path
+    device: torch.device
+    trust_remote_code: bool
+
+    def write_next(
+        self,
+        student: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+    ) -> None:
+        """Writes a Hugging Face folder in `dtype`: `decay` of the average before, the rest of the student's.
+
+        Where `dtype` is narrower than float32, the average's own weights stand beside, in `masters/`.
+        """
+        model = self._open()
+        students = dict(student.named_parameters())
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.mul_(self.decay).add_(students[name], alpha=1 - self.decay)
+        write_model(model, tokenizer, folder, dtype=dtype)
+        if dtype != torch.float32:
+            masters = {f"master.{name}": weight for name, weight in model.named_parameters()}
+            write_trainer(folder / MASTERS, tensors=masters, state={})
+
+    def _open(self) -> PreTrainedModel:
+        model = open_model(
+            self.folder, dtype=torch.float32, device=self.device, trust_remote_code=self.trust_remote_code
+        )
+        if (self.folder / MASTERS).is_dir():
+            masters, _ = read_trainer(self.folder / MASTERS)
+            with torch.no_grad():
+                for name, weight in model.named_parameters():
+                    if (master := masters.get(f"master.{name}")) is None:
+                        raise ArtifactError(f"{self.folder / MASTERS}: no master weight of {name}")
+                    weight.copy_(master)
+        return model
 
 
 def _rewrite(file: Path, changes: Mapping[str, str | None]) -> None:

@@ -17,6 +17,7 @@ import torch
 from pydantic import JsonValue
 
 from kdpipe.checkpoints import (
+    Average,
     ModelShelf,
     head_digest,
     open_model,
@@ -233,8 +234,20 @@ class _Task:
             trainer=trainer,
             dtype=dtype,
             resumed=resumed,
+            average=self._average(),
         )
         return trainer
+
+    def _average(self) -> Average | None:
+        """The average of the students before this round; before the first it is the student that it starts with."""
+        decay = self.recipe.ema_decay
+        if decay is None:
+            return None
+        role, kind = ("ema", "ema") if "ema" in self.inputs else (STUDENT, "model")
+        entry, name = self._origin(role)
+        folder = entry.opened(kind) / kind if entry else self._base_folder(name)
+        assert folder is not None
+        return Average(decay, folder, self.warm.device, self.recipe.student.trust_remote_code)
 
     def _has_scores(self) -> bool:
         return any(role.partition(":")[0] == "scores" for role in self.inputs)
@@ -342,11 +355,8 @@ class _Task:
     def _source(self, role: str) -> ModelSource:
         """The student or a teacher as an engine loads it; checks weights that come from the store."""
         source = self._found_source(role)
-        if (
-            role != STUDENT
-            and len(self.recipe.teachers) > 1
-            and source.digest != self._weights_digest(STUDENT)
-        ):
+        is_one_of_several = len(self.recipe.teachers) > 1 or source.folder.name == "ema"
+        if role != STUDENT and is_one_of_several and source.digest != self._weights_digest(STUDENT):
             self.warm.shelf.take_turns(source.digest)
         return source
 
@@ -356,8 +366,14 @@ class _Task:
         if entry is None:
             found: str | None = self.request["digests"].get(name)
             return found
-        manifest = entry.manifest()
-        return manifest.payload_digest if manifest else None
+        manifest, kind = entry.manifest(), self._weights_folder(role)
+        if manifest is None:
+            return None
+        return manifest.payload_digest if kind == "model" else f"{manifest.payload_digest}/{kind}"
+
+    def _weights_folder(self, role: str) -> str:
+        """Which folder of its entry holds the weights: a teacher may be the average beside the student."""
+        return "ema" if "ema" in self.step.inputs[role].opens else "model"
 
     def _found_source(self, role: str) -> ModelSource:
         settings = self._settings(role)
@@ -367,11 +383,11 @@ class _Task:
             folder = self._base_folder(name)
             assert folder is not None
             return ModelSource(folder, self.request["digests"][name], dtype, trust)
-        manifest = entry.manifest()
-        assert manifest is not None
-        source = ModelSource(entry.folder / "model", manifest.payload_digest, dtype, trust)
+        digest, kind = self._weights_digest(role), self._weights_folder(role)
+        assert digest is not None
+        source = ModelSource(entry.folder / kind, digest, dtype, trust)
         if not self.warm.shelf.holds(source):
-            entry.opened("model")
+            entry.opened(kind)
         return source
 
     def _text(self, role: str) -> Text:
@@ -381,11 +397,10 @@ class _Task:
         key = (role, json.dumps(settings.template, sort_keys=True))
         if key not in self.warm.texts:
             # No folder: a scratch student, in a step that reads its text but opens none of its weights.
-            folder = entry.folder / "model" if entry else self._base_folder(name)
+            folder = entry.folder / self._weights_folder(role) if entry else self._base_folder(name)
             if entry is not None:
-                entry.opened(
-                    "model/tokenizer.json", "model/tokenizer_config.json", "model/generation_config.json"
-                )
+                names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+                entry.opened(*(f"{self._weights_folder(role)}/{file}" for file in names))
             template = settings.template or self.recipe.student.template
             self.warm.texts[key] = self._open_text(folder, template, trust=settings.trust_remote_code)
         return self.warm.texts[key]

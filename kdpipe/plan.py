@@ -199,7 +199,7 @@ class _Planner:
         recipe = self.recipe
         reads_records = teacher.prompt is not None or teacher.only is not None
         fields: Fields = {
-            **self._teacher_fields(teacher),
+            **self._teacher_fields(teacher, number - 1),
             **(self._task(split="train") if reads_records else self._task_settings(headline=False)),
             "teacher_score.engine": recipe.teacher_score.engine,
             "teacher_score.keep": asdict(recipe.keep),
@@ -207,7 +207,7 @@ class _Planner:
             "rollout.temperature": recipe.rollout.temperature,
             "student.template": recipe.student.template,
         }
-        inputs = {"rollout": Input(f"rollout@{number}", ()), **self._teacher_model(teacher)}
+        inputs = {"rollout": Input(f"rollout@{number}", ()), **self._teacher_model(teacher, number - 1)}
         if recipe.keep.student_top_k:  # the student that sampled chooses ids too
             fields |= self._student_fields(number - 1)
             inputs |= self._student_model(number - 1)
@@ -239,8 +239,12 @@ class _Planner:
                 step_id = f"teacher-score{role.removeprefix('teacher')}@{number}"
                 inputs[role.replace("teacher", "scores", 1)] = Input(step_id, ())
                 if recipe.keep.hidden:  # its output head turns hidden states into distributions
-                    inputs |= self._teacher_model(teacher)
+                    inputs |= self._teacher_model(teacher, number - 1)
             fields |= self._mixture()
+        if recipe.ema_decay is not None:
+            fields["ema.decay"] = recipe.ema_decay
+            if number > 1:
+                inputs["ema"] = Input(f"train@{number - 1}", ("ema",))
         self._add("train", number, "", self._seed(recipe.train.seed), fields, inputs)
 
     def _evaluate_student(self, number: int) -> None:
@@ -257,8 +261,8 @@ class _Planner:
             fields |= {"rollout": rollout, "teacher_score.engine": recipe.teacher_score.engine}
             fields |= self._mixture()
             for teacher in recipe.teachers:
-                fields |= self._teacher_fields(teacher)
-                inputs |= self._teacher_model(teacher)
+                fields |= self._teacher_fields(teacher, number)
+                inputs |= self._teacher_model(teacher, number)
         if number > 0:
             inputs["baseline"] = Input(f"evaluate:{STUDENT}@0", ())
         self._add("evaluate", number, STUDENT, self._seed(section.seed), fields, inputs)
@@ -267,11 +271,11 @@ class _Planner:
         recipe = self.recipe
         fields: Fields = {
             **self._task(split="test"),
-            **self._teacher_fields(teacher),
+            **self._teacher_fields(teacher, 0),
             **self._evaluate_settings(),
             "student.template": recipe.student.template,
         }
-        inputs = {**self._teacher_model(teacher), "baseline": Input(f"evaluate:{STUDENT}@0", ())}
+        inputs = {**self._teacher_model(teacher, 0), "baseline": Input(f"evaluate:{STUDENT}@0", ())}
         self._add("evaluate", 0, teacher.name, self._seed(recipe.evaluate.seed), fields, inputs)
 
     # What several stages read.
@@ -315,22 +319,25 @@ class _Planner:
             return {"student": Input(f"sft:{STUDENT}@0", ("model",))}
         return {}
 
-    def _teacher_model(self, teacher: Teacher) -> dict[str, Input]:
+    def _teacher_model(self, teacher: Teacher, number: int) -> dict[str, Input]:
+        """The teacher that goes with student `number`: only one that is the student itself moves with it."""
         role = teacher_role(self.recipe, teacher)
+        if teacher.self_ == "ema" and number > 0:
+            return {role: Input(f"train@{number}", ("ema",))}
         if teacher.self_ is not None:
-            source = self._student_model(0).get("student")
+            source = self._student_model(number if teacher.self_ == "current" else 0).get("student")
             return {role: source} if source else {}
         if _has_cold_start(teacher):
             return {role: Input(f"sft:{teacher.name}@0", ("model",))}
         return {}
 
-    def _teacher_fields(self, teacher: Teacher) -> Fields:
+    def _teacher_fields(self, teacher: Teacher, number: int) -> Fields:
         identity = self._identity(STUDENT if teacher.self_ is not None else teacher.name)
-        own = {"model", "revision", "scratch", "sft", "only", "weight"}
+        own = {"model", "revision", "scratch", "sft", "only", "weight", "decay"}
         role = teacher_role(self.recipe, teacher)
         fields: Fields = {
             role: teacher.model_dump(mode="json", by_alias=True, exclude=own),
-            f"{role}.model": None if self._teacher_model(teacher) else identity,
+            f"{role}.model": None if self._teacher_model(teacher, number) else identity,
         }
         return fields if teacher.only is None else {**fields, f"{role}.only": _routes(teacher)}
 

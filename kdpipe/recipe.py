@@ -171,7 +171,10 @@ FieldValue = Annotated[str, Field(min_length=1)] | int | float
 
 
 class Teacher(Section):
-    """A model that scores: `model`, `scratch` with `sft`, or `self: initial` (the student before round 1).
+    """A model that scores: `model`, `scratch` with `sft`, or `self`, the student itself.
+
+    `self: initial` is the student before round 1, `current` the one that sampled the round, `ema` the average of the
+    students so far, of which each round keeps `decay` and adds the rest of the new one.
 
     `prompt` is the teacher's own prompt text, with {question} and, privileged, {solution} or any other field of
     the record; null means the student's prompt. `temperature` null means the rollout temperature. Of several
@@ -183,7 +186,8 @@ class Teacher(Section):
     model: str | None = None
     revision: str | None = None
     scratch: Scratch | None = None
-    self_: Annotated[Literal["initial"] | None, Field(alias="self")] = None
+    self_: Annotated[Literal["initial", "current", "ema"] | None, Field(alias="self")] = None
+    decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     dtype: DtypeName = "auto"
     trust_remote_code: bool = False
     template: dict[str, JsonValue] = {}
@@ -206,6 +210,8 @@ class Teacher(Section):
             raise ValueError("revision goes with model")
         if self.self_ is not None and self.sft is not None:
             raise ValueError("a teacher that is the student itself has no sft of its own")
+        if (self.decay is not None) != (self.self_ == "ema"):
+            raise ValueError("decay goes with self: ema, which needs it")
         if self.name == "student":
             raise ValueError("a teacher cannot be called 'student'")
         if self.prompt is not None and "question" not in self.prompt_fields:
@@ -649,6 +655,11 @@ class Recipe(Section):
         )
 
     @property
+    def ema_decay(self) -> float | None:
+        """The decay of the average that each round's train step keeps; None where no teacher is it."""
+        return next((teacher.decay for teacher in self.teachers if teacher.decay is not None), None)
+
+    @property
     def distill_horizon(self) -> int:
         """Optimizer steps over which the distill weight moves."""
         objective = self.train.objective
@@ -689,6 +700,15 @@ class Recipe(Section):
             raise ValueError("train.minibatches is larger than the number of completions of a round")
         return self
 
+    def _is_the_sampler(self, teacher: Teacher) -> bool:
+        """Whether its distributions are those that the student samples from: equal weights, prompt and temperature."""
+        own = (
+            teacher.prompt is not None,
+            bool(teacher.template) and teacher.template != self.student.template,
+            teacher.temperature not in (None, self.rollout.temperature),
+        )
+        return (teacher.self_ == "current" or teacher.decay == 0) and not any(own)
+
     @model_validator(mode="after")
     def _teachers_agree(self) -> "Recipe":
         names = [teacher.name for teacher in self.teachers]
@@ -704,6 +724,16 @@ class Recipe(Section):
             )
         if not self.is_mixed and any(teacher.weight is not None for teacher in self.teachers):
             raise ValueError("weight goes with several teachers without only, which are mixed by it")
+        if len({teacher.decay for teacher in self.teachers if teacher.decay is not None}) > 1:
+            raise ValueError(
+                "teachers with self: ema have different decays: one average is kept, give them the same"
+            )
+        silent = [teacher for teacher in self.teachers if self._is_the_sampler(teacher)]
+        if silent and (not self.is_mixed or len(silent) == len(names)):
+            raise ValueError(
+                f"teacher {silent[0].name!r} would be the very student that samples, so its scores say nothing: "
+                "give it a prompt, a template or a temperature of its own"
+            )
         support = self.train.objective.distribution_support
         if self.is_mixed and isinstance(support, Support) and support.teacher_top_k is None:
             raise ValueError(

@@ -312,7 +312,8 @@ class _Run:
         """Raises StepError when the disk cannot hold what the step is likely to write."""
         need = FREE_BYTES_FLOOR
         if step.stage in ("train", "sft"):
-            need += 5 * max([_model_bytes(folder) for folder in self._model_folders(step)], default=0)
+            copies = 5 if self.project.recipe.ema_decay is None else 7
+            need += copies * max([_model_bytes(folder) for folder in self._model_folders(step)], default=0)
         free = shutil.disk_usage(self.project.workspace).free
         if free < need:
             raise StepError(

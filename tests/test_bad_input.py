@@ -85,6 +85,24 @@ RECIPES = {
     "name holds a newline": Bad(('name="a\\nb"',), ("name", "pattern")),
     "teacher leads out": Bad(("teachers.0.name=../../t",), ("teachers.0.name", "pattern")),
     "teacher is called student": Bad(("teachers.0.name=student",), ("cannot be called 'student'",)),
+    "ema without decay": Bad(("teachers=[{self: ema}]",), ("decay goes with self: ema, which needs it",)),
+    "decay without ema": Bad(("teachers=[{self: initial, decay: 0.5}]",), ("decay goes with self: ema",)),
+    "a decay of 1": Bad(("teachers=[{self: ema, decay: 1}]",), ("decay", "less than 1")),
+    "two averages": Bad(
+        ("teachers=[{name: a, self: ema, decay: 0.5}, {name: b, self: ema, decay: 0.6}]",),
+        ("different decays", "give them the same"),
+    ),
+    "a teacher without a signal": Bad(
+        ("teachers=[{self: current}]",),
+        ("teacher 'teacher' would be the very student that samples", "a prompt, a template or a temperature"),
+    ),
+    "a teacher at the student's temperature": Bad(
+        ("teachers=[{self: current, temperature: 0.7}]", "rollout.temperature=0.7"),
+        ("the very student that samples",),
+    ),
+    "an average of nothing but the last": Bad(
+        ("teachers=[{self: ema, decay: 0}]",), ("the very student that samples",)
+    ),
     "two teachers of one name": Bad(
         ("teachers=[{self: initial}, {self: initial}]",),
         ("two teachers are called 'teacher'", "a name of its own"),

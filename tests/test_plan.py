@@ -84,6 +84,7 @@ MIXED: Document = {
     ],
     "train": {"objective": {"kd": {"term": "jsd", "support": "vocabulary"}}},
 }
+EMA: Document = {**DISTILL, "name": "average", "teachers": [{"self": "ema", "decay": 0.5}]}
 OBJECTIVES: list[Document] = [
     {
         "kind": "kdrl",
@@ -120,7 +121,7 @@ FORMS: list[Document] = [
     {**GSM8K, "name": f"form-{number}", "train": {"objective": objective}}
     for number, objective in enumerate(OBJECTIVES)
 ]
-BASIC = {document["name"]: document for document in (DISTILL, GSM8K, JSONL, TOKENS, GRPO, ROUTED, MIXED)}
+BASIC = {document["name"]: document for document in (DISTILL, GSM8K, JSONL, TOKENS, GRPO, ROUTED, MIXED, EMA)}
 RECIPES = BASIC | {document["name"]: document for document in FORMS}
 
 
@@ -199,6 +200,37 @@ def test_models_that_are_named_need_no_cold_start_and_rewards_no_teacher() -> No
     assert not prints(GSM8K, "sft")
     assert not prints(GRPO, "teacher-score")
     assert set(prints(JSONL, "sft")) == {"sft:student@0"}
+
+
+def test_a_moving_teacher_is_the_student_before_the_round_or_the_average_kept_with_it() -> None:
+    shown = {"self": "current", "prompt": "{question} {solution}"}
+    current, ema = plan_of({**DISTILL, "teachers": [shown]}), plan_of(EMA)
+
+    def teacher(plan: Plan, step_id: str) -> tuple[str, tuple[str, ...]]:
+        source = plan.step(step_id).inputs["teacher"]
+        return source.step_id, source.opens
+
+    for plan, opens in ((current, "model"), (ema, "ema")):
+        assert teacher(plan, "teacher-score@1") == ("sft:student@0", ("model",))
+        assert teacher(plan, "teacher-score@3") == ("train@2", (opens,))
+        assert teacher(plan, "evaluate:student@0") == ("sft:student@0", ("model",))
+        assert teacher(plan, "evaluate:student@2") == ("train@2", (opens,))
+        assert teacher(plan, "evaluate:teacher@0") == ("sft:student@0", ("model",))
+    assert "ema" not in ema.step("train@1").inputs
+    assert ema.step("train@2").inputs["ema"].opens == ("ema",)
+    assert all("ema" not in step.inputs for step in current.steps)
+
+
+def test_the_decay_changes_what_is_kept_and_all_that_follows() -> None:
+    before, after = prints(EMA), prints({**EMA, "teachers": [{"self": "ema", "decay": 0.9}]})
+    same = {step for step in before if before[step] == after[step]}
+    assert same == {
+        "sft:student@0",
+        "evaluate:student@0",
+        "evaluate:teacher@0",
+        "rollout@1",
+        "teacher-score@1",
+    }
 
 
 def test_several_teachers_are_steps_of_their_own() -> None:
@@ -532,7 +564,7 @@ def test_no_setting_of_evaluate_changes_what_is_trained(name: str) -> None:
     assert tried >= 9
 
 
-@pytest.mark.parametrize("name", ["distill", "own", "rewards", "tokens"])
+@pytest.mark.parametrize("name", ["distill", "own", "rewards", "tokens", "average"])
 def test_more_rounds_leave_those_before_as_they_are(name: str) -> None:
     document = {**RECIPES[name], "rounds": 3}
     short, long = prints(document), prints({**document, "rounds": 9})

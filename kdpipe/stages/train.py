@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from kdpipe.checkpoints import Average
     from kdpipe.micro_batch import TeacherHidden, TeacherMixture
     from kdpipe.rows import Rollout
     from kdpipe.tables import Scores
@@ -86,8 +87,12 @@ def train(
     trainer: Trainer,
     dtype: torch.dtype,
     resumed: tuple[int, Path] | None,
+    average: Average | None = None,
 ) -> None:
-    """Writes `model/`, `trainer/` and `completions.parquet`; `resumed` is (steps done, checkpoint folder)."""
+    """Writes `model/`, `trainer/`, `completions.parquet` and with `average` `ema/`.
+
+    `resumed` is (steps done, checkpoint folder).
+    """
     done, checkpoint = resumed or (0, None)
     if scores is not None and job.recipe.is_mixed:
         check_scorable("a teacher of the mixture lacks", [row.scorable for row in scores.rows])
@@ -116,6 +121,10 @@ def train(
         job.pulse.safe_point()
     trainer.end()
     _write(job, rows, plan, text, trainer, dtype)
+    if average is not None:
+        job.draft.write(
+            "ema", lambda folder: average.write_next(trainer.model, text.tokenizer, folder, dtype=dtype)
+        )
 
 
 def minibatches(job: Job, rows: Sequence[Row]) -> list[tuple[int, list[int]]]:
