@@ -3,6 +3,7 @@
 Results go to stdout, progress and errors to stderr. Nothing heavy is imported before a command needs it.
 """
 
+import atexit
 import functools
 import gc as collector
 import json
@@ -52,6 +53,7 @@ def main() -> None:
     """Runs the command line; every expected failure becomes one message and its exit code."""
     # Starting makes many objects and hardly any garbage: looking for it takes a twentieth of `kdpipe plan`.
     collector.set_threshold(100_000, 50, 50)
+    atexit.register(collector.freeze)  # nor is it looked for on the way out, another twentieth
     # pydantic would look for plugins in the metadata of every installed distribution.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "true")
     _ensure_home()

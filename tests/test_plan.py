@@ -188,6 +188,15 @@ def test_the_student_is_evaluated_every_so_often_and_after_the_last_round() -> N
     assert set(prints(document, "evaluate")) == {f"evaluate:student@{number}" for number in (0, 3, 6, 7)}
 
 
+def test_a_train_step_is_fingerprinted_with_the_objective_of_its_round() -> None:
+    document = {**FORMS[-1], "rounds": 3}
+    objective, plan = recipe_of(document).train.objective, plan_of(document)
+    assert objective.kind == "then"
+    for number in (1, 2, 3):
+        fields: Any = plan.step(f"train@{number}").document["fields"]
+        assert fields["train"]["objective"] == objective.in_round(number).model_dump(mode="json")
+
+
 def test_round_r_samples_from_student_r_minus_1() -> None:
     plan = plan_of(DISTILL)
     assert plan.step("rollout@1").inputs["student"].step_id == "sft:student@0"
