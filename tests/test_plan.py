@@ -127,12 +127,12 @@ def identities_of(recipe: Recipe) -> Identities:
     return Identities(models, data)
 
 
-def plan_of(document: Document) -> Plan:
-    recipe = recipe_of(document)
+def plan_of(document: Document | Recipe) -> Plan:
+    recipe = document if isinstance(document, Recipe) else recipe_of(document)
     return make_plan(recipe, identities_of(recipe))
 
 
-def prints(document: Document, *stages: str) -> dict[str, str]:
+def prints(document: Document | Recipe, *stages: str) -> dict[str, str]:
     return {
         step.id: step.fingerprint for step in plan_of(document).steps if not stages or step.stage in stages
     }
@@ -306,7 +306,7 @@ LITERALS = [
 ]
 
 
-def changes(document: Document, path: Path_) -> Iterator[Document]:
+def changes(document: Document, path: Path_) -> Iterator[Recipe]:
     """Valid recipes that differ from `document` in the one field at `path`."""
     node: Any = document
     for part in path:
@@ -317,8 +317,8 @@ def changes(document: Document, path: Path_) -> Iterator[Document]:
             recipe = recipe_of(candidate)
         except ValidationError:
             continue
-        if filled(candidate) != document:
-            yield recipe.model_dump(mode="json", by_alias=True)
+        if recipe.model_dump(mode="json", by_alias=True) != document:
+            yield recipe
 
 
 def without_effect(document: Document, path: Path_) -> str | None:
