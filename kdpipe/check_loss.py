@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -66,6 +66,7 @@ MEANING = {
     4: "the update depends on how a step is cut into micro-batches, ordered or padded",
     5: "what stands at masked tokens gets into the loss",
 }
+KD_PROPERTIES = (1, 2, 3)  # those that `run` insists on
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,33 +127,26 @@ def serve() -> Callable[[Message, Report], Message]:
 def check_loss(recipe: Recipe) -> list[Phase]:
     """The findings on the five properties for each phase of the recipe's objective."""
     return [
-        Phase(
-            when + description_of(case.objective),
-            (
-                *_kd_findings(case),
-                _judged(4, "cuts, order and padding change nothing", partial(_cuts_agree, case)),
-                _judged(5, "masked tokens change nothing", partial(_masks_hold, case)),
-            ),
-        )
-        for when, case in _cases(recipe)
+        Phase(when + description_of(case.objective), tuple(judged(case, number) for number in MEANING))
+        for when, case in cases_of(recipe)
     ]
 
 
 def unsound(recipe: Recipe) -> list[str]:
     """What properties 1 to 3 find wrong with the KD part of the recipe's objective, a line each."""
-    return [line for _, case in _cases(recipe) for line in _unsound(case)]
+    return [line for _, case in cases_of(recipe) for line in _unsound(case)]
 
 
 @cache
 def _unsound(case: Case) -> tuple[str, ...]:
     return tuple(
         f"property {finding.number}: {finding.meaning}"
-        for finding in _kd_findings(case)
+        for finding in (judged(case, number) for number in KD_PROPERTIES)
         if finding.verdict == "FAILED"
     )
 
 
-def _cases(recipe: Recipe) -> list[tuple[str, Case]]:
+def cases_of(recipe: Recipe) -> list[tuple[str, Case]]:
     """The phases of the objective, each with what to call it; a schedule stands at its largest weight."""
     objective = recipe.train.objective
     largest = max(objective.distill_weight, objective.distill_schedule.end or 0.0)
@@ -173,10 +167,13 @@ def _cases(recipe: Recipe) -> list[tuple[str, Case]]:
     ]
 
 
-def _judged(number: int, claim: str, measure: Callable[[], list[Measure]]) -> Finding:
+def judged(case: Case, number: int) -> Finding:
     """The finding on a property, with the worst measure of each name."""
+    claim, measure = _property(case, number)
+    if number in KD_PROPERTIES and not case.objective.has_kd:
+        return Finding(number, claim, "not applicable")
     try:
-        measures = sorted(measure(), key=lambda found: found.badness)
+        measures = sorted(measure(case), key=lambda found: found.badness)
     except NonFiniteError as error:
         # The loss refuses a number that it should not have looked at, or that is its own making.
         return Finding(number, claim, "FAILED", problem=error.found, meaning=MEANING[number])
@@ -190,19 +187,22 @@ def _judged(number: int, claim: str, measure: Callable[[], list[Measure]]) -> Fi
     return Finding(number, claim, verdict, tuple(ordered), problem, meaning)
 
 
+def _property(case: Case, number: int) -> tuple[str, Callable[[Case], list[Measure]]]:
+    """What a property says of the objective, and what measures it."""
+    match number:
+        case 1:
+            return "the expected gradient follows the teacher", _teacher_matters
+        case 2:
+            return f"the expected gradient is that of {claim_of(case.objective)}", _claim_holds
+        case 3:
+            return "where both agree, no completion is pushed", _agreement_rests
+        case 4:
+            return "cuts, order and padding change nothing", _cuts_agree
+        case _:
+            return "masked tokens change nothing", _masks_hold
+
+
 # ---------------------------------------------------------------------------------- 1 to 3: the KD part
-
-
-def _kd_findings(case: Case) -> list[Finding]:
-    properties: list[tuple[str, Callable[[Case], list[Measure]]]] = [
-        ("the expected gradient follows the teacher", _teacher_matters),
-        (f"the expected gradient is that of {claim_of(case.objective)}", _claim_holds),
-        ("where both agree, no completion is pushed", _agreement_rests),
-    ]
-    if not case.objective.has_kd:
-        texts = (properties[0][0], "the expected gradient is that of what is claimed", properties[2][0])
-        return [Finding(number, text, "not applicable") for number, text in enumerate(texts, 1)]
-    return [_judged(n, claim, partial(measure, case)) for n, (claim, measure) in enumerate(properties, 1)]
 
 
 def _teacher_matters(case: Case) -> list[Measure]:

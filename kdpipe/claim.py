@@ -56,6 +56,8 @@ def _spelled(value: JsonValue) -> str:
 
 def claim_of(objective: Objective) -> str:
     """What the KD term claims to descend."""
+    if not objective.has_kd:
+        return "the KD term's claim"
     reverse, forward = "KL(student‖teacher)", "KL(teacher‖student)"
     match objective.kd:
         case RklTerm(gamma=1.0):

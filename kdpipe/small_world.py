@@ -370,4 +370,6 @@ def support_in_world(objective: Objective) -> tuple[str, int]:
 
 def gradients(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The gradient of the loss to each tensor; 0 where it has none."""
+    if not loss.requires_grad:
+        return [torch.zeros_like(tensor) for tensor in tensors]
     return list(torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True))
