@@ -265,13 +265,13 @@ def _closed_completions(case: Case) -> list[Measure]:
 
 def _agreement_rests(case: Case) -> list[Measure]:
     on, off = on_policy(), off_policy()
+    size = _size(_kd_part(case, WORLDS["one token"], on)[0])  # where they do not agree
     measures = []
     behaviours = {"on-policy": on.behaviour, "off-policy": off.behaviour}
     for (name, behaviour), world in itertools.product(behaviours.items(), _worlds(case)):
         agreed = replace(on, teacher=on.student, behaviour=behaviour)
         part_RPV, _, noise = _kd_part(case, world, agreed)
-        other_RPV, _, _ = _kd_part(case, world, replace(agreed, teacher=on.teacher))
-        measures.append(Measure(name, _size(part_RPV), _size(other_RPV), 1e-12 + noise))
+        measures.append(Measure(name, _size(part_RPV), size, 1e-12 + noise))
     return measures
 
 
