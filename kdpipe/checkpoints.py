@@ -135,9 +135,8 @@ def _best_dtype(device: torch.device, cpuinfo: Path) -> tuple[torch.dtype, str]:
     found = [flag for flag in _CPU_BFLOAT16_FLAGS if flag in words]
     if found:
         return torch.bfloat16, f"the CPU has {' and '.join(found)}"
-    return torch.float32, (
-        f"the CPU has none of {', '.join(_CPU_BFLOAT16_FLAGS)}: it emulates bfloat16, 100 times slower"
-    )
+    missing = " or ".join(_CPU_BFLOAT16_FLAGS)
+    return torch.float32, f"no {missing} here: bfloat16 would be emulated, 100 times slower"
 
 
 # ----------------------------------------------------------------------------------------------- models

@@ -171,7 +171,7 @@ def test_bfloat16_models_pass_the_probe_of_the_head(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "expected", "reason"),
     [
-        ("avx2 fma", torch.float32, "none of avx512_bf16, amx_bf16"),
+        ("avx2 fma", torch.float32, "no avx512_bf16 or amx_bf16"),
         ("avx2 avx512_bf16 amx_tile", torch.bfloat16, "avx512_bf16"),
         ("amx_bf16 avx512_bf16", torch.bfloat16, "avx512_bf16 and amx_bf16"),
     ],
