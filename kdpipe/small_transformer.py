@@ -44,7 +44,10 @@ class Transformer:
                     setattr(module, name, torch.nn.RMSNorm(size, eps=eps, dtype=torch.float64))
 
     def rows(self) -> list[Row]:
-        """The completions of the step after prompts of several lengths, with log-probs from unbatched forwards."""
+        """The completions of the step after prompts of several lengths, with log-probs from unbatched forwards.
+
+        All are off-policy: a ratio that is 1 but for rounding would fall on either side of a clip that starts there.
+        """
         generator = torch.Generator().manual_seed(6)
         rows = []
         for number, completion in enumerate(STEP):
@@ -55,14 +58,13 @@ class Transformer:
             student_nV = logits_TV[len(prompt) - 1 : -1].log_softmax(-1)
             noise = torch.randn(3, *student_nV.shape, generator=generator, dtype=torch.float64)
             teacher_nV, behaviour_nV, proximal_nV = noise
-            drift = float(number % 2)  # every second one was drawn by the student as it is
             rows.append(
                 row_of(
                     completion,
                     prompt,
                     teacher_nV=teacher_nV.log_softmax(-1),
-                    sampler_nV=(student_nV + drift * 0.5 * behaviour_nV).log_softmax(-1),
-                    proximal_nV=(student_nV + drift * 0.3 * proximal_nV).log_softmax(-1),
+                    sampler_nV=(student_nV + 0.5 * behaviour_nV).log_softmax(-1),
+                    proximal_nV=(student_nV + 0.3 * proximal_nV).log_softmax(-1),
                 )
             )
         return rows

@@ -670,6 +670,20 @@ def test_srpo_passes_with_every_control_of_its_rl_loss() -> None:
     passes({"kind": "srpo", "dual_clip": 1.2, "behaviour": {"control": "truncate", "cap": 1.1}})
 
 
+def test_bounds_at_a_ratio_of_1_and_weights_far_apart_pass() -> None:
+    """On-policy ratios are 1 to the last bit, so that what a bound there does is no matter of rounding."""
+    narrow = {"control": "clip", "low": 0.0, "high": 1e-9}
+    passes(
+        {
+            "kind": "kdrl",
+            "kd": {"term": "k3", "ratio": narrow},
+            "behaviour": {"control": "mask", "cap": 1.0},
+            "rl_weight": 100.0,
+            "distill_weight": 1e-6,
+        }
+    )
+
+
 @pytest.mark.parametrize("kind", [{"kind": "kd"}, {"kind": "kdrl", "distill_weight": 5e-3}])
 def test_k1_loss_fails_1_2_and_3_and_nothing_else(kind: dict[str, Any]) -> None:
     phases = check_loss(recipe_of(kind | {"kd": "k1_loss"}))
@@ -793,7 +807,7 @@ def test_everything_fits_80_columns(settings: dict[str, Any], monkeypatch: pytes
     assert any("not finite" in line for line in lines)
 
 
-SHOWN = re.findall(r"<!-- check-loss: (.*) -->\n```\n\$ kdpipe check-loss \1\n(.*?)```\n", DOC, re.DOTALL)
+SHOWN = re.findall(r"<!-- check-loss: ([^\n]*) -->\n```\n\$ kdpipe check-loss \1\n(.*?)```\n", DOC, re.DOTALL)
 
 
 @pytest.mark.parametrize(("arguments", "shown"), SHOWN, ids=[arguments for arguments, _ in SHOWN])
