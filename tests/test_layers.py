@@ -56,6 +56,10 @@ LEVELS = {
     "engines.hf": 3.1,
     "sources": 3.1,
     "job": 3.1,
+    "small_world": 3,
+    "small_transformer": 3.1,
+    "claim": 3.1,
+    "check_loss": 4,
     "runs": 4,
     "survey": 4.1,
     "stages": 4,
@@ -110,6 +114,7 @@ LIGHT_COMMANDS = (
     ["plan", "quickstart"],
     ["status", "quickstart"],
     ["recipes"],
+    ["check-loss", "quickstart"],
 )
 
 
