@@ -43,7 +43,7 @@ from kdpipe.rows import Problem, Rollout
 from kdpipe.stages.evaluate import Against, evaluate, graded_problems
 from kdpipe.stages.rollout import rollout
 from kdpipe.stages.sft import sft
-from kdpipe.stages.teacher_score import TeacherSide, output_head, teacher_score, teacher_side
+from kdpipe.stages.teacher_score import TeacherSide, output_head, swapped_head, teacher_score, teacher_side
 from kdpipe.stages.train import train
 from kdpipe.store import Draft, Entry, Store, append_line
 from kdpipe.tables import read_rollouts, read_scores
@@ -285,7 +285,7 @@ class _Task:
         side = self._teacher_side(job, role)
         head = output_head(job, self._source(role), num_ids=side.num_ids)
         file = HiddenFile(self._opened(scored, HIDDEN_FILE), head_sha256=head_digest(head))
-        return HiddenTeacher(file, head, side.temperature)
+        return HiddenTeacher(file, swapped_head(head, side.swap), side.temperature)
 
     def _evaluate(self, job: Job) -> None:
         engine = self._engine(self.recipe.evaluate.engine or self.recipe.rollout.engine)

@@ -214,6 +214,7 @@ class _Planner:
             "rollout.temperature": recipe.rollout.temperature,
             "student.template": recipe.student.template,
         }
+        fields |= self._alias()
         inputs = {"rollout": Input(f"rollout@{number}", ()), **self._teacher_model(teacher, number - 1)}
         if recipe.keep.student_top_k:  # the student that sampled chooses ids too
             fields |= self._student_fields(number - 1)
@@ -266,7 +267,7 @@ class _Planner:
         if section.reverse_kl_problems:
             rollout = _without(self.sections["rollout"], "seed", "prompts", "samples", "engine")
             fields |= {"rollout": rollout, "teacher_score.engine": recipe.teacher_score.engine}
-            fields |= self._mixture()
+            fields |= self._mixture() | self._alias()
             for teacher in recipe.teachers:
                 fields |= self._teacher_fields(teacher, number)
                 inputs |= self._teacher_model(teacher, number)
@@ -352,6 +353,11 @@ class _Planner:
             f"{role}.model": None if self._teacher_model(teacher, number) else identity,
         }
         return fields if teacher.only is None else {**fields, f"{role}.only": _routes(teacher)}
+
+    def _alias(self) -> Fields:
+        """Only where it is asked for: `mask` and `keep` change nothing of what the teacher says."""
+        end_token = self.recipe.train.objective.end_token
+        return {"train.objective.end_token": end_token} if end_token == "alias" else {}  # noqa: S105
 
     def _mixture(self) -> Fields:
         """The weights of a mixture, sorted by name as it is summed."""

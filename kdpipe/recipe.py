@@ -449,7 +449,7 @@ class Objective(Section):
 
     `mask` closes the KD term of kdrl where the student is right anyway. `normalization`: what an optimizer step's
     sum over tokens is divided by. `truncated`: completions cut at max_new_tokens count, are dropped, or
-    get reward 0. `end_token: mask` leaves the end token out.
+    get reward 0. `end_token: mask` leaves the end token out; `alias` swaps the teacher's end id with the student's.
     """
 
     kind: Literal["kd", "grpo", "kdrl", "srpo", "then"] = "kd"
@@ -471,7 +471,7 @@ class Objective(Section):
     normalization: Literal["token", "sequence", "fixed"] = "token"
     fixed_length: Count | None = None
     truncated: Literal["keep", "drop", "no_reward"] = "keep"
-    end_token: Literal["keep", "mask"] = "keep"  # noqa: S105 (no password)
+    end_token: Literal["keep", "mask", "alias"] = "keep"  # noqa: S105 (no password)
 
     @model_validator(mode="before")
     @classmethod
@@ -681,11 +681,14 @@ class Recipe(Section):
                 raise ValueError(
                     f"teacher_score.keep {_spelled(section.keep)} is not what train.objective.kd needs: auto keeps that"
                 )
-        needs = ("support",) if self.keep.student_top_k else ("hidden",) if self.keep.hidden else ()
+        aliased = objective.has_kd and objective.end_token == "alias"  # noqa: S105 (no password)
+        needs = (
+            ("support",) if self.keep.student_top_k or aliased else ("hidden",) if self.keep.hidden else ()
+        )
         for ability in needs:
             if ability not in ENGINE_ABILITIES[section.engine]:
                 what = "scores of given ids" if ability == "support" else "hidden states"
-                other = "" if self.is_mixed else ", or support: {teacher_top_k: k}"
+                other = "" if self.is_mixed or aliased else ", or support: {teacher_top_k: k}"
                 raise ValueError(f"teacher_score.engine {section.engine} gives no {what}: use hf{other}")
         if section.logprobs == "float16" and not (self.keep.teacher_top_k or self.keep.student_top_k):
             raise ValueError("teacher_score.logprobs goes with a top-k support: nothing else is stored by it")

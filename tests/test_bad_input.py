@@ -85,6 +85,10 @@ RECIPES = {
     "name holds a newline": Bad(('name="a\\nb"',), ("name", "pattern")),
     "teacher leads out": Bad(("teachers.0.name=../../t",), ("teachers.0.name", "pattern")),
     "teacher is called student": Bad(("teachers.0.name=student",), ("cannot be called 'student'",)),
+    "end ids that vllm does not score": Bad(
+        ("train.objective={kd: rkl, end_token: alias}", "teacher_score.engine=vllm"),
+        ("no scores of given ids: use hf",),
+    ),
     "ema without decay": Bad(("teachers=[{self: ema}]",), ("decay goes with self: ema, which needs it",)),
     "decay without ema": Bad(("teachers=[{self: initial, decay: 0.5}]",), ("decay goes with self: ema",)),
     "a decay of 1": Bad(("teachers=[{self: ema, decay: 1}]",), ("decay", "less than 1")),

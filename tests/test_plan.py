@@ -202,6 +202,16 @@ def test_models_that_are_named_need_no_cold_start_and_rewards_no_teacher() -> No
     assert set(prints(JSONL, "sft")) == {"sft:student@0"}
 
 
+def test_an_aliased_end_is_another_scoring_and_a_masked_one_is_not() -> None:
+    def scored(end_token: str) -> dict[str, str]:
+        document = {**DISTILL, "train": {"objective": {"kd": "rkl", "end_token": end_token}}}
+        return prints(document, "teacher-score", "evaluate")
+
+    keep, mask, alias = scored("keep"), scored("mask"), scored("alias")
+    assert keep["teacher-score@1"] == mask["teacher-score@1"] != alias["teacher-score@1"]
+    assert keep["evaluate:student@0"] == mask["evaluate:student@0"] != alias["evaluate:student@0"]
+
+
 def test_a_moving_teacher_is_the_student_before_the_round_or_the_average_kept_with_it() -> None:
     shown = {"self": "current", "prompt": "{question} {solution}"}
     current, ema = plan_of({**DISTILL, "teachers": [shown]}), plan_of(EMA)

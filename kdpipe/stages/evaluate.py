@@ -28,7 +28,7 @@ from kdpipe.job import Job, Text, mean, read_completion, request_for, sampling_o
 from kdpipe.micro_batch import TeacherHidden, TeacherMixture, TeacherPart
 from kdpipe.routing import teaches
 from kdpipe.seeds import permutation
-from kdpipe.stages.teacher_score import TeacherSide, output_head, score_completions
+from kdpipe.stages.teacher_score import TeacherSide, output_head, score_completions, swapped_head
 from kdpipe.tables import GRADES, REVERSE_KL, REVERSE_KL_OF_SEVERAL, read_rows
 from kdpipe.tasks.answers import grade, parse_number
 from kdpipe.teachers import mixed_logprobs
@@ -356,10 +356,10 @@ class _Exact:
         self._text = text
         self._device = resolve_device(job.recipe.runtime.device)
         self._head = output_head(job, model, num_ids=text.num_ids)
-        self._teachers = {
-            one.teacher.name: (output_head(job, one.source, num_ids=text.num_ids), one.teacher.temperature)
-            for one in against
-        }
+        self._teachers = {}
+        for one in against:
+            head = swapped_head(output_head(job, one.source, num_ids=text.num_ids), one.teacher.swap)
+            self._teachers[one.teacher.name] = (head, one.teacher.temperature)
 
     def student_hidden(self, triples: Sequence[Triple]) -> list[Any]:
         """Hidden states [n, H] of each completion; the engine holds the student."""

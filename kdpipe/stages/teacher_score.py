@@ -11,10 +11,12 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
+import torch
 
 from kdpipe.checkpoints import head_digest, read_head, resolve_device, resolve_dtype
 from kdpipe.engine import ScoreRequest, TokenScores
 from kdpipe.errors import PreflightError
+from kdpipe.forward import Head
 from kdpipe.hidden import FILE as HIDDEN_FILE
 from kdpipe.hidden import to_bytes, write_hidden
 from kdpipe.job import Job, Text
@@ -29,8 +31,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kdpipe.engine import Engine, ModelSource
-    from kdpipe.forward import Head
-    from kdpipe.recipe import Teacher
+    from kdpipe.recipe import Recipe, Teacher
     from kdpipe.rows import Problem, Rollout
 
 MAX_UNSCORABLE_FRACTION = 0.01
@@ -43,13 +44,17 @@ Number = TypeVar("Number", bound=np.generic)
 
 @dataclass(frozen=True, slots=True)
 class TeacherSide:
-    """A teacher as the scoring sees it: its text, what it shares with the student, and how it is asked."""
+    """A teacher as the scoring sees it: its text, what it shares with the student, and how it is asked.
+
+    `swap` are two ids that trade places in all of its distributions: its own end of a turn and the student's.
+    """
 
     settings: Teacher
     text: Text
     vocabulary: Vocabulary
     has_own_template: bool
     temperature: float
+    swap: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -96,7 +101,28 @@ def teacher_side(job: Job, settings: Teacher, *, student: Text, teacher: Text) -
         vocabulary=vocabulary,
         has_own_template=settings.template != recipe.student.template and bool(settings.template),
         temperature=settings.temperature or recipe.rollout.temperature,
+        swap=_end_ids(recipe, vocabulary, student, teacher, names),
     )
+
+
+def _end_ids(
+    recipe: Recipe, vocabulary: Vocabulary, student: Text, teacher: Text, names: tuple[str, str]
+) -> tuple[int, int] | None:
+    """The ids with which student and teacher end a turn, where `end_token: alias` swaps them and they differ.
+
+    Raises PreflightError where one of the two has no such id: there is no column to swap with.
+    """
+    ends = (student.end_id, teacher.end_id)
+    if recipe.train.objective.end_token != "alias" or ends[0] == ends[1]:  # noqa: S105 (no password)
+        return None
+    num_ids = min(vocabulary.student_ids, vocabulary.teacher_ids)
+    for token, of in zip(ends, names, strict=True):
+        if token in vocabulary.unscorable or token >= num_ids:
+            raise PreflightError(
+                f"train.objective.end_token is alias, but id {token}, with which {of} ends a turn, is not one of both",
+                hint="set train.objective.end_token to mask",
+            )
+    return ends
 
 
 def teacher_score(
@@ -205,16 +231,19 @@ def score_completions(
     `engine` holds the teacher; `supports` [n, S] are ids to score at each token besides its `top_k`. Where a
     token is not scorable its log-probs are 0 and its ids 0.
     """
-    lacking = teacher.vocabulary.unscorable
+    lacking, swap = teacher.vocabulary.unscorable, teacher.swap
     prompts = [teacher.prompt_ids(problem, prompt) for problem, prompt, _ in rows]
     masks = [np.array([token not in lacking for token in completion], np.bool_) for _, _, completion in rows]
     given = (
-        [None] * len(rows) if supports is None else [s[mask] for s, mask in zip(supports, masks, strict=True)]
+        [None] * len(rows)
+        if supports is None
+        else [swapped(s[mask], swap) for s, mask in zip(supports, masks, strict=True)]
     )
-    requests = [
-        ScoreRequest(prompt, [token for token in completion if token not in lacking], support)
-        for prompt, (_, _, completion), support in zip(prompts, rows, given, strict=True)
-    ]
+    requests = []
+    for prompt, (_, _, completion), support in zip(prompts, rows, given, strict=True):
+        read = [token for token in completion if token not in lacking]
+        wanted = swapped(np.array(read, np.int32), swap).tolist() if swap else None
+        requests.append(ScoreRequest(prompt, read, support, wanted))
     scores = engine.score(
         requests,
         temperature=teacher.temperature,
@@ -223,10 +252,32 @@ def score_completions(
         progress=job.pulse.tokens,
         hidden=hidden,
     )
+    if swap is not None:  # what stands at one id of the teacher is told of the other
+        scores = [
+            replace(score, topk_ids=None if score.topk_ids is None else swapped(score.topk_ids, swap))
+            for score in scores
+        ]
     return [
         (prompt, _spread(score, mask), mask)
         for prompt, score, mask in zip(prompts, scores, masks, strict=True)
     ]
+
+
+def swapped(ids: npt.NDArray[np.int32], swap: tuple[int, int] | None) -> npt.NDArray[np.int32]:
+    """The ids with the two of `swap` in each other's place."""
+    if swap is None:
+        return ids
+    first, second = swap
+    return np.where(ids == first, second, np.where(ids == second, first, ids)).astype(np.int32)
+
+
+def swapped_head(head: Head, swap: tuple[int, int] | None) -> Head:
+    """The output head whose distributions have the columns of two ids swapped, which is to swap its rows."""
+    if swap is None:
+        return head
+    order = torch.arange(head.weight_VH.shape[0], device=head.weight_VH.device)
+    order[list(swap)] = order[list(reversed(swap))]
+    return Head(head.weight_VH[order], None if head.bias_V is None else head.bias_V[order])
 
 
 def output_head(job: Job, source: ModelSource, *, num_ids: int) -> Head:
