@@ -10,7 +10,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -20,13 +20,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+import kdpipe.perform
 import kdpipe.runner
+import kdpipe.stages.sft
 from kdpipe.checkpoints import ModelShelf
 from kdpipe.cli import app
 from kdpipe.engine import ModelSource
 from kdpipe.errors import ArtifactError, Interrupted, PreflightError
-from kdpipe.recipe import LoadedRecipe
+from kdpipe.job import Job
+from kdpipe.recipe import LoadedRecipe, load_recipe
 from kdpipe.rows import Rollout
+from kdpipe.stages.train import train
 from kdpipe.tables import Scores
 from kdpipe.teachers import TeacherScores, join_scores
 from tests.test_from_files import NUM_IDS, write_model
@@ -470,3 +474,64 @@ def test_the_tables_of_single_teachers_are_as_they_were(tmp_path: Path) -> None:
     assert "teacher_prompt_token_ids" in names
     assert "teachers" not in names
     assert (project.run.path / "round-001/teacher-score/scores.parquet").exists()
+
+
+def test_a_mixture_of_which_too_much_is_not_scorable_stops_before_it_trains(tmp_path: Path) -> None:
+    loaded = recipe(tmp_path, "mixed", OBJECTIVES["token"])
+    teachers = [scored("a", "p", scorable=(True, False)), scored("b", "p")]
+    weights = {"a": 0.5, "b": 0.5}
+    scores = join_scores([rollout("p")], teachers, weights=weights, round_number=1)
+    nothing = cast("Any", None)
+    job = Job(loaded.recipe, 1, 1, [], [], nothing, nothing)
+    with pytest.raises(
+        PreflightError, match="a teacher of the mixture lacks the ids of 1 of 2 sampled tokens"
+    ):
+        train(
+            job,
+            rollouts=[rollout("p")],
+            scores=scores,
+            text=nothing,
+            trainer=nothing,
+            dtype=torch.float32,
+            resumed=None,
+        )
+
+
+def test_the_cold_start_of_a_specialist_reads_only_what_it_teaches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[list[Any]] = []
+    real = kdpipe.stages.sft.sft
+
+    def watched(job: Job, **settings: Any) -> None:
+        read.append([problem.fields["operation"] for problem in job.train])
+        real(job, **settings)
+
+    monkeypatch.setattr(kdpipe.perform, "sft", watched)
+    scratch = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
+    specialist = {"scratch": scratch, "sft": {"steps": 1, "batch": 4}, "dtype": "float32"}
+    teachers = [
+        {**specialist, "name": "adds", "only": {"operation": "addition"}},
+        {**specialist, "name": "takes", "only": {"operation": "subtraction"}},
+    ]
+    plain = json.loads(
+        json.dumps(teachers)
+    )  # YAML would write what is shared as aliases, which recipes may not hold
+    run_near(load_tiny(tmp_path, teachers=plain), tmp_path / "out", rounds=0)
+    everything, adds, takes = read
+    assert set(everything) == {"addition", "subtraction"}
+    assert (set(adds), set(takes)) == ({"addition"}, {"subtraction"})
+    assert len(adds) + len(takes) == len(everything)
+
+
+def test_the_study_of_specialists_runs_with_less_of_everything(tmp_path: Path) -> None:
+    sets = ["student.sft.steps=4", "teachers.0.sft.steps=6", "teachers.1.sft.steps=6", "rounds=1"]
+    sets += ["rollout.prompts=8", "evaluate.problems=12", "evaluate.reverse_kl_problems=4"]
+    sets += ["task.train_problems=64", "task.test_problems=16", "evaluate.samples=1", "evaluate.every=1"]
+    sets += ["runtime.device=cpu", "runtime.allow_weak_teacher=true"]
+    study = Path(__file__).parents[1] / "benchmarks" / "specialists.yaml"
+    project = run_near(load_recipe(study, tuple(sets)), tmp_path / "out")
+    taught = [len(pd.read_parquet(path)) for path in project.run.path.glob("round-001/*/scores.parquet")]
+    assert (len(taught), sum(taught)) == (2, 8)
+    summary = json.loads((project.run.path / "round-001/evaluate-student/summary.json").read_text())
+    assert summary["reverse_kl_exact_nats"] > 0
