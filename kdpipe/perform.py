@@ -40,7 +40,8 @@ from kdpipe.pulse import Pulse
 from kdpipe.recipe import Recipe, Runtime, Sft, Student, Teacher
 from kdpipe.routing import check_records, teaches
 from kdpipe.rows import Problem, Rollout
-from kdpipe.stages.evaluate import Against, evaluate, graded_problems
+from kdpipe.stages.evaluate import evaluate, graded_problems
+from kdpipe.stages.held_out import Against
 from kdpipe.stages.rollout import rollout
 from kdpipe.stages.sft import sft
 from kdpipe.stages.teacher_score import TeacherSide, output_head, swapped_head, teacher_score, teacher_side

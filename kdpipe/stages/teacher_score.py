@@ -159,23 +159,7 @@ def teacher_score(
             hidden=keep.hidden,
             supports=supports,
         )
-        return [
-            Scores(
-                prompt_id=row.prompt_id,
-                sample=row.sample,
-                teacher=teacher.name,
-                teacher_prompt_token_ids=prompt,
-                teacher_logprobs=score.logprobs,
-                scorable=scorable,
-                topk_ids=score.topk_ids,
-                topk_logprobs=score.topk_logprobs,
-                tail_logprobs=score.tail_logprobs,
-                hidden=to_bytes(score.hidden, head.weight_VH.dtype)
-                if head and score.hidden is not None
-                else None,
-            )
-            for row, (prompt, score, scorable) in zip(rows, scored, strict=True)
-        ]
+        return [_score(row, teacher, found, head) for row, found in zip(rows, scored, strict=True)]
 
     def keep_hidden(parts: Sequence[Path]) -> None:
         if head is not None:
@@ -202,6 +186,24 @@ def teacher_score(
     prefix = "score" if len(job.recipe.teachers) == 1 else f"score/{teacher.name}"
     for metric, value in score_metrics(list(zip(rollouts, scores, strict=True))).items():
         job.draft.metric(f"{prefix}/{metric}", value)
+
+
+def _score(row: Rollout, teacher: TeacherSide, scored: Scored, head: Head | None) -> Scores:
+    """The row of `scores.parquet` of one rollout, with its hidden states where `head` says that they are kept."""
+    prompt, score, scorable = scored
+    hidden = None if head is None or score.hidden is None else to_bytes(score.hidden, head.weight_VH.dtype)
+    return Scores(
+        prompt_id=row.prompt_id,
+        sample=row.sample,
+        teacher=teacher.name,
+        teacher_prompt_token_ids=prompt,
+        teacher_logprobs=score.logprobs,
+        scorable=scorable,
+        topk_ids=score.topk_ids,
+        topk_logprobs=score.topk_logprobs,
+        tail_logprobs=score.tail_logprobs,
+        hidden=hidden,
+    )
 
 
 def score_metrics(pairs: Sequence[tuple[Rollout, Scores]]) -> dict[str, float]:
