@@ -31,7 +31,8 @@ def teaches(teacher: Teacher, problem: Problem) -> bool:
 def check_records(recipe: Recipe, train: Sequence[Problem], test: Sequence[Problem]) -> None:
     """Raises DataError unless every problem in use has one teacher (or all), and the fields that its prompt names."""
     section = recipe.evaluate
-    splits = {"train": train} if recipe.train.objective.has_kd else {}
+    # Specialists read their own problems in a cold start, whatever is trained on later.
+    splits = {"train": train} if recipe.train.objective.has_kd or recipe.is_routed else {}
     if section.teacher or section.reverse_kl_problems:
         splits["test"] = test
     for split, problems in splits.items():

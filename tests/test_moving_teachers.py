@@ -225,15 +225,17 @@ def test_a_teacher_holds_no_gradient_and_no_second_copy_of_the_student(
 
     monkeypatch.setattr(ModelShelf, "get", watched)
     monkeypatch.setattr(Trainer, "__init__", begun)
-    for kind in ("current", "ema"):
+    for kind in ("current", "ema", "another model"):
         trainers.clear()
         scored.clear()
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        run_near(load_tiny(tmp_path, **changes(kind, rounds=2)), tmp_path / "out")
-        assert len(trainers) == 2, "of the cold start and of the student, of nothing else"
+        settings = {"rounds": 2} if kind == "another model" else changes(kind, rounds=2)
+        run_near(load_tiny(tmp_path, **settings), tmp_path / "out")
+        cold_starts = 2 if kind == "another model" else 1
+        assert len(trainers) == cold_starts + 1, "of cold starts and of the student, of nothing else"
         models = {id(model) for model, _ in scored}
-        # Student 0, then the one that is trained; beside them one average of each round that has one.
-        assert len(models) == (2 if kind == "current" else 4)
+        # Student 0, then the one that is trained; beside them the teacher, or one average of each round.
+        assert len(models) == {"current": 2, "ema": 4, "another model": 3}[kind]
 
 
 def test_initial_is_the_very_model_that_the_cold_start_left(
