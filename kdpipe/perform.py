@@ -9,34 +9,37 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import JsonValue
 
+from kdpipe.adapters import read_adapter, start_adapter, target_names
 from kdpipe.checkpoints import (
     ModelShelf,
     head_digest,
     open_model,
     read_trainer,
+    require_targets,
     resolve_device,
     resolve_dtype,
     scratch_model,
 )
-from kdpipe.engine import Engine, ModelSource
+from kdpipe.engine import AdapterSource, Engine, ModelSource
 from kdpipe.engines.hf import HfEngine
 from kdpipe.environment import environment
 from kdpipe.errors import EngineError, StepError
 from kdpipe.hidden import FILE as HIDDEN_FILE
 from kdpipe.hidden import HiddenFile
 from kdpipe.job import Job, Text, open_text
-from kdpipe.plan import STUDENT, Input, Step
+from kdpipe.plan import BASE, STUDENT, Input, Step
 from kdpipe.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.pulse import Pulse
-from kdpipe.recipe import Recipe, Runtime, Sft, Student, Teacher
+from kdpipe.recipe import Lora, Recipe, Runtime, Sft, Student, Teacher
 from kdpipe.rows import Problem
+from kdpipe.seeds import derive_seed
 from kdpipe.stages.evaluate import Against, evaluate
 from kdpipe.stages.rollout import rollout
 from kdpipe.stages.sft import sft
@@ -81,6 +84,7 @@ class Warm:
     engines: dict[str, Engine] = field(default_factory=dict)
     texts: dict[tuple[str, str], Text] = field(default_factory=dict)
     trainer: tuple[str, Trainer] | None = None
+    lora_fits: bool = False
 
 
 class Performer:
@@ -201,6 +205,8 @@ class _Task:
             network = self._open(folder, trust=model.trust_remote_code)
         else:
             network = self._scratch(model)
+        if self.step.subject == STUDENT and self.recipe.student.lora is not None:
+            target_names(network, self.recipe.student.lora)  # before it is trained for nothing
         text = self._open_text(folder, model.template, trust=model.trust_remote_code)
         trainer = Trainer(
             network,
@@ -299,8 +305,20 @@ class _Task:
         found = self.request["folders"].get(name)
         return None if found is None else Path(found)
 
+    def _adapter(self, role: str) -> Entry | None:
+        """The entry of the student's adapter; None where the role's weights are whole."""
+        is_trained = role in self.inputs and self.inputs[role].stage == "train"
+        if role != STUDENT or self.recipe.student.lora is None or not is_trained:
+            return None
+        return self.store.entry(self.inputs[role])
+
     def _origin(self, role: str) -> tuple[Entry | None, str]:
-        """Where the student's or the teacher's weights are: an entry, or the folder of a named model."""
+        """Where whole weights of the student or the teacher are: an entry, or the folder of a named model.
+
+        Of a student with an adapter they are those below it.
+        """
+        if self._adapter(role) is not None:
+            return (self.store.entry(self.inputs[BASE]) if BASE in self.inputs else None), STUDENT
         if role in self.inputs:
             return self.store.entry(self.inputs[role]), ""
         teacher = self.recipe.teacher
@@ -314,12 +332,20 @@ class _Task:
         if entry is None:
             folder = self._base_folder(name)
             assert folder is not None
-            return ModelSource(folder, self.request["digests"][name], dtype, trust)
-        manifest = entry.manifest()
-        assert manifest is not None
-        source = ModelSource(entry.folder / "model", manifest.payload_digest, dtype, trust)
+            source = ModelSource(folder, self.request["digests"][name], dtype, trust)
+        else:
+            source = ModelSource(entry.folder / "model", _digest(entry), dtype, trust)
+        adapter = self._adapter(role)
+        if adapter is not None:
+            source = replace(source, adapter=AdapterSource(adapter.folder / "model", _digest(adapter)))
         if not self.warm.shelf.holds(source):
-            entry.opened("model")
+            for made in (entry, adapter):
+                if made is not None:
+                    made.opened("model")
+        lora = self.recipe.student.lora
+        if role == STUDENT and lora is not None and not self.warm.lora_fits:
+            require_targets(source.folder, lora, trust_remote_code=trust)  # before anything is sampled
+            self.warm.lora_fits = True
         return source
 
     def _text(self, role: str) -> Text:
@@ -377,7 +403,9 @@ class _Task:
 
     def _student_trainer(self, checkpoint: Path | None) -> Trainer:
         """The student with its optimizer: warm from the last round, from a checkpoint, or from disk."""
-        recipe, settings = self.recipe, self.recipe.train
+        recipe = self.recipe
+        if recipe.student.lora is not None:
+            return self._adapter_trainer(recipe.student.lora, checkpoint)
         entry, name = self._origin(STUDENT)
         manifest = entry.manifest() if entry else None
         warm, self.warm.trainer = self.warm.trainer, None
@@ -388,31 +416,63 @@ class _Task:
             and warm[0] == manifest.payload_digest
         ):
             return warm[1]
-        steps = settings.minibatches * settings.epochs
-        dtype, _ = resolve_dtype(recipe.student.dtype, self.warm.device)
         opens = self.step.inputs[STUDENT].opens if entry else ()
         if entry is not None:
             entry.opened(*opens)
         folder = entry.folder if entry else self._base_folder(name)
         assert folder is not None
         weights = checkpoint / "model" if checkpoint else folder / "model" if entry else folder
-        trainer = Trainer(
-            self._open(weights, trust=recipe.student.trust_remote_code),
-            settings.optimizer,
-            horizon=(settings.optimizer.schedule_rounds or recipe.rounds) * steps,
-            compute=dtype,
-            gradient_checkpointing=recipe.runtime.gradient_checkpointing,
-        )
+        trainer = self._trainer(self._open(weights, trust=recipe.student.trust_remote_code))
         if checkpoint is not None:
             trainer.restore(*read_trainer(checkpoint / "trainer"))
         elif "trainer" in opens:
             trainer.restore(*read_trainer(folder / "trainer"))
         return trainer
 
+    def _adapter_trainer(self, lora: Lora, checkpoint: Path | None) -> Trainer:
+        """The student's adapter with its optimizer, on the network that also samples: nothing is there twice."""
+        source, entry = self._source(STUDENT), self._adapter(STUDENT)
+        model = self.warm.shelf.get(source)
+        warm, self.warm.trainer = self.warm.trainer, None
+        if (
+            checkpoint is None
+            and warm is not None
+            and source.adapter is not None
+            and warm[0] == source.adapter.digest
+            and warm[1].model is model
+        ):
+            return warm[1]
+        if entry is None:
+            seed = self.recipe.seed if lora.seed is None else lora.seed
+            start_adapter(model, lora, seed=derive_seed(seed, "lora"))
+        if checkpoint is not None:
+            read_adapter(model, checkpoint / "model")
+        trainer = self._trainer(model)
+        if checkpoint is not None:
+            trainer.restore(*read_trainer(checkpoint / "trainer"))
+        elif entry is not None:
+            trainer.restore(*read_trainer(entry.opened("trainer") / "trainer"))
+        return trainer
+
+    def _trainer(self, model: Any) -> Trainer:
+        """A student of the recipe with a fresh optimizer."""
+        recipe, settings = self.recipe, self.recipe.train
+        dtype, _ = resolve_dtype(recipe.student.dtype, self.warm.device)
+        steps = settings.minibatches * settings.epochs
+        return Trainer(
+            model,
+            settings.optimizer,
+            horizon=(settings.optimizer.schedule_rounds or recipe.rounds) * steps,
+            compute=dtype,
+            gradient_checkpointing=recipe.runtime.gradient_checkpointing,
+        )
+
     def _keep_warm(self, trainer: Trainer, digest: str) -> None:
         settings = self.recipe.student if self.step.subject in ("", STUDENT) else self.recipe.teacher
         dtype, _ = resolve_dtype(settings.dtype, self.warm.device)
-        if dtype == trainer.model.dtype:
+        if self.step.stage == "train" and self.recipe.student.lora is not None:
+            self.warm.shelf.put_adapter(digest, trainer.model)
+        elif dtype == trainer.model.dtype:
             self.warm.shelf.put(digest, dtype, trainer.model)
         if self.step.stage == "train":
             self.warm.trainer = (digest, trainer)
@@ -440,6 +500,12 @@ class _Task:
             "started": started,
             "finished": time.time(),
         }
+
+
+def _digest(entry: Entry) -> str:
+    manifest = entry.manifest()
+    assert manifest is not None
+    return manifest.payload_digest
 
 
 def _step(value: Mapping[str, Any]) -> Step:

@@ -23,6 +23,7 @@ Fields = dict[str, JsonValue]
 
 FORMATS: dict[Stage, int] = {"sft": 1, "rollout": 1, "teacher-score": 2, "train": 2, "evaluate": 2}
 STUDENT = "student"
+BASE = "base"  # the role of the model below the student's adapter, where a step made it
 UNRESOLVED = "unresolved"
 
 
@@ -225,6 +226,9 @@ class _Planner:
             "rollout.temperature": recipe.rollout.temperature,
             **self._student_fields(number - 1),
         }
+        if recipe.student.lora is not None and number == 1:  # later rounds go on with the adapter of this one
+            lora = recipe.student.lora
+            fields["student.lora"] = {**lora.model_dump(mode="json"), "seed": self._seed(lora.seed)}
         if objective.normalization == "fixed" and objective.fixed_length is None:
             fields["rollout.max_new_tokens"] = recipe.rollout.max_new_tokens
         inputs = {"rollout": Input(f"rollout@{number}", ()), **self._student_model(number - 1, trainer=True)}
@@ -289,7 +293,8 @@ class _Planner:
     def _student_fields(self, number: int) -> Fields:
         """The student as loaded; its identity enters here only where no step made it."""
         student = self.recipe.student
-        made = self._student_model(number)
+        # What a step makes of a model with an adapter is the adapter: the model below it is named all the same.
+        made = self._student_model(0 if student.lora is not None else number)
         return {
             "student.model": None if made else self._identity(STUDENT),
             "student.dtype": student.dtype,
@@ -299,7 +304,10 @@ class _Planner:
 
     def _student_model(self, number: int, *, trainer: bool = False) -> dict[str, Input]:
         if number > 0:
-            return {"student": Input(f"train@{number}", ("model", "trainer") if trainer else ("model",))}
+            inputs = {STUDENT: Input(f"train@{number}", ("model", "trainer") if trainer else ("model",))}
+            if self.recipe.student.lora is not None and (below := self._student_model(0)):
+                inputs[BASE] = below[STUDENT]
+            return inputs
         if _has_cold_start(self.recipe.student):
             return {"student": Input(f"sft:{STUDENT}@0", ("model",))}
         return {}

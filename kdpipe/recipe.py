@@ -144,8 +144,26 @@ class Scratch(Section):
         return self
 
 
+class Lora(Section):
+    """Train low-rank adapters on frozen weights: B A x * alpha / rank, beside the layers in `targets`.
+
+    `targets` are last names of layers, or all linear layers below the output head. No dropout: log-probs are
+    taken with it off.
+    """
+
+    rank: Count = 16
+    alpha: Count = 32
+    targets: (
+        Literal["all-linear"] | Annotated[list[Annotated[str, Field(pattern=r"^\w+$")]], Field(min_length=1)]
+    ) = "all-linear"
+    seed: Seed | None = None
+
+
 class Student(Section):
-    """The model that learns: `model` (hub id or local folder) or `scratch`, and its optional cold start."""
+    """The model that learns: `model` (hub id or local folder) or `scratch`, and its optional cold start.
+
+    The cold start trains all weights, also with `lora`: the adapter begins in round 1, on what it left.
+    """
 
     model: str | None = None
     revision: str | None = None
@@ -154,6 +172,7 @@ class Student(Section):
     trust_remote_code: bool = False
     template: dict[str, JsonValue] = {}
     sft: Sft | None = None
+    lora: Lora | None = None
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Student":
