@@ -10,6 +10,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import kdpipe.runner
 from kdpipe.adapters import (
     is_adapted,
     read_adapter,
@@ -32,7 +34,7 @@ from kdpipe.checkpoints import ModelShelf, open_model, read_trainer, write_model
 from kdpipe.engine import AdapterSource, ModelSource, SampleRequest, Sampling
 from kdpipe.engines.decoding import is_llama_like
 from kdpipe.engines.hf import HfEngine
-from kdpipe.errors import ArtifactError, Interrupted, ModelError
+from kdpipe.errors import ArtifactError, Interrupted, ModelError, StepError
 from kdpipe.forward import head_of, hidden_states, token_logprobs
 from kdpipe.housekeeping import export
 from kdpipe.project import Project, open_project
@@ -152,6 +154,50 @@ def test_a_round_samples_from_student_0_with_the_adapter_of_the_round_before(
         assert rollout["sampler_logprobs"] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize(("round_number", "copies"), [(1, 1), (2, 0)])
+def test_a_train_step_asks_for_no_more_space_than_an_adapter_takes(
+    finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, round_number: int, copies: int
+) -> None:
+    """Round 1 for one copy of the model, as no adapter is there to judge by, later rounds for five adapters."""
+    shutil.copytree(finished.workspace.parent, tmp_path / "copy", symlinks=True)
+    model = entry(finished, "sft:student@0") / "model" / "model.safetensors"
+    monkeypatch.setattr(kdpipe.runner, "FREE_BYTES_FLOOR", 0)
+    adapter = entry(finished, "train@2") / "model" / "adapter_model.safetensors"
+    need = model.stat().st_size if copies else 5 * adapter.stat().st_size
+    loaded = load_tiny(tmp_path / "copy", **CHANGES, runtime__keep__weights=2)
+    force = (f"train@{round_number}",)
+    for free, fits in ((need - 1, False), (need, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path, free=free: SimpleNamespace(free=free))
+        if fits:
+            run_near(loaded, tmp_path / "copy" / "out", force=force, rounds=round_number)
+        else:
+            with pytest.raises(StepError, match=f"train@{round_number} may need"):
+                run_near(loaded, tmp_path / "copy" / "out", force=force, rounds=round_number)
+
+
+def test_an_adapter_on_a_named_model_is_the_one_on_a_model_that_a_step_made(
+    finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(entry(finished, "sft:student@0") / "model", tmp_path / "model")
+    changes = {
+        **CHANGES,
+        "student": {"model": "./model", "dtype": "float32", "lora": CHANGES["student__lora"]},
+    }
+    del changes["student__lora"]
+    project = run_near(load_tiny(tmp_path, **changes), tmp_path / "out")
+    expected = payload_digests(finished.workspace)
+    del expected["sft:student@0"]
+    assert payload_digests(tmp_path / "out") == expected
+    assert digests(export(project, tmp_path / "named", round_number=2)[1]) == digests(
+        export(finished, tmp_path / "made", round_number=2)[1]
+    )
+    # Nor does the model's size count for free space, once an adapter is there to judge by.
+    room = 5 * (entry(project, "train@2") / "model" / "adapter_model.safetensors").stat().st_size
+    monkeypatch.setattr(kdpipe.runner, "FREE_BYTES_FLOOR", 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=room))
+    run_near(load_tiny(tmp_path, **changes), tmp_path / "out", force=("train@2",))
+
+
 def test_retention_drops_old_adapters_and_never_the_model_below(finished: Project) -> None:
     manifests = {
         name: finished.store.entry(finished.plan.step(name)).manifest()
@@ -161,11 +207,25 @@ def test_retention_drops_old_adapters_and_never_the_model_below(finished: Projec
     assert dropped == {"sft:student@0": set(), "train@1": {"model", "trainer"}}
 
 
-def test_every_step_cold_in_another_workspace_ends_with_the_same_digests(
+def test_cold_steps_elsewhere_and_warm_ones_in_another_order_end_with_the_same_digests(
     finished: Project, tmp_path: Path, forgetful: None
 ) -> None:
-    run_near(load_tiny(tmp_path, **CHANGES), tmp_path / "elsewhere")
-    assert payload_digests(tmp_path / "elsewhere") == payload_digests(finished.workspace)
+    changes = {**CHANGES, "rounds": 3}
+    run_near(load_tiny(tmp_path, **changes), tmp_path / "elsewhere")
+    cold = payload_digests(tmp_path / "elsewhere")
+    assert payload_digests(finished.workspace).items() < cold.items()
+    # In one process: adapter 1 is trained again and evaluated, and training goes on with adapter 2.
+    NearWorker.forgetful = False
+    shutil.copytree(finished.workspace.parent, tmp_path / "copy", symlinks=True)
+    watcher = Watcher()
+    run_near(
+        load_tiny(tmp_path / "copy", **changes),
+        tmp_path / "copy" / "out",
+        watcher=watcher,
+        force=("evaluate:student@1",),
+    )
+    assert [step for step in watcher.performed if step.startswith("train")] == ["train@1", "train@3"]
+    assert payload_digests(tmp_path / "copy" / "out") == cold
 
 
 def test_a_signal_in_training_leaves_a_checkpoint_of_the_adapter_and_equal_digests(
@@ -408,6 +468,14 @@ def test_an_optimizer_step_leaves_the_model_below_bit_for_bit() -> None:
     assert torch.equal(logits(model), logits(before))
 
 
+def test_frozen_narrow_weights_compute_in_their_own_dtype_as_the_sampler_does() -> None:
+    narrow = adapted(tiny_model("llama").bfloat16())
+    assert {weight.dtype for weight in narrow.parameters() if weight.requires_grad} == {torch.float32}
+    for model, casts in ((narrow, False), (tiny_model("llama"), True)):
+        with Trainer(model, Optimizer(), horizon=1, compute=torch.bfloat16).computing():
+            assert torch.is_autocast_enabled("cpu") == casts
+
+
 def test_a_fresh_adapter_changes_nothing_and_comes_from_its_seed_alone() -> None:
     model = tiny_model("qwen2")
     plain = logits(model)
@@ -442,6 +510,19 @@ def test_targets_that_cannot_have_an_adapter_are_refused(name: str, targets: Any
     with pytest.raises(ModelError, match=message):
         start_adapter(model, Lora(targets=targets), seed=0)
     assert not is_adapted(model)
+
+
+@pytest.mark.parametrize("kind", ["scratch", "model"])
+def test_targets_are_looked_at_before_anything_is_trained_or_sampled(
+    finished: Project, tmp_path: Path, kind: str
+) -> None:
+    changes: dict[str, Any] = {**CHANGES, "student__lora": {"targets": ["c_attn"]}}
+    if kind == "model":
+        named = {"model": str(entry(finished, "sft:student@0") / "model"), "dtype": "float32"}
+        changes |= {"student": {**named, "lora": changes.pop("student__lora")}}
+    with pytest.raises(ModelError, match="no layer called 'c_attn'"):
+        run_near(load_tiny(tmp_path, **changes), tmp_path / "out")
+    assert payload_digests(tmp_path / "out") == {}
 
 
 def test_targets_are_the_named_layers_and_no_others() -> None:
