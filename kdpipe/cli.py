@@ -3,6 +3,7 @@
 Results go to stdout, progress and errors to stderr. Nothing heavy is imported before a command needs it.
 """
 
+import atexit
 import functools
 import gc as collector
 import json
@@ -52,6 +53,7 @@ def main() -> None:
     """Runs the command line; every expected failure becomes one message and its exit code."""
     # Starting makes many objects and hardly any garbage: looking for it takes a twentieth of `kdpipe plan`.
     collector.set_threshold(100_000, 50, 50)
+    atexit.register(collector.freeze)  # nor is it looked for on the way out, another twentieth
     # pydantic would look for plugins in the metadata of every installed distribution.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "true")
     _ensure_home()
@@ -347,6 +349,55 @@ def check(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOpti
         _print_json({"recipe": str(loaded.path), "resolved": resolved(loaded.recipe)})
     else:
         print(f"{recipe}: good; {loaded.recipe.rounds} rounds")  # noqa: T201
+
+
+@app.command("check-loss")
+@reported
+def check_loss(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Check what a recipe's objective does to a student, on tiny models; exit 4 when it is not what it claims.
+
+    Needs neither models nor network. `run` refuses what fails 1, 2 or 3, unless the recipe says reproduce: true.
+
+    Example: kdpipe check-loss quickstart --set train.objective.kd=k1_loss
+    """
+    from kdpipe.terminal import check_loss_lines, painter
+
+    loaded = _load(recipe, overrides)
+    phases = _checked_phases(loaded.recipe, workspace)
+    failed = sorted({f["number"] for p in phases for f in p["findings"] if f["verdict"] == "FAILED"})
+    if as_json:
+        _print_json({"recipe": str(loaded.path), "failed": failed, "phases": phases})
+    else:
+        blocks = ["\n".join(check_loss_lines(phase, painter(sys.stdout))) for phase in phases]
+        print("\n\n".join(blocks))  # noqa: T201
+    if failed:
+        which = f"propert{'y' if len(failed) == 1 else 'ies'} {', '.join(map(str, failed))}"
+        raise PreflightError(
+            f"{recipe}: its objective fails {which}",
+            hint="docs/objectives.md says what each objective descends; `reproduce: true` lets `run` use it as it is",
+        )
+
+
+def _checked_phases(recipe: "Recipe", workspace: Path) -> list[dict[str, Any]]:
+    """What a worker finds: torch is not for this process."""
+    from kdpipe.recipe import resolved
+    from kdpipe.workers import Worker
+
+    # Everything is tiny: more threads would only wait for each other.
+    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    log = workspace.resolve() / "logs" / "check-loss.log"
+    worker = Worker("kdpipe.check_loss:serve", log=log, environment=one_thread)
+    try:
+        found: Any = worker.call({"recipe": resolved(recipe)}, on_event=lambda _event: None)
+    finally:
+        worker.stop()
+    phases: list[dict[str, Any]] = found["phases"]
+    return phases
 
 
 @app.command()

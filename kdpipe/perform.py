@@ -17,6 +17,7 @@ import torch
 from pydantic import JsonValue
 
 from kdpipe.adapters import read_adapter, start_adapter, target_names
+from kdpipe.check_loss import unsound
 from kdpipe.checkpoints import (
     ModelShelf,
     head_digest,
@@ -30,7 +31,7 @@ from kdpipe.checkpoints import (
 from kdpipe.engine import AdapterSource, Engine, ModelSource
 from kdpipe.engines.hf import HfEngine
 from kdpipe.environment import environment
-from kdpipe.errors import EngineError, StepError
+from kdpipe.errors import EngineError, PreflightError, StepError
 from kdpipe.hidden import FILE as HIDDEN_FILE
 from kdpipe.hidden import HiddenFile
 from kdpipe.job import Job, Text, open_text
@@ -106,6 +107,7 @@ class Performer:
             torch.use_deterministic_algorithms(mode=True, warn_only=True)
             device = resolve_device(recipe.runtime.device)
             report.event(kind="note", text=_hardware(recipe, device))
+            _refuse_unsound(recipe, report)
             hub = request["folders"].get("data")
             problems = read_problems(
                 recipe.task, Path(request["folder"]), hub_folder=Path(hub) if hub else None
@@ -120,6 +122,20 @@ def _hardware(recipe: Recipe, device: torch.device) -> str:
     name = str(dtype).removeprefix("torch.")
     threads = torch.get_num_threads()
     return f"student: {name} on {device}, {threads} thread{'s'[: threads != 1]}\n  {why}"
+
+
+def _refuse_unsound(recipe: Recipe, report: Report) -> None:
+    """Raises PreflightError where check-loss fails the KD part; only warns where the recipe reproduces others."""
+    found = unsound(recipe)
+    if not found:
+        return
+    text = "".join(f"\n  {line}" for line in found)
+    if not recipe.reproduce:
+        raise PreflightError(
+            f"train.objective fails check-loss:{text}",
+            hint="kdpipe check-loss shows the numbers; to run it all the same, say --set reproduce=true",
+        )
+    report.event(kind="warning", text=f"reproduce: true runs an objective that fails check-loss:{text}")
 
 
 class _Task:

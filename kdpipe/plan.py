@@ -11,12 +11,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import JsonValue
 
 from kdpipe.errors import RecipeError
-from kdpipe.recipe import Gsm8kTask, JsonlTask, Recipe, Student, Teacher
+from kdpipe.recipe import Gsm8kTask, JsonlTask, Recipe, Student, Teacher, resolved
 
 Stage = Literal["sft", "rollout", "teacher-score", "train", "evaluate"]
 Fields = dict[str, JsonValue]
@@ -115,14 +115,17 @@ def canonical(value: JsonValue) -> bytes:
 
 def _require_text_keys(value: JsonValue) -> None:
     """Raises TypeError on keys that JSON would turn into text, making two documents one."""
-    if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str):
-                raise TypeError(f"key {key!r} is not text")
-        value = list(value.values())
-    for item in value if isinstance(value, list | tuple) else ():
-        if isinstance(item, dict | list | tuple):  # a call for every leaf would be most of the time of a plan
-            _require_text_keys(item)
+    pending: list[Any] = [value]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, dict):
+            for key in node:
+                if not isinstance(key, str):
+                    raise TypeError(f"key {key!r} is not text")
+            node = node.values()
+        elif not isinstance(node, list | tuple):
+            continue
+        pending += [item for item in node if isinstance(item, (dict, list, tuple))]
 
 
 def run_hash(recipe: Recipe) -> str:
@@ -142,10 +145,14 @@ def evaluated(recipe: Recipe, round_number: int) -> bool:
 
 
 class _Planner:
-    """Builds the steps one by one; `steps` holds those built so far by id."""
+    """Builds the steps one by one; `steps` holds those built so far by id.
+
+    `sections` is the recipe as JSON, made once: a section of its own costs pydantic a serializer, every round a dump.
+    """
 
     def __init__(self, recipe: Recipe, identities: Identities) -> None:
         self.recipe = recipe
+        self.sections: dict[str, Any] = resolved(recipe)
         self.identities = identities
         self.steps: dict[str, Step] = {}
 
@@ -170,27 +177,27 @@ class _Planner:
 
     def _sft(self, name: str, model: Student | Teacher) -> None:
         where = STUDENT if name == STUDENT else "teacher"
-        sft, scratch = model.sft, model.scratch
-        seed = sft.seed if sft is not None and sft.seed is not None else self.recipe.seed
+        dumped = self.sections["student"] if name == STUDENT else self.sections["teachers"][0]
+        seed = model.sft.seed if model.sft is not None else None
         fields: Fields = {
             **self._task(split="train", headline=False),
             f"{where}.model": self._identity(name),
-            f"{where}.scratch": scratch.model_dump(mode="json") if scratch else None,
+            f"{where}.scratch": dumped["scratch"],
             f"{where}.dtype": model.dtype,
             f"{where}.trust_remote_code": model.trust_remote_code,
             f"{where}.template": model.template,
-            f"{where}.sft": sft.model_dump(mode="json", exclude={"seed"}) if sft else None,
+            f"{where}.sft": _without(dumped["sft"], "seed") if dumped["sft"] else None,
         }
-        self._add("sft", 0, name, seed, fields, {})
+        self._add("sft", 0, name, self._seed(seed), fields, {})
 
     def _rollout(self, number: int) -> None:
-        section = self.recipe.rollout
         fields: Fields = {
             **self._task(split="train"),
             **self._student_fields(number - 1),
-            "rollout": section.model_dump(mode="json", exclude={"seed"}),
+            "rollout": _without(self.sections["rollout"], "seed"),
         }
-        self._add("rollout", number, "", self._seed(section.seed), fields, self._student_model(number - 1))
+        seed = self._seed(self.recipe.rollout.seed)
+        self._add("rollout", number, "", seed, fields, self._student_model(number - 1))
 
     def _teacher_score(self, number: int) -> None:
         recipe = self.recipe
@@ -212,16 +219,16 @@ class _Planner:
 
     def _train(self, number: int) -> None:
         recipe = self.recipe
-        train = recipe.train.model_dump(mode="json", exclude={"seed"})
+        train = _without(self.sections["train"], "seed")
         horizon = recipe.train.optimizer.schedule_rounds or recipe.rounds
         constant = recipe.train.optimizer.schedule == "constant"
-        train["optimizer"]["schedule_rounds"] = None if constant else horizon
+        optimizer = {**train["optimizer"], "schedule_rounds": None if constant else horizon}
         objective = recipe.train.objective.in_round(number)
-        train["objective"] = objective.model_dump(mode="json")
+        phase = {**train["objective"], "kind": objective.kind, "kd_rounds": objective.kd_rounds}
         if objective.distill_schedule.kind != "constant":
-            train["objective"]["distill_schedule"]["rounds"] = recipe.distill_horizon
+            phase["distill_schedule"] = {**phase["distill_schedule"], "rounds": recipe.distill_horizon}
         fields: Fields = {
-            "train": train,
+            "train": {**train, "optimizer": optimizer, "objective": phase},
             "reproduce": recipe.reproduce,
             "rollout.temperature": recipe.rollout.temperature,
             **self._student_fields(number - 1),
@@ -248,7 +255,7 @@ class _Planner:
         }
         inputs = dict(self._student_model(number))
         if section.reverse_kl_problems:
-            rollout = recipe.rollout.model_dump(mode="json", exclude={"seed", "prompts", "samples", "engine"})
+            rollout = _without(self.sections["rollout"], "seed", "prompts", "samples", "engine")
             fields.update({**self._teacher_fields(), "rollout": rollout})
             fields["teacher_score.engine"] = recipe.teacher_score.engine
             inputs.update(self._teacher_model())
@@ -276,9 +283,8 @@ class _Planner:
         return self.identities.models.get(name)
 
     def _task_settings(self, *, headline: bool = True) -> Fields:
-        paths = {"data", "revision", "train", "test"}  # names; what they hold enters by its digest
-        exclude = paths | (set() if headline else {"headline"})
-        return {"task": self.recipe.task.model_dump(mode="json", exclude=exclude)}
+        paths = ("data", "revision", "train", "test")  # names; what they hold enters by its digest
+        return {"task": _without(self.sections["task"], *paths, *(() if headline else ("headline",)))}
 
     def _task(self, *, split: str, headline: bool = True) -> Fields:
         task = self.recipe.task
@@ -324,9 +330,8 @@ class _Planner:
     def _teacher_fields(self) -> Fields:
         teacher = self.recipe.teacher
         identity = self._identity(STUDENT if teacher.self_ is not None else teacher.name)
-        own = {"model", "revision", "scratch", "sft"}
         return {
-            "teacher": teacher.model_dump(mode="json", by_alias=True, exclude=own),
+            "teacher": _without(self.sections["teachers"][0], "model", "revision", "scratch", "sft"),
             "teacher.model": None if self._teacher_model() else identity,
         }
 
@@ -358,6 +363,10 @@ class _Planner:
         }
         fingerprint = hashlib.sha256(canonical(document)).hexdigest()
         self.steps[step_id] = Step(step_id, stage, number, subject, seed, inputs, document, fingerprint)
+
+
+def _without(section: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if name not in names}
 
 
 def _has_cold_start(model: Student | Teacher) -> bool:

@@ -6,6 +6,7 @@ is part of some step's fingerprint (`plan.py`), which a test enforces leaf by le
 """
 
 import difflib
+import functools
 import json
 import re
 from dataclasses import dataclass
@@ -747,9 +748,14 @@ def _explain(document: Document, item: Any) -> str:
             return f"{where}{message}" + (f" (found {found})" if is_leaf and found else "")
 
 
+@functools.cache
+def _json_schema() -> dict[str, Any]:
+    return Recipe.model_json_schema(by_alias=True)
+
+
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     """The keys allowed beside the unknown one at `location`, read from the JSON Schema."""
-    schema = Recipe.model_json_schema(by_alias=True)
+    schema = _json_schema()
     candidates: list[Any] = [schema]
     for part in location[:-1]:
         candidates = [found for node in candidates for found in _descend(schema, node, part)] or candidates

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 PLAIN_SECONDS = 5.0
+COLUMNS = 80
 Style = Literal["bold", "dim", "red", "green", "yellow", "cyan"]
 Paint = Callable[[str, Style], str]
 _CODES: dict[Style, int] = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
@@ -103,6 +105,9 @@ class Terminal:
         if event["kind"] == "note":
             self._say(inert(event["text"]))
             return
+        if event["kind"] == "warning":
+            self.warn(event["text"])
+            return
         self._rate.update(event)
         if self._progress is not None and self._task is not None:
             self._progress.update(
@@ -171,9 +176,11 @@ class JsonLines:
         self._print(event="step begins", step=step.id, fingerprint=step.fingerprint)
 
     def step_event(self, step: Step, event: dict[str, Any]) -> None:
-        """Notes; progress is for people."""
+        """Notes and warnings; progress is for people."""
         if event["kind"] == "note":
             self._print(event="note", step=step.id, text=event["text"])
+        elif event["kind"] == "warning":
+            self.warn(event["text"])
 
     def step_ends(self, step: Step, result: dict[str, Any]) -> None:
         """See Terminal."""
@@ -318,6 +325,41 @@ def _state_line(state: State, paint: Paint, width: int) -> str:
         notes.append(f"dropped: {', '.join(sorted(state.dropped))}")
     verdict = paint(f"{state.verdict:<8}" if notes else state.verdict, colours[state.verdict])
     return f"  {state.step.id:<{width}}{verdict}{inert('; '.join(notes))}"
+
+
+def check_loss_lines(phase: dict[str, Any], paint: Paint) -> list[str]:
+    """The findings on an objective as a table of 80 columns, and below it what its failures mean."""
+    heading = textwrap.wrap(phase["objective"], COLUMNS, subsequent_indent="  ")
+    rows = [("property", "verdict", "measured")]
+    rows += [(f["claim"], f["verdict"], _measured(f)) for f in phase["findings"]]
+    verdict_width, measured_width = (max(len(row[i]) for row in rows) for i in (1, 2))
+    width = COLUMNS - len("  1  ") - len("  ") * 2 - verdict_width - measured_width
+    colours: dict[str, Style] = {"ok": "green", "FAILED": "red", "not applicable": "dim"}
+    lines = [paint(line, "bold") for line in heading]
+    for number, (claim, verdict, measured) in enumerate(rows):
+        first, *others = textwrap.wrap(claim, width)
+        shown = f"{verdict:<{verdict_width}}"
+        shown = paint(shown, colours[verdict]) if number else shown
+        lines.append(f"  {number or ' '}  {first:<{width}}  {shown}  {measured}".rstrip())
+        lines += [f"     {other}" for other in others]
+    for finding in phase["findings"]:
+        if finding["meaning"]:
+            numbers = [f"{m['name']} {m['value']:.2g}" for m in finding["measures"]]
+            why = ", ".join([*numbers, *filter(None, [finding["problem"]])])
+            text = f"{finding['number']} FAILED: {finding['meaning']} ({why})"
+            lines += textwrap.wrap(
+                text, COLUMNS, initial_indent="  ", subsequent_indent="     ", break_on_hyphens=False
+            )
+    return lines
+
+
+def _measured(finding: dict[str, Any]) -> str:
+    """The worst of a finding's numbers."""
+    if finding["problem"] or not finding["measures"]:
+        return "not finite" if finding["problem"] else ""
+    worst = finding["measures"][0]
+    verb = "moves by" if worst["must_move"] else "off by"
+    return f"{verb} {worst['value']:.2g} of {worst['of']:.2g}"
 
 
 def sample_lines(step: str, rows: Sequence[dict[str, Any]], paint: Paint) -> list[str]:

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kdpipe import forward
 from kdpipe.batching import make_batch
 from kdpipe.forward import Head, head_of, hidden_states, score_tokens, token_logprobs
-from tests.tiny_models import CONFIGS, ROWS, plain_logprobs, tiny_model
+from tests.tiny_models import CONFIGS, ROWS, in_float64, plain_logprobs, tiny_model
 
 PAIRS = [([2], [3, 4, 5, 6]), ([7] * 20, [1]), ([3, 3], []), ([2, 9, 4, 1], [5] * 11), ([8, 8], [2, 3])]
 VOCABULARY = 37
@@ -57,8 +57,9 @@ def test_token_logprobs_of_a_padded_batch_are_those_of_each_sequence_alone(name,
         chunk=chunk,
     )
     assert extra is None
+    wide = in_float64(model)
     for (prompt, completion), found in zip(PAIRS, logprobs_N.split(batch.counts), strict=True):
-        plain = plain_logprobs(model, prompt, completion, temperature=0.7, num_ids=13)
+        plain = plain_logprobs(wide, prompt, completion, temperature=0.7, num_ids=13)
         expected = plain[range(len(completion)), completion]
         torch.testing.assert_close(found.detach().double(), expected, atol=1e-4, rtol=0)
 

@@ -5,6 +5,7 @@ Nothing of kdpipe is used but to make the run. Every forward pass is unbatched a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
@@ -165,6 +166,7 @@ def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 # ------------------------------------------------------------------------------ forward passes, numpy from here
 
 
+@functools.cache
 def forward(folder: Path) -> Callable[[list[int], list[int]], np.ndarray]:
     """(prompt, completion) -> log-probs [n, NUM_IDS] at the sampling temperature, one sequence at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()

@@ -14,7 +14,7 @@ from kdpipe.engine import ModelSource, SampleRequest, Sampling, ScoreRequest
 from kdpipe.engines import hf
 from kdpipe.engines.decoding import GenericDecoder, LlamaDecoder, is_llama_like, make_decoder
 from kdpipe.errors import EngineError
-from tests.tiny_models import CONFIGS, FAST, ROWS, plain_logprobs, tiny_model, tiny_tokenizer
+from tests.tiny_models import CONFIGS, FAST, ROWS, in_float64, plain_logprobs, tiny_model, tiny_tokenizer
 
 NUM_IDS = 13
 PROMPTS = [[2], [3, 4, 5], [6] * 17, [2, 9, 2, 9, 2, 9, 2], [5, 4, 3, 2, 11, 10, 9, 8, 7, 6, 5, 4], [8, 8, 8]]
@@ -40,10 +40,11 @@ def sample(engine, settings=SAMPLING, asked=None):
 def check_against_plain(model, drawn, settings):
     """Every sampled log-prob is that of a plain forward, truncated by the plain definition."""
     lengths = []
+    wide = in_float64(model)
     for prompt, row in zip(PROMPTS, drawn, strict=True):
         for completion in row:
             plain_NV = plain_logprobs(
-                model, prompt, completion.token_ids, temperature=settings.temperature, num_ids=NUM_IDS
+                wide, prompt, completion.token_ids, temperature=settings.temperature, num_ids=NUM_IDS
             )
             for t, token in enumerate(completion.token_ids):
                 order = plain_NV[t].argsort(descending=True)[: settings.top_k or NUM_IDS]
@@ -147,8 +148,9 @@ def test_scores_are_those_of_a_plain_float64_forward(name, top_k):
         top_k=top_k,
         progress=lambda _: None,
     )
+    wide = in_float64(model)
     for (prompt, completion), scored in zip(pairs, scores, strict=True):
-        plain_NV = plain_logprobs(model, prompt, completion, temperature=0.7, num_ids=NUM_IDS)
+        plain_NV = plain_logprobs(wide, prompt, completion, temperature=0.7, num_ids=NUM_IDS)
         expected = [row[token].item() for row, token in zip(plain_NV, completion, strict=True)]
         np.testing.assert_allclose(scored.logprobs, expected, atol=1e-4)
         if top_k and completion:

@@ -57,6 +57,10 @@ LEVELS = {
     "engines.hf": 3.1,
     "sources": 3.1,
     "job": 3.1,
+    "small_world": 3,
+    "small_transformer": 3.1,
+    "claim": 3.1,
+    "check_loss": 4,
     "runs": 4,
     "survey": 4.1,
     "stages": 4,
@@ -112,6 +116,7 @@ LIGHT_COMMANDS = (
     ["plan", "quickstart"],
     ["status", "quickstart"],
     ["recipes"],
+    ["check-loss", "quickstart"],
 )
 
 
@@ -243,10 +248,11 @@ def test_a_light_command_imports_no_heavy_library(command: list[str], tmp_path: 
 
 
 @pytest.mark.parametrize("command", [["--help"], ["plan", "quickstart"]], ids=" ".join)
-def test_a_light_command_takes_about_half_a_second_of_cpu_time(command: list[str], tmp_path: Path) -> None:
-    # Half a second is the aim; `plan` took 0.48 to 0.53 when the schema had grown, so 0.6 is what is guarded, on the
-    # core it was measured on. A slower core, or one shared with others, takes longer
-    # for everything, so each attempt is held against a sum that takes that core REFERENCE_SECONDS.
+def test_a_light_command_takes_less_than_half_a_second_of_cpu_time(
+    command: list[str], tmp_path: Path
+) -> None:
+    # A slower core, or one shared with others, takes longer for everything, so each attempt is held against a sum
+    # that takes REFERENCE_SECONDS on the core that half a second is meant for.
     attempts = []
     for _ in range(8):
         pace = max(1.0, min(seconds_of_a_sum() for _ in range(3)) / REFERENCE_SECONDS)
@@ -255,9 +261,9 @@ def test_a_light_command_takes_about_half_a_second_of_cpu_time(command: list[str
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert result.returncode == 0, result.stderr
         attempts.append((after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime) / pace)
-        if attempts[-1] < 0.6:
+        if attempts[-1] < 0.5:
             return
-    pytest.fail(f"CPU seconds: {', '.join(f'{value:.2f}' for value in attempts)}, expected below 0.6")
+    pytest.fail(f"CPU seconds: {', '.join(f'{value:.2f}' for value in attempts)}, expected below 0.5")
 
 
 def seconds_of_a_sum() -> float:

@@ -133,12 +133,12 @@ def identities_of(recipe: Recipe) -> Identities:
     return Identities(models, data)
 
 
-def plan_of(document: Document) -> Plan:
-    recipe = recipe_of(document)
+def plan_of(document: Document | Recipe) -> Plan:
+    recipe = document if isinstance(document, Recipe) else recipe_of(document)
     return make_plan(recipe, identities_of(recipe))
 
 
-def prints(document: Document, *stages: str) -> dict[str, str]:
+def prints(document: Document | Recipe, *stages: str) -> dict[str, str]:
     return {
         step.id: step.fingerprint for step in plan_of(document).steps if not stages or step.stage in stages
     }
@@ -192,6 +192,15 @@ def test_models_that_are_named_need_no_cold_start_and_rewards_no_teacher() -> No
 def test_the_student_is_evaluated_every_so_often_and_after_the_last_round() -> None:
     document = {**DISTILL, "rounds": 7, "evaluate": {"every": 3, "teacher": False}}
     assert set(prints(document, "evaluate")) == {f"evaluate:student@{number}" for number in (0, 3, 6, 7)}
+
+
+def test_a_train_step_is_fingerprinted_with_the_objective_of_its_round() -> None:
+    document = {**FORMS[-1], "rounds": 3}
+    objective, plan = recipe_of(document).train.objective, plan_of(document)
+    assert objective.kind == "then"
+    for number in (1, 2, 3):
+        fields: Any = plan.step(f"train@{number}").document["fields"]
+        assert fields["train"]["objective"] == objective.in_round(number).model_dump(mode="json")
 
 
 def test_round_r_samples_from_student_r_minus_1() -> None:
@@ -346,7 +355,7 @@ LITERALS = [
 ]
 
 
-def changes(document: Document, path: Path_) -> Iterator[Document]:
+def changes(document: Document, path: Path_) -> Iterator[Recipe]:
     """Valid recipes that differ from `document` in the one field at `path`."""
     node: Any = document
     for part in path:
@@ -357,8 +366,8 @@ def changes(document: Document, path: Path_) -> Iterator[Document]:
             recipe = recipe_of(candidate)
         except ValidationError:
             continue
-        if filled(candidate) != document:
-            yield recipe.model_dump(mode="json", by_alias=True)
+        if recipe.model_dump(mode="json", by_alias=True) != document:
+            yield recipe
 
 
 def without_effect(document: Document, path: Path_) -> str | None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config,
 
 from kdpipe.recipe import Recipe, load_recipe, resolved
 from kdpipe.tables import read_rollouts, read_scores
+from tests.worlds import run_near
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-COMMAND = Path(sys.executable).with_name("kdpipe")
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 CHAT = (
     "{%- for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -191,16 +188,8 @@ def test_a_gpu_recipe_runs_two_rounds_with_only_models_data_engines_and_counts_r
         "runtime.allow_weak_teacher": True,
         "tracking.enabled": False,
     }
-    sets = [part for key, value in replaced.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    done = subprocess.run(
-        [COMMAND, "run", str(RECIPES / f"{name}.yaml"), "--workspace", "out", *sets],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    sets = (f"{key}={json.dumps(value)}" for key, value in replaced.items())
+    run_near(load_recipe(RECIPES / f"{name}.yaml", tuple(sets)), tmp_path / "out")
 
     [run] = (tmp_path / "out" / "runs").iterdir()
     before = leaves(resolved(recipe_of(name)))

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import kdpipe.perform
 from kdpipe.engine import TokenScores
 from kdpipe.engines.hf import HfEngine
 from kdpipe.errors import ArtifactError, Interrupted, LockError, PreflightError, RecipeError
@@ -388,6 +389,52 @@ def test_a_signal_in_training_leaves_a_checkpoint(finished: World, tmp_path: Pat
     names = [(row["name"], row["optimizer_step"]) for row in rows]
     assert len(names) == len(set(names)), "no metric is there twice"
     assert [row["optimizer_step"] for row in rows if row["name"] == "train/loss"] == [1, 2, 3, 4]
+
+
+# ----------------------------------------------------------------------------------------- check-loss
+
+K1_LOSS = "train.objective.kd=k1_loss"
+
+
+@pytest.mark.parametrize("request_", [{}, {"rounds": 0}])
+def test_an_objective_that_check_loss_fails_is_refused_before_any_step(
+    tmp_path: Path, request_: dict[str, Any]
+) -> None:
+    watcher, mirror = Watcher(), SilentMirror()
+    with pytest.raises(PreflightError) as caught:
+        run_near(load_tiny(tmp_path, K1_LOSS), tmp_path / "out", watcher=watcher, mirror=mirror, **request_)
+    assert caught.value.exit_code == 4
+    assert [f"property {number}: " in caught.value.message for number in (1, 2, 3, 4)] == [
+        *[True] * 3,
+        False,
+    ]
+    assert "reproduce=true" in caught.value.hint
+    assert mirror.status == "FAILED"
+    assert watcher.performed == ["sft:student@0"], "the first step began, and wrote nothing"
+    assert not [path for path in (tmp_path / "out" / "store").rglob("*") if path.is_file()]
+
+
+def test_reproduce_runs_it_with_a_warning_that_names_the_properties(world: World) -> None:
+    watcher, mirror = Watcher(), SilentMirror()
+    events: list[dict[str, Any]] = []
+    watcher.on_event = lambda _step, event: events.append(event)
+    loaded = load_tiny(world.folder, K1_LOSS, "reproduce=true")
+    run_near(loaded, world.workspace, watcher=watcher, mirror=mirror, rounds=1)
+    assert watcher.performed == ["train@1", "evaluate:student@1"]
+    [warning] = [event["text"] for event in events if event["kind"] == "warning"]
+    assert all(f"property {number}: " in warning for number in (1, 2, 3))
+    assert mirror.status == "FINISHED"
+
+
+def test_a_sound_objective_is_checked_once_a_command_and_a_finished_run_not_at_all(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[str] = []
+    monkeypatch.setattr(kdpipe.perform, "unsound", lambda recipe: checked.append(recipe.name) or [])
+    assert world.run() == []
+    assert checked == []
+    assert world.run("train.optimizer.learning_rate=0.002", rounds=2)[0] == "train@1"
+    assert checked == ["tiny"]
 
 
 # ------------------------------------------------------------------------------------- the same results

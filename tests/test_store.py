@@ -101,6 +101,24 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert names_in(tmp_path / "model") == {"second"}
 
 
+def test_what_is_written_is_on_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[tuple[str, bool]] = []
+
+    def fsync(descriptor: int) -> None:
+        name = Path(f"/proc/self/fd/{descriptor}").readlink().name
+        flushed.append((name, (tmp_path / "model").exists()))
+
+    def write(draft: Path) -> None:
+        draft.mkdir()
+        (draft / "weights").write_bytes(b"1234567")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_durably(tmp_path / "model", write)
+    assert flushed == [("weights", False), (".tmp-model", False), (tmp_path.name, True)]
+
+
 KILLED_WRITER = """
 import os, sys, signal
 from pathlib import Path

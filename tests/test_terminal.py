@@ -257,6 +257,15 @@ def test_steps_before_the_first_round_leave_a_line_and_waiting_is_told(
     ]
 
 
+def test_a_warning_of_a_step_is_told_as_one(capsys: pytest.CaptureFixture[str]) -> None:
+    event = {"kind": "warning", "text": "two\nlines\x1b[2J"}
+    Terminal().step_event(step("sft:student@0", 0), event)
+    JsonLines().step_event(step("sft:student@0", 0), event)
+    captured = capsys.readouterr()
+    assert captured.err == "warning: two\nlines\\x1b[2J\n"
+    assert json.loads(captured.out) == {"event": "warning", "message": event["text"]}
+
+
 def test_a_terminal_gets_a_live_line_that_is_gone_at_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

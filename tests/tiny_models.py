@@ -83,16 +83,21 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1.", pad_token="w0.")
 
 
+def in_float64(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy for `plain_logprobs`."""
+    return copy.deepcopy(model).double()
+
+
 def plain_logprobs(
-    model: PreTrainedModel,
+    wide: PreTrainedModel,
     prompt: Sequence[int],
     completion: Sequence[int],
     *,
     temperature: float = 1.0,
     num_ids: int = ROWS,
 ) -> torch.Tensor:
-    """Log-probs [n, num_ids] at each completion token by one unbatched float64 forward."""
-    wide = copy.deepcopy(model).double()
+    """Log-probs [n, num_ids] at each completion token by one unbatched forward of a float64 model."""
+    assert wide.dtype == torch.float64
     with torch.no_grad():
         logits = wide(input_ids=torch.tensor([[*prompt, *completion]])).logits[0]
     rows = logits[len(prompt) - 1 : len(prompt) + len(completion) - 1, :num_ids]

@@ -1,4 +1,7 @@
-"""Tasks: problems and their grading. Imports no engine, and nothing heavy until a file is read."""
+"""Tasks: problems and their grading. Imports no engine, and a task's module only where it is that task.
+
+`kdpipe plan` asks for nothing here but names of files, and would pay for all three modules.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from kdpipe.errors import DataError
 from kdpipe.recipe import ArithmeticTask, Gsm8kTask, JsonlTask
-from kdpipe.tasks import arithmetic, gsm8k, jsonl
 
 if TYPE_CHECKING:
     from kdpipe.rows import Problem
@@ -38,6 +40,8 @@ def data_files(task: Task, folder: Path) -> dict[str, Path]:
         case ArithmeticTask():
             return {}
         case Gsm8kTask():
+            from kdpipe.tasks import gsm8k
+
             return {} if hub_id(task, folder) else gsm8k.find_files(_local(task.data, folder))
         case JsonlTask():
             files = {"train": _local(task.train, folder), "test": _local(task.test, folder)}
@@ -53,6 +57,8 @@ def read_problems(
     task: Task, folder: Path, *, hub_folder: Path | None = None
 ) -> tuple[list[Problem], list[Problem]]:
     """Train and test problems; `hub_folder` is where a hub data set was downloaded to."""
+    from kdpipe.tasks import arithmetic, gsm8k, jsonl
+
     match task:
         case ArithmeticTask():
             return arithmetic.make_problems(task)
