@@ -15,6 +15,7 @@ import contextlib
 import getpass
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -69,7 +70,7 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "true",
 }
 QUIET_SECONDS = 10.0
-"""How long the end of a run waits for an MLflow that shows no progress."""
+"""How long the end of a run waits for an MLflow that shows no progress; its import, 2 s or more, is not counted."""
 PATIENCE_SECONDS: dict[Status, float] = {"FINISHED": 60.0, "FAILED": 60.0, "KILLED": 2.0}
 """How long it waits at most; after a signal the command has to be gone within seconds."""
 RETRY_SECONDS = 30.0
@@ -110,6 +111,22 @@ def read_record(run_folder: Path) -> Record | None:
         return Record.model_validate_json((run_folder / RECORD).read_bytes())
     except (FileNotFoundError, ValidationError):
         return None
+
+
+def _recipe_of(run_folder: Path) -> dict[str, Any]:
+    """The resolved recipe of a run."""
+    recipe: dict[str, Any] = json.loads((run_folder / "resolved.json").read_bytes())["recipe"]
+    return recipe
+
+
+def _record_of(request: Request, name: str) -> Record:
+    """The record of the run that `request` is about, or a new one for a new place; `name` is the recipe's."""
+    experiment = request.tracking.experiment or name
+    old = read_record(request.run)
+    if old is not None and (old.uri, old.experiment) == (request.tracking.uri, experiment):
+        return old
+    key = old.key if old is not None else uuid.uuid4().hex
+    return Record(key=key, uri=request.tracking.uri, experiment=experiment, wanted=request.status)
 
 
 def _write_record(run_folder: Path, record: Record) -> None:
@@ -278,9 +295,9 @@ class _MirroredRun:
     def __init__(self, order: Request) -> None:
         self.workspace = order.workspace.resolve()
         self.folder = order.run
-        self.recipe: dict[str, Any] = json.loads((self.folder / "resolved.json").read_bytes())["recipe"]
+        self.recipe = _recipe_of(self.folder)
         self.tracking = order.tracking
-        self.record = self._record(order)
+        self.record = _record_of(order, self.recipe["name"])
         self._save()  # the key is durable before the MLflow run exists
         if self.record.uri is None:
             _make_database(self.workspace)
@@ -316,14 +333,6 @@ class _MirroredRun:
         return count
 
     # which MLflow run
-
-    def _record(self, order: Request) -> Record:
-        experiment = order.tracking.experiment or self.recipe["name"]
-        old = read_record(self.folder)
-        if old is not None and (old.uri, old.experiment) == (order.tracking.uri, experiment):
-            return old
-        key = old.key if old is not None else uuid.uuid4().hex
-        return Record(key=key, uri=order.tracking.uri, experiment=experiment, wanted=order.status)
 
     def _run(self) -> Run:
         """The MLflow run: by its id, else by its key, else a new one."""
@@ -540,6 +549,7 @@ class MlflowMirror:
         self._final: Status = "RUNNING"
         self._deadline = float("inf")
         self._quiet_since = 0.0
+        self._is_loaded = False
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
@@ -580,6 +590,7 @@ class MlflowMirror:
             action()
         except Exception as error:
             self._worker.kill()
+            self._is_loaded = False
             self.error = str(error)
             with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as log:
                 log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} not mirrored: {error}\n")
@@ -597,23 +608,21 @@ class MlflowMirror:
 
     def _note_wanted(self) -> None:
         """Notes the status that could not be delivered; the worker is gone, so nobody else writes."""
-        record = read_record(self._request.run)
-        if record is not None:
-            record.wanted = self._final
-            _write_record(self._request.run, record)
+        record = _record_of(self._request, _recipe_of(self._request.run)["name"])
+        record.wanted = self._final
+        _write_record(self._request.run, record)
 
     def _call(self, request: Request) -> None:
         self._check_time()
         self._worker.call(request.model_dump(mode="json"), on_event=self._progress, tick=self._check_time)
 
     def _progress(self, _event: Message) -> None:
+        self._is_loaded = True
         self._quiet_since = time.monotonic()
 
     def _check_time(self) -> None:
-        if (
-            time.monotonic() > min(self._deadline, self._quiet_since + QUIET_SECONDS)
-            and self._ending.is_set()
-        ):
+        patience = QUIET_SECONDS if self._is_loaded else math.inf
+        if self._ending.is_set() and time.monotonic() > min(self._deadline, self._quiet_since + patience):
             raise TimeoutError(f"MLflow did not answer in time; {pending(self._request.run)} steps are left")
 
 

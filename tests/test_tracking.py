@@ -487,6 +487,19 @@ def test_a_dead_server_costs_seconds_and_loses_nothing(world: World) -> None:
     assert world.statuses() == ["FINISHED"]
 
 
+def test_a_mirror_that_cannot_even_start_is_delivered_by_the_next_command(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tracking.PATIENCE_SECONDS, "FINISHED", 0.0)  # MLflow is not even imported by then
+    world.finish_everything()
+    mirror = MlflowMirror(world.request())
+    assert mirror.finish("FINISHED") is not None
+    (request,) = unsettled(world.workspace)
+    assert request.status == "FINISHED"
+    assert world.sync(request.status) > 0
+    assert (pending(world.run.path), world.statuses()) == (0, ["FINISHED"])
+
+
 def test_a_server_that_never_answers_does_not_hold_up_a_stop(world: World) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
