@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 TENSORS_FILE = "trainer.safetensors"
 STATE_FILE = "trainer.json"
+MASTERS = "masters"
 _CPU_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 _PROBE_SCALE = 1000.0
 # How a tokenizer was opened, which transformers writes beside what it is.
@@ -80,6 +81,11 @@ class ModelShelf:
         self.device = device
         self._limit = limit
         self._models: OrderedDict[tuple[str, torch.dtype], _Held] = OrderedDict()
+        self._turns: set[str] = set()
+
+    def take_turns(self, digest: str) -> None:
+        """Makes this content one of those of which a single one is held: opening one drops the others before."""
+        self._turns.add(digest)
 
     def put(self, digest: str, dtype: torch.dtype, model: PreTrainedModel) -> None:
         """Makes `model` what `get` returns for this content."""
@@ -99,9 +105,12 @@ class ModelShelf:
         dtype, _ = resolve_dtype(source.dtype, self.device)
         held = self._models.get((source.digest, dtype))
         if held is None:
+            if source.digest in self._turns:
+                for digest in self._turns:
+                    self.drop(digest)
             model = open_model(
                 source.folder, dtype=dtype, device=self.device, trust_remote_code=source.trust_remote_code
-            )
+            ).requires_grad_(False)  # engines sample and score; whoever trains opens a model of its own
             self.put(source.digest, dtype, model)
             held = self._models[source.digest, dtype]
         self._models.move_to_end((source.digest, dtype))
@@ -353,6 +362,54 @@ def _skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     tokenizer.save_pretrained(str(folder))
     _rewrite(folder / "tokenizer_config.json", dict.fromkeys(_TOKENIZER_HISTORY))
+
+
+@dataclass(frozen=True, slots=True)
+class Average:
+    """The running average of the students, over float32 weights; `folder` holds it as it was before this round.
+
+    Before round 1 that is the folder of the student itself.
+    """
+
+    decay: float
+    folder: Path
+    device: torch.device
+    trust_remote_code: bool
+
+    def write_next(
+        self,
+        student: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+    ) -> None:
+        """Writes a Hugging Face folder in `dtype`: `decay` of the average before, the rest of the student's.
+
+        Where `dtype` is narrower than float32, the average's own weights stand beside, in `masters/`.
+        """
+        model = self._open()
+        students = dict(student.named_parameters())
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.mul_(self.decay).add_(students[name], alpha=1 - self.decay)
+        write_model(model, tokenizer, folder, dtype=dtype)
+        if dtype != torch.float32:
+            masters = {f"master.{name}": weight for name, weight in model.named_parameters()}
+            write_trainer(folder / MASTERS, tensors=masters, state={})
+
+    def _open(self) -> PreTrainedModel:
+        model = open_model(
+            self.folder, dtype=torch.float32, device=self.device, trust_remote_code=self.trust_remote_code
+        )
+        if (self.folder / MASTERS).is_dir():
+            masters, _ = read_trainer(self.folder / MASTERS)
+            with torch.no_grad():
+                for name, weight in model.named_parameters():
+                    if (master := masters.get(f"master.{name}")) is None:
+                        raise ArtifactError(f"{self.folder / MASTERS}: no master weight of {name}")
+                    weight.copy_(master)
+        return model
 
 
 def _rewrite(file: Path, changes: Mapping[str, str | None]) -> None:

@@ -261,7 +261,7 @@ def sft(
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Cold-start the student or the teacher: the first one that is not done.
+    """Cold-start the student or a teacher: the first one that is not done.
 
     Example: kdpipe sft recipes/quickstart.yaml
     """
@@ -293,7 +293,7 @@ def teacher_score(
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Score a round's completions with the teacher, after what that needs.
+    """Score a round's completions with the teacher, of several the first not done, after what that needs.
 
     Example: kdpipe teacher-score recipes/quickstart.yaml --round 1
     """
@@ -442,8 +442,10 @@ def _horizon(recipe: "Recipe") -> str:
 def _kept_bytes(recipe: "Recipe") -> list[str]:
     """What teacher-score stores for a completion token, and what the other choices would take."""
     keep = recipe.keep
-    origin = recipe.student if recipe.teacher.self_ else recipe.teacher
-    width = origin.scratch.hidden_size if origin.scratch else None
+    origins = [recipe.student if teacher.self_ else teacher for teacher in recipe.teachers]
+    widths = {origin.scratch.hidden_size if origin.scratch else None for origin in origins}
+    width = widths.pop() if len(widths) == 1 else None
+    whose = "the teacher" if len(origins) == 1 else "its teacher" if recipe.is_routed else "each teacher"
     ids = keep.teacher_top_k + keep.student_top_k or 64
     support = 8 + ids * (6 if recipe.teacher_score.logprobs == "float16" else 8)
     choices = {
@@ -455,7 +457,7 @@ def _kept_bytes(recipe: "Recipe") -> list[str]:
     chosen = names[2] if keep.hidden else names[1] if keep.teacher_top_k or keep.student_top_k else names[0]
     others = ", ".join(f"{name} {size}" for name, size in choices.items() if name != chosen)
     return [
-        f"kept of the teacher for each token: {chosen}, {choices[chosen]} bytes",
+        f"kept of {whose} for each token: {chosen}, {choices[chosen]} bytes",
         f"  the other choices: {others}",
     ]
 

@@ -88,12 +88,19 @@ class Completion:
 class ScoreRequest:
     """A completion to score after a prompt. The prompt has at least one token.
 
+    `target_ids` [n] are the ids that are scored at its tokens, where they are not those that are read there;
     `support_ids` [n, S] are further ids to score at each of the n completion tokens, distinct in a row.
     """
 
     prompt_token_ids: Sequence[int]
     completion_token_ids: Sequence[int]
     support_ids: npt.NDArray[np.int32] | None = None
+    target_ids: Sequence[int] | None = None
+
+    @property
+    def scored_ids(self) -> Sequence[int]:
+        """The id at each completion token whose log-prob is asked for."""
+        return self.completion_token_ids if self.target_ids is None else self.target_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +122,7 @@ class TokenScores:
 
 
 Ability = Literal["support", "hidden"]
-"""What not every engine can score: ids given by the request, and the hidden states behind the logits."""
+"""What not every engine can score: ids that the request gives beside the sampled ones, and the hidden states."""
 
 
 class Engine(Protocol):
@@ -153,7 +160,8 @@ class Engine(Protocol):
         """Scores, in the order of `requests`; an empty completion gets arrays of length 0.
 
         `support_ids` are given by all requests or by none, with one S. Raises EngineError on a sequence longer
-        than the context, on logits that are not finite, and on `support_ids` or `hidden` where it knows neither.
+        than the context, on logits that are not finite, and on what it has no ability for: `support_ids` and
+        `target_ids` ("support"), `hidden`.
         """
 
     def sleep(self) -> None:

@@ -143,21 +143,25 @@ def score_tokens(
     return Scores(*(torch.cat(column) for column in zip(*results, strict=True)))
 
 
+Side = tuple[torch.Tensor, Head, float]
+"""Hidden states [N, H] with the output head and the temperature that turn them into a distribution."""
+
+
 @torch.no_grad()
-def reverse_kl(
-    student: tuple[torch.Tensor, Head, float], teacher: tuple[torch.Tensor, Head, float], *, chunk: int
-) -> torch.Tensor:
+def reverse_kl(student: Side, teacher: Side | Callable[[slice], torch.Tensor], *, chunk: int) -> torch.Tensor:
     """KL(student‖teacher) over the whole vocabulary at each position, nats [N].
 
-    Each side is hidden states [N, its H], head, and temperature; both heads hold the same ids.
+    The teacher is a side too, whose head holds the same ids, or gives its log-probs [C, V] of a slice of N.
     """
+
+    def logprobs(side: Side, part: slice) -> torch.Tensor:
+        hidden_NH, head, temperature = side
+        return head_logits(hidden_NH[part], head, temperature=temperature).log_softmax(-1)
+
     results = []
     for part in _parts(len(student[0]), _chunk_tokens(chunk, student[1])):
-        student_CV, teacher_CV = (
-            head_logits(hidden_NH[part], head, temperature=temperature).log_softmax(-1)
-            for hidden_NH, head, temperature in (student, teacher)
-        )
-        results.append(kl(student_CV, teacher_CV))
+        teacher_CV = logprobs(teacher, part) if isinstance(teacher, tuple) else teacher(part)
+        results.append(kl(logprobs(student, part), teacher_CV))
     return torch.cat(results)
 
 

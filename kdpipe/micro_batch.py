@@ -17,6 +17,8 @@ from kdpipe.forward import head_logits, support_of, token_logprobs
 from kdpipe.objective import TeacherSupport, distribution_value, token_loss
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kdpipe.forward import Head
     from kdpipe.objective import TokenBatch
     from kdpipe.recipe import Objective
@@ -45,6 +47,50 @@ class TeacherHidden:
             return TeacherSupport(topk_CK, ids_CK, tail_C)
 
 
+@dataclass(frozen=True, slots=True)
+class TeacherPart:
+    """One of several teachers: its states at M of N positions, and the log of its weight in the mixture.
+
+    `place_N` says which of the M states belongs to a position; -1 where the teacher has no say.
+    """
+
+    states: TeacherHidden
+    place_N: torch.Tensor
+    log_weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherMixture:
+    """The mixture of several teachers' distributions, `log sum_i w_i exp(q_i)`, computed where it is needed.
+
+    Weights of the parts that speak at a position sum to 1. `num_ids` is the largest number of ids that a part
+    knows: what it does not know has no probability there. `top_k` as in `TeacherHidden`, of the mixture.
+    """
+
+    parts: Sequence[TeacherPart]
+    num_ids: int
+    top_k: int = 0
+
+    def at(self, index: torch.Tensor) -> TeacherSupport:
+        """The distribution at the positions in `index`."""
+        with torch.no_grad():
+            wide = any(part.states.hidden_NG.dtype == torch.float64 for part in self.parts)
+            shape = (len(index), self.num_ids)
+            mixed_CV = torch.full(
+                shape, -torch.inf, dtype=torch.float64 if wide else torch.float32, device=index.device
+            )
+            for part in self.parts:
+                place_C = part.place_N[index]
+                own = (place_C >= 0).nonzero().squeeze(-1)
+                logprobs_cV = part.states.at(place_C[own]).logprobs_NS.to(mixed_CV.dtype) + part.log_weight
+                known = logprobs_cV.shape[-1]
+                mixed_CV[own, :known] = torch.logaddexp(mixed_CV[own, :known], logprobs_cV)
+            if self.top_k == 0:
+                return TeacherSupport(mixed_CV)
+            ids_CK, topk_CK, tail_C = support_of(mixed_CV, self.top_k)
+            return TeacherSupport(topk_CK, ids_CK, tail_C)
+
+
 def micro_batch_loss(
     objective: Objective,
     batch: TokenBatch,
@@ -54,7 +100,7 @@ def micro_batch_loss(
     *,
     temperature: float,
     chunk: int,
-    teacher: TeacherSupport | TeacherHidden | None,
+    teacher: TeacherSupport | TeacherHidden | TeacherMixture | None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The share of these tokens in the optimizer step's loss, with its gradient, and metrics as sums over tokens.
 

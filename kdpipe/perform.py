@@ -19,6 +19,7 @@ from pydantic import JsonValue
 from kdpipe.adapters import read_adapter, start_adapter, target_names
 from kdpipe.check_loss import unsound
 from kdpipe.checkpoints import (
+    Average,
     ModelShelf,
     head_digest,
     open_model,
@@ -35,21 +36,24 @@ from kdpipe.errors import EngineError, PreflightError, StepError
 from kdpipe.hidden import FILE as HIDDEN_FILE
 from kdpipe.hidden import HiddenFile
 from kdpipe.job import Job, Text, open_text
-from kdpipe.plan import BASE, STUDENT, Input, Step
+from kdpipe.plan import BASE, STUDENT, Input, Step, teacher_role
 from kdpipe.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.pulse import Pulse
 from kdpipe.recipe import Lora, Recipe, Runtime, Sft, Student, Teacher
-from kdpipe.rows import Problem
+from kdpipe.routing import check_records, teaches
+from kdpipe.rows import Problem, Rollout
 from kdpipe.seeds import derive_seed
-from kdpipe.stages.evaluate import Against, evaluate
+from kdpipe.stages.evaluate import evaluate, graded_problems
+from kdpipe.stages.held_out import Against
 from kdpipe.stages.rollout import rollout
 from kdpipe.stages.sft import sft
-from kdpipe.stages.teacher_score import TeacherSide, output_head, teacher_score, teacher_side
-from kdpipe.stages.train import HiddenTeacher, train
+from kdpipe.stages.teacher_score import TeacherSide, output_head, swapped_head, teacher_score, teacher_side
+from kdpipe.stages.train import train
 from kdpipe.store import Draft, Entry, Store, append_line
 from kdpipe.tables import read_rollouts, read_scores
 from kdpipe.tasks import read_problems
 from kdpipe.tasks.arithmetic import words
+from kdpipe.teachers import HiddenTeacher, RoundScores, TeacherScores, join_scores
 from kdpipe.trainer import Trainer
 from kdpipe.workers import Message, Report
 
@@ -112,6 +116,7 @@ class Performer:
             problems = read_problems(
                 recipe.task, Path(request["folder"]), hub_folder=Path(hub) if hub else None
             )
+            check_records(recipe, *problems)
             self._warm = Warm(recipe, device, ModelShelf(device), *problems)
         return self._warm
 
@@ -190,12 +195,12 @@ class _Task:
             case "teacher-score":
                 engine = self._engine(self.recipe.teacher_score.engine)
                 rows = read_rollouts(self._opened("rollout", "rollouts.parquet"))
-                side = self._teacher_side(job)
+                role = self._own_role()
                 teacher_score(
                     job,
                     rollouts=rows,
-                    teacher=side,
-                    source=self._source("teacher"),
+                    teacher=self._teacher_side(job, role),
+                    source=self._source(role),
                     engine=engine,
                     student=self._source(STUDENT) if self.recipe.keep.student_top_k else None,
                 )
@@ -208,9 +213,9 @@ class _Task:
     # the stages that need more than a line
 
     def _sft(self, job: Job) -> Trainer:
-        model: Student | Teacher = (
-            self.recipe.student if self.step.subject == STUDENT else self.recipe.teacher
-        )
+        model = self._settings(self._own_role())
+        if isinstance(model, Teacher):
+            job = replace(job, train=[problem for problem in job.train if teaches(model, problem)])
         resumed = job.draft.checkpoint()
         folder = self._base_folder(self.step.subject)
         dtype, _ = resolve_dtype(model.dtype, self.warm.device)
@@ -239,10 +244,7 @@ class _Task:
 
     def _train(self, job: Job) -> Trainer:
         rows = read_rollouts(self._opened("rollout", "rollouts.parquet"))
-        scores, hidden = None, None
-        if "scores" in self.inputs:
-            scores = read_scores(self._opened("scores", "scores.parquet"))
-            hidden = self._hidden_teacher(job) if self.recipe.keep.hidden else None
+        scores = self._round_scores(job, rows) if self._has_scores() else None
         resumed = job.draft.checkpoint()
         trainer = self._student_trainer(resumed[1] if resumed else None)
         self.warm.shelf.forget(trainer.model)  # its weights are about to change
@@ -255,31 +257,58 @@ class _Task:
             trainer=trainer,
             dtype=dtype,
             resumed=resumed,
-            hidden=hidden,
+            average=self._average(),
         )
         return trainer
 
-    def _hidden_teacher(self, job: Job) -> HiddenTeacher:
+    def _average(self) -> Average | None:
+        """The average of the students before this round; before the first it is the student that it starts with."""
+        decay = self.recipe.ema_decay
+        if decay is None:
+            return None
+        role, kind = ("ema", "ema") if "ema" in self.inputs else (STUDENT, "model")
+        entry, name = self._origin(role)
+        folder = entry.opened(kind) / kind if entry else self._base_folder(name)
+        assert folder is not None
+        return Average(decay, folder, self.warm.device, self.recipe.student.trust_remote_code)
+
+    def _has_scores(self) -> bool:
+        return any(role.partition(":")[0] == "scores" for role in self.inputs)
+
+    def _round_scores(self, job: Job, rollouts: list[Rollout]) -> RoundScores:
+        """What every teacher scored, in the order of their names, so that a mixture is summed in one order."""
+        found = []
+        for teacher in sorted(self.recipe.teachers, key=lambda teacher: teacher.name):
+            role = teacher_role(self.recipe, teacher)
+            scored = role.replace("teacher", "scores", 1)
+            rows = read_scores(self._opened(scored, "scores.parquet"))
+            hidden = self._hidden_teacher(job, role, scored) if self.recipe.keep.hidden else None
+            found.append(TeacherScores(teacher.name, rows, hidden))
+        weights = self.recipe.weights if self.recipe.is_mixed else None
+        return join_scores(rollouts, found, weights=weights, round_number=self.step.round)
+
+    def _hidden_teacher(self, job: Job, role: str, scored: str) -> HiddenTeacher:
         """The teacher's kept states with its output head, which is all that is read of its weights."""
-        side = self._teacher_side(job)
-        head = output_head(job, self._source("teacher"), num_ids=side.num_ids)
-        file = HiddenFile(self._opened("scores", HIDDEN_FILE), head_sha256=head_digest(head))
-        return HiddenTeacher(file, head, side.temperature)
+        side = self._teacher_side(job, role)
+        head = output_head(job, self._source(role), num_ids=side.num_ids)
+        file = HiddenFile(self._opened(scored, HIDDEN_FILE), head_sha256=head_digest(head))
+        return HiddenTeacher(file, swapped_head(head, side.swap), side.temperature)
 
     def _evaluate(self, job: Job) -> None:
         engine = self._engine(self.recipe.evaluate.engine or self.recipe.rollout.engine)
         baseline = None
         if "baseline" in self.inputs:
             baseline = self._opened("baseline", "grades.parquet", "reverse_kl.parquet", folder=True)
-        if self.step.subject == STUDENT:
-            text, source = self._text(STUDENT), self._source(STUDENT)
-            against, prompt = None, text.prompt
+        role = self._own_role()
+        text, source, teacher = self._text(role), self._source(role), None
+        against, prompt = list[Against](), text.prompt
+        if role == STUDENT:
             if self.recipe.evaluate.reverse_kl_problems:
-                against = Against(self._teacher_side(job), self._source("teacher"))
+                roles = [teacher_role(self.recipe, teacher) for teacher in self.recipe.teachers]
+                against = [Against(self._teacher_side(job, role), self._source(role)) for role in roles]
         else:
-            source, against = self._source("teacher"), None
-            side = self._teacher_side(job)
-            text = side.text
+            side = self._teacher_side(job, role)
+            text, teacher = side.text, side.settings
 
             def prompt(problem: Problem) -> list[int]:
                 return side.prompt_ids(problem, self._text(STUDENT).prompt(problem))
@@ -291,6 +320,7 @@ class _Task:
             model=source,
             engine=engine,
             prompt=prompt,
+            problems=graded_problems(job, teacher),
             against=against,
             baseline=baseline,
         )
@@ -324,12 +354,12 @@ class _Task:
     def _adapter(self, role: str) -> Entry | None:
         """The entry of the student's adapter; None where the role's weights are whole."""
         is_trained = role in self.inputs and self.inputs[role].stage == "train"
-        if role != STUDENT or self.recipe.student.lora is None or not is_trained:
+        if self.recipe.student.lora is None or not is_trained:
             return None
         return self.store.entry(self.inputs[role])
 
     def _origin(self, role: str) -> tuple[Entry | None, str]:
-        """Where whole weights of the student or the teacher are: an entry, or the folder of a named model.
+        """Where whole weights of the student or a teacher are: an entry, or the folder of a named model.
 
         Of a student with an adapter they are those below it.
         """
@@ -337,12 +367,55 @@ class _Task:
             return (self.store.entry(self.inputs[BASE]) if BASE in self.inputs else None), STUDENT
         if role in self.inputs:
             return self.store.entry(self.inputs[role]), ""
-        teacher = self.recipe.teacher
-        return None, STUDENT if role == STUDENT or teacher.self_ is not None else teacher.name
+        model = self._settings(role)
+        return None, model.name if isinstance(model, Teacher) and model.self_ is None else STUDENT
+
+    def _own_role(self) -> str:
+        """The role of the model that the step is about."""
+        if self.step.subject == STUDENT:
+            return STUDENT
+        teachers = self.recipe.teachers
+        return next(
+            (teacher_role(self.recipe, teacher) for teacher in teachers if teacher.name == self.step.subject),
+            "teacher",
+        )
+
+    def _settings(self, role: str) -> Student | Teacher:
+        """What the recipe says of the student or a teacher."""
+        for teacher in self.recipe.teachers:
+            if role == teacher_role(self.recipe, teacher):
+                return teacher
+        return self.recipe.student
 
     def _source(self, role: str) -> ModelSource:
-        """The student or the teacher as an engine loads it; checks weights that come from the store."""
-        settings = self.recipe.student if role == STUDENT else self.recipe.teacher
+        """The student or a teacher as an engine loads it; checks weights that come from the store."""
+        source = self._found_source(role)
+        settings = self._settings(role)
+        is_one_of_several = len(self.recipe.teachers) > 1 or source.folder.name == "ema"
+        if self.recipe.student.lora is not None and isinstance(settings, Teacher):
+            # The student itself as teacher is the network that samples and is trained: it is not dropped for others.
+            is_one_of_several &= settings.self_ is None
+        if role != STUDENT and is_one_of_several and source.digest != self._weights_digest(STUDENT):
+            self.warm.shelf.take_turns(source.digest)
+        return source
+
+    def _weights_digest(self, role: str) -> str | None:
+        """What identifies a model's weights; None for a student from nothing that the step does not open."""
+        entry, name = self._origin(role)
+        if entry is None:
+            found: str | None = self.request["digests"].get(name)
+            return found
+        manifest, kind = entry.manifest(), self._weights_folder(role)
+        if manifest is None:
+            return None
+        return manifest.payload_digest if kind == "model" else f"{manifest.payload_digest}/{kind}"
+
+    def _weights_folder(self, role: str) -> str:
+        """Which folder of its entry holds the weights: a teacher may be the average beside the student."""
+        return "ema" if "ema" in self.step.inputs[role].opens else "model"
+
+    def _found_source(self, role: str) -> ModelSource:
+        settings = self._settings(role)
         entry, name = self._origin(role)
         dtype, trust = settings.dtype, settings.trust_remote_code
         if entry is None:
@@ -350,14 +423,20 @@ class _Task:
             assert folder is not None
             source = ModelSource(folder, self.request["digests"][name], dtype, trust)
         else:
-            source = ModelSource(entry.folder / "model", _digest(entry), dtype, trust)
+            digest, kind = self._weights_digest(role), self._weights_folder(role)
+            assert digest is not None
+            source = ModelSource(entry.folder / kind, digest, dtype, trust)
         adapter = self._adapter(role)
         if adapter is not None:
-            source = replace(source, adapter=AdapterSource(adapter.folder / "model", _digest(adapter)))
+            manifest = adapter.manifest()
+            assert manifest is not None
+            made = AdapterSource(adapter.folder / "model", manifest.payload_digest)
+            source = replace(source, adapter=made)
         if not self.warm.shelf.holds(source):
-            for made in (entry, adapter):
-                if made is not None:
-                    made.opened("model")
+            if entry is not None:
+                entry.opened(source.folder.name)
+            if adapter is not None:
+                adapter.opened("model")
         lora = self.recipe.student.lora
         if role == STUDENT and lora is not None and not self.warm.lora_fits:
             require_targets(source.folder, lora, trust_remote_code=trust)  # before anything is sampled
@@ -365,23 +444,24 @@ class _Task:
         return source
 
     def _text(self, role: str) -> Text:
-        """The text side of the student or the teacher; kept, since a round changes no tokenizer."""
-        settings = self.recipe.student if role == STUDENT else self.recipe.teacher
+        """The text side of the student or a teacher; kept, since a round changes no tokenizer."""
+        settings = self._settings(role)
         entry, name = self._origin(role)
         key = (role, json.dumps(settings.template, sort_keys=True))
         if key not in self.warm.texts:
             # No folder: a scratch student, in a step that reads its text but opens none of its weights.
-            folder = entry.folder / "model" if entry else self._base_folder(name)
+            folder = entry.folder / self._weights_folder(role) if entry else self._base_folder(name)
             if entry is not None:
-                entry.opened(
-                    "model/tokenizer.json", "model/tokenizer_config.json", "model/generation_config.json"
-                )
+                names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+                entry.opened(*(f"{self._weights_folder(role)}/{file}" for file in names))
             template = settings.template or self.recipe.student.template
             self.warm.texts[key] = self._open_text(folder, template, trust=settings.trust_remote_code)
         return self.warm.texts[key]
 
-    def _teacher_side(self, job: Job) -> TeacherSide:
-        return teacher_side(job, student=self._text(STUDENT), teacher=self._text("teacher"))
+    def _teacher_side(self, job: Job, role: str) -> TeacherSide:
+        settings = self._settings(role)
+        assert isinstance(settings, Teacher)
+        return teacher_side(job, settings, student=self._text(STUDENT), teacher=self._text(role))
 
     def _engine(self, name: Literal["hf", "vllm"]) -> Engine:
         if name not in self.warm.engines:
@@ -484,8 +564,10 @@ class _Task:
         )
 
     def _keep_warm(self, trainer: Trainer, digest: str) -> None:
-        settings = self.recipe.student if self.step.subject in ("", STUDENT) else self.recipe.teacher
+        settings = self.recipe.student if self.step.subject == "" else self._settings(self._own_role())
         dtype, _ = resolve_dtype(settings.dtype, self.warm.device)
+        if self.step.stage == "sft":
+            trainer.model.requires_grad_(False)  # from here on it is only asked
         if self.step.stage == "train" and self.recipe.student.lora is not None:
             self.warm.shelf.put_adapter(digest, trainer.model)
         elif dtype == trainer.model.dtype:
@@ -501,6 +583,8 @@ class _Task:
 
     def _write_speed(self, draft: Draft, pulse: Pulse, seconds: float) -> None:
         name = self.step.stage.replace("-", "_")
+        if self.step.stage == "teacher-score" and self.step.subject:  # one of several in the round
+            name += f"/{self.step.subject}"
         draft.metric(f"time/{name}_seconds", seconds)
         if pulse.all_tokens and seconds > 0:
             draft.metric(f"speed/{name}_tokens_per_second", pulse.all_tokens / seconds)
@@ -516,12 +600,6 @@ class _Task:
             "started": started,
             "finished": time.time(),
         }
-
-
-def _digest(entry: Entry) -> str:
-    manifest = entry.manifest()
-    assert manifest is not None
-    return manifest.payload_digest
 
 
 def _step(value: Mapping[str, Any]) -> Step:

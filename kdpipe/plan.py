@@ -158,16 +158,18 @@ class _Planner:
 
     def plan(self) -> Plan:
         recipe = self.recipe
-        for name, model in ((STUDENT, recipe.student), (recipe.teacher.name, recipe.teacher)):
+        models: list[tuple[str, Student | Teacher]] = [(STUDENT, recipe.student)]
+        models += [(teacher.name, teacher) for teacher in recipe.teachers]
+        for name, model in models:
             if _has_cold_start(model):
                 self._sft(name, model)
         self._evaluate_student(0)
-        if recipe.evaluate.teacher:
-            self._evaluate_teacher()
+        for teacher in recipe.teachers if recipe.evaluate.teacher else ():
+            self._evaluate_teacher(teacher)
         for number in range(1, recipe.rounds + 1):
             self._rollout(number)
-            if recipe.train.objective.in_round(number).has_kd:
-                self._teacher_score(number)
+            for teacher in recipe.teachers if recipe.train.objective.in_round(number).has_kd else ():
+                self._teacher_score(number, teacher)
             self._train(number)
             if evaluated(recipe, number):
                 self._evaluate_student(number)
@@ -177,7 +179,7 @@ class _Planner:
 
     def _sft(self, name: str, model: Student | Teacher) -> None:
         where = STUDENT if name == STUDENT else "teacher"
-        dumped = self.sections["student"] if name == STUDENT else self.sections["teachers"][0]
+        dumped = self._dumped(name)
         seed = model.sft.seed if model.sft is not None else None
         fields: Fields = {
             **self._task(split="train", headline=False),
@@ -188,6 +190,8 @@ class _Planner:
             f"{where}.template": model.template,
             f"{where}.sft": _without(dumped["sft"], "seed") if dumped["sft"] else None,
         }
+        if isinstance(model, Teacher) and model.only is not None:  # a specialist learns what it teaches
+            fields[f"{where}.only"] = _routes(model)
         self._add("sft", 0, name, self._seed(seed), fields, {})
 
     def _rollout(self, number: int) -> None:
@@ -199,23 +203,25 @@ class _Planner:
         seed = self._seed(self.recipe.rollout.seed)
         self._add("rollout", number, "", seed, fields, self._student_model(number - 1))
 
-    def _teacher_score(self, number: int) -> None:
+    def _teacher_score(self, number: int, teacher: Teacher) -> None:
         recipe = self.recipe
-        privileged = recipe.teacher.prompt is not None
+        reads_records = teacher.prompt is not None or teacher.only is not None
         fields: Fields = {
-            **self._teacher_fields(),
-            **(self._task(split="train") if privileged else self._task_settings(headline=False)),
+            **self._teacher_fields(teacher, number - 1),
+            **(self._task(split="train") if reads_records else self._task_settings(headline=False)),
             "teacher_score.engine": recipe.teacher_score.engine,
             "teacher_score.keep": asdict(recipe.keep),
             "teacher_score.logprobs": recipe.teacher_score.logprobs,
             "rollout.temperature": recipe.rollout.temperature,
             "student.template": recipe.student.template,
         }
-        inputs = {"rollout": Input(f"rollout@{number}", ()), **self._teacher_model()}
+        fields |= self._alias()
+        inputs = {"rollout": Input(f"rollout@{number}", ()), **self._teacher_model(teacher, number - 1)}
         if recipe.keep.student_top_k:  # the student that sampled chooses ids too
             fields |= self._student_fields(number - 1)
             inputs |= self._student_model(number - 1)
-        self._add("teacher-score", number, "", recipe.seed, fields, inputs)
+        subject = "" if len(recipe.teachers) == 1 else teacher.name
+        self._add("teacher-score", number, subject, recipe.seed, fields, inputs)
 
     def _train(self, number: int) -> None:
         recipe = self.recipe
@@ -240,9 +246,17 @@ class _Planner:
             fields["rollout.max_new_tokens"] = recipe.rollout.max_new_tokens
         inputs = {"rollout": Input(f"rollout@{number}", ()), **self._student_model(number - 1, trainer=True)}
         if objective.has_kd:
-            inputs["scores"] = Input(f"teacher-score@{number}", ())
-            if recipe.keep.hidden:  # its output head turns hidden states into distributions
-                inputs |= self._teacher_model()
+            for teacher in recipe.teachers:
+                role = teacher_role(recipe, teacher)
+                step_id = f"teacher-score{role.removeprefix('teacher')}@{number}"
+                inputs[role.replace("teacher", "scores", 1)] = Input(step_id, ())
+                if recipe.keep.hidden:  # its output head turns hidden states into distributions
+                    inputs |= self._teacher_model(teacher, number - 1)
+            fields |= self._mixture()
+        if recipe.ema_decay is not None:
+            fields["ema.decay"] = recipe.ema_decay
+            if number > 1:
+                inputs["ema"] = Input(f"train@{number - 1}", ("ema",))
         self._add("train", number, "", self._seed(recipe.train.seed), fields, inputs)
 
     def _evaluate_student(self, number: int) -> None:
@@ -256,28 +270,36 @@ class _Planner:
         inputs = dict(self._student_model(number))
         if section.reverse_kl_problems:
             rollout = _without(self.sections["rollout"], "seed", "prompts", "samples", "engine")
-            fields.update({**self._teacher_fields(), "rollout": rollout})
-            fields["teacher_score.engine"] = recipe.teacher_score.engine
-            inputs.update(self._teacher_model())
+            fields |= {"rollout": rollout, "teacher_score.engine": recipe.teacher_score.engine}
+            fields |= self._mixture() | self._alias()
+            for teacher in recipe.teachers:
+                fields |= self._teacher_fields(teacher, number)
+                inputs |= self._teacher_model(teacher, number)
         if number > 0:
             inputs["baseline"] = Input(f"evaluate:{STUDENT}@0", ())
         self._add("evaluate", number, STUDENT, self._seed(section.seed), fields, inputs)
 
-    def _evaluate_teacher(self) -> None:
+    def _evaluate_teacher(self, teacher: Teacher) -> None:
         recipe = self.recipe
         fields: Fields = {
             **self._task(split="test"),
-            **self._teacher_fields(),
+            **self._teacher_fields(teacher, 0),
             **self._evaluate_settings(),
             "student.template": recipe.student.template,
         }
-        inputs = {**self._teacher_model(), "baseline": Input(f"evaluate:{STUDENT}@0", ())}
-        self._add("evaluate", 0, recipe.teacher.name, self._seed(recipe.evaluate.seed), fields, inputs)
+        inputs = {**self._teacher_model(teacher, 0), "baseline": Input(f"evaluate:{STUDENT}@0", ())}
+        self._add("evaluate", 0, teacher.name, self._seed(recipe.evaluate.seed), fields, inputs)
 
     # What several stages read.
 
     def _seed(self, own: int | None) -> int:
         return self.recipe.seed if own is None else own
+
+    def _dumped(self, name: str) -> dict[str, Any]:
+        """The section of the student or a teacher, as JSON."""
+        found = next((section for section in self.sections["teachers"] if section["name"] == name), None)
+        section: dict[str, Any] = self.sections["student"] if found is None else found
+        return section
 
     def _identity(self, name: str) -> JsonValue:
         return self.identities.models.get(name)
@@ -318,22 +340,43 @@ class _Planner:
             return {"student": Input(f"sft:{STUDENT}@0", ("model",))}
         return {}
 
-    def _teacher_model(self) -> dict[str, Input]:
-        teacher = self.recipe.teacher
+    def _teacher_model(self, teacher: Teacher, number: int) -> dict[str, Input]:
+        """The teacher that goes with student `number`: only one that is the student itself moves with it."""
+        role = teacher_role(self.recipe, teacher)
+        if teacher.self_ == "ema" and number > 0:
+            return {role: Input(f"train@{number}", ("ema",))}
         if teacher.self_ is not None:
-            source = self._student_model(0).get("student")
-            return {"teacher": source} if source else {}
+            found = self._student_model(number if teacher.self_ == "current" else 0)
+            return {role if name == STUDENT else name: source for name, source in found.items()}
         if _has_cold_start(teacher):
-            return {"teacher": Input(f"sft:{teacher.name}@0", ("model",))}
+            return {role: Input(f"sft:{teacher.name}@0", ("model",))}
         return {}
 
-    def _teacher_fields(self) -> Fields:
-        teacher = self.recipe.teacher
+    def _teacher_fields(self, teacher: Teacher, number: int) -> Fields:
         identity = self._identity(STUDENT if teacher.self_ is not None else teacher.name)
-        return {
-            "teacher": _without(self.sections["teachers"][0], "model", "revision", "scratch", "sft"),
-            "teacher.model": None if self._teacher_model() else identity,
+        own = ("model", "revision", "scratch", "sft", "only", "weight", "decay")
+        role = teacher_role(self.recipe, teacher)
+        is_adapter = teacher.self_ is not None and self.recipe.student.lora is not None
+        made = self._student_model(0) if is_adapter else self._teacher_model(teacher, number)
+        fields: Fields = {
+            role: _without(self._dumped(teacher.name), *own),
+            f"{role}.model": None if made else identity,
         }
+        return fields if teacher.only is None else {**fields, f"{role}.only": _routes(teacher)}
+
+    def _alias(self) -> Fields:
+        """Only where it is asked for: `mask` and `keep` change nothing of what the teacher says."""
+        end_token = self.recipe.train.objective.end_token
+        return {"train.objective.end_token": end_token} if end_token == "alias" else {}  # noqa: S105
+
+    def _mixture(self) -> Fields:
+        """The weights of a mixture, sorted by name as it is summed."""
+        weights = self.recipe.weights
+        return (
+            {"teachers.weights": {name: weights[name] for name in sorted(weights)}}
+            if self.recipe.is_mixed
+            else {}
+        )
 
     def _evaluate_settings(self) -> Fields:
         section, rollout = self.recipe.evaluate, self.recipe.rollout
@@ -367,6 +410,20 @@ class _Planner:
 
 def _without(section: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in section.items() if name not in names}
+
+
+def teacher_role(recipe: Recipe, teacher: Teacher) -> str:
+    """What a teacher is called among a step's inputs and fields: `teacher`, or `teacher:NAME` of several."""
+    return "teacher" if len(recipe.teachers) == 1 else f"teacher:{teacher.name}"
+
+
+def _routes(teacher: Teacher) -> JsonValue:
+    """`only` as it is understood: a value is a list of one, and their order means nothing."""
+    routes: dict[str, JsonValue] = {}
+    for name, wanted in (teacher.only or {}).items():
+        values = wanted if isinstance(wanted, list) else [wanted]
+        routes[name] = list[JsonValue](sorted({str(value) for value in values}))
+    return routes
 
 
 def _has_cold_start(model: Student | Teacher) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kdpipe.errors import DataError, ModelError, PreflightError, RecipeError
-from kdpipe.recipe import ArithmeticTask
+from kdpipe.recipe import PROMPT_PIECE, ArithmeticTask
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -145,14 +145,19 @@ def render_teacher_prompt(
 ) -> list[int]:
     """The teacher's prompt: `template_text` as the whole user text; without it, as `render_prompt`.
 
-    {question} and {solution} are replaced at once and literally; other braces stay. The instruction and the
-    examples are not added to a teacher's own text.
+    {name} is replaced by that field of the record, once and literally; {{ and }} are braces, and so is any other
+    brace. The instruction and the examples are not added to a teacher's own text.
     """
     if template_text is None:
         return render_prompt(tokenizer, style, problem)
-    values = {"{question}": problem.question, "{solution}": problem.solution}
-    text = re.sub(r"\{question\}|\{solution\}", lambda match: values[match[0]], template_text)
+    values = prompt_values(problem)
+    text = PROMPT_PIECE.sub(lambda piece: str(values[piece[1]]) if piece[1] else piece[0][0], template_text)
     return _render(tokenizer, style, [text], [])
+
+
+def prompt_values(problem: Problem) -> dict[str, str | int | float]:
+    """What a teacher's prompt may name; `question` and `solution` are never a field of the record."""
+    return {**problem.fields, "question": problem.question, "solution": problem.solution}
 
 
 def _render(

@@ -23,6 +23,9 @@ DEFAULT_INSTRUCTION = (
     "Solve this problem step by step. End with one line that holds only the final number, in the form: #### N"
 )
 
+PROMPT_PIECE = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
+"""What a teacher's prompt holds beside plain text: a literal brace, or the name of a field of the record."""
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -184,23 +187,39 @@ class Student(Section):
         return self
 
 
-class Teacher(Section):
-    """A model that scores: `model`, `scratch` with `sft`, or `self: initial` (the student before round 1).
+FieldValue = Annotated[str, Field(min_length=1)] | int | float
 
-    `prompt` is the teacher's own prompt text, with {question} and, privileged, {solution}; null means
-    the student's prompt. `temperature` null means the rollout temperature.
+
+class Teacher(Section):
+    """A model that scores: `model`, `scratch` with `sft`, or `self`, the student itself.
+
+    `self: initial` is the student before round 1, `current` the one that sampled the round, `ema` the average of the
+    students so far, of which each round keeps `decay` and adds the rest of the new one.
+
+    `prompt` is the teacher's own prompt text, with {question} and, privileged, {solution} or any other field of
+    the record; null means the student's prompt. `temperature` null means the rollout temperature. Of several
+    teachers, each teaches the problems whose record has the values in `only`; without `only` all score every
+    completion and are mixed by `weight`.
     """
 
     name: Annotated[str, Field(pattern=NAME)] = "teacher"
     model: str | None = None
     revision: str | None = None
     scratch: Scratch | None = None
-    self_: Annotated[Literal["initial"] | None, Field(alias="self")] = None
+    self_: Annotated[Literal["initial", "current", "ema"] | None, Field(alias="self")] = None
+    decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     dtype: DtypeName = "auto"
     trust_remote_code: bool = False
     template: dict[str, JsonValue] = {}
     prompt: str | None = None
     temperature: Positive | None = None
+    only: (
+        Annotated[
+            dict[str, FieldValue | Annotated[list[FieldValue], Field(min_length=1)]], Field(min_length=1)
+        ]
+        | None
+    ) = None
+    weight: Positive | None = None
     sft: Sft | None = None
 
     @model_validator(mode="after")
@@ -211,11 +230,24 @@ class Teacher(Section):
             raise ValueError("revision goes with model")
         if self.self_ is not None and self.sft is not None:
             raise ValueError("a teacher that is the student itself has no sft of its own")
+        if (self.decay is not None) != (self.self_ == "ema"):
+            raise ValueError("decay goes with self: ema, which needs it")
         if self.name == "student":
             raise ValueError("a teacher cannot be called 'student'")
-        if self.prompt is not None and "{question}" not in self.prompt:
+        if self.prompt is not None and "question" not in self.prompt_fields:
             raise ValueError("prompt must contain {question}")
         return self
+
+    @property
+    def prompt_fields(self) -> tuple[str, ...]:
+        """The names that the teacher's own prompt is filled in with, in the order of the text."""
+        names = (match[1] for match in PROMPT_PIECE.finditer(self.prompt or ""))
+        return tuple(dict.fromkeys(name for name in names if name))
+
+    @property
+    def is_privileged(self) -> bool:
+        """Whether it is shown more of the record than the question."""
+        return bool({*self.prompt_fields} - {"question"})
 
 
 # -------------------------------------------------------------------------------------------- sections
@@ -436,7 +468,7 @@ class Objective(Section):
 
     `mask` closes the KD term of kdrl where the student is right anyway. `normalization`: what an optimizer step's
     sum over tokens is divided by. `truncated`: completions cut at max_new_tokens count, are dropped, or
-    get reward 0. `end_token: mask` leaves the end token out.
+    get reward 0. `end_token: mask` leaves the end token out; `alias` swaps the teacher's end id with the student's.
     """
 
     kind: Literal["kd", "grpo", "kdrl", "srpo", "then"] = "kd"
@@ -458,7 +490,7 @@ class Objective(Section):
     normalization: Literal["token", "sequence", "fixed"] = "token"
     fixed_length: Count | None = None
     truncated: Literal["keep", "drop", "no_reward"] = "keep"
-    end_token: Literal["keep", "mask"] = "keep"  # noqa: S105 (no password)
+    end_token: Literal["keep", "mask", "alias"] = "keep"  # noqa: S105 (no password)
 
     @model_validator(mode="before")
     @classmethod
@@ -585,7 +617,7 @@ class Keeping:
 
 
 class Recipe(Section):
-    """One experiment: a task, a student, a teacher, and how the student learns from it.
+    """One experiment: a task, a student, its teachers, and how the student learns from them.
 
     `reproduce` lets an objective run that check-loss fails, to reproduce what others did.
     """
@@ -596,7 +628,7 @@ class Recipe(Section):
     rounds: Count
     task: Task
     student: Student
-    teachers: Annotated[list[Teacher], Field(min_length=1, max_length=1)]
+    teachers: Annotated[list[Teacher], Field(min_length=1)]
     rollout: RolloutSection = RolloutSection.model_construct()
     teacher_score: TeacherScoreSection = TeacherScoreSection.model_construct()
     train: TrainSection = TrainSection.model_construct()
@@ -606,8 +638,24 @@ class Recipe(Section):
 
     @property
     def teacher(self) -> "Teacher":
-        """The teacher."""
+        """The teacher, or the first of several."""
         return self.teachers[0]
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether each problem has one of several teachers."""
+        return len(self.teachers) > 1 and self.teachers[0].only is not None
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether several teachers score every completion."""
+        return len(self.teachers) > 1 and self.teachers[0].only is None
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The share of each teacher in their mixture, by name; they sum to 1."""
+        given = {teacher.name: 1.0 if teacher.weight is None else teacher.weight for teacher in self.teachers}
+        return {name: weight / sum(given.values()) for name, weight in given.items()}
 
     @property
     def keep(self) -> "Keeping":
@@ -619,12 +667,17 @@ class Recipe(Section):
             return Keeping(teacher_top_k=section.keep.top_k)
         if section.keep == "token" or support is None:
             return Keeping()
-        if support == "vocabulary":
+        if support == "vocabulary" or self.is_mixed:  # the top k of a mixture are those of none of its parts
             return Keeping(hidden=True)
         k = support.union_top_k
         return Keeping(
             teacher_top_k=support.teacher_top_k or k or 0, student_top_k=support.student_top_k or k or 0
         )
+
+    @property
+    def ema_decay(self) -> float | None:
+        """The decay of the average that each round's train step keeps; None where no teacher is it."""
+        return next((teacher.decay for teacher in self.teachers if teacher.decay is not None), None)
 
     @property
     def distill_horizon(self) -> int:
@@ -641,29 +694,80 @@ class Recipe(Section):
             enough = section.keep == "hidden" and (
                 support == "vocabulary" or support.teacher_top_k is not None
             )
-            if isinstance(section.keep, KeepTopK) and support != "vocabulary":
+            if isinstance(section.keep, KeepTopK) and support != "vocabulary" and not self.is_mixed:
                 enough = section.keep.top_k == support.teacher_top_k
             if not enough:
                 raise ValueError(
                     f"teacher_score.keep {_spelled(section.keep)} is not what train.objective.kd needs: auto keeps that"
                 )
-        needs = ("support",) if self.keep.student_top_k else ("hidden",) if self.keep.hidden else ()
+        aliased = objective.has_kd and objective.end_token == "alias"  # noqa: S105 (no password)
+        needs = (
+            ("support",) if self.keep.student_top_k or aliased else ("hidden",) if self.keep.hidden else ()
+        )
         for ability in needs:
             if ability not in ENGINE_ABILITIES[section.engine]:
                 what = "scores of given ids" if ability == "support" else "hidden states"
-                raise ValueError(
-                    f"teacher_score.engine {section.engine} gives no {what}: use hf, or support: {{teacher_top_k: k}}"
-                )
+                other = "" if self.is_mixed or aliased else ", or support: {teacher_top_k: k}"
+                raise ValueError(f"teacher_score.engine {section.engine} gives no {what}: use hf{other}")
         if section.logprobs == "float16" and not (self.keep.teacher_top_k or self.keep.student_top_k):
             raise ValueError("teacher_score.logprobs goes with a top-k support: nothing else is stored by it")
         arithmetic = isinstance(self.task, ArithmeticTask)
-        for where, model in (("student", self.student), (f"teacher {self.teacher.name!r}", self.teacher)):
+        models: list[tuple[str, Student | Teacher]] = [("student", self.student)]
+        models += [(f"teacher {teacher.name!r}", teacher) for teacher in self.teachers]
+        for where, model in models:
             if model.scratch is not None and not arithmetic:
                 raise ValueError(f"{where}: scratch needs a task with its own tokenizer (arithmetic)")
         if objective.has_rl and self.rollout.samples == 1:
             raise ValueError("an RL term needs rollout.samples of 2 or more: a group of one has no advantage")
         if self.train.minibatches > self.rollout.prompts * self.rollout.samples:
             raise ValueError("train.minibatches is larger than the number of completions of a round")
+        return self
+
+    def _is_the_sampler(self, teacher: Teacher) -> bool:
+        """Whether its distributions are those that the student samples from: equal weights, prompt and temperature."""
+        own = (
+            teacher.prompt is not None,
+            bool(teacher.template) and teacher.template != self.student.template,
+            teacher.temperature not in (None, self.rollout.temperature),
+        )
+        return (teacher.self_ == "current" or teacher.decay == 0) and not any(own)
+
+    @model_validator(mode="after")
+    def _teachers_agree(self) -> "Recipe":
+        names = [teacher.name for teacher in self.teachers]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two teachers are called {twice!r}: give each a name of its own")
+        routed = [teacher.only is not None for teacher in self.teachers]
+        if len(names) == 1 and routed[0]:
+            raise ValueError("only goes with several teachers: a single one teaches every problem")
+        if any(routed) and not all(routed):
+            lacking = names[routed.index(False)]
+            raise ValueError(
+                f"teacher {lacking!r} has no only, and others have: give it to all teachers or to none"
+            )
+        if not self.is_mixed and any(teacher.weight is not None for teacher in self.teachers):
+            raise ValueError("weight goes with several teachers without only, which are mixed by it")
+        if len({teacher.decay for teacher in self.teachers if teacher.decay is not None}) > 1:
+            raise ValueError(
+                "teachers with self: ema have different decays: one average is kept, give them the same"
+            )
+        if self.ema_decay is not None and self.student.lora is not None:
+            raise ValueError(
+                "self: ema averages whole weights, and with student.lora only an adapter is kept of each round: "
+                "use self: initial or self: current, or train all weights"
+            )
+        silent = [teacher for teacher in self.teachers if self._is_the_sampler(teacher)]
+        if silent and (not self.is_mixed or len(silent) == len(names)):
+            raise ValueError(
+                f"teacher {silent[0].name!r} would be the very student that samples, so its scores say nothing: "
+                "give it a prompt, a template or a temperature of its own"
+            )
+        support = self.train.objective.distribution_support
+        if self.is_mixed and isinstance(support, Support) and support.teacher_top_k is None:
+            raise ValueError(
+                "a mixture of teachers is not compared on the student's top k: "
+                "use support: vocabulary or {teacher_top_k: k}, which are then the mixture's"
+            )
         return self
 
 

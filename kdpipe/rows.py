@@ -6,7 +6,8 @@ belong to the *sampled* token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
@@ -18,13 +19,15 @@ class Problem:
     """One question with its reference.
 
     `expected` is the reference answer as text (a number for GSM8K), `solution` the reference text that
-    ends in it; `prompt_id` is `<task>/<split>/<row>` or the record's own `id`.
+    ends in it; `prompt_id` is `<task>/<split>/<row>` or the record's own `id`. `fields` are the record's
+    other texts and numbers by name.
     """
 
     prompt_id: str
     question: str
     expected: str
     solution: str
+    fields: Mapping[str, str | int | float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -271,21 +271,27 @@ class _Run:
             )
 
     def _gate(self) -> None:
-        """Stops a run whose teacher is no better than student 0 (method: headroom)."""
-        recipe, teacher = self.project.recipe, self.project.recipe.teacher
-        privileged = teacher.prompt is not None and "{solution}" in teacher.prompt
-        if not (recipe.evaluate.teacher and recipe.train.objective.has_kd) or privileged:
+        """Stops a run that has a teacher no better than student 0 (method: headroom)."""
+        recipe = self.project.recipe
+        if (
+            not (recipe.evaluate.teacher and recipe.train.objective.has_kd)
+            or recipe.runtime.allow_weak_teacher
+        ):
             return
-        if recipe.runtime.allow_weak_teacher or teacher.self_ is not None:
-            return
-        summary = summary_of(self.project, f"evaluate:{teacher.name}@0")
-        if summary is not None and summary["accuracy_change"] <= 0:
-            raise PreflightError(
-                f"teacher {teacher.name!r} is not better than the student: accuracy {summary['accuracy']:.1%}, "
-                f"headroom {summary['accuracy_change']:+.1%} "
-                f"[{summary['accuracy_change_low']:+.1%}, {summary['accuracy_change_high']:+.1%}]",
-                hint="choose another teacher, or say --set runtime.allow_weak_teacher=true",
-            )
+        for teacher in recipe.teachers:
+            if teacher.is_privileged or teacher.self_ is not None:
+                continue
+            summary = summary_of(self.project, f"evaluate:{teacher.name}@0")
+            if summary is not None and summary["accuracy_change"] <= 0:
+                where = (
+                    "" if teacher.only is None else f" on the {summary['problems']} problems that it teaches"
+                )
+                raise PreflightError(
+                    f"teacher {teacher.name!r} is not better than the student{where}: "
+                    f"accuracy {summary['accuracy']:.1%}, headroom {summary['accuracy_change']:+.1%} "
+                    f"[{summary['accuracy_change_low']:+.1%}, {summary['accuracy_change_high']:+.1%}]",
+                    hint="choose another teacher, or say --set runtime.allow_weak_teacher=true",
+                )
 
     def _retain(self) -> None:
         """Drops weights that no run keeps and no step ahead opens; only after what replaces them is durable."""
@@ -318,7 +324,7 @@ class _Run:
         """Raises StepError when the disk cannot hold what the step is likely to write."""
         need = FREE_BYTES_FLOOR
         if step.stage in ("train", "sft"):
-            copies = 5
+            copies = 5 if self.project.recipe.ema_decay is None else 7
             if step.round == 1 and self.project.recipe.student.lora is not None:
                 copies = 1  # no adapter is there yet to judge by; all that one writes is less than the model
             need += copies * max([_model_bytes(folder) for folder in self._model_folders(step)], default=0)

@@ -24,6 +24,8 @@ from kdpipe.recipe import LoadedRecipe, Recipe, resolved
 from kdpipe.store import FINGERPRINT, Entry, append_line, read_lines, write_bytes, write_json
 
 ROUND = re.compile(r"round-(\d+)$")
+PAYLOADS = ("model", "trainer", "ema")
+"""The folders of a train entry that retention may drop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ def all_runs(workspace: Path) -> list[RunFolder]:
 
 
 def retained(run: RunFolder) -> dict[Path, set[str]]:
-    """Which of "model" and "trainer" this run keeps of each train entry that it links.
+    """Which of "model", "trainer" and "ema" this run keeps of each train entry that it links.
 
     The last rounds by `runtime.keep`, and the weights of the best and of the last evaluated round.
     """
@@ -136,10 +138,11 @@ def retained(run: RunFolder) -> dict[Path, set[str]]:
         ValueError,
         KeyError,
     ):  # damaged, or of another version: such a run keeps all that it links
-        return {target: {"model", "trainer"} for target in trained.values()}
+        return {target: set(PAYLOADS) for target in trained.values()}
     keep: dict[Path, set[str]] = {}
     rounds = sorted(trained)
-    for kind, count in (("model", recipe.runtime.keep.weights), ("trainer", recipe.runtime.keep.optimizer)):
+    counts = recipe.runtime.keep
+    for kind, count in (("model", counts.weights), ("trainer", counts.optimizer), ("ema", counts.weights)):
         for number in rounds[-count:]:
             keep.setdefault(trained[number], set()).add(kind)
     scores = {
@@ -155,7 +158,7 @@ def retained(run: RunFolder) -> dict[Path, set[str]]:
 
 
 def droppable(run: RunFolder, workspace: Path) -> list[tuple[Path, str]]:
-    """(train entry, "model" or "trainer") of `run` that neither it nor any other run keeps."""
+    """(train entry, folder of its payload) of `run` that neither it nor any other run keeps."""
     kept: dict[Path, set[str]] = {}
     linked = {link.target for link in run.links() if link.name == "train"}
     for other in all_runs(workspace):
@@ -164,7 +167,7 @@ def droppable(run: RunFolder, workspace: Path) -> list[tuple[Path, str]]:
     return [
         (target, kind)
         for target in sorted(linked)
-        for kind in ("model", "trainer")
+        for kind in PAYLOADS
         if kind not in kept.get(target, set())
     ]
 

@@ -68,7 +68,7 @@ class Sources:
 
     def _models(self) -> list[tuple[str, Student | Teacher]]:
         recipe = self.loaded.recipe
-        return [(STUDENT, recipe.student), (recipe.teacher.name, recipe.teacher)]
+        return [(STUDENT, recipe.student), *((teacher.name, teacher) for teacher in recipe.teachers)]
 
     def _model(self, model: Student | Teacher) -> Fields:
         assert model.model is not None

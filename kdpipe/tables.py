@@ -106,6 +106,13 @@ REVERSE_KL = pa.schema(
     ]
 )
 
+_OF_ONE = "teacher_prompt_token_ids"
+REVERSE_KL_OF_SEVERAL = pa.schema(
+    [field for field in REVERSE_KL if field.name != _OF_ONE]
+    + [pa.field("teachers", pa.list_(pa.string())), pa.field("teachers_prompt_token_ids", pa.list_(IDS))]
+)
+"""With several teachers: those of the problem, and what each of them read. `teacher_logprobs` are the mixture's."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scores:

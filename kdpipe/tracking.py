@@ -187,9 +187,9 @@ def unsettled(workspace: Path) -> list[Request]:
     return requests
 
 
-def metric_name(name: str, *, stage: str, subject: str, per_step: bool) -> str:
-    """The name in MLflow of a metrics.jsonl row: teachers and students, steps and rounds stay apart."""
-    owner = STUDENT if subject == STUDENT else "teacher"
+def metric_name(name: str, *, stage: str, subject: str, per_step: bool, several: bool = False) -> str:
+    """The name in MLflow of a metrics.jsonl row: student and each teacher, steps and rounds stay apart."""
+    owner = STUDENT if subject == STUDENT else f"teacher/{subject}" if several else "teacher"
     match stage:
         case "train" if per_step:
             return f"train_step/{name.removeprefix('train/')}"
@@ -198,7 +198,7 @@ def metric_name(name: str, *, stage: str, subject: str, per_step: bool) -> str:
         case "sft":
             return name.replace("sft", f"sft_{owner}", 1)
         case "evaluate" if owner != STUDENT:
-            return name.replace("evaluate", "evaluate_teacher", 1)
+            return name.replace("evaluate", f"evaluate_{owner}", 1)
         case _:
             return name
 
@@ -220,12 +220,12 @@ def _shortened(text: str) -> str:
     return text if len(text) <= MAX_VALUE else text[: MAX_VALUE - 3] + "..."
 
 
-def _metrics(step: DoneStep) -> Iterator[Metric]:
+def _metrics(step: DoneStep, *, several: bool) -> Iterator[Metric]:
     metric = _mlflow().entities.Metric
     stage, subject = step.document["stage"], step.document["subject"]
     for row in read_lines(step.folder / METRICS):
         per_step = row["optimizer_step"] is not None
-        name = metric_name(row["name"], stage=stage, subject=subject, per_step=per_step)
+        name = metric_name(row["name"], stage=stage, subject=subject, per_step=per_step, several=several)
         at = row["optimizer_step"] if per_step else step.round
         yield metric(name, row["value"], round(step.finished * 1000), at)
 
@@ -407,7 +407,7 @@ class _MirroredRun:
             "kdpipe.run": self.folder.name,
             "kdpipe.key": self.record.key,
             "student": _model(self.recipe["student"]),
-            "teacher": _model(self.recipe["teachers"][0]),
+            "teacher": _teachers(self.recipe["teachers"]),
             "mlflow.source.name": "kdpipe",
             "mlflow.source.type": "LOCAL",
             **{f"environment.{name}": str(value) for name, value in environment.items() if value is not None},
@@ -424,7 +424,7 @@ class _MirroredRun:
         marks: dict[str, str] = {}
         count = 0
         for step in steps:
-            rows = list(_metrics(step))
+            rows = list(_metrics(step, several=len(self.recipe["teachers"]) > 1))
             batch += self._changed(rows) if step.name in self.record.mirrored else rows
             marks[step.name] = step.mark
             if len(batch) < MAX_METRICS and step is not steps[-1]:
@@ -509,6 +509,13 @@ def _mlflow() -> Any:
 def _model(model: Mapping[str, Any]) -> str:
     name: str | None = model.get("model") or ("self" if model.get("self") else None)
     return name or "scratch"
+
+
+def _teachers(teachers: Sequence[Mapping[str, Any]]) -> str:
+    """The teacher's model, or those of several by name."""
+    if len(teachers) == 1:
+        return _model(teachers[0])
+    return ", ".join(f"{teacher['name']}: {_model(teacher)}" for teacher in teachers)
 
 
 def _without_secret(text: str, uri: str | None) -> str:

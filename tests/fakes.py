@@ -76,7 +76,7 @@ class FakeEngine:
             n = len(request.completion_token_ids)
             before = ids[len(ids) - n - 1 : -1] if n else []
             logprobs = np.array([self._logprobs(i, temperature, num_ids) for i in before]).reshape(n, num_ids)
-            token = logprobs[np.arange(n), list(request.completion_token_ids)].astype(np.float32)
+            token = logprobs[np.arange(n), list(request.scored_ids)].astype(np.float32)
             progress(n)
             given = request.support_ids
             width = min(top_k + (0 if given is None else given.shape[1]), num_ids)

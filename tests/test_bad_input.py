@@ -29,6 +29,11 @@ JSONL = (
     *SELF,
 )
 GSM8K = ("task={kind: gsm8k, data: ./data, prompt: plain}", "student={model: ./model}", *SELF)
+MIXED = "teachers=[{name: a, self: initial, weight: 3}, {name: b, self: initial}]"
+ROUTED = (
+    "teachers=[{name: a, self: initial, only: {operation: addition}}, "
+    "{name: b, self: initial, only: {operation: subtraction}}]"
+)
 CHECK = ("check", "RECIPE")
 RUN = ("run", "RECIPE")
 PLAN = ("plan", "RECIPE")
@@ -80,7 +85,61 @@ RECIPES = {
     "name holds a newline": Bad(('name="a\\nb"',), ("name", "pattern")),
     "teacher leads out": Bad(("teachers.0.name=../../t",), ("teachers.0.name", "pattern")),
     "teacher is called student": Bad(("teachers.0.name=student",), ("cannot be called 'student'",)),
-    "two teachers": Bad(("teachers=[{self: initial}, {self: initial}]",), ("teachers", "at most 1")),
+    "end ids that vllm does not score": Bad(
+        ("train.objective={kd: rkl, end_token: alias}", "teacher_score.engine=vllm"),
+        ("no scores of given ids: use hf",),
+    ),
+    "ema without decay": Bad(("teachers=[{self: ema}]",), ("decay goes with self: ema, which needs it",)),
+    "decay without ema": Bad(("teachers=[{self: initial, decay: 0.5}]",), ("decay goes with self: ema",)),
+    "a decay of 1": Bad(("teachers=[{self: ema, decay: 1}]",), ("decay", "less than 1")),
+    "two averages": Bad(
+        ("teachers=[{name: a, self: ema, decay: 0.5}, {name: b, self: ema, decay: 0.6}]",),
+        ("different decays", "give them the same"),
+    ),
+    "a teacher without a signal": Bad(
+        ("teachers=[{self: current}]",),
+        ("teacher 'teacher' would be the very student that samples", "a prompt, a template or a temperature"),
+    ),
+    "a teacher at the student's temperature": Bad(
+        ("teachers=[{self: current, temperature: 0.7}]", "rollout.temperature=0.7"),
+        ("the very student that samples",),
+    ),
+    "an average of nothing but the last": Bad(
+        ("teachers=[{self: ema, decay: 0}]",), ("the very student that samples",)
+    ),
+    "two teachers of one name": Bad(
+        ("teachers=[{self: initial}, {self: initial}]",),
+        ("two teachers are called 'teacher'", "a name of its own"),
+    ),
+    "only for some teachers": Bad(
+        ("teachers=[{name: a, self: initial, only: {steps: 1}}, {name: b, self: initial}]",),
+        ("teacher 'b' has no only", "to all teachers or to none"),
+    ),
+    "only for a single teacher": Bad(
+        ("teachers=[{self: initial, only: {steps: 1}}]",), ("only goes with several teachers",)
+    ),
+    "only of nothing": Bad(("teachers=[{self: initial, only: {}}]",), ("teachers.0.only", "at least 1")),
+    "a weight for a single teacher": Bad(("teachers.0.weight=2",), ("weight goes with several teachers",)),
+    "a weight for routed teachers": Bad(
+        (ROUTED.replace("initial, only", "initial, weight: 2, only"),),
+        ("weight goes with several teachers without only",),
+    ),
+    "a weight of nothing": Bad((MIXED.replace("weight: 3", "weight: 0"),), ("weight", "greater than 0")),
+    "a mixture on the student's ids": Bad(
+        (MIXED, "train.objective={kd: {term: jsd, support: {union_top_k: 8}}}"),
+        ("a mixture of teachers", "support: vocabulary or {teacher_top_k: k}"),
+    ),
+    "ids kept for a mixture": Bad(
+        (
+            MIXED,
+            "train.objective={kd: {term: jsd, support: {teacher_top_k: 8}}}",
+            "teacher_score.keep={top_k: 8}",
+        ),
+        ("teacher_score.keep {top_k: 8}", "auto keeps that"),
+    ),
+    "a mixture of distributions by vllm": Bad(
+        (MIXED, "train.objective={kd: jsd}", "teacher_score.engine=vllm"), ("no hidden states", "use hf")
+    ),
     "no teacher": Bad(("teachers=[]",), ("teachers", "at least 1")),
     "model and scratch": Bad(("student.model=./m",), ("student", "exactly one of: model, scratch")),
     "neither model nor scratch": Bad(("student={}",), ("student", "exactly one of")),
@@ -138,6 +197,10 @@ RECIPES = {
     ),
     "an adapter with dropout": Bad(("student.lora={dropout: 0.1}",), ("student.lora.dropout", "unknown key")),
     "an adapter on nothing": Bad(("student.lora={targets: []}",), ("student.lora.targets", "at least 1")),
+    "an average of adapters": Bad(
+        ("student.lora={}", "teachers=[{self: ema, decay: 0.9}]"),
+        ("self: ema averages whole weights", "student.lora"),
+    ),
     "a target that is a path": Bad(("student.lora={targets: [model.q_proj]}",), ("lora.targets", "pattern")),
     "no shards of 0 rows": Bad(("runtime.part_rows=0",), ("runtime.part_rows", "greater than or equal to 1")),
 }
@@ -207,6 +270,56 @@ DATA = {
     ),
     "more examples than problems": Bad(
         (*JSONL, "task.few_shot=4"), ("task.few_shot is 4", "train holds 1"), models={"model": "arithmetic"}
+    ),
+    "a prompt of a field that records lack": Bad(
+        ("teachers.0.prompt='{question} {hint}'",),
+        (
+            "{hint}",
+            "teacher 'teacher'",
+            "arithmetic/train/0",
+            "operation, question, solution, steps",
+            "{{hint}}",
+        ),
+        command=RUN,
+    ),
+    "a prompt of a field that test records lack": Bad(
+        (*JSONL, "teachers.0.prompt='{question} {hint}'", "train.objective.kind=grpo", "rollout.samples=2"),
+        ("{hint}", "jsonl/test/0", "question, solution"),
+        files={"train.jsonl": lines({**GOOD, "hint": "add"})},
+    ),
+    "problems without a teacher": Bad(
+        (ROUTED, "task.steps=[1, 2]"),
+        ("of 64 train problems match no teacher", "arithmetic/train/", "(operation: mixed), ", "..."),
+        command=RUN,
+    ),
+    "problems of two teachers": Bad(
+        (ROUTED.replace("subtraction", "[subtraction, addition]"),),
+        ("of 64 train problems match several teachers", "(operation: addition)"),
+        command=RUN,
+    ),
+    "problems routed by a field that they lack": Bad(
+        (ROUTED.replace("operation", "level"),),
+        ("64 of 64 train problems match no teacher", "(level: missing)"),
+        command=RUN,
+    ),
+    "a teacher without a problem": Bad(
+        (
+            ROUTED.replace("addition", "[addition, subtraction]").replace(
+                "{operation: subtraction}", "{operation: division}"
+            ),
+        ),
+        ("teacher 'b' teaches none of the 64 train problems", "division"),
+        command=RUN,
+    ),
+    "a teacher without a problem to be evaluated on": Bad(
+        (ROUTED, "evaluate.problems=1"),
+        ("teaches none of the 1 test problems", "evaluate.teacher"),
+        command=RUN,
+    ),
+    "a test problem without a teacher": Bad(
+        (*JSONL, ROUTED.replace("operation", "kind")),
+        ("1 of 1 test problems match no teacher", "jsonl/test/0 (kind: missing)"),
+        files={"train.jsonl": lines({**GOOD, "kind": "addition"}, {**GOOD, "kind": "subtraction"})},
     ),
     "too few problems to make": Bad(
         ("task.max_operand=5", "task.train_problems=9999"), ("max_operand 5", "9999"), command=RUN

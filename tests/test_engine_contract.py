@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kdpipe.checkpoints import ModelShelf, write_model
-from kdpipe.engine import Completion, Engine, ModelSource, SampleRequest, Sampling, ScoreRequest
+from kdpipe.engine import Completion, Engine, ModelSource, SampleRequest, Sampling, ScoreRequest, TokenScores
 from kdpipe.engines.hf import HfEngine
 from kdpipe.errors import EngineError
 from tests.fakes import FakeEngine, fake_text
@@ -286,3 +286,21 @@ def test_a_model_sleeps_until_the_next_load(subject):
     subject.engine.load(subject.source)
     (after,) = score(subject, [([2, 3], [4, 5])])
     assert (before.logprobs == after.logprobs).all()
+
+
+def test_other_ids_than_those_read_can_be_scored(subject: Subject) -> None:
+    completion, targets = [3, 1, 5, 1], [2, 7, 5, 0]
+
+    def score(request: ScoreRequest, top_k: int) -> TokenScores:
+        [found] = subject.engine.score(
+            [request], temperature=0.7, num_ids=NUM_IDS, top_k=top_k, progress=lambda _: None
+        )
+        return found
+
+    every = score(ScoreRequest([4, 6], completion), NUM_IDS)
+    found = score(ScoreRequest([4, 6], completion, target_ids=targets), 0)
+    assert every.topk_ids is not None
+    assert every.topk_logprobs is not None
+    for t, target in enumerate(targets):
+        [at] = (every.topk_ids[t] == target).nonzero()[0]
+        assert found.logprobs[t] == pytest.approx(every.topk_logprobs[t, at], abs=1e-6)

@@ -20,6 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import kdpipe.checkpoints
 import kdpipe.runner
 from kdpipe.adapters import (
     is_adapted,
@@ -264,6 +265,50 @@ def test_a_narrow_model_stays_narrow_and_its_adapter_wide(tmp_path: Path, forget
         w.dtype for w in load_file(entry(cold, "sft:student@0") / "model/model.safetensors").values()
     } == {torch.bfloat16}
     assert not [name for name in read_trainer(folder / "trainer")[0] if not name.startswith("exp_avg")]
+
+
+def test_self_current_scores_are_those_of_the_adapter_that_sampled(tmp_path: Path) -> None:
+    teacher = {**CHANGES["teachers"][0], "self": "current"}
+    keep = {"weights": 2, "optimizer": 2}
+    changes = {**CHANGES, "teachers": [teacher], "runtime__keep": keep}
+    project = run_near(load_tiny(tmp_path, **changes), tmp_path / "out")
+    model = PeftModel.from_pretrained(student_0(project), entry(project, "train@1") / "model")
+    for rollout, score in zip(
+        rows(entry(project, "rollout@2") / "rollouts.parquet"),
+        rows(entry(project, "teacher-score@2") / "scores.parquet"),
+        strict=True,
+    ):
+        expected = logprobs_of(model, score["teacher_prompt_token_ids"], rollout["completion_token_ids"])
+        assert score["teacher_logprobs"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_other_teachers_do_not_drop_the_network_that_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = {
+        "name": "other",
+        "dtype": "float32",
+        "scratch": {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_layers": 1,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+        },
+        "sft": {"steps": 2, "batch": 4},
+    }
+    changes = {**CHANGES, "teachers": [*CHANGES["teachers"], other]}
+    run_near(load_tiny(tmp_path, **changes), tmp_path / "out", rounds=0)
+    opened = list[Path]()
+
+    def noted(folder: Path, **settings: Any) -> Any:
+        opened.append(folder)
+        return open_model(folder, **settings)
+
+    monkeypatch.setattr(kdpipe.checkpoints, "open_model", noted)
+    project = run_near(load_tiny(tmp_path, **changes), tmp_path / "out")
+    assert opened.count(entry(project, "sft:student@0") / "model") == 1
+    assert entry(project, "sft:other@0") / "model" in opened
 
 
 # -------------------------------------------------------------------------------------------- export

@@ -72,6 +72,25 @@ LORA: Document = {
     "student": {"scratch": {}, "sft": SFT, "lora": {"targets": ["q_proj"]}},
     "teachers": [{"self": "initial", "prompt": "{question} {solution}"}],
 }
+ROUTED: Document = {
+    **DISTILL,
+    "name": "routed",
+    "task": {"kind": "arithmetic", "steps": [1]},
+    "teachers": [
+        {"name": "adds", "scratch": {}, "sft": SFT, "only": {"operation": "addition"}},
+        {"name": "takes", "model": "org/teacher", "only": {"operation": ["subtraction"], "steps": [1, 2]}},
+    ],
+}
+MIXED: Document = {
+    **GSM8K,
+    "name": "mixed",
+    "teachers": [
+        {"name": "first", "model": "org/first", "weight": 3},
+        {"name": "second", "model": "org/second", "prompt": "{question} {solution}"},
+    ],
+    "train": {"objective": {"kd": {"term": "jsd", "support": "vocabulary"}}},
+}
+EMA: Document = {**DISTILL, "name": "average", "teachers": [{"self": "ema", "decay": 0.5}]}
 OBJECTIVES: list[Document] = [
     {
         "kind": "kdrl",
@@ -108,7 +127,9 @@ FORMS: list[Document] = [
     {**GSM8K, "name": f"form-{number}", "train": {"objective": objective}}
     for number, objective in enumerate(OBJECTIVES)
 ]
-BASIC = {document["name"]: document for document in (DISTILL, GSM8K, JSONL, TOKENS, GRPO, LORA)}
+BASIC = {
+    document["name"]: document for document in (DISTILL, GSM8K, JSONL, TOKENS, GRPO, ROUTED, MIXED, EMA, LORA)
+}
 RECIPES = BASIC | {document["name"]: document for document in FORMS}
 
 
@@ -120,7 +141,7 @@ def identities_of(recipe: Recipe) -> Identities:
     """What sources.py finds: models and data by what the recipe names, so that another name is another thing."""
     models: dict[str, dict[str, JsonValue]] = {
         name: {"hub": model.model, "revision": model.revision or "pinned"}
-        for name, model in (("student", recipe.student), (recipe.teacher.name, recipe.teacher))
+        for name, model in (("student", recipe.student), *((t.name, t) for t in recipe.teachers))
         if model.model is not None
     }
     task = recipe.task.model_dump()
@@ -189,6 +210,121 @@ def test_models_that_are_named_need_no_cold_start_and_rewards_no_teacher() -> No
     assert set(prints(JSONL, "sft")) == {"sft:student@0"}
 
 
+def test_an_aliased_end_is_another_scoring_and_a_masked_one_is_not() -> None:
+    def scored(end_token: str) -> dict[str, str]:
+        document = {**DISTILL, "train": {"objective": {"kd": "rkl", "end_token": end_token}}}
+        return prints(document, "teacher-score", "evaluate")
+
+    keep, mask, alias = scored("keep"), scored("mask"), scored("alias")
+    assert keep["teacher-score@1"] == mask["teacher-score@1"] != alias["teacher-score@1"]
+    assert keep["evaluate:student@0"] == mask["evaluate:student@0"] != alias["evaluate:student@0"]
+
+
+def test_a_moving_teacher_is_the_student_before_the_round_or_the_average_kept_with_it() -> None:
+    shown = {"self": "current", "prompt": "{question} {solution}"}
+    current, ema = plan_of({**DISTILL, "teachers": [shown]}), plan_of(EMA)
+
+    def teacher(plan: Plan, step_id: str) -> tuple[str, tuple[str, ...]]:
+        source = plan.step(step_id).inputs["teacher"]
+        return source.step_id, source.opens
+
+    for plan, opens in ((current, "model"), (ema, "ema")):
+        assert teacher(plan, "teacher-score@1") == ("sft:student@0", ("model",))
+        assert teacher(plan, "teacher-score@3") == ("train@2", (opens,))
+        assert teacher(plan, "evaluate:student@0") == ("sft:student@0", ("model",))
+        assert teacher(plan, "evaluate:student@2") == ("train@2", (opens,))
+        assert teacher(plan, "evaluate:teacher@0") == ("sft:student@0", ("model",))
+    assert "ema" not in ema.step("train@1").inputs
+    assert ema.step("train@2").inputs["ema"].opens == ("ema",)
+    assert all("ema" not in step.inputs for step in current.steps)
+
+
+def test_the_decay_changes_what_is_kept_and_all_that_follows() -> None:
+    before, after = prints(EMA), prints({**EMA, "teachers": [{"self": "ema", "decay": 0.9}]})
+    same = {step for step in before if before[step] == after[step]}
+    assert same == {
+        "sft:student@0",
+        "evaluate:student@0",
+        "evaluate:teacher@0",
+        "rollout@1",
+        "teacher-score@1",
+    }
+
+
+def test_several_teachers_are_steps_of_their_own() -> None:
+    plan = plan_of({**ROUTED, "rounds": 1})
+    assert [step.id for step in plan.steps] == [
+        "sft:student@0",
+        "sft:adds@0",
+        "evaluate:student@0",
+        "evaluate:adds@0",
+        "evaluate:takes@0",
+        "rollout@1",
+        "teacher-score:adds@1",
+        "teacher-score:takes@1",
+        "train@1",
+        "evaluate:student@1",
+    ]
+    assert plan.step("teacher-score:adds@1").link_name == "teacher-score-adds"
+    roles = {role: source.step_id for role, source in plan.step("train@1").inputs.items()}
+    assert roles == {
+        "rollout": "rollout@1",
+        "student": "sft:student@0",
+        "scores:adds": "teacher-score:adds@1",
+        "scores:takes": "teacher-score:takes@1",
+    }
+
+
+def test_a_teacher_changes_only_what_it_has_a_part_in() -> None:
+    before = prints(ROUTED)
+    other = copy.deepcopy(ROUTED)
+    other["teachers"][1]["prompt"] = "{question}!"
+    after = prints(other)
+    same = {step for step in before if before[step] == after[step]}
+    assert {"sft:adds@0", "rollout@1", "teacher-score:adds@1"} <= same
+    assert {"evaluate:takes@0", "teacher-score:takes@1", "train@1", "evaluate:student@0"}.isdisjoint(same)
+
+
+def test_equal_mixtures_and_equal_routes_are_one() -> None:
+    doubled, spelled = copy.deepcopy(MIXED), copy.deepcopy(ROUTED)
+    doubled["teachers"][0]["weight"], doubled["teachers"][1]["weight"] = 6, 2
+    assert prints(doubled) == prints(MIXED)
+    spelled["teachers"][0]["only"] = {"operation": ["addition"]}
+    spelled["teachers"][1]["only"] = {"steps": [2, 1], "operation": "subtraction"}
+    assert prints(spelled) == prints(ROUTED)
+
+
+def test_a_weight_changes_training_and_not_what_is_scored() -> None:
+    heavier = copy.deepcopy(MIXED)
+    heavier["teachers"][0]["weight"] = 5
+    before, after = prints(MIXED), prints(heavier)
+    assert before["teacher-score:first@1"] == after["teacher-score:first@1"]
+    assert before["teacher-score:second@1"] == after["teacher-score:second@1"]
+    assert before["train@1"] != after["train@1"]
+    assert before["evaluate:student@0"] != after["evaluate:student@0"]
+
+
+def test_a_specialist_learns_and_scores_what_it_teaches() -> None:
+    other = copy.deepcopy(ROUTED)
+    other["teachers"][0]["only"] = {"operation": ["addition", "mixed"]}
+    before, after = prints(ROUTED), prints(other)
+    assert before["sft:adds@0"] != after["sft:adds@0"]
+    assert before["teacher-score:takes@1"] == after["teacher-score:takes@1"]
+
+
+@pytest.mark.parametrize(
+    ("kd", "keep"),
+    [
+        ({"term": "jsd"}, "hidden"),
+        ({"term": "rkl"}, "token"),
+        ({"term": "rkl", "baseline": "exact"}, "hidden"),
+    ],
+)
+def test_auto_keeps_hidden_states_where_a_mixture_needs_distributions(kd: Any, keep: str) -> None:
+    document = {**MIXED, "train": {"objective": {"kd": kd}}}
+    assert prints({**document, "teacher_score": {"keep": keep}}) == prints(document)
+
+
 def test_the_student_is_evaluated_every_so_often_and_after_the_last_round() -> None:
     document = {**DISTILL, "rounds": 7, "evaluate": {"every": 3, "teacher": False}}
     assert set(prints(document, "evaluate")) == {f"evaluate:student@{number}" for number in (0, 3, 6, 7)}
@@ -222,6 +358,17 @@ def test_an_adapter_goes_with_the_model_below_it() -> None:
         assert (inputs["student"].step_id, inputs["base"].step_id) == ("train@1", "sft:student@0")
         assert inputs["base"].opens == ("model",)
     assert plan.step("teacher-score@2").inputs["teacher"].step_id == "sft:student@0"
+
+
+def test_a_teacher_that_is_the_student_as_it_samples_goes_with_the_model_below_its_adapter() -> None:
+    teacher = {"self": "current", "prompt": "{question} {solution}"}
+    plan = plan_of({**LORA, "teachers": [teacher]})
+    inputs = plan.step("teacher-score@2").inputs
+    assert (inputs["teacher"].step_id, inputs["base"].step_id) == ("train@1", "sft:student@0")
+    assert set(plan.step("teacher-score@1").inputs) == {"rollout", "teacher"}
+    recipe = recipe_of({**GSM8K, "student": {"model": "org/student", "lora": {}}, "teachers": [teacher]})
+    named = make_plan(recipe, identities_of(recipe)).step("teacher-score@2")
+    assert named.document["fields"]["teacher.model"] == {"hub": "org/student", "revision": "pinned"}  # type: ignore[index, call-overload]
 
 
 @pytest.mark.parametrize("setting", ["rank", "alpha", "seed"])
@@ -318,7 +465,7 @@ def others(value: Any) -> list[Any]:
         case list():
             return [[1], ["stop here"], [0.5, 0.6], [*value, *value]]
         case dict():
-            return [{"enable_thinking": False}]
+            return [{"enable_thinking": False}, {"level": ["high"]}]
         case None:
             return [7, 1.5, "other", "{question}!", *LITERALS, SFT, {}, TOP_3]
     raise AssertionError(f"no other value for {value!r}")
@@ -498,7 +645,7 @@ def test_no_setting_of_evaluate_changes_what_is_trained(name: str) -> None:
     assert tried >= 9
 
 
-@pytest.mark.parametrize("name", ["distill", "own", "rewards", "tokens"])
+@pytest.mark.parametrize("name", ["distill", "own", "rewards", "tokens", "average"])
 def test_more_rounds_leave_those_before_as_they_are(name: str) -> None:
     document = {**RECIPES[name], "rounds": 3}
     short, long = prints(document), prints({**document, "rounds": 9})

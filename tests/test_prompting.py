@@ -207,9 +207,9 @@ def test_a_teachers_own_prompt_is_filled_in_literally():
     tokenizer = byte_tokenizer()
     problem = Problem("p", "Is {solution} {x}?", "1", r"\1 {question} #### 1")
     style = prompt_style(Gsm8kTask(kind="gsm8k", prompt="plain", few_shot=1), PROBLEMS, {})
-    text = "{{y}} {question}\nHint: {solution}\n{z}"
+    text = "{{y}} {question}\nHint: {solution}\n{ z} \\boxed{}"
     prompt = render_teacher_prompt(tokenizer, style, problem, text)
-    assert tokenizer.decode(prompt) == "{{y}} Is {solution} {x}?\nHint: \\1 {question} #### 1\n{z}\n"
+    assert tokenizer.decode(prompt) == "{y} Is {solution} {x}?\nHint: \\1 {question} #### 1\n{ z} \\boxed{}\n"
     assert render_teacher_prompt(tokenizer, style, problem, None) == render_prompt(tokenizer, style, problem)
     assert render_teacher_prompt(tokenizer, PLAIN, problem, "{question}") == render_prompt(
         tokenizer, PLAIN, problem
@@ -217,6 +217,16 @@ def test_a_teachers_own_prompt_is_filled_in_literally():
     assert render_teacher_prompt(tokenizer, PLAIN, problem, "{question}\n") == render_prompt(
         tokenizer, PLAIN, problem
     )
+
+
+def test_a_teachers_own_prompt_names_any_field_of_the_record():
+    tokenizer = byte_tokenizer()
+    fields = {"hint": "carry the {level}", "level": 3, "share": 0.5, "solution": "not this one"}
+    problem = Problem("p", "Why?", "1", "#### 1", fields)
+    text = "{{{level}}} {question} {hint} {share} {solution} {{level}} \\boxed{}"
+    prompt = render_teacher_prompt(tokenizer, PLAIN, problem, text)
+    expected = "{3} Why? carry the {level} 0.5 #### 1 {level} \\boxed{}\n"
+    assert tokenizer.decode(prompt) == expected
 
 
 def test_a_teachers_own_prompt_is_a_user_turn_of_its_chat_template():

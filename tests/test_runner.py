@@ -225,7 +225,7 @@ def test_the_best_and_the_last_evaluated_round_keep_their_weights(tmp_path: Path
         best: {"model"},
         last_evaluated: {"model"},
         "train-5": {"trainer"},
-        "train-6": {"model", "trainer"},
+        "train-6": {"model", "trainer", "ema"},
     }
 
 

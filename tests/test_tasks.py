@@ -148,6 +148,24 @@ def test_parquet_and_jsonl_hold_the_same_problems(tmp_path):
     assert data_files(task, tmp_path) == {"train": tmp_path / "train.jsonl", "test": tmp_path / "test.jsonl"}
 
 
+def test_the_other_texts_and_finite_numbers_of_a_record_are_fields_of_the_problem(tmp_path):
+    row = {
+        "question": "q",
+        "answer": "1",
+        "id": "a",
+        "level": 3,
+        "share": 0.5,
+        "hint": "",
+        "question_id": "x",
+    }
+    ignored = {"tags": ["t"], "hard": True, "none": None, "nan": float("nan"), "half": "\ud83d"}
+    task = jsonl_task(tmp_path, [{**row, **ignored}], id_field="id")
+    [problem] = read_problems(task, tmp_path)[0]
+    assert problem.fields == {"id": "a", "level": 3, "share": 0.5, "hint": "", "question_id": "x"}
+    write_parquet(tmp_path / "train.parquet", [row])
+    assert read_problems(task.model_copy(update={"train": "train.parquet"}), tmp_path)[0] == [problem]
+
+
 GOOD = b'{"question": "q", "answer": "1"}\n'
 
 
@@ -267,6 +285,16 @@ def test_worked_steps_are_true_and_end_in_the_answer():
         assert last == f"#### {problem.expected}" == f"#### {results[-1]}"
         for headline in ("strict", "flexible"):
             assert grade(problem.solution, problem.expected, headline=headline).correct
+
+
+def test_the_fields_of_a_problem_are_those_of_its_worked_steps():
+    found = set()
+    for problem in make_problems(arithmetic())[0]:
+        signs = re.findall(r" ([+-]) ", problem.solution)
+        operation = {"+": "addition", "-": "subtraction"}.get("".join(sorted(set(signs))), "mixed")
+        assert problem.fields == {"operation": operation, "steps": len(signs)}
+        found.add((operation, len(signs)))
+    assert len(found) == 5, "two operations of one or two steps, and mixed ones"
 
 
 def answer_by_acting_out(question):

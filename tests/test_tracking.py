@@ -342,6 +342,29 @@ def test_tags_datasets_and_artifacts_tell_what_it_was(world: World) -> None:
     assert len(world.query("select * from inputs")) == 2
 
 
+def test_several_teachers_are_tagged_by_name_and_each_has_metrics_of_its_own(workspace: Path) -> None:
+    teachers = "teachers: [{name: a, scratch: {}, sft: {steps: 2}}, {name: b, self: initial}]"
+    path = workspace / "several.yaml"
+    path.write_text(
+        RECIPE.format(name="several", rounds=1).replace(
+            "teachers: [{scratch: {}, sft: {steps: 2}}]", teachers
+        )
+    )
+    world = World(workspace, load_recipe(path))
+    world.run.path.mkdir(parents=True)
+    world.run.write_recipe(world.loaded)
+    world.finish("evaluate:a@0", ("evaluate/accuracy", 0.25, None))
+    world.finish("evaluate:b@0", ("evaluate/accuracy", 0.75, None))
+    world.finish("teacher-score:a@1", ("score/a/reverse_kl_nats", 0.5, None))
+    world.sync()
+    assert dict(world.query("select key, value from tags"))["teacher"] == "a: scratch, b: self"
+    assert dict(world.query("select key, value from metrics")) == {
+        "evaluate_teacher/a/accuracy": 0.25,
+        "evaluate_teacher/b/accuracy": 0.75,
+        "score/a/reverse_kl_nats": 0.5,
+    }
+
+
 def test_a_workspace_that_was_moved_writes_nothing_to_its_old_place(world: World, tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     for folder in (old, new):
@@ -383,6 +406,22 @@ def test_metric_names_keep_students_teachers_steps_and_rounds_apart(
     name: str, stage: str, subject: str, per_step: bool, expected: str
 ) -> None:
     assert metric_name(name, stage=stage, subject=subject, per_step=per_step) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "subject", "expected"),
+    [
+        ("sft/loss", "sft", "student", "sft/student/loss"),
+        ("sft/loss", "sft", "qwen", "sft/teacher/qwen/loss"),
+        ("speed/sft_tokens_per_second", "sft", "qwen", "speed/sft_teacher/qwen_tokens_per_second"),
+        ("evaluate/accuracy", "evaluate", "student", "evaluate/accuracy"),
+        ("evaluate/accuracy", "evaluate", "qwen", "evaluate_teacher/qwen/accuracy"),
+        ("score/qwen/reverse_kl_nats", "teacher-score", "qwen", "score/qwen/reverse_kl_nats"),
+        ("score/reverse_kl_nats", "train", "", "score/reverse_kl_nats"),
+    ],
+)
+def test_metric_names_keep_several_teachers_apart(name: str, stage: str, subject: str, expected: str) -> None:
+    assert metric_name(name, stage=stage, subject=subject, per_step=False, several=True) == expected
 
 
 def test_flatten_names_every_leaf_as_mlflow_takes_it() -> None:

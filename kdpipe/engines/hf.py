@@ -64,6 +64,7 @@ class HfEngine:
 
     def load(self, source: ModelSource) -> None:
         """See Engine. Asks the shelf every time: a model in memory may have been trained since."""
+        self._model = None  # so that the shelf can let go of it before it opens another
         self._model = self._models.get(source)
         self._source = source
 
@@ -109,6 +110,7 @@ class HfEngine:
             where, completion = f"request {index}", request.completion_token_ids
             _require_fit(model, request.prompt_token_ids, where=where, new_tokens=len(completion))
             _require_known(model, completion, where=where)
+            _require_known(model, request.scored_ids, where=where)
             _require_support(request, num_ids, where=where)
         head = head_of(model, num_ids=_require_ids(model, num_ids, top_k=top_k))
         lengths = [
@@ -122,10 +124,11 @@ class HfEngine:
                 device=self._models.device,
             )
             hidden_NH = hidden_states(model, batch)
+            scored = [token for index in indexes for token in requests[index].scored_ids]
             scores = score_tokens(
                 hidden_NH,
                 head,
-                batch.target_ids_N,
+                torch.tensor(scored, dtype=torch.long, device=self._models.device),
                 temperature=temperature,
                 top_k=top_k,
                 chunk=self._head_chunk_tokens,

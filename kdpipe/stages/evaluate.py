@@ -4,47 +4,41 @@ Reverse KL is estimated twice from the same completions: by the sampled tokens, 
 engine gives hidden states by KL(student‖teacher) of the two whole distributions at each position. Both have
 the same expectation (given a prefix, the second is the mean of the first), the second much less variance.
 
+With several teachers it is measured against each problem's own one, or against their mixture.
+
 Seeds leave the round out and the subset leaves the seed out, so that any two evaluations of one recipe are
 paired problem by problem. The unit of every interval is the problem.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
 from kdpipe import statistics
-from kdpipe.checkpoints import resolve_device
-from kdpipe.engine import ScoreRequest
-from kdpipe.forward import reverse_kl
+from kdpipe.errors import DataError
 from kdpipe.job import Job, Text, mean, read_completion, request_for, sampling_of
+from kdpipe.routing import teaches
 from kdpipe.seeds import permutation
-from kdpipe.stages.teacher_score import TeacherSide, output_head, score_completions
-from kdpipe.tables import GRADES, REVERSE_KL, read_rows
+from kdpipe.stages.held_out import Against, Exact, has_exact, verdicts
+from kdpipe.tables import GRADES, REVERSE_KL, REVERSE_KL_OF_SEVERAL, read_rows
 from kdpipe.tasks.answers import grade, parse_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    import pyarrow as pa
     from pydantic import JsonValue
 
-    from kdpipe.engine import Completion, Engine, ModelSource, TokenScores
+    from kdpipe.engine import Completion, Engine, ModelSource
+    from kdpipe.recipe import Teacher
     from kdpipe.rows import Problem
 
 BOOTSTRAP_SEED = 0
 Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Against:
-    """The teacher that reverse KL is measured against, and its weights."""
-
-    teacher: TeacherSide
-    source: ModelSource
 
 
 def evaluate(
@@ -55,22 +49,25 @@ def evaluate(
     model: ModelSource,
     engine: Engine,
     prompt: Callable[[Problem], list[int]],
-    against: Against | None,
+    problems: Sequence[Problem],
+    against: Sequence[Against],
     baseline: Path | None,
 ) -> None:
     """Writes `grades.parquet`, `summary.json` and, with `against`, `reverse_kl.parquet`.
 
-    `baseline` is the folder of student 0's evaluation, with which this one is compared problem by problem.
+    `problems` are those that are graded, `against` all teachers. `baseline` is the folder of student 0's
+    evaluation, with which this one is compared problem by problem.
     """
-    grades, free = _grades(job, text, model, engine, prompt)
+    grades, free = _grades(job, text, model, engine, prompt, problems)
     summary: dict[str, JsonValue] = {"model": subject, "round": job.round, **_accuracy(job, grades)}
     if baseline is not None:
         summary |= _accuracy_change(grades, read_rows(baseline / "grades.parquet", GRADES))
-    if against is not None:
+    if against:
         rows = _reverse_kl_rows(job, text, model, engine, against, first_part=free)
         summary |= _reverse_kl(rows)
         if baseline is not None:
-            summary |= _reverse_kl_change(rows, read_rows(baseline / "reverse_kl.parquet", REVERSE_KL))
+            schema = _reverse_kl_schema(against)
+            summary |= _reverse_kl_change(rows, read_rows(baseline / "reverse_kl.parquet", schema))
     job.draft.write_json("summary.json", summary)
     for name, value in summary.items():
         if isinstance(value, int | float) and name != "round":
@@ -83,11 +80,30 @@ def subset(problems: Sequence[Problem], count: int | None) -> list[Problem]:
     return [problems[index] for index in order[:count]]
 
 
+def graded_problems(job: Job, teacher: Teacher | None) -> list[Problem]:
+    """The test problems that the student is graded on, or those of them that `teacher` teaches."""
+    problems = subset(job.test, job.recipe.evaluate.problems)
+    if teacher is None:
+        return problems
+    own = [problem for problem in problems if teaches(teacher, problem)]
+    if not own:
+        raise DataError(
+            f"teacher {teacher.name!r} teaches none of the {len(problems)} test problems that are evaluated",
+            hint="raise evaluate.problems, add such problems to test, or set evaluate.teacher to false",
+        )
+    return own
+
+
 # --------------------------------------------------------------------------------------------- accuracy
 
 
 def _grades(
-    job: Job, text: Text, model: ModelSource, engine: Engine, prompt: Callable[[Problem], list[int]]
+    job: Job,
+    text: Text,
+    model: ModelSource,
+    engine: Engine,
+    prompt: Callable[[Problem], list[int]],
+    problems: Sequence[Problem],
 ) -> tuple[Rows, int]:
     settings = job.recipe.evaluate
     sampling = sampling_of(
@@ -104,7 +120,6 @@ def _grades(
             for sampled in _sample(job, problems, prompt, sampling, engine, settings.samples, purpose="grade")
         ]
 
-    problems = subset(job.test, settings.problems)
     free = job.in_parts(
         "grades.parquet", problems, rows_per_item=settings.samples, build=build, schema=GRADES
     )
@@ -214,14 +229,14 @@ def _by_problem(rows: Rows) -> dict[str, Rows]:
 
 
 def _reverse_kl_rows(
-    job: Job, text: Text, model: ModelSource, engine: Engine, against: Against, *, first_part: int
+    job: Job, text: Text, model: ModelSource, engine: Engine, against: Sequence[Against], *, first_part: int
 ) -> Rows:
-    """Held-out prompts sampled at the rollout temperature, scored by the teacher after its own prompt."""
-    rollout, teacher = job.recipe.rollout, against.teacher
+    """Held-out prompts sampled at the rollout temperature, scored by the teachers after their own prompts."""
+    rollout = job.recipe.rollout
     sampling = sampling_of(
         job.recipe, text, temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens
     )
-    exact = _Exact(job, text, model, engine, against) if _has_exact(engine, teacher) else None
+    exact = Exact(job, text, model, engine, against) if has_exact(engine, against) else None
 
     def build(problems: Sequence[Problem]) -> Rows:
         engine.load(model)
@@ -230,84 +245,32 @@ def _reverse_kl_rows(
             (problem, prompt_ids, completion.token_ids) for problem, _, prompt_ids, completion in sampled
         ]
         student_hidden = exact.student_hidden(triples) if exact else []
-        engine.load(against.source)
-        scored = score_completions(job, triples, teacher=teacher, engine=engine, hidden=exact is not None)
-        divergences = (
-            exact.divergences(student_hidden, [score for _, score, _ in scored])
-            if exact
-            else [None] * len(scored)
-        )
+        found = verdicts(job, triples, against, engine, exact, student_hidden)
         return [
             {
                 "prompt_id": problem.prompt_id,
                 "sample": number,
                 "prompt_token_ids": prompt_ids,
-                "teacher_prompt_token_ids": teacher_prompt,
+                "teacher_prompt_token_ids": verdict.prompts[0],
                 "completion_token_ids": completion.token_ids,
                 "sampler_logprobs": completion.logprobs,
-                "teacher_logprobs": score.logprobs,
-                "scorable": scorable,
-                "reverse_kl_nats": divergence,
+                "teacher_logprobs": verdict.logprobs,
+                "scorable": verdict.scorable,
+                "reverse_kl_nats": verdict.reverse_kl,
+                "teachers": verdict.names,
+                "teachers_prompt_token_ids": verdict.prompts,
             }
-            for (problem, number, prompt_ids, completion), (
-                teacher_prompt,
-                score,
-                scorable,
-            ), divergence in zip(sampled, scored, divergences, strict=True)
+            for (problem, number, prompt_ids, completion), verdict in zip(sampled, found, strict=True)
         ]
 
     problems = subset(job.test, job.recipe.evaluate.reverse_kl_problems)
-    name = "reverse_kl.parquet"
-    job.in_parts(name, problems, rows_per_item=1, build=build, schema=REVERSE_KL, first=first_part)
-    return read_rows(job.draft.folder / name, REVERSE_KL)
+    name, schema = "reverse_kl.parquet", _reverse_kl_schema(against)
+    job.in_parts(name, problems, rows_per_item=1, build=build, schema=schema, first=first_part)
+    return read_rows(job.draft.folder / name, schema)
 
 
-def _has_exact(engine: Engine, teacher: TeacherSide) -> bool:
-    """Whether both distributions are at hand; a teacher that lacks ids gives them no probability at all."""
-    return "hidden" in engine.abilities and not teacher.vocabulary.unscorable
-
-
-class _Exact:
-    """The two whole distributions at each position of the sampled completions."""
-
-    def __init__(self, job: Job, text: Text, model: ModelSource, engine: Engine, against: Against) -> None:
-        self._job = job
-        self._engine = engine
-        self._text = text
-        self._device = resolve_device(job.recipe.runtime.device)
-        self._temperatures = (job.recipe.rollout.temperature, against.teacher.temperature)
-        self._heads = [output_head(job, source, num_ids=text.num_ids) for source in (model, against.source)]
-
-    def student_hidden(self, triples: Sequence[tuple[Problem, list[int], list[int]]]) -> list[Any]:
-        """Hidden states [n, H] of each completion; the engine holds the student."""
-        scores = self._engine.score(
-            [ScoreRequest(prompt, completion) for _, prompt, completion in triples],
-            temperature=self._temperatures[0],
-            num_ids=self._text.num_ids,
-            top_k=0,
-            progress=lambda _: None,  # these tokens were counted when they were sampled
-            hidden=True,
-        )
-        return [score.hidden for score in scores]
-
-    def divergences(self, student_hidden: Sequence[Any], scores: Sequence[TokenScores]) -> list[Any]:
-        """KL(student‖teacher) [n] of each completion."""
-        sides = [
-            (
-                torch.from_numpy(np.concatenate(hidden)).to(self._device, head.weight_VH.dtype),
-                head,
-                temperature,
-            )
-            for hidden, head, temperature in zip(
-                (student_hidden, [score.hidden for score in scores]),
-                self._heads,
-                self._temperatures,
-                strict=True,
-            )
-        ]
-        kl_N = reverse_kl(sides[0], sides[1], chunk=self._job.recipe.runtime.head_chunk_tokens)
-        ends = np.cumsum([len(hidden) for hidden in student_hidden])
-        return list(np.split(kl_N.cpu().numpy(), ends[:-1]))
+def _reverse_kl_schema(against: Sequence[Against]) -> pa.Schema:
+    return REVERSE_KL if len(against) == 1 else REVERSE_KL_OF_SEVERAL
 
 
 def _totals(rows: Rows) -> tuple[list[float], list[float]]:

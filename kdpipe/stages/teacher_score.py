@@ -8,17 +8,20 @@ reads, and get no score.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
+import torch
 
 from kdpipe.checkpoints import head_digest, read_head, resolve_device, resolve_dtype
 from kdpipe.engine import ScoreRequest, TokenScores
 from kdpipe.errors import PreflightError
+from kdpipe.forward import Head
 from kdpipe.hidden import FILE as HIDDEN_FILE
 from kdpipe.hidden import to_bytes, write_hidden
 from kdpipe.job import Job, Text
 from kdpipe.prompting import Vocabulary, compare_vocabularies, render_teacher_prompt, used_arguments
+from kdpipe.routing import teaches
 from kdpipe.tables import HIDDEN_PART, SCORES, Scores, read_scores, topk_schema
 
 if TYPE_CHECKING:
@@ -28,23 +31,35 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kdpipe.engine import Engine, ModelSource
-    from kdpipe.forward import Head
+    from kdpipe.recipe import Recipe, Teacher
     from kdpipe.rows import Problem, Rollout
 
 MAX_UNSCORABLE_FRACTION = 0.01
+Triple: TypeAlias = "tuple[Problem, list[int], list[int]]"
+"""A problem, the student's prompt, and a completion."""
+Scored: TypeAlias = "tuple[list[int], TokenScores, npt.NDArray[np.bool_]]"
+"""The teacher's prompt, its scores, and which tokens are scorable."""
 Number = TypeVar("Number", bound=np.generic)
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherSide:
-    """A teacher as the scoring sees it: its text, what it shares with the student, and how it is asked."""
+    """A teacher as the scoring sees it: its text, what it shares with the student, and how it is asked.
 
-    name: str
+    `swap` are two ids that trade places in all of its distributions: its own end of a turn and the student's.
+    """
+
+    settings: Teacher
     text: Text
     vocabulary: Vocabulary
-    prompt: str | None
     has_own_template: bool
     temperature: float
+    swap: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """The teacher's name."""
+        return self.settings.name
 
     @property
     def num_ids(self) -> int:
@@ -54,14 +69,14 @@ class TeacherSide:
     def prompt_ids(self, problem: Problem, student_prompt: list[int]) -> list[int]:
         """The student's prompt as it was, unless the teacher has its own prompt, template, or vocabulary."""
         lacks = not self.vocabulary.unscorable.isdisjoint(student_prompt)
-        if self.prompt is None and not self.has_own_template and not lacks:
+        if self.settings.prompt is None and not self.has_own_template and not lacks:
             return student_prompt
-        return render_teacher_prompt(self.text.tokenizer, self.text.style, problem, self.prompt)
+        return render_teacher_prompt(self.text.tokenizer, self.text.style, problem, self.settings.prompt)
 
 
-def teacher_side(job: Job, *, student: Text, teacher: Text) -> TeacherSide:
-    """The recipe's teacher, after comparing vocabularies; raises PreflightError when they do not fit."""
-    recipe, settings = job.recipe, job.recipe.teacher
+def teacher_side(job: Job, settings: Teacher, *, student: Text, teacher: Text) -> TeacherSide:
+    """That teacher of the recipe, after comparing vocabularies; raises PreflightError when they do not fit."""
+    recipe = job.recipe
     names = ("the student", f"teacher {settings.name!r}")
     vocabulary = compare_vocabularies(student.tokenizer, teacher.tokenizer, names=names)
     num_ids = min(vocabulary.student_ids, vocabulary.teacher_ids)
@@ -81,13 +96,33 @@ def teacher_side(job: Job, *, student: Text, teacher: Text) -> TeacherSide:
         known = used_arguments(teacher.tokenizer, teacher.style.template_arguments)
         teacher = replace(teacher, style=replace(teacher.style, template_arguments=known))
     return TeacherSide(
-        name=settings.name,
+        settings=settings,
         text=teacher,
         vocabulary=vocabulary,
-        prompt=settings.prompt,
         has_own_template=settings.template != recipe.student.template and bool(settings.template),
         temperature=settings.temperature or recipe.rollout.temperature,
+        swap=_end_ids(recipe, vocabulary, student, teacher, names),
     )
+
+
+def _end_ids(
+    recipe: Recipe, vocabulary: Vocabulary, student: Text, teacher: Text, names: tuple[str, str]
+) -> tuple[int, int] | None:
+    """The ids with which student and teacher end a turn, where `end_token: alias` swaps them and they differ.
+
+    Raises PreflightError where one of the two has no such id: there is no column to swap with.
+    """
+    ends = (student.end_id, teacher.end_id)
+    if recipe.train.objective.end_token != "alias" or ends[0] == ends[1]:  # noqa: S105 (no password)
+        return None
+    num_ids = min(vocabulary.student_ids, vocabulary.teacher_ids)
+    for token, of in zip(ends, names, strict=True):
+        if token in vocabulary.unscorable or token >= num_ids:
+            raise PreflightError(
+                f"train.objective.end_token is alias, but id {token}, with which {of} ends a turn, is not one of both",
+                hint="set train.objective.end_token to mask",
+            )
+    return ends
 
 
 def teacher_score(
@@ -99,11 +134,12 @@ def teacher_score(
     engine: Engine,
     student: ModelSource | None = None,
 ) -> None:
-    """Writes `scores.parquet`, one row per rollout in the same order, and `hidden.safetensors` where kept.
+    """Writes `scores.parquet`, and `hidden.safetensors` where kept: a row for each rollout that it teaches, in order.
 
     `student` is the model that sampled, where it chooses ids of the support.
     """
     problems = {problem.prompt_id: problem for problem in job.train}
+    rollouts = [row for row in rollouts if teaches(teacher.settings, problems[row.prompt_id])]
     keep = job.recipe.keep
     head = output_head(job, source, num_ids=teacher.num_ids) if keep.hidden else None
 
@@ -123,23 +159,7 @@ def teacher_score(
             hidden=keep.hidden,
             supports=supports,
         )
-        return [
-            Scores(
-                prompt_id=row.prompt_id,
-                sample=row.sample,
-                teacher=teacher.name,
-                teacher_prompt_token_ids=prompt,
-                teacher_logprobs=score.logprobs,
-                scorable=scorable,
-                topk_ids=score.topk_ids,
-                topk_logprobs=score.topk_logprobs,
-                tail_logprobs=score.tail_logprobs,
-                hidden=to_bytes(score.hidden, head.weight_VH.dtype)
-                if head and score.hidden is not None
-                else None,
-            )
-            for row, (prompt, score, scorable) in zip(rows, scored, strict=True)
-        ]
+        return [_score(row, teacher, found, head) for row, found in zip(rows, scored, strict=True)]
 
     def keep_hidden(parts: Sequence[Path]) -> None:
         if head is not None:
@@ -162,44 +182,70 @@ def teacher_score(
         finish=keep_hidden,
     )
     scores = read_scores(job.draft.folder / name)
-    _check_scorable(teacher, [row.scorable for row in scores])
+    check_scorable(f"teacher {teacher.name!r} lacks", [row.scorable for row in scores])
+    prefix = "score" if len(job.recipe.teachers) == 1 else f"score/{teacher.name}"
+    for metric, value in score_metrics(list(zip(rollouts, scores, strict=True))).items():
+        job.draft.metric(f"{prefix}/{metric}", value)
+
+
+def _score(row: Rollout, teacher: TeacherSide, scored: Scored, head: Head | None) -> Scores:
+    """The row of `scores.parquet` of one rollout, with its hidden states where `head` says that they are kept."""
+    prompt, score, scorable = scored
+    hidden = None if head is None or score.hidden is None else to_bytes(score.hidden, head.weight_VH.dtype)
+    return Scores(
+        prompt_id=row.prompt_id,
+        sample=row.sample,
+        teacher=teacher.name,
+        teacher_prompt_token_ids=prompt,
+        teacher_logprobs=score.logprobs,
+        scorable=scorable,
+        topk_ids=score.topk_ids,
+        topk_logprobs=score.topk_logprobs,
+        tail_logprobs=score.tail_logprobs,
+        hidden=hidden,
+    )
+
+
+def score_metrics(pairs: Sequence[tuple[Rollout, Scores]]) -> dict[str, float]:
+    """Token mean of sampler minus teacher log-prob over scorable tokens, and how many are not scorable."""
     differences = [
         np.asarray(row.sampler_logprobs, np.float64)[score.scorable] - score.teacher_logprobs[score.scorable]
-        for row, score in zip(rollouts, scores, strict=True)
+        for row, score in pairs
         if row.sampler_logprobs is not None
     ]
     every = np.concatenate(differences) if differences else np.zeros(0)
-    if every.size:
-        job.draft.metric("score/reverse_kl_nats", float(every.mean()))
-    unscorable = sum(int((~score.scorable).sum()) for score in scores)
-    job.draft.metric("score/unscorable_tokens", unscorable)
+    found = {"reverse_kl_nats": float(every.mean())} if every.size else {}
+    return {**found, "unscorable_tokens": sum(int((~score.scorable).sum()) for _, score in pairs)}
 
 
 def score_completions(
     job: Job,
-    rows: Sequence[tuple[Problem, list[int], list[int]]],
+    rows: Sequence[Triple],
     *,
     teacher: TeacherSide,
     engine: Engine,
     top_k: int = 0,
     hidden: bool = False,
     supports: Sequence[npt.NDArray[np.int32]] | None = None,
-) -> list[tuple[list[int], TokenScores, npt.NDArray[np.bool_]]]:
+) -> list[Scored]:
     """Teacher prompt ids, scores and scorable [n] of each (problem, student prompt, completion).
 
     `engine` holds the teacher; `supports` [n, S] are ids to score at each token besides its `top_k`. Where a
     token is not scorable its log-probs are 0 and its ids 0.
     """
-    lacking = teacher.vocabulary.unscorable
+    lacking, swap = teacher.vocabulary.unscorable, teacher.swap
     prompts = [teacher.prompt_ids(problem, prompt) for problem, prompt, _ in rows]
     masks = [np.array([token not in lacking for token in completion], np.bool_) for _, _, completion in rows]
     given = (
-        [None] * len(rows) if supports is None else [s[mask] for s, mask in zip(supports, masks, strict=True)]
+        [None] * len(rows)
+        if supports is None
+        else [swapped(s[mask], swap) for s, mask in zip(supports, masks, strict=True)]
     )
-    requests = [
-        ScoreRequest(prompt, [token for token in completion if token not in lacking], support)
-        for prompt, (_, _, completion), support in zip(prompts, rows, given, strict=True)
-    ]
+    requests = []
+    for prompt, (_, _, completion), support in zip(prompts, rows, given, strict=True):
+        read = [token for token in completion if token not in lacking]
+        wanted = swapped(np.array(read, np.int32), swap).tolist() if swap else None
+        requests.append(ScoreRequest(prompt, read, support, wanted))
     scores = engine.score(
         requests,
         temperature=teacher.temperature,
@@ -208,10 +254,32 @@ def score_completions(
         progress=job.pulse.tokens,
         hidden=hidden,
     )
+    if swap is not None:  # what stands at one id of the teacher is told of the other
+        scores = [
+            replace(score, topk_ids=None if score.topk_ids is None else swapped(score.topk_ids, swap))
+            for score in scores
+        ]
     return [
         (prompt, _spread(score, mask), mask)
         for prompt, score, mask in zip(prompts, scores, masks, strict=True)
     ]
+
+
+def swapped(ids: npt.NDArray[np.int32], swap: tuple[int, int] | None) -> npt.NDArray[np.int32]:
+    """The ids with the two of `swap` in each other's place."""
+    if swap is None:
+        return ids
+    first, second = swap
+    return np.where(ids == first, second, np.where(ids == second, first, ids)).astype(np.int32)
+
+
+def swapped_head(head: Head, swap: tuple[int, int] | None) -> Head:
+    """The output head whose distributions have the columns of two ids swapped, which is to swap its rows."""
+    if swap is None:
+        return head
+    order = torch.arange(head.weight_VH.shape[0], device=head.weight_VH.device)
+    order[list(swap)] = order[list(reversed(swap))]
+    return Head(head.weight_VH[order], None if head.bias_V is None else head.bias_V[order])
 
 
 def output_head(job: Job, source: ModelSource, *, num_ids: int) -> Head:
@@ -228,7 +296,7 @@ def output_head(job: Job, source: ModelSource, *, num_ids: int) -> Head:
 
 
 def _most_probable(
-    job: Job, rows: Sequence[tuple[Problem, list[int], list[int]]], *, num_ids: int, engine: Engine
+    job: Job, rows: Sequence[Triple], *, num_ids: int, engine: Engine
 ) -> list[npt.NDArray[np.int32]]:
     """The student's most probable ids [n, k] at each token, at the rollout temperature; `engine` holds it."""
     scores = engine.score(
@@ -259,12 +327,13 @@ def _spread(score: TokenScores, mask: npt.NDArray[np.bool_]) -> TokenScores:
     return TokenScores(**columns)
 
 
-def _check_scorable(teacher: TeacherSide, masks: Sequence[npt.NDArray[np.bool_]]) -> None:
+def check_scorable(who: str, masks: Sequence[npt.NDArray[np.bool_]]) -> None:
+    """Raises PreflightError when more tokens of a round are not scorable than an oversight would explain."""
     total = sum(len(mask) for mask in masks)
     lacking = total - sum(int(mask.sum()) for mask in masks)
     if total and lacking / total > MAX_UNSCORABLE_FRACTION:
         raise PreflightError(
-            f"teacher {teacher.name!r} lacks the ids of {lacking} of {total} sampled tokens "
+            f"{who} the ids of {lacking} of {total} sampled tokens "
             f"({lacking / total:.1%}), more than {MAX_UNSCORABLE_FRACTION:.0%}",
             hint="choose a teacher with the student's vocabulary, or a student template that avoids those tokens",
         )

@@ -15,10 +15,10 @@ import torch
 
 from kdpipe.batching import Batch, batches_by_tokens, make_batch
 from kdpipe.checkpoints import write_model, write_trainer
-from kdpipe.errors import ArtifactError, StepError
+from kdpipe.errors import StepError
 from kdpipe.forward import head_of, hidden_states, score_tokens
 from kdpipe.job import Job, Text, mean
-from kdpipe.micro_batch import TeacherHidden, micro_batch_loss
+from kdpipe.micro_batch import micro_batch_loss
 from kdpipe.objective import (
     NonFiniteError,
     TeacherSupport,
@@ -32,6 +32,7 @@ from kdpipe.objective import (
 from kdpipe.recipe import Objective, SampledTerm
 from kdpipe.seeds import permutation
 from kdpipe.stages.sft import write_state
+from kdpipe.stages.teacher_score import check_scorable, score_metrics
 from kdpipe.tables import COMPLETIONS, write_rows
 
 if TYPE_CHECKING:
@@ -40,10 +41,11 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kdpipe.forward import Head
-    from kdpipe.hidden import HiddenFile
+    from kdpipe.checkpoints import Average
+    from kdpipe.micro_batch import TeacherHidden, TeacherMixture
     from kdpipe.rows import Rollout
     from kdpipe.tables import Scores
+    from kdpipe.teachers import RoundScores
     from kdpipe.trainer import Trainer
 
 
@@ -76,34 +78,30 @@ class Row:
         return int(self.kept.sum())
 
 
-@dataclass(frozen=True, slots=True)
-class HiddenTeacher:
-    """The teacher's kept hidden states with what turns them into distributions."""
-
-    file: HiddenFile
-    head: Head
-    temperature: float
-
-
 def train(
     job: Job,
     *,
     rollouts: Sequence[Rollout],
-    scores: Sequence[Scores] | None,
+    scores: RoundScores | None,
     text: Text,
     trainer: Trainer,
     dtype: torch.dtype,
     resumed: tuple[int, Path] | None,
-    hidden: HiddenTeacher | None = None,
+    average: Average | None = None,
 ) -> None:
-    """Writes `model/`, `trainer/` and `completions.parquet`; `resumed` is (steps done, checkpoint folder)."""
+    """Writes `model/`, `trainer/`, `completions.parquet` and with `average` `ema/`.
+
+    `resumed` is (steps done, checkpoint folder).
+    """
     done, checkpoint = resumed or (0, None)
+    if scores is not None and job.recipe.is_mixed:
+        check_scorable("a teacher of the mixture lacks", [row.scorable for row in scores.rows])
     proximal = (
         _proximal(job, rollouts, text, trainer)
         if checkpoint is None
         else _read_proximal(checkpoint, rollouts)
     )
-    rows = _rows(job, rollouts, scores, proximal, text)
+    rows = _rows(job, rollouts, scores.rows if scores else None, proximal, text)
     plan = minibatches(job, rows)
     job.pulse.start("optimizer steps", len(plan))
     job.pulse.advance(done)
@@ -111,7 +109,7 @@ def train(
     for number, (_, indices) in enumerate(plan):
         if number < done:
             continue
-        metrics = _optimizer_step(job, [rows[i] for i in indices], text, trainer, hidden)
+        metrics = _optimizer_step(job, [rows[i] for i in indices], text, trainer, scores)
         for name, value in metrics.items():
             job.draft.metric(f"train/{name}", value, optimizer_step=trainer.step)
         job.pulse.advance()
@@ -123,6 +121,10 @@ def train(
         job.pulse.safe_point()
     trainer.end()
     _write(job, rows, plan, text, trainer, dtype)
+    if average is not None:
+        job.draft.write(
+            "ema", lambda folder: average.write_next(trainer.model, text.tokenizer, folder, dtype=dtype)
+        )
 
 
 def minibatches(job: Job, rows: Sequence[Row]) -> list[tuple[int, list[int]]]:
@@ -142,7 +144,7 @@ def minibatches(job: Job, rows: Sequence[Row]) -> list[tuple[int, list[int]]]:
 
 
 def _optimizer_step(
-    job: Job, rows: Sequence[Row], text: Text, trainer: Trainer, hidden: HiddenTeacher | None
+    job: Job, rows: Sequence[Row], text: Text, trainer: Trainer, scores: RoundScores | None
 ) -> dict[str, float]:
     """One update from `rows`; returns its metrics. Without any token that counts it is skipped."""
     recipe = job.recipe
@@ -166,7 +168,7 @@ def _optimizer_step(
     for indices in batches_by_tokens([row.length for row in left], recipe.runtime.train_tokens):
         picked = [left[i] for i in indices]
         try:
-            loss, metrics = _micro_batch(job, objective, picked, share_of, text, trainer, hidden)
+            loss, metrics = _micro_batch(job, objective, picked, share_of, text, trainer, scores)
         except NonFiniteError as error:
             raise _located(job, picked, error) from None
         loss.backward()  # type: ignore[no-untyped-call]
@@ -185,7 +187,7 @@ def _micro_batch(
     share_of: Mapping[int, float],
     text: Text,
     trainer: Trainer,
-    hidden: HiddenTeacher | None,
+    scores: RoundScores | None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The share of `rows` in the optimizer step's loss, with its gradient to the student's weights."""
     runtime, device = job.recipe.runtime, trainer.model.device
@@ -199,7 +201,7 @@ def _micro_batch(
             head_of(trainer.model, num_ids=text.num_ids),
             temperature=job.recipe.rollout.temperature,
             chunk=runtime.head_chunk_tokens,
-            teacher=_teacher(objective, rows, hidden, device),
+            teacher=_teacher(objective, rows, scores, device),
         )
 
 
@@ -230,16 +232,15 @@ def _tokens(rows: Sequence[Row], share_of: Mapping[int, float], device: torch.de
 
 
 def _teacher(
-    objective: Objective, rows: Sequence[Row], hidden: HiddenTeacher | None, device: torch.device
-) -> TeacherSupport | TeacherHidden | None:
+    objective: Objective, rows: Sequence[Row], scores: RoundScores | None, device: torch.device
+) -> TeacherSupport | TeacherHidden | TeacherMixture | None:
     """The teacher's distribution at the completion tokens of `rows`, where the objective needs one."""
     support = objective.distribution_support
     if support is None:
         return None
-    if hidden is not None:
+    if scores is not None and scores.has_hidden:
         top_k = 0 if support == "vocabulary" else support.teacher_top_k or 0
-        states = hidden.file.rows([row.number for row in rows]).to(device)
-        return TeacherHidden(states, hidden.head, hidden.temperature, top_k)
+        return scores.distribution([row.number for row in rows], top_k=top_k, device=device)
     ids, logprobs, tail = (
         torch.from_numpy(np.concatenate([getattr(row.scores, name) for row in rows])).to(device)
         for name in ("topk_ids", "topk_logprobs", "tail_logprobs")
@@ -295,12 +296,6 @@ def _rows(
 ) -> list[Row]:
     """The completions with their advantages and masks. What is dropped takes no part in its group's mean either."""
     objective = job.recipe.train.objective.in_round(job.round)
-    keys = [(row.prompt_id, row.sample) for row in rollouts]
-    if scores is not None and [(score.prompt_id, score.sample) for score in scores] != keys:
-        raise ArtifactError(
-            f"round {job.round}: scores.parquet and rollouts.parquet hold different rows",
-            hint=f"score again: repeat the run with --force teacher-score@{job.round}",
-        )
     truncated = [row.finish_reason == "length" for row in rollouts]
     dropped = [cut and objective.truncated == "drop" for cut in truncated]
     unpaid = [cut and objective.truncated == "no_reward" for cut in truncated]
@@ -429,9 +424,18 @@ def _write(
         "trainer",
         lambda folder: write_trainer(folder, tensors=trainer.tensors(masters=masters), state=trainer.state()),
     )
+    if len(job.recipe.teachers) > 1:
+        _write_score_totals(job, rows)
     if job.recipe.train.objective.has_rl:
         job.draft.metric("train/advantage_abs_mean", mean([abs(row.advantage) for row in rows]))
     _write_mismatch(job, rows)
+
+
+def _write_score_totals(job: Job, rows: Sequence[Row]) -> None:
+    """What a single teacher's own step would write: of all completions, each against its teacher or the mixture."""
+    pairs = [(row.rollout, row.scores) for row in rows if row.scores is not None]
+    for name, value in score_metrics(pairs).items():
+        job.draft.metric(f"score/{name}", value)
 
 
 def _write_mismatch(job: Job, rows: Sequence[Row]) -> None:

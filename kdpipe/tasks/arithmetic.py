@@ -6,7 +6,8 @@
     #### 15
 
 A problem is a template and its operands, and no problem stands in both train and test. Names and things are
-decoration: they do not make a problem new. Templates take turns, so that one-step problems are not drowned
+decoration: they do not make a problem new. Records say the `operation` (addition, subtraction or, of two
+steps, mixed) and the number of `steps`. Templates take turns, so that one-step problems are not drowned
 by the far more numerous two-step ones.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kdpipe.errors import DataError
@@ -42,6 +43,13 @@ class _Template:
     @property
     def num_operands(self) -> int:
         return 3 if "{c}" in self.question else 2
+
+    @property
+    def fields(self) -> dict[str, str | int | float]:
+        """What a problem's record says beside question and solution."""
+        signs = {sign for _, sign, _ in self.steps}
+        operation = "mixed" if len(signs) == 2 else "addition" if signs == {"+"} else "subtraction"
+        return {"operation": operation, "steps": len(self.steps)}
 
 
 def _template(steps: str, event: str, ask: str) -> _Template:
@@ -102,15 +110,13 @@ def words() -> list[str]:
     return sorted({*plain, *_NAMES, *_THINGS, *_SYMBOLS})
 
 
-def _numbered(texts: list[tuple[str, str, int]], split: str, seed: int) -> list[Problem]:
-    random.Random(f"{seed}/{split}").shuffle(texts)
-    return [
-        Problem(f"arithmetic/{split}/{row}", question, str(result), solution)
-        for row, (question, solution, result) in enumerate(texts)
-    ]
+def _numbered(problems: list[Problem], split: str, seed: int) -> list[Problem]:
+    """The problems in random order, with ids."""
+    random.Random(f"{seed}/{split}").shuffle(problems)
+    return [replace(problem, prompt_id=f"arithmetic/{split}/{row}") for row, problem in enumerate(problems)]
 
 
-def _take_turns(sources: list[Iterator[tuple[str, str, int]]]) -> Iterator[tuple[str, str, int]]:
+def _take_turns(sources: list[Iterator[Problem]]) -> Iterator[Problem]:
     """One item of each source after the other, until all are used up."""
     while sources:
         for source in tuple(sources):
@@ -121,9 +127,9 @@ def _take_turns(sources: list[Iterator[tuple[str, str, int]]]) -> Iterator[tuple
                 yield item
 
 
-def _draw(template: _Template, task: ArithmeticTask, rng: random.Random) -> Iterator[tuple[str, str, int]]:
-    """Question, solution and result for all operands whose results are 0 or more, in random order."""
-    size = task.max_operand
+def _draw(template: _Template, task: ArithmeticTask, rng: random.Random) -> Iterator[Problem]:
+    """Problems without ids for all operands whose results are 0 or more, in random order."""
+    size, fields = task.max_operand, template.fields
     for index in _permutation(size**template.num_operands, rng):
         operands = {"a": index % size + 1, "b": index // size % size + 1, "c": index // size**2 + 1}
         lines, result = _solve(template, operands)
@@ -132,7 +138,8 @@ def _draw(template: _Template, task: ArithmeticTask, rng: random.Random) -> Iter
         name, other = rng.choice(_PAIRS)
         things = rng.choice(_THINGS)
         question = template.question.format(name=name, other=other, things=things, **operands)
-        yield question, "".join(f"{line} {things}\n" for line in lines) + f"#### {result}", result
+        solution = "".join(f"{line} {things}\n" for line in lines) + f"#### {result}"
+        yield Problem("", question, str(result), solution, fields)
 
 
 def _solve(template: _Template, operands: dict[str, int]) -> tuple[list[str], int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -56,6 +57,18 @@ class Record:
             )
         return text
 
+    def others(self, *known: str) -> dict[str, str | int | float]:
+        """Every text and finite number of the record but those in `known` fields."""
+        return {
+            name: value
+            for name, value in self.fields.items()
+            if name not in known
+            and (
+                (isinstance(value, str) and not _SURROGATE.search(value))
+                or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
+            )
+        }
+
     def _present(self, field: str) -> object:
         if field not in self.fields:
             known = ", ".join(map(repr, self.fields)) or "none"
@@ -98,7 +111,8 @@ def _problem(task: JsonlTask, record: Record, prompt_id: str, seen: dict[str, st
             f"{record.place}: the answer in field {task.answer_field!r} is or ends in "
             f"{(expected or solution)[-60:]!r}, expected a number, alone or after {MARK}"
         )
-    return Problem(prompt_id, record.text(task.question_field), expected, solution)
+    others = record.others(task.question_field, task.answer_field)
+    return Problem(prompt_id, record.text(task.question_field), expected, solution, others)
 
 
 def read_records(path: Path) -> list[Record]:

@@ -1,0 +1,163 @@
+"""What the teachers think of held-out completions: each problem's own one, or the mixture of all.
+
+As log-probs of the sampled tokens, and where the engine gives hidden states as the divergence of the two whole
+distributions at each position.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from kdpipe.checkpoints import resolve_device
+from kdpipe.engine import ScoreRequest
+from kdpipe.forward import reverse_kl
+from kdpipe.micro_batch import TeacherHidden, TeacherMixture, TeacherPart
+from kdpipe.routing import teaches
+from kdpipe.stages.teacher_score import TeacherSide, output_head, score_completions, swapped_head
+from kdpipe.teachers import mixed_logprobs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kdpipe.engine import Engine, ModelSource
+    from kdpipe.forward import Head, Side
+    from kdpipe.job import Job, Text
+    from kdpipe.stages.teacher_score import Scored, Triple
+
+
+@dataclass(frozen=True, slots=True)
+class Against:
+    """A teacher that reverse KL is measured against, and where its weights are."""
+
+    teacher: TeacherSide
+    source: ModelSource
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the teachers of one completion say: their names and prompts, and of its n tokens the log-probs [n].
+
+    `scorable` [n] as in `Scores`; `reverse_kl` [n] is KL(student‖teacher) at each position, None where not exact.
+    """
+
+    names: list[str]
+    prompts: list[list[int]]
+    logprobs: Any
+    scorable: Any
+    reverse_kl: Any
+
+
+def verdicts(
+    job: Job,
+    triples: Sequence[Triple],
+    against: Sequence[Against],
+    engine: Engine,
+    exact: Exact | None,
+    student_hidden: Sequence[Any],
+) -> list[Verdict]:
+    """What each completion's teacher, or the mixture of all, thinks of it; teachers are loaded one after another."""
+    scored: list[list[tuple[str, Scored]]] = [[] for _ in triples]
+    for one in against:
+        own = [
+            index for index, (problem, _, _) in enumerate(triples) if teaches(one.teacher.settings, problem)
+        ]
+        if not own:
+            continue
+        engine.load(one.source)
+        found = score_completions(
+            job, [triples[i] for i in own], teacher=one.teacher, engine=engine, hidden=exact is not None
+        )
+        for index, scores in zip(own, found, strict=True):
+            scored[index].append((one.teacher.name, scores))
+    divergences = exact.divergences(student_hidden, scored) if exact else [None] * len(triples)
+    return [_verdict(job, rows, divergence) for rows, divergence in zip(scored, divergences, strict=True)]
+
+
+def _verdict(job: Job, rows: Sequence[tuple[str, Scored]], divergence: Any) -> Verdict:
+    names = [name for name, _ in rows]
+    logprobs, scorable = rows[0][1][1].logprobs, rows[0][1][2]
+    if job.recipe.is_mixed:
+        weights = job.recipe.weights
+        scorable = np.logical_and.reduce([mask for _, (_, _, mask) in rows])
+        mixed = mixed_logprobs(
+            [score.logprobs for _, (_, score, _) in rows], [weights[name] for name in names]
+        )
+        logprobs = np.where(scorable, mixed, np.float32(0))
+    return Verdict(names, [prompt for _, (prompt, _, _) in rows], logprobs, scorable, divergence)
+
+
+def has_exact(engine: Engine, against: Sequence[Against]) -> bool:
+    """Whether all distributions are at hand; a teacher that lacks ids gives them no probability at all."""
+    return "hidden" in engine.abilities and not any(one.teacher.vocabulary.unscorable for one in against)
+
+
+class Exact:
+    """The whole distributions of student and teachers at each position of the sampled completions."""
+
+    def __init__(
+        self, job: Job, text: Text, model: ModelSource, engine: Engine, against: Sequence[Against]
+    ) -> None:
+        self._job = job
+        self._engine = engine
+        self._text = text
+        self._device = resolve_device(job.recipe.runtime.device)
+        self._head = output_head(job, model, num_ids=text.num_ids)
+        self._teachers = {}
+        for one in against:
+            head = swapped_head(output_head(job, one.source, num_ids=text.num_ids), one.teacher.swap)
+            self._teachers[one.teacher.name] = (head, one.teacher.temperature)
+
+    def student_hidden(self, triples: Sequence[Triple]) -> list[Any]:
+        """Hidden states [n, H] of each completion; the engine holds the student."""
+        scores = self._engine.score(
+            [ScoreRequest(prompt, completion) for _, prompt, completion in triples],
+            temperature=self._job.recipe.rollout.temperature,
+            num_ids=self._text.num_ids,
+            top_k=0,
+            progress=lambda _: None,  # these tokens were counted when they were sampled
+            hidden=True,
+        )
+        return [score.hidden for score in scores]
+
+    def divergences(
+        self, student_hidden: Sequence[Any], scored: Sequence[Sequence[tuple[str, Scored]]]
+    ) -> list[Any]:
+        """KL(student‖teacher) [n] of each completion, the teacher being its own one or the mixture."""
+        temperature = self._job.recipe.rollout.temperature
+        student = (self._tensor(student_hidden, self._head), self._head, temperature)
+        lengths = [len(hidden) for hidden in student_hidden]
+        teacher: Side | Callable[[slice], torch.Tensor]
+        if len(self._teachers) == 1:
+            [(head, of_teacher)] = self._teachers.values()
+            teacher = (self._tensor([rows[0][1][1].hidden for rows in scored], head), head, of_teacher)
+        else:
+            mixture = self._mixture(scored, lengths)
+
+            def teacher(part: slice) -> torch.Tensor:
+                return mixture.at(torch.arange(part.start, part.stop, device=self._device)).logprobs_NS
+
+        kl_N = reverse_kl(student, teacher, chunk=self._job.recipe.runtime.head_chunk_tokens)
+        return list(np.split(kl_N.cpu().numpy(), np.cumsum(lengths)[:-1]))
+
+    def _mixture(
+        self, scored: Sequence[Sequence[tuple[str, Scored]]], lengths: Sequence[int]
+    ) -> TeacherMixture:
+        parts = []
+        for name, (head, temperature) in sorted(self._teachers.items()):
+            own = [dict(rows).get(name) for rows in scored]
+            if not any(own):
+                continue
+            is_own_N = np.repeat([row is not None for row in own], lengths)
+            place_N = torch.from_numpy(np.where(is_own_N, is_own_N.cumsum() - 1, -1)).to(self._device)
+            states = self._tensor([row[1].hidden for row in own if row is not None], head)
+            weight = self._job.recipe.weights[name] if self._job.recipe.is_mixed else 1.0
+            parts.append(TeacherPart(TeacherHidden(states, head, temperature), place_N, math.log(weight)))
+        return TeacherMixture(parts, self._text.num_ids)
+
+    def _tensor(self, hidden: Sequence[Any], head: Head) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(hidden)).to(self._device, head.weight_VH.dtype)

@@ -1,0 +1,78 @@
+"""docs/teachers.md says what the code has: fields, defaults and origins by the schema, examples by loading them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+
+from kdpipe.recipe import Recipe, Teacher
+from tests.worlds import load_tiny
+
+ROOT = Path(__file__).parents[1]
+DOC = (ROOT / "docs" / "teachers.md").read_text(encoding="utf-8")
+
+
+def tables() -> dict[str, list[list[str]]]:
+    """The cells of every table by its first heading, without that line; code that is a whole cell is bare."""
+    found = {}
+    for block in re.findall(r"(?:^\|.*\n)+", DOC, re.MULTILINE):
+        lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in block.splitlines()]
+        rows = [[re.sub(r"^`([^`]*)`$", r"\1", cell) for cell in line] for line in lines]
+        assert len({len(row) for row in rows}) == 1, rows[0]
+        found[rows[0][0]] = rows[2:]
+    return found
+
+
+TABLES = tables()
+
+
+def name_of(field: str) -> str:
+    return Teacher.model_fields[field].alias or field
+
+
+def test_every_field_of_a_teacher_is_there_with_its_default() -> None:
+    documented = [(field, yaml.safe_load(default)) for field, default, _ in TABLES["field of a teacher"]]
+    assert documented == [(name_of(name), info.default) for name, info in Teacher.model_fields.items()]
+
+
+def choices(annotation: Any) -> list[str]:
+    """The strings that a field may be."""
+    found = [arg for arg in get_args(annotation) if isinstance(arg, str)]
+    return found + [choice for arg in get_args(annotation) for choice in choices(arg)]
+
+
+@pytest.mark.parametrize("field", ["self_", "dtype"])
+def test_every_choice_of_a_field_is_named_where_the_field_is(field: str) -> None:
+    [row] = [row for row in TABLES["field of a teacher"] if row[0] == name_of(field)]
+    info = Teacher.model_fields[field]
+    assert re.findall(r"`(\w+)`", row[2]) == choices(info.annotation)
+    assert choices(info.annotation)
+
+
+def test_the_origins_are_those_of_the_code() -> None:
+    origins = [row[0] for row in TABLES["origin"]]
+    with pytest.raises(ValueError, match=f"exactly one of: {', '.join(origins)}"):
+        Teacher.model_validate({})
+    for origin in origins:
+        [row] = [row for row in TABLES["field of a teacher"] if row[0] == origin]
+        assert row[2].startswith("origin: ")
+    [row] = [row for row in TABLES["origin"] if row[0] == "self"]
+    assert all(f"`{choice}`" in row[1] for choice in choices(Teacher.model_fields["self_"].annotation))
+
+
+EXAMPLES = re.findall(r"```yaml\n(.*?)```", DOC, re.DOTALL)
+
+
+@pytest.mark.parametrize("text", EXAMPLES)
+def test_every_example_is_a_recipe(text: str, tmp_path: Path) -> None:
+    recipe = load_tiny(tmp_path, **yaml.safe_load(text)).recipe
+    assert isinstance(recipe, Recipe)
+
+
+def test_there_is_an_example_of_each_way_to_have_several() -> None:
+    counts = [len(yaml.safe_load(text).get("teachers", [])) for text in EXAMPLES]
+    assert counts.count(2) == 2
