@@ -16,8 +16,8 @@ ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 # A layer of its own, so that a changed source file does not install the dependencies again.
 FROM ${PYTHON_IMAGE} AS requirements
 COPY pyproject.toml /src/
-RUN python -c "import tomllib; print(*tomllib.load(open('/src/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-    > /requirements.txt
+RUN python -c "import tomllib; p = tomllib.load(open('/src/pyproject.toml', 'rb'))['project']; \
+print(*p['dependencies'], *p['optional-dependencies']['lora'], sep='\n')" > /requirements.txt
 
 FROM ${PYTHON_IMAGE} AS wheel
 WORKDIR /src

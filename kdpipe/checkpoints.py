@@ -16,9 +16,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers.utils.logging import disable_progress_bar
 
+from kdpipe.adapters import (
+    is_adapted,
+    merge_adapter,
+    read_adapter,
+    switch_adapter,
+    target_names,
+    write_adapter,
+)
 from kdpipe.errors import ArtifactError, ModelError, RecipeError
 from kdpipe.forward import Head, head_logits, head_of
 
@@ -29,7 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from kdpipe.engine import Dtype, ModelSource
-    from kdpipe.recipe import Scratch
+    from kdpipe.recipe import Lora, Scratch
 
 TENSORS_FILE = "trainer.safetensors"
 STATE_FILE = "trainer.json"
@@ -44,17 +58,29 @@ _TOKENIZER_HISTORY = ("is_local", "local_files_only", "name_or_path")
 disable_progress_bar()
 
 
+@dataclass(slots=True)
+class _Held:
+    """A network on the shelf; `adapter` is the digest of the one in it, None where none is known."""
+
+    network: PreTrainedModel
+    adapter: str | None = None
+
+
 class ModelShelf:
     """Loaded models by digest and dtype, the least recently used dropped beyond `limit`.
 
     A trainer puts its in-memory model here under the digest of what it has just saved, so that sampling
     from it loads nothing. A model changed in place must be put again: that forgets its former digest.
+
+    A model with an adapter is the network of the model below it, with the adapter switched on: both share one
+    network, and what `get` returns is good until the next `get`. It holds one adapter, so another one
+    replaces the weights of the one before, in place.
     """
 
     def __init__(self, device: torch.device, *, limit: int = 3) -> None:
         self.device = device
         self._limit = limit
-        self._models: OrderedDict[tuple[str, torch.dtype], PreTrainedModel] = OrderedDict()
+        self._models: OrderedDict[tuple[str, torch.dtype], _Held] = OrderedDict()
         self._turns: set[str] = set()
 
     def take_turns(self, digest: str) -> None:
@@ -64,15 +90,21 @@ class ModelShelf:
     def put(self, digest: str, dtype: torch.dtype, model: PreTrainedModel) -> None:
         """Makes `model` what `get` returns for this content."""
         self.forget(model)
-        self._models[digest, dtype] = model
+        self._models[digest, dtype] = _Held(model)
         while len(self._models) > self._limit:
             self._models.popitem(last=False)
+
+    def put_adapter(self, digest: str, model: PreTrainedModel) -> None:
+        """Says which adapter this network holds now; nothing where it was dropped meanwhile."""
+        for held in self._models.values():
+            if held.network is model:
+                held.adapter = digest
 
     def get(self, source: ModelSource) -> PreTrainedModel:
         """The model of this source in eval mode, opened from its folder when it is not here."""
         dtype, _ = resolve_dtype(source.dtype, self.device)
-        model = self._models.get((source.digest, dtype))
-        if model is None:
+        held = self._models.get((source.digest, dtype))
+        if held is None:
             if source.digest in self._turns:
                 for digest in self._turns:
                     self.drop(digest)
@@ -80,17 +112,30 @@ class ModelShelf:
                 source.folder, dtype=dtype, device=self.device, trust_remote_code=source.trust_remote_code
             ).requires_grad_(False)  # engines sample and score; whoever trains opens a model of its own
             self.put(source.digest, dtype, model)
+            held = self._models[source.digest, dtype]
         self._models.move_to_end((source.digest, dtype))
-        return model.eval()
+        if source.adapter is not None and held.adapter != source.adapter.digest:
+            held.adapter = None  # until it is wholly read
+            read_adapter(held.network, source.adapter.folder)
+            held.adapter = source.adapter.digest
+        switch_adapter(held.network, on=source.adapter is not None)
+        return held.network.eval()
 
     def holds(self, source: ModelSource) -> bool:
         """Whether `get` would open nothing."""
-        return (source.digest, resolve_dtype(source.dtype, self.device)[0]) in self._models
+        held = self._models.get((source.digest, resolve_dtype(source.dtype, self.device)[0]))
+        return held is not None and (source.adapter is None or held.adapter == source.adapter.digest)
 
     def forget(self, model: PreTrainedModel) -> None:
-        """Drops this very model, under whatever digest: its weights are about to change."""
-        for key in [key for key, held in self._models.items() if held is model]:
-            del self._models[key]
+        """Drops this very model, under whatever digest: its weights are about to change.
+
+        Of a model with an adapter only that changes, and the network stays for the model below it.
+        """
+        for key in [key for key, held in self._models.items() if held.network is model]:
+            if is_adapted(model):
+                self._models[key].adapter = None
+            else:
+                del self._models[key]
 
     def drop(self, digest: str) -> None:
         """Drops the models with this digest, of any dtype."""
@@ -200,11 +245,7 @@ def read_head(
     Raises ModelError when the folder is not a model, or its files do not hold the head by its name.
     """
     _require_weights(folder)
-    config = AutoConfig.from_pretrained(
-        str(folder), local_files_only=True, trust_remote_code=trust_remote_code
-    )
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    skeleton = _skeleton(folder, trust_remote_code=trust_remote_code)
     layer = skeleton.get_output_embeddings()
     found = {}
     for key, wanted in (("weight", layer.weight), ("bias", layer.bias)):
@@ -272,8 +313,13 @@ def write_model(
     """Writes a Hugging Face folder: safetensors, config, generation config, tokenizer.
 
     `dtype` is that of the written weights where the model in memory holds wider masters. Equal weights,
-    config and tokenizer give equal bytes.
+    config and tokenizer give equal bytes. Of a model with an adapter that is all that is written, beside the tokenizer.
     """
+    if is_adapted(model):
+        with _disk_errors(folder):
+            write_adapter(model, folder)
+        _write_tokenizer(tokenizer, folder)
+        return
     dtype = dtype or model.dtype
     weights = {
         name: weight.to(dtype) if weight.is_floating_point() else weight
@@ -281,8 +327,40 @@ def write_model(
     }
     with _disk_errors(folder):
         model.save_pretrained(str(folder), state_dict=weights)
-    tokenizer.save_pretrained(str(folder))
+    _write_tokenizer(tokenizer, folder)
     _rewrite(folder / "config.json", {"dtype": str(dtype).removeprefix("torch.")})
+
+
+def write_merged(
+    source: ModelSource, tokenizer: PreTrainedTokenizerBase, folder: Path, *, device: torch.device
+) -> None:
+    """Writes a model with its adapter added to the weights: in float32, then cast to what `source` means there."""
+    assert source.adapter is not None
+    trust = source.trust_remote_code
+    model = open_model(
+        source.folder, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=trust
+    )
+    merge_adapter(model, source.adapter.folder)
+    write_model(model, tokenizer, folder, dtype=resolve_dtype(source.dtype, device)[0])
+
+
+def require_targets(folder: Path, lora: Lora, *, trust_remote_code: bool = False) -> None:
+    """Raises ModelError unless the model in a folder has the layers that get adapters; reads no weights."""
+    _require_weights(folder)
+    target_names(_skeleton(folder, trust_remote_code=trust_remote_code), lora)
+
+
+def _skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of a folder without its weights."""
+    config = AutoConfig.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    tokenizer.save_pretrained(str(folder))
     _rewrite(folder / "tokenizer_config.json", dict.fromkeys(_TOKENIZER_HISTORY))
 
 

@@ -563,6 +563,9 @@ def export(
     recipe: RecipeArgument,
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     round_number: RoundOption = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Only the LoRA adapter, as peft loads it, not merged.")
+    ] = False,
     overrides: SetOption = None,
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
@@ -573,7 +576,8 @@ def export(
     """
     from kdpipe.housekeeping import export as export_student
 
-    number, folder = export_student(_open(recipe, overrides, workspace), target, round_number=round_number)
+    project = _open(recipe, overrides, workspace)
+    number, folder = export_student(project, target, round_number=round_number, adapter=adapter)
     if as_json:
         _print_json({"round": number, "folder": str(folder)})
     else:

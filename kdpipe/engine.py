@@ -21,17 +21,27 @@ Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """Where a LoRA adapter comes from: a folder as peft writes it, and what identifies its content."""
+
+    folder: Path
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSource:
     """Where a model comes from.
 
     `folder` is a Hugging Face folder with tokenizer and safetensors. `digest` identifies its content: two
-    sources with equal digests are the same weights, so an engine that holds them need not load again.
+    sources with equal digests are the same weights, so an engine that holds them need not load again. With an
+    `adapter` the model is that one with the adapter on, and both digests together identify it.
     """
 
     folder: Path
     digest: str
     dtype: Dtype = "auto"
     trust_remote_code: bool = False
+    adapter: AdapterSource | None = None
 
 
 @dataclass(frozen=True, slots=True)

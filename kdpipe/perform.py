@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from pydantic import JsonValue
 
+from kdpipe.adapters import read_adapter, start_adapter, target_names
 from kdpipe.check_loss import unsound
 from kdpipe.checkpoints import (
     Average,
@@ -23,23 +24,25 @@ from kdpipe.checkpoints import (
     head_digest,
     open_model,
     read_trainer,
+    require_targets,
     resolve_device,
     resolve_dtype,
     scratch_model,
 )
-from kdpipe.engine import Engine, ModelSource
+from kdpipe.engine import AdapterSource, Engine, ModelSource
 from kdpipe.engines.hf import HfEngine
 from kdpipe.environment import environment
 from kdpipe.errors import EngineError, PreflightError, StepError
 from kdpipe.hidden import FILE as HIDDEN_FILE
 from kdpipe.hidden import HiddenFile
 from kdpipe.job import Job, Text, open_text
-from kdpipe.plan import STUDENT, Input, Step, teacher_role
+from kdpipe.plan import BASE, STUDENT, Input, Step, teacher_role
 from kdpipe.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.pulse import Pulse
-from kdpipe.recipe import Recipe, Runtime, Sft, Student, Teacher
+from kdpipe.recipe import Lora, Recipe, Runtime, Sft, Student, Teacher
 from kdpipe.routing import check_records, teaches
 from kdpipe.rows import Problem, Rollout
+from kdpipe.seeds import derive_seed
 from kdpipe.stages.evaluate import evaluate, graded_problems
 from kdpipe.stages.held_out import Against
 from kdpipe.stages.rollout import rollout
@@ -86,6 +89,7 @@ class Warm:
     engines: dict[str, Engine] = field(default_factory=dict)
     texts: dict[tuple[str, str], Text] = field(default_factory=dict)
     trainer: tuple[str, Trainer] | None = None
+    lora_fits: bool = False
 
 
 class Performer:
@@ -222,6 +226,8 @@ class _Task:
             network = self._open(folder, trust=model.trust_remote_code)
         else:
             network = self._scratch(model)
+        if self.step.subject == STUDENT and self.recipe.student.lora is not None:
+            target_names(network, self.recipe.student.lora)  # before it is trained for nothing
         text = self._open_text(folder, model.template, trust=model.trust_remote_code)
         trainer = Trainer(
             network,
@@ -345,8 +351,20 @@ class _Task:
         found = self.request["folders"].get(name)
         return None if found is None else Path(found)
 
+    def _adapter(self, role: str) -> Entry | None:
+        """The entry of the student's adapter; None where the role's weights are whole."""
+        is_trained = role in self.inputs and self.inputs[role].stage == "train"
+        if self.recipe.student.lora is None or not is_trained:
+            return None
+        return self.store.entry(self.inputs[role])
+
     def _origin(self, role: str) -> tuple[Entry | None, str]:
-        """Where the student's or a teacher's weights are: an entry, or the folder of a named model."""
+        """Where whole weights of the student or a teacher are: an entry, or the folder of a named model.
+
+        Of a student with an adapter they are those below it.
+        """
+        if self._adapter(role) is not None:
+            return (self.store.entry(self.inputs[BASE]) if BASE in self.inputs else None), STUDENT
         if role in self.inputs:
             return self.store.entry(self.inputs[role]), ""
         model = self._settings(role)
@@ -372,7 +390,11 @@ class _Task:
     def _source(self, role: str) -> ModelSource:
         """The student or a teacher as an engine loads it; checks weights that come from the store."""
         source = self._found_source(role)
+        settings = self._settings(role)
         is_one_of_several = len(self.recipe.teachers) > 1 or source.folder.name == "ema"
+        if self.recipe.student.lora is not None and isinstance(settings, Teacher):
+            # The student itself as teacher is the network that samples and is trained: it is not dropped for others.
+            is_one_of_several &= settings.self_ is None
         if role != STUDENT and is_one_of_several and source.digest != self._weights_digest(STUDENT):
             self.warm.shelf.take_turns(source.digest)
         return source
@@ -399,12 +421,26 @@ class _Task:
         if entry is None:
             folder = self._base_folder(name)
             assert folder is not None
-            return ModelSource(folder, self.request["digests"][name], dtype, trust)
-        digest, kind = self._weights_digest(role), self._weights_folder(role)
-        assert digest is not None
-        source = ModelSource(entry.folder / kind, digest, dtype, trust)
+            source = ModelSource(folder, self.request["digests"][name], dtype, trust)
+        else:
+            digest, kind = self._weights_digest(role), self._weights_folder(role)
+            assert digest is not None
+            source = ModelSource(entry.folder / kind, digest, dtype, trust)
+        adapter = self._adapter(role)
+        if adapter is not None:
+            manifest = adapter.manifest()
+            assert manifest is not None
+            made = AdapterSource(adapter.folder / "model", manifest.payload_digest)
+            source = replace(source, adapter=made)
         if not self.warm.shelf.holds(source):
-            entry.opened(kind)
+            if entry is not None:
+                entry.opened(source.folder.name)
+            if adapter is not None:
+                adapter.opened("model")
+        lora = self.recipe.student.lora
+        if role == STUDENT and lora is not None and not self.warm.lora_fits:
+            require_targets(source.folder, lora, trust_remote_code=trust)  # before anything is sampled
+            self.warm.lora_fits = True
         return source
 
     def _text(self, role: str) -> Text:
@@ -463,7 +499,9 @@ class _Task:
 
     def _student_trainer(self, checkpoint: Path | None) -> Trainer:
         """The student with its optimizer: warm from the last round, from a checkpoint, or from disk."""
-        recipe, settings = self.recipe, self.recipe.train
+        recipe = self.recipe
+        if recipe.student.lora is not None:
+            return self._adapter_trainer(recipe.student.lora, checkpoint)
         entry, name = self._origin(STUDENT)
         manifest = entry.manifest() if entry else None
         warm, self.warm.trainer = self.warm.trainer, None
@@ -474,33 +512,65 @@ class _Task:
             and warm[0] == manifest.payload_digest
         ):
             return warm[1]
-        steps = settings.minibatches * settings.epochs
-        dtype, _ = resolve_dtype(recipe.student.dtype, self.warm.device)
         opens = self.step.inputs[STUDENT].opens if entry else ()
         if entry is not None:
             entry.opened(*opens)
         folder = entry.folder if entry else self._base_folder(name)
         assert folder is not None
         weights = checkpoint / "model" if checkpoint else folder / "model" if entry else folder
-        trainer = Trainer(
-            self._open(weights, trust=recipe.student.trust_remote_code),
-            settings.optimizer,
-            horizon=(settings.optimizer.schedule_rounds or recipe.rounds) * steps,
-            compute=dtype,
-            gradient_checkpointing=recipe.runtime.gradient_checkpointing,
-        )
+        trainer = self._trainer(self._open(weights, trust=recipe.student.trust_remote_code))
         if checkpoint is not None:
             trainer.restore(*read_trainer(checkpoint / "trainer"))
         elif "trainer" in opens:
             trainer.restore(*read_trainer(folder / "trainer"))
         return trainer
 
+    def _adapter_trainer(self, lora: Lora, checkpoint: Path | None) -> Trainer:
+        """The student's adapter with its optimizer, on the network that also samples: nothing is there twice."""
+        source, entry = self._source(STUDENT), self._adapter(STUDENT)
+        model = self.warm.shelf.get(source)
+        warm, self.warm.trainer = self.warm.trainer, None
+        if (
+            checkpoint is None
+            and warm is not None
+            and source.adapter is not None
+            and warm[0] == source.adapter.digest
+            and warm[1].model is model
+        ):
+            return warm[1]
+        if entry is None:
+            seed = self.recipe.seed if lora.seed is None else lora.seed
+            start_adapter(model, lora, seed=derive_seed(seed, "lora"))
+        if checkpoint is not None:
+            read_adapter(model, checkpoint / "model")
+        trainer = self._trainer(model)
+        if checkpoint is not None:
+            trainer.restore(*read_trainer(checkpoint / "trainer"))
+        elif entry is not None:
+            trainer.restore(*read_trainer(entry.opened("trainer") / "trainer"))
+        return trainer
+
+    def _trainer(self, model: Any) -> Trainer:
+        """A student of the recipe with a fresh optimizer."""
+        recipe, settings = self.recipe, self.recipe.train
+        dtype, _ = resolve_dtype(recipe.student.dtype, self.warm.device)
+        steps = settings.minibatches * settings.epochs
+        return Trainer(
+            model,
+            settings.optimizer,
+            horizon=(settings.optimizer.schedule_rounds or recipe.rounds) * steps,
+            compute=dtype,
+            gradient_checkpointing=recipe.runtime.gradient_checkpointing,
+        )
+
     def _keep_warm(self, trainer: Trainer, digest: str) -> None:
         settings = self.recipe.student if self.step.subject == "" else self._settings(self._own_role())
         dtype, _ = resolve_dtype(settings.dtype, self.warm.device)
         if self.step.stage == "sft":
             trainer.model.requires_grad_(False)  # from here on it is only asked
-        if dtype == trainer.model.dtype:
+        if self.step.stage == "train" and self.recipe.student.lora is not None:
+            self.warm.shelf.put_adapter(digest, trainer.model)
+        elif dtype == trainer.model.dtype:
             self.warm.shelf.put(digest, dtype, trainer.model)
         if self.step.stage == "train":
             self.warm.trainer = (digest, trainer)

@@ -23,6 +23,7 @@ Fields = dict[str, JsonValue]
 
 FORMATS: dict[Stage, int] = {"sft": 1, "rollout": 1, "teacher-score": 2, "train": 2, "evaluate": 2}
 STUDENT = "student"
+BASE = "base"  # the role of the model below the student's adapter, where a step made it
 UNRESOLVED = "unresolved"
 
 
@@ -238,6 +239,9 @@ class _Planner:
             "rollout.temperature": recipe.rollout.temperature,
             **self._student_fields(number - 1),
         }
+        if recipe.student.lora is not None and number == 1:  # later rounds go on with the adapter of this one
+            lora = recipe.student.lora
+            fields["student.lora"] = {**lora.model_dump(mode="json"), "seed": self._seed(lora.seed)}
         if objective.normalization == "fixed" and objective.fixed_length is None:
             fields["rollout.max_new_tokens"] = recipe.rollout.max_new_tokens
         inputs = {"rollout": Input(f"rollout@{number}", ()), **self._student_model(number - 1, trainer=True)}
@@ -317,7 +321,8 @@ class _Planner:
     def _student_fields(self, number: int) -> Fields:
         """The student as loaded; its identity enters here only where no step made it."""
         student = self.recipe.student
-        made = self._student_model(number)
+        # What a step makes of a model with an adapter is the adapter: the model below it is named all the same.
+        made = self._student_model(0 if student.lora is not None else number)
         return {
             "student.model": None if made else self._identity(STUDENT),
             "student.dtype": student.dtype,
@@ -327,7 +332,10 @@ class _Planner:
 
     def _student_model(self, number: int, *, trainer: bool = False) -> dict[str, Input]:
         if number > 0:
-            return {"student": Input(f"train@{number}", ("model", "trainer") if trainer else ("model",))}
+            inputs = {STUDENT: Input(f"train@{number}", ("model", "trainer") if trainer else ("model",))}
+            if self.recipe.student.lora is not None and (below := self._student_model(0)):
+                inputs[BASE] = below[STUDENT]
+            return inputs
         if _has_cold_start(self.recipe.student):
             return {"student": Input(f"sft:{STUDENT}@0", ("model",))}
         return {}
@@ -338,8 +346,8 @@ class _Planner:
         if teacher.self_ == "ema" and number > 0:
             return {role: Input(f"train@{number}", ("ema",))}
         if teacher.self_ is not None:
-            source = self._student_model(number if teacher.self_ == "current" else 0).get("student")
-            return {role: source} if source else {}
+            found = self._student_model(number if teacher.self_ == "current" else 0)
+            return {role if name == STUDENT else name: source for name, source in found.items()}
         if _has_cold_start(teacher):
             return {role: Input(f"sft:{teacher.name}@0", ("model",))}
         return {}
@@ -348,9 +356,11 @@ class _Planner:
         identity = self._identity(STUDENT if teacher.self_ is not None else teacher.name)
         own = ("model", "revision", "scratch", "sft", "only", "weight", "decay")
         role = teacher_role(self.recipe, teacher)
+        is_adapter = teacher.self_ is not None and self.recipe.student.lora is not None
+        made = self._student_model(0) if is_adapter else self._teacher_model(teacher, number)
         fields: Fields = {
             role: _without(self._dumped(teacher.name), *own),
-            f"{role}.model": None if self._teacher_model(teacher, number) else identity,
+            f"{role}.model": None if made else identity,
         }
         return fields if teacher.only is None else {**fields, f"{role}.only": _routes(teacher)}
 

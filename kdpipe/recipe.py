@@ -148,8 +148,26 @@ class Scratch(Section):
         return self
 
 
+class Lora(Section):
+    """Train low-rank adapters on frozen weights: B A x * alpha / rank, beside the layers in `targets`.
+
+    `targets` are last names of layers, or all linear layers below the output head. No dropout: log-probs are
+    taken with it off.
+    """
+
+    rank: Count = 16
+    alpha: Count = 32
+    targets: (
+        Literal["all-linear"] | Annotated[list[Annotated[str, Field(pattern=r"^\w+$")]], Field(min_length=1)]
+    ) = "all-linear"
+    seed: Seed | None = None
+
+
 class Student(Section):
-    """The model that learns: `model` (hub id or local folder) or `scratch`, and its optional cold start."""
+    """The model that learns: `model` (hub id or local folder) or `scratch`, and its optional cold start.
+
+    The cold start trains all weights, also with `lora`: the adapter begins in round 1, on what it left.
+    """
 
     model: str | None = None
     revision: str | None = None
@@ -158,6 +176,7 @@ class Student(Section):
     trust_remote_code: bool = False
     template: dict[str, JsonValue] = {}
     sft: Sft | None = None
+    lora: Lora | None = None
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Student":
@@ -731,6 +750,11 @@ class Recipe(Section):
         if len({teacher.decay for teacher in self.teachers if teacher.decay is not None}) > 1:
             raise ValueError(
                 "teachers with self: ema have different decays: one average is kept, give them the same"
+            )
+        if self.ema_decay is not None and self.student.lora is not None:
+            raise ValueError(
+                "self: ema averages whole weights, and with student.lora only an adapter is kept of each round: "
+                "use self: initial or self: current, or train all weights"
             )
         silent = [teacher for teacher in self.teachers if self._is_the_sampler(teacher)]
         if silent and (not self.is_mixed or len(silent) == len(names)):

@@ -10,11 +10,13 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -33,6 +35,7 @@ from kdpipe.workers import Worker
 
 PERFORMER = "kdpipe.perform:Performer"
 FREE_BYTES_FLOOR = 64 << 20
+PEFT = "peft>=0.21"  # as the extra `lora` says
 
 
 class Display(Protocol):
@@ -154,6 +157,7 @@ class _Run:
         todo = sum(not states[step.id].done or step.id in again for step in steps)
         self.display.begin(project.run, todo, len(steps) - todo)
         if todo:
+            self._require_peft()
             self._warn_of_bias()
         gated = False
         for step in steps:
@@ -179,6 +183,14 @@ class _Run:
             mirror.nudge()
             self.digests[step.id] = inspect(project.store, step, self.digests).digest
             self._tell_round(step, performed=not state.done)
+
+    def _require_peft(self) -> None:
+        """Stops a run that will need peft where it is missing, before anything is sampled for nothing."""
+        if self.project.recipe.student.lora is not None and find_spec("peft") is None:
+            raise PreflightError(
+                "student.lora: peft, which makes the adapters, is not installed",
+                hint=f"install it: pip install {shlex.quote(PEFT)}",
+            )
 
     def _warn_of_bias(self) -> None:
         """Says once what the recipe allows although it biases the result (method: temperature)."""
@@ -313,6 +325,8 @@ class _Run:
         need = FREE_BYTES_FLOOR
         if step.stage in ("train", "sft"):
             copies = 5 if self.project.recipe.ema_decay is None else 7
+            if step.round == 1 and self.project.recipe.student.lora is not None:
+                copies = 1  # no adapter is there yet to judge by; all that one writes is less than the model
             need += copies * max([_model_bytes(folder) for folder in self._model_folders(step)], default=0)
         free = shutil.disk_usage(self.project.workspace).free
         if free < need:
@@ -325,7 +339,8 @@ class _Run:
         for role, source in step.inputs.items():
             if role == "student":
                 yield self.project.store.entry(self.project.plan.step(source.step_id)).folder / "model"
-        if (name := step.subject or STUDENT) in self.folders:
+        has_adapter = step.round > 1 and self.project.recipe.student.lora is not None
+        if (name := step.subject or STUDENT) in self.folders and not has_adapter:
             yield self.folders[name]
 
     def _tell_round(self, step: Step, *, performed: bool) -> None:

@@ -1,5 +1,7 @@
 """A model being trained: float32 masters, AdamW, schedule, clipping, and their state on disk.
 
+Only weights that require gradients are trained: with a LoRA adapter those of the adapter.
+
 Left out on purpose: loss scaling (bfloat16 needs none) and parameter groups (one weight decay for all, as AReaL).
 """
 
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 class Trainer:
     """Takes gradients and optimizer steps on one model; `step` counts optimizer steps since its start.
 
-    `compute` is the dtype of matrix products: where it is not float32, the float32 weights are cast under autocast.
+    `compute` is the dtype of matrix products: where it is neither float32 nor that of the model's own weights, the
+    float32 weights are cast under autocast. (Frozen weights below an adapter are narrow themselves.)
     """
 
     def __init__(
@@ -65,8 +68,8 @@ class Trainer:
         return settings.learning_rate * factor
 
     def computing(self) -> contextlib.AbstractContextManager[None]:
-        """The context of a forward pass: autocast where the compute dtype is not the masters'."""
-        if self.compute == torch.float32:
+        """The context of a forward pass: autocast where the compute dtype is not the weights'."""
+        if self.compute in (torch.float32, self.model.dtype):
             return contextlib.nullcontext()
         return torch.autocast(self.model.device.type, dtype=self.compute)
 

@@ -40,9 +40,10 @@ class FakeEngine:
     def load(self, source: ModelSource) -> None:
         if not Path(source.folder).is_dir():
             raise EngineError(f"{source.folder}: no such folder")
-        seed = int.from_bytes(hashlib.sha256(source.digest.encode()).digest()[:8], "big")
+        digest = source.digest if source.adapter is None else f"{source.digest} {source.adapter.digest}"
+        seed = int.from_bytes(hashlib.sha256(digest.encode()).digest()[:8], "big")
         self._logits = np.random.default_rng(seed).normal(size=(self._num_rows, self._num_rows))
-        self.loaded.append(source.digest)
+        self.loaded.append(digest)
 
     def sample(
         self, requests: Sequence[SampleRequest], sampling: Sampling, *, progress: Progress

@@ -192,6 +192,16 @@ RECIPES = {
     "too many minibatches": Bad(("train.minibatches=17",), ("train.minibatches", "larger than the number")),
     "heads that do not divide": Bad(("student.scratch.num_heads=3",), ("num_heads (3) must divide",)),
     "scratch for text": Bad(("task={kind: gsm8k}",), ("scratch needs a task with its own tokenizer",)),
+    "an adapter of no rank": Bad(
+        ("student.lora={rank: 0}",), ("student.lora.rank", "greater than or equal to 1")
+    ),
+    "an adapter with dropout": Bad(("student.lora={dropout: 0.1}",), ("student.lora.dropout", "unknown key")),
+    "an adapter on nothing": Bad(("student.lora={targets: []}",), ("student.lora.targets", "at least 1")),
+    "an average of adapters": Bad(
+        ("student.lora={}", "teachers=[{self: ema, decay: 0.9}]"),
+        ("self: ema averages whole weights", "student.lora"),
+    ),
+    "a target that is a path": Bad(("student.lora={targets: [model.q_proj]}",), ("lora.targets", "pattern")),
     "no shards of 0 rows": Bad(("runtime.part_rows=0",), ("runtime.part_rows", "greater than or equal to 1")),
 }
 
@@ -385,6 +395,16 @@ MODELS = {
         4,
         RUN,
     ),
+    "an adapter on a layer that is not there": Bad(
+        ("student={model: ./model, lora: {targets: [q_proj, c_attn]}}", *SELF),
+        ("student.lora.targets", "no layer called 'c_attn'", "q_proj"),
+        4,
+        RUN,
+        models={"model": "arithmetic"},
+    ),
+    "an adapter on the output head": Bad(
+        ("student.lora={targets: [lm_head]}",), ("student.lora.targets", "the output head", "q_proj"), 4, RUN
+    ),
     "an engine that is not there": Bad(("rollout.engine=vllm",), ("vllm",), 1, RUN),
     "a device that is not there": Bad(("runtime.device=cuda:7",), ("cuda:7", "CUDA devices"), 2, RUN),
     "a device that is none": Bad(("runtime.device=toaster",), ("toaster",), 2, RUN),
@@ -413,6 +433,15 @@ COMMANDS = {
     ),
     "export over something": Bad(command=("export", "RECIPE", "."), words=("not an empty folder",)),
     "export onto a file": Bad(command=("export", "RECIPE", "recipe.yaml"), words=("not an empty folder",)),
+    "export of an adapter that is none": Bad(
+        command=("export", "RECIPE", "exported", "--adapter"), words=("--adapter", "the student has none")
+    ),
+    "export of the adapter before training": Bad(
+        ("student={model: ./model, lora: {}}", *SELF),
+        ("--adapter", "student 0 has none"),
+        command=("export", "RECIPE", "exported", "--adapter"),
+        models={"model": "arithmetic"},
+    ),
     "samples before sampling": Bad(command=("samples", "RECIPE"), words=("nothing was sampled yet",)),
     "no samples at all": Bad(
         command=("samples", "RECIPE", "--limit", "0"), words=("--limit", "greater than or equal to 1")
@@ -495,6 +524,20 @@ def test_a_mistake_gets_one_clear_message_and_its_exit_code(
     assert result.stdout == ""
     after = {path for path in tmp_path.rglob("*") if "out" not in path.relative_to(tmp_path).parts}
     assert after == before, "a command that fails writes outside its workspace"
+
+
+@pytest.mark.usefixtures("near")
+def test_adapters_without_peft_stop_a_run_before_its_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kdpipe.runner, "find_spec", lambda name: None if name == "peft" else name)
+    recipe = write_recipe(tmp_path, student__lora={})
+    args = ["run", str(recipe), "--workspace", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == 4, result.output
+    assert "peft" in result.stderr
+    assert "pip install 'peft>=0.21'" in result.stderr
+    assert not list((tmp_path / "out").glob("store/*/*"))
 
 
 def test_the_table_is_long_enough() -> None:

@@ -47,6 +47,7 @@ LEVELS = {
     "routing": 2.5,
     "sampling": 2.1,
     "forward": 2.1,
+    "adapters": 2.1,
     "checkpoints": 2.2,
     "hidden": 2,
     "micro_batch": 2.2,
@@ -80,10 +81,11 @@ LEVELS = {
     "cli": 6,
 }
 
-# The modules that may import a library; `trainer` names a model's type and calls nothing of the library.
+# The modules that may import a library; some name a model's type and call nothing of the library.
 DOORS = {
     "vllm": {"engines.vllm"},
-    "transformers": {"engines.hf", "engines.decoding", "prompting", "checkpoints", "trainer"},
+    "transformers": {"engines.hf", "engines.decoding", "prompting", "checkpoints", "trainer", "adapters"},
+    "peft": {"adapters"},
     "mlflow": {"tracking"},
     "typer": {"cli"},
     "click": {"cli"},
@@ -96,7 +98,7 @@ DOORS = {
     "marshal": set[str](),
     "shelve": set[str](),
 }
-TYPES_ONLY = {("trainer", "transformers")}
+TYPES_ONLY = {("trainer", "transformers"), ("adapters", "transformers")}
 FORBIDDEN_CALLS = {
     "eval",
     "exec",

@@ -66,6 +66,12 @@ GRPO: Document = {
     "train": {"objective": {"kind": "grpo", "dual_clip": 3.0}},
     "evaluate": {"reverse_kl_problems": 0},
 }
+LORA: Document = {
+    **DISTILL,
+    "name": "adapter",
+    "student": {"scratch": {}, "sft": SFT, "lora": {"targets": ["q_proj"]}},
+    "teachers": [{"self": "initial", "prompt": "{question} {solution}"}],
+}
 ROUTED: Document = {
     **DISTILL,
     "name": "routed",
@@ -121,7 +127,9 @@ FORMS: list[Document] = [
     {**GSM8K, "name": f"form-{number}", "train": {"objective": objective}}
     for number, objective in enumerate(OBJECTIVES)
 ]
-BASIC = {document["name"]: document for document in (DISTILL, GSM8K, JSONL, TOKENS, GRPO, ROUTED, MIXED, EMA)}
+BASIC = {
+    document["name"]: document for document in (DISTILL, GSM8K, JSONL, TOKENS, GRPO, ROUTED, MIXED, EMA, LORA)
+}
 RECIPES = BASIC | {document["name"]: document for document in FORMS}
 
 
@@ -338,6 +346,60 @@ def test_round_r_samples_from_student_r_minus_1() -> None:
     assert plan.step("train@3").inputs["student"].opens == ("model", "trainer")
     assert plan.step("train@1").inputs["student"].opens == ("model",)
     assert plan.step("evaluate@3").inputs["student"].step_id == "train@3"
+
+
+def test_an_adapter_goes_with_the_model_below_it() -> None:
+    plan = plan_of(LORA)
+    for step_id in ("rollout@1", "train@1", "evaluate@0"):
+        assert plan.step(step_id).inputs["student"].step_id == "sft:student@0"
+        assert "base" not in plan.step(step_id).inputs
+    for step_id in ("rollout@2", "train@2", "evaluate@1"):
+        inputs = plan.step(step_id).inputs
+        assert (inputs["student"].step_id, inputs["base"].step_id) == ("train@1", "sft:student@0")
+        assert inputs["base"].opens == ("model",)
+    assert plan.step("teacher-score@2").inputs["teacher"].step_id == "sft:student@0"
+
+
+def test_a_teacher_that_is_the_student_as_it_samples_goes_with_the_model_below_its_adapter() -> None:
+    teacher = {"self": "current", "prompt": "{question} {solution}"}
+    plan = plan_of({**LORA, "teachers": [teacher]})
+    inputs = plan.step("teacher-score@2").inputs
+    assert (inputs["teacher"].step_id, inputs["base"].step_id) == ("train@1", "sft:student@0")
+    assert set(plan.step("teacher-score@1").inputs) == {"rollout", "teacher"}
+    recipe = recipe_of({**GSM8K, "student": {"model": "org/student", "lora": {}}, "teachers": [teacher]})
+    named = make_plan(recipe, identities_of(recipe)).step("teacher-score@2")
+    assert named.document["fields"]["teacher.model"] == {"hub": "org/student", "revision": "pinned"}  # type: ignore[index, call-overload]
+
+
+@pytest.mark.parametrize("setting", ["rank", "alpha", "seed"])
+def test_another_adapter_reuses_all_that_was_there_before_it_counts(setting: str) -> None:
+    before, after = (
+        plan_of(with_value(LORA, ("student", "lora"), {setting: value})).steps for value in (5, 6)
+    )
+    first = next(a.id for a, b in zip(before, after, strict=True) if a.fingerprint != b.fingerprint)
+    assert first == "train@1"
+    documents = [step.document["fields"] for step in before if step.stage == "train"]
+    assert ["student.lora" in fields for fields in documents if isinstance(fields, dict)] == [
+        True,
+        False,
+        False,
+    ]
+
+
+def test_an_adapter_without_a_seed_has_the_recipes_and_not_that_of_train() -> None:
+    step = plan_of({**LORA, "seed": 4, "train": {"seed": 9}}).step("train@1")
+    assert step.document["fields"]["student.lora"]["seed"] == 4  # type: ignore[index, call-overload]
+
+
+def test_a_named_model_below_an_adapter_counts_in_every_step_that_opens_it() -> None:
+    recipe = recipe_of({**GSM8K, "student": {"model": "org/student", "lora": {}}})
+    known = identities_of(recipe)
+    other = Identities({**known.models, "student": {"digest": "x"}}, known.data)
+    one, two = make_plan(recipe, known), make_plan(recipe, other)
+    for step_id in ("rollout@1", "rollout@2", "train@1", "train@2", "evaluate@2"):
+        a, b = (plan.step(step_id).document["fields"]["student.model"] for plan in (one, two))  # type: ignore[index, call-overload]
+        assert a is not None
+        assert a != b, step_id
 
 
 def test_ancestors_are_all_that_a_step_needs_and_no_more() -> None:

@@ -24,6 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from kdpipe.adapters import is_lora
 from kdpipe.batching import pad_right
 
 if TYPE_CHECKING:
@@ -67,9 +68,9 @@ def is_llama_like(model: PreTrainedModel) -> bool:
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or [])
     if windowed or (type(model) is MistralForCausalLM and config.sliding_window is not None):
         return False
-    # Adapters and quantisation replace the projections.
+    # Quantisation replaces the projections, and so do adapters, of which LoRA is computed here.
     return all(
-        type(module) is nn.Linear
+        type(module) is nn.Linear or is_lora(module)
         for name, module in model.named_modules()
         if name.rpartition(".")[2] in _PROJECTIONS
     )
@@ -255,14 +256,27 @@ class GenericDecoder:
         self._cache.batch_select_indices(rows)
 
 
-def _project(linear: nn.Linear, x_HB: torch.Tensor, *, onto: torch.Tensor | None = None) -> torch.Tensor:
-    """`weight @ x + bias`, added to `onto` where given."""
+def _project(linear: nn.Module, x_HB: torch.Tensor, *, onto: torch.Tensor | None = None) -> torch.Tensor:
+    """`weight @ x + bias`, and what an adapter adds to it, added to `onto` where given."""
+    if not isinstance(linear, nn.Linear):
+        return _project_adapted(linear, x_HB, onto=onto)
     if onto is None:
         if linear.bias is None:
             return torch.mm(linear.weight, x_HB)
         return torch.addmm(linear.bias[:, None], linear.weight, x_HB)
     result = torch.addmm(onto, linear.weight, x_HB)
     return result if linear.bias is None else result.add_(linear.bias[:, None])
+
+
+def _project_adapted(layer: Any, x_HB: torch.Tensor, *, onto: torch.Tensor | None) -> torch.Tensor:
+    """The projection below the adapter, and `B (A x) * scaling` in the adapter's dtype where it is on."""
+    result = _project(layer.base_layer, x_HB, onto=onto)
+    if layer.disable_adapters:
+        return result
+    [name] = layer.active_adapters
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    inner = torch.mm(down, x_HB.to(down.dtype))
+    return torch.addmm(result.to(down.dtype), up, inner, alpha=layer.scaling[name]).to(x_HB.dtype)
 
 
 def _norm(x: torch.Tensor, norm: Any) -> torch.Tensor:

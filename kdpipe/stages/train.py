@@ -418,7 +418,8 @@ def _write(
     ]
     job.draft.write("completions.parquet", lambda path: write_rows(path, completions, COMPLETIONS))
     job.draft.write("model", lambda folder: write_model(trainer.model, text.tokenizer, folder, dtype=dtype))
-    masters = dtype != torch.float32
+    # Frozen weights are as narrow as they are written, and the adapter on them is written as wide as it is.
+    masters = trainer.model.dtype != dtype
     job.draft.write(
         "trainer",
         lambda folder: write_trainer(folder, tensors=trainer.tensors(masters=masters), state=trainer.state()),
