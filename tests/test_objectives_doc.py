@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -76,10 +77,10 @@ def choices(info: Any) -> list[str]:
     return [choice for choice in get_args(info.annotation) if isinstance(choice, str)]
 
 
-def study() -> ModuleType:
-    """benchmarks/objectives.py, which is a script."""
+def study(name: str = "objectives") -> ModuleType:
+    """A script of benchmarks/ as a module."""
     folder = ROOT / "benchmarks"
-    spec = importlib.util.spec_from_file_location("objectives_study", folder / "objectives.py")
+    spec = importlib.util.spec_from_file_location(f"{name}_study", folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -206,6 +207,15 @@ def test_the_document_holds_the_table_that_the_study_prints() -> None:
     marker = f"<!-- study: {RESULTS.relative_to(ROOT)} -->\n\n"
     assert DOC.count(marker) == 1
     assert DOC.partition(marker)[2].startswith(script.markdown(script.latest(script.read(RESULTS))) + "\n")
+
+
+def test_the_document_holds_the_table_of_measured_variances() -> None:
+    results = ROOT / "benchmarks" / "results" / "variance.jsonl"
+    marker = f"<!-- study: {results.relative_to(ROOT)} -->\n\n"
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert {row["seed"] for row in rows} == {1, 2, 3}
+    assert len({row["commit"] for row in rows}) == 1
+    assert DOC.partition(marker)[2].startswith(study("variance").markdown(rows) + "\n")
 
 
 def test_every_arm_of_the_study_is_a_recipe_of_equal_rollouts() -> None:
