@@ -169,7 +169,7 @@ def markdown(rows: Rows) -> str:
     if rows:
         first = {row["seed"]: row for row in rows}  # the arms of a seed have the same student before
         lines.append(["student before", *_means(list(first.values()), "before"), "", ""])
-        teacher = _points([row["teacher_accuracy"] for row in first.values()])
+        teacher = points([row["teacher_accuracy"] for row in first.values()])
         lines.append(["teacher", str(len(first)), teacher, "0", "", ""])
     for arm in ARMS:
         own = {row["seed"]: row for row in rows if row["arm"] == arm}
@@ -185,7 +185,7 @@ def _means(rows: Rows, when: str) -> list[str]:
     accuracy, reverse_kl = (
         [row[when][name] for row in rows] for name in ("accuracy", "reverse_kl_exact_nats")
     )
-    return [str(len(rows)), _points(accuracy), _nats(reverse_kl)]
+    return [str(len(rows)), points(accuracy), _nats(reverse_kl)]
 
 
 def _compared(arm: str, own: dict[int, dict[str, Any]], rows: Rows) -> list[str]:
@@ -198,10 +198,10 @@ def _compared(arm: str, own: dict[int, dict[str, Any]], rows: Rows) -> list[str]
         [own[seed]["after"][name] - grpo[seed]["after"][name] for seed in shared]
         for name in ("accuracy", "reverse_kl_exact_nats")
     )
-    return [_points(accuracy, signed=True), _nats(reverse_kl, signed=True)]
+    return [points(accuracy, signed=True), _nats(reverse_kl, signed=True)]
 
 
-def _points(fractions: list[float], *, signed: bool = False) -> str:
+def points(fractions: list[float], *, signed: bool = False) -> str:
     return _cell([100 * fraction for fraction in fractions], digits=1, signed=signed)
 
 

@@ -43,6 +43,7 @@ def run_recipe(recipe: Path, workspace: Path, overrides: list[str]) -> dict[str,
     end = json.loads(answer.stdout.splitlines()[-1])
     return {
         "recipe": recipe.name,
+        "run": end["run"],
         "overrides": overrides,
         "commit": commit(),
         "cpu_seconds": round(
