@@ -1,7 +1,8 @@
 """`check-loss`: what a recipe's objective does to the student, measured before money is spent (method: check-loss).
 
 Properties 1 to 3 are about the KD part alone: the gradient of the objective less that at `distill_weight: 0`, every
-completion enumerated. 4 and 5 are about the whole loss of an optimizer step.
+completion enumerated. 4 and 5 are about the whole loss of an optimizer step, in which a recipe with reference text
+has a completion of that kind.
 
 What `end_token` and `truncated` mask is decided by train, before the loss, and an expectation over what is left is
 no divergence: properties 1 to 3 are about completions of which everything counts.
@@ -157,6 +158,7 @@ def cases_of(recipe: Recipe) -> list[tuple[str, Case]]:
         teacher_temperature=recipe.teacher.temperature or recipe.rollout.temperature,
         keeps_hidden=recipe.keep.hidden,
         max_new_tokens=recipe.rollout.max_new_tokens,
+        has_references=recipe.rollout.on_policy_fraction < 1,
     )
     if objective.kd_rounds is None:
         return [("", case)]

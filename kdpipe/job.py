@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kdpipe.engine import Completion, SampleRequest, Sampling
+from kdpipe.engine import SampleRequest, Sampling
 from kdpipe.prompting import (
     PromptStyle,
     Tokenizer,
@@ -57,17 +57,19 @@ class Job:
         first: int = 0,
         part_schema: pa.Schema | None = None,
         finish: Callable[[Sequence[Path]], None] = lambda _: None,
+        rows_of: Callable[[Item], int] | None = None,
     ) -> int:
         """Writes payload table `name` from the rows that `build` makes of the items, part by part.
 
         Parts hold whole items, are cut from the recipe alone and numbered from `first`, so that a resumed step
         repeats the same batches; those that an earlier attempt finished are not built again. Parts may have
-        columns (`part_schema`) that the table has not: `finish` sees their files before. Returns the number of
-        the next free part.
+        columns (`part_schema`) that the table has not: `finish` sees their files before. An item has at most
+        `rows_per_item` rows, and so many unless `rows_of` says less. Returns the number of the next free part.
         """
         size = max(1, self.recipe.runtime.part_rows // rows_per_item)
         paths: list[Path] = []
-        self.pulse.start("completions", len(items) * rows_per_item)
+        counts = [rows_per_item if rows_of is None else rows_of(item) for item in items]
+        self.pulse.start("completions", sum(counts))
         for start in range(0, len(items), size):
             piece = items[start : start + size]
             path = self.draft.part(
@@ -75,7 +77,7 @@ class Job:
                 lambda path: write_rows(path, build(piece), part_schema or schema),  # noqa: B023
             )
             paths.append(path)
-            self.pulse.advance(len(piece) * rows_per_item)
+            self.pulse.advance(sum(counts[start : start + size]))
             self.pulse.safe_point()
         finish(paths)
         self.draft.write(name, lambda path: merge(paths, path, schema))
@@ -131,12 +133,10 @@ def request_for(prompt: list[int], samples: int, *seed: str | int) -> SampleRequ
 
 
 def read_completion(
-    recipe: Recipe, text: Text, problem: Problem, completion: Completion
+    recipe: Recipe, text: Text, problem: Problem, token_ids: Sequence[int]
 ) -> tuple[str, Graded]:
     """A completion's text and its grade."""
-    string = completion_text(
-        text.tokenizer, completion.token_ids, end_ids=text.end_ids, stop=recipe.rollout.stop
-    )
+    string = completion_text(text.tokenizer, token_ids, end_ids=text.end_ids, stop=recipe.rollout.stop)
     return string, grade(string, problem.expected, headline=recipe.task.headline)
 
 

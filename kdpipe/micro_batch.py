@@ -109,7 +109,7 @@ def micro_batch_loss(
     `distribution_support`. Raises NonFiniteError as `token_loss` does.
     """
     at = batch.kept.nonzero().squeeze(-1)
-    is_taught_n = batch.taught[at]
+    is_compared_n = batch.compared(objective)[at]
     needs_distribution = objective.has_kd and objective.distribution_support is not None
 
     def value(logprobs_CV: torch.Tensor, part: slice) -> torch.Tensor:
@@ -120,7 +120,7 @@ def micro_batch_loss(
             objective,
             logprobs_CV,
             teacher.at(places),
-            taught_N=is_taught_n[part],
+            taught_N=is_compared_n[part],
             places_N=places,
         )
 

@@ -56,7 +56,8 @@ class TokenBatch:
     `baseline` (of the sampled-token terms) are those of each token's completion. `kept` is False where no term
     may look, `scorable` where the KD term may not (the teacher lacks the id), `kd_open` where a KD mask closes
     the completion: whatever stands there is never read. `share` is the weight of each token in the optimizer
-    step's loss (see `shares`). `lengths` are the tokens of each completion, N in all.
+    step's loss (see `shares`). `lengths` are the tokens of each completion, N in all. `off_policy` is True in text
+    that the student did not sample, which has neither b, p, A, baseline nor KD mask: none of them is read there.
     """
 
     behaviour: Tensor
@@ -69,6 +70,7 @@ class TokenBatch:
     lengths: Sequence[int]
     teacher: Tensor | None = None
     baseline: Tensor | None = None
+    off_policy: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = (sum(self.lengths),)
@@ -80,9 +82,27 @@ class TokenBatch:
                 )
 
     @property
+    def sampled(self) -> Tensor:
+        """Bool [N]: the tokens that count and that the student sampled."""
+        return self.kept if self.off_policy is None else self.kept & ~self.off_policy
+
+    @property
     def taught(self) -> Tensor:
-        """Bool [N]: the tokens that the KD term looks at."""
-        return self.kept & self.scorable & self.kd_open
+        """Bool [N]: the student's own tokens that the KD term looks at."""
+        return self.sampled & self.scorable & self.kd_open
+
+    def given(self, objective: Objective) -> Tensor:
+        """Bool [N]: the off-policy tokens that `off_policy_term` looks at."""
+        if self.off_policy is None:
+            return torch.zeros_like(self.kept)
+        given = self.kept & self.off_policy
+        return given & self.scorable if objective.off_policy_loss == "kd" else given
+
+    def compared(self, objective: Objective) -> Tensor:
+        """Bool [N]: the tokens at which a term looks at two whole distributions."""
+        if objective.off_policy_loss == "kd":
+            return self.taught | self.given(objective)
+        return self.taught
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,20 +331,21 @@ def token_loss(
 
     `student_N` s carries the gradient; `distribution_N` is that of `distribution_value`, where the objective
     has a `distribution_support`. Metrics: `kept_tokens`; with an RL term `rl_loss`, `rl_clipped`,
-    `rl_behaviour_acted` (divide by `kept_tokens`); with a KD term `kd_tokens` and, to divide by it, `kd_loss`,
-    `kd_reverse_kl_nats` (s - q), `kd_ratio_acted`. Raises NonFiniteError where a kept token's s, b, p, q or
-    advantage is not finite and a term needs it.
+    `rl_behaviour_acted` (divide by `sampled_tokens`); with a KD term `kd_tokens` and, to divide by it, `kd_loss`,
+    `kd_reverse_kl_nats` (s - q), `kd_ratio_acted`; with off-policy text `off_policy_tokens` and, to divide by it,
+    `off_policy_loss`. Raises NonFiniteError where a kept token's s, b, p, q or advantage is not finite and a term
+    needs it.
     """
     if objective.kind == "then":
         raise ValueError("then is kd or grpo, depending on the round: see Objective.in_round")
-    kept, taught = (mask.nonzero().squeeze(-1) for mask in (batch.kept, batch.taught))
+    sampled, taught = (mask.nonzero().squeeze(-1) for mask in (batch.sampled, batch.taught))
     parts: list[Tensor] = []
-    metrics: dict[str, Tensor] = {"kept_tokens": batch.kept.sum()}
+    metrics: dict[str, Tensor] = {"kept_tokens": batch.kept.sum(), "sampled_tokens": batch.sampled.sum()}
     if objective.has_rl or objective.kind == "srpo":
         signal = _rl_signal(objective, batch, student_N, taught)
-        rl_n, rl_metrics = _rl_term(objective, batch, student_N, signal, kept)
+        rl_n, rl_metrics = _rl_term(objective, batch, student_N, signal, sampled)
         weight = 1.0 if objective.kind == "srpo" else objective.rl_weight
-        parts.append(weight * (batch.share[kept] * rl_n).sum())
+        parts.append(weight * (batch.share[sampled] * rl_n).sum())
         metrics |= rl_metrics
     if objective.has_kd:
         metrics |= _kd_metrics(batch, student_N, taught)
@@ -332,7 +353,26 @@ def token_loss(
         kd_n, kd_metrics = _kd_term(objective.kd, batch, student_N, distribution_N, taught)
         parts.append(objective.distill_weight * (batch.share[taught] * kd_n).sum())
         metrics |= kd_metrics
+    if objective.has_kd and batch.off_policy is not None:
+        at = batch.given(objective).nonzero().squeeze(-1)
+        given_n = _off_policy_term(objective, student_N, distribution_N, at)
+        parts.append(objective.distill_weight * (batch.share[at] * given_n).sum())
+        metrics["off_policy_tokens"] = torch.tensor(len(at), device=at.device)
+        metrics["off_policy_loss"] = given_n.detach().sum()
     return torch.stack(parts).sum(), metrics
+
+
+def _off_policy_term(
+    objective: Objective, student_N: Tensor, distribution_N: Tensor | None, at: Tensor
+) -> Tensor:
+    """The term of the off-policy tokens `at`: their cross-entropy, or the divergence at them."""
+    if objective.off_policy_loss == "cross_entropy":
+        _require_finite(at, {"the student's log-prob": student_N[at]})
+        return -student_N[at]
+    if distribution_N is None:
+        raise ValueError("off_policy_term kd needs distribution_N")
+    _require_finite(at, {"the divergence": distribution_N[at]})
+    return distribution_N[at]
 
 
 def _rl_signal(objective: Objective, batch: TokenBatch, student_N: Tensor, taught: Tensor) -> Tensor:

@@ -233,6 +233,8 @@ class _Planner:
         phase = {**train["objective"], "kind": objective.kind, "kd_rounds": objective.kd_rounds}
         if objective.distill_schedule.kind != "constant":
             phase["distill_schedule"] = {**phase["distill_schedule"], "rounds": recipe.distill_horizon}
+        if recipe.rollout.on_policy_fraction < 1:
+            phase["off_policy_term"] = objective.off_policy_loss
         fields: Fields = {
             "train": {**train, "optimizer": optimizer, "objective": phase},
             "reproduce": recipe.reproduce,
@@ -269,7 +271,9 @@ class _Planner:
         }
         inputs = dict(self._student_model(number))
         if section.reverse_kl_problems:
-            rollout = _without(self.sections["rollout"], "seed", "prompts", "samples", "engine")
+            rollout = _without(
+                self.sections["rollout"], "seed", "prompts", "samples", "on_policy_fraction", "engine"
+            )
             fields |= {"rollout": rollout, "teacher_score.engine": recipe.teacher_score.engine}
             fields |= self._mixture() | self._alias()
             for teacher in recipe.teachers:

@@ -254,17 +254,32 @@ class Teacher(Section):
 
 
 class RolloutSection(Section):
-    """How each round samples from the student."""
+    """How each round samples from the student.
+
+    `on_policy_fraction` is the share of a round's prompts that it samples for; each of the others gives one row, the
+    reference solution, which train takes by `off_policy_term`.
+    """
 
     engine: EngineName = "hf"
     prompts: Count = 64
     samples: Count = 1
+    on_policy_fraction: Fraction = 1.0
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     max_new_tokens: Count = 256
     stop: list[Annotated[str, Field(min_length=1)]] = []
     seed: Seed | None = None
+
+    @property
+    def on_policy_prompts(self) -> int:
+        """How many of a round's prompts the student samples for."""
+        return round(self.on_policy_fraction * self.prompts)
+
+    @property
+    def rows(self) -> int:
+        """Completions of a round: the student's samples, and a reference for each other prompt."""
+        return self.on_policy_prompts * self.samples + self.prompts - self.on_policy_prompts
 
 
 class KeepTopK(Section):
@@ -469,6 +484,7 @@ class Objective(Section):
     `mask` closes the KD term of kdrl where the student is right anyway. `normalization`: what an optimizer step's
     sum over tokens is divided by. `truncated`: completions cut at max_new_tokens count, are dropped, or
     get reward 0. `end_token: mask` leaves the end token out; `alias` swaps the teacher's end id with the student's.
+    `off_policy_term`: what reference text gets in the place of all this, weighted by `distill_weight`.
     """
 
     kind: Literal["kd", "grpo", "kdrl", "srpo", "then"] = "kd"
@@ -491,6 +507,7 @@ class Objective(Section):
     fixed_length: Count | None = None
     truncated: Literal["keep", "drop", "no_reward"] = "keep"
     end_token: Literal["keep", "mask", "alias"] = "keep"  # noqa: S105 (no password)
+    off_policy_term: Literal["kd", "cross_entropy"] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -509,6 +526,11 @@ class Objective(Section):
     def has_rl(self) -> bool:
         """Whether some phase computes the RL term."""
         return self.kind != "kd" and self.rl_weight > 0
+
+    @property
+    def off_policy_loss(self) -> Literal["kd", "cross_entropy"]:
+        """The term of off-policy text: `off_policy_term`, and without one `kd` where that needs no ratio."""
+        return self.off_policy_term or ("kd" if isinstance(self.kd, DistributionTerm) else "cross_entropy")
 
     @property
     def distribution_support(self) -> AnySupport | None:
@@ -542,6 +564,11 @@ class Objective(Section):
                 raise ValueError(
                     "srpo takes kd: rkl without further settings: its signal goes through the RL loss"
                 )
+        if self.off_policy_term == "kd" and not isinstance(self.kd, DistributionTerm):
+            raise ValueError(
+                f"off_policy_term: kd needs a term over whole distributions (jsd, skew_kl, skew_rkl): {self.kd.term} "
+                "goes by tokens that the student sampled, and it did not sample reference text; use cross_entropy"
+            )
         if self.fixed_length is not None and self.normalization != "fixed":
             raise ValueError("fixed_length goes with normalization: fixed")
         schedule = self.distill_schedule
@@ -719,8 +746,31 @@ class Recipe(Section):
                 raise ValueError(f"{where}: scratch needs a task with its own tokenizer (arithmetic)")
         if objective.has_rl and self.rollout.samples == 1:
             raise ValueError("an RL term needs rollout.samples of 2 or more: a group of one has no advantage")
-        if self.train.minibatches > self.rollout.prompts * self.rollout.samples:
+        if self.train.minibatches > self.rollout.rows:
             raise ValueError("train.minibatches is larger than the number of completions of a round")
+        return self
+
+    @model_validator(mode="after")
+    def _off_policy_text_fits(self) -> "Recipe":
+        objective, rollout = self.train.objective, self.rollout
+        if rollout.on_policy_fraction == 1:
+            if objective.off_policy_term is not None:
+                raise ValueError(
+                    "train.objective.off_policy_term has no effect where every prompt is sampled for: "
+                    "set rollout.on_policy_fraction below 1, or remove it"
+                )
+            return self
+        if not objective.has_kd or objective.kind == "then":
+            why = "has rounds without a KD term" if objective.kind == "then" else "has no KD term"
+            raise ValueError(
+                f"rollout.on_policy_fraction below 1 needs an objective with a KD term, whose weight reference text "
+                f"gets: kind {objective.kind} {why}; set on_policy_fraction to 1, or take kind kd, kdrl or srpo"
+            )
+        if objective.has_rl and not rollout.on_policy_prompts:
+            raise ValueError(
+                f"an RL term needs completions of the student: rollout.on_policy_fraction "
+                f"{rollout.on_policy_fraction:g} of {rollout.prompts} prompts is none"
+            )
         return self
 
     def _is_the_sampler(self, teacher: Teacher) -> bool:

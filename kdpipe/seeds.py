@@ -29,3 +29,9 @@ def round_indices(ids: Sequence[str], *, prompts: int, round_number: int, seed: 
     epoch, place = divmod(round_number - 1, rounds_per_epoch)
     order = permutation(ids, seed, "epoch", epoch)
     return order[place * prompts : (place + 1) * prompts]
+
+
+def chosen_ids(ids: Sequence[str], *, count: int, round_number: int, seed: int) -> frozenset[str]:
+    """The `count` of a round's ids that the student samples for; with a larger count the same and others."""
+    order = permutation(ids, seed, "on-policy", round_number)
+    return frozenset(ids[index] for index in order[:count])

@@ -45,6 +45,8 @@ STEP: list[Completion] = [
 """The completions of an optimizer step, two to a prompt; those of the last prompt are both wrong."""
 MASKED_ENDS, DROPPED, NOT_SCORABLE = (1, 6, 7), 3, ((0, 1), (4, 0))
 """Completions of the step whose last token, or all of which, is masked, and tokens that the teacher lacks."""
+REFERENCE = 4
+"""The completion of the step that stands for reference text, where a recipe has some."""
 CHUNK = 512
 
 
@@ -57,6 +59,7 @@ class Case:
     teacher_temperature: float
     keeps_hidden: bool
     max_new_tokens: int
+    has_references: bool = False
 
     def having(self, changes: dict[str, Any]) -> Case:
         """The same with a changed objective."""
@@ -100,6 +103,7 @@ class Row:
     scorable_n: Tensor
     is_open: bool = True
     share: float = 1.0
+    is_reference: bool = False
 
     @property
     def teacher_n(self) -> Tensor:
@@ -108,8 +112,8 @@ class Row:
 
     @property
     def taught_n(self) -> Tensor:
-        """The tokens that the KD part looks at."""
-        return self.kept_n & self.scorable_n & self.is_open
+        """The sampled tokens that the KD part looks at."""
+        return self.kept_n & self.scorable_n & (self.is_open and not self.is_reference)
 
 
 # ----------------------------------------------------------------------------------------------- policies
@@ -224,6 +228,7 @@ def as_step(case: Case, rows: Sequence[Row], *, harmful: float | None = None, cu
     rows[DROPPED] = replace(rows[DROPPED], kept_n=torch.zeros_like(rows[DROPPED].kept_n))
     for number, place in NOT_SCORABLE:
         rows[number] = replace(rows[number], scorable_n=_all_but(rows[number], place))
+    rows[REFERENCE] = replace(rows[REFERENCE], is_reference=case.has_references)
     prompts = [number // 2 for number in range(len(rows))]
     rows = _opened(case, rows, prompts)
     if cut:
@@ -246,9 +251,11 @@ def _all_but(row: Row, place: int) -> Tensor:
 
 def _opened(case: Case, rows: Sequence[Row], prompts: Sequence[int], *, all_wrong: bool = False) -> list[Row]:
     """The rows as the KD mask leaves them."""
-    grades = [not all_wrong and is_right(row.tokens) for row in rows]
-    found = open_completions(case.objective, grades, prompts)
-    return [replace(row, is_open=is_open) for row, is_open in zip(rows, found, strict=True)]
+    own = [number for number, row in enumerate(rows) if not row.is_reference]
+    grades = [not all_wrong and is_right(rows[number].tokens) for number in own]
+    found = open_completions(case.objective, grades, [prompts[number] for number in own])
+    is_open = dict(zip(own, found, strict=True))
+    return [replace(row, is_open=is_open.get(number, False)) for number, row in enumerate(rows)]
 
 
 def _with_baselines(case: Case, rows: Sequence[Row], scopes: Sequence[int]) -> list[Row]:
@@ -271,14 +278,17 @@ def _harmed(case: Case, row: Row, value: float) -> Row:
         is_read = is_read_n if tensor.ndim == 1 else is_read_n[:, None]
         return torch.where(is_read, tensor, value)
 
-    by_ratio_n = row.kept_n if case.has_rl_loss else row.taught_n
+    by_ratio_n = row.kept_n & (not row.is_reference) if case.has_rl_loss else row.taught_n
+    by_teacher_n = row.taught_n
+    if row.is_reference and case.objective.off_policy_loss == "kd":
+        by_teacher_n = row.kept_n & row.scorable_n
     return replace(
         row,
         behaviour_n=put(row.behaviour_n, by_ratio_n),
         proximal_n=put(row.proximal_n, by_ratio_n),
         advantage_n=put(row.advantage_n, by_ratio_n),
         baseline_n=put(row.baseline_n, row.taught_n),
-        teacher_nV=put(row.teacher_nV, row.taught_n),
+        teacher_nV=put(row.teacher_nV, by_teacher_n),
     )
 
 
@@ -321,6 +331,7 @@ def loss_of(case: Case, rows: Sequence[Row], hidden_NH: Tensor, head: Head) -> T
         lengths=counts.tolist(),
         teacher=torch.cat([row.teacher_n for row in rows]),
         baseline=torch.cat([row.baseline_n for row in rows]),
+        off_policy=spread([row.is_reference for row in rows]),
     )
     loss, _ = micro_batch_loss(
         case.objective,

@@ -371,9 +371,11 @@ def sample_lines(step: str, rows: Sequence[dict[str, Any]], paint: Paint) -> lis
         answer = row["answer_strict"] or row["answer_flexible"]
         found = "no answer" if answer is None else f"found {answer}"
         cut = ", cut at the length limit" if row["finish_reason"] == "length" else ""
+        # Grades have no source: all of them are of samples.
+        which = "reference text" if row.get("source") == "reference" else f"sample {number}"
         lines += [
             "",
-            f"{paint(f'{inert(prompt_id)} sample {number}', 'bold')}: {grade}",
+            f"{paint(f'{inert(prompt_id)} {which}', 'bold')}: {grade}",
             *_indented(row["question"], "  | ", paint),
             *_indented(row["text"], "  > ", paint),
             paint(inert(f"  expected {row['expected']}, {found}{cut}"), "dim"),

@@ -189,6 +189,33 @@ RECIPES = {
     "a cap without control": Bad(
         ("train.objective.kd={term: rkl, ratio: {cap: 2}}",), ("control none takes no parameters",)
     ),
+    "a share above 1": Bad(
+        ("rollout.on_policy_fraction=1.5",), ("rollout.on_policy_fraction", "less than or equal to 1")
+    ),
+    "reference text by a ratio": Bad(
+        ("train.objective={kd: k2, off_policy_term: kd}", "rollout.on_policy_fraction=0.5"),
+        ("off_policy_term: kd", "k2", "jsd, skew_kl, skew_rkl", "use cross_entropy"),
+    ),
+    "a term of no text": Bad(
+        ("train.objective={kd: jsd, off_policy_term: kd}",),
+        ("off_policy_term has no effect", "on_policy_fraction below 1"),
+    ),
+    "reference text without a weight": Bad(
+        ("train.objective={kind: grpo}", "rollout.on_policy_fraction=0.5"),
+        ("on_policy_fraction below 1", "kind grpo has no KD term", "kd, kdrl or srpo"),
+    ),
+    "reference text in rounds without KD": Bad(
+        ("train.objective={kind: then, kd_rounds: 1}", "rollout.on_policy_fraction=0.5"),
+        ("kind then has rounds without a KD term",),
+    ),
+    "rewards of no sample": Bad(
+        ("train.objective={kind: kdrl}", "rollout.on_policy_fraction=0.01"),
+        ("an RL term needs completions of the student", "0.01 of 8 prompts is none"),
+    ),
+    "more minibatches than rows": Bad(
+        ("train.minibatches=13", "rollout.on_policy_fraction=0.5"),
+        ("train.minibatches", "larger than the number"),
+    ),
     "too many minibatches": Bad(("train.minibatches=17",), ("train.minibatches", "larger than the number")),
     "heads that do not divide": Bad(("student.scratch.num_heads=3",), ("num_heads (3) must divide",)),
     "scratch for text": Bad(("task={kind: gsm8k}",), ("scratch needs a task with its own tokenizer",)),

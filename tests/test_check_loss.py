@@ -666,6 +666,36 @@ def test_hidden_states_and_a_teacher_temperature_of_its_own_pass() -> None:
     assert failed(check_loss(warmer)) == set()
 
 
+REFERENCES: list[dict[str, Any]] = [
+    {"kind": "kd", "kd": "jsd"},
+    {
+        "kind": "kd",
+        "kd": {"term": "skew_kl", "support": {"union_top_k": 8}},
+        "off_policy_term": "cross_entropy",
+    },
+    {"kind": "kd", "kd": {"term": "rkl", "baseline": "step"}, "normalization": "sequence"},
+    {"kind": "kdrl", "kd": {"term": "k2", "baseline": "exact"}, "mask": "all_wrong_groups"},
+    {"kind": "kdrl", "kd": {"term": "jsd", "support": "vocabulary"}, "mask": "wrong"},
+    {"kind": "srpo"},
+]
+
+
+@pytest.mark.parametrize("settings", REFERENCES, ids=str)
+def test_an_objective_with_reference_text_passes(settings: dict[str, Any]) -> None:
+    passes(settings, rollout__on_policy_fraction=0.5)
+
+
+@pytest.mark.parametrize("settings", [s for s in REFERENCES if s["kind"] != "kd"], ids=str)
+def test_a_loss_that_takes_reference_text_for_samples_fails_5(settings: dict[str, Any]) -> None:
+    recipe = recipe_of(settings, rollout__on_policy_fraction=0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        Mutant(objective, "token_loss", wrong_loss(lambda batch: replace(batch, off_policy=None))).install(
+            patch
+        )
+        found = failed(check_loss(recipe))
+    assert found == {5}
+
+
 def test_srpo_passes_with_every_control_of_its_rl_loss() -> None:
     passes({"kind": "srpo", "dual_clip": 1.2, "behaviour": {"control": "truncate", "cap": 1.1}})
 

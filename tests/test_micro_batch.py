@@ -40,6 +40,14 @@ OBJECTIVES: list[dict[str, Any]] = [
     {"kind": "kdrl", "kd": {"term": "skew_rkl", "support": {"teacher_top_k": 2}}, "mask": "wrong"},
     {"kind": "srpo"},
     {"kind": "grpo"},
+    {"kd": {"term": "jsd", "beta": 0.3, "support": "vocabulary"}, "off_policy_term": "kd"},
+    {"kd": {"term": "skew_kl", "support": {"teacher_top_k": 2}}, "off_policy_term": "cross_entropy"},
+    {
+        "kind": "kdrl",
+        "kd": {"term": "rkl", "gamma": 0.6, "baseline": "step"},
+        "off_policy_term": "cross_entropy",
+    },
+    {"kind": "srpo", "distill_weight": 0.4, "off_policy_term": "cross_entropy"},
 ]
 DISTRIBUTIONS = [fields for fields in OBJECTIVES if "support" in fields.get("kd", "")]
 T_STUDENT, T_TEACHER = 1.3, 0.7
@@ -64,20 +72,27 @@ def places(completions: Sequence[int]) -> Tensor:
     return torch.tensor([starts[number] + t for number in completions for t in range(LENGTHS[number])])
 
 
-def all_tokens() -> TokenBatch:
-    """Four completions off-policy after an update; the KD term is closed for the third."""
+def all_tokens(settings: dict[str, Any]) -> TokenBatch:
+    """Four completions off-policy after an update; the KD term is closed for the third.
+
+    Where the settings say what text that the student did not sample gets, the last is such text.
+    """
     yes = torch.ones(N, dtype=torch.bool)
+    off = torch.zeros_like(yes)
+    if "off_policy_term" in settings:
+        off[places([3])] = True
     return TokenBatch(
-        behaviour=random(5, N) * 0.3 - 2.5,
-        proximal=random(6, N) * 0.3 - 2.5,
-        advantage=random(7, N),
+        behaviour=(random(5, N) * 0.3 - 2.5).masked_fill(off, NAN),
+        proximal=(random(6, N) * 0.3 - 2.5).masked_fill(off, NAN),
+        advantage=random(7, N).masked_fill(off, NAN),
         kept=yes,
         scorable=yes,
         kd_open=yes.index_fill(0, places([2]), value=False),
         share=torch.full((N,), 1 / N, dtype=torch.float64),
         lengths=LENGTHS,
         teacher=random(8, N) * 0.3 - 2.5,
-        baseline=random(9, N),
+        baseline=random(9, N).masked_fill(off, NAN),
+        off_policy=off,
     )
 
 
@@ -143,12 +158,12 @@ def of_table(
 
 @every_objective
 def test_the_loss_is_that_of_the_log_probs_written_out(settings: dict[str, Any]) -> None:
-    goal, batch, table = objective(settings), all_tokens(), TABLE.clone().requires_grad_()
+    goal, batch, table = objective(settings), all_tokens(settings), TABLE.clone().requires_grad_()
     teacher, distribution = teacher_of(goal), None
     logprobs_NV = (ONE_HOT @ table.T / T_STUDENT).log_softmax(-1)
     if teacher is not None:
         distribution = distribution_value(
-            goal, logprobs_NV, stored(teacher), taught_N=batch.taught, places_N=torch.arange(N)
+            goal, logprobs_NV, stored(teacher), taught_N=batch.compared(goal), places_N=torch.arange(N)
         )
     loss, _ = token_loss(goal, batch, logprobs_NV[range(N), IDS], distribution)
     expected = loss.detach(), torch.autograd.grad(loss, table)[0]
@@ -158,7 +173,7 @@ def test_the_loss_is_that_of_the_log_probs_written_out(settings: dict[str, Any])
 @every_objective
 @pytest.mark.parametrize("cut", [[[0], [1], [2], [3]], [[3, 1], [0, 2]], [[2, 0, 3], [1]]])
 def test_neither_cut_nor_order_changes_the_sum(settings: dict[str, Any], cut: list[list[int]]) -> None:
-    goal, batch = objective(settings), all_tokens()
+    goal, batch = objective(settings), all_tokens(settings)
     teacher = teacher_of(goal)
     parts = [
         of_table(
@@ -177,7 +192,7 @@ def test_neither_cut_nor_order_changes_the_sum(settings: dict[str, Any], cut: li
 @every_objective
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_chunks_of_the_output_head_change_nothing(settings: dict[str, Any], chunk: int) -> None:
-    goal, batch = objective(settings), all_tokens()
+    goal, batch = objective(settings), all_tokens(settings)
     teacher = teacher_of(goal)
     assert_same(of_table(goal, batch, teacher, chunk=chunk), of_table(goal, batch, teacher), 1e-13)
 
@@ -194,10 +209,10 @@ def test_what_stands_at_a_token_that_is_not_kept_never_matters(
     results = []
     for filler in (0.0, junk):
         columns = {
-            name: getattr(all_tokens(), name).masked_fill(~kept, filler)
+            name: getattr(all_tokens(settings), name).masked_fill(~kept, filler)
             for name in ("behaviour", "proximal", "advantage", "teacher", "baseline", "share")
         }
-        dirty = replace(all_tokens(), kept=kept, **columns)
+        dirty = replace(all_tokens(settings), kept=kept, **columns)
         teacher: TeacherHidden | TeacherSupport | None = teacher_of(goal)
         if isinstance(teacher, TeacherHidden):
             teacher = (
@@ -221,7 +236,7 @@ def test_a_token_that_is_not_kept_gives_its_hidden_state_no_gradient(settings: d
     hidden = ONE_HOT.masked_fill(~kept[:, None], NAN).requires_grad_()
     loss, metrics = micro_batch_loss(
         goal,
-        replace(all_tokens(), kept=kept),
+        replace(all_tokens(settings), kept=kept),
         IDS,
         hidden,
         Head(TABLE, None),
@@ -257,7 +272,7 @@ def _filled(support: TeacherSupport, at: Tensor, junk: float) -> TeacherSupport:
 @pytest.mark.parametrize("settings", DISTRIBUTIONS)
 @pytest.mark.parametrize("chunk", [1, 99])
 def test_kept_hidden_states_are_as_good_as_stored_distributions(settings: dict[str, Any], chunk: int) -> None:
-    goal, batch = objective(settings), all_tokens()
+    goal, batch = objective(settings), all_tokens(settings)
     teacher = teacher_of(goal)
     assert teacher is not None
     found = of_table(goal, batch, teacher, chunk=chunk)
@@ -267,7 +282,7 @@ def test_kept_hidden_states_are_as_good_as_stored_distributions(settings: dict[s
 
 
 def test_the_student_is_taken_at_the_temperature_of_the_rollout() -> None:
-    batch = all_tokens()
+    batch = all_tokens({})
     for settings in (objective({"kd": "k2"}), objective(OBJECTIVES[4])):
         teacher = teacher_of(settings)
         found = of_table(settings, batch, teacher)
@@ -289,7 +304,7 @@ def test_the_student_is_taken_at_the_temperature_of_the_rollout() -> None:
 
 def test_a_missing_distribution_is_named() -> None:
     with pytest.raises(ValueError, match="needs the teacher's distribution"):
-        of_table(objective({"kd": {"term": "jsd"}}), all_tokens(), None)
+        of_table(objective({"kd": {"term": "jsd"}}), all_tokens({}), None)
 
 
 # ------------------------------------------------------------------------------------- a tiny transformer
@@ -297,7 +312,10 @@ def test_a_missing_distribution_is_named() -> None:
 PROMPTS = [[2, 3], [7] * 5, [4], [5, 6, 7]]
 COMPLETIONS = [part.tolist() for part in IDS.split(LENGTHS)]
 TRANSFORMERS = [
-    *(pytest.param("gpt2", OBJECTIVES[number], 1e-10, id=f"gpt2-{number}") for number in (0, 1, 3, 6, 7)),
+    *(
+        pytest.param("gpt2", OBJECTIVES[number], 1e-10, id=f"gpt2-{number}")
+        for number in (0, 1, 3, 6, 7, 9, 11)
+    ),
     pytest.param("qwen3", OBJECTIVES[1], 1e-6, id="qwen3"),  # norms in float32, whatever the model's dtype
 ]
 
@@ -305,16 +323,17 @@ TRANSFORMERS = [
 class Transformer:
     """A model in float64 and the gradients that micro-batches leave in it."""
 
-    def __init__(self, name: str, settings: Objective) -> None:
+    def __init__(self, name: str, settings: dict[str, Any]) -> None:
         self.model = tiny_model(name).double()
-        self.settings = settings
+        self.settings = objective(settings)
+        self.batch = all_tokens(settings)
 
     def backward(self, completions: Sequence[int], hidden_NH: Tensor) -> Tensor:
         """Adds the gradient of these completions to the model's; returns their loss."""
         at = places(completions)
         loss, _ = micro_batch_loss(
             self.settings,
-            some_tokens(all_tokens(), completions),
+            some_tokens(self.batch, completions),
             IDS[at],
             hidden_NH,
             head_of(self.model, num_ids=V),
@@ -353,7 +372,7 @@ class Transformer:
 def test_padding_and_accumulation_change_no_gradient_of_a_transformer(
     name: str, settings: dict[str, Any], tolerance: float
 ) -> None:
-    student = Transformer(name, objective(settings))
+    student = Transformer(name, settings)
     every = [0, 1, 2, 3]
     expected = student.taken(student.backward(every, student.right_padded(every)))
     for padded in (student.right_padded, student.left_padded):

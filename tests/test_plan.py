@@ -90,6 +90,12 @@ MIXED: Document = {
     ],
     "train": {"objective": {"kd": {"term": "jsd", "support": "vocabulary"}}},
 }
+TEXT: Document = {
+    **DISTILL,
+    "name": "text",
+    "rollout": {"on_policy_fraction": 0.5},
+    "train": {"objective": {"kd": {"term": "jsd"}, "off_policy_term": "cross_entropy"}},
+}
 EMA: Document = {**DISTILL, "name": "average", "teachers": [{"self": "ema", "decay": 0.5}]}
 OBJECTIVES: list[Document] = [
     {
@@ -128,7 +134,8 @@ FORMS: list[Document] = [
     for number, objective in enumerate(OBJECTIVES)
 ]
 BASIC = {
-    document["name"]: document for document in (DISTILL, GSM8K, JSONL, TOKENS, GRPO, ROUTED, MIXED, EMA, LORA)
+    document["name"]: document
+    for document in (DISTILL, GSM8K, JSONL, TOKENS, GRPO, ROUTED, MIXED, TEXT, EMA, LORA)
 }
 RECIPES = BASIC | {document["name"]: document for document in FORMS}
 
@@ -602,6 +609,23 @@ def parts(annotation: Any) -> Iterator[Any]:
         yield "literal"
     else:
         yield annotation
+
+
+def test_the_term_of_reference_text_is_named_or_its_default_and_no_other_round_has_one() -> None:
+    unnamed, named = (
+        {**TEXT, "train": {"objective": {"kd": {"term": "jsd"}, **more}}}
+        for more in ({}, {"off_policy_term": "kd"})
+    )
+    assert prints(unnamed) == prints(named) != prints(TEXT)
+    fields: Any = plan_of({**TEXT, "rollout": {}, "train": {}}).step("train@1").document["fields"]
+    assert fields["train"]["objective"]["off_policy_term"] is None
+
+
+def test_the_share_of_sampled_prompts_changes_rounds_and_not_what_is_held_out() -> None:
+    other = with_value(TEXT, ("rollout", "on_policy_fraction"), 0.25)
+    before, after = prints(TEXT), prints(other)
+    same = {step for step in before if before[step] == after[step]}
+    assert same == {"sft:student@0", "sft:teacher@0", "evaluate:student@0", "evaluate:teacher@0"}
 
 
 def test_another_term_is_another_training() -> None:

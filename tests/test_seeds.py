@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdpipe.seeds import derive_seed, permutation, round_indices
+from kdpipe.seeds import chosen_ids, derive_seed, permutation, round_indices
 
 IDS = [f"task/train/{row}" for row in range(50)]
 PARTS = st.lists(st.one_of(st.integers(), st.text(alphabet="ab1\x1f:", max_size=3)), min_size=1, max_size=3)
@@ -93,3 +93,23 @@ def test_a_round_does_not_depend_on_the_rounds_before_it() -> None:
 def test_more_prompts_than_problems_is_told_with_both_numbers() -> None:
     with pytest.raises(ValueError, match=r"51 prompts .* 50"):
         round_indices(IDS, prompts=51, round_number=1, seed=0)
+
+
+def test_as_many_prompts_are_sampled_for_as_asked_whatever_their_order() -> None:
+    for count in (0, 1, 17, 50):
+        found = chosen_ids(IDS, count=count, round_number=1, seed=1)
+        assert len(found) == count
+        assert found == chosen_ids(IDS[::-1], count=count, round_number=1, seed=1)
+
+
+def test_with_a_larger_share_the_same_prompts_and_others_are_sampled_for() -> None:
+    assert chosen_ids(IDS, count=10, round_number=1, seed=1) < chosen_ids(
+        IDS, count=20, round_number=1, seed=1
+    )
+
+
+def test_other_rounds_and_seeds_sample_for_other_prompts() -> None:
+    found = [
+        chosen_ids(IDS, count=25, round_number=number, seed=seed) for number, seed in ((1, 1), (2, 1), (1, 2))
+    ]
+    assert len({*found}) == 3

@@ -111,6 +111,12 @@ def test_a_completion_without_an_answer_is_told_so() -> None:
     assert sample_lines("rollout@1", [row], bare)[-1] == "  expected 4, no answer"
 
 
+def test_reference_text_does_not_pass_for_a_sample() -> None:
+    lines = sample_lines("rollout@1", [{**ROW, "source": "reference"}, {**ROW, "source": "student"}], bare)
+    headings = [line for line in lines if line.startswith("evil")]
+    assert [heading.split("/0 ")[1] for heading in headings] == ["reference text: wrong", "sample 1: wrong"]
+
+
 def test_text_of_other_programs_in_a_plan_is_inert() -> None:
     lines = plan_lines("r", [state("train@1", 1, "damaged", "x\x1b[2J")], horizon="", paint=bare)
     assert lines[1].split() == ["train@1", "damaged", "x\\x1b[2J"]

@@ -151,7 +151,7 @@ def _sample(
 def _grade_row(
     job: Job, text: Text, problem: Problem, number: int, prompt_ids: list[int], completion: Completion
 ) -> dict[str, Any]:
-    string, graded = read_completion(job.recipe, text, problem, completion)
+    string, graded = read_completion(job.recipe, text, problem, completion.token_ids)
     return {
         "prompt_id": problem.prompt_id,
         "sample": number,

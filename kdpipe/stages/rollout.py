@@ -1,4 +1,6 @@
-"""Rollout: the student samples completions for the round's prompts, and each is graded.
+"""Rollout: the student samples completions for the round's prompts, or some of them, and each is graded.
+
+A prompt that it does not sample for gives one row, the reference solution.
 
 Every prompt and seed is derived from (seed, round, prompt id, sample), so that any part can be sampled
 again by itself with the same result.
@@ -6,68 +8,119 @@ again by itself with the same result.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kdpipe.errors import DataError
 from kdpipe.job import Job, Text, mean, read_completion, request_for, sampling_of
+from kdpipe.prompting import reference_completion
 from kdpipe.rows import Rollout
-from kdpipe.seeds import round_indices
+from kdpipe.seeds import chosen_ids, round_indices
 from kdpipe.tables import ROLLOUTS, read_rollouts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kdpipe.engine import Engine, ModelSource
+    from kdpipe.engine import Completion, Engine, ModelSource, SampleRequest
     from kdpipe.rows import Problem
 
 
 def rollout(job: Job, *, text: Text, student: ModelSource, engine: Engine) -> None:
-    """Writes `rollouts.parquet`: `rollout.samples` completions of each of the round's prompts."""
+    """Writes `rollouts.parquet`: for each of the round's prompts `rollout.samples` completions, or its reference."""
     settings = job.recipe.rollout
     sampling = sampling_of(
         job.recipe, text, temperature=settings.temperature, max_new_tokens=settings.max_new_tokens
     )
-    engine.load(student)
+    problems = round_problems(job)
+    sampled = chosen_ids(
+        [problem.prompt_id for problem in problems],
+        count=settings.on_policy_prompts,
+        round_number=job.round,
+        seed=job.seed,
+    )
+    if sampled:
+        engine.load(student)
 
-    def sample(problems: Sequence[Problem]) -> list[Rollout]:
-        requests = [
-            request_for(
+    def build(problems: Sequence[Problem]) -> list[Rollout]:
+        requests = {
+            problem.prompt_id: request_for(
                 text.prompt(problem), settings.samples, job.seed, "rollout", job.round, problem.prompt_id
             )
             for problem in problems
-        ]
-        answers = engine.sample(requests, sampling, progress=job.pulse.tokens)
+            if problem.prompt_id in sampled
+        }
+        found = (
+            engine.sample(list(requests.values()), sampling, progress=job.pulse.tokens) if requests else []
+        )
+        answers = dict(zip(requests, found, strict=True))
         rows = []
-        for problem, request, completions in zip(problems, requests, answers, strict=True):
-            for number, completion in enumerate(completions):
-                string, graded = read_completion(job.recipe, text, problem, completion)
-                rows.append(
-                    Rollout(
-                        prompt_id=problem.prompt_id,
-                        sample=number,
-                        question=problem.question,
-                        expected=problem.expected,
-                        prompt_token_ids=list(request.prompt_token_ids),
-                        completion_token_ids=completion.token_ids,
-                        sampler_logprobs=completion.logprobs,
-                        source="student",
-                        finish_reason=completion.finish_reason,
-                        text=string,
-                        answer_strict=graded.answer_strict,
-                        answer_flexible=graded.answer_flexible,
-                        correct=graded.correct,
-                        reward=float(graded.correct),
-                    )
-                )
+        for problem in problems:
+            if problem.prompt_id not in sampled:
+                rows.append(_reference(job, text, problem))
+                continue
+            for number, completion in enumerate(answers[problem.prompt_id]):
+                rows.append(_sample(job, text, problem, requests[problem.prompt_id], number, completion))
         return rows
 
     name = "rollouts.parquet"
-    job.in_parts(name, round_problems(job), rows_per_item=settings.samples, build=sample, schema=ROLLOUTS)
-    rows = read_rollouts(job.draft.folder / name)
+    job.in_parts(
+        name,
+        problems,
+        rows_per_item=settings.samples,
+        rows_of=lambda problem: settings.samples if problem.prompt_id in sampled else 1,
+        build=build,
+        schema=ROLLOUTS,
+    )
+    _write_metrics(job, read_rollouts(job.draft.folder / name))
+
+
+def _sample(
+    job: Job, text: Text, problem: Problem, request: SampleRequest, number: int, completion: Completion
+) -> Rollout:
+    """The row of a completion that the student sampled."""
+    row = _row(job, text, problem, list(request.prompt_token_ids), completion.token_ids)
+    return replace(
+        row, sample=number, sampler_logprobs=completion.logprobs, finish_reason=completion.finish_reason
+    )
+
+
+def _reference(job: Job, text: Text, problem: Problem) -> Rollout:
+    """The row of a problem's reference solution: whole, as nobody sampled it."""
+    solution = reference_completion(text.tokenizer, problem, end_id=text.end_id)
+    return replace(_row(job, text, problem, text.prompt(problem), solution), source="reference")
+
+
+def _row(job: Job, text: Text, problem: Problem, prompt: list[int], completion: list[int]) -> Rollout:
+    """The row of a completion that ended, with its grade."""
+    string, graded = read_completion(job.recipe, text, problem, completion)
+    return Rollout(
+        prompt_id=problem.prompt_id,
+        sample=0,
+        question=problem.question,
+        expected=problem.expected,
+        prompt_token_ids=prompt,
+        completion_token_ids=completion,
+        sampler_logprobs=None,
+        source="student",
+        finish_reason="stop",
+        text=string,
+        answer_strict=graded.answer_strict,
+        answer_flexible=graded.answer_flexible,
+        correct=graded.correct,
+        reward=float(graded.correct),
+    )
+
+
+def _write_metrics(job: Job, rows: Sequence[Rollout]) -> None:
+    """What the student's own samples are like, and for which share of the prompts there are some."""
+    own = [row for row in rows if row.source == "student"]
     metric = job.draft.metric
-    metric("rollout/completion_tokens_mean", mean([len(row.completion_token_ids) for row in rows]))
-    metric("rollout/truncated_fraction", mean([row.finish_reason == "length" for row in rows]))
-    metric("rollout/reward_mean", mean([row.reward for row in rows]))
+    fraction = len({row.prompt_id for row in own}) / len({row.prompt_id for row in rows})
+    metric("rollout/on_policy_fraction", fraction)
+    if own:
+        metric("rollout/completion_tokens_mean", mean([len(row.completion_token_ids) for row in own]))
+        metric("rollout/truncated_fraction", mean([row.finish_reason == "length" for row in own]))
+        metric("rollout/reward_mean", mean([row.reward for row in own]))
 
 
 def round_problems(job: Job) -> list[Problem]:

@@ -7,6 +7,7 @@ own log-prob at the start of the round, is taken before the first update.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -55,13 +56,14 @@ class Row:
 
     `number` is its place in the round's tables, `proximal` [n] is p_t, `kept` [n] the tokens that count, `taught`
     whether the KD term looks at it, `baseline` that of its group, `is_dropped` says that it does not count at all.
+    Text that the student did not sample has no advantage, and takes no part in KD masks and baselines.
     """
 
     number: int
     rollout: Rollout
     scores: Scores | None
     proximal: npt.NDArray[np.float32]
-    advantage: float
+    advantage: float | None
     kept: npt.NDArray[np.bool_]
     taught: bool
     is_dropped: bool
@@ -71,6 +73,11 @@ class Row:
     def length(self) -> int:
         """Tokens of prompt and completion."""
         return len(self.rollout.prompt_token_ids) + len(self.rollout.completion_token_ids)
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the student sampled it."""
+        return self.rollout.source == "student"
 
     @property
     def tokens(self) -> int:
@@ -216,9 +223,9 @@ def _tokens(rows: Sequence[Row], share_of: Mapping[int, float], device: torch.de
 
     scores = [row.scores for row in rows if row.scores is not None]
     return TokenBatch(
-        behaviour=column(np.asarray(row.rollout.sampler_logprobs, np.float32) for row in rows),
+        behaviour=column(_behaviour(row.rollout) for row in rows),
         proximal=column(row.proximal for row in rows),
-        advantage=spread(row.advantage for row in rows),
+        advantage=spread(math.nan if row.advantage is None else row.advantage for row in rows),
         kept=column(row.kept for row in rows),
         scorable=column(score.scorable for score in scores)
         if scores
@@ -228,7 +235,15 @@ def _tokens(rows: Sequence[Row], share_of: Mapping[int, float], device: torch.de
         lengths=[len(row.kept) for row in rows],
         teacher=column(score.teacher_logprobs for score in scores) if scores else None,
         baseline=spread(row.baseline for row in rows),
+        off_policy=spread((not row.is_sampled for row in rows), np.bool_),
     )
+
+
+def _behaviour(rollout: Rollout) -> npt.NDArray[np.float32]:
+    """The b of each completion token [n]; nan where nobody sampled, so that a term that reads it is noticed."""
+    if rollout.sampler_logprobs is None:
+        return np.full(len(rollout.completion_token_ids), math.nan, np.float32)
+    return np.asarray(rollout.sampler_logprobs, np.float32)
 
 
 def _teacher(
@@ -261,10 +276,13 @@ def _baselines(kd: SampledTerm, rows: Sequence[Row], scopes: Sequence[Hashable])
 
 def _averages(sums: dict[str, float]) -> dict[str, float]:
     """Token means of the summed metrics; the loss is one already."""
-    kept, kd_tokens = sums.pop("kept_tokens"), sums.pop("kd_tokens", 0.0)
+    kept, sampled = sums.pop("kept_tokens"), sums.pop("sampled_tokens")
+    kd_tokens, given = sums.pop("kd_tokens", 0.0), sums.pop("off_policy_tokens", 0.0)
     means = {"loss": sums.pop("loss"), "tokens": kept}
+    if not given:
+        sums.pop("off_policy_loss", None)
     for name, value in sums.items():
-        over = kd_tokens if name.startswith("kd_") else kept
+        over = kd_tokens if name.startswith("kd_") else given if name.startswith("off_policy_") else sampled
         means[name] = value / over if over else 0.0
     return means
 
@@ -294,15 +312,19 @@ def _rows(
     proximal: Sequence[npt.NDArray[np.float32]],
     text: Text,
 ) -> list[Row]:
-    """The completions with their advantages and masks. What is dropped takes no part in its group's mean either."""
+    """The completions with their advantages and masks.
+
+    What is dropped takes no part in its group's mean either, nor does what the student did not sample.
+    """
     objective = job.recipe.train.objective.in_round(job.round)
     truncated = [row.finish_reason == "length" for row in rollouts]
     dropped = [cut and objective.truncated == "drop" for cut in truncated]
     unpaid = [cut and objective.truncated == "no_reward" for cut in truncated]
     correct = [row.correct and not cut for row, cut in zip(rollouts, unpaid, strict=True)]
-    counted = [number for number, is_out in enumerate(dropped) if not is_out]
+    own = [number for number, row in enumerate(rollouts) if row.source == "student"]
+    counted = [number for number in own if not dropped[number]]
     groups = [rollouts[number].prompt_id for number in counted]
-    signal = dict.fromkeys(range(len(rollouts)), 0.0)
+    signal = dict.fromkeys(own, 0.0)
     if objective.has_rl:
         rewards = [0.0 if unpaid[number] else rollouts[number].reward for number in counted]
         signal |= zip(counted, advantages(objective, rewards, groups), strict=True)
@@ -316,7 +338,7 @@ def _rows(
             rollout=rollout,
             scores=None if scores is None else scores[number],
             proximal=proximal[number],
-            advantage=signal[number],
+            advantage=signal.get(number),
             kept=_kept(objective, rollout, text, is_dropped=dropped[number]),
             taught=taught[number],
             is_dropped=dropped[number],
@@ -427,7 +449,8 @@ def _write(
     if len(job.recipe.teachers) > 1:
         _write_score_totals(job, rows)
     if job.recipe.train.objective.has_rl:
-        job.draft.metric("train/advantage_abs_mean", mean([abs(row.advantage) for row in rows]))
+        found = [abs(row.advantage) for row in rows if row.advantage is not None]
+        job.draft.metric("train/advantage_abs_mean", mean(found))
     _write_mismatch(job, rows)
 
 
@@ -441,7 +464,8 @@ def _write_score_totals(job: Job, rows: Sequence[Row]) -> None:
 def _write_mismatch(job: Job, rows: Sequence[Row]) -> None:
     """How far the sampler's log-probs b are from the trainer's own p: the engines' disagreement, in nats."""
     differences = np.concatenate(
-        [np.asarray(row.rollout.sampler_logprobs, np.float64) - row.proximal for row in rows]
+        [_behaviour(row.rollout).astype(np.float64) - row.proximal for row in rows if row.is_sampled]
+        or [np.zeros(0)]
     )
     if differences.size:
         absolute = np.abs(differences)
