@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from kdpipe.recipe import Recipe, Teacher
+from tests.test_objectives_doc import study
 from tests.worlds import load_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -76,3 +78,12 @@ def test_every_example_is_a_recipe(text: str, tmp_path: Path) -> None:
 def test_there_is_an_example_of_each_way_to_have_several() -> None:
     counts = [len(yaml.safe_load(text).get("teachers", [])) for text in EXAMPLES]
     assert counts.count(2) == 2
+
+
+def test_the_document_holds_the_table_of_the_study_of_specialists() -> None:
+    results = ROOT / "benchmarks" / "results" / "specialists.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    script = study("specialists")
+    assert {(row["seed"], row["arm"]) for row in rows} == {(s, arm) for s in (1, 2, 3) for arm in script.ARMS}
+    marker = f"<!-- study: {results.relative_to(ROOT)} -->\n\n"
+    assert DOC.partition(marker)[2].startswith(script.markdown(rows) + "\n")
