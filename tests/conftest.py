@@ -15,13 +15,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.fsync = lambda _descriptor: None
 
 LONGEST = (
-    "test_crash.py",
+    "test_check_loss.py",
     "test_several_teachers.py",
     "test_tracking.py",
+    "test_plan.py",
+    "test_moving_teachers.py",
     "test_runner.py",
     "test_from_files.py",
-    "test_moving_teachers.py",
-    "test_plan.py",
+    "test_crash.py",
 )
 """Files that take ten seconds or more: begun first, so that no process is left with one when the others are done."""
 

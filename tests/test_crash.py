@@ -198,6 +198,7 @@ def run_chain(folder: Path, kills: list[tuple[When, How]], *, rounds: int) -> No
     assert_metrics_are_there_once(command.workspace)
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice_ends_as_an_unbroken_one(tmp_path: Path) -> None:
     kills: list[tuple[When, How]] = [
         (When("part started", "rollout@1", 1), "group"),
