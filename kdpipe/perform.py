@@ -190,12 +190,12 @@ class _Task:
             case "sft":
                 return self._sft(job)
             case "rollout":
-                engine = self._engine(self.recipe.rollout.engine)
+                engine = self._engine(self.recipe.rollout.engine, STUDENT)
                 rollout(job, text=self._text(STUDENT), student=self._source(STUDENT), engine=engine)
             case "teacher-score":
-                engine = self._engine(self.recipe.teacher_score.engine)
                 rows = read_rollouts(self._opened("rollout", "rollouts.parquet"))
                 role = self._own_role()
+                engine = self._engine(self.recipe.teacher_score.engine, role)
                 teacher_score(
                     job,
                     rollouts=rows,
@@ -295,17 +295,21 @@ class _Task:
         return HiddenTeacher(file, swapped_head(head, side.swap), side.temperature)
 
     def _evaluate(self, job: Job) -> None:
-        engine = self._engine(self.recipe.evaluate.engine or self.recipe.rollout.engine)
         baseline = None
         if "baseline" in self.inputs:
             baseline = self._opened("baseline", "grades.parquet", "reverse_kl.parquet", folder=True)
         role = self._own_role()
+        engine = self._engine(self.recipe.evaluate.engine or self.recipe.rollout.engine, role)
         text, source, teacher = self._text(role), self._source(role), None
         against, prompt = list[Against](), text.prompt
         if role == STUDENT:
             if self.recipe.evaluate.reverse_kl_problems:
                 roles = [teacher_role(self.recipe, teacher) for teacher in self.recipe.teachers]
-                against = [Against(self._teacher_side(job, role), self._source(role)) for role in roles]
+                scorer = self.recipe.teacher_score.engine
+                against = [
+                    Against(self._teacher_side(job, role), self._source(role), self._engine(scorer, role))
+                    for role in roles
+                ]
         else:
             side = self._teacher_side(job, role)
             text, teacher = side.text, side.settings
@@ -463,10 +467,12 @@ class _Task:
         assert isinstance(settings, Teacher)
         return teacher_side(job, settings, student=self._text(STUDENT), teacher=self._text(role))
 
-    def _engine(self, name: Literal["hf", "vllm"]) -> Engine:
-        if name not in self.warm.engines:
-            self.warm.engines[name] = self.make_engine(name, self.warm.shelf, self.recipe.runtime)
-        return self.warm.engines[name]
+    def _engine(self, name: Literal["hf", "vllm"], role: str) -> Engine:
+        """The engine `name` for the model in `role`: `hf` is one for all roles, others are one for each."""
+        key = name if name == "hf" else f"{name} {role}"
+        if key not in self.warm.engines:
+            self.warm.engines[key] = self.make_engine(name, self.warm.shelf, self.recipe.runtime)
+        return self.warm.engines[key]
 
     # models being trained
 

@@ -245,7 +245,7 @@ def _reverse_kl_rows(
             (problem, prompt_ids, completion.token_ids) for problem, _, prompt_ids, completion in sampled
         ]
         student_hidden = exact.student_hidden(triples) if exact else []
-        found = verdicts(job, triples, against, engine, exact, student_hidden)
+        found = verdicts(job, triples, against, exact, student_hidden)
         return [
             {
                 "prompt_id": problem.prompt_id,

@@ -32,10 +32,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Against:
-    """A teacher that reverse KL is measured against, and where its weights are."""
+    """A teacher that reverse KL is measured against, where its weights are, and what runs them."""
 
     teacher: TeacherSide
     source: ModelSource
+    engine: Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,6 @@ def verdicts(
     job: Job,
     triples: Sequence[Triple],
     against: Sequence[Against],
-    engine: Engine,
     exact: Exact | None,
     student_hidden: Sequence[Any],
 ) -> list[Verdict]:
@@ -68,9 +68,9 @@ def verdicts(
         ]
         if not own:
             continue
-        engine.load(one.source)
+        one.engine.load(one.source)
         found = score_completions(
-            job, [triples[i] for i in own], teacher=one.teacher, engine=engine, hidden=exact is not None
+            job, [triples[i] for i in own], teacher=one.teacher, engine=one.engine, hidden=exact is not None
         )
         for index, scores in zip(own, found, strict=True):
             scored[index].append((one.teacher.name, scores))
@@ -93,7 +93,8 @@ def _verdict(job: Job, rows: Sequence[tuple[str, Scored]], divergence: Any) -> V
 
 def has_exact(engine: Engine, against: Sequence[Against]) -> bool:
     """Whether all distributions are at hand; a teacher that lacks ids gives them no probability at all."""
-    return "hidden" in engine.abilities and not any(one.teacher.vocabulary.unscorable for one in against)
+    gives_hidden = all("hidden" in each.abilities for each in (engine, *(one.engine for one in against)))
+    return gives_hidden and not any(one.teacher.vocabulary.unscorable for one in against)
 
 
 class Exact:
