@@ -159,7 +159,7 @@ def _handler(served: Served) -> type[BaseHTTPRequestHandler]:
             data = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
             if reply.how == "reset":
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.connection.close()
+                self.close_connection = True
                 return
             if reply.how == "late":
                 served.ended.wait(30)

@@ -217,7 +217,8 @@ class HttpClient:
             reply.close()  # with its connection, on which the rest may still come
             raise
         reply.release_conn()
-        return bytes(data)
+        # What a server repeats of the key goes no further: neither into an error nor anywhere else.
+        return bytes(data) if self._key is None else bytes(data).replace(self._key.encode(), b"***")
 
     def _refusal(
         self, where: str, reply: urllib3.BaseHTTPResponse, data: bytes

@@ -126,7 +126,9 @@ class ServerEngine:
             if request.support_ids is not None or request.target_ids is not None:
                 raise EngineError(f"request {index}: a server scores no other ids than its own top k")
             completion = request.completion_token_ids
-            self._require_fit(index, [*request.prompt_token_ids, *completion], new_tokens=bool(completion))
+            self._require_fit(
+                index, [*request.prompt_token_ids, *completion], new_tokens=int(bool(completion))
+            )
 
         def work(index: int) -> TokenScores:
             return self._score(index, requests[index], top_k=top_k, num_ids=num_ids)
