@@ -53,6 +53,10 @@ class _PassingError(Exception):
         self.after_seconds = after_seconds
 
 
+class Halted(EngineError):
+    """A request was not made, since another one had failed for good."""
+
+
 class HttpClient:
     """Asks base URLs in turn, from any number of threads; one that fails is left alone for a while.
 
@@ -113,7 +117,7 @@ class HttpClient:
         return found
 
     def halt(self) -> None:
-        """Lets no request begin or wait any more: each raises EngineError instead."""
+        """Lets no request begin or wait any more: each raises Halted instead."""
         self._halted.set()
 
     def resume(self) -> None:
@@ -133,7 +137,7 @@ class HttpClient:
         attempt = 0
         while True:
             if self._halted.is_set():
-                raise EngineError("given up: another request failed")
+                raise Halted("given up: another request failed")
             url = self._next_url()
             try:
                 answer = self._attempt(method, url, path, body, max_bytes=max_bytes)
@@ -231,7 +235,9 @@ class HttpClient:
         if 300 <= status < 400:
             hint = "redirects are not followed, since the key would travel along: write the last URL"
             return EngineError(f"{where}: redirects elsewhere (HTTP {status})", hint=hint)
-        hint = "see what the server says, and its own log"
+        hint = (
+            "see what it says, and its own log; vLLM gives a top k of 20 at most, or what --max-logprobs says"
+        )
         if status in (401, 403):
             hint = (
                 f"the key is read from {self._key_name}: see that it is the server's"

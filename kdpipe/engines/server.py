@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from kdpipe.engine import Completion, TokenScores
-from kdpipe.engines.http import HttpClient, Limits
+from kdpipe.engines.http import Halted, HttpClient, Limits
 from kdpipe.engines.replies import MoreIdsNeeded, read_completion, read_scores, served_models
 from kdpipe.errors import EngineError, ModelError
 
@@ -61,6 +61,7 @@ class ServerEngine:
         if self._digest == source.digest:
             return
         lengths = []
+        self._client.resume()
         for url, answer in self._client.get_each("/models", max_bytes=_BYTES_OF_A_REPLY).items():
             names = served_models(answer, where=url)
             if self._model not in names:
@@ -215,19 +216,29 @@ class ServerEngine:
 
         The first failure ends all: what waits is not begun, and what is under way is not tried again.
         """
+
+        def halting(number: int) -> Result:
+            try:
+                return work(number)
+            except BaseException:
+                self._client.halt()  # here, before this thread takes another number
+                raise
+
         results: dict[int, Result] = {}
         self._client.resume()
         pool = ThreadPoolExecutor(min(self._concurrency, max(count, 1)), thread_name_prefix="kdpipe-server")
         try:
-            futures = {pool.submit(work, number): number for number in range(count)}
+            futures = {pool.submit(halting, number): number for number in range(count)}
             for future in as_completed(futures):
+                if isinstance(future.exception(), Halted):
+                    continue  # the failure that halted it is still to come
                 results[futures[future]] = future.result()
                 tell(results[futures[future]])
-        except BaseException:
-            self._client.halt()
-            raise
         finally:
+            self._client.halt()
             pool.shutdown(wait=False, cancel_futures=True)
+        if len(results) < count:
+            raise Halted("given up: the engine was closed meanwhile")
         return [results[number] for number in range(count)]
 
     def _require_loaded(self) -> None:
