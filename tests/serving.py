@@ -49,6 +49,7 @@ class Served:
     names: tuple[str, ...] = (MODEL,)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -146,6 +147,7 @@ def _handler(served: Served) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             served.paths.append(self.path)
+            served.headers.append(dict(self.headers))
             data = self.rfile.read(int(self.headers["Content-Length"]))
             self._answer(
                 served.complete(json.loads(data))

@@ -613,6 +613,21 @@ def test_a_wrong_key_is_told_by_the_name_of_its_variable(
     assert "api_key_env" in caught.value.hint
 
 
+def test_neither_proxies_nor_accounts_of_the_environment_are_used(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login me password {KEY}\n")
+    (tmp_path / "netrc").chmod(0o600)
+    asker = Asker(tmp_path, served.url, retries=0).load()
+    asker.score()
+    assert {name: value for name, value in served.headers[-1].items() if name == "Authorization"} == {}
+
+
 @pytest.mark.parametrize("value", [None, "", "  ", f"{KEY}\nX-More: 1", f"{KEY} {KEY}", f"{KEY}\u20ac"])
 def test_a_key_that_is_none_is_refused_without_being_shown(
     value: str | None, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

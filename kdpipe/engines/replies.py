@@ -22,7 +22,7 @@ MASS_TOLERANCE = 1e-3
 MINUS_INFINITY = -9999.0  # vLLM's stand-in, since JSON has none
 TAIL_FLOOR = 2.0**-23  # what one less a sum of float32 can tell from 0
 _WRONG_SERVER = (
-    "kdpipe needs what vLLM's server answers: prompt_logprobs, and return_token_ids (0.10.2 or newer)"
+    "kdpipe needs what vLLM's server answers to prompt_logprobs and return_token_ids; old ones lack it"
 )
 
 
