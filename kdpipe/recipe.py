@@ -671,8 +671,8 @@ class ServerRuntime(Section):
 
     concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
     timeout_seconds: Positive = 120.0
-    retries: Annotated[int, Field(ge=0)] = 5
-    max_failures: Count = 20
+    retries: Annotated[int, Field(ge=0)] = 8
+    max_failures: Count = 100
     ca_bundle: str | None = None
 
 

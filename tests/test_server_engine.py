@@ -578,6 +578,7 @@ LEAKS: dict[str, Callable[[Reply], Reply]] = {
     "redirect": lambda _: Reply(b"", 302, {"Location": f"http://127.0.0.1:9/{KEY}"}),
     "500": lambda _: Reply({"error": {"message": f"crashed on {KEY}"}}, 500),
     "another model": lambda reply: Reply({**reply.body, "model": f"m {KEY}"}),
+    "a long name cut in the key": lambda reply: Reply({**reply.body, "model": "m" * 225 + KEY}),
     "a broken connection": lambda reply: Reply(reply.body, how="reset"),
 }
 
@@ -597,6 +598,15 @@ def test_the_key_is_sent_and_never_said(
     assert all(KEY[i : i + 8] not in shown for i in range(len(KEY) - 7)), shown
     for held in (asker.engine, vars(asker.engine), asker.engine._client):
         assert KEY not in repr(held)
+
+
+def test_a_key_of_digits_leaves_the_digits_of_scores_alone(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CANARY", "1")
+    served.key = "1"
+    [found] = Asker(tmp_path, served.url, key="CANARY").load().score()
+    np.testing.assert_allclose(found.logprobs, truth(tmp_path)[0].logprobs, atol=1e-6)
 
 
 def test_a_wrong_key_is_told_by_the_name_of_its_variable(

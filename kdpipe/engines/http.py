@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import urllib3
 from urllib3.exceptions import HTTPError, SSLError
@@ -32,6 +32,9 @@ MAX_DELAY_SECONDS = 30.0
 MAX_RETRY_AFTER_SECONDS = 120.0
 MAX_ERROR_CHARACTERS = 300
 _READ_BYTES = 1 << 16
+Found = TypeVar("Found")
+Read: TypeAlias = Callable[[dict[str, Any], str], Found]
+"""Reads the answer of a URL; raises EngineError on one that cannot be right."""
 _KEPT = "finished parts are kept: mend it and repeat the command, which goes on after them"
 
 
@@ -91,20 +94,20 @@ class HttpClient:
         self._sleep = self._halted.wait if sleep is None else sleep
         self._lock = threading.Lock()
         self._turn = 0
-        self._resting: dict[
-            str, tuple[int, float]
-        ] = {}  # failures in a row of a URL, and until when it rests
+        # Of each URL: failures in a row, and until when it rests.
+        self._resting: dict[str, tuple[int, float]] = {}
         self._failures = 0  # in a row, of all requests
 
-    def post(self, path: str, body: dict[str, Any], *, max_bytes: int) -> tuple[dict[str, Any], str]:
-        """The JSON object that a server answers with, and the URL that gave it.
+    def post(self, path: str, body: dict[str, Any], read: Read[Found], *, max_bytes: int) -> Found:
+        """What `read` makes of the JSON object that a server answers with, and of that server's URL.
 
-        Raises EngineError when no attempt succeeds, and at once where another attempt would be no use.
+        Raises EngineError when no attempt succeeds, and at once where another attempt would be no use or `read` raises.
         """
-        return self._ask("POST", path, json.dumps(body).encode(), max_bytes=max_bytes)
+        answer, url = self._ask("POST", path, json.dumps(body).encode(), max_bytes=max_bytes)
+        return self._taken(answer, url, read)
 
-    def get_each(self, path: str, *, max_bytes: int) -> dict[str, dict[str, Any]]:
-        """The JSON object of each URL that answers; asks again as long as none does."""
+    def get_each(self, path: str, read: Read[Found], *, max_bytes: int) -> list[Found]:
+        """What `read` makes of the JSON object of each URL that answers; asks again as long as none does."""
         found = {}
         for url in self.urls:
             try:
@@ -114,7 +117,7 @@ class HttpClient:
         if not found:
             answer, url = self._ask("GET", path, None, max_bytes=max_bytes)
             found[url] = answer
-        return found
+        return [self._taken(answer, url, read) for url, answer in found.items()]
 
     def halt(self) -> None:
         """Lets no request begin or wait any more: each raises Halted instead."""
@@ -128,6 +131,13 @@ class HttpClient:
         """Closes all connections."""
         self.halt()
         self._pools.clear()
+
+    def _taken(self, answer: dict[str, Any], url: str, read: Read[Found]) -> Found:
+        """What `read` makes of a reply; what it says of a wrong one goes on without the key and in short."""
+        try:
+            return read(answer, url)
+        except EngineError as error:
+            raise EngineError(self._clean(error.message), hint=error.hint) from None
 
     # attempts
 
@@ -221,8 +231,7 @@ class HttpClient:
             reply.close()  # with its connection, on which the rest may still come
             raise
         reply.release_conn()
-        # What a server repeats of the key goes no further: neither into an error nor anywhere else.
-        return bytes(data) if self._key is None else bytes(data).replace(self._key.encode(), b"***")
+        return bytes(data)
 
     def _refusal(
         self, where: str, reply: urllib3.BaseHTTPResponse, data: bytes

@@ -127,7 +127,7 @@ def _entry(key: str, value: Any, *, where: str) -> _Entry:
 def _logprob(value: Any, *, where: str) -> float:
     """A log-prob that can be one: a finite number, at most 0 but for rounding."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise EngineError(f"{where}: its log-prob is {value!r:.40}, expected a finite number")
+        raise EngineError(f"{where}: its log-prob is {value!r}, expected a finite number")
     if value > TOLERANCE_NATS:
         raise EngineError(f"{where}: its log-prob is {value:g}, expected 0 or less")
     if value <= MINUS_INFINITY:
@@ -186,7 +186,7 @@ def read_completion(
     if reason == "length" and whole and not ended:
         return Completion(ids, logprobs, "length")
     raise EngineError(
-        f"{where}: ended for {reason!r:.40} after {len(ids)} tokens, the last of them id {ids[-1]}; "
+        f"{where}: ended for {reason!r} after {len(ids)} tokens, the last of them id {ids[-1]}; "
         f"expected stop at one of {list(sampling.end_ids)[:8]}, or length at {sampling.max_new_tokens}"
     )
 
@@ -194,7 +194,7 @@ def read_completion(
 def _choice(answer: dict[str, Any], prompt: Sequence[int], *, model: str, where: str) -> dict[str, Any]:
     """The only choice of a reply, after the model's name and the prompt's ids were compared with what was asked."""
     if answer.get("model") != model:
-        raise EngineError(f"{where}: answers as model {answer.get('model')!r:.80}, asked was {model!r}")
+        raise EngineError(f"{where}: answers as model {answer.get('model')!r}, asked was {model!r}")
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         raise EngineError(f"{where}: expected one choice in its reply")

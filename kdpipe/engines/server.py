@@ -60,16 +60,8 @@ class ServerEngine:
             raise EngineError(f"{source.folder}: no such folder, expected the tokenizer of {self._model!r}")
         if self._digest == source.digest:
             return
-        lengths = []
         self._client.resume()
-        for url, answer in self._client.get_each("/models", max_bytes=_BYTES_OF_A_REPLY).items():
-            names = served_models(answer, where=url)
-            if self._model not in names:
-                raise EngineError(
-                    f"{url}: serves {', '.join(sorted(names)) or 'nothing'}, not {self._model!r}",
-                    hint="write the name that it serves in teachers[].server.model, or start it with that name",
-                )
-            lengths.append(names[self._model])
+        lengths = self._client.get_each("/models", self._context_of, max_bytes=_BYTES_OF_A_REPLY)
         self._context = min((length for length in lengths if length is not None), default=None)
         self._digest = source.digest
 
@@ -91,13 +83,15 @@ class ServerEngine:
         def work(number: int) -> Completion:
             index, seed = places[number]
             prompt = list(requests[index].prompt_token_ids)
-            answer, url = self._client.post(
-                "/completions",
-                self._sampling_body(prompt, sampling, seed),
-                max_bytes=_BYTES_OF_A_REPLY + _BYTES_OF_AN_ENTRY * (len(prompt) + sampling.max_new_tokens),
-            )
-            where = f"{url}: request {index}"
-            return read_completion(answer, prompt, sampling, model=self._model, where=where)
+
+            def read(answer: dict[str, Any], url: str) -> Completion:
+                where = f"{url}: request {index}"
+                return read_completion(answer, prompt, sampling, model=self._model, where=where)
+
+            body = self._sampling_body(prompt, sampling, seed)
+            tokens = len(prompt) + sampling.max_new_tokens
+            max_bytes = _BYTES_OF_A_REPLY + _BYTES_OF_AN_ENTRY * tokens
+            return self._client.post("/completions", body, read, max_bytes=max_bytes)
 
         drawn = iter(self._each(len(places), work, lambda done: progress(len(done.token_ids))))
         return [[next(drawn) for _ in request.seeds] for request in requests]
@@ -147,28 +141,39 @@ class ServerEngine:
 
     # one request
 
+    def _context_of(self, answer: dict[str, Any], url: str) -> int | None:
+        """How long a context a server has, where it tells; raises EngineError where it serves another model."""
+        names = served_models(answer, where=url)
+        if self._model not in names:
+            raise EngineError(
+                f"{url}: serves {', '.join(sorted(names)) or 'nothing'}, not {self._model!r}",
+                hint="write the name that it serves in teachers[].server.model, or start it with that name",
+            )
+        return names[self._model]
+
     def _score(self, index: int, request: ScoreRequest, *, top_k: int, num_ids: int) -> TokenScores:
         prompt, completion = list(request.prompt_token_ids), list(request.completion_token_ids)
         if not completion:
             return _empty(top_k)
         ids, asked = [*prompt, *completion], top_k
-        while True:
-            answer, url = self._client.post(
-                "/completions",
-                self._scoring_body(ids, asked),
-                max_bytes=_BYTES_OF_A_REPLY + _BYTES_OF_AN_ENTRY * len(ids) * (asked + 2),
+
+        def read(answer: dict[str, Any], url: str) -> TokenScores:
+            return read_scores(
+                answer,
+                ids,
+                start=len(prompt),
+                asked=asked,
+                top_k=top_k,
+                num_ids=num_ids,
+                model=self._model,
+                where=f"{url}: request {index}",
             )
+
+        while True:
+            max_bytes = _BYTES_OF_A_REPLY + _BYTES_OF_AN_ENTRY * len(ids) * (asked + 2)
             try:
-                return read_scores(
-                    answer,
-                    ids,
-                    start=len(prompt),
-                    asked=asked,
-                    top_k=top_k,
-                    num_ids=num_ids,
-                    model=self._model,
-                    where=f"{url}: request {index}",
-                )
+                body = self._scoring_body(ids, asked)
+                return self._client.post("/completions", body, read, max_bytes=max_bytes)
             except MoreIdsNeeded as more:
                 asked += more.count
 
