@@ -44,6 +44,7 @@ from kdpipe.recipe import Lora, Recipe, Runtime, Server, Sft, Student, Teacher
 from kdpipe.routing import check_records, teaches
 from kdpipe.rows import Problem, Rollout
 from kdpipe.seeds import derive_seed
+from kdpipe.signatures import require_same
 from kdpipe.stages.evaluate import evaluate, graded_problems
 from kdpipe.stages.held_out import Against
 from kdpipe.stages.rollout import rollout
@@ -477,20 +478,25 @@ class _Task:
         """
         settings = self._settings(role)
         if isinstance(settings, Teacher) and settings.server is not None:
-            return self._server_engine(settings.server, role)
+            return self._server_engine(settings, settings.server, role)
         key = name if name == "hf" else f"{name} {role}"
         if key not in self.warm.engines:
             self.warm.engines[key] = self.make_engine(name, self.warm.shelf, self.recipe.runtime)
         return self.warm.engines[key]
 
-    def _server_engine(self, server: Server, role: str) -> Engine:
+    def _server_engine(self, teacher: Teacher, server: Server, role: str) -> Engine:
         key = f"server {role}"
         if key not in self.warm.engines:
             settings = self.recipe.runtime.server
             bundle = (
                 settings.ca_bundle and Path(self.request["folder"]) / Path(settings.ca_bundle).expanduser()
             )
-            self.warm.engines[key] = ServerEngine(server, settings, ca_bundle=bundle or None)
+            engine = ServerEngine(server, settings, ca_bundle=bundle or None)
+            source = self._source(role)
+            engine.load(source)
+            who = f"teacher {teacher.name!r}"
+            require_same(self.store.workspace, source.digest, who=who, scores=engine.signature)
+            self.warm.engines[key] = engine
         return self.warm.engines[key]
 
     # models being trained

@@ -22,7 +22,7 @@ import pytest
 from kdpipe.engine import ModelSource, SampleRequest, Sampling, ScoreRequest, TokenScores
 from kdpipe.engines.http import MAX_RETRY_AFTER_SECONDS
 from kdpipe.engines.replies import TAIL_FLOOR
-from kdpipe.engines.server import ServerEngine
+from kdpipe.engines.server import SEQUENCE, ServerEngine
 from kdpipe.errors import EngineError, ModelError
 from kdpipe.recipe import Server, ServerRuntime
 from tests.fakes import FakeEngine
@@ -474,6 +474,25 @@ def test_each_server_has_to_serve_the_model(served: Served, tmp_path: Path) -> N
         with pytest.raises(EngineError, match="serves other, not 'served'") as caught:
             Asker(tmp_path, served.url, second.url).load()
         assert second.url in caught.value.message
+
+
+def test_servers_of_other_weights_under_one_name_are_refused(served: Served, tmp_path: Path) -> None:
+    with serve(behind(tmp_path), rows=NUM_IDS) as same, serve(behind(tmp_path, "b"), rows=NUM_IDS) as other:
+        engine = Asker(tmp_path, served.url, same.url).load().engine
+        assert engine.signature == pytest.approx(
+            behind(tmp_path)
+            .score(
+                [ScoreRequest(SEQUENCE[:1], SEQUENCE[1:])],
+                temperature=1.0,
+                num_ids=NUM_IDS,
+                top_k=0,
+                progress=lambda _: None,
+            )[0]
+            .logprobs.tolist()
+        )
+        with pytest.raises(EngineError, match="serve other weights as 'served'") as caught:
+            Asker(tmp_path, served.url, same.url, other.url).load()
+        assert other.url in caught.value.message
 
 
 def test_what_does_not_fit_is_refused_before_it_is_sent(tmp_path: Path) -> None:

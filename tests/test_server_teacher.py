@@ -19,6 +19,7 @@ from kdpipe.errors import EngineError, ModelError, PreflightError, RecipeError
 from kdpipe.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.recipe import Scratch
 from kdpipe.tasks.arithmetic import words
+from tests.fakes import FakeEngine
 from tests.serving import MODEL, Reply, Served, serve
 from tests.worlds import Watcher, events_of, leftovers, load_tiny, payload_digests, run_near
 
@@ -156,6 +157,26 @@ def test_a_key_gets_into_nothing_that_is_written(
     assert len(files) > 20
     assert [path for path in files if KEY.encode() in path.read_bytes()] == []
     assert events_of(tmp_path / "out")
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_other_weights_under_a_known_name_are_refused_and_taken_under_a_new_one(
+    served: Served, tmp_path: Path
+) -> None:
+    light = {"evaluate": {"teacher": False, "reverse_kl_problems": 0}}
+    run_near(load_tiny(tmp_path, **changes(served.url, **light, rounds=1)), tmp_path / "out")
+    known = json.loads((tmp_path / "out" / "servers.json").read_text())
+    assert len(known) == 1
+    other = FakeEngine(num_rows=NUM_IDS, max_positions=256)
+    other.load(ModelSource(tmp_path, "other"))
+    served.engine = other
+    with pytest.raises(PreflightError, match="teacher 'teacher': its server has other weights") as caught:
+        run_near(load_tiny(tmp_path, **changes(served.url, **light)), tmp_path / "out")
+    assert "revision" in caught.value.hint
+    assert json.loads((tmp_path / "out" / "servers.json").read_text()) == known
+    renamed = changes(served.url, server={"revision": "second"}, **light)
+    run_near(load_tiny(tmp_path, **renamed), tmp_path / "out")
+    assert len(json.loads((tmp_path / "out" / "servers.json").read_text())) == 2
 
 
 @pytest.mark.usefixtures("tokenizer")
