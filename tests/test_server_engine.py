@@ -440,6 +440,21 @@ def test_another_refusal_is_told_at_once_in_short_and_without_control_codes(
     refused(asker, served, "HTTP 422: .* plain")
 
 
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_after_a_refusal_nothing_more_is_sent_and_the_refusal_is_told(
+    concurrency: int, served: Served, tmp_path: Path
+) -> None:
+    asker = Asker(tmp_path, served.url, concurrency=concurrency).load()
+    refusal = Reply({"error": {"message": "the third"}}, 400)
+    served.twist = lambda number, reply: refusal if number == 2 else reply
+    with pytest.raises(EngineError, match="HTTP 400: the third"):
+        asker.score(*[[token % 12] for token in range(40)])
+    if concurrency == 1:  # with more, others may have begun while the refusal was on its way
+        assert len(served.bodies) == 3
+    served.twist = honest
+    assert len(asker.score()) == 1
+
+
 def test_a_redirect_is_not_followed(served: Served, tmp_path: Path) -> None:
     with serve(behind(tmp_path), rows=NUM_IDS) as elsewhere:
         asker = Asker(tmp_path, served.url).load()
