@@ -200,6 +200,30 @@ RECIPES = {
         ("train.objective={kd: jsd, off_policy_term: kd}",),
         ("off_policy_term has no effect", "on_policy_fraction below 1"),
     ),
+    "teacher text for no prompt": Bad(
+        ("rollout.off_policy_text=teacher",), ("off_policy_text has no effect", "on_policy_fraction below 1")
+    ),
+    "samples of references": Bad(
+        ("student.sft={steps: 1, samples: 2}",),
+        ("student.sft", "samples and temperature go with text: teacher"),
+    ),
+    "a teacher that learns from a teacher": Bad(
+        ("teachers.0.sft={steps: 1, text: teacher}",), ("sft.text: teacher is for the student", "'teacher'")
+    ),
+    "a mixture that writes": Bad(
+        (
+            "student.sft={steps: 1, text: teacher}",
+            "teachers=[{name: a, model: ./a}, {name: b, model: ./b}]",
+        ),
+        ("a mixture of teachers scores text and writes none", "by only"),
+    ),
+    "a student that writes before it is there": Bad(
+        (
+            "student.sft={steps: 1, text: teacher}",
+            "teachers=[{self: initial, prompt: '{question} {solution}'}]",
+        ),
+        ("student.sft.text", "is the student that this cold start makes", "text: reference"),
+    ),
     "reference text without a weight": Bad(
         ("train.objective={kind: grpo}", "rollout.on_policy_fraction=0.5"),
         ("on_policy_fraction below 1", "kind grpo has no KD term", "kd, kdrl or srpo"),
