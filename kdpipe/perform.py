@@ -50,6 +50,7 @@ from kdpipe.stages.held_out import Against
 from kdpipe.stages.rollout import rollout
 from kdpipe.stages.sft import sft
 from kdpipe.stages.teacher_score import TeacherSide, output_head, swapped_head, teacher_score, teacher_side
+from kdpipe.stages.teacher_text import write_texts
 from kdpipe.stages.train import train
 from kdpipe.store import Draft, Entry, Store, append_line
 from kdpipe.tables import read_rollouts, read_scores
@@ -89,6 +90,7 @@ class Warm:
     train: list[Problem]
     test: list[Problem]
     engines: dict[str, Engine] = field(default_factory=dict)
+    servers: dict[str, ServerEngine] = field(default_factory=dict)
     texts: dict[tuple[str, str], Text] = field(default_factory=dict)
     trainer: tuple[str, Trainer] | None = None
     lora_fits: bool = False
@@ -191,9 +193,24 @@ class _Task:
         match self.step.stage:
             case "sft":
                 return self._sft(job)
+            case "rollout" if self.step.subject:
+                role = self._own_role()
+                engine = self._engine(self.recipe.rollout.engine, role)
+                write_texts(
+                    job,
+                    teacher=self._teacher_side(job, role),
+                    source=self._source(role),
+                    engine=engine,
+                    student=self._text(STUDENT),
+                )
             case "rollout":
-                engine = self._engine(self.recipe.rollout.engine, STUDENT)
-                rollout(job, text=self._text(STUDENT), student=self._source(STUDENT), engine=engine)
+                rollout(
+                    job,
+                    text=self._text(STUDENT),
+                    student=self._source(STUDENT),
+                    engine=self._engine(self.recipe.rollout.engine, STUDENT),
+                    given=self._texts(),
+                )
             case "teacher-score":
                 rows = read_rollouts(self._opened("rollout", "rollouts.parquet"))
                 role = self._own_role()
@@ -241,7 +258,8 @@ class _Task:
         if resumed is not None:
             trainer.restore(*read_trainer(resumed[1] / "trainer"))
         done = resumed[0] if resumed else 0
-        sft(job, settings=settings, text=text, trainer=trainer, dtype=dtype, resumed=done)
+        written = self._texts() if settings is not None and settings.text == "teacher" else None
+        sft(job, settings=settings, text=text, trainer=trainer, dtype=dtype, resumed=done, written=written)
         return trainer
 
     def _train(self, job: Job) -> Trainer:
@@ -273,6 +291,11 @@ class _Task:
         folder = entry.opened(kind) / kind if entry else self._base_folder(name)
         assert folder is not None
         return Average(decay, folder, self.warm.device, self.recipe.student.trust_remote_code)
+
+    def _texts(self) -> list[Rollout]:
+        """What the teachers wrote for this step to read."""
+        roles = [role for role in self.inputs if role.partition(":")[0] == "text"]
+        return [row for role in roles for row in read_rollouts(self._opened(role, "rollouts.parquet"))]
 
     def _has_scores(self) -> bool:
         return any(role.partition(":")[0] == "scores" for role in self.inputs)
@@ -485,8 +508,7 @@ class _Task:
         return self.warm.engines[key]
 
     def _server_engine(self, teacher: Teacher, server: Server, role: str) -> Engine:
-        key = f"server {role}"
-        if key not in self.warm.engines:
+        if role not in self.warm.servers:
             settings = self.recipe.runtime.server
             bundle = (
                 settings.ca_bundle and Path(self.request["folder"]) / Path(settings.ca_bundle).expanduser()
@@ -496,8 +518,8 @@ class _Task:
             engine.load(source)
             who = f"teacher {teacher.name!r}"
             require_same(self.store.workspace, source.digest, who=who, scores=engine.signature)
-            self.warm.engines[key] = engine
-        return self.warm.engines[key]
+            self.warm.servers[role] = engine
+        return self.warm.servers[role]
 
     # models being trained
 
@@ -614,7 +636,9 @@ class _Task:
 
     def _write_speed(self, draft: Draft, pulse: Pulse, seconds: float) -> None:
         name = self.step.stage.replace("-", "_")
-        if self.step.stage == "teacher-score" and self.step.subject:  # one of several in the round
+        if (
+            self.step.stage in ("rollout", "teacher-score") and self.step.subject
+        ):  # one of several in the round
             name += f"/{self.step.subject}"
         draft.metric(f"time/{name}_seconds", seconds)
         if pulse.all_tokens and seconds > 0:

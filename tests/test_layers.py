@@ -73,6 +73,7 @@ LEVELS = {
     "stages.sft": 4,
     "stages.rollout": 4,
     "stages.teacher_score": 4,
+    "stages.teacher_text": 4.1,
     "stages.train": 4.1,
     "stages.held_out": 4.1,
     "stages.evaluate": 4.2,

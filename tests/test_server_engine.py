@@ -423,7 +423,7 @@ def test_a_sample_that_was_not_drawn_as_asked_is_refused(case: str, served: Serv
 
 def test_an_id_out_of_use_that_was_sampled_is_named(served: Served, tmp_path: Path) -> None:
     asker = Asker(tmp_path, served.url).load()
-    with pytest.raises(EngineError, match="stands for nothing: 3 ids are in use"):
+    with pytest.raises(EngineError, match="only ids below 3 count"):
         asker.sample(num_ids=3, end_ids=())
 
 

@@ -191,6 +191,20 @@ def test_servers_and_own_models_teach_side_by_side(served: Served, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("tokenizer")
+def test_a_server_writes_the_text_that_the_student_learns(served: Served, tmp_path: Path) -> None:
+    text = {"steps": 4, "batch": 8, "problems": 8, "text": "teacher", "samples": 2}
+    rollout = {"prompts": 8, "on_policy_fraction": 0.5, "off_policy_text": "teacher", "max_new_tokens": 12}
+    light = {"evaluate": {"teacher": False, "reverse_kl_problems": 0}, "train__minibatches": 2}
+    loaded = load_tiny(tmp_path, **changes(served.url, rounds=1, student__sft=text, rollout=rollout, **light))
+    project = run_near(loaded, tmp_path / "out")
+    sampled = [body for body in served.bodies if "logprobs" in body]
+    assert len(sampled) == 8 * 2 + 4
+    assert len({body["seed"] for body in sampled}) == len(sampled)
+    written = rows(project.run.path / "round-001/rollout-teacher/rollouts.parquet")
+    assert [row["source"] for row in written] == ["teacher"] * 4
+
+
+@pytest.mark.usefixtures("tokenizer")
 def test_a_server_with_too_short_a_context_is_told_before_anything_is_trained(
     served: Served, tmp_path: Path
 ) -> None:
