@@ -618,6 +618,23 @@ class Keep(Section):
     optimizer: Annotated[int, Field(ge=1)] = 2
 
 
+class Placement(Section):
+    """Where the engines of the roles run; null is `runtime.device`, on which the student is trained.
+
+    `sampler` is the student's engine in rollout and evaluate; `teacher` may name a device for each teacher. An hf
+    engine on the trainer's device shares its process and its weights, unless its role is in `own_process`; every
+    other engine has a process of its own.
+    """
+
+    sampler: str | None = None
+    teacher: str | dict[str, str] | None = None
+    own_process: list[Literal["sampler", "teacher"]] = []
+
+    def of_teacher(self, name: str) -> str | None:
+        """The device of that teacher's engine, or null."""
+        return self.teacher.get(name) if isinstance(self.teacher, dict) else self.teacher
+
+
 class Runtime(Section):
     """Hardware, batch sizes and retention; nothing here changes results beyond floating-point rounding."""
 
@@ -631,6 +648,7 @@ class Runtime(Section):
     checkpoint_steps: Count = 100
     gradient_checkpointing: bool = False
     keep: Keep = Keep.model_construct()
+    placement: Placement = Placement.model_construct()
     allow_weak_teacher: bool = False
 
 
@@ -790,6 +808,11 @@ class Recipe(Section):
         routed = [teacher.only is not None for teacher in self.teachers]
         if len(names) == 1 and routed[0]:
             raise ValueError("only goes with several teachers: a single one teaches every problem")
+        placed = self.runtime.placement.teacher
+        if isinstance(placed, dict) and (foreign := sorted(placed.keys() - set(names))):
+            raise ValueError(
+                f"runtime.placement.teacher names {foreign[0]!r}, and no teacher is called so: {', '.join(names)}"
+            )
         if any(routed) and not all(routed):
             lacking = names[routed.index(False)]
             raise ValueError(

@@ -31,7 +31,7 @@ from kdpipe.runs import RunFolder, droppable
 from kdpipe.sources import Sources
 from kdpipe.store import Entry, run_lock, tidy
 from kdpipe.survey import inspect, must_restore
-from kdpipe.workers import Worker
+from kdpipe.workers import CLOSE, Worker
 
 PERFORMER = "kdpipe.perform:Performer"
 FREE_BYTES_FLOOR = 64 << 20
@@ -112,7 +112,7 @@ def run(
             job.worker.kill()
             raise
         finally:
-            job.worker.stop()
+            job.worker.stop(CLOSE)
             if trouble := mirror.finish(status):
                 display.warn(
                     f"MLflow: not everything is mirrored yet: {trouble}; the next command goes on with it"

@@ -13,7 +13,9 @@ import torch
 from kdpipe.checkpoints import ModelShelf, write_model
 from kdpipe.engine import Completion, Engine, ModelSource, SampleRequest, Sampling, ScoreRequest, TokenScores
 from kdpipe.engines.hf import HfEngine
+from kdpipe.engines.remote import Hosting, WorkerEngine
 from kdpipe.errors import EngineError
+from kdpipe.recipe import Runtime
 from tests.fakes import FakeEngine, fake_text
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -31,9 +33,29 @@ class Subject:
     text: Callable[[Sequence[int]], str]
 
 
-@pytest.fixture(params=["fake", "hf"])
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerEngine]:
+    """An engine in a process of its own, which all tests share: it takes seconds to start."""
+    hosting = Hosting("hf", "cpu", Runtime(threads=1))
+    engine = WorkerEngine(
+        hosting,
+        log=tmp_path_factory.mktemp("worker") / "log",
+        environment={"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        target="tests.worker_targets:fake_host",
+    )
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(params=["fake", "hf", "worker"])
 def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Subject]:
     engine: Engine
+    if request.param == "worker":
+        engine = request.getfixturevalue("worker")
+        source = ModelSource(tmp_path, "a", dtype="float32")
+        engine.load(source)
+        yield Subject(engine, source, fake_text)
+        return
     if request.param == "fake":
         engine = FakeEngine(max_positions=CONTEXT)
     else:

@@ -470,7 +470,7 @@ def others(value: Any) -> list[Any]:
         case str():
             return [*LITERALS, f"{value}-other", f"{value} {{question}} again", TOP_3]
         case list():
-            return [[1], ["stop here"], [0.5, 0.6], [*value, *value]]
+            return [[1], ["sampler"], ["stop here"], [0.5, 0.6], [*value, *value]]
         case dict():
             return [{"enable_thinking": False}, {"level": ["high"]}]
         case None:
