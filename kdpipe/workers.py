@@ -149,6 +149,9 @@ class Worker:
                 self.call(last, on_event=lambda _: None, stop=lambda: time.monotonic() > deadline)
         if self._process is None:
             return
+        if self._leads_group:  # once it has ended by itself, its group would outlive it for a moment
+            self.kill()
+            return
         with contextlib.suppress(OSError):
             self._process.stdin.close()  # type: ignore[union-attr]
         with contextlib.suppress(subprocess.TimeoutExpired):
