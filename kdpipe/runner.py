@@ -25,7 +25,7 @@ from pydantic import JsonValue
 
 from kdpipe.errors import ArtifactError, Interrupted, PreflightError, RecipeError, StepError
 from kdpipe.plan import STUDENT, Fields, Input, Step, canonical
-from kdpipe.project import Project, open_project, round_metrics, summary_of
+from kdpipe.project import Project, headrooms, open_project, round_metrics
 from kdpipe.recipe import LoadedRecipe, resolved
 from kdpipe.runs import RunFolder, droppable
 from kdpipe.sources import Sources
@@ -278,18 +278,10 @@ class _Run:
             or recipe.runtime.allow_weak_teacher
         ):
             return
-        for teacher in recipe.teachers:
-            if teacher.is_privileged or teacher.self_ is not None:
-                continue
-            summary = summary_of(self.project, f"evaluate:{teacher.name}@0")
-            if summary is not None and summary["accuracy_change"] <= 0:
-                where = (
-                    "" if teacher.only is None else f" on the {summary['problems']} problems that it teaches"
-                )
+        for headroom in headrooms(self.project):
+            if headroom.stops:
                 raise PreflightError(
-                    f"teacher {teacher.name!r} is not better than the student{where}: "
-                    f"accuracy {summary['accuracy']:.1%}, headroom {summary['accuracy_change']:+.1%} "
-                    f"[{summary['accuracy_change_low']:+.1%}, {summary['accuracy_change_high']:+.1%}]",
+                    f"teacher {headroom.teacher!r} is not better than the student: {headroom.sentence()}",
                     hint="choose another teacher, or say --set runtime.allow_weak_teacher=true",
                 )
 

@@ -51,6 +51,7 @@ LEVELS = {
     "checkpoints": 2.2,
     "hidden": 2,
     "micro_batch": 2.2,
+    "mismatch": 2,
     "teachers": 2.3,
     "store": 3,
     "workers": 3,
