@@ -32,7 +32,7 @@ from kdpipe.checkpoints import (
 from kdpipe.engine import AdapterSource, Engine, ModelSource
 from kdpipe.engines.hf import HfEngine
 from kdpipe.environment import environment
-from kdpipe.errors import EngineError, PreflightError, StepError
+from kdpipe.errors import PreflightError, StepError
 from kdpipe.hidden import FILE as HIDDEN_FILE
 from kdpipe.hidden import HiddenFile
 from kdpipe.job import Job, Text, open_text
@@ -71,9 +71,13 @@ def open_engine(name: Literal["hf", "vllm"], shelf: ModelShelf, runtime: Runtime
                 head_chunk_tokens=runtime.head_chunk_tokens,
             )
         case "vllm":
-            raise EngineError(
-                "engine vllm: this version of kdpipe cannot run it yet",
-                hint="say --set rollout.engine=hf --set teacher_score.engine=hf",
+            from kdpipe.engines.vllm import VllmEngine  # who does not ask for it need not have it
+
+            return VllmEngine(
+                runtime.vllm,
+                device=resolve_device(runtime.device),
+                score_tokens=runtime.score_tokens,
+                threads=runtime.threads,
             )
 
 
@@ -436,6 +440,8 @@ class _Task:
             assert manifest is not None
             made = AdapterSource(adapter.folder / "model", manifest.payload_digest)
             source = replace(source, adapter=made)
+        if isinstance(settings, Teacher):
+            source = replace(source, quantization=settings.quantization)
         if not self.warm.shelf.holds(source):
             if entry is not None:
                 entry.opened(source.folder.name)

@@ -57,6 +57,8 @@ LEVELS = {
     "engines": 3,
     "engines.decoding": 3,
     "engines.hf": 3.1,
+    "engines.vllm": 3.1,
+    "engines.vllm_worker": 3,
     "sources": 3.1,
     "job": 3.1,
     "small_world": 3,

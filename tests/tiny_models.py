@@ -32,8 +32,17 @@ COMMON = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
+# vLLM computes attention on a CPU for heads of 32 and more.
+WIDE = COMMON | {
+    "hidden_size": 96,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "initializer_range": 0.2,
+}
 CONFIGS = {
     "llama": LlamaConfig(**COMMON, tie_word_embeddings=False),
+    "llama-wide": LlamaConfig(**WIDE, tie_word_embeddings=False),
+    "llama-wide-tied": LlamaConfig(**WIDE, tie_word_embeddings=True),
     "llama-tied-biased": LlamaConfig(
         **COMMON | {"num_key_value_heads": 4}, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
     ),
