@@ -38,7 +38,7 @@ def vllm_subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
     from kdpipe.engines.vllm import VllmEngine
 
     folder = tmp_path_factory.mktemp("model")
-    write_model(tiny_model("llama-wide"), tiny_tokenizer(), folder)
+    write_model(tiny_model("wide"), tiny_tokenizer(), folder)
     settings = Vllm(kv_cache_gib=0.25, max_num_seqs=64, batch_tokens=64)
     engine = VllmEngine(settings, device=torch.device("cpu"), score_tokens=100)
     yield Subject(engine, ModelSource(folder, "a", dtype="float32"), fake_text)

@@ -59,8 +59,8 @@ TOKENS: Document = {
     **DISTILL,
     "name": "tokens",
     "teachers": [{"model": "org/teacher", "quantization": "fp8"}],
-    "rollout": {"engine": "vllm"},
     "teacher_score": {"engine": "vllm"},
+    "evaluate": {"engine": "vllm"},
     "train": {"objective": {"kd": {"term": "k2", "ratio": {"control": "truncate", "cap": 2.0}}}},
 }
 GRPO: Document = {
