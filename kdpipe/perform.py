@@ -431,6 +431,8 @@ class _Task:
             assert manifest is not None
             made = AdapterSource(adapter.folder / "model", manifest.payload_digest)
             source = replace(source, adapter=made)
+        if isinstance(settings, Teacher):
+            source = replace(source, quantization=settings.quantization)
         if not self.warm.roles.holds(engine, source):
             if entry is not None:
                 entry.opened(source.folder.name)

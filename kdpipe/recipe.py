@@ -199,7 +199,8 @@ class Teacher(Section):
     `prompt` is the teacher's own prompt text, with {question} and, privileged, {solution} or any other field of
     the record; null means the student's prompt. `temperature` null means the rollout temperature. Of several
     teachers, each teaches the problems whose record has the values in `only`; without `only` all score every
-    completion and are mixed by `weight`.
+    completion and are mixed by `weight`. `quantization` is the method, by vLLM's name, by which that engine
+    stores the teacher's weights in fewer bits.
     """
 
     name: Annotated[str, Field(pattern=NAME)] = "teacher"
@@ -213,6 +214,7 @@ class Teacher(Section):
     template: dict[str, JsonValue] = {}
     prompt: str | None = None
     temperature: Positive | None = None
+    quantization: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")] | None = None
     only: (
         Annotated[
             dict[str, FieldValue | Annotated[list[FieldValue], Field(min_length=1)]], Field(min_length=1)
@@ -635,6 +637,34 @@ class Placement(Section):
         return self.teacher.get(name) if isinstance(self.teacher, dict) else self.teacher
 
 
+class Vllm(Section):
+    """How vLLM runs. `kv_cache_gib` null is 2 GiB on a CPU, and what `gpu_memory_utilization` leaves on a GPU.
+
+    `enforce_eager` null compiles on GPUs only. `max_model_len` null is the model's own context; a shorter one needs
+    less memory. `batch_tokens` are those of one forward pass, whose logits exist at once where they are scored.
+    `sleep` frees the GPU while other engines work. `check_weights` compares each loaded model with transformers.
+    """
+
+    tensor_parallel_size: Count = 1
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    kv_cache_gib: Positive | None = None
+    enforce_eager: bool | None = None
+    max_model_len: Count | None = None
+    max_num_seqs: Count = 256
+    batch_tokens: Count = 2048
+    prefix_caching: bool = True
+    sleep: bool = False
+    check_weights: bool = True
+
+    @model_validator(mode="after")
+    def _batch_holds_sequences(self) -> "Vllm":
+        if self.batch_tokens < self.max_num_seqs:
+            raise ValueError(
+                "batch_tokens must be at least max_num_seqs: each sequence has a token in a batch"
+            )
+        return self
+
+
 class Runtime(Section):
     """Hardware, batch sizes and retention; nothing here changes results beyond floating-point rounding."""
 
@@ -649,6 +679,7 @@ class Runtime(Section):
     gradient_checkpointing: bool = False
     keep: Keep = Keep.model_construct()
     placement: Placement = Placement.model_construct()
+    vllm: Vllm = Vllm.model_construct()
     allow_weak_teacher: bool = False
 
 
@@ -766,6 +797,28 @@ class Recipe(Section):
             raise ValueError("an RL term needs rollout.samples of 2 or more: a group of one has no advantage")
         if self.train.minibatches > self.rollout.rows:
             raise ValueError("train.minibatches is larger than the number of completions of a round")
+        return self
+
+    @model_validator(mode="after")
+    def _vllm_fits(self) -> "Recipe":
+        evaluator = self.evaluate.engine or self.rollout.engine
+        if self.student.lora is not None and "vllm" in (self.rollout.engine, evaluator):
+            raise ValueError(
+                "engine vllm takes no adapter: with student.lora, rollout and evaluate use engine hf"
+            )
+        for teacher in self.teachers:
+            if teacher.quantization is None:
+                continue
+            if teacher.self_ is not None:
+                raise ValueError(
+                    f"teacher {teacher.name!r}: quantization goes with a teacher of its own, not with the student"
+                )
+            engines = {self.teacher_score.engine, *([evaluator] if self.evaluate.teacher else [])}
+            if "hf" in engines:
+                raise ValueError(
+                    f"teacher {teacher.name!r}: quantization goes with engine vllm, and engine hf would run it too: "
+                    "set teacher_score.engine and evaluate.engine to vllm, or evaluate.teacher to false"
+                )
         return self
 
     @model_validator(mode="after")

@@ -71,7 +71,7 @@ class Roles:
         """The engine `name` for the model in `role`; `tell` is told of a process that is made for it."""
         place = self._places[role]
         if name == "hf" and place.device == self._device and not place.has_own_process:
-            return self._in_turns(self._shared, place.device)
+            return self._in_turns(self._shared, [place.device])
         key = f"{name} {role}"
         if key not in self._engines:
             log = self._logs / f"{place.name}.log"
@@ -79,7 +79,7 @@ class Roles:
             tell(
                 f"{place.name}: {name} on {place.device} in a process of its own, which logs to logs/{log.name}"
             )
-        return self._in_turns(self._engines[key], place.device)
+        return self._in_turns(self._engines[key], self._devices_of(name, place))
 
     def holds(self, engine: Engine | None, source: ModelSource) -> bool:
         """Whether `engine` would open nothing to load `source`; None stands for the trainer."""
@@ -104,12 +104,21 @@ class Roles:
         self._shared.close()
 
     def _started(self, name: EngineName, place: Place, log: Path) -> WorkerEngine:
-        device, environment = seen_alone(place.device, os.environ)
+        device, environment = seen_alone(self._devices_of(name, place), os.environ)
         hosting = Hosting(name, device, self._runtime, place.num_models)
         return WorkerEngine(hosting, log=log, environment=environment)
 
-    def _in_turns(self, engine: Engine, device: torch.device) -> Engine:
-        return InTurns(engine, self._turns_on(device)) if device.type == "cuda" else engine
+    def _devices_of(self, name: EngineName, place: Place) -> list[torch.device]:
+        """The device of a role's engine, and those that follow it where the model is spread over several."""
+        if name != "vllm" or place.device.type != "cuda":
+            return [place.device]
+        count = self._runtime.vllm.tensor_parallel_size
+        return [torch.device("cuda", place.device.index + number) for number in range(count)]
+
+    def _in_turns(self, engine: Engine, devices: Sequence[torch.device]) -> Engine:
+        if devices[0].type != "cuda":
+            return engine
+        return InTurns(engine, [self._turns_on(device) for device in devices])
 
     def _turns_on(self, device: torch.device) -> Turns:
         return self._turns.setdefault(device, Turns())
@@ -141,16 +150,21 @@ def _numbered(device: torch.device) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
-def seen_alone(device: torch.device, environment: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-    """What the device is called in a process that sees no other one, and the environment that makes it so.
+def seen_alone(devices: Sequence[torch.device], environment: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """What the first device is called in a process that sees no others than these, and the environment that does it.
 
-    Numbers count among the devices that this process sees itself.
+    Numbers count among the devices that this process sees itself. Raises RecipeError when it does not see so many.
     """
-    if device.type != "cuda":
-        return str(device), {}
-    number = device.index or 0
+    if devices[0].type != "cuda":
+        return str(devices[0]), {}
+    numbers = [device.index for device in devices]
     visible = [name.strip() for name in environment.get(VISIBLE, "").split(",") if name.strip()]
-    return "cuda:0", {VISIBLE: visible[number] if visible else str(number)}
+    if visible and numbers[-1] >= len(visible):
+        raise RecipeError(
+            f"cuda:{numbers[-1]}: {VISIBLE} lets kdpipe see {len(visible)} CUDA devices",
+            hint="lower runtime.vllm.tensor_parallel_size, or place the role on a lower number",
+        )
+    return "cuda:0", {VISIBLE: ",".join(visible[number] if visible else str(number) for number in numbers)}
 
 
 class Turns:
@@ -167,9 +181,9 @@ class Turns:
 
 
 class InTurns:
-    """An engine that waits with its load until the others on its device are asleep."""
+    """An engine that waits with its load until the others on its devices are asleep."""
 
-    def __init__(self, engine: Engine, turns: Turns) -> None:
+    def __init__(self, engine: Engine, turns: Sequence[Turns]) -> None:
         self.engine = engine
         self._turns = turns
 
@@ -180,7 +194,8 @@ class InTurns:
 
     def load(self, source: ModelSource) -> None:
         """See Engine."""
-        self._turns.take(self.engine)
+        for turns in self._turns:
+            turns.take(self.engine)
         self.engine.load(source)
 
     def sample(

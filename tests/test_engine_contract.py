@@ -15,7 +15,7 @@ from kdpipe.engine import Completion, Engine, ModelSource, SampleRequest, Sampli
 from kdpipe.engines.hf import HfEngine
 from kdpipe.engines.remote import Hosting, WorkerEngine
 from kdpipe.errors import EngineError
-from kdpipe.recipe import Runtime
+from kdpipe.recipe import Runtime, Vllm
 from tests.fakes import FakeEngine, fake_text
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -47,9 +47,27 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerEngine]:
     engine.close()
 
 
-@pytest.fixture(params=["fake", "hf", "worker"])
+@pytest.fixture(scope="module")
+def vllm_subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+    """One for all tests: it takes most of a minute to start."""
+    from kdpipe.engines.vllm import VllmEngine
+
+    folder = tmp_path_factory.mktemp("model")
+    write_model(tiny_model("wide"), tiny_tokenizer(), folder)
+    settings = Vllm(kv_cache_gib=0.25, max_num_seqs=64, batch_tokens=64)
+    engine = VllmEngine(settings, device=torch.device("cpu"), score_tokens=100)
+    yield Subject(engine, ModelSource(folder, "a", dtype="float32"), fake_text)
+    engine.close()
+
+
+@pytest.fixture(params=["fake", "hf", "worker", pytest.param("vllm", marks=pytest.mark.vllm)])
 def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Subject]:
     engine: Engine
+    if request.param == "vllm":
+        found: Subject = request.getfixturevalue("vllm_subject")
+        found.engine.load(found.source)
+        yield found
+        return
     if request.param == "worker":
         engine = request.getfixturevalue("worker")
         source = ModelSource(tmp_path, "a", dtype="float32")
@@ -240,6 +258,10 @@ def test_given_ids_are_scored_alone_and_together_with_the_top_k(subject, top_k):
     pairs = [([2, 3], [4, 5, 6]), ([7], [8]), ([9, 10], [])]
     given = [np.array([[11, 0], [4, 3], [5, 6]], np.int32), np.array([[1, 2]], np.int32)]
     given.append(np.zeros((0, 2), np.int32))
+    if "support" not in subject.engine.abilities:
+        with pytest.raises(EngineError, match="request 0"):
+            score(subject, pairs, top_k=top_k, supports=given)
+        return
     full = score(subject, pairs, temperature=0.7, top_k=NUM_IDS)
     scored = score(subject, pairs, temperature=0.7, top_k=top_k, supports=given)
     for row, whole, support, (_, completion) in zip(scored, full, given, pairs, strict=True):
@@ -319,6 +341,10 @@ def test_other_ids_than_those_read_can_be_scored(subject: Subject) -> None:
         )
         return found
 
+    if "support" not in subject.engine.abilities:
+        with pytest.raises(EngineError, match="request 0"):
+            score(ScoreRequest([4, 6], completion, target_ids=targets), 0)
+        return
     every = score(ScoreRequest([4, 6], completion), NUM_IDS)
     found = score(ScoreRequest([4, 6], completion, target_ids=targets), 0)
     assert every.topk_ids is not None
@@ -326,3 +352,23 @@ def test_other_ids_than_those_read_can_be_scored(subject: Subject) -> None:
     for t, target in enumerate(targets):
         [at] = (every.topk_ids[t] == target).nonzero()[0]
         assert found.logprobs[t] == pytest.approx(every.topk_logprobs[t, at], abs=1e-6)
+
+
+def test_hidden_states_are_given_or_refused_as_the_abilities_say(subject: Subject) -> None:
+    def score() -> list[TokenScores]:
+        return subject.engine.score(
+            [ScoreRequest([4, 6], [3, 1])],
+            temperature=1.0,
+            num_ids=NUM_IDS,
+            top_k=0,
+            progress=lambda _: None,
+            hidden=True,
+        )
+
+    if "hidden" in subject.engine.abilities:
+        [found] = score()
+        assert found.hidden is not None
+        assert len(found.hidden) == 2
+        return
+    with pytest.raises(EngineError, match="hidden states"):
+        score()

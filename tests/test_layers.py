@@ -58,7 +58,11 @@ LEVELS = {
     "engines": 3,
     "engines.decoding": 3,
     "engines.hf": 3.1,
-    "engines.remote": 3.2,
+    "engines.vllm": 3.2,
+    "engines.vllm_output": 3,
+    "engines.vllm_process": 3.1,
+    "engines.vllm_worker": 3,
+    "engines.remote": 3.3,
     "sources": 3.1,
     "job": 3.1,
     "small_world": 3,
@@ -86,7 +90,7 @@ LEVELS = {
 
 # The modules that may import a library; some name a model's type and call nothing of the library.
 DOORS = {
-    "vllm": {"engines.vllm"},
+    "vllm": {"engines.vllm_process"},
     "transformers": {"engines.hf", "engines.decoding", "prompting", "checkpoints", "trainer", "adapters"},
     "peft": {"adapters"},
     "mlflow": {"tracking"},

@@ -89,15 +89,22 @@ def test_a_device_for_a_teacher_that_there_is_not_is_refused(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("number", "visible", "expected"), [(1, None, "1"), (1, "2,5", "5"), (0, "GPU-ab, GPU-cd", "GPU-ab")]
+    ("numbers", "visible", "expected"),
+    [([1], None, "1"), ([1], "2,5", "5"), ([0], "GPU-ab, GPU-cd", "GPU-ab"), ([1, 2], "4,5,6", "5,6")],
 )
-def test_a_process_on_one_cuda_device_sees_that_one_only(
-    number: int, visible: str | None, expected: str
+def test_a_process_sees_no_cuda_devices_but_its_own(
+    numbers: list[int], visible: str | None, expected: str
 ) -> None:
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    device = torch.device("cuda", number)
-    assert seen_alone(device, environment) == ("cuda:0", {"CUDA_VISIBLE_DEVICES": expected})
-    assert seen_alone(CPU, environment) == ("cpu", {})
+    devices = [torch.device("cuda", number) for number in numbers]
+    assert seen_alone(devices, environment) == ("cuda:0", {"CUDA_VISIBLE_DEVICES": expected})
+    assert seen_alone([CPU], environment) == ("cpu", {})
+
+
+def test_more_devices_than_there_are_to_be_seen_are_refused() -> None:
+    devices = [torch.device("cuda", number) for number in (1, 2)]
+    with pytest.raises(RecipeError, match="cuda:2: CUDA_VISIBLE_DEVICES lets kdpipe see 2"):
+        seen_alone(devices, {"CUDA_VISIBLE_DEVICES": "6,7"})
 
 
 # ------------------------------------------------------------------------------------------------- turns
@@ -122,7 +129,7 @@ class Sleeper(FakeEngine):
 def test_of_the_engines_on_a_device_one_is_awake_at_a_time(tmp_path: Path) -> None:
     diary: list[str] = []
     turns, source = Turns(), ModelSource(tmp_path, "a")
-    sampler, teacher = (InTurns(Sleeper(name, diary), turns) for name in ("sampler", "teacher"))
+    sampler, teacher = (InTurns(Sleeper(name, diary), [turns]) for name in ("sampler", "teacher"))
     for engine in (sampler, sampler, teacher, sampler):
         engine.load(source)
     assert diary == [
@@ -139,13 +146,14 @@ def test_of_the_engines_on_a_device_one_is_awake_at_a_time(tmp_path: Path) -> No
 def with_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Roles, list[str]]]:
     """Roles on devices that are not there, whose engines write a diary."""
 
-    def make(placement: dict[str, Any], device: str = "cuda:0") -> tuple[Roles, list[str]]:
+    def make(placement: dict[str, Any], device: str = "cuda:0", **runtime: Any) -> tuple[Roles, list[str]]:
         diary: list[str] = []
         names = iter(("trainer", "sampler", "teacher"))
         monkeypatch.setattr(kdpipe.roles, "resolve_device", torch.device)
         monkeypatch.setattr(kdpipe.roles, "hf_engine", lambda *_: Sleeper(next(names), diary))
         monkeypatch.setattr(Roles, "_started", lambda _self, _name, place, _log: Sleeper(place.name, diary))
-        recipe = recipe_of(runtime__device=device, runtime__placement=placement)
+        more = {f"runtime__{name}": value for name, value in runtime.items()}
+        recipe = recipe_of(runtime__device=device, runtime__placement=placement, **more)
         return Roles(recipe, ModelShelf(torch.device(device)), logs=Path("nowhere")), diary
 
     return make
@@ -184,6 +192,23 @@ def test_on_gpus_of_their_own_roles_do_not_sleep(
         roles.engine("hf", "teacher").load(source)
         roles.make_room()
     assert diary == ["sampler loads", "teacher-teacher loads"] * 2
+
+
+def test_a_model_that_is_spread_over_two_gpus_waits_for_both(
+    with_cuda: Callable[..., tuple[Roles, list[str]]], tmp_path: Path
+) -> None:
+    roles, diary = with_cuda({"sampler": "cuda:1", "teacher": "cuda:2"}, vllm={"tensor_parallel_size": 2})
+    source = ModelSource(tmp_path, "a")
+    roles.engine("hf", "teacher").load(source)
+    roles.engine("vllm", STUDENT).load(source)  # on cuda:1 and cuda:2
+    roles.engine("hf", "teacher").load(source)
+    assert diary == [
+        "teacher-teacher loads",
+        "teacher-teacher sleeps",
+        "sampler loads",
+        "sampler sleeps",
+        "teacher-teacher loads",
+    ]
 
 
 def test_on_the_cpu_nothing_sleeps(with_cuda: Callable[..., tuple[Roles, list[str]]], tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from kdpipe.engine import (
     ScoreRequest,
     TokenScores,
 )
-from kdpipe.errors import EngineError, KdpipeError
+from kdpipe.errors import KdpipeError
 from kdpipe.recipe import EngineName, Runtime
 from kdpipe.workers import Message, Report, Worker
 
@@ -67,21 +67,22 @@ OpenEngine: TypeAlias = "Callable[[Hosting], Engine]"
 
 def open_engine(hosting: Hosting) -> Engine:
     """The engine of a role's process, opened in it."""
+    import torch
+
+    runtime, device = hosting.runtime, torch.device(hosting.device)
     match hosting.engine:
         case "hf":
-            import torch
-
             from kdpipe.checkpoints import ModelShelf
 
-            if hosting.runtime.threads is not None:
-                torch.set_num_threads(hosting.runtime.threads)
+            if runtime.threads is not None:
+                torch.set_num_threads(runtime.threads)
             torch.use_deterministic_algorithms(mode=True, warn_only=True)
-            shelf = ModelShelf(torch.device(hosting.device), limit=hosting.num_models)
-            return hf_engine(shelf, hosting.runtime)
+            return hf_engine(ModelShelf(device, limit=hosting.num_models), runtime)
         case "vllm":
-            raise EngineError(
-                "engine vllm: this version of kdpipe cannot run it yet",
-                hint="say --set rollout.engine=hf --set teacher_score.engine=hf",
+            from kdpipe.engines.vllm import VllmEngine
+
+            return VllmEngine(
+                runtime.vllm, device=device, score_tokens=runtime.score_tokens, threads=runtime.threads
             )
 
 
