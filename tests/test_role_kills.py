@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -18,15 +19,23 @@ from tests.worlds import load_tiny, payload_digests, run_near, write_recipe
 Victim = Literal["run", "performer", "sampler", "teacher"]
 TARGETS = {"performer": "kdpipe.perform:Performer", "role": "kdpipe.engines.remote:Host"}
 LOGS = {"performer": "worker.log", "sampler": "sampler.log", "teacher": "teacher-teacher.log"}
-
-pytestmark = pytest.mark.slow
+WIDE = {"hidden_size": 64, "intermediate_size": 64, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
+"""Heads as wide as vLLM wants them on a CPU."""
+VLLM: dict[str, Any] = {
+    "rounds": 1,
+    "student__scratch": WIDE,
+    "rollout__engine": "vllm",
+    "evaluate__engine": "hf",
+    "runtime__placement": {},
+    "runtime__vllm": {"kv_cache_gib": 0.25, "max_num_seqs": 64, "batch_tokens": 64},
+}
 
 
 class Tree:
     """A run with its processes, found by what they serve and by the log that they write to."""
 
     def __init__(self, folder: Path, **changes: Any) -> None:
-        write_recipe(folder, **changes, runtime__placement={"own_process": ["sampler", "teacher"]})
+        write_recipe(folder, **{"runtime__placement": {"own_process": ["sampler", "teacher"]}, **changes})
         self.command = Command(folder, folder / "out")
         self.before = len(self.command.events())
         self.process: subprocess.Popen[bytes] = self.command.start()
@@ -96,6 +105,7 @@ KILLS: list[tuple[Victim, When]] = [
 ]
 
 
+@pytest.mark.slow
 def test_whoever_is_killed_nobody_is_left_and_the_next_run_ends_as_an_unbroken_one(
     tmp_path: Path, trees: list[Tree]
 ) -> None:
@@ -124,6 +134,7 @@ def test_whoever_is_killed_nobody_is_left_and_the_next_run_ends_as_an_unbroken_o
     assert payload_digests(tree.command.workspace) == payload_digests(tmp_path / "unbroken")
 
 
+@pytest.mark.slow
 def test_a_signal_stops_a_role_that_samples_for_long_in_time(tmp_path: Path, trees: list[Tree]) -> None:
     long = {"prompts": 64, "samples": 64, "max_new_tokens": 200}
     tree = Tree(tmp_path, rounds=1, rollout=long, runtime__part_rows=512, runtime__sample_tokens=3000)
@@ -144,3 +155,27 @@ def test_a_signal_stops_a_role_that_samples_for_long_in_time(tmp_path: Path, tre
 def cpu_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.vllm
+def test_a_killed_vllm_and_a_killed_process_around_it_leave_nobody_and_the_next_run_continues(
+    tmp_path: Path, trees: list[Tree]
+) -> None:
+    for victim in ("sampler", "vLLM"):
+        tree = Tree(tmp_path, **VLLM)
+        trees.append(tree)
+        tree.wait_for(When("part done", "rollout@1", {"sampler": 0, "vLLM": 1}[victim]))
+        sampler = tree.pid("sampler")
+        children = Path(f"/proc/{sampler}/task/{sampler}/children").read_text().split()
+        [core] = [int(pid) for pid in children if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill({"sampler": sampler, "vLLM": core}[victim], signal.SIGKILL)
+        assert tree.process.wait(timeout=10) == 1, tree.command.output()
+        tree.assert_gone(seconds=5)
+        output = tree.command.output()
+        assert {"sampler": "the worker died: signal SIGKILL", "vLLM": "engine process died"}[victim] in output
+        assert "logs/sampler.log" in output
+        assert "everything finished is kept; to continue: " in output
+    tree.command.finish()
+    [path] = tree.command.workspace.glob("store/train/*/metrics.jsonl")
+    metrics = {row["name"]: row["value"] for row in map(json.loads, path.read_text().splitlines())}
+    assert 0 < metrics["train/mismatch_nats_max"] < 1e-4

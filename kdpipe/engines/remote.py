@@ -29,7 +29,7 @@ from kdpipe.engine import (
     ScoreRequest,
     TokenScores,
 )
-from kdpipe.errors import KdpipeError
+from kdpipe.errors import EngineError, KdpipeError
 from kdpipe.recipe import EngineName, Runtime
 from kdpipe.workers import Message, Report, Worker
 
@@ -194,8 +194,11 @@ class WorkerEngine:
 
         try:
             answer = self._worker.call({"do": do, "hosting": self._hosting, **request}, on_event=told)
-        except KdpipeError:
+        except KdpipeError as error:
             self._source = None  # what it holds now is not known
+            if isinstance(error, EngineError):
+                message = f"{error.message} (in the process that logs to {self._worker.log})"
+                raise type(error)(message, hint=error.hint) from error
             raise
         assert answer is not None  # it was not asked to stop
         return answer
