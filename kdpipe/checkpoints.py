@@ -50,6 +50,8 @@ STATE_FILE = "trainer.json"
 MASTERS = "masters"
 _CPU_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 _PROBE_SCALE = 1000.0
+# How a model was opened or written, and what it is computed in: not what it is.
+_CONFIG_HISTORY = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 # How a tokenizer was opened, which transformers writes beside what it is.
 _TOKENIZER_HISTORY = ("is_local", "local_files_only", "name_or_path")
 
@@ -268,6 +270,42 @@ def _read_rows_of(folder: Path, names: list[str], count: int) -> torch.Tensor:
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path}: cannot be read: {error}") from error
     raise ModelError(f"{folder}: none of its *.safetensors holds {' or '.join(names)}, the output head")
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What a model folder says of its model. `settings` are all that decides which weights fit into it.
+
+    `head_names` are the names of the output head's weight: of a tied one, those of the input embeddings too.
+    """
+
+    context: int
+    rows: int
+    head_names: tuple[str, ...]
+    is_quantized: bool
+    settings: dict[str, JsonValue]
+
+
+def read_architecture(folder: Path, *, trust_remote_code: bool = False) -> Architecture:
+    """The architecture of the model in a folder, none of whose weights are read; raises ModelError if it is none."""
+    _require_weights(folder)
+    try:
+        skeleton = _skeleton(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{folder}: its config.json is not of a causal language model: {error}") from error
+    head = skeleton.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{folder}: {type(skeleton).__name__} has no output head of its own")
+    named = skeleton.named_parameters(remove_duplicate=False)
+    text = skeleton.config.get_text_config()
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return Architecture(
+        context=text.max_position_embeddings,
+        rows=text.vocab_size,
+        head_names=tuple(name for name, tensor in named if tensor is head.weight),
+        is_quantized="quantization_config" in settings,
+        settings={name: value for name, value in settings.items() if name not in _CONFIG_HISTORY},
+    )
 
 
 def head_digest(head: Head) -> str:

@@ -488,7 +488,9 @@ def status(
 
     Example: kdpipe status recipes/quickstart.yaml --check
     """
-    from kdpipe.project import round_metrics
+    from dataclasses import asdict
+
+    from kdpipe.project import headrooms, round_metrics
     from kdpipe.store import is_running
     from kdpipe.terminal import inert, round_line
     from kdpipe.tracking import pending
@@ -511,6 +513,7 @@ def status(
                 "steps_left": len(left),
                 "next": left[0].step.id if left else None,
                 "not_mirrored": waiting,
+                "headroom": [asdict(headroom) for headroom in headrooms(project)],
             }
         )
     else:
@@ -521,6 +524,7 @@ def status(
         if rounds_done:
             metrics = round_metrics(project, rounds_done)
             lines.append(round_line(rounds_done, project.recipe.rounds, metrics))
+        lines += [f"teacher {found.teacher}: {inert(found.sentence())}" for found in headrooms(project)]
         if left:
             lines.append(f"next: {left[0].step.id}{'; ' + inert(left[0].why) if left[0].why else ''}")
         if waiting and not running:

@@ -169,7 +169,8 @@ def samples(
 ) -> tuple[str, list[dict[str, Any]]]:
     """The step whose completions are shown, and those rows: rollouts of a round, or round 0's evaluation.
 
-    Without a round: the newest rollouts there are. Raises RecipeError when nothing was sampled yet.
+    Without a round: the newest rollouts there are. Rollouts that were trained on have `mismatch_` fields (see
+    mismatch.py). Raises RecipeError when nothing was sampled yet.
     """
     from kdpipe.tables import GRADES, ROLLOUTS, read_rows
 
@@ -183,5 +184,31 @@ def samples(
             continue
         name, schema = ("rollouts.parquet", ROLLOUTS) if is_rollout else ("grades.parquet", GRADES)
         rows = read_rows(entry.opened(name) / name, schema)
-        return step.id, [row for row in rows if not (wrong and row["correct"])][:limit]
+        shown = [row for row in rows if not (wrong and row["correct"])][:limit]
+        return step.id, _with_mismatch(project, step.round, shown) if is_rollout else shown
     raise RecipeError("nothing was sampled yet", hint=f"kdpipe run {project.loaded.path}")
+
+
+def _with_mismatch(project: Project, number: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rollouts of a round, each with what its sampler and the trainer disagree about once it was trained on."""
+    from kdpipe.mismatch import acted, ledger, mismatch
+    from kdpipe.tables import COMPLETIONS, read_rows
+
+    entry = project.store.entry(project.plan.step(f"train@{number}"))
+    if entry.manifest() is None:
+        return rows
+    file = "completions.parquet"
+    columns = ["prompt_id", "sample", "proximal_logprobs"]
+    found = read_rows(entry.opened(file) / file, COMPLETIONS, columns=columns)
+    proximal = {(row["prompt_id"], row["sample"]): row["proximal_logprobs"] for row in found}
+    objective = project.recipe.train.objective.in_round(number)
+    joined = []
+    for row in rows:
+        known = proximal.get((row["prompt_id"], row["sample"]))
+        if known is None or row["sampler_logprobs"] is None:
+            joined.append(row)
+            continue
+        differences = mismatch(row["sampler_logprobs"], known)
+        tokens = int(acted(objective, differences).sum())
+        joined.append({**row, **ledger(objective, differences), "mismatch_acted_tokens": tokens})
+    return joined

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import JsonValue
@@ -30,17 +30,17 @@ from kdpipe.checkpoints import (
     scratch_model,
 )
 from kdpipe.engine import AdapterSource, Engine, ModelSource
-from kdpipe.engines.hf import HfEngine
 from kdpipe.engines.server import ServerEngine
 from kdpipe.environment import environment
-from kdpipe.errors import EngineError, PreflightError, StepError
+from kdpipe.errors import PreflightError, StepError
 from kdpipe.hidden import FILE as HIDDEN_FILE
 from kdpipe.hidden import HiddenFile
 from kdpipe.job import Job, Text, open_text
 from kdpipe.plan import BASE, STUDENT, Input, Step, teacher_role
 from kdpipe.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.pulse import Pulse
-from kdpipe.recipe import Lora, Recipe, Runtime, Server, Sft, Student, Teacher
+from kdpipe.recipe import EngineName, Lora, Recipe, Server, Sft, Student, Teacher
+from kdpipe.roles import Roles
 from kdpipe.routing import check_records, teaches
 from kdpipe.rows import Problem, Rollout
 from kdpipe.seeds import derive_seed
@@ -58,26 +58,7 @@ from kdpipe.tasks import read_problems
 from kdpipe.tasks.arithmetic import words
 from kdpipe.teachers import HiddenTeacher, RoundScores, TeacherScores, join_scores
 from kdpipe.trainer import Trainer
-from kdpipe.workers import Message, Report
-
-OpenEngine = Callable[[Literal["hf", "vllm"], ModelShelf, Runtime], Engine]
-
-
-def open_engine(name: Literal["hf", "vllm"], shelf: ModelShelf, runtime: Runtime) -> Engine:
-    """The engine that a recipe names."""
-    match name:
-        case "hf":
-            return HfEngine(
-                shelf,
-                sample_tokens=runtime.sample_tokens,
-                score_tokens=runtime.score_tokens,
-                head_chunk_tokens=runtime.head_chunk_tokens,
-            )
-        case "vllm":
-            raise EngineError(
-                "engine vllm: this version of kdpipe cannot run it yet",
-                hint="say --set rollout.engine=hf --set teacher_score.engine=hf",
-            )
+from kdpipe.workers import CLOSE, Message, Report
 
 
 @dataclass(slots=True)
@@ -89,7 +70,7 @@ class Warm:
     shelf: ModelShelf
     train: list[Problem]
     test: list[Problem]
-    engines: dict[str, Engine] = field(default_factory=dict)
+    roles: Roles
     servers: dict[str, ServerEngine] = field(default_factory=dict)
     texts: dict[tuple[str, str], Text] = field(default_factory=dict)
     trainer: tuple[str, Trainer] | None = None
@@ -99,17 +80,28 @@ class Warm:
 class Performer:
     """Called once for each step of a run, in a worker process."""
 
-    def __init__(self, make_engine: OpenEngine = open_engine) -> None:
-        self._make_engine = make_engine
+    def __init__(self) -> None:
         self._warm: Warm | None = None
 
     def __call__(self, request: Message, report: Report) -> Message:
-        """Performs the step of `request` unless another run has done it meanwhile."""
-        return _Task(request, report, self._warmed(request, report), self._make_engine).run()
+        """Performs the step of `request` unless another run has done it meanwhile; or ends what it started."""
+        if request == CLOSE:
+            self.close()
+            return {}
+        return _Task(request, report, self._warmed(request, report)).run()
+
+    def close(self) -> None:
+        """Ends the processes of the roles, and lets go of everything."""
+        warm, self._warm = self._warm, None
+        if warm is not None:
+            warm.roles.close()
+            for server in warm.servers.values():
+                server.close()
 
     def _warmed(self, request: Mapping[str, Any], report: Report) -> Warm:
         recipe = Recipe.model_validate_json(json.dumps(request["recipe"]), strict=True)
         if self._warm is None or self._warm.recipe != recipe:
+            self.close()
             if recipe.runtime.threads is not None:
                 torch.set_num_threads(recipe.runtime.threads)
             torch.use_deterministic_algorithms(mode=True, warn_only=True)
@@ -121,7 +113,9 @@ class Performer:
                 recipe.task, Path(request["folder"]), hub_folder=Path(hub) if hub else None
             )
             check_records(recipe, *problems)
-            self._warm = Warm(recipe, device, ModelShelf(device), *problems)
+            shelf = ModelShelf(device)
+            roles = Roles(recipe, shelf, logs=Path(request["run"]) / "logs")
+            self._warm = Warm(recipe, device, shelf, *problems, roles)
         return self._warm
 
 
@@ -150,14 +144,11 @@ def _refuse_unsound(recipe: Recipe, report: Report) -> None:
 class _Task:
     """One step: typed access to what its request says."""
 
-    def __init__(
-        self, request: Mapping[str, Any], report: Report, warm: Warm, make_engine: OpenEngine
-    ) -> None:
+    def __init__(self, request: Mapping[str, Any], report: Report, warm: Warm) -> None:
         self.request = request
         self.report = report
         self.warm = warm
         self.recipe = warm.recipe
-        self.make_engine = make_engine
         self.step = _step(request["step"])
         self.store = Store(Path(request["workspace"]))
         self.entry = self.store.entry(self.step)
@@ -199,16 +190,17 @@ class _Task:
                 write_texts(
                     job,
                     teacher=self._teacher_side(job, role),
-                    source=self._source(role),
+                    source=self._source(role, engine),
                     engine=engine,
                     student=self._text(STUDENT),
                 )
             case "rollout":
+                engine = self._engine(self.recipe.rollout.engine, STUDENT)
                 rollout(
                     job,
                     text=self._text(STUDENT),
-                    student=self._source(STUDENT),
-                    engine=self._engine(self.recipe.rollout.engine, STUDENT),
+                    student=self._source(STUDENT, engine),
+                    engine=engine,
                     given=self._texts(),
                 )
             case "teacher-score":
@@ -219,9 +211,9 @@ class _Task:
                     job,
                     rollouts=rows,
                     teacher=self._teacher_side(job, role),
-                    source=self._source(role),
+                    source=self._source(role, engine),
                     engine=engine,
-                    student=self._source(STUDENT) if self.recipe.keep.student_top_k else None,
+                    student=self._source(STUDENT, engine) if self.recipe.keep.student_top_k else None,
                 )
             case "train":
                 return self._train(job)
@@ -232,6 +224,7 @@ class _Task:
     # the stages that need more than a line
 
     def _sft(self, job: Job) -> Trainer:
+        self.warm.roles.make_room()
         model = self._settings(self._own_role())
         if isinstance(model, Teacher):
             job = replace(job, train=[problem for problem in job.train if teaches(model, problem)])
@@ -263,6 +256,7 @@ class _Task:
         return trainer
 
     def _train(self, job: Job) -> Trainer:
+        self.warm.roles.make_room()
         rows = read_rollouts(self._opened("rollout", "rollouts.parquet"))
         scores = self._round_scores(job, rows) if self._has_scores() else None
         resumed = job.draft.checkpoint()
@@ -325,16 +319,17 @@ class _Task:
             baseline = self._opened("baseline", "grades.parquet", "reverse_kl.parquet", folder=True)
         role = self._own_role()
         engine = self._engine(self.recipe.evaluate.engine or self.recipe.rollout.engine, role)
-        text, source, teacher = self._text(role), self._source(role), None
+        text, source, teacher = self._text(role), self._source(role, engine), None
         against, prompt = list[Against](), text.prompt
         if role == STUDENT:
             if self.recipe.evaluate.reverse_kl_problems:
                 roles = [teacher_role(self.recipe, teacher) for teacher in self.recipe.teachers]
                 scorer = self.recipe.teacher_score.engine
-                against = [
-                    Against(self._teacher_side(job, role), self._source(role), self._engine(scorer, role))
-                    for role in roles
-                ]
+                for role in roles:
+                    scoring = self._engine(scorer, role)
+                    against.append(
+                        Against(self._teacher_side(job, role), self._source(role, scoring), scoring)
+                    )
         else:
             side = self._teacher_side(job, role)
             text, teacher = side.text, side.settings
@@ -416,9 +411,12 @@ class _Task:
                 return teacher
         return self.recipe.student
 
-    def _source(self, role: str) -> ModelSource:
-        """The student or a teacher as an engine loads it; checks weights that come from the store."""
-        source = self._found_source(role)
+    def _source(self, role: str, engine: Engine | None = None) -> ModelSource:
+        """The student or a teacher as an engine loads it; checks weights from the store that it does not hold.
+
+        Without an engine it is this process that opens them.
+        """
+        source = self._found_source(role, engine)
         settings = self._settings(role)
         if isinstance(settings, Teacher) and settings.server is not None:
             return source  # its weights are not here
@@ -445,7 +443,7 @@ class _Task:
         """Which folder of its entry holds the weights: a teacher may be the average beside the student."""
         return "ema" if "ema" in self.step.inputs[role].opens else "model"
 
-    def _found_source(self, role: str) -> ModelSource:
+    def _found_source(self, role: str, engine: Engine | None) -> ModelSource:
         settings = self._settings(role)
         entry, name = self._origin(role)
         dtype, trust = settings.dtype, settings.trust_remote_code
@@ -463,7 +461,9 @@ class _Task:
             assert manifest is not None
             made = AdapterSource(adapter.folder / "model", manifest.payload_digest)
             source = replace(source, adapter=made)
-        if not self.warm.shelf.holds(source):
+        if isinstance(settings, Teacher):
+            source = replace(source, quantization=settings.quantization)
+        if not self.warm.roles.holds(engine, source):
             if entry is not None:
                 entry.opened(source.folder.name)
             if adapter is not None:
@@ -494,18 +494,15 @@ class _Task:
         assert isinstance(settings, Teacher)
         return teacher_side(job, settings, student=self._text(STUDENT), teacher=self._text(role))
 
-    def _engine(self, name: Literal["hf", "vllm"], role: str) -> Engine:
-        """The engine `name` for the model in `role`: `hf` is one for all roles, others are one for each.
+    def _engine(self, name: EngineName, role: str) -> Engine:
+        """The engine `name` for the model in `role`, kept warm between steps and rounds.
 
         A teacher behind a server has that for its engine, whatever the others have.
         """
         settings = self._settings(role)
         if isinstance(settings, Teacher) and settings.server is not None:
             return self._server_engine(settings, settings.server, role)
-        key = name if name == "hf" else f"{name} {role}"
-        if key not in self.warm.engines:
-            self.warm.engines[key] = self.make_engine(name, self.warm.shelf, self.recipe.runtime)
-        return self.warm.engines[key]
+        return self.warm.roles.engine(name, role, tell=lambda text: self.report.event(kind="note", text=text))
 
     def _server_engine(self, teacher: Teacher, server: Server, role: str) -> Engine:
         if role not in self.warm.servers:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdpipe.plan import Identities, Plan, make_plan
-from kdpipe.recipe import LoadedRecipe, Recipe
+from kdpipe.recipe import LoadedRecipe, Recipe, Teacher
 from kdpipe.runs import RunFolder, run_folder
 from kdpipe.sources import Sources
 from kdpipe.store import METRICS, Store, read_lines
@@ -59,6 +60,66 @@ def summary_of(project: Project, step_id: str) -> dict[str, Any] | None:
                 summary: dict[str, Any] = json.loads((entry.folder / "summary.json").read_text())
                 return summary
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Headroom:
+    """How much better a teacher is than student 0 on the same problems: the paired difference of their accuracies.
+
+    `low` and `high` are its 95 % interval, `p_value` McNemar's, None where problems have several samples. `exempt` says
+    why the teacher need not be better; None: a run stops before round 1 when it is not.
+    """
+
+    teacher: str
+    problems: int
+    is_routed: bool
+    accuracy: float
+    change: float
+    low: float
+    high: float
+    p_value: float | None
+    exempt: str | None
+
+    @property
+    def stops(self) -> bool:
+        """Whether the teacher should be better and is not."""
+        return self.exempt is None and self.change <= 0
+
+    def sentence(self) -> str:
+        """All of it, for people."""
+        p = "" if self.p_value is None else f", McNemar p = {self.p_value:.2g}"
+        interval = f"paired 95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}{p}"
+        where = (
+            f"the {self.problems} problems that it teaches" if self.is_routed else f"{self.problems} problems"
+        )
+        exempt = "" if self.exempt is None else f"; it need not be better: {self.exempt}"
+        return f"accuracy {self.accuracy:.1%}, headroom {100 * self.change:+.1f} points ({interval}) on {where}{exempt}"
+
+
+def headroom_of(teacher: Teacher, summary: Mapping[str, Any]) -> Headroom:
+    """The headroom that the summary of a teacher's evaluation tells."""
+    reasons = ["the student itself"] if teacher.self_ is not None else []
+    if teacher.is_privileged:
+        reasons.append("privileged (its prompt shows more than the question)")
+    return Headroom(
+        teacher.name,
+        summary["problems"],
+        teacher.only is not None,
+        summary["accuracy"],
+        summary["accuracy_change"],
+        summary["accuracy_change_low"],
+        summary["accuracy_change_high"],
+        summary.get("accuracy_change_p_value"),
+        " and ".join(reasons) or None,
+    )
+
+
+def headrooms(project: Project) -> list[Headroom]:
+    """Those of the teachers whose evaluation is done, in the order of the recipe."""
+    found = [
+        (teacher, summary_of(project, f"evaluate:{teacher.name}@0")) for teacher in project.recipe.teachers
+    ]
+    return [headroom_of(teacher, summary) for teacher, summary in found if summary is not None]
 
 
 def round_metrics(project: Project, number: int) -> dict[str, float]:

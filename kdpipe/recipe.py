@@ -251,7 +251,8 @@ class Teacher(Section):
     `prompt` is the teacher's own prompt text, with {question} and, privileged, {solution} or any other field of
     the record; null means the student's prompt. `temperature` null means the rollout temperature. Of several
     teachers, each teaches the problems whose record has the values in `only`; without `only` all score every
-    completion and are mixed by `weight`.
+    completion and are mixed by `weight`. `quantization` is the method, by vLLM's name, by which that engine
+    stores the teacher's weights in fewer bits.
     """
 
     name: Annotated[str, Field(pattern=NAME)] = "teacher"
@@ -266,6 +267,7 @@ class Teacher(Section):
     template: dict[str, JsonValue] = {}
     prompt: str | None = None
     temperature: Positive | None = None
+    quantization: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")] | None = None
     only: (
         Annotated[
             dict[str, FieldValue | Annotated[list[FieldValue], Field(min_length=1)]], Field(min_length=1)
@@ -284,6 +286,10 @@ class Teacher(Section):
             raise ValueError("revision goes with model")
         if self.server is not None and self.sft is not None:
             raise ValueError("a teacher behind a server is not trained here: it has no sft")
+        if self.server is not None and self.quantization is not None:
+            raise ValueError(
+                "a teacher behind a server has the server's own quantization: leave quantization out"
+            )
         if self.server is not None and self.dtype != "auto":
             raise ValueError("a teacher behind a server computes in the server's dtype: leave dtype out")
         if self.self_ is not None and self.sft is not None:
@@ -691,6 +697,51 @@ class ServerRuntime(Section):
     ca_bundle: str | None = None
 
 
+class Placement(Section):
+    """Where the engines of the roles run; null is `runtime.device`, on which the student is trained.
+
+    `sampler` is the student's engine in rollout and evaluate; `teacher` may name a device for each teacher. An hf
+    engine on the trainer's device shares its process and its weights, unless its role is in `own_process`; every
+    other engine has a process of its own.
+    """
+
+    sampler: str | None = None
+    teacher: str | dict[str, str] | None = None
+    own_process: list[Literal["sampler", "teacher"]] = []
+
+    def of_teacher(self, name: str) -> str | None:
+        """The device of that teacher's engine, or null."""
+        return self.teacher.get(name) if isinstance(self.teacher, dict) else self.teacher
+
+
+class Vllm(Section):
+    """How vLLM runs. `kv_cache_gib` null is 2 GiB on a CPU, and what `gpu_memory_utilization` leaves on a GPU.
+
+    `enforce_eager` null compiles on GPUs only. `max_model_len` null is the model's own context; a shorter one needs
+    less memory. `batch_tokens` are those of one forward pass, whose logits exist at once where they are scored.
+    `sleep` frees the GPU while other engines work. `check_weights` compares each loaded model with transformers.
+    """
+
+    tensor_parallel_size: Count = 1
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    kv_cache_gib: Positive | None = None
+    enforce_eager: bool | None = None
+    max_model_len: Count | None = None
+    max_num_seqs: Count = 256
+    batch_tokens: Count = 2048
+    prefix_caching: bool = True
+    sleep: bool = False
+    check_weights: bool = True
+
+    @model_validator(mode="after")
+    def _batch_holds_sequences(self) -> "Vllm":
+        if self.batch_tokens < self.max_num_seqs:
+            raise ValueError(
+                "batch_tokens must be at least max_num_seqs: each sequence has a token in a batch"
+            )
+        return self
+
+
 class Runtime(Section):
     """Hardware, batch sizes and retention; nothing here changes results beyond floating-point rounding."""
 
@@ -705,6 +756,8 @@ class Runtime(Section):
     gradient_checkpointing: bool = False
     keep: Keep = Keep.model_construct()
     server: ServerRuntime = ServerRuntime.model_construct()
+    placement: Placement = Placement.model_construct()
+    vllm: Vllm = Vllm.model_construct()
     allow_weak_teacher: bool = False
 
 
@@ -830,6 +883,28 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _vllm_fits(self) -> "Recipe":
+        evaluator = self.evaluate.engine or self.rollout.engine
+        if self.student.lora is not None and "vllm" in (self.rollout.engine, evaluator):
+            raise ValueError(
+                "engine vllm takes no adapter: with student.lora, rollout and evaluate use engine hf"
+            )
+        for teacher in self.teachers:
+            if teacher.quantization is None:
+                continue
+            if teacher.self_ is not None:
+                raise ValueError(
+                    f"teacher {teacher.name!r}: quantization goes with a teacher of its own, not with the student"
+                )
+            engines = {self.teacher_score.engine, *([evaluator] if self.evaluate.teacher else [])}
+            if "hf" in engines:
+                raise ValueError(
+                    f"teacher {teacher.name!r}: quantization goes with engine vllm, and engine hf would run it too: "
+                    "set teacher_score.engine and evaluate.engine to vllm, or evaluate.teacher to false"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _off_policy_text_fits(self) -> "Recipe":
         objective, rollout = self.train.objective, self.rollout
         if rollout.on_policy_fraction == 1:
@@ -938,6 +1013,11 @@ class Recipe(Section):
         routed = [teacher.only is not None for teacher in self.teachers]
         if len(names) == 1 and routed[0]:
             raise ValueError("only goes with several teachers: a single one teaches every problem")
+        placed = self.runtime.placement.teacher
+        if isinstance(placed, dict) and (foreign := sorted(placed.keys() - set(names))):
+            raise ValueError(
+                f"runtime.placement.teacher names {foreign[0]!r}, and no teacher is called so: {', '.join(names)}"
+            )
         if any(routed) and not all(routed):
             lacking = names[routed.index(False)]
             raise ValueError(

@@ -25,13 +25,13 @@ from pydantic import JsonValue
 
 from kdpipe.errors import ArtifactError, Interrupted, PreflightError, RecipeError, StepError
 from kdpipe.plan import STUDENT, Fields, Input, Step, canonical
-from kdpipe.project import Project, open_project, round_metrics, summary_of
+from kdpipe.project import Project, headrooms, open_project, round_metrics
 from kdpipe.recipe import LoadedRecipe, resolved
 from kdpipe.runs import RunFolder, droppable
 from kdpipe.sources import Sources
 from kdpipe.store import Entry, run_lock, tidy
 from kdpipe.survey import inspect, must_restore
-from kdpipe.workers import Worker
+from kdpipe.workers import CLOSE, Worker
 
 PERFORMER = "kdpipe.perform:Performer"
 FREE_BYTES_FLOOR = 64 << 20
@@ -112,7 +112,7 @@ def run(
             job.worker.kill()
             raise
         finally:
-            job.worker.stop()
+            job.worker.stop(CLOSE)
             if trouble := mirror.finish(status):
                 display.warn(
                     f"MLflow: not everything is mirrored yet: {trouble}; the next command goes on with it"
@@ -289,18 +289,10 @@ class _Run:
             or recipe.runtime.allow_weak_teacher
         ):
             return
-        for teacher in recipe.teachers:
-            if teacher.is_privileged or teacher.self_ is not None:
-                continue
-            summary = summary_of(self.project, f"evaluate:{teacher.name}@0")
-            if summary is not None and summary["accuracy_change"] <= 0:
-                where = (
-                    "" if teacher.only is None else f" on the {summary['problems']} problems that it teaches"
-                )
+        for headroom in headrooms(self.project):
+            if headroom.stops:
                 raise PreflightError(
-                    f"teacher {teacher.name!r} is not better than the student{where}: "
-                    f"accuracy {summary['accuracy']:.1%}, headroom {summary['accuracy_change']:+.1%} "
-                    f"[{summary['accuracy_change_low']:+.1%}, {summary['accuracy_change_high']:+.1%}]",
+                    f"teacher {headroom.teacher!r} is not better than the student: {headroom.sentence()}",
                     hint="choose another teacher, or say --set runtime.allow_weak_teacher=true",
                 )
 

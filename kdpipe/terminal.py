@@ -382,7 +382,15 @@ def sample_lines(step: str, rows: Sequence[dict[str, Any]], paint: Paint) -> lis
             *_indented(row["text"], "  > ", paint),
             paint(inert(f"  expected {row['expected']}, {found}{cut}"), "dim"),
         ]
+        if "mismatch_nats_mean" in row:
+            lines.append(paint(_mismatch_line(row), "dim"))
     return lines
+
+
+def _mismatch_line(row: dict[str, Any]) -> str:
+    mean, most = row["mismatch_nats_mean"], row["mismatch_nats_max"]
+    tokens = f"{row['mismatch_acted_tokens']} of {_counted(len(row['completion_token_ids']), 'token')}"
+    return f"  sampler minus trainer: mean {mean:+.1e}, at most {most:.1e} nats; controls act on {tokens}"
 
 
 def _indented(text: str, mark: str, paint: Paint) -> list[str]:

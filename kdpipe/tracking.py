@@ -35,6 +35,7 @@ from pydantic import BaseModel, JsonValue, ValidationError
 
 from kdpipe.errors import ArtifactError, KdpipeError
 from kdpipe.plan import STUDENT, canonical
+from kdpipe.project import headroom_of
 from kdpipe.recipe import Tracking
 from kdpipe.runs import RunFolder, all_runs
 from kdpipe.store import FINGERPRINT, METRICS, Entry, is_running, read_lines, write_durably, write_json
@@ -320,9 +321,9 @@ class _MirroredRun:
             record.status = status
             self._save()
         steps = list(done_steps(self.folder))
-        count = self._log_metrics(
-            [step for step in steps if record.mirrored.get(step.name) != step.mark], report
-        )
+        new = [step for step in steps if record.mirrored.get(step.name) != step.mark]
+        self._tag_headroom(new)
+        count = self._log_metrics(new, report)
         self._log_datasets(steps)
         if status != record.status:
             self.client.set_terminated(self.run_id, status, self._ended())
@@ -417,6 +418,18 @@ class _MirroredRun:
         with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
             tags["mlflow.user"] = getpass.getuser()
         return {key: _shortened(value) for key, value in tags.items()}
+
+    def _tag_headroom(self, steps: Sequence[DoneStep]) -> None:
+        """Tags the run with how much better than student 0 each teacher is, as soon as that was measured."""
+        for step in steps:
+            stage, subject = step.document["stage"], step.document["subject"]
+            if stage != "evaluate" or subject == STUDENT:
+                continue
+            teachers = {teacher.name: teacher for teacher in RunFolder(self.folder).recipe().teachers}
+            summary = json.loads((step.folder / "summary.json").read_bytes())
+            text = headroom_of(teachers[subject], summary).sentence()
+            name = "headroom" if len(teachers) == 1 else f"headroom.{subject}"
+            self.client.set_tag(self.run_id, name, _shortened(text))
 
     def _log_metrics(self, steps: Sequence[DoneStep], report: Report) -> int:
         """Logs the steps' metrics, and marks steps as their last batch is through."""

@@ -2,9 +2,10 @@
 
 Parent and worker exchange JSON lines over the worker's stdin and stdout; whatever the worker's libraries
 print goes to its log. A worker ends as soon as its parent does: a thread waits on stdin, whose end closes
-with the parent, and Linux is asked to kill it besides.
+with the parent, and Linux is asked to kill it besides. A worker that starts processes itself, which know
+nothing of that, leads a group with a guard in it that ends them all when it dies.
 
-    python -m kdpipe.workers package.module:factory
+    python -m kdpipe.workers package.module:factory PARENT [--guarded]
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ from kdpipe.pulse import Stopped
 Message = dict[str, JsonValue]
 STOP_SECONDS = 3.5
 """How long a worker may take to reach a safe point after it was asked to stop."""
+CLOSE: Message = {"close": True}
+"""A last call, which asks what is served to end what it has started."""
+GUARDED = "--guarded"
+GUARD_SECONDS = 0.25
+"""How often a guard looks whether its worker still lives."""
 _PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the parent decides when to stop
 
 
@@ -58,14 +64,31 @@ class Serve(Protocol):
 
 
 class Worker:
-    """One warm process. Started by the first call."""
+    """One warm process. Started by the first call.
 
-    def __init__(self, target: str, *, log: Path, environment: Mapping[str, str] | None = None) -> None:
+    With `leads_group` it leads a process group, and what it starts ends with it; signals from a terminal do not
+    reach that group.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        leads_group: bool = False,
+    ) -> None:
         self.target = target
         self.log = log
         self._environment = dict(environment or {})
+        self._leads_group = leads_group
         self._process: subprocess.Popen[bytes] | None = None
-        self._buffer = b""
+        self._buffer = bytearray()
+
+    @property
+    def pid(self) -> int | None:
+        """The process, or None while there is none."""
+        return None if self._process is None else self._process.pid
 
     def call(
         self,
@@ -110,13 +133,24 @@ class Worker:
     def kill(self) -> None:
         """Ends the process at once; a later call starts a new one."""
         if self._process is not None:
+            if self._leads_group and self._process.poll() is None:  # while it lives the number is its group's
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.kill()
             self._process.wait()
             self._close()
 
-    def stop(self) -> None:
-        """Lets the process end by itself, and sees to it that it does."""
+    def stop(self, last: Message | None = None) -> None:
+        """Lets the process end by itself, after a `last` call if one is given, and sees to it that it does."""
         if self._process is None:
+            return
+        if last is not None:
+            deadline = time.monotonic() + STOP_SECONDS
+            with contextlib.suppress(KdpipeError):
+                self.call(last, on_event=lambda _: None, stop=lambda: time.monotonic() > deadline)
+        if self._process is None:
+            return
+        if self._leads_group:  # once it has ended by itself, its group would outlive it for a moment
+            self.kill()
             return
         with contextlib.suppress(OSError):
             self._process.stdin.close()  # type: ignore[union-attr]
@@ -128,20 +162,22 @@ class Worker:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         # The child inherits the mask: a signal to the group cannot kill a worker that is still importing.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS_SIGNALS)
+        guarded = [GUARDED] if self._leads_group else []
         try:
             with self.log.open("ab") as log:
                 process = subprocess.Popen(  # noqa: S603 (our own interpreter and module)
-                    [sys.executable, "-m", "kdpipe.workers", self.target, str(os.getpid())],
+                    [sys.executable, "-m", "kdpipe.workers", self.target, str(os.getpid()), *guarded],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
                     env={**os.environ, **self._environment},
+                    process_group=0 if self._leads_group else None,
                 )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.set_blocking(process.stdout.fileno(), False)  # type: ignore[union-attr]
         self._process = process
-        self._buffer = b""
+        self._buffer.clear()
         return process
 
     def _write(self, process: subprocess.Popen[bytes], message: Message) -> None:
@@ -160,7 +196,10 @@ class Worker:
         data = process.stdout.read()  # type: ignore[union-attr]
         if data == b"":
             raise self._death(process)
-        *lines, self._buffer = (self._buffer + (data or b"")).split(b"\n")
+        self._buffer += data or b""
+        if b"\n" not in (data or b""):  # a long message is searched once, not again with every piece of it
+            return []
+        *lines, self._buffer = self._buffer.split(b"\n")
         return [json.loads(line) for line in lines]
 
     def _death(self, process: subprocess.Popen[bytes]) -> StepError:
@@ -194,9 +233,11 @@ class Worker:
 # ---------------------------------------------------------------------------------------- worker's side
 
 
-def main(target: str, parent: int) -> None:
+def main(target: str, parent: int, *, guarded: bool = False) -> None:
     """Serves calls until the parent goes away."""
     _die_with(parent)
+    if guarded:
+        _start_guard()
     for number in _PARENTS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENTS_SIGNALS)  # what this process starts is not born deaf
@@ -250,6 +291,24 @@ def _listen(requests: TextIO, calls: queue.Queue[Message], report: Report) -> No
     os._exit(0)
 
 
+def _start_guard() -> None:
+    """Forks the guard: a process that waits for this one to end, however that is, and ends its whole group then.
+
+    It looks for another parent instead of waiting for a pipe to close, as what this process forks may hold the pipe.
+    """
+    leader = os.getpid()
+    if os.getpgrp() != leader:
+        raise RuntimeError(f"process {leader} does not lead its group: a guard would end what is not its own")
+    if os.fork():
+        return
+    for number in _PARENTS_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    os.closerange(0, 3)  # the worker's pipes end with the worker, not with its guard
+    while os.getppid() == leader:
+        time.sleep(GUARD_SECONDS)
+    os.killpg(leader, signal.SIGKILL)
+
+
 def _die_with(parent: int) -> None:
     """Asks Linux for SIGKILL when the parent dies; elsewhere the closed pipe has to do."""
     if sys.platform == "linux":
@@ -261,4 +320,4 @@ def _die_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), guarded=GUARDED in sys.argv[3:])

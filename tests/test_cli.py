@@ -244,6 +244,12 @@ def test_status_of_a_finished_run(world: dict[str, Any]) -> None:
     assert re.fullmatch(r"tiny-\w{8}: not running", lines[0])
     assert lines[1] == "12 of 12 steps, 2 of 2 rounds done"
     assert lines[2].startswith("round 2/2  reverse KL")
+    assert re.match(
+        r"teacher teacher: accuracy \S+, headroom \S+ points \(paired 95 % interval \S+ to ", lines[3]
+    )
+    [headroom] = json.loads(on(world, "status", "--json").stdout)["headroom"]
+    assert headroom["low"] <= headroom["change"] <= headroom["high"]
+    assert headroom["exempt"] is None
 
 
 def test_status_check_exits_with_6_while_work_is_left(world: dict[str, Any]) -> None:
@@ -263,6 +269,11 @@ def test_samples_shows_questions_answers_and_grades(world: dict[str, Any]) -> No
     found = json.loads(on(world, "samples", "--limit", "3", "--wrong", "--json").stdout)
     assert found["step"] == "rollout@2"
     assert not any(row["correct"] for row in found["samples"])
+    for row in found["samples"]:  # they were trained on
+        assert 0 <= row["mismatch_nats_max"] < 1e-4
+        assert row["mismatch_acted_tokens"] == 0
+    text = on(world, "samples", "--limit", "3", "--wrong").stdout
+    assert text.count("  sampler minus trainer: mean ") == len(found["samples"])
 
 
 def test_verify_finds_nothing_wrong_with_a_finished_run(world: dict[str, Any]) -> None:

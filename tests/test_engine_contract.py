@@ -13,9 +13,10 @@ import torch
 from kdpipe.checkpoints import ModelShelf, write_model
 from kdpipe.engine import Completion, Engine, ModelSource, SampleRequest, Sampling, ScoreRequest, TokenScores
 from kdpipe.engines.hf import HfEngine
+from kdpipe.engines.remote import Hosting, WorkerEngine
 from kdpipe.engines.server import ServerEngine
 from kdpipe.errors import EngineError
-from kdpipe.recipe import Server, ServerRuntime
+from kdpipe.recipe import Runtime, Server, ServerRuntime, Vllm
 from tests.fakes import FakeEngine, fake_text
 from tests.serving import MODEL, serve
 from tests.tiny_models import tiny_model, tiny_tokenizer
@@ -44,11 +45,49 @@ class Subject:
         return 1.0 if self.only_plain else temperature
 
 
-@pytest.fixture(params=["fake", "hf", "server"])
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerEngine]:
+    """An engine in a process of its own, which all tests share: it takes seconds to start."""
+    hosting = Hosting("hf", "cpu", Runtime(threads=1))
+    engine = WorkerEngine(
+        hosting,
+        log=tmp_path_factory.mktemp("worker") / "log",
+        environment={"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        target="tests.worker_targets:fake_host",
+    )
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def vllm_subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+    """One for all tests: it takes most of a minute to start."""
+    from kdpipe.engines.vllm import VllmEngine
+
+    folder = tmp_path_factory.mktemp("model")
+    write_model(tiny_model("wide"), tiny_tokenizer(), folder)
+    settings = Vllm(kv_cache_gib=0.25, max_num_seqs=64, batch_tokens=64)
+    engine = VllmEngine(settings, device=torch.device("cpu"), score_tokens=100)
+    yield Subject(engine, ModelSource(folder, "a", dtype="float32"), fake_text)
+    engine.close()
+
+
+@pytest.fixture(params=["fake", "hf", "worker", "server", pytest.param("vllm", marks=pytest.mark.vllm)])
 def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Subject]:
     engine: Engine
     if request.param == "server":
         yield from _served(tmp_path)
+        return
+    if request.param == "vllm":
+        found: Subject = request.getfixturevalue("vllm_subject")
+        found.engine.load(found.source)
+        yield found
+        return
+    if request.param == "worker":
+        engine = request.getfixturevalue("worker")
+        source = ModelSource(tmp_path, "a", dtype="float32")
+        engine.load(source)
+        yield Subject(engine, source, fake_text)
         return
     if request.param == "fake":
         engine = FakeEngine(max_positions=CONTEXT)
@@ -253,7 +292,7 @@ def test_given_ids_are_scored_alone_and_together_with_the_top_k(subject, top_k):
     given = [np.array([[11, 0], [4, 3], [5, 6]], np.int32), np.array([[1, 2]], np.int32)]
     given.append(np.zeros((0, 2), np.int32))
     if "support" not in subject.engine.abilities:
-        with pytest.raises(EngineError, match="no other ids"):
+        with pytest.raises(EngineError, match="request 0"):
             score(subject, pairs, temperature=subject.at(0.7), top_k=top_k, supports=given)
         return
     full = score(subject, pairs, temperature=0.7, top_k=NUM_IDS)
@@ -337,7 +376,7 @@ def test_other_ids_than_those_read_can_be_scored(subject: Subject) -> None:
         return found
 
     if "support" not in subject.engine.abilities:
-        with pytest.raises(EngineError, match="no other ids"):
+        with pytest.raises(EngineError, match="request 0"):
             score(ScoreRequest([4, 6], completion, target_ids=targets), 0)
         return
     every = score(ScoreRequest([4, 6], completion), NUM_IDS)
@@ -347,3 +386,23 @@ def test_other_ids_than_those_read_can_be_scored(subject: Subject) -> None:
     for t, target in enumerate(targets):
         [at] = (every.topk_ids[t] == target).nonzero()[0]
         assert found.logprobs[t] == pytest.approx(every.topk_logprobs[t, at], abs=1e-6)
+
+
+def test_hidden_states_are_given_or_refused_as_the_abilities_say(subject: Subject) -> None:
+    def score() -> list[TokenScores]:
+        return subject.engine.score(
+            [ScoreRequest([4, 6], [3, 1])],
+            temperature=1.0,
+            num_ids=NUM_IDS,
+            top_k=0,
+            progress=lambda _: None,
+            hidden=True,
+        )
+
+    if "hidden" in subject.engine.abilities:
+        [found] = score()
+        assert found.hidden is not None
+        assert len(found.hidden) == 2
+        return
+    with pytest.raises(EngineError, match="hidden states"):
+        score()

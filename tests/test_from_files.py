@@ -44,6 +44,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "reward_bias": -0.5,
         "reward_clip": 4.0,
         "batch_normalization": True,
+        "behaviour": {"control": "truncate", "cap": 1.0},
     },
     "skew-union": {"kd": {"term": "skew_rkl", "alpha": 0.2, "support": {"union_top_k": 4}}},
     "masked": {
@@ -314,6 +315,31 @@ def assert_top_k(row: Any, full: np.ndarray) -> None:
     np.testing.assert_allclose(row.tail_logprobs, logsumexp(rest), atol=1e-4, rtol=0)
 
 
+def test_the_mismatch_ledger_follows_from_the_two_files(files: Files) -> None:
+    for number in (1, 2):
+        completions = files.frame(number, "train/completions.parquet")
+        joined = files.rollouts(number).merge(completions, on=["prompt_id", "sample"], validate="one_to_one")
+        b, p = (
+            np.concatenate(list(joined[name])).astype(np.float64)
+            for name in ("sampler_logprobs", "proximal_logprobs")
+        )
+        acted = np.exp(p - b) > 1.0 if files.objective == "kdrl" else np.zeros(len(b))
+        expected = {
+            "mean": (b - p).mean(),
+            "p99": np.quantile(np.abs(b - p), 0.99),
+            "max": np.abs(b - p).max(),
+        }
+        path = files.run / f"round-{number:03d}" / "train" / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        found = {row["name"]: row["value"] for row in rows if row["name"].startswith("train/mismatch")}
+        names = {f"train/mismatch_nats_{name}": value for name, value in expected.items()}
+        assert found == pytest.approx(
+            {**names, "train/mismatch_acted_fraction": acted.mean()}, rel=1e-9, abs=1e-18
+        )
+        if files.objective == "kdrl":
+            assert 0.05 < acted.mean() < 0.95
+
+
 def test_the_loss_of_a_rounds_first_optimizer_step_follows_from_the_files(files: Files) -> None:
     for number in (1, 2):
         completions = files.frame(number, "train/completions.parquet")
@@ -372,7 +398,8 @@ def token_losses(files: Files, number: int, row: Any, student: np.ndarray, s: np
             return skew_rkl_with_tail(row, student, alpha=0.2)
         case "kdrl":
             clipped = np.clip(1.0, 1 - 0.2, 1 + 0.2)  # u = exp(s - p) = 1
-            rl = np.maximum(-row.own_advantage * 1.0, -row.own_advantage * clipped) * ratio
+            truncated = np.minimum(ratio, 1.0)
+            rl = np.maximum(-row.own_advantage * 1.0, -row.own_advantage * clipped) * truncated
             return settings["rl_weight"] * rl + settings["distill_weight"] * ratio * 0.5 * (s - q) ** 2
         case "masked":
             if row.finish_reason != "stop":

@@ -51,6 +51,7 @@ LEVELS = {
     "checkpoints": 2.2,
     "hidden": 2,
     "micro_batch": 2.2,
+    "mismatch": 2,
     "teachers": 2.3,
     "store": 3,
     "workers": 3,
@@ -61,6 +62,11 @@ LEVELS = {
     "engines.replies": 3,
     "engines.server": 3.2,
     "signatures": 3.1,
+    "engines.vllm": 3.2,
+    "engines.vllm_output": 3,
+    "engines.vllm_process": 3.1,
+    "engines.vllm_worker": 3,
+    "engines.remote": 3.3,
     "sources": 3.1,
     "job": 3.1,
     "small_world": 3,
@@ -78,6 +84,7 @@ LEVELS = {
     "stages.held_out": 4.1,
     "stages.evaluate": 4.2,
     "project": 4.2,
+    "roles": 4,
     "runner": 5,
     "perform": 5,
     "terminal": 5,
@@ -88,7 +95,7 @@ LEVELS = {
 
 # The modules that may import a library; some name a model's type and call nothing of the library.
 DOORS = {
-    "vllm": {"engines.vllm"},
+    "vllm": {"engines.vllm_process"},
     "transformers": {"engines.hf", "engines.decoding", "prompting", "checkpoints", "trainer", "adapters"},
     "peft": {"adapters"},
     "mlflow": {"tracking"},

@@ -58,6 +58,9 @@ JSONL: Document = {
 TOKENS: Document = {
     **DISTILL,
     "name": "tokens",
+    "teachers": [{"model": "org/teacher", "quantization": "fp8"}],
+    "teacher_score": {"engine": "vllm"},
+    "evaluate": {"engine": "vllm"},
     "train": {"objective": {"kd": {"term": "k2", "ratio": {"control": "truncate", "cap": 2.0}}}},
 }
 GRPO: Document = {
@@ -501,11 +504,11 @@ def others(value: Any) -> list[Any]:
         case str():
             return [*LITERALS, f"{value}-other", f"{value} {{question}} again", TOP_3]
         case list():
-            return [[1], ["stop here"], [0.5, 0.6], [*value, *value]]
+            return [[1], ["sampler"], ["stop here"], [0.5, 0.6], [*value, *value]]
         case dict():
             return [{"enable_thinking": False}, {"level": ["high"]}]
         case None:
-            return [7, 1.5, "other", "{question}!", *LITERALS, SFT, {}, TOP_3]
+            return [7, 1.5, True, "other", "{question}!", *LITERALS, SFT, {}, TOP_3]
     raise AssertionError(f"no other value for {value!r}")
 
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kdpipe.project import headroom_of
+from kdpipe.recipe import Recipe
 from tests.worlds import load_tiny, run_near
 
 PROMPT = "{question}\n{solution}\n{question}\n"
@@ -60,3 +62,17 @@ def test_it_does_not_gate_the_run_and_its_evaluation_says_whose_it_is(run_folder
     summary = json.loads((run_folder / "round-000/evaluate-shown/summary.json").read_text())
     assert summary["model"] == "shown"
     assert "accuracy_change" in summary
+    teacher = Recipe.model_validate_json(
+        json.dumps(json.loads((run_folder / "resolved.json").read_text())["recipe"]), strict=True
+    ).teacher
+    worse = {"accuracy_change": -0.5, "accuracy_change_low": -0.7, "accuracy_change_high": -0.3}
+    headroom = headroom_of(teacher, {**summary, **worse})
+    assert not headroom.stops
+    assert headroom.sentence().endswith(
+        "on 8 problems; it need not be better: the student itself and privileged "
+        "(its prompt shows more than the question)"
+    )
+    assert headroom_of(teacher.model_copy(update={"self_": None, "prompt": None}), {**summary, **worse}).stops
+    shown = headroom_of(teacher.model_copy(update={"self_": None}), {**summary, **worse})
+    assert not shown.stops
+    assert "need not be better: privileged" in shown.sentence()

@@ -45,6 +45,15 @@ T0 = 1_700_000_000.25
 """When the first made-up step finished."""
 
 
+HEADROOM = {
+    "problems": 200,
+    "accuracy_change": 0.125,
+    "accuracy_change_low": 0.03,
+    "accuracy_change_high": 0.22,
+    "accuracy_change_p_value": 0.004,
+}
+
+
 @dataclass(frozen=True)
 class World:
     """A workspace with one run, whose steps a test finishes by hand."""
@@ -69,7 +78,7 @@ class World:
         for name, value, optimizer_step in rows:
             draft.metric(name, value, optimizer_step=optimizer_step)
         if step.stage == "evaluate":
-            draft.write_json("summary.json", {"accuracy": 0.5, "step": step_id})
+            draft.write_json("summary.json", {"accuracy": 0.5, "step": step_id, **HEADROOM})
         draft.commit(inputs={}, provenance={"finished": T0 + after})
         self.run.link(step, entry)
 
@@ -137,6 +146,23 @@ def workspace(empty_database: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def world(workspace: Path) -> World:
     return make_world(workspace)
+
+
+# ----------------------------------------------------------------------------------------------- headroom
+
+
+def test_a_teachers_headroom_is_a_tag_of_the_run(world: World) -> None:
+    world.finish("evaluate:student@0", ("evaluate/accuracy", 0.1, None))
+    world.sync()
+    assert world.query("select value from tags where key like 'headroom%'") == []
+    world.finish("evaluate:teacher@0", ("evaluate/accuracy_change", 0.125, None))
+    world.sync()
+    [(name, text)] = world.query("select key, value from tags where key like 'headroom%'")
+    assert name == "headroom"
+    assert text == (
+        "accuracy 50.0%, headroom +12.5 points (paired 95 % interval +3.0 to +22.0, McNemar p = 0.004) on 200 problems"
+    )
+    assert ("evaluate_teacher/accuracy_change", 0, 0.125) in world.metrics()
 
 
 # ------------------------------------------------------------------------------------------------ metrics

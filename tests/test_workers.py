@@ -216,6 +216,99 @@ def test_stop_ends_the_process(worker: Worker) -> None:
     assert not is_alive(int(str(answer["pid"])))
 
 
+LEADER = """
+import sys
+from pathlib import Path
+from kdpipe.workers import Worker
+worker = Worker(sys.argv[1], log=Path(sys.argv[2]), leads_group=True)
+worker.call({"do": "start a child"}, on_event=lambda event: print(worker.pid, event["child"], flush=True))
+"""
+
+
+@pytest.mark.parametrize("killed", ["parent", "worker"])
+def test_what_the_leader_of_a_group_has_started_ends_with_it_and_with_its_parent(
+    tmp_path: Path, killed: str
+) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", LEADER, TARGET, str(tmp_path / "log")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, **ENVIRONMENT},
+    )
+    assert parent.stdout is not None
+    worker, child = map(int, parent.stdout.readline().split())
+    guard = [pid for pid in group_of(worker) if pid not in (worker, child)]
+    assert len(guard) == 1
+    os.kill({"parent": parent.pid, "worker": worker}[killed], signal.SIGKILL)
+    for pid in (worker, child, *guard):
+        wait_until_gone(pid, seconds=5)
+    parent.wait(timeout=10)  # of the worker's death it hears at once
+    parent.stdout.close()
+
+
+def test_killing_the_leader_of_a_group_leaves_nobody_of_it(tmp_path: Path) -> None:
+    worker = Worker(TARGET, log=tmp_path / "log", environment=ENVIRONMENT, leads_group=True)
+    events: list[Message] = []
+    numbers: list[int] = []
+
+    def see() -> None:
+        if events and not numbers:
+            assert worker.pid is not None
+            numbers.extend(group_of(worker.pid))
+            worker.kill()
+
+    with pytest.raises((StepError, OSError, ValueError)):  # of a call into what is gone
+        worker.call({"do": "start a child"}, on_event=events.append, tick=see)
+    assert len(numbers) == 3
+    for pid in numbers:
+        wait_until_gone(pid, seconds=5)
+
+
+def group_of(leader: int) -> list[int]:
+    """The live processes of a process group."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _parent, group = path.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(group) == leader and state not in "ZX":
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_a_last_call_is_made_before_the_process_ends_and_only_if_there_is_one(tmp_path: Path) -> None:
+    worker = Worker(TARGET, log=tmp_path / "log", environment=ENVIRONMENT)
+    worker.stop({"do": "noise"})
+    assert not worker.log.exists()
+    call(worker, "nothing")
+    worker.stop({"do": "noise"})
+    assert worker.pid is None
+    assert "from a child process" in worker.log.read_text()
+
+
+def test_a_last_call_that_does_not_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "STOP_SECONDS", 0.3)
+    worker = Worker(TARGET, log=tmp_path / "log", environment=ENVIRONMENT)
+    call(worker, "nothing")
+    pid = worker.pid
+    assert pid is not None
+    worker.stop({"do": "hang"})
+    assert not is_alive(pid)
+
+
+def test_a_long_message_is_put_together_from_its_pieces(worker: Worker) -> None:
+    text = "x" * 20_000_000
+    started = time.process_time()
+    answer = call(worker, "nothing", out=text)
+    assert answer is not None
+    assert answer["out"] == text
+    assert (
+        time.process_time() - started < 2
+    )  # put together anew with every piece it would take many times that
+
+
 PARENT = """
 import os, signal, sys
 from pathlib import Path

@@ -61,6 +61,17 @@ CONFIGS = {
         eos_token_id=1,
     ),
 }
+# vLLM computes attention on a CPU for heads of 32 and more.
+_WIDE = COMMON | {
+    "hidden_size": 96,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "initializer_range": 0.2,
+}
+WIDE_CONFIGS = {
+    "wide": LlamaConfig(**_WIDE, tie_word_embeddings=False),
+    "wide-tied": LlamaConfig(**_WIDE, tie_word_embeddings=True),
+}
 FAST = ("llama", "llama-tied-biased", "llama-yarn", "qwen2", "qwen3", "mistral")
 
 
@@ -68,7 +79,9 @@ def tiny_model(name: str, *, seed: int = 0) -> PreTrainedModel:
     """A random float32 model whose biases and norms are not what they are initialised to."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy((CONFIGS | WIDE_CONFIGS)[name]), dtype=torch.float32
+        )
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.data += 0.3 * torch.randn_like(parameter)

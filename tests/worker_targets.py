@@ -8,10 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from kdpipe.errors import ArtifactError, StepError
 from kdpipe.pulse import Stopped
 from kdpipe.workers import Message, Report
+
+if TYPE_CHECKING:
+    from kdpipe.engines.remote import Host
 
 
 class Echo:
@@ -33,11 +37,20 @@ class Echo:
             "exit": lambda _request, _report: os._exit(7),
             "noise": _noise,
             "wait": _wait,
+            "start a child": _start_a_child,
             "hang": _hang,
             "hold": _hold,
         }
         actions[str(request.get("do", "nothing"))](request, report)
         return {"calls": self._calls, "pid": os.getpid(), "out": request.get("out")}
+
+
+def fake_host() -> Host:
+    """Serves the engine without a model; with 64 positions, as the contract wants."""
+    from kdpipe.engines.remote import Host
+    from tests.fakes import FakeEngine
+
+    return Host(lambda _hosting: FakeEngine())
 
 
 def failing() -> Echo:
@@ -80,6 +93,13 @@ def _wait(_request: Message, report: Report) -> None:
     report.event(waiting=True)
     if report.stopping.wait(timeout=60):
         raise Stopped
+
+
+def _start_a_child(_request: Message, report: Report) -> None:
+    """Starts what knows nothing of its parent, tells its number, and goes on working."""
+    child = subprocess.Popen(["sleep", "600"])
+    report.event(child=child.pid)
+    signal.pause()
 
 
 def _hold(_request: Message, report: Report) -> None:

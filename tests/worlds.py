@@ -137,6 +137,7 @@ class NearWorker:
         tick: Callable[[], None] = lambda: None,
     ) -> Message | None:
         if self._performer is None or NearWorker.forgetful:
+            self.kill()
             self._performer = Performer()
             NearWorker.started += 1
         report = Report(lambda _message: None)
@@ -153,9 +154,12 @@ class NearWorker:
             return None
 
     def kill(self) -> None:
+        if self._performer is not None:
+            self._performer.close()  # the roles have processes of their own, here too
         self._performer = None
 
-    stop = kill
+    def stop(self, last: Message | None = None) -> None:
+        self.kill()
 
 
 def run_near(

@@ -20,6 +20,7 @@ from kdpipe.errors import StepError
 from kdpipe.forward import head_of, hidden_states, score_tokens
 from kdpipe.job import Job, Text, mean
 from kdpipe.micro_batch import micro_batch_loss
+from kdpipe.mismatch import ledger, mismatch
 from kdpipe.objective import (
     NonFiniteError,
     TeacherSupport,
@@ -462,16 +463,14 @@ def _write_score_totals(job: Job, rows: Sequence[Row]) -> None:
 
 
 def _write_mismatch(job: Job, rows: Sequence[Row]) -> None:
-    """How far the sampler's log-probs b are from the trainer's own p: the engines' disagreement, in nats."""
+    """The mismatch ledger of the round (mismatch.py), and what truncated sampling kept."""
     differences = np.concatenate(
-        [_behaviour(row.rollout).astype(np.float64) - row.proximal for row in rows if row.is_sampled]
-        or [np.zeros(0)]
+        [mismatch(_behaviour(row.rollout), row.proximal) for row in rows if row.is_sampled] or [np.zeros(0)]
     )
+    objective = job.recipe.train.objective.in_round(job.round)
+    for name, value in ledger(objective, differences).items():
+        job.draft.metric(f"train/{name}", value)
     if differences.size:
-        absolute = np.abs(differences)
-        job.draft.metric("train/mismatch_nats_mean", float(differences.mean()))
-        job.draft.metric("train/mismatch_nats_p99", float(np.quantile(absolute, 0.99)))
-        job.draft.metric("train/mismatch_nats_max", float(absolute.max()))
         rollout = job.recipe.rollout
         if rollout.top_p < 1 or rollout.top_k:
             # b is of the truncated distribution, which is p over the mass it kept.
