@@ -54,6 +54,8 @@ def test_only_terms_that_are_computed_act_and_a_token_counts_once() -> None:
     np.testing.assert_array_equal(both, (RATIOS.numpy() < 0.5) | (RATIOS.numpy() > 1.2))
     rl_only = acted(Objective.model_validate({**settings, "distill_weight": 0}), DIFFERENCES)
     np.testing.assert_array_equal(rl_only, RATIOS.numpy() > 2.0)
+    kd_only = {"kind": "kd", "behaviour": {"control": "truncate", "cap": 2.0}}
+    assert not acted(Objective.model_validate(kd_only), DIFFERENCES).any()
     distribution = {"kind": "kd", "kd": {"term": "jsd"}}  # never weighted by ratios
     assert not acted(Objective.model_validate(distribution), DIFFERENCES).any()
 

@@ -44,7 +44,7 @@ class Tree:
         started = time.monotonic()
         while not any(when.matches(event) for event in self.command.events()[self.before :]):
             assert self.process.poll() is None, self.command.output()
-            assert time.monotonic() - started < 120, f"no {when}: {self.command.output()}"
+            assert time.monotonic() - started < 400, f"no {when}: {self.command.output()}"
             time.sleep(0.01)
 
     def pid(self, victim: Victim) -> int:

@@ -278,9 +278,11 @@ def test_an_engine_in_a_process_of_its_own_is_the_engine_it_hosts(
     hosted.load(source)
     hosted.sleep()
     assert not hosted.holds(source)
+    hosted.load(source)
     hosted._worker._process.kill()  # type: ignore[union-attr]
     with pytest.raises(StepError, match=r"SIGKILL.*x\.log"):
-        hosted.load(source)
+        hosted.score([], temperature=1, num_ids=12, top_k=0, progress=counts.append)
+    assert not hosted.holds(source)
     hosted.load(source)  # in a new process
     assert hosted.pid not in (None, pid)
     hosted.close()
