@@ -348,7 +348,7 @@ def test_vllm_ends_with_the_process_that_started_it(
     owner.kill()
     owner.wait()
     for descriptor in watched:
-        ended, _, _ = select.select([descriptor], [], [], 90)
+        ended, _, _ = select.select([descriptor], [], [], 30)
         assert ended, "it lives on without its owner"
         os.close(descriptor)
 
