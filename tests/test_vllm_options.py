@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import torch
 
 from kdpipe.checkpoints import open_model, read_architecture, write_model
 from kdpipe.engine import ModelSource, SampleRequest, Sampling, ScoreRequest
-from kdpipe.engines import vllm_worker
+from kdpipe.engines import vllm_guard, vllm_process, vllm_worker
 from kdpipe.engines.vllm import VllmEngine
 from kdpipe.engines.vllm_output import scores_of
 from kdpipe.errors import EngineError, RecipeError
@@ -62,7 +65,7 @@ class StandIn:
     def __init__(self, **options: Any) -> None:
         STARTED.append(self)
         self.options = options
-        self.environment = {name: os.environ.get(name) for name in (vllm_worker.OWNER, "OMP_NUM_THREADS")}
+        self.environment = dict(os.environ)
         self.calls: list[tuple[str, Any]] = []
         self.model: Any = None
         self.num_ids, self.temperature = ROWS, 1.0
@@ -129,7 +132,7 @@ SEEN: list[dict[str, Any]] = []
 
 
 @pytest.fixture(autouse=True)
-def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A module named vllm with the few names that kdpipe takes from it."""
     STARTED.clear()
     SEEN.clear()
@@ -151,6 +154,9 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     modules["vllm.v1.engine.exceptions"].EngineDeadError = dead  # type: ignore[attr-defined]
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
+    yield
+    while ENGINES:
+        ENGINES.pop().close()
 
 
 def source_of(folder: Path, *, name: str = "llama", seed: int = 0) -> ModelSource:
@@ -159,10 +165,14 @@ def source_of(folder: Path, *, name: str = "llama", seed: int = 0) -> ModelSourc
     return ModelSource(target, target.name, dtype="float32")
 
 
+ENGINES: list[VllmEngine] = []
+
+
 def engine_of(
     settings: Vllm = DEFAULTS, *, device: torch.device = CPU, threads: int | None = None
 ) -> VllmEngine:
-    return VllmEngine(settings, device=device, score_tokens=40, threads=threads)
+    ENGINES.append(VllmEngine(settings, device=device, score_tokens=40, threads=threads))
+    return ENGINES[-1]
 
 
 def options_of(tmp_path: Path, settings: Vllm = DEFAULTS, **changes: Any) -> dict[str, Any]:
@@ -255,8 +265,11 @@ def test_new_weights_are_loaded_in_place_and_another_architecture_starts_anew(tm
     for index, (method, _) in enumerate(vllm.calls):
         if method == "kdpipe_load":
             assert vllm.calls[index + 1][0] == "reset_prefix_cache"
-    assert vllm.environment == {vllm_worker.OWNER: str(os.getpid()), "OMP_NUM_THREADS": "1"}  # it was set
-    assert vllm_worker.OWNER not in os.environ
+    assert vllm.environment["OMP_NUM_THREADS"] == "1"  # what the user has set stays
+    assert vllm.environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert vllm.environment["VLLM_NO_USAGE_STATS"] == "1"
+    assert vllm_guard.VARIABLE in vllm.environment
+    assert vllm_guard.VARIABLE not in os.environ
     engine.load(source_of(tmp_path, name="qwen2"))
     assert len(STARTED) == 2
     assert vllm.engine_core.was_shut_down
@@ -386,6 +399,55 @@ def test_scores_that_are_not_those_of_the_folder_are_refused(
         engine.load(source_of(tmp_path))
     engine = engine_of(Vllm(check_weights=False))
     engine.load(source_of(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------- the guard
+
+
+def test_the_guard_kills_what_bears_its_mark_and_nothing_else_when_its_pipe_ends() -> None:
+    def start(mark: str) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, vllm_guard.VARIABLE: mark}
+        code = "import sys; print(1, flush=True); sys.stdin.read()"
+        process = subprocess.Popen(
+            [sys.executable, "-S", "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"1\n"
+        return process
+
+    mark = f"test-{os.getpid()}"
+    marked, other = start(mark), start(f"{mark}0")
+    guard = subprocess.Popen([sys.executable, "-I", "-S", vllm_guard.__file__, mark], stdin=subprocess.PIPE)
+    assert guard.poll() is None
+    assert marked.poll() is None
+    guard.communicate()
+    assert guard.returncode == 0
+    assert marked.wait() == -signal.SIGKILL
+    assert other.poll() is None
+    other.communicate()
+
+
+def test_a_vllm_that_does_not_start_leaves_no_guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guards: list[subprocess.Popen[bytes]] = []
+    start_guard = vllm_process._start_guard
+
+    def remember() -> tuple[subprocess.Popen[bytes], str]:
+        guard, mark = start_guard()
+        guards.append(guard)
+        return guard, mark
+
+    def refuse(**_options: Any) -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(vllm_process, "_start_guard", remember)
+    monkeypatch.setattr(sys.modules["vllm"], "LLM", refuse)
+    with pytest.raises(EngineError, match="cannot start with it: no room"):
+        engine_of().load(source_of(tmp_path))
+    [guard] = guards
+    assert guard.returncode == 0
 
 
 # --------------------------------------------------------------------------------- inside vLLM's worker

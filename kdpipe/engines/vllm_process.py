@@ -1,7 +1,7 @@
 """A vLLM: its frontend in this process, the model in processes that it starts. What kdpipe asks of vLLM goes here.
 
 vLLM 0.32 lets a call wait forever whose engine process was killed, and lets that process live when the one that
-started it is killed. Both are mended: here, and in `vllm_worker.py`.
+started it is killed. Both are mended: here, and by `vllm_guard.py`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import secrets
+import subprocess
+import sys
 import threading
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdpipe.engines.vllm_worker import OWNER
+from kdpipe.engines import vllm_guard
 from kdpipe.errors import EngineError
 
 if TYPE_CHECKING:
@@ -37,8 +41,13 @@ class VllmProcess:
 
     def __init__(self, options: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         before = set(multiprocessing.active_children())
-        with _environment({**_ENVIRONMENT, **environment, OWNER: str(os.getpid())}):
-            self._llm = _start(options)
+        self._guard, mark = _start_guard()
+        try:
+            with _environment({**_ENVIRONMENT, **environment, vllm_guard.VARIABLE: mark}):
+                self._llm = _start(options)
+        except BaseException:
+            _end_guard(self._guard)
+            raise
         self.children = [child for child in multiprocessing.active_children() if child not in before]
         self.is_closed = False
         self._fail_waiting_calls()
@@ -90,11 +99,9 @@ class VllmProcess:
             return
         self.is_closed = True
         self._llm.llm_engine.engine_core.shutdown(timeout=_SHUTDOWN_SECONDS)
+        _end_guard(self._guard)  # and with it what has not ended by itself
         for child in self.children:
-            child.join(timeout=_SHUTDOWN_SECONDS)
-            if child.is_alive():
-                child.kill()
-                child.join()
+            child.join()
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -131,6 +138,25 @@ class VllmProcess:
             threading.Thread(target=watch, name="kdpipe-vllm", daemon=True).start()
 
 
+def _start_guard() -> tuple[subprocess.Popen[bytes], str]:
+    """A process that outlives this one by as long as it takes to kill what bears its mark, and the mark."""
+    resource_tracker.ensure_running()  # before anything is marked: it serves this process, not only vLLM
+    mark = f"{os.getpid()}-{secrets.token_hex(8)}"
+    guard = subprocess.Popen(  # noqa: S603 (our own interpreter and file)
+        [sys.executable, "-I", "-S", str(Path(vllm_guard.__file__)), mark],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # what ends this process's group shall not end the guard before it
+    )
+    return guard, mark
+
+
+def _end_guard(guard: subprocess.Popen[bytes]) -> None:
+    """Closes the guard's pipe and waits until nothing bears its mark."""
+    assert guard.stdin is not None
+    guard.stdin.close()
+    guard.wait()
+
+
 def _start(options: Mapping[str, Any]) -> Any:
     try:
         from vllm import LLM
@@ -152,7 +178,7 @@ def _start(options: Mapping[str, Any]) -> Any:
 @contextlib.contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Sets environment variables for as long as processes are being started; what the user has set stays."""
-    added = {name: value for name, value in variables.items() if name == OWNER or name not in os.environ}
+    added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:
         yield

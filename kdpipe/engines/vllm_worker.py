@@ -1,18 +1,11 @@
-"""What runs inside vLLM's own processes: loads weights, shapes logits, and ends with the process that wants them.
+"""What runs inside vLLM's own processes: loads weights, compares them, shapes logits.
 
-vLLM mixes `WorkerExtension` into its worker class (`worker_extension_cls`) and calls its methods by name. It
-imports this module before it loads a model, which is when the watch over the owner begins.
+vLLM mixes `WorkerExtension` into its worker class (`worker_extension_cls`) and calls its methods by name.
 """
 
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import os
-import select
-import signal
-import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +24,6 @@ _LOADING_ERRORS = (
     ValueError,
     SafetensorError,
 )
-OWNER = "KDPIPE_ENGINE_OWNER"
-"""The environment variable that holds the process id without which this process has nothing to do."""
 
 
 class WorkerExtension:
@@ -125,30 +116,3 @@ def shaped(compute_logits: Any, *, num_ids: int, temperature: float) -> Any:
         return logits
 
     return compute
-
-
-def end_with(owner: int) -> None:
-    """Kills this process, and the vLLM process that started it, as soon as the process `owner` is gone."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-    others = [] if parent.pid in (owner, None) else [parent.pid]
-
-    def watch() -> None:
-        try:
-            descriptor = os.pidfd_open(owner)
-        except ProcessLookupError:
-            pass  # it is gone already
-        else:
-            select.select([descriptor], [], [])
-        for pid in (*others, os.getpid()):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-
-    threading.Thread(target=watch, name="kdpipe-owner", daemon=True).start()
-
-
-if sys.platform == "linux" and OWNER in os.environ:
-    end_with(int(os.environ[OWNER]))
