@@ -7,6 +7,7 @@ problems, the tokenizers.
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,10 @@ from kdpipe.checkpoints import (
     resolve_device,
     resolve_dtype,
     scratch_model,
+    write_model,
 )
+from kdpipe.doctor import Case, examine, sizes
+from kdpipe.doctor import Model as Patient
 from kdpipe.engine import AdapterSource, Engine, ModelSource
 from kdpipe.engines.hf import HfEngine
 from kdpipe.environment import environment
@@ -100,7 +104,9 @@ class Performer:
         self._warm: Warm | None = None
 
     def __call__(self, request: Message, report: Report) -> Message:
-        """Performs the step of `request` unless another run has done it meanwhile."""
+        """Performs the step of `request` unless another run has done it meanwhile; or examines its models."""
+        if "examine" in request:
+            return _Task(request, report, self._warmed(request, report), self._make_engine).examine()
         return _Task(request, report, self._warmed(request, report), self._make_engine).run()
 
     def _warmed(self, request: Mapping[str, Any], report: Report) -> Warm:
@@ -111,7 +117,8 @@ class Performer:
             torch.use_deterministic_algorithms(mode=True, warn_only=True)
             device = resolve_device(recipe.runtime.device)
             report.event(kind="note", text=_hardware(recipe, device))
-            _refuse_unsound(recipe, report)
+            if request.get("examine") != "full":  # nothing is trained on by the doctor
+                _refuse_unsound(recipe, report)
             hub = request["folders"].get("data")
             problems = read_problems(
                 recipe.task, Path(request["folder"]), hub_folder=Path(hub) if hub else None
@@ -184,6 +191,56 @@ class _Task:
                 self._keep_warm(trainer, manifest.payload_digest)
             tokens = pulse.all_tokens
             return {"reused": False, "digest": manifest.payload_digest, "seconds": seconds, "tokens": tokens}
+
+    def examine(self) -> Message:
+        """The doctor's findings on the models that the step opens, and with a full examination the estimate."""
+        with tempfile.TemporaryDirectory(prefix="kdpipe-doctor-") as folder:
+            place = Path(folder)
+            stand_ins = {role: self._stand_in(role, place) for role in self.request["missing"]}
+            entry = Entry(place / "step", self.step.id, self.step.fingerprint)
+            draft = Draft(entry, self.step, note=lambda _kind, _fields: None)
+            job = self._job(draft, Pulse(lambda _fields: None, self.report.stopping.is_set))
+            roles = [role for role in self.request["roles"] if role != STUDENT]
+            engine = self.recipe.teacher_score.engine
+            teachers = [(self._settings(role), self._examined(role, engine, stand_ins)) for role in roles]
+            case = Case(
+                job=job,
+                device=self.warm.device,
+                student=self._examined(STUDENT, self.recipe.rollout.engine, stand_ins),
+                teachers=[(settings, model) for settings, model in teachers if isinstance(settings, Teacher)],
+                depth=self.request["examine"],
+            )
+            findings: list[JsonValue] = [dict(finding.to_json()) for finding in examine(case)]
+            if case.depth == "quick":
+                return {"findings": findings}
+            return {"findings": findings, "estimate": dict(sizes(case).to_json())}
+
+    def _examined(self, role: str, engine: Literal["hf", "vllm"], stand_ins: Mapping[str, str]) -> Patient:
+        """The student or a teacher as the doctor sees it; its engine is opened when it is first asked."""
+        settings = self._settings(role)
+        return Patient(
+            name=settings.name if isinstance(settings, Teacher) else STUDENT,
+            source=self._source(role),
+            text=self._text(role),
+            open_engine=lambda: self._engine(engine, role),
+            engine_name=engine,
+            stand_in=stand_ins.get(role, ""),
+        )
+
+    def _stand_in(self, role: str, place: Path) -> str:
+        """Puts other weights in the place of those that a step has not made yet; returns what they are."""
+        settings, step_id = self._settings(role), self.request["missing"][role]
+        is_own = isinstance(settings, Teacher) and settings.self_ is None
+        name = settings.name if isinstance(settings, Teacher) and is_own else STUDENT
+        origin = settings if is_own else self.recipe.student
+        if origin.scratch is None:
+            return f"its weights before {step_id}, which is not done"
+        if name not in self.request["folders"]:
+            folder = place / name
+            write_model(self._scratch(origin), arithmetic_tokenizer(words()), folder)
+            self.request["folders"][name] = str(folder)
+            self.request["digests"][name] = f"untrained {name}"
+        return f"untrained weights: {step_id} is not done"
 
     def _perform(self, job: Job) -> Trainer | None:
         match self.step.stage:

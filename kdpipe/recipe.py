@@ -619,7 +619,10 @@ class Keep(Section):
 
 
 class Runtime(Section):
-    """Hardware, batch sizes and retention; nothing here changes results beyond floating-point rounding."""
+    """Hardware, batch sizes and retention; nothing here changes results beyond floating-point rounding.
+
+    `preflight` examines student and teachers, quickly, before the first round that is not done (docs/doctor.md).
+    """
 
     device: str = "auto"
     threads: Count | None = None
@@ -632,6 +635,7 @@ class Runtime(Section):
     gradient_checkpointing: bool = False
     keep: Keep = Keep.model_construct()
     allow_weak_teacher: bool = False
+    preflight: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -353,6 +353,86 @@ def check_loss_lines(phase: dict[str, Any], paint: Paint) -> list[str]:
     return lines
 
 
+def doctor_lines(result: dict[str, Any], paint: Paint) -> list[str]:
+    """The findings as a table of 80 columns: who, probe, verdict and worst number, and below each what it says."""
+    findings = result["findings"]
+    width = max(len(finding["probe"]) for finding in findings)
+    counts = {
+        verdict: sum(finding["verdict"] == verdict for finding in findings)
+        for verdict in ("ok", "FAILED", "warning", "skipped")
+    }
+    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    lines = [f"{paint(result['run'], 'bold')}: {_counted(len(findings), 'probe')}: {told}"]
+    about = ""
+    for finding in findings:
+        if finding["about"] != about:
+            about = finding["about"]
+            lines += ["", paint(inert(about), "bold")]
+        lines += _finding_lines(finding, width, paint)
+    return lines
+
+
+def _finding_lines(finding: dict[str, Any], width: int, paint: Paint) -> list[str]:
+    colours: dict[str, Style] = {"ok": "green", "FAILED": "red", "warning": "yellow", "skipped": "dim"}
+    verdict = finding["verdict"]
+    shown = paint(f"{verdict:<7}", colours[verdict])
+    numbers = ", ".join(map(_limited, finding["measures"]))
+    lines = [f"  {finding['probe']:<{width}}  {shown}  {numbers}".rstrip()]
+    texts = [inert(finding["said"])]
+    if verdict == "FAILED":
+        texts.append(f"catches {finding['catches']}")
+    for text in texts:
+        indent = " " * (width + 4)
+        lines += textwrap.wrap(
+            text, COLUMNS, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        )
+    return lines
+
+
+def _limited(measure: dict[str, Any]) -> str:
+    """A number with its limit."""
+    value = "not finite" if measure["value"] is None else f"{measure['value']:.2g}"
+    if float(measure["limit"]).is_integer() and measure["value"] is not None:
+        value = f"{measure['value']:g}"
+    return f"{measure['name']} {value} ({'over' if measure['must_exceed'] else 'limit'} {measure['limit']:g})"
+
+
+def estimate_lines(result: dict[str, Any], paint: Paint) -> list[str]:
+    """What the recipe takes: memory by role, disk and tokens of a round."""
+    found = result["estimate"]
+    lines = [paint("takes, at most (completions of full length, nothing compressed)", "bold")]
+    parameters = ", ".join(f"{name} {_short_count(count)}" for name, count in found["parameters"].items())
+    lines.append(f"  parameters  {parameters}")
+    for role, parts in found["memory_bytes"].items():
+        kept = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
+        text = f"{role} {_size(sum(parts.values()))}: {kept}"
+        lines += textwrap.wrap(
+            text, COLUMNS, initial_indent="  memory      ", subsequent_indent=" " * 16, break_on_hyphens=False
+        )
+    disk = found["disk_bytes_per_round"]
+    parts = ", ".join(f"{name} {_size(size)}" for name, size in disk.items())
+    text = (
+        f"{_size(sum(disk.values()))} a round ({parts}); {_size(found['disk_bytes_kept'])} stay at the end, "
+        f"{_size(result['free_disk_bytes'])} are free"
+    )
+    lines += textwrap.wrap(text, COLUMNS, initial_indent="  disk        ", subsequent_indent=" " * 16)
+    tokens = ", ".join(f"{count:,} {name}" for name, count in found["tokens_per_round"].items())
+    lines.append(f"  tokens      {tokens}, a round")
+    return lines
+
+
+def _short_count(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
+
+
+def _size(count: int) -> str:
+    """Bytes in the largest unit that keeps the number above 1."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count / 1e3:,.0f} kB"
+
+
 def _measured(finding: dict[str, Any]) -> str:
     """The worst of a finding's numbers."""
     if finding["problem"] or not finding["measures"]:
