@@ -24,7 +24,7 @@ from kdpipe import doctor_text as texts
 from kdpipe.adapters import read_adapter, start_adapter, write_adapter
 from kdpipe.batching import make_batch
 from kdpipe.checkpoints import open_model, read_head, resolve_dtype
-from kdpipe.doctor_engine import TOLERANCES, Scorer
+from kdpipe.doctor_engine import TOLERANCES, Scorer, Tolerance
 from kdpipe.doctor_finding import Finding, Outcome, Probe, found, skipped
 from kdpipe.engine import AdapterSource
 from kdpipe.errors import EngineError, KdpipeError
@@ -59,8 +59,8 @@ _LONGEST = 32
 class Model:
     """The student or a teacher as it is examined.
 
-    `open_engine` gives the engine that will run it, and may fail. `stand_in` says what the weights are where they
-    are not yet those that a run would use.
+    `open_engine` gives the engine that will run it, and may fail. `is_here` is false where a server has the weights.
+    `stand_in` says what the weights are where they are not yet those that a run would use.
     """
 
     name: str
@@ -68,7 +68,16 @@ class Model:
     text: Text
     open_engine: Callable[[], Engine]
     engine_name: str
+    is_here: bool = True
     stand_in: str = ""
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype that it computes in: a server's is not known, and taken to be the coarsest."""
+        return resolve_dtype(self.source.dtype, device)[0] if self.is_here else torch.bfloat16
+
+    def tolerance(self, device: torch.device) -> Tolerance:
+        """How far two passes over it may be apart."""
+        return TOLERANCES[str(self.dtype(device)).removeprefix("torch.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +119,15 @@ def sizes(case: Case) -> Estimate:
     teachers = {
         model.name: student if settings.self_ is not None else _sized(case, model)
         for settings, model in case.teachers
+        if model.is_here
     }
     mean = sum(map(len, prompts)) / len(prompts)
     return estimate(recipe, student, teachers, prompt_tokens=round(mean))
 
 
 def _sized(case: Case, model: Model, *, adapter: int = 0) -> Sized:
-    dtype, _ = resolve_dtype(model.source.dtype, case.device)
     shape = shape_of(model.source.folder, trust_remote_code=model.source.trust_remote_code)
-    return Sized(model.name, shape, str(dtype).removeprefix("torch."), adapter)
+    return Sized(model.name, shape, str(model.dtype(case.device)).removeprefix("torch."), adapter)
 
 
 class _Student:
@@ -128,8 +137,8 @@ class _Student:
         self.case = case
         self.model = case.student
         self._scratch = scratch
-        self.dtype, _ = resolve_dtype(self.model.source.dtype, case.device)
-        self.tolerance = TOLERANCES[str(self.dtype).removeprefix("torch.")]
+        self.dtype = self.model.dtype(case.device)
+        self.tolerance = self.model.tolerance(case.device)
 
     @cached_property
     def problems(self) -> list[Problem]:
@@ -292,8 +301,8 @@ class _Teacher:
         self.settings = settings
         self.model = model
         self.student = student
-        self.dtype, _ = resolve_dtype(model.source.dtype, case.device)
-        self.tolerance = TOLERANCES[str(self.dtype).removeprefix("torch.")]
+        self.dtype = model.dtype(case.device)
+        self.tolerance = model.tolerance(case.device)
         self.problems = [problem for problem in student.problems if teaches(settings, problem)]
 
     @cached_property
@@ -337,7 +346,7 @@ class _Teacher:
 
     def _full(self) -> dict[Probe, Callable[[], Outcome]]:
         return {
-            "null test, own prompt": self._null_test_of_own_prompt,
+            "own prompt": self._null_test_of_own_prompt,
             "shift": lambda: engines.shift(self._scorer(), max(self._references(), key=lambda p: len(p[1]))),
             "not constant": lambda: engines.not_constant(self._scorer(), self._references()),
             "same twice": lambda: engines.same_twice(self._scorer(), self._references()),
@@ -425,6 +434,8 @@ class _Teacher:
 
     def _cannot_hold_the_student(self) -> str | None:
         """Why the student's weights do not get into this teacher's engine, or None when they do."""
+        if not self.model.is_here:
+            return "a server has its weights, and does not load the student's"
         if self.case.depth == "full" or self.model.engine_name == "hf":
             return None
         if _sizes(self.model.source) != _sizes(self.student.model.source):
@@ -461,6 +472,8 @@ class _Teacher:
         return engines.hidden_states(self._scorer(), self._references(), turn)
 
     def _own_weights(self) -> Outcome:
+        if not self.model.is_here:
+            return skipped("a server has its weights: there is no folder to compare with")
         scorer, pairs = self._scorer(), self._references()[:2]
         scored = scorer.logprobs(pairs)
         if self.case.device.type == "cuda":
@@ -515,7 +528,9 @@ def longest_problems(job: Job) -> list[Problem]:
 
 
 def context_of(source: ModelSource) -> int | None:
-    """How many tokens the model holds, by its config; None where that does not say."""
+    """How many tokens the model holds, by its config; None where there is none, or it does not say."""
+    if not (source.folder / "config.json").is_file():
+        return None
     sizes = _sizes(source)
     value = sizes.get("max_position_embeddings", sizes.get("n_positions"))
     return value if isinstance(value, int) else None

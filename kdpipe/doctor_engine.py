@@ -226,9 +226,9 @@ def reload(
 
     measures = (
         Measure("A again", off(first, again), limit),
-        Measure("A, plain", off(again, wanted), limit),
-        Measure("B, plain", off(between, wanted_other), limit),
-        Measure("A to B", off(first, between), limit, must_exceed=True),
+        Measure("A and plain", off(again, wanted), limit),
+        Measure("B and plain", off(between, wanted_other), limit),
+        Measure("A and B", off(first, between), limit, must_exceed=True),
     )
     if all(measure.is_ok for measure in measures):
         return Outcome("the student, a copy with other weights, and the student again", measures)

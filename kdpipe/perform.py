@@ -217,13 +217,14 @@ class _Task:
 
     def _examined(self, role: str, engine: Literal["hf", "vllm"], stand_ins: Mapping[str, str]) -> Patient:
         """The student or a teacher as the doctor sees it; its engine is opened when it is first asked."""
-        settings = self._settings(role)
+        settings, source = self._settings(role), self._source(role)
         return Patient(
             name=settings.name if isinstance(settings, Teacher) else STUDENT,
-            source=self._source(role),
+            source=source,
             text=self._text(role),
             open_engine=lambda: self._engine(engine, role),
             engine_name=engine,
+            is_here=any(source.folder.glob("*.safetensors")),
             stand_in=stand_ins.get(role, ""),
         )
 

@@ -373,28 +373,30 @@ def doctor_lines(result: dict[str, Any], paint: Paint) -> list[str]:
 
 
 def _finding_lines(finding: dict[str, Any], width: int, paint: Paint) -> list[str]:
+    """A probe with its verdict and what it says, and below that its numbers; what a failure means comes last."""
     colours: dict[str, Style] = {"ok": "green", "FAILED": "red", "warning": "yellow", "skipped": "dim"}
-    verdict = finding["verdict"]
-    shown = paint(f"{verdict:<7}", colours[verdict])
-    numbers = ", ".join(map(_limited, finding["measures"]))
-    lines = [f"  {finding['probe']:<{width}}  {shown}  {numbers}".rstrip()]
-    texts = [inert(finding["said"])]
-    if verdict == "FAILED":
-        texts.append(f"catches {finding['catches']}")
-    for text in texts:
-        indent = " " * (width + 4)
-        lines += textwrap.wrap(
+    indent = " " * (width + 13)
+
+    def wrapped(text: str) -> list[str]:
+        return textwrap.wrap(
             text, COLUMNS, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
         )
-    return lines
+
+    verdict = finding["verdict"]
+    lines = wrapped(inert(finding["said"]))
+    shown = paint(f"{verdict:<7}", colours[verdict])
+    lines[0] = f"  {finding['probe']:<{width}}  {shown}  {lines[0].strip()}"
+    lines += wrapped(", ".join(map(_limited, finding["measures"])))
+    return lines + (wrapped(f"catches {finding['catches']}") if verdict == "FAILED" else [])
 
 
 def _limited(measure: dict[str, Any]) -> str:
-    """A number with its limit."""
-    value = "not finite" if measure["value"] is None else f"{measure['value']:.2g}"
-    if float(measure["limit"]).is_integer() and measure["value"] is not None:
-        value = f"{measure['value']:g}"
-    return f"{measure['name']} {value} ({'over' if measure['must_exceed'] else 'limit'} {measure['limit']:g})"
+    """A number beside its limit, as the two stand to each other."""
+    found, limit = measure["value"], measure["limit"]
+    if found is None:
+        return f"{measure['name']} not finite"
+    value = f"{found:g}" if limit > 1 else f"{found:.2g}"
+    return f"{measure['name']} {value} {'>' if found > limit else '<='} {limit:g}"
 
 
 def estimate_lines(result: dict[str, Any], paint: Paint) -> list[str]:
