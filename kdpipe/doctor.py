@@ -95,6 +95,11 @@ class Case:
         """The recipe."""
         return self.job.recipe
 
+    def rest(self, model: Model, engine: Engine) -> None:
+        """Lets an engine with memory of its own free it for a forward pass made elsewhere on the same GPU."""
+        if self.device.type == "cuda" and model.engine_name != "hf" and model.is_here:
+            engine.sleep()
+
 
 def examine(case: Case) -> list[Finding]:
     """The findings on the student and on each teacher, in the order in which they are told."""
@@ -103,6 +108,9 @@ def examine(case: Case) -> list[Finding]:
         findings = list(student.findings())
         for settings, model in case.teachers:
             findings += _Teacher(case, settings, model, student).findings()
+    if case.device.type == "cuda":
+        del student  # and with it the trainer's copy
+        torch.cuda.empty_cache()
     return findings
 
 
@@ -166,6 +174,7 @@ class _Student:
         engine.load(self.model.source)
         # Truncated, b would be of another distribution than the trainer's: that is not what is asked here.
         drawn = engine.sample(requests, replace(settings, top_p=1.0, top_k=0), progress=lambda _: None)
+        self.case.rest(self.model, engine)
         return {problem.prompt_id: one for problem, [one] in zip(self.problems, drawn, strict=True)}
 
     def pairs(self, problems: Sequence[Problem]) -> list[Pair]:
@@ -430,7 +439,10 @@ class _Teacher:
         drawn = [completion for _, completion in self.student.pairs(self.problems)]
         pairs = list(zip(prompts, drawn, strict=True))
         scorer = self.student.scorer(self.model.open_engine(), temperature=self.temperature)
-        return engines.agrees(scorer, pairs, self.student.forward, whose="the trainer's forward")
+        scored = scorer.logprobs(pairs)
+        self.case.rest(self.model, scorer.engine)
+        whose = "the trainer's forward"
+        return engines.agrees(scorer, pairs, self.student.forward, whose=whose, scored=scored)
 
     def _cannot_hold_the_student(self) -> str | None:
         """Why the student's weights do not get into this teacher's engine, or None when they do."""
@@ -476,8 +488,7 @@ class _Teacher:
             return skipped("a server has its weights: there is no folder to compare with")
         scorer, pairs = self._scorer(), self._references()[:2]
         scored = scorer.logprobs(pairs)
-        if self.case.device.type == "cuda":
-            scorer.engine.sleep()  # both at once may not fit
+        self.case.rest(self.model, scorer.engine)
 
         def forward(pairs: Sequence[Pair], temperature: float) -> list[npt.NDArray[np.float64]]:
             return plain_logprobs(

@@ -80,7 +80,7 @@ def perturb(source: ModelSource, folder: Path, *, dtype: torch.dtype, seed: int)
     with torch.no_grad():
         for weight in model.parameters():
             noise = torch.randn(weight.shape, generator=generator, dtype=torch.float32)
-            weight.add_(noise.to(weight.dtype) * (0.5 * weight.float().std(correction=0)).to(weight.dtype))
+            weight.add_(noise.to(weight.dtype) * weight.float().std(correction=0).to(weight.dtype))
     model.save_pretrained(str(folder))
 
 

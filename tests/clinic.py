@@ -185,17 +185,23 @@ def behind(wire: Callable[[Engine], Engine]) -> OpenEngine:
 
 
 class Late(Wire):
-    """Scores come one position late, as where a server's first entry belongs to no token."""
+    """Scores come one position late: the first is of the prompt's last token, as where an empty first entry is cut."""
 
-    def spoil(self, score: TokenScores) -> TokenScores:
-        return replace(score, logprobs=np.roll(score.logprobs, 1))
+    def score(self, requests: Sequence[ScoreRequest], **settings: Any) -> list[TokenScores]:
+        moved = []
+        for request in requests:
+            ids = [*request.prompt_token_ids, *request.completion_token_ids]
+            start = len(request.prompt_token_ids) - 1
+            moved.append(ScoreRequest(ids[:start], ids[start:-1]))
+        return super().score(moved, **settings)
 
 
 class Early(Wire):
-    """Scores come one position early."""
+    """Scores come one position early: the last is of a token that was generated after the completion."""
 
-    def spoil(self, score: TokenScores) -> TokenScores:
-        return replace(score, logprobs=np.roll(score.logprobs, -1))
+    def score(self, requests: Sequence[ScoreRequest], **settings: Any) -> list[TokenScores]:
+        longer = [ScoreRequest(r.prompt_token_ids, [*r.completion_token_ids, 1]) for r in requests]
+        return [replace(score, logprobs=score.logprobs[1:]) for score in super().score(longer, **settings)]
 
 
 class Hot(Wire):

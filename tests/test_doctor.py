@@ -77,6 +77,10 @@ def assert_healthy(findings: Findings, *, teachers: tuple[str, ...], skipped: se
     assert set(verdicts(findings, about="student").values()) == {"ok"}
 
 
+BFLOAT16 = {
+    "student": {"model": "./student", "dtype": "bfloat16"},
+    "teachers": [{"model": "./teacher", "dtype": "bfloat16"}],
+}
 HEALTHY: dict[str, tuple[dict[str, Any], set[str]]] = {
     "sampled token": ({}, NOT_ASKED),
     "top-k": ({"train__objective": TOP5}, {"own prompt", "hidden states"}),
@@ -91,10 +95,16 @@ HEALTHY: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"student": {"model": "./student", "dtype": "float32", "lora": {"rank": 2, "alpha": 4}}},
         NOT_ASKED,
     ),
+    "bfloat16": (BFLOAT16, NOT_ASKED),
 }
+COSTLY = pytest.mark.slow
+"""Variations on what a cheaper test covers."""
 
 
-@pytest.mark.parametrize("name", HEALTHY)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=COSTLY if name in ("self", "average", "top-k") else ()) for name in HEALTHY],
+)
 def test_a_healthy_world_passes_every_probe(name: str, folder: Path, tmp_path: Path) -> None:
     changes, skipped = HEALTHY[name]
     findings = examined(load_world(own_folder(folder, tmp_path), **changes))
@@ -103,13 +113,14 @@ def test_a_healthy_world_passes_every_probe(name: str, folder: Path, tmp_path: P
         assert findings["own prompt", "teacher"]["measures"][0]["value"] <= 2e-3
 
 
+@COSTLY
 @pytest.mark.parametrize(("student", "teacher"), [("gpt2", "gpt2"), ("untied", "tied")])
 def test_other_architectures_pass_too(student: str, teacher: str, tmp_path: Path) -> None:
     findings = examined(load_world(write_world(tmp_path, student=student, teacher=teacher)))
     assert_healthy(findings, teachers=("teacher",), skipped=NOT_ASKED)
 
 
-@pytest.mark.parametrize("way", ["routed", "mixed"])
+@pytest.mark.parametrize("way", ["routed", pytest.param("mixed", marks=COSTLY)])
 def test_each_of_several_teachers_is_examined_on_what_it_teaches(
     way: str, folder: Path, tmp_path: Path
 ) -> None:
@@ -197,7 +208,13 @@ WIRES: dict[str, tuple[Callable[[Engine], Engine], dict[str, Any], dict[str, str
 }
 
 
-@pytest.mark.parametrize("name", WIRES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=COSTLY if name in ("short top-k", "doubled top-k", "moved top-k") else ())
+        for name in WIRES
+    ],
+)
 def test_a_fault_on_the_wire_is_caught_by_its_probe(name: str, folder: Path, tmp_path: Path) -> None:
     wire, changes, expected = WIRES[name]
     findings = examined(load_world(own_folder(folder, tmp_path), **changes), behind(wire))
