@@ -268,7 +268,7 @@ def top_k(scorer: Scorer, pairs: Sequence[Pair], k: int) -> Outcome:
         (
             Measure("order", worst_order, 0.0),
             Measure("own token", worst_own, limit),
-            Measure("mass", worst_mass, max(limit, 1e-3)),
+            Measure("mass", worst_mass, limit),
         ),
     )
 

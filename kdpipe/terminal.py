@@ -402,7 +402,7 @@ def _limited(measure: dict[str, Any]) -> str:
 def estimate_lines(result: dict[str, Any], paint: Paint) -> list[str]:
     """What the recipe takes: memory by role, disk and tokens of a round."""
     found = result["estimate"]
-    lines = [paint("takes, at most (completions of full length, nothing compressed)", "bold")]
+    lines = [paint("takes (completions of full length, nothing compressed, activations roughly)", "bold")]
     parameters = ", ".join(f"{name} {_short_count(count)}" for name, count in found["parameters"].items())
     lines.append(f"  parameters  {parameters}")
     for role, parts in found["memory_bytes"].items():
