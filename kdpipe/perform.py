@@ -213,9 +213,6 @@ class _Task:
             findings: list[JsonValue] = [dict(finding.to_json()) for finding in examine(case)]
             if case.depth == "quick":  # the engines go on with the run
                 return {"findings": findings}
-            for running in self.warm.engines.values():
-                running.close()
-            self.warm.engines.clear()
             return {"findings": findings, "estimate": dict(sizes(case).to_json())}
 
     def _examined(self, role: str, engine: Literal["hf", "vllm"], stand_ins: Mapping[str, str]) -> Patient:

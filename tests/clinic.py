@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from kdpipe.checkpoints import ModelShelf
+import kdpipe.perform
 from kdpipe.engine import Ability, Completion, Engine, ModelSource, ScoreRequest, TokenScores
-from kdpipe.perform import Performer, open_engine
+from kdpipe.perform import Performer
 from kdpipe.project import open_project
 from kdpipe.prompting import arithmetic_tokenizer
-from kdpipe.recipe import LoadedRecipe, Runtime
+from kdpipe.recipe import LoadedRecipe
 from kdpipe.runner import examination
 from kdpipe.sources import Sources
 from kdpipe.workers import Report
@@ -112,18 +113,34 @@ def load_world(folder: Path, **changes: Any) -> LoadedRecipe:
     return load_tiny(folder, **{**settings, **changes})
 
 
-OpenEngine = Callable[[Any, ModelShelf, Runtime], Engine]
+def examined(
+    loaded: LoadedRecipe, wire: Callable[[Engine], Engine] | None = None, *, depth: str = "full"
+) -> Findings:
+    """The doctor's findings by probe and patient, made in this process by the request that a command sends.
 
-
-def examined(loaded: LoadedRecipe, make_engine: OpenEngine = open_engine, *, depth: str = "full") -> Findings:
-    """The doctor's findings by probe and patient, made in this process by the request that a command sends."""
+    With a `wire`, every engine of the recipe is behind one of its own.
+    """
     workspace = loaded.folder / "out"
     folders = Sources(loaded, workspace).fetch()
     request = examination(open_project(loaded, workspace), folders, 1, depth=depth)  # type: ignore[arg-type]
-    with one_thread():
-        answer: Any = Performer(make_engine)(json.loads(json.dumps(request)), Report(lambda _message: None))
+    with one_thread(), pytest.MonkeyPatch.context() as patch:
+        if wire is not None:
+            patch.setattr(kdpipe.perform._Task, "_engine", _behind(wire))
+        answer: Any = Performer()(json.loads(json.dumps(request)), Report(lambda _message: None))
     findings = json.loads(json.dumps(answer["findings"]))
     return {(one["probe"], one["about"]): one for one in findings}
+
+
+def _behind(wire: Callable[[Engine], Engine]) -> Callable[[Any, Any, str], Engine]:
+    """What a task opens its engines by, each behind a wire of its own that stays."""
+    opened = kdpipe.perform._Task._engine
+    wires: dict[int, Engine] = {}
+
+    def engine(task: Any, name: Any, role: str) -> Engine:
+        real = opened(task, name, role)
+        return wires.setdefault(id(real), wire(real))
+
+    return engine
 
 
 @contextmanager
@@ -177,11 +194,6 @@ class Wire:
 
     def close(self) -> None:
         self.inner.close()
-
-
-def behind(wire: Callable[[Engine], Engine]) -> OpenEngine:
-    """Opens every engine behind that wire."""
-    return lambda name, shelf, runtime: wire(open_engine(name, shelf, runtime))
 
 
 class Late(Wire):

@@ -24,7 +24,7 @@ from kdpipe.doctor_finding import CATCHES, Measure, Outcome, found
 from kdpipe.engine import Engine
 from kdpipe.errors import PreflightError
 from tests import clinic
-from tests.clinic import Findings, behind, examined, load_world, verdicts, write_world
+from tests.clinic import Findings, examined, load_world, verdicts, write_world
 from tests.worlds import NearWorker, Watcher, load_tiny, run_near
 
 NOT_ASKED = {"own prompt", "top-k", "hidden states"}
@@ -217,7 +217,7 @@ WIRES: dict[str, tuple[Callable[[Engine], Engine], dict[str, Any], dict[str, str
 )
 def test_a_fault_on_the_wire_is_caught_by_its_probe(name: str, folder: Path, tmp_path: Path) -> None:
     wire, changes, expected = WIRES[name]
-    findings = examined(load_world(own_folder(folder, tmp_path), **changes), behind(wire))
+    findings = examined(load_world(own_folder(folder, tmp_path), **changes), wire)
     for probe, said in expected.items():
         finding = findings[probe, "teacher"]
         assert finding["verdict"] == "FAILED", finding
@@ -227,7 +227,7 @@ def test_a_fault_on_the_wire_is_caught_by_its_probe(name: str, folder: Path, tmp
 
 def test_a_fault_of_top_k_alone_is_told_of_nothing_else(folder: Path, tmp_path: Path) -> None:
     wire = clinic.spoiling(clinic.unsorted_top_k)
-    findings = examined(load_world(own_folder(folder, tmp_path), train__objective=TOP5), behind(wire))
+    findings = examined(load_world(own_folder(folder, tmp_path), train__objective=TOP5), wire)
     assert [key for key, one in findings.items() if one["verdict"] == "FAILED"] == [("top-k", "teacher")]
 
 
@@ -241,7 +241,7 @@ def test_a_fault_of_top_k_alone_is_told_of_nothing_else(folder: Path, tmp_path: 
 def test_weights_that_stay_when_others_are_loaded_are_caught_by_reload(
     wire: Any, said: str, folder: Path, tmp_path: Path
 ) -> None:
-    findings = examined(load_world(own_folder(folder, tmp_path)), behind(wire))
+    findings = examined(load_world(own_folder(folder, tmp_path)), wire)
     assert findings["reload", "student"]["verdict"] == "FAILED"
     assert said in findings["reload", "student"]["said"]
 
@@ -250,14 +250,14 @@ def test_log_probs_of_samples_at_another_temperature_are_caught_by_sampler(
     folder: Path, tmp_path: Path
 ) -> None:
     loaded = load_world(own_folder(folder, tmp_path))
-    finding = examined(loaded, behind(clinic.RawSamples))["sampler", "student"]
+    finding = examined(loaded, clinic.RawSamples)["sampler", "student"]
     assert finding["verdict"] == "FAILED"
     assert "importance ratios would be wrong" in finding["said"]
 
 
 def test_an_engine_that_runs_another_folder_is_caught_by_own_weights(copied: Path) -> None:
     clinic.write_patient(copied / "other", "untied", seed=7, steps=40)
-    findings = examined(load_world(copied), behind(clinic.Swapped))
+    findings = examined(load_world(copied), clinic.Swapped)
     failed = [key for key, one in findings.items() if one["verdict"] == "FAILED"]
     assert failed == [("own weights", "teacher")]
 
