@@ -35,6 +35,7 @@ from kdpipe.doctor import Case, examine, sizes
 from kdpipe.doctor import Model as Patient
 from kdpipe.engine import AdapterSource, Engine, ModelSource
 from kdpipe.engines.hf import HfEngine
+from kdpipe.engines.server import ServerEngine
 from kdpipe.environment import environment
 from kdpipe.errors import EngineError, PreflightError, StepError
 from kdpipe.hidden import FILE as HIDDEN_FILE
@@ -43,7 +44,7 @@ from kdpipe.job import Job, Text, open_text
 from kdpipe.plan import BASE, STUDENT, Input, Step, teacher_role
 from kdpipe.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.pulse import Pulse
-from kdpipe.recipe import Lora, Recipe, Runtime, Sft, Student, Teacher
+from kdpipe.recipe import Lora, Recipe, Runtime, Server, Sft, Student, Teacher
 from kdpipe.routing import check_records, teaches
 from kdpipe.rows import Problem, Rollout
 from kdpipe.seeds import derive_seed
@@ -453,6 +454,8 @@ class _Task:
         """The student or a teacher as an engine loads it; checks weights that come from the store."""
         source = self._found_source(role)
         settings = self._settings(role)
+        if isinstance(settings, Teacher) and settings.server is not None:
+            return source  # its weights are not here
         is_one_of_several = len(self.recipe.teachers) > 1 or source.folder.name == "ema"
         if self.recipe.student.lora is not None and isinstance(settings, Teacher):
             # The student itself as teacher is the network that samples and is trained: it is not dropped for others.
@@ -526,10 +529,26 @@ class _Task:
         return teacher_side(job, settings, student=self._text(STUDENT), teacher=self._text(role))
 
     def _engine(self, name: Literal["hf", "vllm"], role: str) -> Engine:
-        """The engine `name` for the model in `role`: `hf` is one for all roles, others are one for each."""
+        """The engine `name` for the model in `role`: `hf` is one for all roles, others are one for each.
+
+        A teacher behind a server has that for its engine, whatever the others have.
+        """
+        settings = self._settings(role)
+        if isinstance(settings, Teacher) and settings.server is not None:
+            return self._server_engine(settings.server, role)
         key = name if name == "hf" else f"{name} {role}"
         if key not in self.warm.engines:
             self.warm.engines[key] = self.make_engine(name, self.warm.shelf, self.recipe.runtime)
+        return self.warm.engines[key]
+
+    def _server_engine(self, server: Server, role: str) -> Engine:
+        key = f"server {role}"
+        if key not in self.warm.engines:
+            settings = self.recipe.runtime.server
+            bundle = (
+                settings.ca_bundle and Path(self.request["folder"]) / Path(settings.ca_bundle).expanduser()
+            )
+            self.warm.engines[key] = ServerEngine(server, settings, ca_bundle=bundle or None)
         return self.warm.engines[key]
 
     # models being trained

@@ -23,6 +23,7 @@ Fields = dict[str, JsonValue]
 
 FORMATS: dict[Stage, int] = {"sft": 1, "rollout": 1, "teacher-score": 2, "train": 2, "evaluate": 2}
 STUDENT = "student"
+SERVER = "server"
 BASE = "base"  # the role of the model below the student's adapter, where a step made it
 UNRESOLVED = "unresolved"
 
@@ -58,7 +59,8 @@ class Step:
 class Identities:
     """What models and data *are*, as opposed to what they are called.
 
-    Each is `{"digest": sha256}` for local files or `{"hub": id, "revision": commit or "unresolved"}`;
+    Each is `{"digest": sha256}` for local files or `{"hub": id, "revision": commit or "unresolved"}`, of a
+    teacher behind a server that of its tokenizer beside `"served"`, the name of the model there;
     `models` is keyed by "student" or the teacher's name, `data` by split.
     """
 
@@ -131,6 +133,9 @@ def _require_text_keys(value: JsonValue) -> None:
 def run_hash(recipe: Recipe) -> str:
     """Eight hex digits that name a run: the resolved recipe without rounds, runtime and tracking."""
     document = recipe.model_dump(mode="json", by_alias=True, exclude={"rounds", "runtime", "tracking"})
+    for teacher in document["teachers"]:
+        if teacher["server"] is not None:  # where a server is and how it lets one in do not name a run
+            teacher["server"] = _without(teacher["server"], "urls", "api_key_env")
     return hashlib.sha256(canonical(document)).hexdigest()[:8]
 
 
@@ -209,7 +214,7 @@ class _Planner:
         fields: Fields = {
             **self._teacher_fields(teacher, number - 1),
             **(self._task(split="train") if reads_records else self._task_settings(headline=False)),
-            "teacher_score.engine": recipe.teacher_score.engine,
+            "teacher_score.engine": self._scorer(teacher),
             "teacher_score.keep": asdict(recipe.keep),
             "teacher_score.logprobs": recipe.teacher_score.logprobs,
             "rollout.temperature": recipe.rollout.temperature,
@@ -274,7 +279,8 @@ class _Planner:
             rollout = _without(
                 self.sections["rollout"], "seed", "prompts", "samples", "on_policy_fraction", "engine"
             )
-            fields |= {"rollout": rollout, "teacher_score.engine": recipe.teacher_score.engine}
+            scorers = {self._scorer(teacher) for teacher in recipe.teachers}
+            fields |= {"rollout": rollout, "teacher_score.engine": "+".join(sorted(scorers))}
             fields |= self._mixture() | self._alias()
             for teacher in recipe.teachers:
                 fields |= self._teacher_fields(teacher, number)
@@ -291,6 +297,8 @@ class _Planner:
             **self._evaluate_settings(),
             "student.template": recipe.student.template,
         }
+        if teacher.server is not None:
+            fields["evaluate.engine"] = SERVER
         inputs = {**self._teacher_model(teacher, 0), "baseline": Input(f"evaluate:{STUDENT}@0", ())}
         self._add("evaluate", 0, teacher.name, self._seed(recipe.evaluate.seed), fields, inputs)
 
@@ -358,7 +366,7 @@ class _Planner:
 
     def _teacher_fields(self, teacher: Teacher, number: int) -> Fields:
         identity = self._identity(STUDENT if teacher.self_ is not None else teacher.name)
-        own = ("model", "revision", "scratch", "sft", "only", "weight", "decay")
+        own = ("model", "revision", "scratch", "sft", "only", "weight", "decay", "server")
         role = teacher_role(self.recipe, teacher)
         is_adapter = teacher.self_ is not None and self.recipe.student.lora is not None
         made = self._student_model(0) if is_adapter else self._teacher_model(teacher, number)
@@ -367,6 +375,10 @@ class _Planner:
             f"{role}.model": None if made else identity,
         }
         return fields if teacher.only is None else {**fields, f"{role}.only": _routes(teacher)}
+
+    def _scorer(self, teacher: Teacher) -> str:
+        """What scores for a teacher: the engine that the recipe names, or the teacher's own server."""
+        return self.recipe.teacher_score.engine if teacher.server is None else SERVER
 
     def _alias(self) -> Fields:
         """Only where it is asked for: `mask` and `keep` change nothing of what the teacher says."""

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
@@ -190,8 +191,45 @@ class Student(Section):
 FieldValue = Annotated[str, Field(min_length=1)] | int | float
 
 
+class Server(Section):
+    """A model behind HTTP: base URLs of servers that hold the same weights, and the name under which they serve it.
+
+    `tokenizer` is a hub id or local folder, `revision` that of the hub; `api_key_env` names the environment variable
+    that holds the key. Where it is does not count; `model`, `revision` and what the tokenizer holds say what it is.
+    """
+
+    urls: Annotated[list[str], Field(min_length=1)]
+    model: Annotated[str, Field(min_length=1)]
+    tokenizer: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+
+    @model_validator(mode="after")
+    def _urls_are_bases(self) -> "Server":
+        for number, url in enumerate(self.urls):
+            if trouble := _trouble_of(url):  # the URL itself is not repeated: it may hold a password
+                raise ValueError(f"urls.{number} {trouble}; write it as http://host:8000/v1")
+        return self
+
+
+def _trouble_of(url: str) -> str | None:
+    """Why this is no base URL that a path can be put behind; None when it is one."""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        known = False
+    if not known or not url.isprintable() or " " in url:
+        return "is no http or https URL with a host"
+    if "@" in parts.netloc:
+        return "holds a user or password: name the variable of the key in api_key_env"
+    if parts.query or parts.fragment:
+        return "holds a query or fragment"
+    return None
+
+
 class Teacher(Section):
-    """A model that scores: `model`, `scratch` with `sft`, or `self`, the student itself.
+    """A model that scores: `model`, `scratch` with `sft`, `self`, the student itself, or one behind a `server`.
 
     `self: initial` is the student before round 1, `current` the one that sampled the round, `ema` the average of the
     students so far, of which each round keeps `decay` and adds the rest of the new one.
@@ -208,6 +246,7 @@ class Teacher(Section):
     scratch: Scratch | None = None
     self_: Annotated[Literal["initial", "current", "ema"] | None, Field(alias="self")] = None
     decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    server: Server | None = None
     dtype: DtypeName = "auto"
     trust_remote_code: bool = False
     template: dict[str, JsonValue] = {}
@@ -224,10 +263,15 @@ class Teacher(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Teacher":
-        if sum(origin is not None for origin in (self.model, self.scratch, self.self_)) != 1:
-            raise ValueError("give exactly one of: model, scratch, self")
+        origins = (self.model, self.scratch, self.self_, self.server)
+        if sum(origin is not None for origin in origins) != 1:
+            raise ValueError("give exactly one of: model, scratch, self, server")
         if self.revision is not None and self.model is None:
             raise ValueError("revision goes with model")
+        if self.server is not None and self.sft is not None:
+            raise ValueError("a teacher behind a server is not trained here: it has no sft")
+        if self.server is not None and self.dtype != "auto":
+            raise ValueError("a teacher behind a server computes in the server's dtype: leave dtype out")
         if self.self_ is not None and self.sft is not None:
             raise ValueError("a teacher that is the student itself has no sft of its own")
         if (self.decay is not None) != (self.self_ == "ema"):
@@ -618,6 +662,20 @@ class Keep(Section):
     optimizer: Annotated[int, Field(ge=1)] = 2
 
 
+class ServerRuntime(Section):
+    """How teachers behind servers are asked: requests at once, the time each may take, and when to give up.
+
+    A failed request is repeated up to `retries` times; `max_failures` in a row, of all requests, end the step.
+    `ca_bundle` is a file with the certificates that are trusted instead of the system's.
+    """
+
+    concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
+    timeout_seconds: Positive = 120.0
+    retries: Annotated[int, Field(ge=0)] = 8
+    max_failures: Count = 100
+    ca_bundle: str | None = None
+
+
 class Runtime(Section):
     """Hardware, batch sizes and retention; nothing here changes results beyond floating-point rounding.
 
@@ -634,6 +692,7 @@ class Runtime(Section):
     checkpoint_steps: Count = 100
     gradient_checkpointing: bool = False
     keep: Keep = Keep.model_construct()
+    server: ServerRuntime = ServerRuntime.model_construct()
     allow_weak_teacher: bool = False
     preflight: bool = True
 
@@ -681,6 +740,11 @@ class Recipe(Section):
     def is_mixed(self) -> bool:
         """Whether several teachers score every completion."""
         return len(self.teachers) > 1 and self.teachers[0].only is None
+
+    @property
+    def is_served(self) -> bool:
+        """Whether every teacher is behind a server, so that `teacher_score.engine` scores none."""
+        return all(teacher.server is not None for teacher in self.teachers)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -736,7 +800,7 @@ class Recipe(Section):
             ("support",) if self.keep.student_top_k or aliased else ("hidden",) if self.keep.hidden else ()
         )
         for ability in needs:
-            if ability not in ENGINE_ABILITIES[section.engine]:
+            if ability not in ENGINE_ABILITIES[section.engine] and not self.is_served:
                 what = "scores of given ids" if ability == "support" else "hidden states"
                 other = "" if self.is_mixed or aliased else ", or support: {teacher_top_k: k}"
                 raise ValueError(f"teacher_score.engine {section.engine} gives no {what}: use hf{other}")
@@ -776,6 +840,37 @@ class Recipe(Section):
                 f"{rollout.on_policy_fraction:g} of {rollout.prompts} prompts is none"
             )
         return self
+
+    @model_validator(mode="after")
+    def _servers_can(self) -> "Recipe":
+        for teacher in self.teachers:
+            if teacher.server is not None and (trouble := self._beyond_a_server(teacher)):
+                raise ValueError(f"teacher {teacher.name!r} is behind a server, {trouble}")
+        return self
+
+    def _beyond_a_server(self, teacher: Teacher) -> str | None:
+        """What the recipe asks of a server that it cannot give, and what to write instead; None if nothing."""
+        rollout, section = self.rollout, self.evaluate
+        if (teacher.temperature or rollout.temperature) != 1:
+            asked = "teachers[].temperature" if teacher.temperature else "rollout.temperature"
+            return (
+                f"whose log-probs are at temperature 1, and {asked} is not 1: write temperature: 1 for this teacher "
+                "(equal weights then do not mean a KL of 0), or set rollout.temperature to 1"
+            )
+        if self.keep.hidden:
+            instead = "kd: rkl or k2" if self.is_mixed else "support: {teacher_top_k: k}, or kd: rkl or k2"
+            return f"which gives no hidden states and no whole distributions: use {instead}"
+        if self.keep.student_top_k:
+            return "which gives its own top k and no scores of the student's: use support: {teacher_top_k: k}"
+        if self.train.objective.has_kd and self.train.objective.end_token == "alias":  # noqa: S105 (no password)
+            return "which gives no scores of other ids than those it reads: use end_token: mask"
+        cut = bool(section.temperature) and (rollout.top_p < 1 or rollout.top_k > 0)
+        if section.teacher and (section.temperature not in (0, 1) or cut):
+            return (
+                "whose log-probs of what it samples are at temperature 1 and of the whole distribution: set "
+                "evaluate.temperature to 0, or to 1 without top_p and top_k, or evaluate.teacher to false"
+            )
+        return None
 
     def _is_the_sampler(self, teacher: Teacher) -> bool:
         """Whether its distributions are those that the student samples from: equal weights, prompt and temperature."""

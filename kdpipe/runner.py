@@ -148,6 +148,7 @@ class _Run:
         self.display.begin(project.run, todo, len(steps) - todo)
         if todo:
             self._require_peft()
+            self._require_keys()
             self._warn_of_bias()
         gated = False
         for step in steps:
@@ -182,6 +183,16 @@ class _Run:
                 "student.lora: peft, which makes the adapters, is not installed",
                 hint=f"install it: pip install {shlex.quote(PEFT)}",
             )
+
+    def _require_keys(self) -> None:
+        """Stops a run that will need a server's key where it is missing, before anything is sampled for nothing."""
+        for teacher in self.project.recipe.teachers:
+            name = teacher.server and teacher.server.api_key_env
+            if name and not os.environ.get(name):
+                raise PreflightError(
+                    f"teacher {teacher.name!r}: {name}, which is to hold the key of its server, is not set",
+                    hint=f"export {name}=... in the shell that runs kdpipe",
+                )
 
     def _warn_of_bias(self) -> None:
         """Says once what the recipe allows although it biases the result (method: temperature)."""

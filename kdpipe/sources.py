@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from pydantic import JsonValue
 
@@ -19,7 +20,9 @@ from kdpipe.recipe import Gsm8kTask, LoadedRecipe, Student, Teacher
 from kdpipe.store import file_digest, write_json
 from kdpipe.tasks import data_files, hub_id
 
-MODEL_SUFFIXES = {".safetensors", ".json", ".model", ".txt", ".jinja", ".py"}
+TEXT_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".py"}
+MODEL_SUFFIXES = TEXT_SUFFIXES | {".safetensors"}
+Kind = Literal["model", "tokenizer", "dataset"]
 HUB_HINT = "check the name and the network, or name a local folder instead"
 
 
@@ -39,7 +42,7 @@ class Sources:
 
     def identities(self) -> Identities:
         """What the recipe's models and data are; raises RecipeError or DataError when a local one is missing."""
-        models = {name: self._model(model) for name, model in self._models() if model.model is not None}
+        models = {name: self._model(model) for name, model in self._models() if _named(model) is not None}
         task = self.loaded.recipe.task
         data: dict[str, Fields]
         if isinstance(task, Gsm8kTask) and (hub := hub_id(task, self.loaded.folder)):
@@ -58,9 +61,10 @@ class Sources:
         """Folders of every model by role, and of hub data as "data"; downloads and pins what is not here."""
         folders: dict[str, Path] = {}
         for name, model in self._models():
-            if model.model is not None:
-                local = _local_folder(model.model, self.loaded.folder)
-                folders[name] = local or self._download(model.model, model.revision, kind="model")
+            if (named := _named(model)) is not None:
+                local = _local_folder(named.name, self.loaded.folder)
+                kind: Kind = "model" if named.served is None else "tokenizer"
+                folders[name] = local or self._download(named.name, named.revision, kind=kind)
         task = self.loaded.recipe.task
         if isinstance(task, Gsm8kTask) and (hub := hub_id(task, self.loaded.folder)):
             folders["data"] = self._download(hub, task.revision, kind="dataset")
@@ -71,18 +75,36 @@ class Sources:
         return [(STUDENT, recipe.student), *((teacher.name, teacher) for teacher in recipe.teachers)]
 
     def _model(self, model: Student | Teacher) -> Fields:
-        assert model.model is not None
-        folder = _local_folder(model.model, self.loaded.folder)
+        named = _named(model)
+        assert named is not None
+        folder = _local_folder(named.name, self.loaded.folder)
+        if named.served is not None:
+            return {"served": named.served, **self._tokenizer(named, folder)}
         if folder is None:
-            return self._hub_identity(model.model, model.revision)
+            return self._hub_identity(named.name, named.revision)
         files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_SUFFIXES)
         if not any(path.name == "config.json" for path in files):
             raise RecipeError(
                 f"{folder}: not a model folder: config.json is missing",
                 hint="name a folder that transformers' save_pretrained wrote",
             )
+        return {"digest": self._digest_of(files)}
+
+    def _tokenizer(self, named: _Named, folder: Path | None) -> Fields:
+        """What the tokenizer beside a served model is, and what the recipe calls the weights there."""
+        if folder is None:
+            return self._hub_identity(named.name, named.revision)
+        files = sorted(path for path in folder.iterdir() if path.suffix in TEXT_SUFFIXES)
+        if not any(path.name.startswith("tokenizer") for path in files):
+            raise RecipeError(
+                f"{folder}: no tokenizer: tokenizer.json is missing",
+                hint="name the folder or hub id of the model that the server runs in teachers[].server.tokenizer",
+            )
+        return {"digest": self._digest_of(files), "revision": named.revision}
+
+    def _digest_of(self, files: list[Path]) -> str:
         parts: JsonValue = [[path.name, self._digest(path)] for path in files]
-        return {"digest": hashlib.sha256(canonical(parts)).hexdigest()}
+        return hashlib.sha256(canonical(parts)).hexdigest()
 
     def _hub_identity(self, name: str, revision: str | None) -> Fields:
         return {"hub": name, "revision": self._pinned(_pin_key(name, revision), revision) or UNRESOLVED}
@@ -110,28 +132,46 @@ class Sources:
         self._changed = True
         return digest
 
-    def _download(self, name: str, revision: str | None, *, kind: str) -> Path:
+    def _download(self, name: str, revision: str | None, *, kind: Kind) -> Path:
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 
         key = _pin_key(("datasets/" if kind == "dataset" else "") + name, revision)
+        repo_type = "dataset" if kind == "dataset" else "model"
         try:
             commit = self._pinned(key, revision)
             if commit is None:
-                commit = HfApi().repo_info(name, revision=revision, repo_type=kind).sha
+                commit = HfApi().repo_info(name, revision=revision, repo_type=repo_type).sha
                 assert commit is not None
                 self._pins[key] = commit
                 self.workspace.mkdir(parents=True, exist_ok=True)
                 write_json(self.workspace / "pins.json", self._pins)
-            patterns = (
-                ["main/*.parquet"] if kind == "dataset" else [f"*{suffix}" for suffix in MODEL_SUFFIXES]
+            suffixes = TEXT_SUFFIXES if kind == "tokenizer" else MODEL_SUFFIXES
+            patterns = ["main/*.parquet"] if kind == "dataset" else [f"*{suffix}" for suffix in suffixes]
+            return Path(
+                snapshot_download(name, revision=commit, repo_type=repo_type, allow_patterns=patterns)
             )
-            return Path(snapshot_download(name, revision=commit, repo_type=kind, allow_patterns=patterns))
         except (HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             where = f"{kind} {name}" + (f" at {revision}" if revision else "")
             error_type = DataError if kind == "dataset" else ModelError
             raise error_type(f"{where}: cannot be fetched from the hub: {reason}", hint=HUB_HINT) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A repository or folder that a model's section names; `served` is what the server that runs it calls it."""
+
+    name: str
+    revision: str | None
+    served: str | None = None
+
+
+def _named(model: Student | Teacher) -> _Named | None:
+    """What the section of a model names; None where a step or the student makes it."""
+    if isinstance(model, Teacher) and model.server is not None:
+        return _Named(model.server.tokenizer, model.server.revision, model.server.model)
+    return None if model.model is None else _Named(model.model, model.revision)
 
 
 def _local_folder(name: str, folder: Path) -> Path | None:
@@ -141,7 +181,8 @@ def _local_folder(name: str, folder: Path) -> Path | None:
         return path
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise RecipeError(
-            f"{path}: no such model folder", hint="mend student.model or teachers[].model in the recipe"
+            f"{path}: no such model folder",
+            hint="mend student.model, teachers[].model or teachers[].server.tokenizer in the recipe",
         )
     return None
 

@@ -34,6 +34,7 @@ ROUTED = (
     "teachers=[{name: a, self: initial, only: {operation: addition}}, "
     "{name: b, self: initial, only: {operation: subtraction}}]"
 )
+SERVER = "server: {urls: ['http://a:8000/v1'], model: m, tokenizer: ./tokenizer}"
 CHECK = ("check", "RECIPE")
 RUN = ("run", "RECIPE")
 PLAN = ("plan", "RECIPE")
@@ -140,6 +141,63 @@ RECIPES = {
     "a mixture of distributions by vllm": Bad(
         (MIXED, "train.objective={kd: jsd}", "teacher_score.engine=vllm"), ("no hidden states", "use hf")
     ),
+    "a server and a model": Bad(
+        (f"teachers=[{{model: ./m, {SERVER}}}]",), ("exactly one of: model, scratch, self, server",)
+    ),
+    "a server without a tokenizer": Bad(
+        ("teachers=[{server: {urls: ['http://a/v1'], model: m}}]",), ("server.tokenizer", "required")
+    ),
+    "no URL": Bad(
+        (f"teachers=[{{{SERVER.replace('http://a:8000/v1', '')}}}]",), ("urls.0 is no http or https",)
+    ),
+    "a URL of a file": Bad(
+        (f"teachers=[{{{SERVER.replace('http://a:8000', 'file:///etc')}}}]",), ("urls.0 is no http or https",)
+    ),
+    "a URL with a password": Bad(
+        (f"teachers=[{{{SERVER.replace('//a', '//me:secret@a')}}}]",),
+        ("urls.0 holds a user or password", "api_key_env"),
+    ),
+    "a URL with a query": Bad(
+        (f"teachers=[{{{SERVER.replace('/v1', '/v1?key=secret')}}}]",), ("urls.0 holds a query",)
+    ),
+    "a key in the place of its name": Bad(
+        (f"teachers=[{{{SERVER.replace('model: m', 'model: m, api_key_env: sk-1234')}}}]",),
+        ("api_key_env", "pattern"),
+    ),
+    "a cold start behind a server": Bad(
+        (f"teachers=[{{{SERVER}, sft: {{steps: 1}}}}]",), ("behind a server is not trained here",)
+    ),
+    "a dtype behind a server": Bad(
+        (f"teachers=[{{{SERVER}, dtype: float32}}]",), ("the server's dtype: leave dtype out",)
+    ),
+    "a server at the rollout temperature": Bad(
+        (f"teachers=[{{{SERVER}}}]", "rollout.temperature=0.7"),
+        ("teacher 'teacher' is behind a server", "rollout.temperature is not 1", "write temperature: 1"),
+    ),
+    "a server at a temperature of its own": Bad(
+        (f"teachers=[{{{SERVER}, temperature: 2}}]",), ("teachers[].temperature is not 1",)
+    ),
+    "hidden states of a server": Bad(
+        (f"teachers=[{{{SERVER}}}]", "train.objective={kd: {term: jsd, support: vocabulary}}"),
+        ("behind a server", "no hidden states", "support: {teacher_top_k: k}"),
+    ),
+    "a mixture of distributions with a server": Bad(
+        (f"teachers=[{{name: a, {SERVER}}}, {{name: b, self: initial}}]", "train.objective={kd: jsd}"),
+        ("teacher 'a' is behind a server", "no hidden states", "use kd: rkl or k2"),
+    ),
+    "the student's ids by a server": Bad(
+        (f"teachers=[{{{SERVER}}}]", "train.objective={kd: {term: jsd, support: {union_top_k: 8}}}"),
+        ("behind a server", "no scores of the student's", "teacher_top_k"),
+    ),
+    "swapped ends by a server": Bad(
+        (f"teachers=[{{{SERVER}}}]", "train.objective={kd: rkl, end_token: alias}"),
+        ("behind a server", "end_token: mask"),
+    ),
+    "answers of a server at another temperature": Bad(
+        (f"teachers=[{{{SERVER}}}]", "evaluate.temperature=0.5"),
+        ("behind a server", "evaluate.temperature to 0, or to 1", "evaluate.teacher to false"),
+    ),
+    "no request at a time": Bad(("runtime.server.concurrency=0",), ("runtime.server.concurrency",)),
     "no teacher": Bad(("teachers=[]",), ("teachers", "at least 1")),
     "model and scratch": Bad(("student.model=./m",), ("student", "exactly one of: model, scratch")),
     "neither model nor scratch": Bad(("student={}",), ("student", "exactly one of")),
@@ -433,6 +491,30 @@ MODELS = {
         ("student.lora={targets: [lm_head]}",), ("student.lora.targets", "the output head", "q_proj"), 4, RUN
     ),
     "an engine that is not there": Bad(("rollout.engine=vllm",), ("vllm",), 1, RUN),
+    "a tokenizer that is not there": Bad(
+        (f"teachers=[{{{SERVER}}}]",), ("tokenizer", "no such model folder", "server.tokenizer"), 2, PLAN
+    ),
+    "a folder without a tokenizer": Bad(
+        (f"teachers=[{{{SERVER}}}]",), ("no tokenizer",), 2, PLAN, files={"tokenizer/config.json": "{}"}
+    ),
+    "a key that is not set": Bad(
+        (f"teachers=[{{{SERVER.replace('model: m', 'model: m, api_key_env: KDPIPE_NO_KEY')}}}]",),
+        ("KDPIPE_NO_KEY", "is not set"),
+        4,
+        RUN,
+        models={"tokenizer": "arithmetic"},
+    ),
+    "a server that is not there": Bad(
+        (
+            f"teachers=[{{{SERVER.replace('http://a:8000', 'http://127.0.0.1:1')}}}]",
+            "runtime.server.retries=0",
+            "student={model: ./model}",
+        ),
+        ("http://127.0.0.1:1/v1/models", "failed 1 times", "repeat the command"),
+        1,
+        RUN,
+        models={"model": "arithmetic", "tokenizer": "arithmetic"},
+    ),
     "a device that is not there": Bad(("runtime.device=cuda:7",), ("cuda:7", "CUDA devices"), 2, RUN),
     "a device that is none": Bad(("runtime.device=toaster",), ("toaster",), 2, RUN),
 }

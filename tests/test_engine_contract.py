@@ -13,8 +13,11 @@ import torch
 from kdpipe.checkpoints import ModelShelf, write_model
 from kdpipe.engine import Completion, Engine, ModelSource, SampleRequest, Sampling, ScoreRequest, TokenScores
 from kdpipe.engines.hf import HfEngine
+from kdpipe.engines.server import ServerEngine
 from kdpipe.errors import EngineError
+from kdpipe.recipe import Server, ServerRuntime
 from tests.fakes import FakeEngine, fake_text
+from tests.serving import MODEL, serve
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 NUM_IDS = 12
@@ -24,16 +27,29 @@ PROMPTS = [[2], [3, 4, 5], [6] * 17, [2, 9, 2, 9, 2, 9, 2], [5, 4, 3, 2, 11, 10,
 
 @dataclass
 class Subject:
-    """An engine with a model loaded."""
+    """An engine with a model loaded, and what of the contract it says that it does not do.
+
+    `only_plain`: it scores at temperature 1, and samples at 0 and 1 from the whole distribution. `max_scored` is the
+    longest sequence that it scores.
+    """
 
     engine: Engine
     source: ModelSource
     text: Callable[[Sequence[int]], str]
+    only_plain: bool = False
+    max_scored: int = CONTEXT
+
+    def at(self, temperature: float) -> float:
+        """The temperature, or 1 where the engine has no other."""
+        return 1.0 if self.only_plain else temperature
 
 
-@pytest.fixture(params=["fake", "hf"])
+@pytest.fixture(params=["fake", "hf", "server"])
 def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Subject]:
     engine: Engine
+    if request.param == "server":
+        yield from _served(tmp_path)
+        return
     if request.param == "fake":
         engine = FakeEngine(max_positions=CONTEXT)
     else:
@@ -45,6 +61,18 @@ def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Subject]
     engine.load(source)
     yield Subject(engine, source, fake_text)
     engine.close()
+
+
+def _served(folder: Path) -> Iterator[Subject]:
+    """The engine of servers, before one that answers with the scores of the fake engine."""
+    behind, source = FakeEngine(max_positions=CONTEXT), ModelSource(folder, "a")
+    behind.load(source)
+    with serve(behind, rows=NUM_IDS, context=CONTEXT) as served:
+        server = Server(urls=[served.url], model=MODEL, tokenizer="unused")
+        engine = ServerEngine(server, ServerRuntime(concurrency=4))
+        engine.load(source)
+        yield Subject(engine, source, fake_text, only_plain=True, max_scored=CONTEXT - 1)
+        engine.close()
 
 
 def sampling(**changes: object) -> Sampling:
@@ -98,7 +126,7 @@ def test_every_end_id_ends_a_completion(subject):
 
 
 def test_padding_ids_are_never_drawn_and_all_others_are(subject):
-    drawn = draw(subject, sampling(end_ids=(), max_new_tokens=40, temperature=3.0), seeds=8)
+    drawn = draw(subject, sampling(end_ids=(), max_new_tokens=40, temperature=subject.at(3.0)), seeds=8)
     assert {token for row in drawn for completion in row for token in completion.token_ids} == set(
         range(NUM_IDS)
     )
@@ -121,6 +149,7 @@ def test_a_completion_depends_on_its_prompt_and_seed_only(subject):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
 def test_sampler_logprobs_are_those_of_scoring_at_the_same_temperature(subject, temperature):
+    temperature = subject.at(temperature)
     drawn = draw(subject, sampling(temperature=temperature))
     pairs = [
         (prompt, completion.token_ids)
@@ -144,6 +173,10 @@ def test_greedy_takes_the_most_probable_id_with_its_logprob_at_temperature_1(sub
 @pytest.mark.parametrize("cut", [{"top_k": 3}, {"top_p": 0.6}, {"top_k": 4, "top_p": 0.7}])
 def test_truncated_logprobs_are_renormalised_over_the_ids_that_are_left(subject, cut):
     settings = sampling(temperature=0.8, **cut)
+    if subject.only_plain:
+        with pytest.raises(EngineError, match="of the whole distribution"):
+            draw(subject, settings)
+        return
     for prompt, row in zip(PROMPTS, draw(subject, settings), strict=True):
         for completion in row:
             (full,) = score(subject, [(prompt, completion.token_ids)], temperature=0.8, top_k=NUM_IDS)
@@ -162,10 +195,10 @@ def _left(sorted_logprobs: np.ndarray, settings: Sampling) -> int:
 
 
 def test_what_is_drawn_has_the_distribution_that_is_scored(subject):
-    seeds = tuple(range(4000))
-    settings = sampling(max_new_tokens=1, end_ids=(), temperature=0.9)
+    seeds = tuple(range(1000 if subject.only_plain else 4000))
+    settings = sampling(max_new_tokens=1, end_ids=(), temperature=subject.at(0.9))
     (drawn,) = subject.engine.sample([SampleRequest([3, 4], seeds)], settings, progress=lambda _: None)
-    (scored,) = score(subject, [([3, 4], [0])], temperature=0.9, top_k=NUM_IDS)
+    (scored,) = score(subject, [([3, 4], [0])], temperature=subject.at(0.9), top_k=NUM_IDS)
     counts = np.bincount([c.token_ids[0] for c in drawn], minlength=NUM_IDS)[scored.topk_ids[0]]
     expected = len(seeds) * np.exp(scored.topk_logprobs[0].astype(np.float64))
     common = expected >= 5
@@ -200,9 +233,10 @@ def test_the_first_score_that_moves_is_the_changed_tokens_own(subject):
 
 def test_top_k_is_sorted_and_its_mass_and_the_tails_are_one(subject):
     pairs = [(prompt, [7, 3, 9]) for prompt in PROMPTS]
-    full = score(subject, pairs, temperature=0.7, top_k=NUM_IDS)
+    temperature = subject.at(0.7)
+    full = score(subject, pairs, temperature=temperature, top_k=NUM_IDS)
     for k in (1, 5, NUM_IDS):
-        for scored, whole in zip(score(subject, pairs, temperature=0.7, top_k=k), full, strict=True):
+        for scored, whole in zip(score(subject, pairs, temperature=temperature, top_k=k), full, strict=True):
             assert scored.topk_ids.shape == scored.topk_logprobs.shape == (3, k)
             assert scored.topk_ids.dtype == np.int32
             assert scored.logprobs.dtype == scored.topk_logprobs.dtype == np.float32
@@ -218,6 +252,10 @@ def test_given_ids_are_scored_alone_and_together_with_the_top_k(subject, top_k):
     pairs = [([2, 3], [4, 5, 6]), ([7], [8]), ([9, 10], [])]
     given = [np.array([[11, 0], [4, 3], [5, 6]], np.int32), np.array([[1, 2]], np.int32)]
     given.append(np.zeros((0, 2), np.int32))
+    if "support" not in subject.engine.abilities:
+        with pytest.raises(EngineError, match="no other ids"):
+            score(subject, pairs, temperature=subject.at(0.7), top_k=top_k, supports=given)
+        return
     full = score(subject, pairs, temperature=0.7, top_k=NUM_IDS)
     scored = score(subject, pairs, temperature=0.7, top_k=top_k, supports=given)
     for row, whole, support, (_, completion) in zip(scored, full, given, pairs, strict=True):
@@ -271,8 +309,9 @@ def test_what_exceeds_the_context_is_refused_by_its_index(subject):
         subject.engine.sample(requests, sampling(max_new_tokens=9), progress=lambda _: None)
     subject.engine.sample(requests, sampling(max_new_tokens=8), progress=lambda _: None)
     with pytest.raises(EngineError, match="request 1"):
-        score(subject, [([2], [3]), ([2] * 60, [3] * 5)])
-    assert len(score(subject, [([2] * 60, [3] * 4)])[0].logprobs) == 4
+        score(subject, [([2], [3]), ([2] * 60, [3] * (subject.max_scored - 59))])
+    rest = subject.max_scored - 60
+    assert len(score(subject, [([2] * 60, [3] * rest)])[0].logprobs) == rest
 
 
 def test_a_folder_that_is_not_there_is_refused_by_its_name(subject, tmp_path):
@@ -293,10 +332,14 @@ def test_other_ids_than_those_read_can_be_scored(subject: Subject) -> None:
 
     def score(request: ScoreRequest, top_k: int) -> TokenScores:
         [found] = subject.engine.score(
-            [request], temperature=0.7, num_ids=NUM_IDS, top_k=top_k, progress=lambda _: None
+            [request], temperature=subject.at(0.7), num_ids=NUM_IDS, top_k=top_k, progress=lambda _: None
         )
         return found
 
+    if "support" not in subject.engine.abilities:
+        with pytest.raises(EngineError, match="no other ids"):
+            score(ScoreRequest([4, 6], completion, target_ids=targets), 0)
+        return
     every = score(ScoreRequest([4, 6], completion), NUM_IDS)
     found = score(ScoreRequest([4, 6], completion, target_ids=targets), 0)
     assert every.topk_ids is not None

@@ -96,6 +96,21 @@ TEXT: Document = {
     "rollout": {"on_policy_fraction": 0.5},
     "train": {"objective": {"kd": {"term": "jsd"}, "off_policy_term": "cross_entropy"}},
 }
+SERVED: Document = {
+    **GSM8K,
+    "name": "served",
+    "teachers": [
+        {
+            "server": {
+                "urls": ["http://one:8000/v1", "https://two/v1"],
+                "model": "big",
+                "tokenizer": "org/teacher",
+                "api_key_env": "KEY",
+            }
+        }
+    ],
+    "train": {"objective": {"kd": {"term": "jsd", "support": {"teacher_top_k": 8}}}},
+}
 EMA: Document = {**DISTILL, "name": "average", "teachers": [{"self": "ema", "decay": 0.5}]}
 OBJECTIVES: list[Document] = [
     {
@@ -135,7 +150,7 @@ FORMS: list[Document] = [
 ]
 BASIC = {
     document["name"]: document
-    for document in (DISTILL, GSM8K, JSONL, TOKENS, GRPO, ROUTED, MIXED, TEXT, EMA, LORA)
+    for document in (DISTILL, GSM8K, JSONL, TOKENS, GRPO, ROUTED, MIXED, TEXT, EMA, LORA, SERVED)
 }
 RECIPES = BASIC | {document["name"]: document for document in FORMS}
 
@@ -150,6 +165,15 @@ def identities_of(recipe: Recipe) -> Identities:
         name: {"hub": model.model, "revision": model.revision or "pinned"}
         for name, model in (("student", recipe.student), *((t.name, t) for t in recipe.teachers))
         if model.model is not None
+    }
+    models |= {
+        teacher.name: {
+            "served": server.model,
+            "hub": server.tokenizer,
+            "revision": server.revision or "pinned",
+        }
+        for teacher in recipe.teachers
+        if (server := teacher.server) is not None
     }
     task = recipe.task.model_dump()
     data: dict[str, dict[str, JsonValue]] = {}
@@ -532,6 +556,10 @@ def without_effect(document: Document, path: Path_) -> str | None:
     scores = document["train"]["objective"]["kind"] != "grpo" or document["evaluate"]["reverse_kl_problems"]
     if path[0] == "teacher_score" and not scores:
         return "rewards alone are trained on, and nothing is scored"
+    if path == ("teacher_score", "engine") and all(teacher["server"] for teacher in document["teachers"]):
+        return "servers score"
+    if "server" in path and path[-1] in ("urls", "api_key_env"):
+        return "where a server is and how it lets one in"
     match path[0]:
         case "name":
             return "what a run is called"
@@ -759,6 +787,23 @@ def test_other_content_is_another_fingerprint(models: dict[str, Any], data: dict
     assert expected[name] in changed
     if name == "test":
         assert not any(step.startswith(("rollout", "teacher-score", "train")) for step in changed)
+
+
+def test_a_server_may_move_and_what_it_serves_may_not() -> None:
+    def moved(**server: Any) -> Document:
+        [teacher] = SERVED["teachers"]
+        return {**SERVED, "teachers": [{"server": {**teacher["server"], **server}}]}
+
+    elsewhere = moved(urls=["http://three/v1"], api_key_env=None)
+    assert prints(elsewhere) == prints(SERVED)
+    assert run_hash(recipe_of(elsewhere)) == run_hash(recipe_of(SERVED))
+    before = prints(SERVED)
+    for other in ({"model": "bigger"}, {"tokenizer": "org/other"}, {"revision": "v2"}):
+        after = prints(moved(**other))
+        assert {"rollout@1"} == {
+            step for step in before if step.endswith("@1") and before[step] == after[step]
+        }
+        assert run_hash(recipe_of(moved(**other))) != run_hash(recipe_of(SERVED))
 
 
 def test_a_model_made_by_a_step_enters_by_that_step() -> None:

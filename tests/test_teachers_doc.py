@@ -10,7 +10,9 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from kdpipe.recipe import Recipe, Teacher
+from kdpipe.engines.http import FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS, MAX_RETRY_AFTER_SECONDS
+from kdpipe.engines.replies import TAIL_FLOOR
+from kdpipe.recipe import Recipe, Section, Server, ServerRuntime, Teacher
 from tests.test_objectives_doc import study
 from tests.worlds import load_tiny
 
@@ -53,6 +55,22 @@ def test_every_choice_of_a_field_is_named_where_the_field_is(field: str) -> None
     info = Teacher.model_fields[field]
     assert re.findall(r"`(\w+)`", row[2]) == choices(info.annotation)
     assert choices(info.annotation)
+
+
+@pytest.mark.parametrize(
+    ("heading", "section"), [("field of `server`", Server), ("field of `runtime.server`", ServerRuntime)]
+)
+def test_every_field_of_a_server_is_there_with_its_default(heading: str, section: type[Section]) -> None:
+    documented = [(field, yaml.safe_load(default)) for field, default, _ in TABLES[heading]]
+    fields = section.model_fields.items()
+    assert documented == [(name, None if info.is_required() else info.default) for name, info in fields]
+
+
+def test_the_limits_of_patience_are_those_of_the_code() -> None:
+    assert f"after {FIRST_DELAY_SECONDS}\nseconds, 1, 2 and so on up to {MAX_DELAY_SECONDS:g}" in DOC
+    assert f"(at most {MAX_RETRY_AFTER_SECONDS:g})" in DOC
+    assert TAIL_FLOOR == 2.0**-23
+    assert "no less than 2^-23" in DOC
 
 
 def test_the_origins_are_those_of_the_code() -> None:

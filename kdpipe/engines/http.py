@@ -1,0 +1,344 @@
+"""Answers of HTTP servers that hold the same thing: asked in turn, again after a passing failure, until a limit.
+
+What passes and is tried again: a refused or broken connection, a timeout, a reply cut short, 408, 429 and 5xx. All else
+is the user's to mend and ends at once: other 4xx, redirects (a key must not travel elsewhere), certificates, and
+replies that are too large. The key goes into one header and nowhere else; no text that leaves here holds it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import urllib3
+from urllib3.exceptions import HTTPError, SSLError
+
+from kdpipe import __version__
+from kdpipe.errors import EngineError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CONNECT_SECONDS = 10.0
+FIRST_DELAY_SECONDS = 0.5
+MAX_DELAY_SECONDS = 30.0
+MAX_RETRY_AFTER_SECONDS = 120.0
+MAX_ERROR_CHARACTERS = 300
+_READ_BYTES = 1 << 16
+Found = TypeVar("Found")
+Read: TypeAlias = Callable[[dict[str, Any], str], Found]
+"""Reads the answer of a URL; raises EngineError on one that cannot be right."""
+_KEPT = "finished parts are kept: mend it and repeat the command, which goes on after them"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long a request may take, how often it is repeated, and how many failures in a row end everything."""
+
+    timeout_seconds: float
+    retries: int
+    max_failures: int
+
+
+class _PassingError(Exception):
+    """A failure that may be gone at the next attempt; `after_seconds` is what the server asked to wait."""
+
+    def __init__(self, what: str, *, after_seconds: float = 0.0) -> None:
+        super().__init__(what)
+        self.what = what
+        self.after_seconds = after_seconds
+
+
+class Halted(EngineError):
+    """A request was not made, since another one had failed for good."""
+
+
+class HttpClient:
+    """Asks base URLs in turn, from any number of threads; one that fails is left alone for a while.
+
+    `sleep` and `clock` are those of the machine unless a test brings its own.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        limits: Limits,
+        *,
+        connections: int,
+        key_name: str | None = None,
+        ca_bundle: Path | None = None,
+        sleep: Callable[[float], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.urls = tuple(dict.fromkeys(url.rstrip("/") for url in urls))
+        self._limits = limits
+        self._key = None if key_name is None else _read_key(key_name)
+        self._key_name = key_name
+        if ca_bundle is not None and not ca_bundle.is_file():
+            raise EngineError(f"{ca_bundle}: no such file", hint="mend runtime.server.ca_bundle")
+        self._pools = urllib3.PoolManager(
+            num_pools=len(self.urls),
+            maxsize=connections,
+            retries=False,
+            ca_certs=None if ca_bundle is None else str(ca_bundle),
+        )
+        self._clock = clock
+        self._halted = threading.Event()
+        self._sleep = self._halted.wait if sleep is None else sleep
+        self._lock = threading.Lock()
+        self._turn = 0
+        # Of each URL: failures in a row, and until when it rests.
+        self._resting: dict[str, tuple[int, float]] = {}
+        self._failures = 0  # in a row, of all requests
+
+    def post(self, path: str, body: dict[str, Any], read: Read[Found], *, max_bytes: int) -> Found:
+        """What `read` makes of the JSON object that a server answers with, and of that server's URL.
+
+        Raises EngineError when no attempt succeeds, and at once where another attempt would be no use or `read` raises.
+        """
+        answer, url = self._ask("POST", path, json.dumps(body).encode(), max_bytes=max_bytes)
+        return self._taken(answer, url, read)
+
+    def get_each(self, path: str, read: Read[Found], *, max_bytes: int) -> list[Found]:
+        """What `read` makes of the JSON object of each URL that answers; asks again as long as none does."""
+        found = {}
+        for url in self.urls:
+            try:
+                found[url] = self._attempt("GET", url, path, None, max_bytes=max_bytes)
+            except _PassingError:
+                self._rest(url)
+        if not found:
+            answer, url = self._ask("GET", path, None, max_bytes=max_bytes)
+            found[url] = answer
+        return [self._taken(answer, url, read) for url, answer in found.items()]
+
+    def halt(self) -> None:
+        """Lets no request begin or wait any more: each raises Halted instead."""
+        self._halted.set()
+
+    def resume(self) -> None:
+        """Lets requests begin again after `halt`."""
+        self._halted.clear()
+
+    def close(self) -> None:
+        """Closes all connections."""
+        self.halt()
+        self._pools.clear()
+
+    def _taken(self, answer: dict[str, Any], url: str, read: Read[Found]) -> Found:
+        """What `read` makes of a reply; what it says of a wrong one goes on without the key and in short."""
+        try:
+            return read(answer, url)
+        except EngineError as error:
+            raise EngineError(self._clean(error.message), hint=error.hint) from None
+
+    # attempts
+
+    def _ask(
+        self, method: str, path: str, body: bytes | None, *, max_bytes: int
+    ) -> tuple[dict[str, Any], str]:
+        attempt = 0
+        while True:
+            if self._halted.is_set():
+                raise Halted("given up: another request failed")
+            url = self._next_url()
+            try:
+                answer = self._attempt(method, url, path, body, max_bytes=max_bytes)
+            except _PassingError as failure:
+                self._note_failure(url, path, failure, attempt)
+                if not self._another_is_up(url):
+                    self._sleep(max(_delay(attempt), failure.after_seconds))
+                attempt += 1
+            else:
+                with self._lock:
+                    self._failures = 0
+                    self._resting.pop(url, None)
+                return answer, url
+
+    def _note_failure(self, url: str, path: str, failure: _PassingError, attempt: int) -> None:
+        """Counts a failure; raises EngineError where it was the last that is allowed."""
+        self._rest(url, failure.after_seconds)
+        with self._lock:
+            self._failures += 1
+            failures = self._failures
+        if failures >= self._limits.max_failures:
+            raise EngineError(
+                f"{url}{path}: {failures} requests in a row failed, this one: {failure.what}",
+                hint=f"{_KEPT}; runtime.server.max_failures is how many are allowed",
+            )
+        if attempt >= self._limits.retries:
+            raise EngineError(
+                f"{url}{path}: failed {attempt + 1} times, at last: {failure.what}",
+                hint=f"{_KEPT}; runtime.server.retries and timeout_seconds say how patient it is",
+            )
+
+    def _attempt(
+        self, method: str, url: str, path: str, body: bytes | None, *, max_bytes: int
+    ) -> dict[str, Any]:
+        """One request. Raises _PassingError where another may succeed, EngineError where none will."""
+        deadline = self._clock() + self._limits.timeout_seconds
+        timeout = urllib3.Timeout(
+            connect=min(CONNECT_SECONDS, self._limits.timeout_seconds), read=self._limits.timeout_seconds
+        )
+        try:
+            reply = self._pools.request(
+                method,
+                url + path,
+                body=body,
+                headers=self._headers(),
+                timeout=timeout,
+                redirect=False,
+                preload_content=False,
+                decode_content=False,
+            )
+            data = self._read(reply, deadline, max_bytes=max_bytes, where=url + path)
+        except (HTTPError, OSError) as error:
+            what = self._clean(str(error))
+            if isinstance(error, SSLError) and "CERTIFICATE_VERIFY_FAILED" in what:
+                hint = "certificates are always checked: runtime.server.ca_bundle names a file with others to trust"
+                raise EngineError(f"{url}{path}: {what}", hint=hint) from None
+            raise _PassingError(f"{type(error).__name__}: {what}") from None
+        if reply.status != 200:
+            raise self._refusal(url + path, reply, data)
+        try:
+            answer = json.loads(data)
+        except (ValueError, RecursionError):
+            raise _PassingError(f"its reply of {len(data)} bytes is not whole JSON") from None
+        if not isinstance(answer, dict):
+            raise EngineError(f"{url}{path}: its reply is a JSON {type(answer).__name__}, expected an object")
+        return answer
+
+    def _read(self, reply: urllib3.BaseHTTPResponse, deadline: float, *, max_bytes: int, where: str) -> bytes:
+        """The body; one that trickles is cut off at the deadline, one that is too large is refused."""
+        data = bytearray()
+        try:
+            while piece := reply.read1(_READ_BYTES):
+                data += piece
+                if len(data) > max_bytes:
+                    what = "more than what was asked for can take"
+                    raise EngineError(f"{where}: its reply is over {max_bytes} bytes, {what}")
+                if self._clock() > deadline:
+                    seconds = f"{self._limits.timeout_seconds:g} seconds"
+                    raise _PassingError(f"its reply was not whole after {seconds}")
+        except BaseException:
+            reply.close()  # with its connection, on which the rest may still come
+            raise
+        reply.release_conn()
+        return bytes(data)
+
+    def _refusal(
+        self, where: str, reply: urllib3.BaseHTTPResponse, data: bytes
+    ) -> EngineError | _PassingError:
+        """What a status other than 200 means."""
+        status, said = reply.status, self._clean(_message(data))
+        what = f"HTTP {status}" + (f": {said}" if said else "")
+        if status in (408, 429) or status >= 500:
+            return _PassingError(what, after_seconds=_retry_after(reply.headers.get("Retry-After")))
+        if 300 <= status < 400:
+            hint = "redirects are not followed, since the key would travel along: write the last URL"
+            return EngineError(f"{where}: redirects elsewhere (HTTP {status})", hint=hint)
+        hint = (
+            "see what it says, and its own log; vLLM gives a top k of 20 at most, or what --max-logprobs says"
+        )
+        if status in (401, 403):
+            hint = (
+                f"the key is read from {self._key_name}: see that it is the server's"
+                if self._key_name
+                else "name the environment variable that holds its key in teachers[].server.api_key_env"
+            )
+        elif status == 404:
+            hint = (
+                "see the URL (it ends in /v1 for most servers) and the name under which the model is served"
+            )
+        return EngineError(f"{where}: {what}", hint=hint)
+
+    def _headers(self) -> dict[str, str]:
+        headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+            "User-Agent": f"kdpipe/{__version__}",
+        }
+        return headers if self._key is None else {**headers, "Authorization": f"Bearer {self._key}"}
+
+    def _clean(self, text: str) -> str:
+        """Text of a server or a library on one line, without control codes and the key, and not too long."""
+        line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+        if self._key is not None:
+            line = line.replace(self._key, "***")
+        return line if len(line) <= MAX_ERROR_CHARACTERS else line[: MAX_ERROR_CHARACTERS - 3] + "..."
+
+    # whose turn it is
+
+    def _next_url(self) -> str:
+        """The next in turn of those that do not rest; if all do, the one that is up first."""
+        with self._lock:
+            self._turn += 1
+            order = [self.urls[(self._turn + i) % len(self.urls)] for i in range(len(self.urls))]
+            now = self._clock()
+            return min(order, key=lambda url: max(self._resting.get(url, (0, 0.0))[1] - now, 0.0))
+
+    def _rest(self, url: str, after_seconds: float = 0.0) -> None:
+        with self._lock:
+            failures = self._resting.get(url, (0, 0.0))[0] + 1
+            seconds = max(min(FIRST_DELAY_SECONDS * 2 ** min(failures, 20), MAX_DELAY_SECONDS), after_seconds)
+            self._resting[url] = (failures, self._clock() + seconds)
+
+    def _another_is_up(self, failed: str) -> bool:
+        """Whether a server other than the one that just failed may be asked at once."""
+        with self._lock:
+            now = self._clock()
+            return any(url != failed and self._resting.get(url, (0, 0.0))[1] <= now for url in self.urls)
+
+
+def _read_key(name: str) -> str:
+    """The key in the environment variable `name`."""
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise EngineError(
+            f"{name}: this environment variable is to hold the key of the server, and is not set",
+            hint=f"export {name}=... in the shell that runs kdpipe",
+        )
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise EngineError(f"{name}: what this environment variable holds cannot be a key: expected ASCII")
+    return key
+
+
+def _delay(attempt: int) -> float:
+    """Seconds before the next attempt: twice as long each time, and not all at once."""
+    return float(
+        min(FIRST_DELAY_SECONDS * 2 ** min(attempt, 20), MAX_DELAY_SECONDS) * random.uniform(0.5, 1.5)
+    )
+
+
+def _retry_after(value: str | None) -> float:
+    """What a Retry-After header asks for, in seconds and within reason; 0 without one."""
+    if value is None:
+        return 0.0
+    try:
+        seconds = (
+            float(value)
+            if value.strip().isdigit()
+            else parsedate_to_datetime(value).timestamp() - time.time()
+        )
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS)
+
+
+def _message(data: bytes) -> str:
+    """What an error reply says: the message of OpenAI's form, else its text."""
+    text = data[: 1 << 16].decode("utf-8", errors="replace")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    inner = found.get("error", found) if isinstance(found, dict) else found
+    said = inner.get("message", inner) if isinstance(inner, dict) else inner
+    return said if isinstance(said, str) else json.dumps(said)
