@@ -125,9 +125,8 @@ def sizes(case: Case) -> Estimate:
         adapter = adapter_parameters(source.folder, rank=lora.rank, targets=targets)
     student = _sized(case, case.student, adapter=adapter)
     teachers = {
-        model.name: student if settings.self_ is not None else _sized(case, model)
+        model.name: student if settings.self_ is not None else _sized(case, model) if model.is_here else None
         for settings, model in case.teachers
-        if model.is_here
     }
     mean = sum(map(len, prompts)) / len(prompts)
     return estimate(recipe, student, teachers, prompt_tokens=round(mean))
@@ -394,7 +393,7 @@ class _Teacher:
         return texts.context(
             prompts,
             max_new_tokens=self.case.recipe.rollout.max_new_tokens,
-            limit=context_of(self.model.source),
+            limit=context_of(self.model.source) if self.model.is_here else None,
             whose=f"teacher {self.model.name!r}",
         )
 

@@ -47,6 +47,8 @@ TOLERANCES = {
 }
 BETTER_THAN_GUESSING = 0.25
 """Nats a token by which a teacher has to find reference solutions likelier than guessing among the ids in use."""
+SAME_ANSWER = 1e-3
+"""How far numbers of one answer may be apart, in any dtype: they come from the same logits."""
 _ALTERNATIVES = 3
 
 
@@ -242,7 +244,6 @@ def reload(
 
 def top_k(scorer: Scorer, pairs: Sequence[Pair], k: int) -> Outcome:
     """Whether k distinct ids come with each token, sorted, and fit the score of the token beside them."""
-    limit = scorer.tolerance.largest
     worst_order = worst_own = worst_mass = 0.0
     for number, (score, (_, completion)) in enumerate(zip(scorer.scores(pairs, top_k=k), pairs, strict=True)):
         ids, logprobs, tail = score.topk_ids, score.topk_logprobs, score.tail_logprobs
@@ -267,8 +268,8 @@ def top_k(scorer: Scorer, pairs: Sequence[Pair], k: int) -> Outcome:
         f"{k} distinct ids at each token, by falling log-prob, with the sampled token where it belongs",
         (
             Measure("order", worst_order, 0.0),
-            Measure("own token", worst_own, limit),
-            Measure("mass", worst_mass, limit),
+            Measure("own token", worst_own, SAME_ANSWER),
+            Measure("mass", worst_mass, SAME_ANSWER),
         ),
     )
 

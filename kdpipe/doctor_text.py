@@ -132,9 +132,9 @@ def end_of_sequence(student: Text, teacher: Text, objective: Objective) -> Outco
 def context(
     prompts: Sequence[Sequence[int]], *, max_new_tokens: int, limit: int | None, whose: str
 ) -> Outcome:
-    """Whether the longest of the prompts and `max_new_tokens` fit; `limit` None is a context that nobody tells."""
+    """Whether the longest of the prompts and `max_new_tokens` fit; `limit` None is known elsewhere."""
     if limit is None:
-        return skipped("its context length is not known here")
+        return skipped("its context is a server's, which refuses what does not fit")
     longest = max(map(len, prompts))
     said = f"longest prompt {longest} + max_new_tokens {max_new_tokens} in a context of {limit}"
     measure = Measure("tokens", float(longest + max_new_tokens), float(limit))

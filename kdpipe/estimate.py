@@ -66,10 +66,11 @@ class Estimate:
 
 
 def estimate(
-    recipe: Recipe, student: Sized, teachers: Mapping[str, Sized], *, prompt_tokens: int
+    recipe: Recipe, student: Sized, teachers: Mapping[str, Sized | None], *, prompt_tokens: int
 ) -> Estimate:
-    """What `recipe` takes with prompts of `prompt_tokens` tokens."""
-    distinct = {name: teacher for name, teacher in teachers.items() if teacher.name != student.name}
+    """What `recipe` takes with prompts of `prompt_tokens` tokens; a teacher that is None has its weights elsewhere."""
+    here = {name: teacher for name, teacher in teachers.items() if teacher is not None}
+    distinct = {name: teacher for name, teacher in here.items() if teacher.name != student.name}
     memory = {
         "train student": _training(recipe, student),
         "sample student": _sampling(recipe, student, prompt_tokens),
@@ -136,7 +137,7 @@ def _scoring(recipe: Recipe, teacher: Sized) -> dict[str, int]:
 
 
 def _disk(
-    recipe: Recipe, student: Sized, teachers: Mapping[str, Sized], prompt_tokens: int
+    recipe: Recipe, student: Sized, teachers: Mapping[str, Sized | None], prompt_tokens: int
 ) -> dict[str, int]:
     """Bytes of what one round writes, uncompressed."""
     rows, new = recipe.rollout.rows, recipe.rollout.max_new_tokens
@@ -165,10 +166,10 @@ def _share(recipe: Recipe, count: int) -> float:
     return 1 / count if recipe.is_routed else 1.0
 
 
-def _kept_bytes(recipe: Recipe, teacher: Sized) -> int:
-    """Bytes that teacher-score keeps of a completion token."""
+def _kept_bytes(recipe: Recipe, teacher: Sized | None) -> int:
+    """Bytes that teacher-score keeps of a completion token; who has its weights elsewhere gives no hidden states."""
     keep = recipe.keep
-    if keep.hidden:
+    if keep.hidden and teacher is not None:
         return _ID + teacher.shape.hidden * teacher.element
     k = keep.teacher_top_k + keep.student_top_k
     if not k:

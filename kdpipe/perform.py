@@ -225,7 +225,7 @@ class _Task:
             text=self._text(role),
             open_engine=lambda: self._engine(engine, role),
             engine_name=engine,
-            is_here=any(source.folder.glob("*.safetensors")),
+            is_here=not (isinstance(settings, Teacher) and settings.server is not None),
             stand_in=stand_ins.get(role, ""),
         )
 

@@ -151,6 +151,14 @@ def test_gradient_checkpointing_takes_less_and_a_teacher_no_optimizer(tmp_path: 
     assert plain.memory["score teacher"]["weights"] == 2 * BILLION
 
 
+def test_a_teacher_elsewhere_takes_disk_and_no_memory(tmp_path: Path) -> None:
+    recipe = load_tiny(tmp_path).recipe
+    elsewhere = estimate(recipe, sized(), {"teacher": None}, prompt_tokens=10)
+    here = estimate(recipe, sized(), {"teacher": sized(name="teacher")}, prompt_tokens=10)
+    assert elsewhere.disk == here.disk
+    assert set(here.memory) - set(elsewhere.memory) == {"score teacher"}
+
+
 def test_a_teacher_that_is_the_student_has_no_weights_of_its_own(tmp_path: Path) -> None:
     loaded = load_tiny(tmp_path, teachers=[{"self": "initial", "prompt": "{question} {question}"}])
     found = estimate(loaded.recipe, sized(), {"teacher": sized()}, prompt_tokens=10)
