@@ -31,8 +31,9 @@ from kdpipe.checkpoints import (
     scratch_model,
     write_model,
 )
-from kdpipe.doctor import Case, examine, sizes
-from kdpipe.doctor import Model as Patient
+from kdpipe.doctor import examine, sizes
+from kdpipe.doctor_case import Case
+from kdpipe.doctor_case import Model as Patient
 from kdpipe.engine import AdapterSource, Engine, ModelSource
 from kdpipe.engines.hf import HfEngine
 from kdpipe.engines.server import ServerEngine

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from kdpipe.doctor import NEW_TOKENS, PROMPTS
+from kdpipe.doctor_case import NEW_TOKENS, PROMPTS
 from kdpipe.doctor_engine import BETTER_THAN_GUESSING, TOLERANCES
 from kdpipe.doctor_finding import CATCHES
 from tests.clinic import examined, load_world, write_world
