@@ -48,14 +48,18 @@ _LLAMA = {
 
 
 def new_model(kind: str, *, seed: int) -> Any:
-    """An untrained model: `tied` and `untied` are Llamas, `gpt2` has learned positions and biases."""
+    """An untrained model: `gpt2` has learned positions and biases; the others are Llamas, and `wide` is tied too.
+
+    Its heads are as wide as vLLM wants them on a CPU.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind == "gpt2":
             sizes = {"n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": CONTEXT}
             return GPT2LMHeadModel(GPT2Config(**_SHARED, **sizes))
-        size = 24 if kind == "tied" else 32
-        return LlamaForCausalLM(LlamaConfig(**_LLAMA, hidden_size=size, tie_word_embeddings=kind == "tied"))
+        sizes = {"tied": 24, "untied": 32, "wide": 64}
+        config = LlamaConfig(**_LLAMA, hidden_size=sizes[kind], tie_word_embeddings=kind != "untied")
+        return LlamaForCausalLM(config)
 
 
 def records(count: int) -> list[dict[str, Any]]:
