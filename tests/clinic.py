@@ -259,6 +259,15 @@ class Drifting(Wire):
         return [replace(score, logprobs=score.logprobs + np.float32(0.01 * self.calls)) for score in found]
 
 
+class Crowded(Wire):
+    """Scores depend on how many requests come together."""
+
+    def score(self, requests: Sequence[ScoreRequest], **settings: Any) -> list[TokenScores]:
+        found = super().score(requests, **settings)
+        more = np.float32(0.01 * len(requests))
+        return [replace(score, logprobs=score.logprobs + more) for score in found]
+
+
 class OldHead(Wire):
     """Loading other weights of the same sizes leaves the output head as it was, as vLLM does to tied ones."""
 
@@ -375,3 +384,18 @@ def set_template(folder: Path, template: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
+
+
+def begin_with(folder: Path, word: str) -> None:
+    """Lets the tokenizer in a folder put a word before every text, as its beginning of a sequence."""
+    rewrite(folder / "tokenizer_config.json", {"bos_token": word})
+    piece = {"SpecialToken": {"id": word, "type_id": 0}}
+    number = WORDS.index(word) + 3
+    whole = {"Sequence": {"id": "A", "type_id": 0}}
+    processor = {
+        "type": "TemplateProcessing",
+        "single": [piece, whole],
+        "pair": [piece, whole],
+        "special_tokens": {word: {"id": word, "ids": [number], "tokens": [word]}},
+    }
+    rewrite(folder / "tokenizer.json", {"post_processor": processor})

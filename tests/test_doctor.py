@@ -172,6 +172,7 @@ WIRES: dict[str, tuple[Callable[[Engine], Engine], dict[str, Any], dict[str, str
     "hot": (clinic.Hot, {}, {"null test": r"they fit temperature 1.69: the temperature is applied twice"}),
     "cold": (clinic.Cold, {}, {"null test": r"they fit temperature 1: the temperature is not applied"}),
     "drifting": (clinic.Drifting, {}, {"same twice": r"4 requests again"}),
+    "crowded": (clinic.Crowded, {}, {"same twice": r"4 requests again"}),
     "deaf": (clinic.Deaf, {}, {"own weights": r"other weights, or other arithmetic"}),
     "other model": (clinic.OtherModel, {}, {"load": r"serves other-14b, not 'teacher-14b'; start it anew"}),
     "breaking": (clinic.Breaking, {}, {"null test": r"RuntimeError: CUDA error: an illegal memory access"}),
@@ -351,6 +352,17 @@ def test_two_beginnings_of_a_sequence_are_caught_by_special_tokens(copied: Path)
     finding = examined(load_world(copied, task=task), depth="quick")["special tokens", "teacher"]
     assert finding["verdict"] == "FAILED"
     assert "begins with two beginning-of-sequence tokens (id 16)" in finding["said"]
+
+
+def test_a_beginning_that_only_one_of_the_two_writes_is_worth_a_warning(copied: Path) -> None:
+    clinic.begin_with(copied / "student", "pens")
+    finding = examined(load_world(copied), depth="quick")["special tokens", "teacher"]
+    assert finding["verdict"] == "warning"
+    assert "only the student's tokenizer puts a beginning-of-sequence token before" in finding["said"]
+    assert "bos 'pens' 19 and none" in finding["said"]
+    clinic.begin_with(copied / "teacher", "pens")
+    finding = examined(load_world(copied), depth="quick")["special tokens", "teacher"]
+    assert finding["verdict"] == "ok"
 
 
 def test_a_prompt_that_does_not_fit_is_caught_by_context(folder: Path, tmp_path: Path) -> None:
