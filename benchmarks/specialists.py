@@ -10,12 +10,12 @@ student before.
 
 from __future__ import annotations
 
-import argparse
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from objectives import Rows, points, read
+from arms import arms_command, line
+from objectives import Rows, points
 from study import ROOT, run_recipe
 
 RECIPE = ROOT / "benchmarks" / "specialists.yaml"
@@ -26,37 +26,18 @@ WEAK = "runtime.allow_weak_teacher=true"  # a specialist may be worse than the s
 
 def main() -> None:
     """Runs the study, or prints the table of one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--workspace", type=Path, default=Path("kdpipe-out") / "specialists")
-    parser.add_argument("--output", type=Path, help="where the JSON lines go as well")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C")
-    parser.add_argument("--markdown", type=Path, metavar="RESULTS.jsonl", help="print its table, run nothing")
-    arguments = parser.parse_args()
-    if arguments.markdown is not None:
-        print(markdown(read(arguments.markdown)))
-        return
-    lines = []
-    for seed in arguments.seeds:
-        for row in run_seed(seed, arguments.workspace, arguments.overrides):
-            lines.append(json.dumps(row, sort_keys=True))
-            print(lines[-1], flush=True)
-            if arguments.output is not None:
-                arguments.output.write_text("\n".join(lines) + "\n")
+    arms_command(__doc__, workspace=Path("kdpipe-out") / "specialists", run_seed=run_seed, markdown=markdown)
 
 
-def run_seed(seed: int, workspace: Path, overrides: list[str]) -> Rows:
+def run_seed(seed: int, workspace: Path, overrides: list[str]) -> Iterator[dict[str, Any]]:
     """All arms on one seed; the routed one first, which makes the specialists."""
-    rows, made = [], Path()
+    made = Path()
     for arm in ARMS:
         own = teachers_of(arm, made)
         run = run_recipe(RECIPE, workspace, [f"seed={seed}", WEAK, *own, *overrides])
         if arm == "routed":
             made = workspace / "runs" / run["run"] / "round-000"
-        rows.append(line(arm, seed, run, overrides))
-    return rows
+        yield {**line(arm, seed, run, overrides), "teachers": accuracies(run)}
 
 
 def teachers_of(arm: str, made: Path) -> list[str]:
@@ -72,21 +53,10 @@ def teachers_of(arm: str, made: Path) -> list[str]:
     return [f"teachers=[{{name: {name}, model: {(made / f'sft-{name}' / 'model').resolve()}}}]"]
 
 
-def line(arm: str, seed: int, run: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """What is kept of a run."""
+def accuracies(run: dict[str, Any]) -> dict[str, float]:
+    """Accuracy of each teacher on what it teaches."""
     evaluations = run["evaluations"]
-    [after] = [summary for label, summary in evaluations.items() if label.startswith("student after")]
-    numbers = ("accuracy", "accuracy_low", "accuracy_high", "reverse_kl_exact_nats")
-    return {
-        "arm": arm,
-        "seed": seed,
-        "commit": run["commit"],
-        "overrides": overrides,
-        "before": {name: evaluations["student before"][name] for name in numbers},
-        "after": {name: after[name] for name in numbers},
-        "teachers": {name: evaluations[name]["accuracy"] for name in TEACHERS if name in evaluations},
-        "cpu_seconds": run["cpu_seconds"],
-    }
+    return {name: evaluations[name]["accuracy"] for name in TEACHERS if name in evaluations}
 
 
 def markdown(rows: Rows) -> str:

@@ -23,8 +23,10 @@ def commit() -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def run_recipe(recipe: Path, workspace: Path, overrides: list[str]) -> dict[str, Any]:
-    """Runs `kdpipe run` and gives its evaluations, CPU seconds (user and system of every process), and peak memory."""
+def run_recipe(
+    recipe: Path, workspace: Path, overrides: list[str], *, rounds: int | None = None
+) -> dict[str, Any]:
+    """Runs `kdpipe run` (its first `rounds`); its evaluations, and CPU seconds (user and system of every process)."""
     command = [
         sys.executable,
         "-m",
@@ -37,6 +39,8 @@ def run_recipe(recipe: Path, workspace: Path, overrides: list[str]) -> dict[str,
     ]
     for override in overrides:
         command += ["--set", override]
+    if rounds is not None:
+        command += ["--rounds", str(rounds)]
     before, started = os.times(), time.monotonic()
     answer = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     after = os.times()

@@ -241,6 +241,8 @@ def _one_step(
             state
             for state in project.survey()
             if state.step.stage == stage and round_number in (None, state.step.round)
+            # A round has one rollout; what teachers write for it is among what that needs.
+            if not (stage == "rollout" and state.step.subject)
         ]
         if not states:
             where = f" in round {round_number}" if round_number is not None else ""

@@ -49,11 +49,13 @@ from kdpipe.recipe import Lora, Recipe, Runtime, Server, Sft, Student, Teacher
 from kdpipe.routing import check_records, teaches
 from kdpipe.rows import Problem, Rollout
 from kdpipe.seeds import derive_seed
+from kdpipe.signatures import require_same
 from kdpipe.stages.evaluate import evaluate, graded_problems
 from kdpipe.stages.held_out import Against
 from kdpipe.stages.rollout import rollout
 from kdpipe.stages.sft import sft
 from kdpipe.stages.teacher_score import TeacherSide, output_head, swapped_head, teacher_score, teacher_side
+from kdpipe.stages.teacher_text import write_texts
 from kdpipe.stages.train import train
 from kdpipe.store import Draft, Entry, Store, append_line
 from kdpipe.tables import read_rollouts, read_scores
@@ -93,6 +95,7 @@ class Warm:
     train: list[Problem]
     test: list[Problem]
     engines: dict[str, Engine] = field(default_factory=dict)
+    servers: dict[str, ServerEngine] = field(default_factory=dict)
     texts: dict[tuple[str, str], Text] = field(default_factory=dict)
     trainer: tuple[str, Trainer] | None = None
     lora_fits: bool = False
@@ -249,9 +252,24 @@ class _Task:
         match self.step.stage:
             case "sft":
                 return self._sft(job)
+            case "rollout" if self.step.subject:
+                role = self._own_role()
+                engine = self._engine(self.recipe.rollout.engine, role)
+                write_texts(
+                    job,
+                    teacher=self._teacher_side(job, role),
+                    source=self._source(role),
+                    engine=engine,
+                    student=self._text(STUDENT),
+                )
             case "rollout":
-                engine = self._engine(self.recipe.rollout.engine, STUDENT)
-                rollout(job, text=self._text(STUDENT), student=self._source(STUDENT), engine=engine)
+                rollout(
+                    job,
+                    text=self._text(STUDENT),
+                    student=self._source(STUDENT),
+                    engine=self._engine(self.recipe.rollout.engine, STUDENT),
+                    given=self._texts(),
+                )
             case "teacher-score":
                 rows = read_rollouts(self._opened("rollout", "rollouts.parquet"))
                 role = self._own_role()
@@ -299,7 +317,8 @@ class _Task:
         if resumed is not None:
             trainer.restore(*read_trainer(resumed[1] / "trainer"))
         done = resumed[0] if resumed else 0
-        sft(job, settings=settings, text=text, trainer=trainer, dtype=dtype, resumed=done)
+        written = self._texts() if settings is not None and settings.text == "teacher" else None
+        sft(job, settings=settings, text=text, trainer=trainer, dtype=dtype, resumed=done, written=written)
         return trainer
 
     def _train(self, job: Job) -> Trainer:
@@ -331,6 +350,11 @@ class _Task:
         folder = entry.opened(kind) / kind if entry else self._base_folder(name)
         assert folder is not None
         return Average(decay, folder, self.warm.device, self.recipe.student.trust_remote_code)
+
+    def _texts(self) -> list[Rollout]:
+        """What the teachers wrote for this step to read."""
+        roles = [role for role in self.inputs if role.partition(":")[0] == "text"]
+        return [row for role in roles for row in read_rollouts(self._opened(role, "rollouts.parquet"))]
 
     def _has_scores(self) -> bool:
         return any(role.partition(":")[0] == "scores" for role in self.inputs)
@@ -536,21 +560,25 @@ class _Task:
         """
         settings = self._settings(role)
         if isinstance(settings, Teacher) and settings.server is not None:
-            return self._server_engine(settings.server, role)
+            return self._server_engine(settings, settings.server, role)
         key = name if name == "hf" else f"{name} {role}"
         if key not in self.warm.engines:
             self.warm.engines[key] = self.make_engine(name, self.warm.shelf, self.recipe.runtime)
         return self.warm.engines[key]
 
-    def _server_engine(self, server: Server, role: str) -> Engine:
-        key = f"server {role}"
-        if key not in self.warm.engines:
+    def _server_engine(self, teacher: Teacher, server: Server, role: str) -> Engine:
+        if role not in self.warm.servers:
             settings = self.recipe.runtime.server
             bundle = (
                 settings.ca_bundle and Path(self.request["folder"]) / Path(settings.ca_bundle).expanduser()
             )
-            self.warm.engines[key] = ServerEngine(server, settings, ca_bundle=bundle or None)
-        return self.warm.engines[key]
+            engine = ServerEngine(server, settings, ca_bundle=bundle or None)
+            source = self._source(role)
+            engine.load(source)
+            who = f"teacher {teacher.name!r}"
+            require_same(self.store.workspace, source.digest, who=who, scores=engine.signature)
+            self.warm.servers[role] = engine
+        return self.warm.servers[role]
 
     # models being trained
 
@@ -667,7 +695,9 @@ class _Task:
 
     def _write_speed(self, draft: Draft, pulse: Pulse, seconds: float) -> None:
         name = self.step.stage.replace("-", "_")
-        if self.step.stage == "teacher-score" and self.step.subject:  # one of several in the round
+        if (
+            self.step.stage in ("rollout", "teacher-score") and self.step.subject
+        ):  # one of several in the round
             name += f"/{self.step.subject}"
         draft.metric(f"time/{name}_seconds", seconds)
         if pulse.all_tokens and seconds > 0:

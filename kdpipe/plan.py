@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import JsonValue
 
 from kdpipe.errors import RecipeError
-from kdpipe.recipe import Gsm8kTask, JsonlTask, Recipe, Student, Teacher, resolved
+from kdpipe.recipe import Gsm8kTask, JsonlTask, Recipe, Sft, Student, Teacher, resolved
 
 Stage = Literal["sft", "rollout", "teacher-score", "train", "evaluate"]
 Fields = dict[str, JsonValue]
@@ -165,13 +165,19 @@ class _Planner:
         recipe = self.recipe
         models: list[tuple[str, Student | Teacher]] = [(STUDENT, recipe.student)]
         models += [(teacher.name, teacher) for teacher in recipe.teachers]
+        if _reads_teacher(recipe.student.sft):  # the teachers write before the student reads
+            models = [*models[1:], models[0]]
         for name, model in models:
+            if name == STUDENT and _reads_teacher(recipe.student.sft):
+                self._teacher_texts(0)
             if _has_cold_start(model):
                 self._sft(name, model)
         self._evaluate_student(0)
         for teacher in recipe.teachers if recipe.evaluate.teacher else ():
             self._evaluate_teacher(teacher)
         for number in range(1, recipe.rounds + 1):
+            if recipe.rollout.off_policy_text == "teacher":
+                self._teacher_texts(number)
             self._rollout(number)
             for teacher in recipe.teachers if recipe.train.objective.in_round(number).has_kd else ():
                 self._teacher_score(number, teacher)
@@ -197,7 +203,41 @@ class _Planner:
         }
         if isinstance(model, Teacher) and model.only is not None:  # a specialist learns what it teaches
             fields[f"{where}.only"] = _routes(model)
-        self._add("sft", 0, name, self._seed(seed), fields, {})
+        inputs = self._texts(0) if name == STUDENT and _reads_teacher(model.sft) else {}
+        self._add("sft", 0, name, self._seed(seed), fields, inputs)
+
+    def _teacher_texts(self, number: int) -> None:
+        """What each teacher writes: for the student's cold start, or where it does not sample in a round."""
+        recipe = self.recipe
+        own = (
+            ("seed", "samples")
+            if number
+            else ("seed", "samples", "prompts", "temperature", "on_policy_fraction")
+        )
+        for teacher in recipe.teachers:
+            fields: Fields = {
+                **self._task(split="train"),
+                **self._teacher_fields(teacher, max(0, number - 1)),
+                **self._student_fields(0),
+                "student.model": self._identity(STUDENT),  # whose prompt is answered, in its ids
+                "rollout": _without(self.sections["rollout"], *own),
+            }
+            if teacher.server is not None:
+                fields["rollout"] = {**_without(self.sections["rollout"], *own), "engine": SERVER}
+            if number == 0:
+                sft = self._dumped(STUDENT)["sft"]
+                fields["student.sft"] = {name: sft[name] for name in ("problems", "samples", "temperature")}
+            inputs = self._teacher_model(teacher, max(0, number - 1))
+            self._add("rollout", number, teacher.name, self._seed(recipe.rollout.seed), fields, inputs)
+
+    def _texts(self, number: int) -> dict[str, Input]:
+        """The inputs of a step that reads what the teachers wrote."""
+        return {
+            teacher_role(self.recipe, teacher).replace("teacher", "text", 1): Input(
+                f"rollout:{teacher.name}@{number}", ()
+            )
+            for teacher in self.recipe.teachers
+        }
 
     def _rollout(self, number: int) -> None:
         fields: Fields = {
@@ -206,7 +246,10 @@ class _Planner:
             "rollout": _without(self.sections["rollout"], "seed"),
         }
         seed = self._seed(self.recipe.rollout.seed)
-        self._add("rollout", number, "", seed, fields, self._student_model(number - 1))
+        inputs = self._student_model(number - 1)
+        if self.recipe.rollout.off_policy_text == "teacher":
+            inputs |= self._texts(number)
+        self._add("rollout", number, "", seed, fields, inputs)
 
     def _teacher_score(self, number: int, teacher: Teacher) -> None:
         recipe = self.recipe
@@ -276,9 +319,8 @@ class _Planner:
         }
         inputs = dict(self._student_model(number))
         if section.reverse_kl_problems:
-            rollout = _without(
-                self.sections["rollout"], "seed", "prompts", "samples", "on_policy_fraction", "engine"
-            )
+            unread = ("seed", "prompts", "samples", "on_policy_fraction", "off_policy_text", "engine")
+            rollout = _without(self.sections["rollout"], *unread)
             scorers = {self._scorer(teacher) for teacher in recipe.teachers}
             fields |= {"rollout": rollout, "teacher_score.engine": "+".join(sorted(scorers))}
             fields |= self._mixture() | self._alias()
@@ -440,6 +482,11 @@ def _routes(teacher: Teacher) -> JsonValue:
         values = wanted if isinstance(wanted, list) else [wanted]
         routes[name] = list[JsonValue](sorted({str(value) for value in values}))
     return routes
+
+
+def _reads_teacher(sft: Sft | None) -> bool:
+    """Whether a cold start is on what teachers write."""
+    return sft is not None and sft.text == "teacher"
 
 
 def _has_cold_start(model: Student | Teacher) -> bool:

@@ -33,6 +33,7 @@ Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 EngineName = Literal["hf", "vllm"]
+TextSource = Literal["reference", "teacher"]
 ENGINE_ABILITIES: dict[str, frozenset[str]] = {"hf": frozenset({"support", "hidden"}), "vllm": frozenset()}
 """What each engine scores beyond sampled tokens and the teacher's top k (see engine.py)."""
 
@@ -117,13 +118,26 @@ class SftOptimizer(Section):
 
 
 class Sft(Section):
-    """Cold start of a model by cross-entropy on the reference solutions of the train split."""
+    """Cold start of a model by cross-entropy on the train split: its reference solutions, or what a teacher writes.
+
+    `text: teacher` is for the student (sequence-level KD): for each problem the teacher samples `samples` completions
+    at `temperature`, 0 being greedy.
+    """
 
     steps: Count
     batch: Count = 32
     problems: Count | None = None
+    text: TextSource = "reference"
+    samples: Count = 1
+    temperature: Annotated[float, Field(ge=0)] = 1.0
     optimizer: SftOptimizer = SftOptimizer.model_construct()
     seed: Seed | None = None
+
+    @model_validator(mode="after")
+    def _sampling_is_used(self) -> "Sft":
+        if self.text == "reference" and (self.samples != 1 or self.temperature != 1):
+            raise ValueError("samples and temperature go with text: teacher, which is sampled")
+        return self
 
 
 class Scratch(Section):
@@ -301,13 +315,14 @@ class RolloutSection(Section):
     """How each round samples from the student.
 
     `on_policy_fraction` is the share of a round's prompts that it samples for; each of the others gives one row, the
-    reference solution, which train takes by `off_policy_term`.
+    reference solution or a sample of the teacher (`off_policy_text`), which train takes by `off_policy_term`.
     """
 
     engine: EngineName = "hf"
     prompts: Count = 64
     samples: Count = 1
     on_policy_fraction: Fraction = 1.0
+    off_policy_text: TextSource = "reference"
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
@@ -322,7 +337,7 @@ class RolloutSection(Section):
 
     @property
     def rows(self) -> int:
-        """Completions of a round: the student's samples, and a reference for each other prompt."""
+        """Completions of a round: the student's samples, and a text for each other prompt."""
         return self.on_policy_prompts * self.samples + self.prompts - self.on_policy_prompts
 
 
@@ -528,7 +543,7 @@ class Objective(Section):
     `mask` closes the KD term of kdrl where the student is right anyway. `normalization`: what an optimizer step's
     sum over tokens is divided by. `truncated`: completions cut at max_new_tokens count, are dropped, or
     get reward 0. `end_token: mask` leaves the end token out; `alias` swaps the teacher's end id with the student's.
-    `off_policy_term`: what reference text gets in the place of all this, weighted by `distill_weight`.
+    `off_policy_term`: what text that the student did not sample gets in the place of all this, by `distill_weight`.
     """
 
     kind: Literal["kd", "grpo", "kdrl", "srpo", "then"] = "kd"
@@ -611,7 +626,7 @@ class Objective(Section):
         if self.off_policy_term == "kd" and not isinstance(self.kd, DistributionTerm):
             raise ValueError(
                 f"off_policy_term: kd needs a term over whole distributions (jsd, skew_kl, skew_rkl): {self.kd.term} "
-                "goes by tokens that the student sampled, and it did not sample reference text; use cross_entropy"
+                "goes by tokens that the student sampled, and it did not sample this text; use cross_entropy"
             )
         if self.fixed_length is not None and self.normalization != "fixed":
             raise ValueError("fixed_length goes with normalization: fixed")
@@ -822,16 +837,18 @@ class Recipe(Section):
     def _off_policy_text_fits(self) -> "Recipe":
         objective, rollout = self.train.objective, self.rollout
         if rollout.on_policy_fraction == 1:
-            if objective.off_policy_term is not None:
+            idle = "train.objective.off_policy_term" if objective.off_policy_term is not None else ""
+            idle = "rollout.off_policy_text" if rollout.off_policy_text != "reference" else idle
+            if idle:
                 raise ValueError(
-                    "train.objective.off_policy_term has no effect where every prompt is sampled for: "
+                    f"{idle} has no effect where every prompt is sampled for: "
                     "set rollout.on_policy_fraction below 1, or remove it"
                 )
             return self
         if not objective.has_kd or objective.kind == "then":
             why = "has rounds without a KD term" if objective.kind == "then" else "has no KD term"
             raise ValueError(
-                f"rollout.on_policy_fraction below 1 needs an objective with a KD term, whose weight reference text "
+                f"rollout.on_policy_fraction below 1 needs an objective with a KD term, whose weight the other text "
                 f"gets: kind {objective.kind} {why}; set on_policy_fraction to 1, or take kind kd, kdrl or srpo"
             )
         if objective.has_rl and not rollout.on_policy_prompts:
@@ -850,7 +867,7 @@ class Recipe(Section):
 
     def _beyond_a_server(self, teacher: Teacher) -> str | None:
         """What the recipe asks of a server that it cannot give, and what to write instead; None if nothing."""
-        rollout, section = self.rollout, self.evaluate
+        rollout, section, objective = self.rollout, self.evaluate, self.train.objective
         if (teacher.temperature or rollout.temperature) != 1:
             asked = "teachers[].temperature" if teacher.temperature else "rollout.temperature"
             return (
@@ -862,15 +879,51 @@ class Recipe(Section):
             return f"which gives no hidden states and no whole distributions: use {instead}"
         if self.keep.student_top_k:
             return "which gives its own top k and no scores of the student's: use support: {teacher_top_k: k}"
-        if self.train.objective.has_kd and self.train.objective.end_token == "alias":  # noqa: S105 (no password)
+        if objective.has_kd and objective.end_token == "alias":  # noqa: S105 (no password)
             return "which gives no scores of other ids than those it reads: use end_token: mask"
-        cut = bool(section.temperature) and (rollout.top_p < 1 or rollout.top_k > 0)
-        if section.teacher and (section.temperature not in (0, 1) or cut):
-            return (
-                "whose log-probs of what it samples are at temperature 1 and of the whole distribution: set "
-                "evaluate.temperature to 0, or to 1 without top_p and top_k, or evaluate.teacher to false"
-            )
+        sft, is_cut = self.student.sft, rollout.top_p < 1 or rollout.top_k > 0
+        sampled = {"evaluate.temperature": section.temperature} if section.teacher else {}
+        if sft is not None and sft.text == "teacher":
+            sampled["student.sft.temperature"] = sft.temperature
+        if rollout.off_policy_text == "teacher":
+            sampled["teachers[].temperature"] = 1.0
+        for name, temperature in sampled.items():
+            if temperature not in (0, 1) or (temperature and is_cut):
+                return (
+                    "whose log-probs of what it samples are at temperature 1 and of the whole distribution: set "
+                    f"{name} to 0, or to 1 without rollout.top_p and top_k"
+                    + (", or evaluate.teacher to false" if name.startswith("evaluate") else "")
+                )
         return None
+
+    @property
+    def has_teacher_text(self) -> bool:
+        """Whether the student is trained on what a teacher wrote: in its cold start, or in the rounds."""
+        sft, rollout = self.student.sft, self.rollout
+        return (sft is not None and sft.text == "teacher") or rollout.off_policy_text == "teacher"
+
+    @model_validator(mode="after")
+    def _teachers_can_write(self) -> "Recipe":
+        for teacher in self.teachers:
+            if teacher.sft is not None and teacher.sft.text == "teacher":
+                raise ValueError(
+                    f"teacher {teacher.name!r}: sft.text: teacher is for the student; a teacher's own cold start reads "
+                    "the reference solutions"
+                )
+        if not self.has_teacher_text:
+            return self
+        if self.is_mixed:
+            raise ValueError(
+                "a mixture of teachers scores text and writes none: give each teacher the problems that it writes for "
+                "by only, or take text: reference"
+            )
+        selves = [teacher for teacher in self.teachers if teacher.self_ is not None]
+        if selves and self.student.sft is not None and self.student.sft.text == "teacher":
+            raise ValueError(
+                f"student.sft.text: teacher {selves[0].name!r} is the student that this cold start makes: "
+                "take text: reference, or another teacher"
+            )
+        return self
 
     def _is_the_sampler(self, teacher: Teacher) -> bool:
         """Whether its distributions are those that the student samples from: equal weights, prompt and temperature."""

@@ -32,7 +32,8 @@ def check_records(recipe: Recipe, train: Sequence[Problem], test: Sequence[Probl
     """Raises DataError unless every problem in use has one teacher (or all), and the fields that its prompt names."""
     section = recipe.evaluate
     # Specialists read their own problems in a cold start, whatever is trained on later.
-    splits = {"train": train} if recipe.train.objective.has_kd or recipe.is_routed else {}
+    asked = recipe.train.objective.has_kd or recipe.is_routed or recipe.has_teacher_text
+    splits = {"train": train} if asked else {}
     if section.teacher or section.reverse_kl_problems:
         splits["test"] = test
     for split, problems in splits.items():

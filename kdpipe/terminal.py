@@ -454,7 +454,9 @@ def sample_lines(step: str, rows: Sequence[dict[str, Any]], paint: Paint) -> lis
         found = "no answer" if answer is None else f"found {answer}"
         cut = ", cut at the length limit" if row["finish_reason"] == "length" else ""
         # Grades have no source: all of them are of samples.
-        which = "reference text" if row.get("source") == "reference" else f"sample {number}"
+        source = row.get("source", "student")
+        which = "reference text" if source == "reference" else f"sample {number}"
+        which += " of the teacher" if source == "teacher" else ""
         lines += [
             "",
             f"{paint(f'{inert(prompt_id)} {which}', 'bold')}: {grade}",

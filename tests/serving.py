@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any, Literal
 
 from kdpipe.engine import Engine, SampleRequest, Sampling, ScoreRequest
+from kdpipe.engines.server import SEQUENCE
 
 MODEL = "served"
 
@@ -59,6 +60,9 @@ class Served:
         )
 
     def complete(self, body: dict[str, Any]) -> Reply:
+        if body["prompt"] == list(SEQUENCE)[: self.context - 1]:  # asked whenever it is loaded: not counted
+            with self.lock:
+                return self._complete(body)
         with self.lock:
             number = len(self.bodies)
             self.bodies.append(body)

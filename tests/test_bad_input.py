@@ -197,6 +197,17 @@ RECIPES = {
         (f"teachers=[{{{SERVER}}}]", "evaluate.temperature=0.5"),
         ("behind a server", "evaluate.temperature to 0, or to 1", "evaluate.teacher to false"),
     ),
+    "texts of a server from a cut distribution": Bad(
+        (
+            f"teachers=[{{{SERVER}}}]",
+            "rollout={prompts: 8, on_policy_fraction: 0.5, off_policy_text: teacher, top_p: 0.9}",
+        ),
+        ("behind a server", "teachers[].temperature to 0, or to 1 without rollout.top_p"),
+    ),
+    "texts of a server at another temperature": Bad(
+        (f"teachers=[{{{SERVER}}}]", "student.sft={steps: 5, text: teacher, temperature: 0.5}"),
+        ("behind a server", "student.sft.temperature to 0"),
+    ),
     "no request at a time": Bad(("runtime.server.concurrency=0",), ("runtime.server.concurrency",)),
     "no teacher": Bad(("teachers=[]",), ("teachers", "at least 1")),
     "model and scratch": Bad(("student.model=./m",), ("student", "exactly one of: model, scratch")),
@@ -257,6 +268,30 @@ RECIPES = {
     "a term of no text": Bad(
         ("train.objective={kd: jsd, off_policy_term: kd}",),
         ("off_policy_term has no effect", "on_policy_fraction below 1"),
+    ),
+    "teacher text for no prompt": Bad(
+        ("rollout.off_policy_text=teacher",), ("off_policy_text has no effect", "on_policy_fraction below 1")
+    ),
+    "samples of references": Bad(
+        ("student.sft={steps: 1, samples: 2}",),
+        ("student.sft", "samples and temperature go with text: teacher"),
+    ),
+    "a teacher that learns from a teacher": Bad(
+        ("teachers.0.sft={steps: 1, text: teacher}",), ("sft.text: teacher is for the student", "'teacher'")
+    ),
+    "a mixture that writes": Bad(
+        (
+            "student.sft={steps: 1, text: teacher}",
+            "teachers=[{name: a, model: ./a}, {name: b, model: ./b}]",
+        ),
+        ("a mixture of teachers scores text and writes none", "by only"),
+    ),
+    "a student that writes before it is there": Bad(
+        (
+            "student.sft={steps: 1, text: teacher}",
+            "teachers=[{self: initial, prompt: '{question} {solution}'}]",
+        ),
+        ("student.sft.text", "is the student that this cold start makes", "text: reference"),
     ),
     "reference text without a weight": Bad(
         ("train.objective={kind: grpo}", "rollout.on_policy_fraction=0.5"),

@@ -111,6 +111,13 @@ SERVED: Document = {
     ],
     "train": {"objective": {"kd": {"term": "jsd", "support": {"teacher_top_k": 8}}}},
 }
+WRITTEN: Document = {
+    **DISTILL,
+    "name": "written",
+    "student": {"scratch": {}, "sft": {"steps": 5, "text": "teacher", "samples": 2, "temperature": 0.5}},
+    "rollout": {"on_policy_fraction": 0.5, "off_policy_text": "teacher"},
+    "train": {"objective": {"kd": {"term": "jsd"}, "off_policy_term": "cross_entropy"}},
+}
 EMA: Document = {**DISTILL, "name": "average", "teachers": [{"self": "ema", "decay": 0.5}]}
 OBJECTIVES: list[Document] = [
     {
@@ -150,7 +157,7 @@ FORMS: list[Document] = [
 ]
 BASIC = {
     document["name"]: document
-    for document in (DISTILL, GSM8K, JSONL, TOKENS, GRPO, ROUTED, MIXED, TEXT, EMA, LORA, SERVED)
+    for document in (DISTILL, GSM8K, JSONL, TOKENS, GRPO, ROUTED, MIXED, TEXT, WRITTEN, EMA, LORA, SERVED)
 }
 RECIPES = BASIC | {document["name"]: document for document in FORMS}
 
@@ -504,6 +511,8 @@ def others(value: Any) -> list[Any]:
 
 TOP_3 = {"teacher_top_k": 3}
 LITERALS = [
+    "reference",
+    "teacher",
     "kd",
     "kdrl",
     "grpo",

@@ -22,7 +22,7 @@ import pytest
 from kdpipe.engine import ModelSource, SampleRequest, Sampling, ScoreRequest, TokenScores
 from kdpipe.engines.http import MAX_RETRY_AFTER_SECONDS
 from kdpipe.engines.replies import TAIL_FLOOR
-from kdpipe.engines.server import ServerEngine
+from kdpipe.engines.server import SEQUENCE, ServerEngine
 from kdpipe.errors import EngineError, ModelError
 from kdpipe.recipe import Server, ServerRuntime
 from tests.fakes import FakeEngine
@@ -306,9 +306,10 @@ def swap_ranks(body: dict[str, Any]) -> None:
     values[0]["rank"], values[1]["rank"] = 2, 1
 
 
-def flatten(body: dict[str, Any]) -> None:
+def too_heavy(body: dict[str, Any]) -> None:
+    """Each of them alone could be."""
     for value in body["choices"][0]["prompt_logprobs"][5].values():
-        value["logprob"] = -0.1
+        value["logprob"] = math.log({1: 0.9, 2: 0.45, 3: 0.3, 4: 0.2}.get(value["rank"], 1e-9))
 
 
 LAST = len(PROMPT) + len(COMPLETION) - 1
@@ -360,7 +361,7 @@ WRONG_TOP: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     ),
     "all top ids are missing": (drop(5, lambda key, _: key != "9"), "of the 4 most probable ids"),
     "ranks out of order": (swap_ranks, "a less probable rank has the higher log-prob"),
-    "more than all mass": (flatten, "more than"),
+    "more than all mass": (too_heavy, "its probabilities sum to more than 1"),
 }
 
 
@@ -422,7 +423,7 @@ def test_a_sample_that_was_not_drawn_as_asked_is_refused(case: str, served: Serv
 
 def test_an_id_out_of_use_that_was_sampled_is_named(served: Served, tmp_path: Path) -> None:
     asker = Asker(tmp_path, served.url).load()
-    with pytest.raises(EngineError, match="stands for nothing: 3 ids are in use"):
+    with pytest.raises(EngineError, match="only ids below 3 count"):
         asker.sample(num_ids=3, end_ids=())
 
 
@@ -437,6 +438,21 @@ def test_another_refusal_is_told_at_once_in_short_and_without_control_codes(
     assert error.message.isprintable()
     served.twist = lambda _number, _reply: Reply(b"\xff\xfe plain", 422)
     refused(asker, served, "HTTP 422: .* plain")
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_after_a_refusal_nothing_more_is_sent_and_the_refusal_is_told(
+    concurrency: int, served: Served, tmp_path: Path
+) -> None:
+    asker = Asker(tmp_path, served.url, concurrency=concurrency).load()
+    refusal = Reply({"error": {"message": "the third"}}, 400)
+    served.twist = lambda number, reply: refusal if number == 2 else reply
+    with pytest.raises(EngineError, match="HTTP 400: the third"):
+        asker.score(*[[token % 12] for token in range(40)])
+    if concurrency == 1:  # with more, others may have begun while the refusal was on its way
+        assert len(served.bodies) == 3
+    served.twist = honest
+    assert len(asker.score()) == 1
 
 
 def test_a_redirect_is_not_followed(served: Served, tmp_path: Path) -> None:
@@ -473,6 +489,25 @@ def test_each_server_has_to_serve_the_model(served: Served, tmp_path: Path) -> N
         with pytest.raises(EngineError, match="serves other, not 'served'") as caught:
             Asker(tmp_path, served.url, second.url).load()
         assert second.url in caught.value.message
+
+
+def test_servers_of_other_weights_under_one_name_are_refused(served: Served, tmp_path: Path) -> None:
+    with serve(behind(tmp_path), rows=NUM_IDS) as same, serve(behind(tmp_path, "b"), rows=NUM_IDS) as other:
+        engine = Asker(tmp_path, served.url, same.url).load().engine
+        assert engine.signature == pytest.approx(
+            behind(tmp_path)
+            .score(
+                [ScoreRequest(SEQUENCE[:1], SEQUENCE[1:])],
+                temperature=1.0,
+                num_ids=NUM_IDS,
+                top_k=0,
+                progress=lambda _: None,
+            )[0]
+            .logprobs.tolist()
+        )
+        with pytest.raises(EngineError, match="serve other weights as 'served'") as caught:
+            Asker(tmp_path, served.url, same.url, other.url).load()
+        assert other.url in caught.value.message
 
 
 def test_what_does_not_fit_is_refused_before_it_is_sent(tmp_path: Path) -> None:

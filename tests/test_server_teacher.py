@@ -19,6 +19,7 @@ from kdpipe.errors import EngineError, ModelError, PreflightError, RecipeError
 from kdpipe.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.recipe import Scratch
 from kdpipe.tasks.arithmetic import words
+from tests.fakes import FakeEngine
 from tests.serving import MODEL, Reply, Served, serve
 from tests.worlds import Watcher, events_of, leftovers, load_tiny, payload_digests, run_near
 
@@ -159,6 +160,26 @@ def test_a_key_gets_into_nothing_that_is_written(
 
 
 @pytest.mark.usefixtures("tokenizer")
+def test_other_weights_under_a_known_name_are_refused_and_taken_under_a_new_one(
+    served: Served, tmp_path: Path
+) -> None:
+    light = {"evaluate": {"teacher": False, "reverse_kl_problems": 0}}
+    run_near(load_tiny(tmp_path, **changes(served.url, **light, rounds=1)), tmp_path / "out")
+    known = json.loads((tmp_path / "out" / "servers.json").read_text())
+    assert len(known) == 1
+    other = FakeEngine(num_rows=NUM_IDS, max_positions=256)
+    other.load(ModelSource(tmp_path, "other"))
+    served.engine = other
+    with pytest.raises(PreflightError, match="teacher 'teacher': its server has other weights") as caught:
+        run_near(load_tiny(tmp_path, **changes(served.url, **light)), tmp_path / "out")
+    assert "revision" in caught.value.hint
+    assert json.loads((tmp_path / "out" / "servers.json").read_text()) == known
+    renamed = changes(served.url, server={"revision": "second"}, **light)
+    run_near(load_tiny(tmp_path, **renamed), tmp_path / "out")
+    assert len(json.loads((tmp_path / "out" / "servers.json").read_text())) == 2
+
+
+@pytest.mark.usefixtures("tokenizer")
 def test_servers_and_own_models_teach_side_by_side(served: Served, tmp_path: Path) -> None:
     section = changes(served.url)["teachers"][0]
     teachers = [{"name": "far", **section}, {"name": "near", "self": "initial"}]
@@ -167,6 +188,20 @@ def test_servers_and_own_models_teach_side_by_side(served: Served, tmp_path: Pat
     project = run_near(loaded, tmp_path / "out")
     for name in ("far", "near"):
         assert len(rows(project.run.path / f"round-001/teacher-score-{name}/scores.parquet")) == 16
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_a_server_writes_the_text_that_the_student_learns(served: Served, tmp_path: Path) -> None:
+    text = {"steps": 4, "batch": 8, "problems": 8, "text": "teacher", "samples": 2}
+    rollout = {"prompts": 8, "on_policy_fraction": 0.5, "off_policy_text": "teacher", "max_new_tokens": 12}
+    light = {"evaluate": {"teacher": False, "reverse_kl_problems": 0}, "train__minibatches": 2}
+    loaded = load_tiny(tmp_path, **changes(served.url, rounds=1, student__sft=text, rollout=rollout, **light))
+    project = run_near(loaded, tmp_path / "out")
+    sampled = [body for body in served.bodies if "logprobs" in body]
+    assert len(sampled) == 8 * 2 + 4
+    assert len({body["seed"] for body in sampled}) == len(sampled)
+    written = rows(project.run.path / "round-001/rollout-teacher/rollouts.parquet")
+    assert [row["source"] for row in written] == ["teacher"] * 4
 
 
 @pytest.mark.usefixtures("tokenizer")

@@ -31,6 +31,7 @@ class Hub:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.asked: list[tuple[str, Any]] = []
+        self.patterns: dict[str, list[str]] = {}
 
     def repo_info(self, name: str, *, revision: str | None, repo_type: str) -> SimpleNamespace:
         self.asked.append((name, revision))
@@ -40,6 +41,7 @@ class Hub:
         self, name: str, *, revision: str, repo_type: str, allow_patterns: list[str]
     ) -> str:
         assert revision == COMMIT
+        self.patterns[name] = allow_patterns
         return str(self.folder / repo_type)
 
 
@@ -70,6 +72,25 @@ def test_a_hub_name_is_unresolved_until_a_fetch_pins_it(tmp_path: Path, hub: Hub
     assert after.data["train"] == {"hub": "datasets/openai/gsm8k", "revision": COMMIT}
     assert ("someone/teacher", "v2") in hub.asked
     assert json.loads((tmp_path / "out" / "pins.json").read_text())["someone/teacher@v2"] == COMMIT
+
+
+def test_of_a_teacher_behind_a_server_the_tokenizer_is_fetched_and_pinned_without_weights(
+    tmp_path: Path, hub: Hub
+) -> None:
+    server = "{urls: ['http://a/v1'], model: big, tokenizer: someone/teacher, revision: v2}"
+    text = RECIPE.replace("{model: someone/teacher, revision: v2}", f"{{server: {server}}}")
+    (tmp_path / "recipe.yaml").write_text(text)
+    found = Sources(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "out")
+    before = found.identities()
+    assert before.models["teacher"] == {"served": "big", "hub": "someone/teacher", "revision": "unresolved"}
+    assert "someone/teacher" in before.unresolved()
+    assert found.fetch()["teacher"] == tmp_path / "cache" / "model"
+    assert ("someone/teacher", "v2") in hub.asked
+    assert "*.safetensors" in hub.patterns["someone/student"]
+    assert "*.safetensors" not in hub.patterns["someone/teacher"]
+    assert "*.json" in hub.patterns["someone/teacher"]
+    after = Sources(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "out").identities()
+    assert after.models["teacher"] == {"served": "big", "hub": "someone/teacher", "revision": COMMIT}
 
 
 def test_a_pinned_name_is_not_asked_again(tmp_path: Path, hub: Hub) -> None:

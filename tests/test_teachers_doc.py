@@ -13,6 +13,7 @@ import yaml
 from kdpipe.engines.http import FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS, MAX_RETRY_AFTER_SECONDS
 from kdpipe.engines.replies import TAIL_FLOOR
 from kdpipe.recipe import Recipe, Section, Server, ServerRuntime, Teacher
+from kdpipe.signatures import SAME_NATS
 from tests.test_objectives_doc import study
 from tests.worlds import load_tiny
 
@@ -71,6 +72,7 @@ def test_the_limits_of_patience_are_those_of_the_code() -> None:
     assert f"(at most {MAX_RETRY_AFTER_SECONDS:g})" in DOC
     assert TAIL_FLOOR == 2.0**-23
     assert "no less than 2^-23" in DOC
+    assert f"more than {SAME_NATS} nats a\ntoken apart" in DOC
 
 
 def test_the_origins_are_those_of_the_code() -> None:

@@ -19,6 +19,7 @@ from kdpipe.project import Project
 from kdpipe.pulse import Stopped
 from kdpipe.recipe import LoadedRecipe, load_recipe
 from kdpipe.runner import Request, run
+from kdpipe.store import read_lines
 from kdpipe.workers import Message, Report
 
 _SCRATCH = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
@@ -201,6 +202,6 @@ def leftovers(workspace: Path) -> list[Path]:
 
 
 def events_of(workspace: Path) -> list[dict[str, Any]]:
-    """The events of the only run in the workspace."""
+    """The events of the only run in the workspace, without a line that a kill cut short."""
     [path] = workspace.glob("runs/*/events.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return read_lines(path)

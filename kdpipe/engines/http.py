@@ -106,18 +106,24 @@ class HttpClient:
         answer, url = self._ask("POST", path, json.dumps(body).encode(), max_bytes=max_bytes)
         return self._taken(answer, url, read)
 
-    def get_each(self, path: str, read: Read[Found], *, max_bytes: int) -> list[Found]:
-        """What `read` makes of the JSON object of each URL that answers; asks again as long as none does."""
+    def each(
+        self, path: str, body: dict[str, Any] | None, read: Read[Found], *, max_bytes: int
+    ) -> dict[str, Found]:
+        """What `read` makes of the JSON object of each URL that answers; asks again as long as none does.
+
+        Without a body it is got, with one posted.
+        """
+        method, data = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
         found = {}
         for url in self.urls:
             try:
-                found[url] = self._attempt("GET", url, path, None, max_bytes=max_bytes)
+                found[url] = self._attempt(method, url, path, data, max_bytes=max_bytes)
             except _PassingError:
                 self._rest(url)
         if not found:
-            answer, url = self._ask("GET", path, None, max_bytes=max_bytes)
+            answer, url = self._ask(method, path, data, max_bytes=max_bytes)
             found[url] = answer
-        return [self._taken(answer, url, read) for url, answer in found.items()]
+        return {url: self._taken(answer, url, read) for url, answer in found.items()}
 
     def halt(self) -> None:
         """Lets no request begin or wait any more: each raises Halted instead."""

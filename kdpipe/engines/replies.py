@@ -174,7 +174,8 @@ def read_completion(
     foreign = [token for token in ids if token >= sampling.num_ids]
     if foreign:
         raise EngineError(
-            f"{where}: it sampled id {foreign[0]}, which stands for nothing: {sampling.num_ids} ids are in use"
+            f"{where}: it sampled id {foreign[0]}, and only ids below {sampling.num_ids} count here",
+            hint="no server is kept from drawing padding, or ids that the student lacks: take a teacher without them",
         )
     reason = choice.get("finish_reason")
     ended = bool(ids) and ids[-1] in sampling.end_ids

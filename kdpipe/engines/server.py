@@ -16,6 +16,7 @@ from kdpipe.engine import Completion, TokenScores
 from kdpipe.engines.http import Halted, HttpClient, Limits
 from kdpipe.engines.replies import MoreIdsNeeded, read_completion, read_scores, served_models
 from kdpipe.errors import EngineError, ModelError
+from kdpipe.signatures import SAME_NATS, distance
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,13 +24,18 @@ if TYPE_CHECKING:
     from kdpipe.engine import Ability, ModelSource, Progress, SampleRequest, Sampling, ScoreRequest
     from kdpipe.recipe import Server, ServerRuntime
 
+SEQUENCE = (5, 3, 7, 2, 6, 4, 7, 3, 5, 2, 4, 6)
+"""Ids that every vocabulary has, of no meaning: what a model makes of them tells it from others."""
 _BYTES_OF_A_REPLY = 1 << 20
 _BYTES_OF_AN_ENTRY = 512
 Result = TypeVar("Result")
 
 
 class ServerEngine:
-    """Samples and scores with one model behind the URLs of `server`, several requests at a time."""
+    """Samples and scores with one model behind the URLs of `server`, several requests at a time.
+
+    `signature` are its log-probs of `SEQUENCE`, once it is loaded.
+    """
 
     abilities: frozenset[Ability] = frozenset()
 
@@ -53,6 +59,7 @@ class ServerEngine:
         )
         self._digest: str | None = None
         self._context: int | None = None
+        self.signature: list[float] = []
 
     def load(self, source: ModelSource) -> None:
         """See Engine. The model is where it is: asks each server that answers whether it serves it."""
@@ -61,8 +68,9 @@ class ServerEngine:
         if self._digest == source.digest:
             return
         self._client.resume()
-        lengths = self._client.get_each("/models", self._context_of, max_bytes=_BYTES_OF_A_REPLY)
+        lengths = self._client.each("/models", None, self._context_of, max_bytes=_BYTES_OF_A_REPLY).values()
         self._context = min((length for length in lengths if length is not None), default=None)
+        self.signature = self._agreed_signature()
         self._digest = source.digest
 
     def sample(
@@ -176,6 +184,28 @@ class ServerEngine:
                 return self._client.post("/completions", body, read, max_bytes=max_bytes)
             except MoreIdsNeeded as more:
                 asked += more.count
+
+    def _agreed_signature(self) -> list[float]:
+        """What the servers make of a fixed sequence; raises EngineError where they cannot hold the same weights."""
+        ids = list(SEQUENCE if self._context is None else SEQUENCE[: self._context - 1])
+
+        def read(answer: dict[str, Any], url: str) -> list[float]:
+            scores = read_scores(
+                answer, ids, start=1, asked=0, top_k=0, num_ids=0, model=self._model, where=url
+            )
+            return [float(score) for score in scores.logprobs]
+
+        body = self._scoring_body(ids, 0)
+        found = self._client.each("/completions", body, read, max_bytes=_BYTES_OF_A_REPLY)
+        (first, scores), *others = found.items()
+        for url, values in others:
+            if (apart := distance(scores, values)) > SAME_NATS:
+                raise EngineError(
+                    f"{first} and {url} serve other weights as {self._model!r}: log-probs of the same ids differ by "
+                    f"{apart:.2f} nats a token",
+                    hint="the servers of one teacher hold the same weights: see which of them is the right one",
+                )
+        return scores
 
     def _scoring_body(self, ids: list[int], top_k: int) -> dict[str, Any]:
         # One token is the least that a server generates; it is not read.

@@ -1,6 +1,6 @@
 """Rollout: the student samples completions for the round's prompts, or some of them, and each is graded.
 
-A prompt that it does not sample for gives one row, the reference solution.
+A prompt that it does not sample for gives one row, the reference solution or what a teacher wrote.
 
 Every prompt and seed is derived from (seed, round, prompt id, sample), so that any part can be sampled
 again by itself with the same result.
@@ -25,19 +25,20 @@ if TYPE_CHECKING:
     from kdpipe.rows import Problem
 
 
-def rollout(job: Job, *, text: Text, student: ModelSource, engine: Engine) -> None:
-    """Writes `rollouts.parquet`: for each of the round's prompts `rollout.samples` completions, or its reference."""
+def rollout(
+    job: Job, *, text: Text, student: ModelSource, engine: Engine, given: Sequence[Rollout] = ()
+) -> None:
+    """Writes `rollouts.parquet`: for each of the round's prompts `rollout.samples` completions, or one text.
+
+    `given` is what teachers wrote for the prompts that are not sampled for; without any they give their references.
+    """
     settings = job.recipe.rollout
+    written = {row.prompt_id: row for row in given}
     sampling = sampling_of(
         job.recipe, text, temperature=settings.temperature, max_new_tokens=settings.max_new_tokens
     )
     problems = round_problems(job)
-    sampled = chosen_ids(
-        [problem.prompt_id for problem in problems],
-        count=settings.on_policy_prompts,
-        round_number=job.round,
-        seed=job.seed,
-    )
+    sampled = sampled_ids(job, problems)
     if sampled:
         engine.load(student)
 
@@ -55,6 +56,10 @@ def rollout(job: Job, *, text: Text, student: ModelSource, engine: Engine) -> No
         answers = dict(zip(requests, found, strict=True))
         rows = []
         for problem in problems:
+            if problem.prompt_id in written:
+                row = written[problem.prompt_id]  # from here on it follows the student's prompt
+                rows.append(replace(row, prompt_token_ids=text.prompt(problem)))
+                continue
             if problem.prompt_id not in sampled:
                 rows.append(_reference(job, text, problem))
                 continue
@@ -74,11 +79,21 @@ def rollout(job: Job, *, text: Text, student: ModelSource, engine: Engine) -> No
     _write_metrics(job, read_rollouts(job.draft.folder / name))
 
 
+def sampled_ids(job: Job, problems: Sequence[Problem]) -> frozenset[str]:
+    """Which of the round's problems the student samples for."""
+    return chosen_ids(
+        [problem.prompt_id for problem in problems],
+        count=job.recipe.rollout.on_policy_prompts,
+        round_number=job.round,
+        seed=job.seed,
+    )
+
+
 def _sample(
     job: Job, text: Text, problem: Problem, request: SampleRequest, number: int, completion: Completion
 ) -> Rollout:
     """The row of a completion that the student sampled."""
-    row = _row(job, text, problem, list(request.prompt_token_ids), completion.token_ids)
+    row = graded_row(job, text, problem, list(request.prompt_token_ids), completion.token_ids)
     return replace(
         row, sample=number, sampler_logprobs=completion.logprobs, finish_reason=completion.finish_reason
     )
@@ -87,10 +102,10 @@ def _sample(
 def _reference(job: Job, text: Text, problem: Problem) -> Rollout:
     """The row of a problem's reference solution: whole, as nobody sampled it."""
     solution = reference_completion(text.tokenizer, problem, end_id=text.end_id)
-    return replace(_row(job, text, problem, text.prompt(problem), solution), source="reference")
+    return replace(graded_row(job, text, problem, text.prompt(problem), solution), source="reference")
 
 
-def _row(job: Job, text: Text, problem: Problem, prompt: list[int], completion: list[int]) -> Rollout:
+def graded_row(job: Job, text: Text, problem: Problem, prompt: list[int], completion: list[int]) -> Rollout:
     """The row of a completion that ended, with its grade."""
     string, graded = read_completion(job.recipe, text, problem, completion)
     return Rollout(

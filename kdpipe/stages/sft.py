@@ -1,4 +1,4 @@
-"""Sft: the cold start of a model by cross-entropy on the reference solutions, completion tokens only.
+"""Sft: the cold start of a model by cross-entropy on reference solutions or teachers' text, completion tokens only.
 
 With no `sft` in the recipe it writes a scratch model as it was initialised. Prompts are rendered as rollout
 renders them, so that what follows a prompt means the same later.
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kdpipe.recipe import Sft
+    from kdpipe.rows import Problem, Rollout
     from kdpipe.trainer import Trainer
 
 METRIC_EVERY = 20
@@ -30,15 +31,22 @@ Example = tuple[list[int], list[int]]
 
 
 def sft(
-    job: Job, *, settings: Sft | None, text: Text, trainer: Trainer, dtype: torch.dtype, resumed: int
+    job: Job,
+    *,
+    settings: Sft | None,
+    text: Text,
+    trainer: Trainer,
+    dtype: torch.dtype,
+    resumed: int,
+    written: Sequence[Rollout] | None = None,
 ) -> None:
-    """Writes `model/` and `trainer/` after `settings.steps` optimizer steps, the first `resumed` done already."""
+    """Writes `model/` and `trainer/` after `settings.steps` optimizer steps, the first `resumed` done already.
+
+    `written` is what teachers wrote for the problems, which it reads in place of the reference solutions.
+    """
     if settings is not None:
-        problems = job.train[: settings.problems]
-        examples = [
-            (text.prompt(p), reference_completion(text.tokenizer, p, end_id=text.end_id)) for p in problems
-        ]
-        ids = tuple(problem.prompt_id for problem in problems)
+        found = _examples(text, job.train[: settings.problems], written)
+        ids, examples = tuple(found), list(found.values())
         job.pulse.start("optimizer steps", settings.steps)
         job.pulse.advance(resumed)
         trainer.begin()
@@ -64,6 +72,21 @@ def sft(
         "trainer",
         lambda folder: write_trainer(folder, tensors=trainer.tensors(masters=masters), state=trainer.state()),
     )
+
+
+def _examples(
+    text: Text, problems: Sequence[Problem], written: Sequence[Rollout] | None
+) -> dict[str, Example]:
+    """What is trained on, by an id that is each one's own: the student's prompt, and what should follow it."""
+    if written is None:
+        return {
+            p.prompt_id: (text.prompt(p), reference_completion(text.tokenizer, p, end_id=text.end_id))
+            for p in problems
+        }
+    prompts = {problem.prompt_id: text.prompt(problem) for problem in problems}
+    return {
+        f"{row.prompt_id}/{row.sample}": (prompts[row.prompt_id], row.completion_token_ids) for row in written
+    }
 
 
 def write_state(folder: Path, trainer: Trainer, text: Text, dtype: torch.dtype) -> None:

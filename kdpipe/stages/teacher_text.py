@@ -1,0 +1,122 @@
+"""What a teacher writes: completions that it samples, for the student's cold start or for prompts of a round.
+
+They are an artifact of their own, `rollouts.parquet` with `source` teacher and no sampler log-probs. Sequence-level
+knowledge distillation (Kim and Rush 2016) is cross-entropy on them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from kdpipe.errors import PreflightError
+from kdpipe.job import Job, Text, mean, request_for, sampling_of
+from kdpipe.routing import teaches
+from kdpipe.stages.rollout import graded_row, round_problems, sampled_ids
+from kdpipe.tables import ROLLOUTS, read_rollouts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kdpipe.engine import Completion, Engine, ModelSource
+    from kdpipe.rows import Problem, Rollout
+    from kdpipe.stages.teacher_score import TeacherSide
+
+
+def write_texts(
+    job: Job, *, teacher: TeacherSide, source: ModelSource, engine: Engine, student: Text
+) -> None:
+    """Writes `rollouts.parquet`: what `teacher` samples for those of the problems that it teaches.
+
+    In round 0 the problems are those of the student's cold start, else those of the round that the student does not
+    sample for. `prompt_token_ids` are the teacher's, after which it was sampled; `completion_token_ids` are what the
+    student shall read, with its own end token in the place of the teacher's. Raises PreflightError when the teacher's
+    vocabulary lets it write what the student has no ids for.
+    """
+    samples, temperature = _settings(job, teacher)
+    sampling = replace(
+        sampling_of(
+            job.recipe,
+            teacher.text,
+            temperature=temperature,
+            max_new_tokens=job.recipe.rollout.max_new_tokens,
+        ),
+        num_ids=teacher.num_ids,  # it cannot draw what the student has no id for
+    )
+    _require_end(teacher)
+    known = frozenset(student.tokenizer.get_vocab().values())
+    problems = [problem for problem in _problems(job) if teaches(teacher.settings, problem)]
+    if problems:
+        engine.load(source)
+
+    def build(problems: Sequence[Problem]) -> list[Rollout]:
+        requests = [
+            request_for(
+                teacher.prompt_ids(problem, student.prompt(problem)),
+                samples,
+                *(job.seed, "teacher text", teacher.name, job.round, problem.prompt_id),
+            )
+            for problem in problems
+        ]
+        found = engine.sample(requests, sampling, progress=job.pulse.tokens)
+        rows = []
+        for problem, request, completions in zip(problems, requests, found, strict=True):
+            for number, completion in enumerate(completions):
+                ids = _for_student(completion, teacher, student)
+                _require_known(ids, known, teacher, problem)
+                row = graded_row(job, student, problem, list(request.prompt_token_ids), ids)
+                reason = completion.finish_reason
+                rows.append(replace(row, sample=number, source="teacher", finish_reason=reason))
+        return rows
+
+    name = "rollouts.parquet"
+    job.in_parts(name, problems, rows_per_item=samples, build=build, schema=ROLLOUTS)
+    rows = read_rollouts(job.draft.folder / name)
+    for metric, value in (
+        ("completion_tokens_mean", mean([len(row.completion_token_ids) for row in rows])),
+        ("truncated_fraction", mean([row.finish_reason == "length" for row in rows])),
+        ("reward_mean", mean([row.reward for row in rows])),
+    ):
+        if rows:
+            job.draft.metric(f"rollout/{teacher.name}/{metric}", value)
+
+
+def _settings(job: Job, teacher: TeacherSide) -> tuple[int, float]:
+    """Completions a problem, and the temperature: the cold start's own, or in a round one at the teacher's."""
+    sft = job.recipe.student.sft
+    if job.round == 0 and sft is not None:
+        return sft.samples, sft.temperature
+    return 1, teacher.temperature
+
+
+def _problems(job: Job) -> list[Problem]:
+    sft = job.recipe.student.sft
+    if job.round == 0 and sft is not None:
+        return list(job.train[: sft.problems])
+    problems = round_problems(job)
+    sampled = sampled_ids(job, problems)
+    return [problem for problem in problems if problem.prompt_id not in sampled]
+
+
+def _for_student(completion: Completion, teacher: TeacherSide, student: Text) -> list[int]:
+    """The ids of a completion, ending as the student ends its turns where the teacher ended its own."""
+    *ids, last = completion.token_ids
+    is_foreign = last in teacher.text.end_ids and last not in student.end_ids
+    return [*ids, student.end_id if is_foreign and completion.finish_reason == "stop" else last]
+
+
+def _require_end(teacher: TeacherSide) -> None:
+    if not any(token < teacher.num_ids for token in teacher.text.end_ids):
+        raise PreflightError(
+            f"teacher {teacher.name!r} ends its turns with {', '.join(map(str, teacher.text.end_ids))}, ids that the "
+            f"student lacks: restricted to the student's {teacher.num_ids} ids its text would never end",
+            hint="take reference text, or a teacher with the student's vocabulary",
+        )
+
+
+def _require_known(ids: Sequence[int], known: frozenset[int], teacher: TeacherSide, problem: Problem) -> None:
+    if foreign := sorted({*ids} - known):
+        raise PreflightError(
+            f"teacher {teacher.name!r} wrote id {foreign[0]} for {problem.prompt_id}: the student's tokenizer lacks it",
+            hint="take reference text, or a teacher with the student's vocabulary",
+        )

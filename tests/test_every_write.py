@@ -1,0 +1,37 @@
+"""A run that ends at any of its durable writes is finished by the same command: a part of them; the study does all."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def trials(*arguments: str) -> list[dict[str, Any]]:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.every_write", *arguments]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    found = [json.loads(line) for line in answer.stdout.splitlines()]
+    assert answer.returncode == 0, answer.stderr + str(
+        [one for one in found if one["found"] != "as unbroken"]
+    )
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arguments", "ends"), [(("--stride", "11"), 1), (("--stride", "23", "--twice"), 2)])
+def test_a_run_ended_at_a_durable_write_ends_as_an_unbroken_one(
+    arguments: tuple[str, ...], ends: int
+) -> None:
+    found = trials(*arguments)
+    changes = found[0]["changes"]
+    assert changes > 100
+    assert len(found) >= changes // int(arguments[1]) * 2
+    assert {len(trial["ends"]) for trial in found} == {ends}
+    what = " ".join(line.split()[1] for trial in found for line in trial["doing"])
+    assert {"write", "line", "remove"} <= {*what.split()}
