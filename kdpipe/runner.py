@@ -24,7 +24,7 @@ from typing import Any, Literal, Protocol
 from pydantic import JsonValue
 
 from kdpipe.errors import ArtifactError, Interrupted, PreflightError, RecipeError, StepError
-from kdpipe.plan import STUDENT, Fields, Input, Step, canonical, teacher_role
+from kdpipe.plan import BASE, STUDENT, Fields, Input, Step, canonical, teacher_role
 from kdpipe.project import Project, open_project, round_metrics, summary_of
 from kdpipe.recipe import LoadedRecipe, resolved
 from kdpipe.runs import RunFolder, droppable
@@ -229,8 +229,8 @@ class _Run:
     def _preflight(self, step: Step) -> None:
         """Examines student and teachers, quickly and once per command, before a round samples or scores."""
         project = self.project
-        is_due = step.stage in ("rollout", "teacher-score") and project.recipe.runtime.preflight
-        if self.examined or not is_due:
+        is_due = step.round > 0 and step.stage in ("rollout", "teacher-score")
+        if self.examined or not is_due or not project.recipe.runtime.preflight:
             return
         self.examined = True
         request = examination(project, self.folders, step.round, depth="quick")
@@ -396,10 +396,14 @@ def examination(
     project: Project, folders: Mapping[str, Path], number: int, *, depth: Literal["full", "quick"]
 ) -> dict[str, JsonValue]:
     """The request to examine the models that round `number` starts with; `missing` names who is not made yet."""
+    recipe = project.recipe
+    teachers = recipe.teachers if recipe.train.objective.in_round(number).has_kd else []
+    roles = [STUDENT, *(teacher_role(recipe, teacher) for teacher in teachers)]
+    models = {*roles, BASE}
     found: dict[str, Input] = {}
     for step in project.plan.steps:
         if step.round == number and step.stage in ("rollout", "teacher-score"):
-            found |= {role: source for role, source in step.inputs.items() if role != "rollout"}
+            found |= {role: source for role, source in step.inputs.items() if role in models}
     there = {state.step.id: state for state in project.survey() if state.done}
     missing: dict[str, JsonValue] = {
         role: source.step_id
@@ -407,10 +411,7 @@ def examination(
         if source.step_id not in there or there[source.step_id].dropped & set(source.opens)
     }
     inputs = {role: source for role, source in found.items() if role not in missing}
-    has_kd = project.recipe.train.objective.in_round(number).has_kd
-    teachers = project.recipe.teachers if has_kd else []
-    roles = [STUDENT, *(teacher_role(project.recipe, teacher) for teacher in teachers)]
-    step = Step(f"preflight@{number}", "evaluate", number, STUDENT, project.recipe.seed, inputs, {}, "")
+    step = Step(f"preflight@{number}", "evaluate", number, STUDENT, recipe.seed, inputs, {}, "")
     return {
         **_models_json(project, folders, step),
         "examine": depth,

@@ -470,3 +470,24 @@ def test_a_healthy_run_is_examined_once_a_command_and_told_of_warnings(
     run_near(loaded, copied / "out")
     run_near(loaded, copied / "out")  # nothing is left to examine
     assert asked == [1, 2]
+
+
+def test_where_teachers_write_the_models_are_examined_when_all_of_them_are_there(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    real = kdpipe.runner.examination
+
+    def seen(*args: Any, **settings: Any) -> Any:
+        asked.append(real(*args, **settings))
+        return asked[-1]
+
+    monkeypatch.setattr(kdpipe.runner, "examination", seen)
+    student = {"model": "./student", "dtype": "float32", "sft": {"steps": 2, "batch": 4, "text": "teacher"}}
+    loaded = load_world(copied, student=student, runtime__preflight=True)
+    watcher = Watcher()
+    run_near(loaded, copied / "out", watcher=watcher)
+    assert watcher.performed[:2] == ["rollout:teacher@0", "sft:student@0"]
+    [request] = asked
+    assert request["missing"] == {}
+    assert set(request["inputs"]) == {"student"}
