@@ -11,8 +11,6 @@ from kdpipe.recipe import LoadedRecipe
 from kdpipe.runner import PERFORMER, examination, open_worker
 from kdpipe.sources import Sources
 
-Findings = list[dict[str, Any]]
-
 
 def examine_recipe(loaded: LoadedRecipe, workspace: Path) -> dict[str, Any]:
     """The doctor's findings on a recipe's models, what it takes, and the free disk, as JSON.

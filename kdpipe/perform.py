@@ -38,7 +38,7 @@ from kdpipe.engine import AdapterSource, Engine, ModelSource
 from kdpipe.engines.hf import HfEngine
 from kdpipe.engines.server import ServerEngine
 from kdpipe.environment import environment
-from kdpipe.errors import EngineError, PreflightError, StepError
+from kdpipe.errors import EngineError, KdpipeError, PreflightError, StepError
 from kdpipe.hidden import FILE as HIDDEN_FILE
 from kdpipe.hidden import HiddenFile
 from kdpipe.job import Job, Text, open_text
@@ -216,20 +216,24 @@ class _Task:
                 depth=self.request["examine"],
             )
             findings: list[JsonValue] = [dict(finding.to_json()) for finding in examine(case)]
-            if case.depth == "quick":  # the engines go on with the run
+            if case.depth == "quick":
                 return {"findings": findings}
-            return {"findings": findings, "estimate": dict(sizes(case).to_json())}
+            try:
+                return {"findings": findings, "estimate": dict(sizes(case).to_json())}
+            except KdpipeError as error:  # the findings are not lost with it
+                return {"findings": findings, "estimate": {"problem": error.message}}
 
     def _examined(self, role: str, engine: Literal["hf", "vllm"], stand_ins: Mapping[str, str]) -> Patient:
         """The student or a teacher as the doctor sees it; its engine is opened when it is first asked."""
         settings, source = self._settings(role), self._source(role)
+        is_here = not (isinstance(settings, Teacher) and settings.server is not None)
         return Patient(
             name=settings.name if isinstance(settings, Teacher) else STUDENT,
             source=source,
             text=self._text(role),
             open_engine=lambda: self._engine(engine, role),
-            engine_name=engine,
-            is_here=not (isinstance(settings, Teacher) and settings.server is not None),
+            engine_name=engine if is_here else "server",
+            is_here=is_here,
             stand_in=stand_ins.get(role, ""),
         )
 

@@ -402,6 +402,8 @@ def _limited(measure: dict[str, Any]) -> str:
 def estimate_lines(result: dict[str, Any], paint: Paint) -> list[str]:
     """What the recipe takes: memory by role, disk and tokens of a round."""
     found = result["estimate"]
+    if "problem" in found:
+        return [f"what it takes cannot be told: {inert(found['problem'])}"]
     lines = [paint("takes (completions of full length, nothing compressed, activations roughly)", "bold")]
     parameters = ", ".join(f"{name} {_short_count(count)}" for name, count in found["parameters"].items())
     lines.append(f"  parameters  {parameters}")

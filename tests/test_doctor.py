@@ -417,6 +417,15 @@ def test_the_command_tells_every_probe_and_what_comes_next(near: None, folder: P
     assert shown.splitlines()[-1].startswith(f"next  kdpipe run {tmp_path / 'recipe.yaml'}")
 
 
+def test_a_model_whose_sizes_nobody_knows_leaves_the_findings_as_they_are(near: None, copied: Path) -> None:
+    clinic.rewrite(copied / "teacher" / "config.json", {"model_type": "unheard-of"})
+    load_world(copied)
+    result = invoke(copied, code=4)
+    assert re.search(r"^  load +FAILED", result.stdout, re.MULTILINE)
+    assert "what it takes cannot be told: " in result.stdout
+    assert "load (teacher)" in result.stderr
+
+
 def test_a_failing_probe_exits_with_4_and_its_name(near: None, copied: Path) -> None:
     end_otherwise(copied / "teacher")
     load_world(copied)
