@@ -741,27 +741,85 @@ def schema() -> None:
 @app.command()
 @reported
 def doctor(
-    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Also plan this recipe.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="Examine the models of this recipe.")
+    ] = None,
     overrides: SetOption = None,
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the environment as a block to paste; with a recipe, what its plan needs.
+    """Print the environment as a block to paste; with a recipe, examine its teachers; exit 4 when a probe fails.
 
-    Example: kdpipe doctor
+    docs/doctor.md says what each probe catches. Models that no step has made yet are stood in for.
+
+    Example: kdpipe doctor quickstart
     """
-    from kdpipe.environment import environment
-
-    found: dict[str, Any] = dict(environment())
     if recipe is not None:
-        project = _open(recipe, overrides, workspace)
-        found |= {"recipe": recipe, "run": project.run.name, "steps": len(project.plan.steps)}
+        _examine(recipe, overrides, workspace, as_json=as_json)
+        return
+    found = _environment(workspace)
     if as_json:
         _print_json(found)
         return
     width = max(map(len, found))
     for name, value in found.items():
         print(f"{name:<{width}}  {'-' if value is None else value}")  # noqa: T201
+
+
+def _environment(workspace: Path) -> dict[str, Any]:
+    """Versions, machine, and what torch makes of it; torch is asked in a worker."""
+    import shutil
+    import tempfile
+
+    from kdpipe.environment import cpu_flags, environment
+    from kdpipe.workers import Worker
+
+    place = next(folder for folder in (workspace.resolve(), *workspace.resolve().parents) if folder.exists())
+    found: dict[str, Any] = {**environment(), "cpu_flags": cpu_flags()}
+    found["free_disk_gib"] = shutil.disk_usage(place).free >> 30
+    with tempfile.TemporaryDirectory(prefix="kdpipe-doctor-") as folder:
+        worker = Worker("kdpipe.doctor_machine:serve", log=Path(folder) / "doctor.log")
+        try:
+            seen: Any = worker.call({"device": "auto"}, on_event=lambda _event: None)
+        finally:
+            worker.stop()
+    return {**found, **seen}
+
+
+def _examine(recipe: str, overrides: list[str] | None, workspace: Path, *, as_json: bool) -> None:
+    """Examines a recipe's models; raises PreflightError when a probe fails."""
+    from kdpipe.examination import examine_recipe
+    from kdpipe.terminal import doctor_lines, estimate_lines, painter
+
+    result = {"recipe": recipe, **examine_recipe(_load(recipe, overrides), workspace.resolve())}
+    failed = [f"{one['probe']} ({one['about']})" for one in result["findings"] if one["verdict"] == "FAILED"]
+    if as_json:
+        _print_json({**result, "failed": failed})
+    else:
+        paint = painter(sys.stdout)
+        lines = [*doctor_lines(result, paint), "", *estimate_lines(result, paint)]
+        if not failed:
+            lines += ["", *_after_doctor(recipe, workspace, result["missing"])]
+        print("\n".join(lines))  # noqa: T201
+    if failed:
+        count = f"{len(failed)} probe{'s'[: len(failed) != 1]}"
+        raise PreflightError(
+            f"{recipe}: {count} failed: {', '.join(failed)}",
+            hint=f"docs/doctor.md says what each catches; mend it and repeat: kdpipe doctor {recipe}",
+        )
+
+
+def _after_doctor(recipe: str, workspace: Path, missing: dict[str, str]) -> list[str]:
+    """The next command: what is not made yet comes first, as it could only be stood in for."""
+    place = "" if workspace == WORKSPACE else f" --workspace {shlex.quote(str(workspace))}"
+    lines = []
+    if missing:
+        steps = ", ".join(sorted(set(missing.values())))
+        lines.append(f"not there yet: {steps}; examine again when they are done")
+        lines.append(f"next  kdpipe run {recipe} --rounds 0{place}")
+        lines.append(f"      kdpipe doctor {recipe}{place}")
+        return lines
+    return [f"next  kdpipe run {recipe}{place}"]
 
 
 @app.command()

@@ -25,6 +25,10 @@ PACKAGES = (
 )
 
 
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+"""What decides how fast a CPU multiplies matrices, and in which dtype."""
+
+
 @functools.cache
 def environment() -> dict[str, str | int | None]:
     """Versions and machine as flat JSON; a package that is not installed is None."""
@@ -72,6 +76,15 @@ def _processor() -> str | None:
     except OSError:
         pass
     return platform.processor() or None
+
+
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+    """Those of `CPU_FLAGS` that the processor has; None where nobody says."""
+    try:
+        words = set(cpuinfo.read_text(encoding="utf-8").split())
+    except OSError:
+        return None
+    return " ".join(flag for flag in CPU_FLAGS if flag in words) or None
 
 
 def _memory_gib() -> int | None:

@@ -7,6 +7,7 @@ problems, the tokenizers.
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -28,11 +29,15 @@ from kdpipe.checkpoints import (
     resolve_device,
     resolve_dtype,
     scratch_model,
+    write_model,
 )
+from kdpipe.doctor import examine, sizes
+from kdpipe.doctor_case import Case
+from kdpipe.doctor_case import Model as Patient
 from kdpipe.engine import AdapterSource, Engine, ModelSource
 from kdpipe.engines.server import ServerEngine
 from kdpipe.environment import environment
-from kdpipe.errors import PreflightError, StepError
+from kdpipe.errors import KdpipeError, PreflightError, StepError
 from kdpipe.hidden import FILE as HIDDEN_FILE
 from kdpipe.hidden import HiddenFile
 from kdpipe.job import Job, Text, open_text
@@ -84,11 +89,12 @@ class Performer:
         self._warm: Warm | None = None
 
     def __call__(self, request: Message, report: Report) -> Message:
-        """Performs the step of `request` unless another run has done it meanwhile; or ends what it started."""
+        """Performs a step unless another run has done it meanwhile; or examines its models; or ends what it started."""
         if request == CLOSE:
             self.close()
             return {}
-        return _Task(request, report, self._warmed(request, report)).run()
+        task = _Task(request, report, self._warmed(request, report))
+        return task.examine() if "examine" in request else task.run()
 
     def close(self) -> None:
         """Ends the processes of the roles, and lets go of everything."""
@@ -107,7 +113,8 @@ class Performer:
             torch.use_deterministic_algorithms(mode=True, warn_only=True)
             device = resolve_device(recipe.runtime.device)
             report.event(kind="note", text=_hardware(recipe, device))
-            _refuse_unsound(recipe, report)
+            if request.get("examine") != "full":  # nothing is trained on by the doctor
+                _refuse_unsound(recipe, report)
             hub = request["folders"].get("data")
             problems = read_problems(
                 recipe.task, Path(request["folder"]), hub_folder=Path(hub) if hub else None
@@ -179,6 +186,61 @@ class _Task:
                 self._keep_warm(trainer, manifest.payload_digest)
             tokens = pulse.all_tokens
             return {"reused": False, "digest": manifest.payload_digest, "seconds": seconds, "tokens": tokens}
+
+    def examine(self) -> Message:
+        """The doctor's findings on the models that the step opens, and with a full examination the estimate."""
+        with tempfile.TemporaryDirectory(prefix="kdpipe-doctor-") as folder:
+            place = Path(folder)
+            stand_ins = {role: self._stand_in(role, place) for role in self.request["missing"]}
+            entry = Entry(place / "step", self.step.id, self.step.fingerprint)
+            draft = Draft(entry, self.step, note=lambda _kind, _fields: None)
+            job = self._job(draft, Pulse(lambda _fields: None, self.report.stopping.is_set))
+            roles = [role for role in self.request["roles"] if role != STUDENT]
+            engine = self.recipe.teacher_score.engine
+            teachers = [(self._settings(role), self._examined(role, engine, stand_ins)) for role in roles]
+            case = Case(
+                job=job,
+                device=self.warm.device,
+                student=self._examined(STUDENT, self.recipe.rollout.engine, stand_ins),
+                teachers=[(settings, model) for settings, model in teachers if isinstance(settings, Teacher)],
+                depth=self.request["examine"],
+            )
+            findings: list[JsonValue] = [dict(finding.to_json()) for finding in examine(case)]
+            if case.depth == "quick":
+                return {"findings": findings}
+            try:
+                return {"findings": findings, "estimate": dict(sizes(case).to_json())}
+            except KdpipeError as error:  # the findings are not lost with it
+                return {"findings": findings, "estimate": {"problem": error.message}}
+
+    def _examined(self, role: str, engine: EngineName, stand_ins: Mapping[str, str]) -> Patient:
+        """The student or a teacher as the doctor sees it; its engine is opened when it is first asked."""
+        settings, source = self._settings(role), self._source(role)
+        is_here = not (isinstance(settings, Teacher) and settings.server is not None)
+        return Patient(
+            name=settings.name if isinstance(settings, Teacher) else STUDENT,
+            source=source,
+            text=self._text(role),
+            open_engine=lambda: self._engine(engine, role),
+            engine_name=engine if is_here else "server",
+            is_here=is_here,
+            stand_in=stand_ins.get(role, ""),
+        )
+
+    def _stand_in(self, role: str, place: Path) -> str:
+        """Puts other weights in the place of those that a step has not made yet; returns what they are."""
+        settings, step_id = self._settings(role), self.request["missing"][role]
+        is_own = isinstance(settings, Teacher) and settings.self_ is None
+        name = settings.name if isinstance(settings, Teacher) and is_own else STUDENT
+        origin = settings if is_own else self.recipe.student
+        if origin.scratch is None:
+            return f"its weights before {step_id}, which is not done"
+        if name not in self.request["folders"]:
+            folder = place / name
+            write_model(self._scratch(origin), arithmetic_tokenizer(words()), folder)
+            self.request["folders"][name] = str(folder)
+            self.request["digests"][name] = f"untrained {name}"
+        return f"untrained weights: {step_id} is not done"
 
     def _perform(self, job: Job) -> Trainer | None:
         match self.step.stage:

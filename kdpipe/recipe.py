@@ -743,7 +743,10 @@ class Vllm(Section):
 
 
 class Runtime(Section):
-    """Hardware, batch sizes and retention; nothing here changes results beyond floating-point rounding."""
+    """Hardware, batch sizes and retention; nothing here changes results beyond floating-point rounding.
+
+    `preflight` examines student and teachers, quickly, before the first round that is not done (docs/doctor.md).
+    """
 
     device: str = "auto"
     threads: Count | None = None
@@ -759,6 +762,7 @@ class Runtime(Section):
     placement: Placement = Placement.model_construct()
     vllm: Vllm = Vllm.model_construct()
     allow_weak_teacher: bool = False
+    preflight: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,17 +14,17 @@ import shlex
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import JsonValue
 
 from kdpipe.errors import ArtifactError, Interrupted, PreflightError, RecipeError, StepError
-from kdpipe.plan import STUDENT, Fields, Input, Step, canonical
+from kdpipe.plan import BASE, STUDENT, Fields, Input, Step, canonical, teacher_role
 from kdpipe.project import Project, headrooms, open_project, round_metrics
 from kdpipe.recipe import LoadedRecipe, resolved
 from kdpipe.runs import RunFolder, droppable
@@ -133,21 +133,11 @@ class _Run:
     worker: Worker = field(init=False)
     digests: dict[str, str | None] = field(default_factory=dict)
     again: set[str] = field(default_factory=set)
+    examined: bool = False
 
     def __post_init__(self) -> None:
-        threads = self.project.recipe.runtime.threads
-        environment = {
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONUNBUFFERED": "1",
-            # Threads that spin while they wait take the cores from whatever else runs: measured 30 times slower there.
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-        }
-        if threads is not None:
-            environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        self.worker = Worker(
-            self.performer, log=self.project.run.path / "logs" / "worker.log", environment=environment
-        )
+        log = self.project.run.path / "logs" / "worker.log"
+        self.worker = open_worker(self.project, self.performer, log=log)
 
     def go(self, mirror: Mirror) -> None:
         """Performs every step that is not done, in order."""
@@ -177,6 +167,7 @@ class _Run:
                 project.run.link(step, entry)
             else:
                 self._restore(step)
+                self._preflight(step)
                 self._perform(step, entry, anew=step.id in again or state.verdict == "stale")
                 again.discard(step.id)
                 if step.stage in ("train", "evaluate"):  # only these change what is kept
@@ -235,6 +226,37 @@ class _Run:
             self._perform(origin, project.store.entry(origin), anew=True)
             self.digests[origin.id] = inspect(project.store, origin, self.digests).digest
 
+    def _preflight(self, step: Step) -> None:
+        """Examines student and teachers, quickly and once per command, before a round samples or scores."""
+        project = self.project
+        is_due = step.round > 0 and step.stage in ("rollout", "teacher-score")
+        if self.examined or not is_due or not project.recipe.runtime.preflight:
+            return
+        self.examined = True
+        request = examination(project, self.folders, step.round, depth="quick")
+        if request["missing"] or len(request["roles"]) == 1:  # type: ignore[arg-type]
+            return
+        result = self.worker.call(
+            request,
+            on_event=lambda event: self.display.step_event(step, event),
+            stop=self.stop.asked,
+            tick=self.display.tick,
+        )
+        if result is None:
+            self._interrupted(step)
+        assert result is not None
+        findings: Any = result["findings"]
+        for finding in findings:
+            if finding["verdict"] == "warning":
+                self.display.warn(_sentence(finding))
+        broken = [_sentence(finding) for finding in findings if finding["verdict"] == "FAILED"]
+        if broken:
+            more = "".join(f"\n  {line}" for line in broken[1:])
+            raise PreflightError(
+                f"preflight of round {step.round}: {broken[0]}{more}",
+                hint="kdpipe doctor shows the numbers; done steps are kept; --set runtime.preflight=false goes on",
+            )
+
     def _was_dropped(self, source: Input) -> bool:
         manifest = self.project.store.entry(self.project.plan.step(source.step_id)).manifest()
         return manifest is not None and any(
@@ -248,17 +270,7 @@ class _Run:
         project.run.link(step, entry)
         project.run.event("step started", step=step.id)
         self.display.step_begins(step)
-        request: dict[str, JsonValue] = {
-            "workspace": str(project.workspace),
-            "recipe": resolved(project.recipe),
-            "folder": str(project.loaded.folder),
-            "run": str(project.run.path),
-            "step": _step_json(step),
-            "inputs": {role: _step_json(project.plan.step(s.step_id)) for role, s in step.inputs.items()},
-            "folders": {name: str(folder) for name, folder in self.folders.items()},
-            "digests": {name: _digest(fields) for name, fields in project.identities.models.items()},
-            "anew": anew,
-        }
+        request = {**_models_json(project, self.folders, step), "anew": anew}
         result = self.worker.call(
             request,
             on_event=lambda event: self.display.step_event(step, event),
@@ -355,6 +367,67 @@ class _Run:
 
 
 # ------------------------------------------------------------------------------------------- requests
+
+
+def open_worker(project: Project, performer: str, *, log: Path) -> Worker:
+    """The worker that performs a project's steps; it starts with its first call."""
+    threads = project.recipe.runtime.threads
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        # Threads that spin while they wait take the cores from whatever else runs: measured 30 times slower there.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+    }
+    if threads is not None:
+        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return Worker(performer, log=log, environment=environment)
+
+
+def examination(
+    project: Project, folders: Mapping[str, Path], number: int, *, depth: Literal["full", "quick"]
+) -> dict[str, JsonValue]:
+    """The request to examine the models that round `number` starts with; `missing` names who is not made yet."""
+    recipe = project.recipe
+    teachers = recipe.teachers if recipe.train.objective.in_round(number).has_kd else []
+    roles = [STUDENT, *(teacher_role(recipe, teacher) for teacher in teachers)]
+    models = {*roles, BASE}
+    found: dict[str, Input] = {}
+    for step in project.plan.steps:
+        if step.round == number and step.stage in ("rollout", "teacher-score"):
+            found |= {role: source for role, source in step.inputs.items() if role in models}
+    there = {state.step.id: state for state in project.survey() if state.done}
+    missing: dict[str, JsonValue] = {
+        role: source.step_id
+        for role, source in found.items()
+        if source.step_id not in there or there[source.step_id].dropped & set(source.opens)
+    }
+    inputs = {role: source for role, source in found.items() if role not in missing}
+    step = Step(f"preflight@{number}", "evaluate", number, STUDENT, recipe.seed, inputs, {}, "")
+    return {
+        **_models_json(project, folders, step),
+        "examine": depth,
+        "roles": list[JsonValue](roles),
+        "missing": missing,
+    }
+
+
+def _sentence(finding: Mapping[str, Any]) -> str:
+    return f"{finding['probe']} ({finding['about']}): {finding['said']}"
+
+
+def _models_json(project: Project, folders: Mapping[str, Path], step: Step) -> dict[str, JsonValue]:
+    """What every request tells a worker: the recipe, the step with its inputs, and where models are."""
+    return {
+        "workspace": str(project.workspace),
+        "recipe": resolved(project.recipe),
+        "folder": str(project.loaded.folder),
+        "run": str(project.run.path),
+        "step": _step_json(step),
+        "inputs": {role: _step_json(project.plan.step(s.step_id)) for role, s in step.inputs.items()},
+        "folders": {name: str(folder) for name, folder in folders.items()},
+        "digests": {name: _digest(fields) for name, fields in project.identities.models.items()},
+    }
 
 
 def _step_json(step: Step) -> dict[str, JsonValue]:

@@ -46,6 +46,7 @@ _TINY: dict[str, Any] = {
         "part_rows": 4,
         "checkpoint_steps": 2,
         "allow_weak_teacher": True,
+        "preflight": False,  # tests/test_doctor.py has it on
     },
 }
 
