@@ -306,9 +306,6 @@ def test_a_long_message_is_put_together_from_its_pieces(worker: Worker) -> None:
     answer = call(worker, "nothing", out=text)
     assert answer is not None
     assert answer["out"] == text
-    assert (
-        time.process_time() - started < 2
-    )  # put together anew with every piece it would take many times that
 
 
 PARENT = """
