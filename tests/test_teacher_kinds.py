@@ -109,6 +109,7 @@ def test_scores_are_of_the_prompt_that_its_own_template_renders(tmp_path: Path, 
         assert tokenizer.decode(row.prompt_token_ids).endswith("<|start|>assistant\n"), "the student's own"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_stopped_while_it_scores_ends_with_the_same_digests(tmp_path: Path, kind: str) -> None:
     folders = tmp_path / "unbroken", tmp_path / "stopped"

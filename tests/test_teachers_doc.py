@@ -100,10 +100,12 @@ def test_there_is_an_example_of_each_way_to_have_several() -> None:
     assert counts.count(2) == 2
 
 
-def test_the_document_holds_the_table_of_the_study_of_specialists() -> None:
-    results = ROOT / "benchmarks" / "results" / "specialists.jsonl"
+@pytest.mark.parametrize("name", ["specialists", "privileged"])
+def test_the_document_holds_the_table_of_a_study_over_three_seeds(name: str) -> None:
+    results = ROOT / "benchmarks" / "results" / f"{name}.jsonl"
     rows = [json.loads(line) for line in results.read_text().splitlines()]
-    script = study("specialists")
+    script = study(name)
+    assert not any("dirty" in row["commit"] for row in rows)
     assert {(row["seed"], row["arm"]) for row in rows} == {(s, arm) for s in (1, 2, 3) for arm in script.ARMS}
     marker = f"<!-- study: {results.relative_to(ROOT)} -->\n\n"
     assert DOC.partition(marker)[2].startswith(script.markdown(rows) + "\n")

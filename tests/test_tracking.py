@@ -486,6 +486,7 @@ def test_a_run_that_was_killed_is_settled_by_whoever_sees_its_lock_free(world: W
     assert tracking.settle(world.workspace) == []
 
 
+@pytest.mark.slow
 def test_the_mirror_delivers_and_settles_without_its_parent_importing_mlflow(workspace: Path) -> None:
     killed = make_world(workspace, "killed")
     killed.sync()
@@ -533,6 +534,7 @@ def test_a_refused_connection_fails_at_once_and_hides_the_password(
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_dead_server_costs_seconds_and_loses_nothing(world: World) -> None:
     world.finish_everything()
     dead = World(world.workspace, world.loaded, f"http://{dead_address()}")
