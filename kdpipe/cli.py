@@ -22,7 +22,8 @@ from kdpipe.errors import Interrupted, KdpipeError, PreflightError, RecipeError
 
 if TYPE_CHECKING:
     from kdpipe.project import Project
-    from kdpipe.recipe import LoadedRecipe, Recipe
+    from kdpipe.recipe import Recipe
+    from kdpipe.recipe_file import LoadedRecipe
     from kdpipe.survey import State
 
 app = typer.Typer(
@@ -118,7 +119,7 @@ def _recipe_path(recipe: str) -> Path:
 
 
 def _load(recipe: str, overrides: list[str] | None) -> "LoadedRecipe":
-    from kdpipe.recipe import load_recipe
+    from kdpipe.recipe_file import load_recipe
 
     return load_recipe(_recipe_path(recipe), tuple(overrides or ()))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.project import open_project
-from kdpipe.recipe import LoadedRecipe
+from kdpipe.recipe_file import LoadedRecipe
 from kdpipe.runner import PERFORMER, examination, open_worker
 from kdpipe.sources import Sources
 from kdpipe.workers import CLOSE

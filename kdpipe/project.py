@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.plan import Identities, Plan, make_plan
-from kdpipe.recipe import LoadedRecipe, Recipe, Teacher
+from kdpipe.recipe import Recipe, Teacher
+from kdpipe.recipe_file import LoadedRecipe
 from kdpipe.runs import RunFolder, run_folder
 from kdpipe.sources import Sources
 from kdpipe.store import METRICS, Store, read_lines

@@ -26,7 +26,8 @@ from pydantic import JsonValue
 from kdpipe.errors import ArtifactError, Interrupted, PreflightError, RecipeError, StepError
 from kdpipe.plan import BASE, STUDENT, Fields, Input, Step, canonical, teacher_role
 from kdpipe.project import Project, headrooms, open_project, round_metrics
-from kdpipe.recipe import LoadedRecipe, resolved
+from kdpipe.recipe import resolved
+from kdpipe.recipe_file import LoadedRecipe
 from kdpipe.runs import RunFolder, droppable
 from kdpipe.sources import Sources
 from kdpipe.store import Entry, run_lock, tidy

@@ -20,7 +20,8 @@ from pydantic import JsonValue
 
 from kdpipe.environment import environment
 from kdpipe.plan import Fields, Step, run_hash
-from kdpipe.recipe import LoadedRecipe, Recipe, resolved
+from kdpipe.recipe import Recipe, resolved
+from kdpipe.recipe_file import LoadedRecipe
 from kdpipe.store import FINGERPRINT, Entry, append_line, read_lines, write_bytes, write_json
 
 ROUND = re.compile(r"round-(\d+)$")

@@ -16,7 +16,8 @@ from pydantic import JsonValue
 
 from kdpipe.errors import DataError, ModelError, RecipeError
 from kdpipe.plan import STUDENT, UNRESOLVED, Fields, Identities, canonical
-from kdpipe.recipe import Gsm8kTask, LoadedRecipe, Student, Teacher
+from kdpipe.recipe import Gsm8kTask, Student, Teacher
+from kdpipe.recipe_file import LoadedRecipe
 from kdpipe.store import file_digest, write_json
 from kdpipe.tasks import data_files, hub_id
 

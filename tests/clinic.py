@@ -24,7 +24,7 @@ from kdpipe.engine import Ability, Completion, Engine, ModelSource, ScoreRequest
 from kdpipe.perform import Performer
 from kdpipe.project import open_project
 from kdpipe.prompting import arithmetic_tokenizer
-from kdpipe.recipe import LoadedRecipe
+from kdpipe.recipe_file import LoadedRecipe
 from kdpipe.runner import examination
 from kdpipe.sources import Sources
 from kdpipe.workers import Report

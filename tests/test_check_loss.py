@@ -31,7 +31,8 @@ from kdpipe.batching import Batch
 from kdpipe.check_loss import Finding, Phase, cases_of, check_loss, judged, serve, unsound
 from kdpipe.cli import app
 from kdpipe.objective import TokenBatch
-from kdpipe.recipe import KdTerm, Objective, Recipe, load_recipe
+from kdpipe.recipe import KdTerm, Objective, Recipe
+from kdpipe.recipe_file import load_recipe
 from kdpipe.recipes_shipped import shipped
 from kdpipe.terminal import check_loss_lines
 from tests.worlds import tiny_recipe

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kdpipe.errors import PreflightError
 from kdpipe.prompting import arithmetic_tokenizer
-from kdpipe.recipe import LoadedRecipe
+from kdpipe.recipe_file import LoadedRecipe
 from tests.worlds import load_tiny, run_near
 
 WORDS = [*"0123456789", "+", "####", "\n", "Tom", "<turn>"]

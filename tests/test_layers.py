@@ -32,6 +32,7 @@ LEVELS = {
     "recipes_shipped": 1,
     "yaml_source": 1,
     "recipe": 1.1,
+    "recipe_file": 1.2,
     "engine": 2,
     "plan": 2,
     "tables": 2,

@@ -22,8 +22,8 @@ from kdpipe.recipe import (
     Objective,
     RatioControl,
     Support,
-    load_recipe,
 )
+from kdpipe.recipe_file import load_recipe
 from kdpipe.tables import topk_schema
 
 ROOT = Path(__file__).parents[1]

@@ -29,7 +29,8 @@ from kdpipe.objective import (
     shares,
     token_loss,
 )
-from kdpipe.recipe import Objective, load_recipe
+from kdpipe.recipe import Objective
+from kdpipe.recipe_file import load_recipe
 from tests.test_from_files import forward, of_tokens, write_model, write_problems
 from tests.worlds import Watcher, load_tiny, payload_digests, run_near
 

@@ -12,7 +12,7 @@ from kdpipe.engine import ModelSource, TokenScores
 from kdpipe.errors import PreflightError
 from kdpipe.job import Job, Text
 from kdpipe.prompting import prompt_style, render_prompt
-from kdpipe.recipe import load_recipe
+from kdpipe.recipe_file import load_recipe
 from kdpipe.rows import Problem
 from kdpipe.stages.teacher_score import TeacherSide, check_scorable, score_completions, teacher_side
 from tests.fakes import FakeEngine

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kdpipe.errors import RecipeError
-from kdpipe.recipe import JsdTerm, K2Term, Keeping, LoadedRecipe, Recipe, RklTerm, load_recipe, resolved
+from kdpipe.recipe import JsdTerm, K2Term, Keeping, Recipe, RklTerm, resolved
+from kdpipe.recipe_file import LoadedRecipe, load_recipe
 from kdpipe.yaml_source import parse_value, read_yaml
 
 MINIMAL = """\

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM as AutoModel
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
-from kdpipe.recipe import Recipe, load_recipe, resolved
+from kdpipe.recipe import Recipe, resolved
+from kdpipe.recipe_file import load_recipe
 from kdpipe.tables import read_rollouts, read_scores
 from tests.worlds import run_near
 

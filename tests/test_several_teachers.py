@@ -28,7 +28,7 @@ from kdpipe.cli import app
 from kdpipe.engine import ModelSource
 from kdpipe.errors import ArtifactError, Interrupted, PreflightError
 from kdpipe.job import Job
-from kdpipe.recipe import LoadedRecipe, load_recipe
+from kdpipe.recipe_file import LoadedRecipe, load_recipe
 from kdpipe.rows import Rollout
 from kdpipe.stages.train import train
 from kdpipe.tables import Scores

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub.errors import HTTPError
 
 from kdpipe.errors import DataError, EngineError
-from kdpipe.recipe import load_recipe
+from kdpipe.recipe_file import load_recipe
 from kdpipe.sources import Sources
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

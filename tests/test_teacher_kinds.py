@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kdpipe.errors import Interrupted
-from kdpipe.recipe import LoadedRecipe
+from kdpipe.recipe_file import LoadedRecipe
 from tests.test_prompting import CHAT, byte_tokenizer
 from tests.worlds import Watcher, load_tiny, payload_digests, run_near
 

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdpipe.errors import Interrupted, PreflightError
-from kdpipe.recipe import LoadedRecipe
+from kdpipe.recipe_file import LoadedRecipe
 from tests.test_end_alias import NUM_IDS, STUDENT_END, TEACHER_END, WORDS, write_model
 from tests.worlds import Watcher, load_tiny, payload_digests, run_near
 

@@ -18,7 +18,8 @@ import pytest
 from kdpipe import tracking
 from kdpipe.errors import KdpipeError
 from kdpipe.plan import Identities, Step, make_plan
-from kdpipe.recipe import LoadedRecipe, Tracking, load_recipe
+from kdpipe.recipe import Tracking
+from kdpipe.recipe_file import LoadedRecipe, load_recipe
 from kdpipe.runs import RunFolder, run_folder
 from kdpipe.store import Draft, Store, run_lock
 from kdpipe.tracking import (

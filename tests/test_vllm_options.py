@@ -22,7 +22,8 @@ from kdpipe.engines import vllm_guard, vllm_process, vllm_worker
 from kdpipe.engines.vllm import VllmEngine
 from kdpipe.engines.vllm_output import scores_of
 from kdpipe.errors import EngineError, RecipeError
-from kdpipe.recipe import Vllm, load_recipe
+from kdpipe.recipe import Vllm
+from kdpipe.recipe_file import load_recipe
 from tests.tiny_models import ROWS, in_float64, plain_logprobs, tiny_model, tiny_tokenizer
 from tests.worlds import write_recipe
 

@@ -17,7 +17,7 @@ import yaml
 from kdpipe.perform import Performer
 from kdpipe.project import Project
 from kdpipe.pulse import Stopped
-from kdpipe.recipe import LoadedRecipe, load_recipe
+from kdpipe.recipe_file import LoadedRecipe, load_recipe
 from kdpipe.runner import Request, run
 from kdpipe.store import read_lines
 from kdpipe.workers import Message, Report
