@@ -100,7 +100,7 @@ def test_there_is_an_example_of_each_way_to_have_several() -> None:
     assert counts.count(2) == 2
 
 
-@pytest.mark.parametrize("name", ["specialists", "privileged"])
+@pytest.mark.parametrize("name", ["specialists", "privileged", "sequence_kd"])
 def test_the_document_holds_the_table_of_a_study_over_three_seeds(name: str) -> None:
     results = ROOT / "benchmarks" / "results" / f"{name}.jsonl"
     rows = [json.loads(line) for line in results.read_text().splitlines()]
