@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from study import commit
 
 from kdpipe.checkpoints import ModelShelf, read_architecture, resolve_device, resolve_dtype
 from kdpipe.engine import Engine, ModelSource, SampleRequest, Sampling, ScoreRequest
@@ -46,6 +47,7 @@ def main() -> None:
     }
     results: dict[str, object] = {
         "benchmark": "engines",
+        "commit": commit(),
         "model": arguments.model.name,
         "device": str(device),
         "dtype": str(resolve_dtype(source.dtype, device)[0]).removeprefix("torch."),
