@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +37,6 @@ def changes(kind: str, **more: Any) -> dict[str, Any]:
     # Large steps, so that each round's student is another.
     train = {"optimizer": {"learning_rate": 1e-2}, "minibatches": 2}
     return {"teachers": [KINDS[kind]], "student__dtype": dtype, "train": train, **more}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """With more, passes of so small a model take five times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=list(KINDS))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,6 @@ NAN = float("nan")
 OF = torch.tensor([number for number, length in enumerate(LENGTHS) for _ in range(length)])
 OFF = torch.isin(OF, torch.tensor(REFERENCES))
 IDS = torch.arange(N) * 3 % V
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random(seed: int, *shape: int) -> Tensor:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -153,15 +153,6 @@ def of_tokens(logprobs: np.ndarray, completion: Any) -> np.ndarray:
 
 def number_of(prompt_id: str) -> int:
     return int(prompt_id.rpartition("/")[2])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """With more, passes of so small a model take five times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,6 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
         "<s><|start|>user\nHow many?\n\n{q}<|end|>\n<|start|>assistant\n(sure) ",
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write_model(folder: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,6 @@ from tests.worlds import Watcher, load_tiny, payload_digests, run_near
 
 PROBLEMS, PROMPTS, SAMPLED = 12, 6, 2
 LAST_WORDS = ["<think>", "thus"]  # after all that both have
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def recipe(folder: Path, **changes: Any) -> LoadedRecipe:
