@@ -71,14 +71,19 @@ def write_texts(
 
     name = "rollouts.parquet"
     job.in_parts(name, problems, rows_per_item=samples, build=build, schema=ROLLOUTS)
-    rows = read_rollouts(job.draft.folder / name)
+    _write_metrics(job, teacher.name, read_rollouts(job.draft.folder / name))
+
+
+def _write_metrics(job: Job, name: str, rows: Sequence[Rollout]) -> None:
+    """What the teacher's text is like; nothing where it had no problem to write for."""
+    if not rows:
+        return
     for metric, value in (
         ("completion_tokens_mean", mean([len(row.completion_token_ids) for row in rows])),
         ("truncated_fraction", mean([row.finish_reason == "length" for row in rows])),
         ("reward_mean", mean([row.reward for row in rows])),
     ):
-        if rows:
-            job.draft.metric(f"rollout/{teacher.name}/{metric}", value)
+        job.draft.metric(f"rollout/{name}/{metric}", value)
 
 
 def _settings(job: Job, teacher: TeacherSide) -> tuple[int, float]:
