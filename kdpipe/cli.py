@@ -726,14 +726,21 @@ def init(
 
 @app.command()
 @reported
-def schema() -> None:
-    """Print the JSON Schema of recipes, for editors.
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the page docs/recipe.md instead.")
+    ] = False,
+) -> None:
+    """Print the JSON Schema of recipes, for editors, with a sentence for each field.
 
     Example: kdpipe schema > recipe.schema.json
     """
-    from kdpipe.recipe import Recipe
+    from kdpipe.recipe_reference import described_schema, reference
 
-    _print_json(Recipe.model_json_schema(by_alias=True))
+    if markdown:
+        print(reference(), end="")  # noqa: T201
+        return
+    _print_json(described_schema())
 
 
 # ---------------------------------------------------------------------------------------- environment
