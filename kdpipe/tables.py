@@ -166,6 +166,19 @@ def read_rows(path: Path, schema: pa.Schema, *, columns: list[str] | None = None
     return _read(path, schema, columns).to_pylist()  # type: ignore[no-any-return]
 
 
+def read_lists(path: Path, schema: pa.Schema, column: str) -> list[npt.NDArray[Any] | None]:
+    """One column of lists as arrays that share memory, None where a row has none; raises as `read_rows` does."""
+    values = _read(path, schema, [column])[column].combine_chunks()
+    flat = values.values.to_numpy(zero_copy_only=False)
+    bounds = values.offsets.to_numpy()
+    return [
+        flat[start:stop] if known else None
+        for start, stop, known in zip(
+            bounds[:-1], bounds[1:], values.is_valid().to_numpy(zero_copy_only=False), strict=True
+        )
+    ]
+
+
 def read_rollouts(path: Path) -> list[Rollout]:
     """The rows of a rollouts file."""
     names = [field.name for field in fields(Rollout)]

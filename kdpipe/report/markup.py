@@ -1,0 +1,72 @@
+"""HTML and SVG from values: whatever is not already markup is escaped, so model text cannot become any."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+Attributes: TypeAlias = Mapping[str, str | float | bool | None]
+VOID = frozenset({"meta", "input", "br", "path", "line", "circle", "rect", "polyline", "polygon"})
+
+
+@dataclass(frozen=True, slots=True)
+class Html:
+    """Markup that was made here, as opposed to text."""
+
+    text: str
+
+
+Child: TypeAlias = Html | str | None
+
+
+def element(name: str, attributes: Attributes | None = None, *children: Child) -> Html:
+    """`<name attributes>children</name>`; an attribute that is True stands alone, None or False is left out."""
+    written = "".join(
+        f" {key}" if value is True else f' {key}="{html.escape(_plain(value))}"'
+        for key, value in (attributes or {}).items()
+        if value is not None and value is not False
+    )
+    if name in VOID and not children:
+        return Html(f"<{name}{written}/>")
+    return Html(f"<{name}{written}>{joined(children).text}</{name}>")
+
+
+def joined(children: tuple[Child, ...] | list[Child] | list[Html]) -> Html:
+    """The children one after another."""
+    return Html("".join(_markup(child) for child in children))
+
+
+def _markup(child: Child) -> str:
+    if child is None:
+        return ""
+    return child.text if isinstance(child, Html) else html.escape(visible(child), quote=False)
+
+
+def _plain(value: str | float | bool) -> str:
+    """An attribute's value; coordinates need no more than a hundredth of a pixel."""
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else visible(str(value))
+
+
+def visible(text: str) -> str:
+    """The text with characters that do not print as themselves written out, as bidi controls; newlines stay."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character
+        if character.isprintable() or character in "\n\t"
+        else f"\\x{ord(character):02x}"
+        if ord(character) < 256
+        else f"\\u{ord(character):04x}"
+        for character in text
+    )
+
+
+def embedded(value: Any) -> str:
+    """JSON that can stand inside a script element: nothing in it can end the element or begin a comment."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
