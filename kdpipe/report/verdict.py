@@ -66,7 +66,14 @@ def verdict(measures: Measures) -> Verdict:
             ("Student 0 was not evaluated, so it cannot be said what of that was gained.",),
         )
     sentences = [_accuracy_sentence(before, after, change)]
-    sentences += filter(None, [_gap_sentence(measures, after), _divergence_sentence(after)])
+    sentences += filter(
+        None,
+        [
+            _flip_sentence(measures, before, after),
+            _gap_sentence(measures, after),
+            _divergence_sentence(after),
+        ],
+    )
     if change.low > 0:
         return Verdict(
             "good", f"It worked: the student gained {100 * change.estimate:.1f} points.", tuple(sentences)
@@ -92,6 +99,16 @@ def _accuracy_sentence(before: Evaluation, after: Evaluation, change: Interval) 
         f"{percent(after.accuracy.estimate)} by round {after.step.round}: {points(change.estimate)} points, "
         f"paired 95% interval {points(change.low)} to {points(change.high)}"
         f"{p_text(after.summary.get('accuracy_change_p_value'))}; {chance}."
+    )
+
+
+def _flip_sentence(measures: Measures, before: Evaluation, after: Evaluation) -> str | None:
+    """How many problems the student got right or wrong anew, where each was answered once."""
+    found = measures.difference(after, before)
+    if found is None or found.p_value is None:
+        return None
+    return (
+        f"{found.only_first} problems are right now that were wrong, {found.only_second} the other way round."
     )
 
 
@@ -209,9 +226,13 @@ def _headroom(measures: Measures) -> Iterator[str]:
         if headroom.low <= 0:
             exempt = "" if headroom.exempt is None else f" It need not be: {headroom.exempt}."
             yield (
-                f"Weak headroom: teacher {headroom.teacher} is not clearly better than the student was before training "
+                f"Weak headroom: {_called(headroom.teacher)} is not clearly better than the untrained student "
                 f"({points(headroom.change)} points, {points(headroom.low)} to {points(headroom.high)}).{exempt}"
             )
+
+
+def _called(name: str) -> str:
+    return "the teacher" if name == "teacher" else f"teacher {name}"
 
 
 def _sampling(measures: Measures) -> Iterator[str]:
