@@ -600,7 +600,7 @@ def test_a_report_that_cannot_be_written_is_told_and_stops_nothing(unwritten: Pr
 def test_report_and_samples_import_no_model_library(project: Project, tmp_path: Path) -> None:
     script = (
         "import atexit, json, sys\n"
-        "heavy = ('torch', 'transformers', 'mlflow', 'vllm')\n"
+        "heavy = ('torch', 'transformers', 'mlflow', 'vllm', 'pandas')\n"
         "atexit.register(lambda: print(json.dumps([m for m in heavy if m in sys.modules]), file=sys.stderr))\n"
         "from kdpipe.cli import main\n"
         "main()\n"

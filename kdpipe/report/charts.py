@@ -180,7 +180,7 @@ def _seconds(value: float) -> str:
 
 
 def _count(value: float) -> str:
-    return f"{value:,.0f}" if value < 10_000 else f"{value / 1000:,.3g} k"
+    return f"{value:,.0f}" if value < 1000 else f"{value / 1000:,.3g} k"
 
 
 def _power(value: float) -> str:

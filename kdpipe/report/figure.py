@@ -192,7 +192,7 @@ def _grid(place: _Place, chart: Chart) -> Html:
     for tick in place.ticks:
         y = place.y(tick)
         kind = "axis" if tick == place.ticks[0] else "grid"
-        marks.append(element("line", {"class": kind, "x1": LEFT, "x2": WIDTH - RIGHT, "y1": y, "y2": y}))
+        marks.append(element("line", {"class": kind, "x1": LEFT, "x2": place.right, "y1": y, "y2": y}))
         marks.append(element("text", {"class": "tick end", "x": LEFT - 6, "y": y + 3.5}, chart.show(tick)))
     for number in _round_ticks(place.rounds):
         x = place.x(number)

@@ -44,23 +44,36 @@ EDGES = ("0.1", "0.5", "1.5", "4")
 
 def render(measures: Measures, batches: list[Titled], *, stamp: str, commands: Sequence[str]) -> str:
     """The whole page, below `MAX_BYTES`; `stamp` says what it was made from."""
-    frame = _document(measures, batches, None, stamp=stamp, commands=commands)
+    drawn = charts(measures)
+    main = _main(measures, drawn, batches, commands)
+    frame = _document(measures, main, drawn, None, stamp=stamp)
     room = min(MAX_TOKEN_BYTES, MAX_BYTES - MARGIN_BYTES - len(frame.encode()))
-    headline = measures.project.recipe.task.headline
-    data = token_data(batches, headline=headline, max_bytes=room) if batches else None
-    return _document(measures, batches, data, stamp=stamp, commands=commands)
+    if not batches:
+        return frame
+    data = token_data(batches, headline=measures.project.recipe.task.headline, max_bytes=room)
+    return _document(measures, main, drawn, data, stamp=stamp)
+
+
+def _main(
+    measures: Measures, drawn: Sequence[Chart], batches: Sequence[Titled], commands: Sequence[str]
+) -> Html:
+    return element(
+        "main",
+        {"id": "main"},
+        _verdict_section(measures),
+        _headroom_section(measures),
+        _curves_section(drawn),
+        _tokens_section(batches),
+        _costs_section(measures),
+        _mismatch_section(measures),
+        _provenance_section(measures, commands),
+    )
 
 
 def _document(
-    measures: Measures,
-    batches: list[Titled],
-    data: dict[str, Any] | None,
-    *,
-    stamp: str,
-    commands: Sequence[str],
+    measures: Measures, main: Html, drawn: Sequence[Chart], data: dict[str, Any] | None, *, stamp: str
 ) -> str:
     style, script = _resource("style.css"), _resource("script.js")
-    drawn = charts(measures)
     policy = (
         f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; "
         "base-uri 'none'; form-action 'none'"
@@ -76,17 +89,6 @@ def _document(
         element("title", None, f"{measures.project.run.name} · kdpipe report"),
         element("style", None, Html(style)),
     )
-    main = element(
-        "main",
-        {"id": "main"},
-        _verdict_section(measures),
-        _headroom_section(measures),
-        _curves_section(measures, drawn),
-        _tokens_section(batches, data),
-        _costs_section(measures),
-        _mismatch_section(measures),
-        _provenance_section(measures, commands),
-    )
     body = element(
         "body",
         None,
@@ -94,13 +96,15 @@ def _document(
         _header(measures),
         main,
         _footer(),
-        element("script", {"type": "application/json", "id": "chart-data"}, Html(embedded(_readouts(drawn)))),
-        element("script", {"type": "application/json", "id": "token-data"}, Html(embedded(data)))
-        if data is not None
-        else None,
+        _json("chart-data", _readouts(drawn)),
+        None if data is None else _json("token-data", data),
         element("script", None, Html(script)),
     )
     return f"<!doctype html>\n{element('html', {'lang': 'en'}, head, body).text}\n"
+
+
+def _json(name: str, value: Any) -> Html:
+    return element("script", {"type": "application/json", "id": name}, Html(embedded(value)))
 
 
 def _resource(name: str) -> str:
@@ -304,7 +308,7 @@ def _gate(measures: Measures, stops: bool, exempt: str | None) -> str:
 # ----------------------------------------------------------------------------------------------- curves
 
 
-def _curves_section(measures: Measures, drawn: Sequence[Chart]) -> Html:
+def _curves_section(drawn: Sequence[Chart]) -> Html:
     if not drawn:
         return _section(
             "curves", "Over the rounds", _paragraph("No step that measures anything is done yet.")
@@ -407,11 +411,10 @@ def _shown(chart: Chart, value: float, low: float | None, high: float | None) ->
 # ------------------------------------------------------------------------------------------------ tokens
 
 
-def _tokens_section(batches: Sequence[Titled], data: dict[str, Any] | None) -> Html:
+def _tokens_section(batches: Sequence[Titled]) -> Html:
     title = "Token by token"
     if not batches:
         return _section("tokens", title, _paragraph("Nothing was sampled yet."))
-    del data
     note = (
         "Each token is shaded by what it adds to the reverse KL: the student's log-prob less the teacher's. "
         "Hover it, or focus it with Tab and go on with the arrow keys, for both numbers and, where they are kept, "
