@@ -14,25 +14,18 @@ from kdpipe.report.page import render
 from kdpipe.report.pieces import Piece, Pieces
 from kdpipe.report.tokens_data import Titled
 from kdpipe.tables import Scores
+from tests import nasty_texts
 
-NASTY = (
-    "plain",
+HIT = (
     "</script><script>window.hit=1</script>",
-    "<!--<script>window.hit=2",
-    '<img src=x onerror="window.hit=3">',
-    "<svg/onload=window.hit=4>",
-    "]]></style><style>*{display:none}",
-    "javascript:window.hit=5",
-    "\u202edesrever\u2066\u2069",
-    "\x00\x1b[2J\x07\x9b31m",
-    "line\u2028separator\u2029paragraph",
-    "&lt;b&gt; &amp;#60;i&#62;",
+    '<img src=x onerror="window.hit=2">',
+    "<svg/onload=window.hit=3>",
+    "javascript:window.hit=4",
+    "{{constructor.constructor('window.hit=5')()}} ${window.hit=6}",
     "half \ud83d surrogate",
-    "Z\u0351\u036b\u0343" * 20,
-    "x" * 400,
-    "{{constructor.constructor('window.hit=6')()}} ${window.hit=7}",
-    "\n\n\t\r\n",
 )
+"""Texts beside those of nasty_texts.py that a test can see act; and one that UTF-8 cannot write."""
+NASTY = (*nasty_texts.NASTY.values(), *HIT)
 
 
 class Words(Pieces):
@@ -44,7 +37,7 @@ class Words(Pieces):
     def of(self, ids: Any) -> list[Piece]:
         return [Piece(NASTY[number], "text") for number in ids]
 
-    def alone(self, number: int) -> str:
+    def after(self, ids: Any, number: int) -> str:
         return NASTY[number]
 
 

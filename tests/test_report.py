@@ -287,6 +287,15 @@ def test_special_tokens_are_told_apart_and_interrupt_no_character(bytes_tokenize
     ]
 
 
+def test_an_alternative_is_what_it_would_have_added_there(bytes_tokenizer: Path) -> None:
+    pieces, tokenizer = Pieces(bytes_tokenizer), Tokenizer.from_file(str(bytes_tokenizer))
+    ids = tokenizer.encode("hello world").ids
+    assert pieces.after(ids[:1], ids[1]) == pieces.of(ids)[1].text
+    assert pieces.after([], tokenizer.token_to_id("<|end|>")) == "<|end|>"
+    first_byte = tokenizer.encode("é").ids[0]
+    assert pieces.after(ids, first_byte) == tokenizer.id_to_token(first_byte)
+
+
 def test_without_a_tokenizer_ids_stand_for_themselves() -> None:
     assert Pieces(None).of([7, 11]) == [Piece("[7]", "id"), Piece("[11]", "id")]
 

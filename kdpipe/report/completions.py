@@ -180,7 +180,7 @@ class Batch:
 
     def _tokens(self, index: int) -> tuple[Token, ...]:
         columns = self.columns
-        ids = columns.ids[index]
+        ids: list[int] = columns.ids[index].tolist()
         ranked = self._ranked(index) or [[] for _ in ids]
         return tuple(
             Token(
@@ -188,9 +188,9 @@ class Batch:
                 _value(columns.student[index], place),
                 _value(columns.teacher[index], place),
                 _value(columns.divergence[index], place),
-                tuple((self.pieces.alone(number), logprob) for number, logprob in ranked[place]),
+                tuple((self.pieces.after(ids[:place], number), logprob) for number, logprob in ranked[place]),
             )
-            for place, piece in enumerate(self.pieces.of(ids.tolist()))
+            for place, piece in enumerate(self.pieces.of(ids))
         )
 
     def _ranked(self, index: int) -> list[Ranked] | None:

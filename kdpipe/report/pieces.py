@@ -20,6 +20,8 @@ Kind = Literal["text", "special", "part", "id"]
 """`part`: bytes of a character that a later token completes; `id`: no text is known of it."""
 MAX_WAIT = 8
 """How many tokens may wait for the rest of a character; one of UTF-8 has four bytes at most."""
+CONTEXT = 4
+"""How many tokens before an alternative decide about its spaces."""
 LOST = "\ufffd"
 
 
@@ -62,16 +64,21 @@ class Pieces:
             for number in ids
         ]
 
-    def alone(self, number: int) -> str:
-        """The text of a token by itself, as an alternative is shown."""
+    def after(self, ids: Sequence[int], number: int) -> str:
+        """The text that a token would have added after these, as an alternative is shown."""
         if self._tokenizer is None:
             return f"[{number}]"
         if number in self._special:
             return self._special[number]
-        # Some decoders drop the space before the first token: it is seen as what a second one adds.
-        text = self._decode([number, number])[len(self._decode([number])) :]
-        raw: str | None = self._tokenizer.id_to_token(number)
-        return text if text and LOST not in text else raw or f"[{number}]"
+        before = [one for one in ids[-CONTEXT:] if one not in self._special]
+        context, longer = self._decode(before), self._decode([*before, number])
+        added = longer[len(context) :] if longer.startswith(context) else ""
+        if added and LOST not in added:
+            return added
+        raw: str | None = self._tokenizer.id_to_token(
+            number
+        )  # a part of a character, as the vocabulary has it
+        return raw or f"[{number}]"
 
     def text(self, ids: Sequence[int]) -> str:
         """The decoded text without special tokens."""
