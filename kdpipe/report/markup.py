@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -34,9 +34,35 @@ def element(name: str, attributes: Attributes | None = None, *children: Child) -
     return Html(f"<{name}{written}>{joined(children).text}</{name}>")
 
 
-def joined(children: tuple[Child, ...] | list[Child] | list[Html]) -> Html:
+def joined(children: Sequence[Child]) -> Html:
     """The children one after another."""
     return Html("".join(_markup(child) for child in children))
+
+
+def section(name: str, title: str, *children: Html | None) -> Html:
+    """A part of the page under a heading."""
+    heading = element("h2", {"id": f"{name}-title"}, title)
+    return element("section", {"id": name, "aria-labelledby": f"{name}-title"}, heading, *children)
+
+
+def paragraph(text: str, name: str | None = None) -> Html:
+    """A paragraph of the class `name`."""
+    return element("p", {"class": name}, text)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Child]]) -> Html:
+    """A table whose first column names its rows."""
+    head = element("tr", None, *(element("th", {"scope": "col"}, name) for name in columns))
+    lines = [
+        element(
+            "tr",
+            None,
+            element("th", {"scope": "row"}, first),
+            *(element("td", None, cell) for cell in others),
+        )
+        for first, *others in rows
+    ]
+    return element("table", None, element("thead", None, head), element("tbody", None, *lines))
 
 
 def _markup(child: Child) -> str:

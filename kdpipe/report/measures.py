@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -281,8 +281,3 @@ def last(values: Values) -> float | None:
 def token_totals(costs: Sequence[Cost]) -> float:
     """Tokens of all stages together."""
     return sum(cost.tokens for cost in costs)
-
-
-def subjects(steps: Iterable[Step]) -> list[str]:
-    """The names of the models among steps, each once."""
-    return list(dict.fromkeys(step.subject for step in steps))
