@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,  # plain help: rich would double the time that --help takes
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
@@ -37,8 +36,22 @@ app = typer.Typer(
 )
 
 Parameters = ParamSpec("Parameters")
+
+
+def _shipped(incomplete: str) -> list[str]:
+    """Names of shipped recipes for the shell's completion; where none begins so, the shell offers files."""
+    from kdpipe.recipes_shipped import shipped
+
+    return [path.stem for path in shipped() if path.stem.startswith(incomplete)]
+
+
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe file, or the name of a shipped one.",
+        autocompletion=_shipped,
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -793,14 +806,21 @@ def init(
 
 @app.command()
 @reported
-def schema() -> None:
-    """Print the JSON Schema of recipes, for editors.
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the page docs/recipe.md instead.")
+    ] = False,
+) -> None:
+    """Print the JSON Schema of recipes, for editors, with a sentence for each field.
 
     Example: kdpipe schema > recipe.schema.json
     """
-    from kdpipe.recipe import Recipe
+    from kdpipe.recipe_reference import described_schema, reference
 
-    _print_json(Recipe.model_json_schema(by_alias=True))
+    if markdown:
+        print(reference(), end="")  # noqa: T201
+        return
+    _print_json(described_schema())
 
 
 # ---------------------------------------------------------------------------------------- environment

@@ -122,6 +122,21 @@ def test_wrong_usage_exits_with_2_and_says_where_help_is(args: list[str]) -> Non
     assert "--help" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("kdpipe run quick", ["quickstart"]),
+        ("kdpipe run ./", []),  # the shell's own files
+        ("kdpipe teach", ["teacher-score"]),
+        ("kdpipe plan gsm8k-qwen3", ["gsm8k-qwen3-kdrl", "gsm8k-qwen3-opd"]),
+    ],
+)
+def test_the_shell_completes_commands_and_shipped_recipes(words: str, offered: list[str]) -> None:
+    asked = {"_KDPIPE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    result = CliRunner().invoke(app, prog_name="kdpipe", env=asked)
+    assert result.stdout.split() == offered
+
+
 def test_version() -> None:
     assert invoke("--version").stdout == f"kdpipe {kdpipe.__version__}\n"
 

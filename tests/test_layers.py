@@ -32,6 +32,8 @@ LEVELS = {
     "recipes_shipped": 1,
     "yaml_source": 1,
     "recipe": 1.1,
+    "recipe_words": 0,
+    "recipe_reference": 1.2,
     "recipe_file": 1.2,
     "engine": 2,
     "plan": 2,
