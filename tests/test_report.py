@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from kdpipe.project import Project
 from kdpipe.report.alternatives import KeptStates
 from kdpipe.report.completions import Reader
 from kdpipe.report.figure import Chart, Point, Series, chart_svg, thinned
+from kdpipe.report.headline import verdict_section
 from kdpipe.report.markup import Html, element, embedded, visible
 from kdpipe.report.measures import Difference, Evaluation, Measures
 from kdpipe.report.page import MAX_BYTES, render
@@ -189,6 +191,18 @@ def test_a_paired_difference_counts_the_problems_that_one_of_the_two_got_right(p
     assert found.problems == len(teacher) == 8
     assert found.only_first == sum(row["correct"] and not student[row["prompt_id"]] for row in teacher)
     assert found.change.estimate == pytest.approx((found.only_first - found.only_second) / 8)
+
+
+def test_several_samples_show_pass_and_majority_with_intervals(project: Project) -> None:
+    measures = Measures(project)
+    more = {}
+    for name, value in (("maj_at_2", 0.375), ("pass_at_16", 0.75), ("pass_at_2", 0.5)):
+        more |= {name: value, f"{name}_low": 0.125, f"{name}_high": 0.875}
+    measures.evaluations = [replace(one, summary={**one.summary, **more}) for one in measures.evaluations]
+    shown = verdict_section(measures).text
+    assert re.search(r"pass@2</th><th[^>]*>pass@16</th><th[^>]*>maj@2</th>", shown)
+    assert shown.count("50.0% (12.5% to 87.5%)") == 3
+    assert "pass@" not in verdict_section(Measures(project)).text
 
 
 # ---------------------------------------------------------------------------------------- alternatives

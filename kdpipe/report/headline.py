@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from kdpipe.report.figure import Bar, interval_svg
-from kdpipe.report.markup import Html, element, joined, paragraph, section
+from kdpipe.report.markup import Html, element, joined, paragraph, section, table
 from kdpipe.report.measures import Evaluation, Measures
 from kdpipe.report.verdict import nats, percent, points, signed, verdict, warnings
 from kdpipe.statistics import Interval
+
+MANY = re.compile(r"(pass|maj)_at_[0-9]+")
 
 
 def verdict_section(measures: Measures) -> Html:
@@ -21,6 +25,7 @@ def verdict_section(measures: Measures) -> Html:
         ),
         joined([paragraph(sentence, "lead") for sentence in found.sentences]),
         _results(measures),
+        _several_samples(measures),
         element(
             "div",
             {"class": "warnings"},
@@ -32,8 +37,36 @@ def verdict_section(measures: Measures) -> Html:
     )
 
 
+def _shown(measures: Measures) -> list[Evaluation]:
+    """Student before and after, then the teachers."""
+    return [one for one in (measures.before, measures.after) if one is not None] + measures.teachers
+
+
+def _several_samples(measures: Measures) -> Html | None:
+    """pass@k and maj@k, where problems were answered several times."""
+    shown = _shown(measures)
+    names = [name for name in (shown[0].summary if shown else ()) if MANY.fullmatch(name)]
+    names.sort(key=lambda name: (name.partition("_")[0] != "pass", int(name.rpartition("_")[2])))
+    if not names:
+        return None
+    rows = [
+        [
+            one.label,
+            *(
+                f"{percent(found.estimate)} ({percent(found.low)} to {percent(found.high)})"
+                if (found := one.interval(name)) is not None
+                else ""
+                for name in names
+            ),
+        ]
+        for one in shown
+    ]
+    columns = ("", *(name.replace("_at_", "@") for name in names))
+    return element("div", {"class": "scroll"}, table(columns, rows))
+
+
 def _results(measures: Measures) -> Html | None:
-    shown = [one for one in (measures.before, measures.after) if one is not None] + measures.teachers
+    shown = _shown(measures)
     if not shown:
         return None
     head = element(
@@ -55,8 +88,8 @@ def _results(measures: Measures) -> Html | None:
     after = measures.after
     if after is not None and after.accuracy_change is not None:
         rows.append(_change_row(after, after.accuracy_change))
-    table = element("table", None, element("thead", None, head), element("tbody", None, *rows))
-    return element("div", {"class": "results scroll"}, table)
+    content = element("table", None, element("thead", None, head), element("tbody", None, *rows))
+    return element("div", {"class": "results scroll"}, content)
 
 
 def _result_row(one: Evaluation) -> Html:
