@@ -96,8 +96,12 @@ def run(
     display: Display,
     open_mirror: Callable[[Project], Mirror],
     performer: str = PERFORMER,
+    report: Callable[[Project, Mapping[str, str | None]], None] | None = None,
 ) -> Project:
-    """Performs what is not done; returns the project. Raises KdpipeError with what to do next."""
+    """Performs what is not done; returns the project. Raises KdpipeError with what to do next.
+
+    `report` is given the payload digests of the steps, by id, once all that was asked for is done.
+    """
     folders = Sources(loaded, workspace).fetch()  # pins hub names, so that every fingerprint is known
     project = open_project(loaded, workspace)
     with run_lock(project.run.path), _signals() as stop:
@@ -107,6 +111,8 @@ def run(
         status = "FAILED"
         try:
             job.go(mirror)
+            if report is not None and job.request.only is None:
+                report(project, job.digests)
             status = "FINISHED"
         except Interrupted:
             status = "KILLED"

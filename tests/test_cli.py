@@ -162,6 +162,7 @@ def test_run_tells_progress_on_stderr_and_the_outcome_on_stdout(world: dict[str,
     assert re.search(r"accuracy [+-]\d+\.\d points, paired 95 % interval", out)
     assert re.search(r"held-out reverse KL [+-]\d+\.\d+ nats, paired 95 % interval", out)
     assert f"artifacts  {world['workspace']}/runs/tiny-" in out
+    assert re.search(r"^report     \S+/runs/tiny-\w+/report\.html$", out, re.MULTILINE)
     assert re.search(r"kdpipe samples \S+recipe.yaml --wrong --workspace ", out)
     assert max(map(len, [*table, *err.splitlines()])) <= 80
     assert not CONTROL.search(out + err)
@@ -278,7 +279,7 @@ def test_status_check_exits_with_6_while_work_is_left(world: dict[str, Any]) -> 
 
 def test_samples_shows_questions_answers_and_grades(world: dict[str, Any]) -> None:
     shown = on(world, "samples", "--round", "0", "--limit", "2").stdout
-    assert shown.startswith("evaluate:student@0: 2 completions\n")
+    assert shown.startswith("evaluate:student@0: 2 of 8 completions\n")
     assert shown.count("\n  | ") >= 2
     assert shown.count("  expected ") == 2
     found = json.loads(on(world, "samples", "--limit", "3", "--wrong", "--json").stdout)
