@@ -31,7 +31,7 @@ import kdpipe.perform
 import kdpipe.runs
 import kdpipe.store
 from kdpipe.recipe_file import LoadedRecipe
-from tests.test_crash import assert_metrics_are_there_once, assert_nothing_was_done_twice
+from tests.commands import assert_metrics_are_there_once, assert_nothing_was_done_twice
 from tests.worlds import events_of, leftovers, load_tiny, payload_digests, run_near
 
 Phase = Literal["torn", "done"]

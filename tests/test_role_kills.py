@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pytest
 
-from tests.test_crash import Command, When, members, with_group
+from tests.commands import Command, When, members, with_group
 from tests.worlds import load_tiny, payload_digests, run_near, write_recipe
 
 Victim = Literal["run", "performer", "sampler", "teacher"]
