@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 import typer
 
 from kdpipe import __version__
-from kdpipe.errors import Interrupted, KdpipeError, PreflightError, RecipeError
+from kdpipe.errors import (
+    Interrupted,
+    KdpipeError,
+    PreflightError,
+    RecipeError,
+    is_machine_fault,
+    machine_fault,
+)
 
 if TYPE_CHECKING:
     from kdpipe.project import Project
@@ -86,6 +93,11 @@ def reported(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
             raise typer.Exit(130) from None
         except BrokenPipeError:  # the reader of our output went away, as `| head` does
             raise typer.Exit(0) from None
+        except OSError as error:
+            if not is_machine_fault(error):
+                raise
+            _print_error(machine_fault(error))
+            raise typer.Exit(1) from None
 
     return wrapper
 
