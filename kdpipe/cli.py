@@ -112,7 +112,8 @@ def _print_error(error: KdpipeError) -> None:
     if error.hint:
         lines.append(f"  {inert(error.hint)}")
     if error.exit_code in (1, 5, 130, 143) and len(sys.argv) > 1:
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        program = Path(sys.argv[0]).name
+        command = shlex.join(["kdpipe" if program == "__main__.py" else program, *sys.argv[1:]])
         lines.append(f"  everything finished is kept; to continue: {inert(command)}")
     print("\n".join(lines), file=sys.stderr)  # noqa: T201
 

@@ -42,6 +42,9 @@ class Command:
     workspace: Path
     kills: list[int] = field(default_factory=list)
     """How many events there were at each kill."""
+    environment: dict[str, str] = field(default_factory=dict)
+    before: list[str] = field(default_factory=list)
+    """A program that is to start the command, with its arguments."""
 
     def events(self) -> list[Event]:
         try:
@@ -55,9 +58,10 @@ class Command:
 
     def start(self) -> subprocess.Popen[bytes]:
         command = [
+            *self.before,
             sys.executable,
             "-m",
-            "kdpipe.cli",
+            "kdpipe",
             "run",
             "recipe.yaml",
             "--workspace",
@@ -71,6 +75,7 @@ class Command:
                 stderr=output,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                env={**os.environ, **self.environment},
             )
 
     def kill(self, when: When, how: How) -> None:

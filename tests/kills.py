@@ -166,7 +166,7 @@ class Study:
         if code != 0:
             chain.losses.append(f"the last command ended with {code}: {command.output()[-600:]}")
         else:
-            chain.losses += losses(command, self.unbroken)
+            chain.losses += losses(command, self.unbroken, was_stopped=by_signals)
         chain.events = len(command.events())
         chain.seconds = round(time.monotonic() - started, 1)
         return chain
@@ -191,6 +191,8 @@ class Study:
         seconds = round(time.monotonic() - started, 2)
         command.kills.append(len(command.events()))
         said = command.output_whole()[output:]
+        if "KeyboardInterrupt" in said and "kdpipe" not in said:  # Python itself was only starting
+            return code, None
         if code == 0 and (drawn.how != "SIGKILL" or victim in ("mirror", "worker")):
             return 0, None if drawn.how != "SIGKILL" else self._seen(
                 command, drawn, victim, code, seconds, wrong
@@ -295,8 +297,8 @@ def drafts(workspace: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------ losses
 
 
-def losses(command: Command, unbroken: Unbroken) -> list[str]:
-    """Everything that a finished run lost, left behind or did twice."""
+def losses(command: Command, unbroken: Unbroken, *, was_stopped: bool = False) -> list[str]:
+    """All that a finished run lost, left behind or did twice; a stop by a signal may write one checkpoint more."""
     workspace, found = command.workspace, []
     digests = payload_digests(workspace)
     if digests != unbroken.digests:
@@ -311,7 +313,7 @@ def losses(command: Command, unbroken: Unbroken) -> list[str]:
         assert_nothing_was_done_twice(events, command.kills)
     except AssertionError as error:
         found.append(f"done again: {error}")
-    found += inconsistent(events, unbroken)
+    found += inconsistent(events, unbroken, was_stopped=was_stopped)
     metrics = mirrored(workspace)
     for name, step in unbroken.metrics.keys() - metrics.keys():
         if not name.startswith("speed/"):  # a resume that finds every part there has sampled nothing itself
@@ -333,11 +335,11 @@ def tally(events: Sequence[dict[str, Any]]) -> Counter[tuple[str, str, Any]]:
     )
 
 
-def inconsistent(events: Sequence[dict[str, Any]], unbroken: Unbroken) -> list[str]:
+def inconsistent(events: Sequence[dict[str, Any]], unbroken: Unbroken, *, was_stopped: bool) -> list[str]:
     """Steps that were performed twice, ended before they started, or never started; pieces that nobody knows."""
     found = []
     for kind, step, piece in tally(events).keys() - unbroken.events.keys():
-        if kind != "step stopped":
+        if kind not in (("step stopped", "checkpoint") if was_stopped else ()):
             found.append(f"events: {kind} of {step} {piece} was not expected")
     for step in {step for kind, step, _ in unbroken.events if kind == "step started"}:
         kinds = [event["event"] for event in events if event.get("step") == step]

@@ -104,6 +104,7 @@ LEVELS = {
     "housekeeping": 5.1,
     "tracking": 5.1,
     "cli": 6,
+    "__main__": 7,
 }
 
 # The modules that may import a library; some name a model's type and call nothing of the library.
