@@ -24,11 +24,11 @@ from tests.every_write import Fault, World, a_world, trials
 
 SWEEPS: dict[str, tuple[bool, Fault | None, int]] = {
     "ended": (False, None, 1),
-    "ended, and the resume too": (True, None, 3),
+    "ended, and the resume too": (True, None, 6),
     "ENOSPC": (False, "ENOSPC", 1),
-    "EIO": (False, "EIO", 1),
-    "EROFS": (False, "EROFS", 4),
-    "EACCES": (False, "EACCES", 4),
+    "EIO": (False, "EIO", 2),
+    "EROFS": (False, "EROFS", 8),
+    "EACCES": (False, "EACCES", 8),
 }
 """Name -> whether the resume is ended too, the fault, and at each which change."""
 

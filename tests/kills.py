@@ -35,6 +35,8 @@ STOP_SECONDS = 8.0
 DEAD_WORKER_SECONDS = 10.0
 AT_ONCE_SECONDS = 5.0
 ORPHAN_SECONDS = 5.0
+NOT_MIRRORED = "not everything is mirrored yet"
+MAX_MIRRORED_LATER = 3
 MAX_KILLS = 6
 """Of one chain; then the command is left alone."""
 
@@ -110,6 +112,8 @@ class Chain:
     ended: list[Ended] = field(default_factory=list)
     events: int = 0
     losses: list[str] = field(default_factory=list)
+    mirrored_later: int = 0
+    """Commands beyond the one that finished, as that said that MLflow had not got everything."""
     seconds: float = 0.0
 
 
@@ -152,17 +156,22 @@ class Study:
         folder = self.folder / f"chain-{number}"
         folder.mkdir()
         (folder / "recipe.yaml").write_text((self.folder / "recipe.yaml").read_text())
-        command, chain, code = Command(folder, folder / "out"), Chain(number), -1
+        command, chain, code, said = Command(folder, folder / "out"), Chain(number), -1, 0
         while len(chain.ended) < MAX_KILLS and code != 0:
             drawn = draw(dice, by_signals=by_signals)
+            said = len(command.output_whole())
             code, ended = self._end(command, drawn)
             if ended is not None:
                 chain.ended.append(ended)
                 chain.losses += ended.wrong
-        if code != 0:
+        while code != 0 or NOT_MIRRORED in command.output_whole()[said:]:
+            chain.mirrored_later += code == 0
+            said = len(command.output_whole())
             process = command.start()
             code = process.wait()
             chain.losses += gone(process)
+            if code != 0 or chain.mirrored_later > MAX_MIRRORED_LATER:
+                break
         if code != 0:
             chain.losses.append(f"the last command ended with {code}: {command.output()[-600:]}")
         else:
