@@ -1,6 +1,7 @@
 """Ends a two-round run at every change that it makes to the disk, or has the system refuse it; one line a sweep.
 
     python benchmarks/every_write.py > benchmarks/results/every_write.jsonl
+    python benchmarks/every_write.py --markdown benchmarks/results/every_write.jsonl
 
 The trials are those of `python -m tests.every_write`, which prints each: the run is ended, in the middle of a change
 or right after it, or stops as it is refused, and the same command finishes it. Exit status 1 when one did not end as
@@ -14,6 +15,7 @@ import json
 import os
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from study import ROOT, commit
@@ -38,7 +40,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS))
+    parser.add_argument("--markdown", type=Path, metavar="RESULTS.jsonl", help="print its table, run nothing")
     arguments = parser.parse_args()
+    if arguments.markdown is not None:
+        print(markdown([json.loads(line) for line in arguments.markdown.read_text().splitlines()]))
+        return 0
     lost = 0
     with a_world() as world:
         for name in arguments.sweeps:
@@ -69,6 +75,30 @@ def swept(world: World, name: str) -> dict[str, Any]:
         "wall_seconds": round(sum(seconds)),
         "not_as_unbroken": wrong,
     }
+
+
+NAMES = {
+    "ended": "ended in the middle of a change, and right after it",
+    "ended, and the resume too": "the same, and the resume ended at a random change too",
+    "ENOSPC": "no space left (ENOSPC)",
+    "EIO": "input/output error (EIO)",
+    "EROFS": "read-only file system (EROFS)",
+    "EACCES": "permission denied (EACCES)",
+}
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A line for each sweep."""
+    lines = [["fault", "at which changes", "trials", "CPU seconds a trial", "losses"], ["---"] * 5]
+    for row in rows:
+        which = f"{'all' if row['stride'] == 1 else 'each ' + ordinal(row['stride'])} of {row['changes']}"
+        cost, lost = f"{row['cpu_seconds_per_trial']:.1f}", str(len(row["not_as_unbroken"]))
+        lines.append([NAMES[row["sweep"]], which, str(row["trials"]), cost, lost])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def ordinal(number: int) -> str:
+    return {2: "2nd"}.get(number, f"{number}th")
 
 
 if __name__ == "__main__":
