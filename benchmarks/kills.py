@@ -66,6 +66,7 @@ def main() -> int:
             "commit": commit(),
             "seed": arguments.seed,
             "unbroken_seconds": unbroken.seconds,
+            "unbroken_cpu_seconds": unbroken.cpu_seconds,
             "changes": unbroken.changes,
             "steps": len(unbroken.digests),
             "metrics": len(unbroken.metrics),

@@ -20,7 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tests.commands import Command, assert_nothing_was_done_twice, members, with_group
+from tests.commands import (
+    Command,
+    assert_nothing_was_done_twice,
+    cpu_seconds,
+    members,
+    with_group,
+)
 from tests.disk_watch import DiskWatch, spin
 from tests.worlds import leftovers, payload_digests, write_recipe
 
@@ -63,7 +69,8 @@ class Drawn:
     """How one command is to be ended: `how`, whom, and when.
 
     `at` is a fraction of the unbroken run's duration, or of its changes that `target` aims at; `delay` seconds later
-    it happens. With `again`, a second signal follows after so many seconds.
+    it happens. Duration is counted in CPU seconds of all its processes, so that other work on the machine moves no
+    moment. With `again`, a second signal follows after so many seconds.
     """
 
     how: How
@@ -79,13 +86,14 @@ def draw(dice: random.Random, *, by_signals: bool) -> Drawn:
     if by_signals:
         how = dice.choice(("SIGTERM", "SIGINT", "SIGINT to the group"))
         again = dice.uniform(0, 0.5) if dice.random() < 0.3 else None
-        return Drawn(how, "command", "moment", dice.random(), 0.0, again)
+        return Drawn(how, "command", "moment", dice.random(), dice.uniform(0, 0.02), again)
     target = "moment" if dice.random() < 0.5 else dice.choice(AIMED)
     others: list[Victim] = ["command", "mirror"] if target == "MLflow" else ["command", "worker"]
     if target == "moment":
         others = ["command", "worker", "mirror"]
     victim = "all" if dice.random() < 0.5 else dice.choice(others)
-    return Drawn("SIGKILL", victim, target, dice.random(), dice.uniform(0, 0.0005))
+    delay = dice.uniform(0, 0.02 if target == "moment" else 0.0005)
+    return Drawn("SIGKILL", victim, target, dice.random(), delay)
 
 
 @dataclass
@@ -122,6 +130,7 @@ class Unbroken:
     """What a run leaves that nothing ended."""
 
     seconds: float
+    cpu_seconds: float
     changes: dict[Target, int]
     digests: dict[str, str]
     events: Counter[tuple[str, str, Any]]
@@ -135,15 +144,17 @@ class Study:
         self.folder = folder
         write_recipe(folder, **{"tracking": {"enabled": True}, **changes})
         command = Command(folder, folder / "unbroken")
-        started, counts = time.monotonic(), Counter[Target]()
+        started, counts, used = time.monotonic(), Counter[Target](), 0.0
         with DiskWatch(command.workspace) as watch:
             process = command.start()
             while process.poll() is None:
+                used = max(used, sum(map(cpu_seconds, members(process.pid))))
                 for path in watch.changes(0.1):
                     counts.update(target for target in AIMED if is_in(target, path))
         assert process.returncode == 0, command.output()
         self.unbroken = Unbroken(
             round(time.monotonic() - started, 2),
+            round(used, 2),
             dict(counts),
             payload_digests(command.workspace),
             tally(command.events()),
@@ -228,11 +239,19 @@ class Study:
     def _is_time(self, process: subprocess.Popen[bytes], watch: DiskWatch, drawn: Drawn) -> bool:
         """Waits for the drawn moment; False when the command ended before it."""
         if drawn.target == "moment":
-            return _waited(process, drawn.at * self.unbroken.seconds) is None
-        count = 1 + int(drawn.at * self.unbroken.changes.get(drawn.target, 0) / 2)  # a resume has less to do
+            return _has_used(process, drawn.at * self.unbroken.cpu_seconds)
+        count = 1 + int(drawn.at * self.unbroken.changes.get(drawn.target, 0) / 3)  # a resume has less to do
         target = drawn.target
         alive: Callable[[], bool] = lambda: process.poll() is None  # noqa: E731
         return watch.wait(lambda path: is_in(target, path), count=count, alive=alive) is not None
+
+
+def _has_used(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Waits until the command's processes have used so much CPU time; False when it ended before."""
+    while sum(map(cpu_seconds, members(process.pid))) < seconds:
+        if _waited(process, 0.02) is not None:
+            return False
+    return process.poll() is None
 
 
 def _waited(process: subprocess.Popen[bytes], seconds: float) -> int | None:

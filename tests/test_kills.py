@@ -46,7 +46,7 @@ def workspace(finished: Path, tmp_path: Path) -> Path:
 
 def unbroken(finished: Path) -> Unbroken:
     events, digests = tally(events_of(finished)), payload_digests(finished)
-    return Unbroken(1.0, {}, digests, events, mirrored(finished))
+    return Unbroken(1.0, 1.0, {}, digests, events, mirrored(finished))
 
 
 def sql(statement: str) -> Tamper:

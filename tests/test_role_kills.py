@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pytest
 
-from tests.commands import Command, When, members, with_group
+from tests.commands import Command, When, cpu_seconds, members, with_group
 from tests.worlds import load_tiny, payload_digests, run_near, write_recipe
 
 Victim = Literal["run", "performer", "sampler", "teacher"]
@@ -153,11 +153,6 @@ def test_a_signal_stops_a_role_that_samples_for_long_in_time(tmp_path: Path, tre
     assert tree.process.wait(timeout=8) == 130, tree.command.output()
     tree.assert_gone(seconds=1)
     assert time.monotonic() - started < 8
-
-
-def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.mark.vllm
