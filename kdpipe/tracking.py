@@ -279,6 +279,9 @@ class Synchronizer:
         mirrored = self._open.pop(order.run, None)  # back in its place only if all goes well
         try:
             if mirrored is None or not mirrored.is_at(order.tracking):
+                if order.tracking.uri is None:
+                    with _beating(report):
+                        _make_database(order.workspace.resolve())
                 mirrored = _MirroredRun(order)
                 report.event(mirror="opened")
             count = mirrored.follow(order.status, report)
@@ -300,8 +303,6 @@ class _MirroredRun:
         self.tracking = order.tracking
         self.record = _record_of(order, self.recipe["name"])
         self._save()  # the key is durable before the MLflow run exists
-        if self.record.uri is None:
-            _make_database(self.workspace)
         self.client: MlflowClient = _mlflow().MlflowClient(self.record.uri or database_uri(self.workspace))
         run = self._run()
         self.run_id: str = run.info.run_id
@@ -510,6 +511,24 @@ def _make_database(workspace: Path) -> None:
         with FileLock(workspace / f".{DATABASE}.lock"):
             if not path.exists():
                 write_durably(path, make)
+
+
+@contextlib.contextmanager
+def _beating(report: Report) -> Iterator[None]:
+    """Tells the parent each second that work goes on: MLflow sets a database up in one call, long on a busy machine."""
+    is_over = threading.Event()
+
+    def beat() -> None:
+        while not is_over.wait(1.0):
+            report.event(mirror="making the database")
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def _mlflow() -> Any:
