@@ -567,7 +567,7 @@ class NoMirror:
     def nudge(self) -> None:
         """Does nothing."""
 
-    def finish(self, status: str) -> str | None:
+    def finish(self, status: str, *, hurry: Callable[[], bool] = lambda: False) -> str | None:
         """Does nothing."""
         return None
 
@@ -596,14 +596,20 @@ class MlflowMirror:
         """Says that there may be something new."""
         self._wake.set()
 
-    def finish(self, status: str) -> str | None:
-        """Mirrors a last time with `status`, in bounded time; returns why what is left waits for a later command."""
+    def finish(self, status: str, *, hurry: Callable[[], bool] = lambda: False) -> str | None:
+        """Mirrors a last time with `status`, in bounded time; returns why what is left waits for a later command.
+
+        Once `hurry()` is true, as a signal makes it, there is no more patience than for a run that was killed.
+        """
         self._final = Request.model_validate({**self._request.model_dump(), "status": status}).status
         self._quiet_since = time.monotonic()
         self._deadline = self._quiet_since + PATIENCE_SECONDS[self._final]
         self._ending.set()
         self._wake.set()
-        self._thread.join(PATIENCE_SECONDS[self._final] + 2)
+        while self._thread.is_alive() and time.monotonic() < self._deadline + 2:
+            self._thread.join(0.1)
+            if hurry() and self._deadline > (soon := time.monotonic() + PATIENCE_SECONDS["KILLED"]):
+                self._deadline = soon
         return "it did not answer in time" if self._thread.is_alive() else self.error
 
     def _work(self) -> None:
