@@ -100,8 +100,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         torn = sum(bool(end["drafts"]) for _, end in found)
         # Where only the mirror is killed the command goes on: that is no end.
         ends = [end["seconds"] for _, end in found if end["code"] != 0]
-        lost = sum({chain["number"]: len(chain["losses"]) for chain, _ in found}.values())
-        lines.append([name, str(len(found)), str(torn), f"{max(ends, default=0):.1f}", str(lost)])
+        lost = sum({id(chain): len(chain["losses"]) for chain, _ in found}.values())
+        slowest = f"{max(ends):.1f}" if ends else "-"
+        lines.append([name, str(len(found)), str(torn), slowest, str(lost)])
 
     for target, name in WHEN.items():
         add(name, how="SIGKILL", target=target)
