@@ -9,12 +9,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -38,6 +40,7 @@ from kdpipe.report.tokens_data import UNITS, Titled, token_data
 from kdpipe.report.verdict import verdict, warnings
 from kdpipe.report.writing import renew_report, report_path, write_report
 from kdpipe.statistics import Interval
+from kdpipe.tables import read_lists
 from tests.reports import NASTY, page_of, story
 from tests.worlds import load_tiny, run_near
 
@@ -203,6 +206,47 @@ def test_several_samples_show_pass_and_majority_with_intervals(project: Project)
     assert re.search(r"pass@2</th><th[^>]*>pass@16</th><th[^>]*>maj@2</th>", shown)
     assert shown.count("50.0% (12.5% to 87.5%)") == 3
     assert "pass@" not in verdict_section(Measures(project)).text
+
+
+def test_a_paired_difference_is_the_first_less_the_second(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fractions = {
+        "teacher": {"a": 1.0, "b": 1.0, "c": 0.0, "d": 1.0},
+        "student": {"b": 1.0, "c": 1.0, "a": 0.0, "d": 0.0},
+    }
+    monkeypatch.setattr(Measures, "_fractions", lambda _self, one: fractions[one.step.subject])
+    measures = Measures(project)
+    assert measures.before is not None
+    found = measures.difference(measures.teachers[0], measures.before)
+    assert found is not None
+    assert (found.problems, found.only_first, found.only_second) == (4, 2, 1)
+    assert found.change.estimate == 0.25
+    assert found.p_value == 1.0
+    fractions["teacher"]["a"] = 0.5
+    several = measures.difference(measures.teachers[0], measures.before)
+    assert several is not None
+    assert several.p_value is None  # McNemar's test is of single answers
+
+
+@given(
+    rows=st.lists(
+        st.none()
+        | st.lists(st.tuples(st.floats(width=32, allow_nan=False), st.integers(-9, 9), st.booleans())),
+        max_size=6,
+    )
+)
+def test_lists_are_read_as_they_were_written(rows: list[Any]) -> None:
+    kinds = (pa.float32(), pa.int32(), pa.bool_())
+    columns = [[None if row is None else [cell[at] for cell in row] for row in rows] for at in range(3)]
+    schema = pa.schema([(str(at), pa.list_(kind)) for at, kind in enumerate(kinds)])
+    arrays = [pa.array(column, pa.list_(kind)) for column, kind in zip(columns, kinds, strict=True)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lists.parquet"
+        pq.write_table(pa.Table.from_arrays(arrays, schema=schema), path)
+        for at, column in enumerate(columns):
+            found = read_lists(path, schema, str(at))
+            assert [None if values is None else values.tolist() for values in found] == column
 
 
 # ---------------------------------------------------------------------------------------- alternatives
