@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 import typer
 
 from kdpipe import __version__
-from kdpipe.errors import Interrupted, KdpipeError, PreflightError, RecipeError
+from kdpipe.errors import (
+    Interrupted,
+    KdpipeError,
+    PreflightError,
+    RecipeError,
+    is_machine_fault,
+    machine_fault,
+)
 
 if TYPE_CHECKING:
     from kdpipe.project import Project
@@ -99,6 +106,11 @@ def reported(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
             raise typer.Exit(130) from None
         except BrokenPipeError:  # the reader of our output went away, as `| head` does
             raise typer.Exit(0) from None
+        except OSError as error:
+            if not is_machine_fault(error):
+                raise
+            _print_error(machine_fault(error))
+            raise typer.Exit(1) from None
 
     return wrapper
 
@@ -113,7 +125,8 @@ def _print_error(error: KdpipeError) -> None:
     if error.hint:
         lines.append(f"  {inert(error.hint)}")
     if error.exit_code in (1, 5, 130, 143) and len(sys.argv) > 1:
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        program = Path(sys.argv[0]).name
+        command = shlex.join(["kdpipe" if program == "__main__.py" else program, *sys.argv[1:]])
         lines.append(f"  everything finished is kept; to continue: {inert(command)}")
     print("\n".join(lines), file=sys.stderr)  # noqa: T201
 

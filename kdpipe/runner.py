@@ -55,7 +55,7 @@ class Mirror(Protocol):
     """The tracker as the runner sees it: told what changed, never waited for."""
 
     def nudge(self) -> None: ...
-    def finish(self, status: str) -> str | None: ...
+    def finish(self, status: str, *, hurry: Callable[[], bool]) -> str | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ def run(
             raise
         finally:
             job.worker.stop(CLOSE)
-            if trouble := mirror.finish(status):
+            if trouble := mirror.finish(status, hurry=stop.asked):
                 display.warn(
                     f"MLflow: not everything is mirrored yet: {trouble}; the next command goes on with it"
                 )

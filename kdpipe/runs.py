@@ -22,7 +22,7 @@ from kdpipe.environment import environment
 from kdpipe.plan import Fields, Step, run_hash
 from kdpipe.recipe import Recipe, resolved
 from kdpipe.recipe_file import LoadedRecipe
-from kdpipe.store import FINGERPRINT, Entry, append_line, read_lines, write_bytes, write_json
+from kdpipe.store import FINGERPRINT, Entry, append_line, read_lines, write_bytes, write_json, writing
 
 ROUND = re.compile(r"round-(\d+)$")
 PAYLOADS = ("model", "trainer", "ema")
@@ -76,11 +76,12 @@ class RunFolder:
         target = Path(os.path.relpath(entry.folder, place.parent))
         if place.is_symlink() and place.readlink() == target:
             return
-        place.parent.mkdir(parents=True, exist_ok=True)
-        draft = place.with_name(f".tmp-{place.name}")
-        draft.unlink(missing_ok=True)
-        draft.symlink_to(target)
-        draft.replace(place)
+        with writing(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            draft = place.with_name(f".tmp-{place.name}")
+            draft.unlink(missing_ok=True)
+            draft.symlink_to(target)
+            draft.replace(place)
 
     def links(self) -> Iterator[Link]:
         """Every link of the run, by round."""

@@ -6,6 +6,7 @@ The only module that talks to the hub. `identities` needs no network: a hub name
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Literal
 
 from pydantic import JsonValue
 
-from kdpipe.errors import DataError, ModelError, RecipeError
+from kdpipe.errors import DataError, ModelError, RecipeError, StepError
 from kdpipe.plan import STUDENT, UNRESOLVED, Fields, Identities, canonical
 from kdpipe.recipe import Gsm8kTask, Student, Teacher
 from kdpipe.recipe_file import LoadedRecipe
@@ -53,8 +54,10 @@ class Sources:
             files = data_files(task, self.loaded.folder)
             data = {split: {"digest": self._digest(path)} for split, path in files.items()}
         if self._changed:
-            self.workspace.mkdir(parents=True, exist_ok=True)
-            write_json(self.workspace / "digests.json", self._digests)
+            with contextlib.suppress(
+                StepError
+            ):  # it only saves reading again: plan and status need not write
+                write_json(self.workspace / "digests.json", self._digests)
             self._changed = False
         return Identities(models=models, data=data)
 

@@ -8,6 +8,8 @@ attempt uses. Locks are flock (they go with their process), never PID files.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 
-from kdpipe.errors import ArtifactError, KdpipeError, LockError, StepError
+from kdpipe.errors import ArtifactError, KdpipeError, LockError, machine_fault
 from kdpipe.plan import Step, canonical
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ TEMPORARY = ".tmp-"
 def write_durably(path: Path, writer: Callable[[Path], None]) -> None:
     """Makes `path` (file or folder) hold what `writer` writes, wholly or not at all."""
     draft = path.parent / f"{TEMPORARY}{path.name}"
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(draft)
         writer(draft)
@@ -52,11 +54,15 @@ def write_durably(path: Path, writer: Callable[[Path], None]) -> None:
             _remove(path)
         draft.replace(path)
         _fsync(path.parent)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises StepError that names `path` for what the system refuses while this is open."""
+    try:
+        yield
     except OSError as error:
-        raise StepError(
-            f"{path}: cannot be written: {error.strerror or error}",
-            hint="free space or mend the disk, then repeat the command: finished pieces are kept",
-        ) from error
+        raise machine_fault(error, path) from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -76,13 +82,16 @@ def write_json(path: Path, value: JsonValue) -> None:
 def append_line(path: Path, value: Mapping[str, JsonValue]) -> None:
     """Appends one JSON line in one write, on a line of its own though the last one was cut short."""
     line = json.dumps(value, sort_keys=True, allow_nan=False) + "\n"
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        size = os.fstat(descriptor).st_size
-        is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        os.write(descriptor, ("\n" + line if is_torn else line).encode())
-    finally:
-        os.close(descriptor)
+    with writing(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+            data = ("\n" + line if is_torn else line).encode()
+            if os.write(descriptor, data) < len(data):  # what a disk does that is about to be full
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -118,10 +127,11 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    with writing(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------ manifests
@@ -246,7 +256,7 @@ class Entry:
 
     def discard(self) -> None:
         """Forgets everything of the entry, so that the step is performed from nothing."""
-        (self.folder / MANIFEST).unlink(missing_ok=True)
+        _remove(self.folder / MANIFEST)
         for child in self.folder.iterdir() if self.folder.is_dir() else ():
             if child.name != ".lock":
                 _remove(child)
@@ -277,13 +287,14 @@ class Entry:
     @contextlib.contextmanager
     def locked(self, waiting: Callable[[], None]) -> Iterator[None]:
         """Holds the entry; calls `waiting` once when another run has it, and waits for that run."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = _file_lock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except TimeoutError:
-            waiting()
-            lock.acquire()
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = _file_lock(self.folder / ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except TimeoutError:
+                waiting()
+                lock.acquire()
         try:
             yield
         finally:
@@ -442,39 +453,43 @@ def _inside(name: str) -> str:
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Holds the run in `folder`; raises LockError naming the holder when another process does."""
-    folder.mkdir(parents=True, exist_ok=True)
     lock = _file_lock(folder / ".lock")
     holder = folder / "holder.json"
-    try:
-        lock.acquire(timeout=0.5)  # `status` takes it for an instant, to see whether it is free
-    except TimeoutError:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(TimeoutError):
+            lock.acquire(timeout=0.5)  # `status` takes it for an instant, to see whether it is free
+    if not lock.is_locked:
         who = "another process"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             found = json.loads(holder.read_text())
             who = f"process {found['pid']} on {found['host']}, since {found['since']}"
         raise LockError(
             f"{folder.name}: is being run by {who}", hint="wait for it, or stop it; then repeat the command"
-        ) from None
+        )
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         write_json(holder, {"pid": os.getpid(), "host": os.uname().nodename, "since": since})
         yield
     finally:
-        holder.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it only tells others who holds the lock
+            holder.unlink(missing_ok=True)
         lock.release()
 
 
 def is_running(folder: Path) -> bool:
     """Whether some process holds the run in `folder`."""
-    path = folder / ".lock"
-    if not path.exists():
-        return False
-    lock = _file_lock(path)
+    # Not by `_file_lock`, which opens for writing: a workspace that can only be read can be looked at.
     try:
-        lock.acquire(timeout=0)
-    except TimeoutError:
+        descriptor = os.open(folder / ".lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
-    lock.release()
+    finally:
+        os.close(descriptor)
     return False
 
 

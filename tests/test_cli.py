@@ -8,6 +8,7 @@ import pty
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -482,3 +483,30 @@ def test_status_with_tracking_on_counts_what_mlflow_lacks(world: dict[str, Any],
     document = json.loads(on(world, "status", "--set", "tracking={}", "--json", workspace=copied).stdout)
     assert document["not_mirrored"] == 12
     assert invoke("status", "quickstart", "--workspace", str(copied / "new")).exit_code == 0
+
+
+SIGNALLED = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "kdpipe.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from kdpipe.__main__ import main
+main()
+"""
+
+
+def test_an_interrupt_while_the_command_line_is_imported_ends_it_without_a_traceback() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, "recipes"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_the_module_is_the_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kdpipe", "recipes"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "quickstart" in done.stdout

@@ -125,6 +125,7 @@ LEVELS = {
     "transcript": 5.2,
     "tracking": 5.1,
     "cli": 6,
+    "__main__": 7,
 }
 
 # The modules that may import a library; some name a model's type and call nothing of the library.
