@@ -40,7 +40,7 @@ from kdpipe.report.tokens_data import UNITS, Titled, token_data
 from kdpipe.report.verdict import verdict, warnings
 from kdpipe.report.writing import renew_report, report_path, write_report
 from kdpipe.statistics import Interval
-from kdpipe.tables import read_lists
+from kdpipe.tables import SCORES, read_lists, read_scores, write_rows
 from tests.reports import NASTY, page_of, story
 from tests.worlds import load_tiny, run_near
 
@@ -247,6 +247,27 @@ def test_lists_are_read_as_they_were_written(rows: list[Any]) -> None:
         for at, column in enumerate(columns):
             found = read_lists(path, schema, str(at))
             assert [None if values is None else values.tolist() for values in found] == column
+
+
+@given(masks=st.lists(st.lists(st.booleans(), min_size=1, max_size=11), min_size=1, max_size=6))
+def test_each_score_has_its_own_rows_mask_and_numbers(masks: list[list[bool]]) -> None:
+    rows = [
+        {
+            "prompt_id": str(index),
+            "sample": index,
+            "teacher": "t",
+            "teacher_prompt_token_ids": [1],
+            "teacher_logprobs": [-float(place + 100 * index) for place in range(len(mask))],
+            "scorable": mask,
+        }
+        for index, mask in enumerate(masks)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "scores.parquet"
+        write_rows(path, rows, SCORES)
+        for row, score in zip(rows, read_scores(path), strict=True):
+            assert score.scorable.tolist() == row["scorable"]
+            assert score.teacher_logprobs.tolist() == row["teacher_logprobs"]
 
 
 # ---------------------------------------------------------------------------------------- alternatives
