@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from typer.testing import CliRunner
@@ -229,6 +229,7 @@ def test_a_paired_difference_is_the_first_less_the_second(
     assert several.p_value is None  # McNemar's test is of single answers
 
 
+@settings(deadline=None)
 @given(
     rows=st.lists(
         st.none()
@@ -249,6 +250,7 @@ def test_lists_are_read_as_they_were_written(rows: list[Any]) -> None:
             assert [None if values is None else values.tolist() for values in found] == column
 
 
+@settings(deadline=None)
 @given(masks=st.lists(st.lists(st.booleans(), min_size=1, max_size=11), min_size=1, max_size=6))
 def test_each_score_has_its_own_rows_mask_and_numbers(masks: list[list[bool]]) -> None:
     rows = [
@@ -329,6 +331,7 @@ def bytes_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@settings(deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_the_pieces_of_any_text_are_that_text(bytes_tokenizer: Path, text: str) -> None:
     ids = Tokenizer.from_file(str(bytes_tokenizer)).encode(text).ids
@@ -467,6 +470,7 @@ def chart(points: list[Point], **changes: Any) -> Chart:
     return Chart("key", "Title", "unit", [Series("", points)], lambda value: f"{value:g}", **changes)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30))
 def test_a_line_stays_inside_its_axes(values: list[float]) -> None:
     svg = chart_svg(chart([Point(n, value) for n, value in enumerate(values)]), (0, max(1, len(values) - 1)))
