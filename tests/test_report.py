@@ -9,15 +9,17 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from typer.testing import CliRunner
@@ -38,6 +40,7 @@ from kdpipe.report.tokens_data import UNITS, Titled, token_data
 from kdpipe.report.verdict import verdict, warnings
 from kdpipe.report.writing import renew_report, report_path, write_report
 from kdpipe.statistics import Interval
+from kdpipe.tables import SCORES, read_lists, read_scores, write_rows
 from tests.reports import NASTY, page_of, story
 from tests.worlds import load_tiny, run_near
 
@@ -205,6 +208,70 @@ def test_several_samples_show_pass_and_majority_with_intervals(project: Project)
     assert "pass@" not in verdict_section(Measures(project)).text
 
 
+def test_a_paired_difference_is_the_first_less_the_second(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fractions = {
+        "teacher": {"a": 1.0, "b": 1.0, "c": 0.0, "d": 1.0},
+        "student": {"b": 1.0, "c": 1.0, "a": 0.0, "d": 0.0},
+    }
+    monkeypatch.setattr(Measures, "_fractions", lambda _self, one: fractions[one.step.subject])
+    measures = Measures(project)
+    assert measures.before is not None
+    found = measures.difference(measures.teachers[0], measures.before)
+    assert found is not None
+    assert (found.problems, found.only_first, found.only_second) == (4, 2, 1)
+    assert found.change.estimate == 0.25
+    assert found.p_value == 1.0
+    fractions["teacher"]["a"] = 0.5
+    several = measures.difference(measures.teachers[0], measures.before)
+    assert several is not None
+    assert several.p_value is None  # McNemar's test is of single answers
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(
+        st.none()
+        | st.lists(st.tuples(st.floats(width=32, allow_nan=False), st.integers(-9, 9), st.booleans())),
+        max_size=6,
+    )
+)
+def test_lists_are_read_as_they_were_written(rows: list[Any]) -> None:
+    kinds = (pa.float32(), pa.int32(), pa.bool_())
+    columns = [[None if row is None else [cell[at] for cell in row] for row in rows] for at in range(3)]
+    schema = pa.schema([(str(at), pa.list_(kind)) for at, kind in enumerate(kinds)])
+    arrays = [pa.array(column, pa.list_(kind)) for column, kind in zip(columns, kinds, strict=True)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lists.parquet"
+        pq.write_table(pa.Table.from_arrays(arrays, schema=schema), path)
+        for at, column in enumerate(columns):
+            found = read_lists(path, schema, str(at))
+            assert [None if values is None else values.tolist() for values in found] == column
+
+
+@settings(deadline=None)
+@given(masks=st.lists(st.lists(st.booleans(), min_size=1, max_size=11), min_size=1, max_size=6))
+def test_each_score_has_its_own_rows_mask_and_numbers(masks: list[list[bool]]) -> None:
+    rows = [
+        {
+            "prompt_id": str(index),
+            "sample": index,
+            "teacher": "t",
+            "teacher_prompt_token_ids": [1],
+            "teacher_logprobs": [-float(place + 100 * index) for place in range(len(mask))],
+            "scorable": mask,
+        }
+        for index, mask in enumerate(masks)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "scores.parquet"
+        write_rows(path, rows, SCORES)
+        for row, score in zip(rows, read_scores(path), strict=True):
+            assert score.scorable.tolist() == row["scorable"]
+            assert score.teacher_logprobs.tolist() == row["teacher_logprobs"]
+
+
 # ---------------------------------------------------------------------------------------- alternatives
 
 
@@ -264,6 +331,7 @@ def bytes_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@settings(deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_the_pieces_of_any_text_are_that_text(bytes_tokenizer: Path, text: str) -> None:
     ids = Tokenizer.from_file(str(bytes_tokenizer)).encode(text).ids
@@ -402,6 +470,7 @@ def chart(points: list[Point], **changes: Any) -> Chart:
     return Chart("key", "Title", "unit", [Series("", points)], lambda value: f"{value:g}", **changes)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30))
 def test_a_line_stays_inside_its_axes(values: list[float]) -> None:
     svg = chart_svg(chart([Point(n, value) for n, value in enumerate(values)]), (0, max(1, len(values) - 1)))
