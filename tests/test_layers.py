@@ -33,6 +33,7 @@ LEVELS = {
     "yaml_source": 1,
     "recipe": 1.1,
     "recipe_file": 1.2,
+    "model_folder": 1,
     "engine": 2,
     "plan": 2,
     "tables": 2,
