@@ -569,7 +569,7 @@ def read_trainer(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, JsonV
     try:
         tensors: dict[str, torch.Tensor] = load_file(folder / TENSORS_FILE)
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{folder}: trainer state cannot be read: {error}") from error
     if not isinstance(state, dict):
         raise ArtifactError(f"{folder / STATE_FILE}: expected a JSON object, found {type(state).__name__}")

@@ -7,7 +7,6 @@ The only module that talks to the hub. `identities` needs no network: a hub name
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -19,7 +18,7 @@ from kdpipe.model_folder import require_own_files
 from kdpipe.plan import STUDENT, UNRESOLVED, Fields, Identities, canonical
 from kdpipe.recipe import Gsm8kTask, Student, Teacher
 from kdpipe.recipe_file import LoadedRecipe
-from kdpipe.store import file_digest, write_json
+from kdpipe.store import file_digest, parse_json, write_json
 from kdpipe.tasks import data_files, hub_id
 
 TEXT_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".py"}
@@ -201,7 +200,7 @@ def _pin_key(name: str, revision: str | None) -> str:
 
 def _read(path: Path) -> dict[str, JsonValue]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes())
     except (FileNotFoundError, ValueError):  # a cache that cannot be read is rebuilt
         return {}
     return value if isinstance(value, dict) else {}

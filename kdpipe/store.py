@@ -86,13 +86,23 @@ def append_line(path: Path, value: Mapping[str, JsonValue]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of `path` ([] when it is missing); a line that is cut short is left out."""
+    """The JSON lines of `path` ([] when it is missing); lines that are cut short, or no objects, are left out."""
     rows = []
     with contextlib.suppress(FileNotFoundError):
         for line in path.read_bytes().splitlines():
-            with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
-                rows.append(json.loads(line))
+            with contextlib.suppress(ValueError):
+                row = parse_json(line)
+                if isinstance(row, dict):
+                    rows.append(row)
     return rows
+
+
+def parse_json(data: bytes) -> Any:
+    """The JSON value in a file's bytes; raises ValueError on whatever is none, also on endless nesting."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def file_digest(path: Path) -> str:
