@@ -206,6 +206,6 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         tensors: dict[str, torch.Tensor] = load_file(folder / ADAPTER_FILE)
         if config != _document(config["r"], config["lora_alpha"], config["target_modules"]):
             raise ValueError(f"{CONFIG_FILE} is not one that kdpipe wrote")
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{folder}: the adapter cannot be read: {error}") from error
     return config, tensors

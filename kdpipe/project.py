@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdpipe.errors import ArtifactError
 from kdpipe.plan import Identities, Plan, make_plan
 from kdpipe.recipe import Recipe, Teacher
 from kdpipe.recipe_file import LoadedRecipe
 from kdpipe.runs import RunFolder, run_folder
 from kdpipe.sources import Sources
-from kdpipe.store import METRICS, Store, read_lines
+from kdpipe.store import METRICS, Entry, Store, parse_json, read_lines
 from kdpipe.survey import State, survey
 
 
@@ -58,9 +58,22 @@ def summary_of(project: Project, step_id: str) -> dict[str, Any] | None:
         if step.id == step_id:
             entry = project.store.entry(step)
             if entry.manifest() is not None:
-                summary: dict[str, Any] = json.loads((entry.folder / "summary.json").read_text())
-                return summary
+                return _read_summary(entry)
     return None
+
+
+def _read_summary(entry: Entry) -> dict[str, Any]:
+    path = entry.folder / "summary.json"
+    try:
+        found: dict[str, Any] = parse_json(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("expected an object")
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{path}: cannot be read: {error}",
+            hint=f"rebuild it: repeat the run with --force {entry.step_id}",
+        ) from None
+    return found
 
 
 @dataclass(frozen=True, slots=True)

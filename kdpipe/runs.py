@@ -22,7 +22,16 @@ from kdpipe.environment import environment
 from kdpipe.plan import Fields, Step, run_hash
 from kdpipe.recipe import Recipe, resolved
 from kdpipe.recipe_file import LoadedRecipe
-from kdpipe.store import FINGERPRINT, Entry, append_line, read_lines, write_bytes, write_json, writing
+from kdpipe.store import (
+    FINGERPRINT,
+    Entry,
+    append_line,
+    parse_json,
+    read_lines,
+    write_bytes,
+    write_json,
+    writing,
+)
 
 ROUND = re.compile(r"round-(\d+)$")
 PAYLOADS = ("model", "trainer", "ema")
@@ -67,7 +76,7 @@ class RunFolder:
 
     def recipe(self) -> Recipe:
         """The recipe that this run was last given."""
-        meaning = json.loads((self.path / "resolved.json").read_text(encoding="utf-8"))
+        meaning = parse_json((self.path / "resolved.json").read_bytes())
         return Recipe.model_validate_json(json.dumps(meaning["recipe"]), strict=True)
 
     def link(self, step: Step, entry: Entry) -> None:
@@ -95,7 +104,7 @@ class RunFolder:
         """The fingerprint document of what this run's link for `step` points at, or None."""
         place = self.path / f"round-{step.round:03d}" / step.link_name
         try:
-            document = json.loads((place / FINGERPRINT).read_text(encoding="utf-8"))
+            document = parse_json((place / FINGERPRINT).read_bytes())
         except (OSError, ValueError):
             return None
         return document if isinstance(document, dict) else None
@@ -139,6 +148,7 @@ def retained(run: RunFolder) -> dict[Path, set[str]]:
         OSError,
         ValueError,
         KeyError,
+        TypeError,
     ):  # damaged, or of another version: such a run keeps all that it links
         return {target: set(PAYLOADS) for target in trained.values()}
     keep: dict[Path, set[str]] = {}
@@ -176,6 +186,6 @@ def droppable(run: RunFolder, workspace: Path) -> list[tuple[Path, str]]:
 
 def _accuracy(folder: Path) -> float | None:
     try:
-        return float(json.loads((folder / "summary.json").read_text())["accuracy"])
+        return float(parse_json((folder / "summary.json").read_bytes())["accuracy"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

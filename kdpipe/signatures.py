@@ -6,7 +6,6 @@ of this identity was first asked: a net for weights exchanged under a name, not 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 from pydantic import JsonValue
 
 from kdpipe.errors import PreflightError
-from kdpipe.store import write_json
+from kdpipe.store import parse_json, write_json
 
 FILE = "servers.json"
 SAME_NATS = 0.15
@@ -50,7 +49,7 @@ def require_same(workspace: Path, digest: str, *, who: str, scores: Sequence[flo
 
 def _read(path: Path) -> dict[str, JsonValue]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes())
     except (FileNotFoundError, ValueError):  # as good as a workspace in which nothing was asked
         return {}
     return value if isinstance(value, dict) else {}

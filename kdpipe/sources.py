@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,10 +15,11 @@ from typing import Literal
 from pydantic import JsonValue
 
 from kdpipe.errors import DataError, ModelError, RecipeError, StepError
+from kdpipe.model_folder import require_own_files
 from kdpipe.plan import STUDENT, UNRESOLVED, Fields, Identities, canonical
 from kdpipe.recipe import Gsm8kTask, Student, Teacher
 from kdpipe.recipe_file import LoadedRecipe
-from kdpipe.store import file_digest, write_json
+from kdpipe.store import file_digest, parse_json, write_json
 from kdpipe.tasks import data_files, hub_id
 
 TEXT_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".py"}
@@ -108,6 +108,7 @@ class Sources:
                 f"{folder}: not a model folder: config.json is missing",
                 hint="name a folder that transformers' save_pretrained wrote",
             )
+        require_own_files(folder)
         return {"digest": self._digest_of(files)}
 
     def _tokenizer(self, named: _Named, folder: Path | None) -> Fields:
@@ -120,6 +121,7 @@ class Sources:
                 f"{folder}: no tokenizer: tokenizer.json is missing",
                 hint="name the folder or hub id of the model that the server runs in teachers[].server.tokenizer",
             )
+        require_own_files(folder)
         return {"digest": self._digest_of(files), "revision": named.revision}
 
     def _digest_of(self, files: list[Path]) -> str:
@@ -217,7 +219,7 @@ def _pin_key(name: str, revision: str | None) -> str:
 
 def _read(path: Path) -> dict[str, JsonValue]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes())
     except (FileNotFoundError, ValueError):  # a cache that cannot be read is rebuilt
         return {}
     return value if isinstance(value, dict) else {}

@@ -38,7 +38,16 @@ from kdpipe.plan import STUDENT, canonical
 from kdpipe.project import headroom_of
 from kdpipe.recipe import Tracking
 from kdpipe.runs import RunFolder, all_runs
-from kdpipe.store import FINGERPRINT, METRICS, Entry, is_running, read_lines, write_durably, write_json
+from kdpipe.store import (
+    FINGERPRINT,
+    METRICS,
+    Entry,
+    is_running,
+    parse_json,
+    read_lines,
+    write_durably,
+    write_json,
+)
 from kdpipe.workers import Message, Report, Worker
 
 if TYPE_CHECKING:
@@ -156,8 +165,9 @@ class DoneStep:
 def done_steps(run_folder: Path) -> Iterator[DoneStep]:
     """The finished steps that the run links, by round."""
     for link in RunFolder(run_folder).links():
-        with contextlib.suppress(FileNotFoundError, ArtifactError):  # such a step is not done
-            document = json.loads((link.target / FINGERPRINT).read_bytes())
+        # Such a step is not done, or damaged, which is not for the mirror to say.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ArtifactError):
+            document = parse_json((link.target / FINGERPRINT).read_bytes())
             manifest = Entry(link.target, link.name, document["fingerprint"]).manifest()
             if manifest is not None:
                 finished = manifest.provenance["finished"]
@@ -183,8 +193,9 @@ def unsettled(workspace: Path) -> list[Request]:
             continue
         if not is_running(run.path):
             status: Status = "KILLED" if record.wanted == "RUNNING" else record.wanted
-            tracking = Tracking(uri=record.uri, experiment=record.experiment)
-            requests.append(Request(workspace=workspace, run=run.path, tracking=tracking, status=status))
+            with contextlib.suppress(ValidationError):  # an address that recipes may not hold any more
+                tracking = Tracking(uri=record.uri, experiment=record.experiment)
+                requests.append(Request(workspace=workspace, run=run.path, tracking=tracking, status=status))
     return requests
 
 

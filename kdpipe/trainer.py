@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+MAX_STEPS = 2**53  # what a float counts by ones
+
+
 class Trainer:
     """Takes gradients and optimizer steps on one model; `step` counts optimizer steps since its start.
 
@@ -124,7 +127,7 @@ class Trainer:
     def restore(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, JsonValue]) -> None:
         """Continues from what `tensors` and `state` gave; raises ArtifactError when they do not fit the model."""
         step = state.get("optimizer_step")
-        if not isinstance(step, int):
+        if type(step) is not int or not 0 <= step < MAX_STEPS:
             raise ArtifactError(f"trainer state: optimizer_step is {step!r}, expected a whole number")
         self.step = step
         with torch.no_grad():

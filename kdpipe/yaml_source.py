@@ -43,6 +43,7 @@ _Loader.add_implicit_resolver(
 
 
 _CONSTRUCTOR = _Loader("")
+MAX_NUMBER = 2**63 - 1
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
@@ -216,7 +217,10 @@ def _value(node: yaml.ScalarNode, origin: str) -> JsonValue:
         case "tag:yaml.org,2002:bool":
             return bool(_CONSTRUCTOR.construct_yaml_bool(node))
         case "tag:yaml.org,2002:int":
-            return int(_CONSTRUCTOR.construct_yaml_int(node))
+            number = int(_CONSTRUCTOR.construct_yaml_int(node))
+            if abs(number) > MAX_NUMBER:
+                raise RecipeError(f"{origin}: {node.value[:40]}: a number beyond 64 bits")
+            return number
         case "tag:yaml.org,2002:float":
             value = (
                 float(node.value.replace("_", ""))
