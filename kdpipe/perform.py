@@ -545,8 +545,7 @@ class _Task:
             # No folder: a scratch student, in a step that reads its text but opens none of its weights.
             folder = entry.folder / self._weights_folder(role) if entry else self._base_folder(name)
             if entry is not None:
-                names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-                entry.opened(*(f"{self._weights_folder(role)}/{file}" for file in names))
+                entry.opened(*entry.texts(self._weights_folder(role)))
             template = settings.template or self.recipe.student.template
             self.warm.texts[key] = self._open_text(folder, template, trust=settings.trust_remote_code)
         return self.warm.texts[key]
@@ -692,6 +691,8 @@ class _Task:
     def _note(self, kind: str, fields: Mapping[str, JsonValue]) -> None:
         row: dict[str, JsonValue] = {"time": time.time(), "event": kind, "step": self.step.id, **fields}
         append_line(Path(self.request["run"]) / "events.jsonl", row)
+        if kind == "damaged":
+            self.report.event(kind="warning", text=f"{fields['problem']}; it is made again")
 
     def _write_speed(self, draft: Draft, pulse: Pulse, seconds: float) -> None:
         name = self.step.stage.replace("-", "_")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from kdpipe.recipe import Recipe, Teacher
 from kdpipe.recipe_file import LoadedRecipe
 from kdpipe.runs import RunFolder, run_folder
 from kdpipe.sources import Sources
-from kdpipe.store import METRICS, Store, read_lines
+from kdpipe.store import Store
 from kdpipe.survey import State, survey
 
 
@@ -58,7 +57,7 @@ def summary_of(project: Project, step_id: str) -> dict[str, Any] | None:
         if step.id == step_id:
             entry = project.store.entry(step)
             if entry.manifest() is not None:
-                summary: dict[str, Any] = json.loads((entry.folder / "summary.json").read_text())
+                summary: dict[str, Any] = entry.read_json("summary.json")
                 return summary
     return None
 
@@ -128,7 +127,7 @@ def round_metrics(project: Project, number: int) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for step in project.plan.steps:
         if step.round == number:
-            for row in read_lines(project.store.entry(step).folder / METRICS):
+            for row in project.store.entry(step).metrics():
                 if row["optimizer_step"] is None:
                     metrics[row["name"]] = row["value"]
     return metrics
