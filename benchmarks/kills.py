@@ -1,6 +1,7 @@
 """Kills a real two-round run at random moments, and inside its writes, until hundreds of kills are told; what is lost?
 
     python benchmarks/kills.py --kills 200 --signals 60 > benchmarks/results/kills.jsonl
+    python benchmarks/kills.py --markdown benchmarks/results/kills.jsonl
 
 Real commands with their workers and their MLflow store (SQLite), models of 10,000 parameters. Half of the kills come
 at a moment drawn uniformly over the unbroken run's duration, half within a millisecond of a change to a file of a
@@ -28,6 +29,20 @@ sys.path.insert(0, str(ROOT))  # the harness is the tests' own
 from tests.kills import Study
 
 RECIPE: dict[str, Any] = {"rounds": 2}
+WHEN = {
+    "moment": "SIGKILL at a random moment",
+    "parquet": "SIGKILL while parquet is written",
+    "tensors": "SIGKILL while a model or an optimizer is written (safetensors)",
+    "manifest": "SIGKILL while a manifest is written",
+    "MLflow": "SIGKILL while MLflow's database or record is written",
+    "notes": "SIGKILL while events, metrics or a fingerprint are written",
+}
+WHOM = {
+    "all": "the whole process tree",
+    "command": "the command alone",
+    "worker": "its worker, as the system does when memory ends",
+    "mirror": "its MLflow mirror",
+}
 
 
 def main() -> int:
@@ -37,7 +52,11 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--signals", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--markdown", type=Path, metavar="RESULTS.jsonl", help="print its table, run nothing")
     arguments = parser.parse_args()
+    if arguments.markdown is not None:
+        print(markdown([json.loads(line) for line in arguments.markdown.read_text().splitlines()]))
+        return 0
     lost = 0
     with tempfile.TemporaryDirectory(prefix="kdpipe-kills-") as name:
         study = Study(Path(name), **RECIPE)
@@ -47,6 +66,7 @@ def main() -> int:
             "commit": commit(),
             "seed": arguments.seed,
             "unbroken_seconds": unbroken.seconds,
+            "unbroken_cpu_seconds": unbroken.cpu_seconds,
             "changes": unbroken.changes,
             "steps": len(unbroken.digests),
             "metrics": len(unbroken.metrics),
@@ -65,6 +85,47 @@ def main() -> int:
                     shutil.rmtree(Path(name) / f"chain-{number}")
                 number += 1
     return 1 if lost else 0
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A line for each way to be ended: how often, how often a half-written draft was left, the slowest end, losses."""
+    chains = [row for row in rows if "ended" in row]
+    lines = [
+        ["fault", "times", "in the middle of a write", "slowest end, seconds", "losses"],
+        ["---"] * 5,
+    ]
+
+    def add(name: str, **wanted: Any) -> None:
+        found = [(chain, end) for chain in chains for end in chain["ended"] if wanted.items() <= end.items()]
+        torn = sum(bool(end["drafts"]) for _, end in found)
+        # Where only the mirror is killed the command goes on: that is no end.
+        ends = [end["seconds"] for _, end in found if end["code"] != 0]
+        lost = sum({chain["number"]: len(chain["losses"]) for chain, _ in found}.values())
+        lines.append([name, str(len(found)), str(torn), f"{max(ends, default=0):.1f}", str(lost)])
+
+    for target, name in WHEN.items():
+        add(name, how="SIGKILL", target=target)
+    for victim, name in WHOM.items():
+        add(f"of these: {name}", how="SIGKILL", victim=victim)
+    add("SIGTERM", how="SIGTERM")
+    add("SIGINT", how="SIGINT")
+    add("SIGINT to the whole group, as a terminal sends it", how="SIGINT to the group")
+    add("of these signals: with a second one soon after", second_signal=True)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def totals(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """Kills, signals, runs that were ended, commands that they took, and losses."""
+    chains = [row for row in rows if "ended" in row]
+    ends = [end for chain in chains for end in chain["ended"]]
+    kills = sum(end["how"] == "SIGKILL" for end in ends)
+    return {
+        "kills": kills,
+        "signals": len(ends) - kills,
+        "runs": len(chains),
+        "at most": max((len(chain["ended"]) for chain in chains), default=0),
+        "losses": sum(len(chain["losses"]) for chain in chains),
+    }
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,  # plain help: rich would double the time that --help takes
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
@@ -44,8 +43,22 @@ app = typer.Typer(
 )
 
 Parameters = ParamSpec("Parameters")
+
+
+def _shipped(incomplete: str) -> list[str]:
+    """Names of shipped recipes for the shell's completion; where none begins so, the shell offers files."""
+    from kdpipe.recipes_shipped import shipped
+
+    return [path.stem for path in shipped() if path.stem.startswith(incomplete)]
+
+
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe file, or the name of a shipped one.",
+        autocompletion=_shipped,
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -112,7 +125,8 @@ def _print_error(error: KdpipeError) -> None:
     if error.hint:
         lines.append(f"  {inert(error.hint)}")
     if error.exit_code in (1, 5, 130, 143) and len(sys.argv) > 1:
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        program = Path(sys.argv[0]).name
+        command = shlex.join(["kdpipe" if program == "__main__.py" else program, *sys.argv[1:]])
         lines.append(f"  everything finished is kept; to continue: {inert(command)}")
     print("\n".join(lines), file=sys.stderr)  # noqa: T201
 
@@ -169,14 +183,23 @@ def run(
 
 
 def _run(recipe: str, overrides: list[str] | None, workspace: Path, request: Any, *, as_json: bool) -> None:
+    from kdpipe.report.writing import renew_report
     from kdpipe.runner import run as run_steps
     from kdpipe.terminal import JsonLines, Terminal
     from kdpipe.tracking import open_mirror
 
     display = JsonLines() if as_json else Terminal()
+    commands = _commands_again(recipe, overrides, workspace)
     try:
         project = run_steps(
-            _load(recipe, overrides), workspace.resolve(), request, display=display, open_mirror=open_mirror
+            _load(recipe, overrides),
+            workspace.resolve(),
+            request,
+            display=display,
+            open_mirror=open_mirror,
+            report=lambda project, digests: renew_report(
+                project, digests, commands=commands, warn=display.warn
+            ),
         )
     finally:
         display.stop()
@@ -184,6 +207,14 @@ def _run(recipe: str, overrides: list[str] | None, workspace: Path, request: Any
         print(json.dumps({"event": "end", **_outcome(project)}, sort_keys=True))  # noqa: T201
     else:
         _print_outcome(project, recipe, workspace)
+
+
+def _commands_again(recipe: str, overrides: list[str] | None, workspace: Path) -> list[str]:
+    """What makes this run again, and what looks further into it, as it was typed."""
+    sets = [word for override in overrides or () for word in ("--set", override)]
+    place = [] if workspace == WORKSPACE else ["--workspace", str(workspace)]
+    tails = (["run"], ["verify", "--full"], ["samples", "--worst"])
+    return [shlex.join(["kdpipe", command, recipe, *sets, *place, *flags]) for command, *flags in tails]
 
 
 def _evaluations(project: "Project") -> list[tuple[str, dict[str, Any] | None]]:
@@ -214,6 +245,7 @@ def _outcome(project: "Project") -> dict[str, Any]:
 
 
 def _print_outcome(project: "Project", recipe: str, workspace: Path) -> None:
+    from kdpipe.report.writing import report_path
     from kdpipe.terminal import change_lines, outcome_lines, painter
 
     lines = []
@@ -223,8 +255,10 @@ def _print_outcome(project: "Project", recipe: str, workspace: Path) -> None:
         changes = change_lines(after[-1]) if after and after[-1] else []
         lines = [*outcome_lines(rows, painter(sys.stdout)), *changes, ""]
     place = "" if workspace == WORKSPACE else f" --workspace {shlex.quote(str(workspace))}"
+    lines += [f"artifacts  {_shown(project.run.path)}"]
+    if (page := report_path(project)).exists():
+        lines.append(f"report     {_shown(page)}")
     lines += [
-        f"artifacts  {_shown(project.run.path)}",
         f"next       kdpipe samples {recipe} --wrong{place}",
         f"           kdpipe export {recipe} my-student{place}",
         f"           kdpipe ui{place}",
@@ -553,24 +587,71 @@ def samples(
     recipe: RecipeArgument,
     round_number: RoundOption = None,
     wrong: Annotated[bool, typer.Option("--wrong", help="Only wrong answers.")] = False,
+    flipped: Annotated[
+        bool, typer.Option("--flipped", help="Held-out answers right at first and wrong now, or the reverse.")
+    ] = False,
+    worst: Annotated[
+        bool, typer.Option("--worst", help="Those with the largest disagreement about a token first.")
+    ] = False,
+    held_out: Annotated[
+        bool,
+        typer.Option("--held-out", help="Held-out samples that the teacher scored, not those trained on."),
+    ] = False,
     limit: Annotated[int, typer.Option(min=1, help="How many.")] = 5,
     overrides: SetOption = None,
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what the student wrote.
+    """Show what the student wrote, each token coloured by where the teacher disagrees.
 
-    Example: kdpipe samples recipes/quickstart.yaml --round 0 --wrong --limit 3
+    Orange: the student is surer than the teacher; blue: the teacher is. Without colours the tokens that they disagree
+    about most are listed with their numbers.
+
+    Example: kdpipe samples recipes/quickstart.yaml --wrong --worst --limit 3
     """
-    from kdpipe.housekeeping import samples as read_samples
-    from kdpipe.terminal import painter, sample_lines
+    from kdpipe.samples import Choice, choose_samples, samples_json
+    from kdpipe.terminal import is_coloured, painter
+    from kdpipe.transcript import transcript_lines
+
+    choice = Choice(round_number, wrong, flipped, worst, held_out, limit)
+    found = choose_samples(_open(recipe, overrides, workspace), choice)
+    if as_json:
+        _print_json(samples_json(found))
+        return
+    coloured = is_coloured(sys.stdout)
+    print("\n".join(transcript_lines(found, painter(sys.stdout), coloured=coloured)))  # noqa: T201
+
+
+@app.command()
+@reported
+def report(
+    recipe: RecipeArgument,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write it; else into the run's folder.")
+    ] = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Write one HTML page about a run: verdict, curves, costs, and its completions token by token.
+
+    `run` writes it too, at its end. The page loads nothing, so it can be sent on: it holds texts of model and data.
+
+    Example: kdpipe report recipes/quickstart.yaml -o report.html
+    """
+    from kdpipe.report.writing import report_path, write_report
 
     project = _open(recipe, overrides, workspace)
-    step, rows = read_samples(project, round_number=round_number, wrong=wrong, limit=limit)
+    path = report_path(project) if output is None else output
+    if not project.run.path.exists():
+        raise RecipeError(f"{project.run.name}: nothing was run yet", hint=f"kdpipe run {recipe}")
+    if path.is_dir():
+        raise RecipeError(f"{path}: is a folder", hint=f"name the file: -o {path / 'report.html'}")
+    size = write_report(project, path, commands=_commands_again(recipe, overrides, workspace))
     if as_json:
-        _print_json({"step": step, "samples": rows})
-        return
-    print("\n".join(sample_lines(step, rows, painter(sys.stdout))))  # noqa: T201
+        _print_json({"report": str(path), "bytes": size})
+    else:
+        print(f"{_shown(path.resolve())}  {size / 1e6:.2f} MB")  # noqa: T201
 
 
 # ------------------------------------------------------------------------------------------- artifacts
@@ -738,14 +819,21 @@ def init(
 
 @app.command()
 @reported
-def schema() -> None:
-    """Print the JSON Schema of recipes, for editors.
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the page docs/recipe.md instead.")
+    ] = False,
+) -> None:
+    """Print the JSON Schema of recipes, for editors, with a sentence for each field.
 
     Example: kdpipe schema > recipe.schema.json
     """
-    from kdpipe.recipe import Recipe
+    from kdpipe.recipe_reference import described_schema, reference
 
-    _print_json(Recipe.model_json_schema(by_alias=True))
+    if markdown:
+        print(reference(), end="")  # noqa: T201
+        return
+    _print_json(described_schema())
 
 
 # ---------------------------------------------------------------------------------------- environment

@@ -54,7 +54,7 @@ class Mirror(Protocol):
     """The tracker as the runner sees it: told what changed, never waited for."""
 
     def nudge(self) -> None: ...
-    def finish(self, status: str) -> str | None: ...
+    def finish(self, status: str, *, hurry: Callable[[], bool]) -> str | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +95,12 @@ def run(
     display: Display,
     open_mirror: Callable[[Project], Mirror],
     performer: str = PERFORMER,
+    report: Callable[[Project, Mapping[str, str | None]], None] | None = None,
 ) -> Project:
-    """Performs what is not done; returns the project. Raises KdpipeError with what to do next."""
+    """Performs what is not done; returns the project. Raises KdpipeError with what to do next.
+
+    `report` is given the payload digests of the steps, by id, once all that was asked for is done.
+    """
     folders = Sources(loaded, workspace).fetch()  # pins hub names, so that every fingerprint is known
     project = open_project(loaded, workspace)
     with run_lock(project.run.path), _signals() as stop:
@@ -106,6 +110,8 @@ def run(
         status = "FAILED"
         try:
             job.go(mirror)
+            if report is not None and job.request.only is None:
+                report(project, job.digests)
             status = "FINISHED"
         except Interrupted:
             status = "KILLED"
@@ -113,7 +119,7 @@ def run(
             raise
         finally:
             job.worker.stop(CLOSE)
-            if trouble := mirror.finish(status):
+            if trouble := mirror.finish(status, hurry=stop.asked):
                 display.warn(
                     f"MLflow: not everything is mirrored yet: {trouble}; the next command goes on with it"
                 )

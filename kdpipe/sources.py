@@ -79,6 +79,22 @@ class Sources:
             folders["data"] = self._download(hub, task.revision, kind="dataset")
         return folders
 
+    def tokenizer_file(self, role: str) -> Path | None:
+        """The tokenizer.json beside a model that the recipe names, where it is on this machine; downloads nothing."""
+        named = next((_named(model) for name, model in self._models() if name == role), None)
+        if named is None:
+            return None
+        if (folder := _local_folder(named.name, self.loaded.folder)) is not None:
+            path = folder / "tokenizer.json"
+            return path if path.is_file() else None
+        commit = self._pinned(_pin_key(named.name, named.revision), named.revision)
+        if commit is None:
+            return None
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(named.name, "tokenizer.json", revision=commit)
+        return Path(found) if isinstance(found, str) else None
+
     def _models(self) -> list[tuple[str, Student | Teacher]]:
         recipe = self.loaded.recipe
         return [(STUDENT, recipe.student), *((teacher.name, teacher) for teacher in recipe.teachers)]

@@ -30,10 +30,15 @@ _CODES: dict[Style, int] = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow
 
 
 def painter(stream: TextIO) -> Paint:
-    """Puts colour codes around a text where `stream` is a terminal and NO_COLOR is not set; else nothing."""
-    if is_terminal(stream) and not os.environ.get("NO_COLOR"):
+    """Puts colour codes around a text where `stream` is coloured; else nothing."""
+    if is_coloured(stream):
         return lambda text, style: f"\x1b[{_CODES[style]}m{text}\x1b[0m"
     return lambda text, _style: text
+
+
+def is_coloured(stream: TextIO) -> bool:
+    """Whether colours are shown on `stream`: it is a terminal, and NO_COLOR is not set."""
+    return is_terminal(stream) and not os.environ.get("NO_COLOR")
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -444,42 +449,6 @@ def _measured(finding: dict[str, Any]) -> str:
     worst = finding["measures"][0]
     verb = "moves by" if worst["must_move"] else "off by"
     return f"{verb} {worst['value']:.2g} of {worst['of']:.2g}"
-
-
-def sample_lines(step: str, rows: Sequence[dict[str, Any]], paint: Paint) -> list[str]:
-    """Completions for reading: question, what was written, the expected answer, and the grade."""
-    lines = [paint(f"{step}: {_counted(len(rows), 'completion')}", "bold")]
-    for row in rows:
-        grade = paint("right", "green") if row["correct"] else paint("wrong", "red")
-        prompt_id, number = row["prompt_id"], row["sample"]
-        answer = row["answer_strict"] or row["answer_flexible"]
-        found = "no answer" if answer is None else f"found {answer}"
-        cut = ", cut at the length limit" if row["finish_reason"] == "length" else ""
-        # Grades have no source: all of them are of samples.
-        source = row.get("source", "student")
-        which = "reference text" if source == "reference" else f"sample {number}"
-        which += " of the teacher" if source == "teacher" else ""
-        lines += [
-            "",
-            f"{paint(f'{inert(prompt_id)} {which}', 'bold')}: {grade}",
-            *_indented(row["question"], "  | ", paint),
-            *_indented(row["text"], "  > ", paint),
-            paint(inert(f"  expected {row['expected']}, {found}{cut}"), "dim"),
-        ]
-        if "mismatch_nats_mean" in row:
-            lines.append(paint(_mismatch_line(row), "dim"))
-    return lines
-
-
-def _mismatch_line(row: dict[str, Any]) -> str:
-    mean, most = row["mismatch_nats_mean"], row["mismatch_nats_max"]
-    tokens = f"{row['mismatch_acted_tokens']} of {_counted(len(row['completion_token_ids']), 'token')}"
-    return f"  sampler minus trainer: mean {mean:+.1e}, at most {most:.1e} nats; controls act on {tokens}"
-
-
-def _indented(text: str, mark: str, paint: Paint) -> list[str]:
-    """Each line of a text after a mark, so that model text cannot pass for ours."""
-    return [f"{paint(mark, 'dim')}{line}" for line in inert(text).split("\n")]
 
 
 def _counted(number: int, noun: str) -> str:

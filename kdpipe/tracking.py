@@ -307,6 +307,9 @@ class Synchronizer:
         mirrored = self._open.pop(order.run, None)  # back in its place only if all goes well
         try:
             if mirrored is None or not mirrored.is_at(order.tracking):
+                if order.tracking.uri is None:
+                    with _beating(report):
+                        _make_database(order.workspace.resolve())
                 mirrored = _MirroredRun(order)
                 report.event(mirror="opened")
             count = mirrored.follow(order.status, report)
@@ -328,8 +331,6 @@ class _MirroredRun:
         self.tracking = order.tracking
         self.record = _record_of(order, self.recipe["name"])
         self._save()  # the key is durable before the MLflow run exists
-        if self.record.uri is None:
-            _make_database(self.workspace)
         self.client: MlflowClient = _mlflow().MlflowClient(self.record.uri or database_uri(self.workspace))
         run = self._run()
         self.run_id: str = run.info.run_id
@@ -543,6 +544,24 @@ def _make_database(workspace: Path) -> None:
                 write_durably(path, make)
 
 
+@contextlib.contextmanager
+def _beating(report: Report) -> Iterator[None]:
+    """Tells the parent each second that work goes on: MLflow sets a database up in one call, long on a busy machine."""
+    is_over = threading.Event()
+
+    def beat() -> None:
+        while not is_over.wait(1.0):
+            report.event(mirror="making the database")
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
 def _mlflow() -> Any:
     """The library, which takes seconds to import: only ever in a process of its own."""
     import mlflow
@@ -579,7 +598,7 @@ class NoMirror:
     def nudge(self) -> None:
         """Does nothing."""
 
-    def finish(self, status: str) -> str | None:
+    def finish(self, status: str, *, hurry: Callable[[], bool] = lambda: False) -> str | None:
         """Does nothing."""
         return None
 
@@ -608,14 +627,20 @@ class MlflowMirror:
         """Says that there may be something new."""
         self._wake.set()
 
-    def finish(self, status: str) -> str | None:
-        """Mirrors a last time with `status`, in bounded time; returns why what is left waits for a later command."""
+    def finish(self, status: str, *, hurry: Callable[[], bool] = lambda: False) -> str | None:
+        """Mirrors a last time with `status`, in bounded time; returns why what is left waits for a later command.
+
+        Once `hurry()` is true, as a signal makes it, there is no more patience than for a run that was killed.
+        """
         self._final = Request.model_validate({**self._request.model_dump(), "status": status}).status
         self._quiet_since = time.monotonic()
         self._deadline = self._quiet_since + PATIENCE_SECONDS[self._final]
         self._ending.set()
         self._wake.set()
-        self._thread.join(PATIENCE_SECONDS[self._final] + 2)
+        while self._thread.is_alive() and time.monotonic() < self._deadline + 2:
+            self._thread.join(0.1)
+            if hurry() and self._deadline > (soon := time.monotonic() + PATIENCE_SECONDS["KILLED"]):
+                self._deadline = soon
         return "it did not answer in time" if self._thread.is_alive() else self.error
 
     def _work(self) -> None:

@@ -42,6 +42,9 @@ class Command:
     workspace: Path
     kills: list[int] = field(default_factory=list)
     """How many events there were at each kill."""
+    environment: dict[str, str] = field(default_factory=dict)
+    before: list[str] = field(default_factory=list)
+    """A program that is to start the command, with its arguments."""
 
     def events(self) -> list[Event]:
         try:
@@ -55,9 +58,10 @@ class Command:
 
     def start(self) -> subprocess.Popen[bytes]:
         command = [
+            *self.before,
             sys.executable,
             "-m",
-            "kdpipe.cli",
+            "kdpipe",
             "run",
             "recipe.yaml",
             "--workspace",
@@ -71,6 +75,7 @@ class Command:
                 stderr=output,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                env={**os.environ, **self.environment},
             )
 
     def kill(self, when: When, how: How) -> None:
@@ -131,6 +136,15 @@ def members(session: int) -> list[int]:
         if int(owner) == session and state not in "ZX":
             found.append(int(path.parent.name))
     return found
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system seconds of a process; 0 when it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def with_group(group: int, number: signal.Signals) -> None:

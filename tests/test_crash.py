@@ -51,7 +51,7 @@ def run_chain(folder: Path, kills: list[tuple[When, How]], *, rounds: int) -> No
     assert_metrics_are_there_once(command.workspace)
 
 
-@pytest.mark.slow
+@pytest.mark.crash
 def test_a_run_killed_twice_ends_as_an_unbroken_one(tmp_path: Path) -> None:
     kills: list[tuple[When, How]] = [
         (When("part started", "rollout@1", 1), "group"),
@@ -60,13 +60,13 @@ def test_a_run_killed_twice_ends_as_an_unbroken_one(tmp_path: Path) -> None:
     run_chain(tmp_path, kills, rounds=1)
 
 
-@pytest.mark.slow
+@pytest.mark.crash
 @pytest.mark.parametrize("how", ["group", "parent"])
 def test_a_run_killed_in_every_stage_and_between_ends_as_an_unbroken_one(tmp_path: Path, how: How) -> None:
     run_chain(tmp_path, [(when, how) for when in IN_EVERY_STAGE_AND_BETWEEN], rounds=3)
 
 
-@pytest.mark.slow
+@pytest.mark.crash
 def test_a_run_stopped_by_signals_exits_in_time_and_ends_as_an_unbroken_one(tmp_path: Path) -> None:
     kills: list[tuple[When, How]] = [
         (When("step started", "sft:student@0"), "SIGINT to the group"),  # the worker is still importing

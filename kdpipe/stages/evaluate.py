@@ -12,6 +12,7 @@ paired problem by problem. The unit of every interval is the problem.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -181,22 +182,39 @@ def _accuracy(job: Job, grades: Rows) -> dict[str, JsonValue]:
         "truncated_fraction": mean([row["finish_reason"] == "length" for row in grades]),
         "completion_tokens_mean": mean([len(row["completion_token_ids"]) for row in grades]),
     }
-    if samples > 1:
-        groups = by_problem.values()
-        correct = [sum(row["correct"] for row in rows) for rows in groups]
-        summary[f"pass_at_{samples}"] = mean([statistics.pass_at_k(samples, n, samples) for n in correct])
-        summary[f"maj_at_{samples}"] = mean([_majority(job, rows) for rows in groups])
+    return summary | _several_samples(job, list(by_problem.values()))
+
+
+def _several_samples(job: Job, groups: Sequence[Rows]) -> dict[str, JsonValue]:
+    """pass@k and maj@k for k = 2, 4, 8, ... and all samples; Wilson's intervals count problems (`accuracy`)."""
+    samples = job.recipe.evaluate.samples
+    correct = [sum(row["correct"] for row in rows) for rows in groups]
+    summary: dict[str, JsonValue] = {}
+    for k in sample_counts(samples):
+        for name, values in (
+            (f"pass_at_{k}", [statistics.pass_at_k(samples, n, k) for n in correct]),
+            (f"maj_at_{k}", [_majority(job, rows, k) for rows in groups]),
+        ):
+            interval = statistics.wilson(math.fsum(values), len(values))
+            summary |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
     return summary
+
+
+def sample_counts(samples: int) -> list[int]:
+    """The k of pass@k and maj@k: powers of two from 2 that are below `samples`, and `samples`."""
+    return [1 << power for power in range(1, samples.bit_length()) if 1 << power < samples] + (
+        [samples] if samples > 1 else []
+    )
 
 
 def _right(row: dict[str, Any], headline: Literal["strict", "flexible"]) -> bool:
     return grade(row["text"], row["expected"], headline=headline).correct
 
 
-def _majority(job: Job, rows: Rows) -> float:
+def _majority(job: Job, rows: Rows, k: int) -> float:
     answers = [row[f"answer_{job.recipe.task.headline}"] for row in rows]
     numbers = [None if answer is None else parse_number(answer) for answer in answers]
-    return statistics.majority_at_k(numbers, [row["correct"] for row in rows], len(rows))
+    return statistics.majority_at_k(numbers, [row["correct"] for row in rows], k)
 
 
 def _accuracy_change(grades: Rows, before: Rows) -> dict[str, JsonValue]:
