@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from kdpipe.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from kdpipe.adapters import (
     is_adapted,
     merge_adapter,
@@ -35,6 +36,7 @@ from kdpipe.adapters import (
 )
 from kdpipe.errors import ArtifactError, ModelError, RecipeError
 from kdpipe.forward import Head, head_logits, head_of
+from kdpipe.model_folder import require_own_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -50,6 +52,19 @@ STATE_FILE = "trainer.json"
 MASTERS = "masters"
 _CPU_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 _PROBE_SCALE = 1000.0
+# What transformers raises of a folder whose files say something else than it expects.
+_UNFIT = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+)
 # How a model was opened or written, and what it is computed in: not what it is.
 _CONFIG_HISTORY = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 # How a tokenizer was opened, which transformers writes beside what it is.
@@ -217,7 +232,7 @@ def open_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except _UNFIT as error:
         raise ModelError(
             f"{folder}: cannot be opened as a causal language model: {error}",
             hint="give a folder that AutoModelForCausalLM.from_pretrained opens",
@@ -289,10 +304,7 @@ class Architecture:
 def read_architecture(folder: Path, *, trust_remote_code: bool = False) -> Architecture:
     """The architecture of the model in a folder, none of whose weights are read; raises ModelError if it is none."""
     _require_weights(folder)
-    try:
-        skeleton = _skeleton(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder}: its config.json is not of a causal language model: {error}") from error
+    skeleton = _skeleton(folder, trust_remote_code=trust_remote_code)
     head = skeleton.get_output_embeddings()
     if head is None:
         raise ModelError(f"{folder}: {type(skeleton).__name__} has no output head of its own")
@@ -389,12 +401,15 @@ def require_targets(folder: Path, lora: Lora, *, trust_remote_code: bool = False
 
 
 def _skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
-    """The model of a folder without its weights."""
-    config = AutoConfig.from_pretrained(
-        str(folder), local_files_only=True, trust_remote_code=trust_remote_code
-    )
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    """The model of a folder without its weights; raises ModelError when its config.json is not of one."""
+    try:
+        config = AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except _UNFIT as error:
+        raise ModelError(f"{folder}: its config.json is not of a causal language model: {error}") from error
 
 
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -481,6 +496,14 @@ def _require_weights(folder: Path) -> None:
         raise ModelError(
             f"{folder}: no config.json in it, so it is not a model folder",
             hint="give the folder that holds config.json, tokenizer files and *.safetensors",
+        )
+    require_own_files(folder)
+    if (
+        folder / ADAPTER_CONFIG
+    ).exists():  # transformers would open the model that it names, wherever that is
+        raise ModelError(
+            f"{folder}: holds {ADAPTER_CONFIG}, so its weights are an adapter's, or another model's with one",
+            hint="merge the adapter into the weights, or remove it",
         )
     if any(folder.glob("*.safetensors")):
         return

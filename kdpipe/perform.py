@@ -545,10 +545,20 @@ class _Task:
             # No folder: a scratch student, in a step that reads its text but opens none of its weights.
             folder = entry.folder / self._weights_folder(role) if entry else self._base_folder(name)
             if entry is not None:
-                entry.opened(*entry.texts(self._weights_folder(role)))
+                entry.opened(*self._text_files(entry, self._weights_folder(role)))
             template = settings.template or self.recipe.student.template
             self.warm.texts[key] = self._open_text(folder, template, trust=settings.trust_remote_code)
         return self.warm.texts[key]
+
+    def _text_files(self, entry: Entry, kind: str) -> list[str]:
+        """All that an entry holds of a model but the weights."""
+        manifest = entry.manifest()
+        files = manifest.files if manifest is not None else ()
+        return [
+            file.path
+            for file in files
+            if file.path.startswith(f"{kind}/") and not file.path.endswith(".safetensors")
+        ] or [kind]
 
     def _teacher_side(self, job: Job, role: str) -> TeacherSide:
         settings = self._settings(role)

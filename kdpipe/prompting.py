@@ -5,17 +5,21 @@ Importing this module is cheap: transformers is imported by the functions that n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kdpipe.errors import DataError, ModelError, PreflightError, RecipeError
+from kdpipe.model_folder import require_own_files
 from kdpipe.recipe import PROMPT_PIECE, ArithmeticTask
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+    from types import FrameType
 
     from pydantic import JsonValue
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -24,6 +28,21 @@ if TYPE_CHECKING:
     from kdpipe.tasks import Task
 
 Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
+Trace: TypeAlias = "Callable[[FrameType, str, object], Trace | None]"
+
+MAX_TEMPLATE_LINES = 500_000
+"""How many lines of Python one prompt's template may take; those of real models take hundreds a turn."""
+_TEMPLATE_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a template's own mistakes raise, beside what its language does."""
 
 
 # ------------------------------------------------------------------------------------------ tokenizers
@@ -35,11 +54,16 @@ def open_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
 
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder")
+    require_own_files(folder)
     try:
         return AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:
+        # The tokenizers library raises plain Exceptions for a file that it cannot read.
+        known = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RecursionError)
+        if type(error) is not Exception and not isinstance(error, known):
+            raise
         raise ModelError(
             f"{folder}: its tokenizer cannot be opened: {error}",
             hint="a model folder holds tokenizer.json and tokenizer_config.json beside its weights",
@@ -182,23 +206,51 @@ def _chat_text(tokenizer: Tokenizer, style: PromptStyle, messages: list[dict[str
     name = tokenizer.name_or_path or "the tokenizer"
     if not tokenizer.chat_template:
         raise PreflightError(f"{name}: has no chat template", hint="set task.prompt to plain")
-    for argument in style.template_arguments:
-        if argument not in used_arguments(tokenizer, style.template_arguments):
-            raise PreflightError(
-                f"{name}: its chat template does not use the argument {argument!r}",
-                hint=f"remove template.{argument} of this model from the recipe",
-            )
     try:
-        text: str = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, **style.template_arguments
-        )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        used = used_arguments(tokenizer, style.template_arguments)
+        for argument in style.template_arguments:
+            if argument not in used:
+                raise PreflightError(
+                    f"{name}: its chat template does not use the argument {argument!r}",
+                    hint=f"remove template.{argument} of this model from the recipe",
+                )
+        with _limited_lines(name):
+            text: str = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, **style.template_arguments
+            )
+    except (jinja2.TemplateError, *_TEMPLATE_ERRORS) as error:
         raise PreflightError(
             f"{name}: its chat template cannot render {[message['role'] for message in messages]} "
-            f"with arguments {style.template_arguments}: {error}",
+            f"with arguments {style.template_arguments}: {str(error) or type(error).__name__}",
             hint="set task.prompt to plain, or correct the template arguments",
         ) from error
     return text
+
+
+@contextlib.contextmanager
+def _limited_lines(name: str) -> Iterator[None]:
+    """Raises PreflightError when a template runs for too long: it is a program from elsewhere, in a sandbox.
+
+    The sandbox limits each of its ranges, and not ranges within ranges. Lines are counted, so that no clock decides.
+    """
+    left = MAX_TEMPLATE_LINES
+
+    def count(_frame: FrameType, event: str, _argument: object) -> Trace | None:
+        nonlocal left
+        left -= event == "line"
+        if left < 0:
+            raise PreflightError(
+                f"{name}: its chat template runs on and on: {MAX_TEMPLATE_LINES} lines and no end",
+                hint="take another tokenizer, or set task.prompt to plain",
+            )
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def used_arguments(tokenizer: Tokenizer, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:

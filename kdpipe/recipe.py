@@ -661,11 +661,32 @@ class EvaluateSection(Section):
 
 
 class Tracking(Section):
-    """Where MLflow lives; `uri` null is SQLite in the workspace, `experiment` null the recipe's name."""
+    """Where MLflow lives; `uri` null is SQLite in the workspace, `experiment` null the recipe's name.
+
+    A password is none of a recipe's business, which is kept and mirrored: MLflow reads MLFLOW_TRACKING_USERNAME and
+    MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN for a server, and libpq PGPASSWORD for PostgreSQL.
+    """
 
     enabled: bool = True
     uri: str | None = None
     experiment: str | None = None
+
+    @model_validator(mode="after")
+    def _uri_holds_no_secret(self) -> "Tracking":
+        if self.uri is not None and _holds_secret(self.uri):  # the URI itself is not repeated
+            raise ValueError(
+                "uri holds a password: export it as MLFLOW_TRACKING_PASSWORD, with MLFLOW_TRACKING_USERNAME, or as "
+                "PGPASSWORD for PostgreSQL, and leave it out here"
+            )
+        return self
+
+
+def _holds_secret(uri: str) -> bool:
+    """Whether an address names a password, or for a web server anything before an `@`, which may be a token."""
+    scheme, _, rest = uri.partition("://")
+    user, at, _ = re.split(r"[/?#]", rest, maxsplit=1)[0].rpartition("@")
+    in_query = re.search(r"[?&;](password|passwd|pwd|token|sslpassword)=", uri, re.IGNORECASE)
+    return bool(in_query) or bool(at and (":" in user or scheme.lower() in ("http", "https")))
 
 
 class Keep(Section):

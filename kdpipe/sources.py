@@ -15,6 +15,7 @@ from typing import Literal
 from pydantic import JsonValue
 
 from kdpipe.errors import ArtifactError, DataError, ModelError, RecipeError, StepError
+from kdpipe.model_folder import require_own_files
 from kdpipe.plan import STUDENT, UNRESOLVED, Fields, Identities, canonical
 from kdpipe.recipe import Gsm8kTask, Student, Teacher
 from kdpipe.recipe_file import LoadedRecipe
@@ -113,6 +114,7 @@ class Sources:
                 f"{folder}: not a model folder: config.json is missing",
                 hint="name a folder that transformers' save_pretrained wrote",
             )
+        require_own_files(folder)
         return {"digest": self._digest_of(files)}
 
     def _tokenizer(self, named: _Named, folder: Path | None) -> Fields:
@@ -125,6 +127,7 @@ class Sources:
                 f"{folder}: no tokenizer: tokenizer.json is missing",
                 hint="name the folder or hub id of the model that the server runs in teachers[].server.tokenizer",
             )
+        require_own_files(folder)
         return {"digest": self._digest_of(files), "revision": named.revision}
 
     def _digest_of(self, files: list[Path]) -> str:

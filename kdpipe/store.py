@@ -37,7 +37,6 @@ TEMPORARY = ".tmp-"
 PARTS = "parts"
 CHECKPOINTS = "checkpoints"
 SEAL = "seal.json"
-WEIGHTS = ".safetensors"
 FINGERPRINT_KEY = "fingerprint"
 PIECE = "finished piece"
 
@@ -192,15 +191,21 @@ def _parse_manifest(path: Path, text: str, fingerprint: str) -> Manifest:
             raise ValueError("its own sha256 does not match")
         if document["fingerprint"] != fingerprint:
             raise ValueError("it belongs to another step")
+        for name in (*(f["path"] for f in document["files"]), *document["dropped"]):
+            _require_inside(name)
+        if not all(type(f["bytes"]) is int and type(f["sha256"]) is str for f in document["files"]):
+            raise ValueError("sizes and digests of its files are not numbers and texts")
+        if not all(type(document[name]) is dict for name in ("inputs", "provenance")):
+            raise ValueError("its inputs or its provenance are no mapping")
         return Manifest(
             fingerprint=document["fingerprint"],
             files=tuple(StoredFile(f["path"], f["bytes"], f["sha256"]) for f in document["files"]),
             inputs=document["inputs"],
-            payload_digest=document["payload_digest"],
+            payload_digest=str(document["payload_digest"]),
             dropped=tuple(document["dropped"]),
             provenance=document["provenance"],
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path}: damaged manifest: {error}") from None
 
 
@@ -250,11 +255,24 @@ class Entry:
         for file in manifest.files:
             if any(file.path == prefix or file.path.startswith(f"{prefix}/") for prefix in prefixes):
                 self.check(file)
+        self._require_nothing_else(manifest, {prefix.partition("/")[0] for prefix in prefixes})
         return self.folder
+
+    def _require_nothing_else(self, manifest: Manifest, names: set[str]) -> None:
+        """Raises ArtifactError where payload folders hold other files, or links: libraries read what they find."""
+        known = {file.path for file in manifest.files}
+        for path in (found for name in names for found in (self.folder / name).rglob("*")):
+            if path.is_symlink():
+                raise self._damage(f"{path}: is a link, expected plain files")
+            is_ours = path.relative_to(self.folder).as_posix() in known or path.name.startswith(TEMPORARY)
+            if not is_ours and not path.is_dir():
+                raise self._damage(f"{path}: is not in the entry's manifest")
 
     def check(self, file: StoredFile) -> None:
         """Raises ArtifactError unless `file` is there with its sha256."""
         path = self.folder / file.path
+        if path.is_symlink():  # what it leads to could be changed at any time
+            raise self._damage(f"{path}: is a link, expected a plain file")
         try:
             found = file_digest(path)
         except OSError as error:
@@ -265,12 +283,6 @@ class Entry:
     def read_json(self, name: str) -> Any:
         """The JSON of payload file `name`, after its sha256 was checked."""
         return json.loads((self.opened(name) / name).read_bytes())
-
-    def texts(self, prefix: str) -> list[str]:
-        """The files below `prefix` that hold no weights: configurations, tokenizer, templates."""
-        manifest = self.manifest()
-        files = () if manifest is None else manifest.files
-        return [f.path for f in files if f.path.startswith(f"{prefix}/") and not f.path.endswith(WEIGHTS)]
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, after its sha256 was checked; none while the entry is not committed."""
@@ -575,10 +587,18 @@ def _write_lines(path: Path, rows: list[dict[str, JsonValue]]) -> None:
 
 
 def _inside(name: str) -> str:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not path.parts:
-        raise KdpipeError(f"{name}: leads out of its folder")
+    try:
+        _require_inside(name)
+    except ValueError as error:
+        raise KdpipeError(str(error)) from None
     return name
+
+
+def _require_inside(name: str) -> None:
+    """Raises ValueError, or TypeError, unless `name` is a path to something below its folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+        raise ValueError(f"{name!r} leads out of its folder")
 
 
 # ---------------------------------------------------------------------------------------------- locks

@@ -210,8 +210,9 @@ def unsettled(workspace: Path) -> list[Request]:
             continue
         if not is_running(run.path):
             status: Status = "KILLED" if record.wanted == "RUNNING" else record.wanted
-            tracking = Tracking(uri=record.uri, experiment=record.experiment)
-            requests.append(Request(workspace=workspace, run=run.path, tracking=tracking, status=status))
+            with contextlib.suppress(ValidationError):  # an address that recipes may not hold any more
+                tracking = Tracking(uri=record.uri, experiment=record.experiment)
+                requests.append(Request(workspace=workspace, run=run.path, tracking=tracking, status=status))
     return requests
 
 

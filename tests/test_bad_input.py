@@ -153,6 +153,17 @@ RECIPES = {
     "a URL of a file": Bad(
         (f"teachers=[{{{SERVER.replace('http://a:8000', 'file:///etc')}}}]",), ("urls.0 is no http or https",)
     ),
+    "a tracking server's password": Bad(
+        ("tracking.uri=http://kim:hunter2@host:5000",),
+        ("tracking", "uri holds a password", "MLFLOW_TRACKING_PASSWORD"),
+    ),
+    "a tracking server's token": Bad(("tracking.uri=https://hunter2@host",), ("uri holds a password",)),
+    "a tracking database's password": Bad(
+        ("tracking.uri=postgresql+psycopg2://kim:hunter2@db:5432/mlflow",), ("holds a password", "PGPASSWORD")
+    ),
+    "a tracking database's password in a query": Bad(
+        ("tracking.uri=mysql://db/mlflow?user=kim&password=hunter2",), ("uri holds a password",)
+    ),
     "a URL with a password": Bad(
         (f"teachers=[{{{SERVER.replace('//a', '//me:secret@a')}}}]",),
         ("urls.0 holds a user or password", "api_key_env"),
@@ -668,6 +679,7 @@ def test_a_mistake_gets_one_clear_message_and_its_exit_code(
         assert word in message, message
     assert len(re.findall(r"^(?:error|Error):", message, re.MULTILINE)) == 1, message
     assert result.stdout == ""
+    assert "hunter2" not in message, "a password is repeated"
     after = {path for path in tmp_path.rglob("*") if "out" not in path.relative_to(tmp_path).parts}
     assert after == before, "a command that fails writes outside its workspace"
 

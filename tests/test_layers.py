@@ -35,6 +35,7 @@ LEVELS = {
     "recipe_words": 0,
     "recipe_reference": 1.2,
     "recipe_file": 1.2,
+    "model_folder": 1,
     "engine": 2,
     "plan": 2,
     "tables": 2,
@@ -156,6 +157,13 @@ DOORS = {
     "pickle": set[str](),
     "marshal": set[str](),
     "shelve": set[str](),
+    "dill": set[str](),
+    "cloudpickle": set[str](),
+    "joblib": set[str](),
+    "copyreg": set[str](),
+    "dbm": set[str](),
+    "pandas": set[str](),
+    "multiprocessing": {"engines.vllm_process"},  # only asks which of the processes that vLLM starts live
 }
 TYPES_ONLY = {("trainer", "transformers"), ("adapters", "transformers")}
 FORBIDDEN_CALLS = {
@@ -166,8 +174,16 @@ FORBIDDEN_CALLS = {
     "torch.save",
     "yaml.load",
     "yaml.unsafe_load",
+    "yaml.full_load",
     "os.system",
+    "torch.hub.load",
+    "torch.jit.load",
+    "torch.export.load",
 }
+# Whatever they are called on: readers of pickles, of any library.
+FORBIDDEN_METHODS = {"read_pickle", "loads_pickle", "Unpickler", "find_class", "unsafe_load", "full_load"}
+SAFE_WORDS = {"allow_pickle": False, "weights_only": True, "use_safetensors": True, "local_files_only": True}
+"""What a call may say of these, if anything, and only as it stands here: no variable decides it."""
 
 REFERENCE_SECONDS = 0.115
 HEAVY = ("torch", "transformers", "vllm", "mlflow", "pyarrow", "numpy")
@@ -261,12 +277,21 @@ def test_nothing_is_unpickled_evaluated_or_run_by_a_shell(name: str) -> None:
             continue
         called = ast.unparse(node.func)
         assert called not in FORBIDDEN_CALLS, f"{name}, line {node.lineno}: {called}"
+        assert called.rpartition(".")[2] not in FORBIDDEN_METHODS, f"{name}, line {node.lineno}: {called}"
         for keyword in node.keywords:
             assert keyword.arg != "shell", f"{name}, line {node.lineno}: shell="
-            if keyword.arg in ("allow_pickle", "weights_only"):
-                safe = keyword.arg == "weights_only"
+            if keyword.arg in SAFE_WORDS:
                 assert isinstance(keyword.value, ast.Constant)
-                assert keyword.value.value is safe, f"{name}, line {node.lineno}"
+                assert keyword.value.value is SAFE_WORDS[keyword.arg], f"{name}, line {node.lineno}"
+            if keyword.arg == "trust_remote_code":  # the recipe's word, passed on
+                is_fixed = isinstance(keyword.value, ast.Constant)
+                assert not is_fixed or keyword.value.value is False, f"{name}, line {node.lineno}"  # type: ignore[attr-defined]
+        if called.endswith("from_pretrained"):
+            said = {keyword.arg for keyword in node.keywords}
+            assert said >= {"trust_remote_code", "local_files_only"}, f"{name}, line {node.lineno}"
+            assert "use_safetensors" in said or "ModelForCausalLM" not in called, (
+                f"{name}, line {node.lineno}"
+            )
         if called in ("np.load", "np.save", "numpy.load"):
             assert any(keyword.arg == "allow_pickle" for keyword in node.keywords), (
                 f"{name}, line {node.lineno}"

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from kdpipe.batching import batches_by_tokens, make_batch
 from kdpipe.engine import Completion, TokenScores
 from kdpipe.engines.decoding import is_llama_like, make_decoder
 from kdpipe.errors import EngineError, ModelError
 from kdpipe.forward import Head, Scores, head_of, hidden_states, score_tokens
+from kdpipe.prompting import open_tokenizer
 from kdpipe.sampling import draw, uniforms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from kdpipe.checkpoints import ModelShelf
     from kdpipe.engine import Ability, ModelSource, Progress, SampleRequest, Sampling, ScoreRequest
@@ -155,10 +155,10 @@ class HfEngine:
         """See Engine."""
         self.sleep()
 
-    def _loaded(self) -> tuple[PreTrainedModel, Path]:
+    def _loaded(self) -> tuple[PreTrainedModel, ModelSource]:
         if self._model is None or self._source is None:
             raise EngineError("no model is loaded: call load first, also after sleep")
-        return self._model, self._source.folder
+        return self._model, self._source
 
     def _sample_batches(self, requests: Sequence[SampleRequest], *, max_new_tokens: int) -> list[list[_Row]]:
         """Rows in batches within the token budget, longest prompts first, a request's rows side by side."""
@@ -189,12 +189,12 @@ class HfEngine:
         progress: Progress,
     ) -> list[Completion]:
         """Completions of one batch of rows; `prompts` are those of its requests, in order."""
-        model, folder = self._loaded()
+        model, source = self._loaded()
         head = head_of(model, num_ids=sampling.num_ids)
         decoder = make_decoder(model, max_new_tokens=sampling.max_new_tokens)
         repeats = [count for _, count in _runs(rows)]
         ledger = _Ledger(rows, sampling, device=self._models.device)
-        ends = _Ends(sampling, folder, device=self._models.device)
+        ends = _Ends(sampling, source, device=self._models.device)
         hidden_HB = decoder.prefill(prompts, repeats, max_tokens=self._score_tokens)
         for step in range(sampling.max_new_tokens):
             logits_BV = _logits(hidden_HB, head)
@@ -299,11 +299,12 @@ class _Ledger:
 class _Ends:
     """Tells which rows have just drawn an end id or completed a stop string."""
 
-    def __init__(self, sampling: Sampling, folder: Path, *, device: torch.device) -> None:
+    def __init__(self, sampling: Sampling, source: ModelSource, *, device: torch.device) -> None:
         self._is_end_V = torch.zeros(sampling.num_ids, dtype=torch.bool, device=device)
         self._is_end_V[[token for token in sampling.end_ids if token < sampling.num_ids]] = True
         self._stop = sampling.stop
-        self._tokenizer = _open_tokenizer(folder) if sampling.stop else None
+        trust = source.trust_remote_code
+        self._tokenizer = open_tokenizer(source.folder, trust_remote_code=trust) if sampling.stop else None
         # A byte needs one token at most; a few more, as decoders strip spaces in front.
         self._window = max((len(text.encode()) for text in sampling.stop), default=0) + 8
 
@@ -403,12 +404,3 @@ def _require_ids(model: PreTrainedModel, num_ids: int, *, top_k: int = 0) -> int
     if not 0 <= top_k <= num_ids:
         raise EngineError(f"top_k is {top_k}, but there are {num_ids} ids in use")
     return num_ids
-
-
-def _open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise EngineError(
-            f"{folder}: its tokenizer, needed for stop strings, cannot be opened: {error}"
-        ) from error
