@@ -21,8 +21,9 @@ from typer.testing import CliRunner
 
 from kdpipe.cli import app
 from kdpipe.errors import ArtifactError, Interrupted
-from kdpipe.housekeeping import samples, verify
+from kdpipe.housekeeping import verify
 from kdpipe.project import Project, headrooms, open_project, round_metrics
+from kdpipe.samples import Choice, choose_samples
 from kdpipe.store import Entry
 from tests.worlds import Watcher, leftovers, load_tiny, run_near, write_recipe
 
@@ -316,7 +317,9 @@ def test_verify_and_its_advice_on_the_command_line(world: World, monkeypatch: py
 
 READERS: dict[str, Callable[[World, str], object]] = {
     "run": lambda world, run: world.run(run),
-    "samples": lambda world, run: samples(world.project(run), round_number=2, wrong=False, limit=1),
+    "samples": lambda world, run: choose_samples(
+        world.project(run), Choice(2, False, False, False, False, 1)
+    ),
     "headrooms": lambda world, run: headrooms(world.project(run)),
     "round_metrics": lambda world, run: [round_metrics(world.project(run), number) for number in range(3)],
 }
