@@ -13,7 +13,7 @@ from kdpipe.plan import STUDENT, Step
 from kdpipe.project import Project
 from kdpipe.runs import all_runs
 from kdpipe.sources import Sources
-from kdpipe.store import MANIFEST, Store, is_running
+from kdpipe.store import MANIFEST, Entry, Manifest, Store, is_running, read_document
 
 # ---------------------------------------------------------------------------------------------- verify
 
@@ -29,21 +29,29 @@ class Finding:
 
 
 def verify(project: Project, *, full: bool) -> Iterator[Finding]:
-    """Checks every committed step of the plan by sizes, or by sha256 with `full`."""
+    """Checks every step of the plan by sizes, or by sha256 with `full`: what is committed, and finished pieces."""
     for step in project.plan.steps:
         entry = project.store.entry(step)
         try:
             manifest = entry.manifest()
-            if manifest is None:
-                continue
-            files = [file for file in manifest.files if file.path not in manifest.dropped]
-            problem = entry.problem(manifest) or ""
-            if full and not problem:
-                for file in files:
-                    entry.check(file)
-            yield Finding(step.id, len(files), sum(file.bytes for file in files), problem)
+            if manifest is not None:
+                yield _committed(step, entry, manifest, full=full)
+            elif pieces := [piece for piece in entry.pieces() if piece.is_finished]:
+                problems = [problem for piece in pieces if (problem := piece.problem(full=full))]
+                yield Finding(step.id, len(pieces), 0, problems[0] if problems else "")
         except ArtifactError as error:
             yield Finding(step.id, 0, 0, error.message)
+
+
+def _committed(step: Step, entry: Entry, manifest: Manifest, *, full: bool) -> Finding:
+    files = [file for file in manifest.files if file.path not in manifest.dropped]
+    problem = entry.problem(manifest) or ""
+    if full and not problem:
+        for file in files:
+            entry.check(file)
+        if read_document(entry.folder)["fingerprint"] != step.fingerprint:
+            problem = f"{entry.folder}: its fingerprint.json is of another step"
+    return Finding(step.id, len(files), sum(file.bytes for file in files), problem)
 
 
 # -------------------------------------------------------------------------------------------------- gc

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shlex
 import shutil
@@ -30,7 +29,7 @@ from kdpipe.recipe import resolved
 from kdpipe.recipe_file import LoadedRecipe
 from kdpipe.runs import RunFolder, droppable
 from kdpipe.sources import Sources
-from kdpipe.store import Entry, run_lock, tidy
+from kdpipe.store import Entry, linked_entry, run_lock, tidy
 from kdpipe.survey import inspect, must_restore
 from kdpipe.workers import CLOSE, Worker
 
@@ -172,6 +171,7 @@ class _Run:
                 manifest = entry.manifest()
                 assert manifest is not None
                 tidy(entry, manifest)
+                entry.describe(step)
                 project.run.link(step, entry)
             else:
                 self._restore(step)
@@ -333,10 +333,12 @@ class _Run:
         for folder, kind in candidates:
             if (folder, kind) in awaited:
                 continue
-            document = json.loads((folder / "fingerprint.json").read_text())
-            entry = Entry(folder, f"{document['stage']}@{document['round']}", document["fingerprint"])
-            with entry.locked(lambda: None):
-                freed = entry.drop(kind)
+            try:
+                entry, _ = linked_entry(folder)
+                with entry.locked(lambda: None):
+                    freed = entry.drop(kind)
+            except ArtifactError:  # what is damaged stays as it is, for the run that comes upon it to name
+                continue
             if freed:
                 self.project.run.event("dropped", entry=folder.name, payload=kind, bytes=freed)
 

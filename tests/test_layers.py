@@ -59,6 +59,7 @@ LEVELS = {
     "micro_batch": 2.2,
     "mismatch": 2,
     "teachers": 2.3,
+    "seals": 2.1,
     "store": 3,
     "workers": 3,
     "engines": 3,

@@ -265,6 +265,7 @@ def test_a_committed_entry_is_whole(tmp_path: Path) -> None:
     manifest = entry.manifest()
     assert manifest is not None
     assert [file.path for file in manifest.files] == [
+        "metrics.jsonl",
         "model/config.json",
         "model/deep/weights",
         "rollouts.parquet",

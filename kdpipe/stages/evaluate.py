@@ -24,6 +24,7 @@ from kdpipe.job import Job, Text, mean, read_completion, request_for, sampling_o
 from kdpipe.routing import teaches
 from kdpipe.seeds import permutation
 from kdpipe.stages.held_out import Against, Exact, has_exact, verdicts
+from kdpipe.stages.rollout import sample_all
 from kdpipe.tables import GRADES, REVERSE_KL, REVERSE_KL_OF_SEVERAL, read_rows
 from kdpipe.tasks.answers import grade, parse_number
 
@@ -141,7 +142,7 @@ def _sample(
         request_for(prompt(problem), samples, job.seed, "evaluate", purpose, problem.prompt_id)
         for problem in problems
     ]
-    answers = engine.sample(requests, sampling, progress=job.pulse.tokens)
+    answers = sample_all(job, [problem.prompt_id for problem in problems], requests, sampling, engine)
     return [
         (problem, number, list(request.prompt_token_ids), completion)
         for problem, request, completions in zip(problems, requests, answers, strict=True)
@@ -312,7 +313,19 @@ def _exact_totals(rows: Rows) -> tuple[list[float], list[float]] | None:
     ]
 
 
+def _with_tokens(rows: Rows, others: Rows) -> Rows:
+    """The rows of the problems that have a scorable token in both, so that no resample is without any."""
+    return [
+        row
+        for row, other in zip(rows, others, strict=True)
+        if np.any(row["scorable"]) and np.any(other["scorable"])
+    ]
+
+
 def _reverse_kl(rows: Rows) -> dict[str, JsonValue]:
+    rows = _with_tokens(rows, rows)
+    if not rows:
+        return {}
     found = {"reverse_kl": statistics.bootstrap_ratio(*_totals(rows), seed=BOOTSTRAP_SEED)}
     if (totals := _exact_totals(rows)) is not None:
         found["reverse_kl_exact"] = statistics.bootstrap_ratio(*totals, seed=BOOTSTRAP_SEED)
@@ -321,6 +334,9 @@ def _reverse_kl(rows: Rows) -> dict[str, JsonValue]:
 
 def _reverse_kl_change(rows: Rows, before: Rows) -> dict[str, JsonValue]:
     """The paired difference to student 0: the same problems in every resample."""
+    rows, before = _with_tokens(rows, before), _with_tokens(before, rows)
+    if not rows:
+        return {}
     pair = (*_totals(rows), *_totals(before))
     found = {"reverse_kl_change": statistics.bootstrap_ratio_difference(*pair, seed=BOOTSTRAP_SEED)}
     now, then = _exact_totals(rows), _exact_totals(before)
