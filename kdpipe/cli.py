@@ -28,10 +28,12 @@ from kdpipe.errors import (
 )
 
 if TYPE_CHECKING:
+    from kdpipe.overview import Overview
     from kdpipe.project import Project
     from kdpipe.recipe import Recipe
     from kdpipe.recipe_file import LoadedRecipe
     from kdpipe.survey import State
+    from kdpipe.terminal import Paint
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -527,58 +529,90 @@ def _state_json(state: "State") -> dict[str, Any]:
 def status(
     recipe: RecipeArgument,
     check_only: Annotated[bool, typer.Option("--check", help="Exit 6 when work is left.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew each second while it runs.")] = False,
     overrides: SetOption = None,
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Show how far a run is, and whether it is going on now.
+    """Show how far a run is, stage by round, and how fast the step that is running now.
 
-    Example: kdpipe status recipes/quickstart.yaml --check
+    Example: kdpipe status recipes/quickstart.yaml --watch
     """
-    from dataclasses import asdict
-
-    from kdpipe.project import headrooms, round_metrics
-    from kdpipe.store import is_running
-    from kdpipe.terminal import inert, round_line
-    from kdpipe.tracking import pending
+    from kdpipe.overview import overview
+    from kdpipe.terminal import painter, watch_lines
 
     project = _open(recipe, overrides, workspace)
-    states = project.survey()
-    left = [state for state in states if not state.done]
-    running = is_running(project.run.path)
-    waiting = pending(project.run.path) if project.recipe.tracking.enabled else 0
-    rounds_done = max(
-        (state.step.round for state in states if state.step.stage == "train" and state.done), default=0
-    )
+    if watch and as_json:
+        raise RecipeError("--watch and --json: one of them", hint="--json prints one document and ends")
+    if watch:
+        paint = painter(sys.stdout)
+
+        def look() -> tuple[list[str], bool]:
+            now = overview(project)
+            return _status_lines(project, now, paint), now.running
+
+        watch_lines(look)
+    found = overview(project)
     if as_json:
-        _print_json(
-            {
-                "run": project.run.name,
-                "running": running,
-                "rounds_done": rounds_done,
-                "rounds": project.recipe.rounds,
-                "steps_left": len(left),
-                "next": left[0].step.id if left else None,
-                "not_mirrored": waiting,
-                "headroom": [asdict(headroom) for headroom in headrooms(project)],
-            }
-        )
-    else:
-        lines = [
-            f"{project.run.name}: {'running' if running else 'not running'}",
-            f"{len(states) - len(left)} of {len(states)} steps, {rounds_done} of {project.recipe.rounds} rounds done",
-        ]
-        if rounds_done:
-            metrics = round_metrics(project, rounds_done)
-            lines.append(round_line(rounds_done, project.recipe.rounds, metrics))
-        lines += [f"teacher {found.teacher}: {inert(found.sentence())}" for found in headrooms(project)]
-        if left:
-            lines.append(f"next: {left[0].step.id}{'; ' + inert(left[0].why) if left[0].why else ''}")
-        if waiting and not running:
-            lines.append(f"{waiting} steps are not in MLflow yet: the next run mirrors them")
-        print("\n".join(lines))  # noqa: T201
-    if check_only and left:
+        _print_json(_status_json(project, found))
+    elif not watch:
+        print("\n".join(_status_lines(project, found, painter(sys.stdout))))  # noqa: T201
+    if check_only and any(not state.done for state in found.states):
         raise typer.Exit(6)
+
+
+def _rounds_done(found: "Overview") -> int:
+    return max((s.step.round for s in found.states if s.step.stage == "train" and s.done), default=0)
+
+
+def _not_mirrored(project: "Project") -> int:
+    from kdpipe.tracking import pending
+
+    return pending(project.run.path) if project.recipe.tracking.enabled else 0
+
+
+def _status_json(project: "Project", found: "Overview") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from kdpipe.project import headrooms
+
+    left = [state for state in found.states if not state.done]
+    return {
+        "run": project.run.name,
+        "running": found.running,
+        "rounds_done": _rounds_done(found),
+        "rounds": project.recipe.rounds,
+        "steps_left": len(left),
+        "next": left[0].step.id if left else None,
+        "not_mirrored": _not_mirrored(project),
+        "headroom": [asdict(headroom) for headroom in headrooms(project)],
+        **found.to_json(),
+    }
+
+
+def _status_lines(project: "Project", found: "Overview", paint: "Paint") -> list[str]:
+    from kdpipe.overview import grid_lines, progress_line
+    from kdpipe.project import headrooms, round_metrics
+    from kdpipe.terminal import inert, round_line
+
+    states, rounds_done = found.states, _rounds_done(found)
+    left = [state for state in states if not state.done]
+    lines = [
+        f"{project.run.name}: {'running' if found.running else 'not running'}",
+        f"{len(states) - len(left)} of {len(states)} steps, {rounds_done} of {project.recipe.rounds} rounds done",
+        *grid_lines(found, paint),
+    ]
+    if rounds_done:
+        metrics = round_metrics(project, rounds_done)
+        lines.append(round_line(rounds_done, project.recipe.rounds, metrics))
+    lines += [f"teacher {one.teacher}: {inert(one.sentence())}" for one in headrooms(project)]
+    if found.running:
+        lines.append(progress_line(found))
+    elif left:
+        lines.append(f"next: {left[0].step.id}{'; ' + inert(left[0].why) if left[0].why else ''}")
+    if not found.running and (waiting := _not_mirrored(project)):
+        lines.append(f"{waiting} steps are not in MLflow yet: the next run mirrors them")
+    return lines
 
 
 @app.command()

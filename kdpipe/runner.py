@@ -24,6 +24,7 @@ from pydantic import JsonValue
 
 from kdpipe.errors import ArtifactError, Interrupted, PreflightError, RecipeError, StepError
 from kdpipe.plan import BASE, STUDENT, Fields, Input, Step, canonical, teacher_role
+from kdpipe.progress import ProgressFile
 from kdpipe.project import Project, headrooms, open_project, round_metrics
 from kdpipe.recipe import resolved
 from kdpipe.recipe_file import LoadedRecipe
@@ -137,6 +138,7 @@ class _Run:
     stop: Stop
     performer: str
     worker: Worker = field(init=False)
+    progress: ProgressFile = field(init=False)
     digests: dict[str, str | None] = field(default_factory=dict)
     again: set[str] = field(default_factory=set)
     examined: bool = False
@@ -144,6 +146,7 @@ class _Run:
     def __post_init__(self) -> None:
         log = self.project.run.path / "logs" / "worker.log"
         self.worker = open_worker(self.project, self.performer, log=log)
+        self.progress = ProgressFile(self.project.run.path)
 
     def go(self, mirror: Mirror) -> None:
         """Performs every step that is not done, in order."""
@@ -288,18 +291,25 @@ class _Run:
         project.run.event("step started", step=step.id)
         self.display.step_begins(step)
         request = {**_models_json(project, self.folders, step), "anew": anew}
-        result = self.worker.call(
-            request,
-            on_event=lambda event: self.display.step_event(step, event),
-            stop=self.stop.asked,
-            tick=self.display.tick,
-        )
+        try:
+            result = self.worker.call(
+                request,
+                on_event=lambda event: self._tell(step, event),
+                stop=self.stop.asked,
+                tick=self.display.tick,
+            )
+        finally:
+            self.progress.clear()
         if result is None:
             project.run.event("step stopped", step=step.id)
             self._interrupted(step)
         assert result is not None
         project.run.event("step done", step=step.id, reused=result.get("reused", False))
         self.display.step_ends(step, result)
+
+    def _tell(self, step: Step, event: dict[str, Any]) -> None:
+        self.progress.note(step.id, event)
+        self.display.step_event(step, event)
 
     def _interrupted(self, step: Step) -> None:
         if self.stop.number is not None:

@@ -7,6 +7,7 @@ which would be a fifth of what `kdpipe plan` costs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 PLAIN_SECONDS = 5.0
+WATCH_SECONDS = 1.0
 COLUMNS = 80
 Style = Literal["bold", "dim", "red", "green", "yellow", "cyan"]
 Paint = Callable[[str, Style], str]
@@ -167,6 +169,40 @@ def _live_line(name: str) -> tuple[Progress, TaskID]:
         transient=True,
     )
     return progress, progress.add_task(name, total=None, words="starting")
+
+
+def watch_lines(look: Callable[[], tuple[list[str], bool]]) -> None:
+    """Shows what `look` returns anew each second until it says that it was the last; Ctrl-C ends it quietly.
+
+    Where stdout is no terminal: the first and the last time, and between them what has changed.
+    """
+    with contextlib.suppress(KeyboardInterrupt):
+        if is_terminal(sys.stdout):
+            _watch_live(look)
+            return
+        before: list[str] = []
+        goes_on = True
+        while goes_on:
+            lines, goes_on = look()
+            new = [line for line in lines if line not in before]
+            if new:
+                print("\n".join(new), flush=True)  # noqa: T201 (results go to stdout)
+            before = lines
+            if goes_on:
+                time.sleep(PLAIN_SECONDS)
+
+
+def _watch_live(look: Callable[[], tuple[list[str], bool]]) -> None:
+    from rich.live import Live
+    from rich.text import Text
+
+    goes_on = True
+    with Live(auto_refresh=False, vertical_overflow="crop") as live:
+        while goes_on:
+            lines, goes_on = look()
+            live.update(Text.from_ansi("\n".join(lines)), refresh=True)
+            if goes_on:
+                time.sleep(WATCH_SECONDS)
 
 
 class JsonLines:
