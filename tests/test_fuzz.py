@@ -472,7 +472,9 @@ def test_any_note_is_read_or_made_again(data: bytes, tmp_path: Path) -> None:
         (workspace / name).write_bytes(data)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tiny_recipe()))
-    (workspace / "pins.json").write_bytes(data)  # what it holds cannot be made again: it is whole, or an error
+    (workspace / "pins.json").write_bytes(
+        data
+    )  # what it holds cannot be made again: it is whole, or an error
     with contextlib.suppress(ArtifactError):
         open_project(load_recipe(path), workspace)
     (workspace / "pins.json").unlink()
