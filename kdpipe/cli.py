@@ -18,17 +18,25 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 import typer
 
 from kdpipe import __version__
-from kdpipe.errors import Interrupted, KdpipeError, PreflightError, RecipeError
+from kdpipe.errors import (
+    Interrupted,
+    KdpipeError,
+    PreflightError,
+    RecipeError,
+    is_machine_fault,
+    machine_fault,
+)
 
 if TYPE_CHECKING:
+    from kdpipe.overview import Overview
     from kdpipe.project import Project
     from kdpipe.recipe import Recipe
     from kdpipe.recipe_file import LoadedRecipe
     from kdpipe.survey import State
+    from kdpipe.terminal import Paint
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,  # plain help: rich would double the time that --help takes
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
@@ -37,8 +45,22 @@ app = typer.Typer(
 )
 
 Parameters = ParamSpec("Parameters")
+
+
+def _shipped(incomplete: str) -> list[str]:
+    """Names of shipped recipes for the shell's completion; where none begins so, the shell offers files."""
+    from kdpipe.recipes_shipped import shipped
+
+    return [path.stem for path in shipped() if path.stem.startswith(incomplete)]
+
+
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe file, or the name of a shipped one.",
+        autocompletion=_shipped,
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -86,6 +108,11 @@ def reported(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
             raise typer.Exit(130) from None
         except BrokenPipeError:  # the reader of our output went away, as `| head` does
             raise typer.Exit(0) from None
+        except OSError as error:
+            if not is_machine_fault(error):
+                raise
+            _print_error(machine_fault(error))
+            raise typer.Exit(1) from None
 
     return wrapper
 
@@ -100,7 +127,8 @@ def _print_error(error: KdpipeError) -> None:
     if error.hint:
         lines.append(f"  {inert(error.hint)}")
     if error.exit_code in (1, 5, 130, 143) and len(sys.argv) > 1:
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        program = Path(sys.argv[0]).name
+        command = shlex.join(["kdpipe" if program == "__main__.py" else program, *sys.argv[1:]])
         lines.append(f"  everything finished is kept; to continue: {inert(command)}")
     print("\n".join(lines), file=sys.stderr)  # noqa: T201
 
@@ -157,14 +185,23 @@ def run(
 
 
 def _run(recipe: str, overrides: list[str] | None, workspace: Path, request: Any, *, as_json: bool) -> None:
+    from kdpipe.report.writing import renew_report
     from kdpipe.runner import run as run_steps
     from kdpipe.terminal import JsonLines, Terminal
     from kdpipe.tracking import open_mirror
 
     display = JsonLines() if as_json else Terminal()
+    commands = _commands_again(recipe, overrides, workspace)
     try:
         project = run_steps(
-            _load(recipe, overrides), workspace.resolve(), request, display=display, open_mirror=open_mirror
+            _load(recipe, overrides),
+            workspace.resolve(),
+            request,
+            display=display,
+            open_mirror=open_mirror,
+            report=lambda project, digests: renew_report(
+                project, digests, commands=commands, warn=display.warn
+            ),
         )
     finally:
         display.stop()
@@ -172,6 +209,14 @@ def _run(recipe: str, overrides: list[str] | None, workspace: Path, request: Any
         print(json.dumps({"event": "end", **_outcome(project)}, sort_keys=True))  # noqa: T201
     else:
         _print_outcome(project, recipe, workspace)
+
+
+def _commands_again(recipe: str, overrides: list[str] | None, workspace: Path) -> list[str]:
+    """What makes this run again, and what looks further into it, as it was typed."""
+    sets = [word for override in overrides or () for word in ("--set", override)]
+    place = [] if workspace == WORKSPACE else ["--workspace", str(workspace)]
+    tails = (["run"], ["verify", "--full"], ["samples", "--worst"])
+    return [shlex.join(["kdpipe", command, recipe, *sets, *place, *flags]) for command, *flags in tails]
 
 
 def _evaluations(project: "Project") -> list[tuple[str, dict[str, Any] | None]]:
@@ -202,6 +247,7 @@ def _outcome(project: "Project") -> dict[str, Any]:
 
 
 def _print_outcome(project: "Project", recipe: str, workspace: Path) -> None:
+    from kdpipe.report.writing import report_path
     from kdpipe.terminal import change_lines, outcome_lines, painter
 
     lines = []
@@ -211,8 +257,10 @@ def _print_outcome(project: "Project", recipe: str, workspace: Path) -> None:
         changes = change_lines(after[-1]) if after and after[-1] else []
         lines = [*outcome_lines(rows, painter(sys.stdout)), *changes, ""]
     place = "" if workspace == WORKSPACE else f" --workspace {shlex.quote(str(workspace))}"
+    lines += [f"artifacts  {_shown(project.run.path)}"]
+    if (page := report_path(project)).exists():
+        lines.append(f"report     {_shown(page)}")
     lines += [
-        f"artifacts  {_shown(project.run.path)}",
         f"next       kdpipe samples {recipe} --wrong{place}",
         f"           kdpipe export {recipe} my-student{place}",
         f"           kdpipe ui{place}",
@@ -481,58 +529,90 @@ def _state_json(state: "State") -> dict[str, Any]:
 def status(
     recipe: RecipeArgument,
     check_only: Annotated[bool, typer.Option("--check", help="Exit 6 when work is left.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew each second while it runs.")] = False,
     overrides: SetOption = None,
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Show how far a run is, and whether it is going on now.
+    """Show how far a run is, stage by round, and how fast the step that is running now.
 
-    Example: kdpipe status recipes/quickstart.yaml --check
+    Example: kdpipe status recipes/quickstart.yaml --watch
     """
-    from dataclasses import asdict
-
-    from kdpipe.project import headrooms, round_metrics
-    from kdpipe.store import is_running
-    from kdpipe.terminal import inert, round_line
-    from kdpipe.tracking import pending
+    from kdpipe.overview import overview
+    from kdpipe.terminal import painter, watch_lines
 
     project = _open(recipe, overrides, workspace)
-    states = project.survey()
-    left = [state for state in states if not state.done]
-    running = is_running(project.run.path)
-    waiting = pending(project.run.path) if project.recipe.tracking.enabled else 0
-    rounds_done = max(
-        (state.step.round for state in states if state.step.stage == "train" and state.done), default=0
-    )
+    if watch and as_json:
+        raise RecipeError("--watch and --json: one of them", hint="--json prints one document and ends")
+    if watch:
+        paint = painter(sys.stdout)
+
+        def look() -> tuple[list[str], bool]:
+            now = overview(project)
+            return _status_lines(project, now, paint), now.running
+
+        watch_lines(look)
+    found = overview(project)
     if as_json:
-        _print_json(
-            {
-                "run": project.run.name,
-                "running": running,
-                "rounds_done": rounds_done,
-                "rounds": project.recipe.rounds,
-                "steps_left": len(left),
-                "next": left[0].step.id if left else None,
-                "not_mirrored": waiting,
-                "headroom": [asdict(headroom) for headroom in headrooms(project)],
-            }
-        )
-    else:
-        lines = [
-            f"{project.run.name}: {'running' if running else 'not running'}",
-            f"{len(states) - len(left)} of {len(states)} steps, {rounds_done} of {project.recipe.rounds} rounds done",
-        ]
-        if rounds_done:
-            metrics = round_metrics(project, rounds_done)
-            lines.append(round_line(rounds_done, project.recipe.rounds, metrics))
-        lines += [f"teacher {found.teacher}: {inert(found.sentence())}" for found in headrooms(project)]
-        if left:
-            lines.append(f"next: {left[0].step.id}{'; ' + inert(left[0].why) if left[0].why else ''}")
-        if waiting and not running:
-            lines.append(f"{waiting} steps are not in MLflow yet: the next run mirrors them")
-        print("\n".join(lines))  # noqa: T201
-    if check_only and left:
+        _print_json(_status_json(project, found))
+    elif not watch:
+        print("\n".join(_status_lines(project, found, painter(sys.stdout))))  # noqa: T201
+    if check_only and any(not state.done for state in found.states):
         raise typer.Exit(6)
+
+
+def _rounds_done(found: "Overview") -> int:
+    return max((s.step.round for s in found.states if s.step.stage == "train" and s.done), default=0)
+
+
+def _not_mirrored(project: "Project") -> int:
+    from kdpipe.tracking import pending
+
+    return pending(project.run.path) if project.recipe.tracking.enabled else 0
+
+
+def _status_json(project: "Project", found: "Overview") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from kdpipe.project import headrooms
+
+    left = [state for state in found.states if not state.done]
+    return {
+        "run": project.run.name,
+        "running": found.running,
+        "rounds_done": _rounds_done(found),
+        "rounds": project.recipe.rounds,
+        "steps_left": len(left),
+        "next": left[0].step.id if left else None,
+        "not_mirrored": _not_mirrored(project),
+        "headroom": [asdict(headroom) for headroom in headrooms(project)],
+        **found.to_json(),
+    }
+
+
+def _status_lines(project: "Project", found: "Overview", paint: "Paint") -> list[str]:
+    from kdpipe.overview import grid_lines, progress_line
+    from kdpipe.project import headrooms, round_metrics
+    from kdpipe.terminal import inert, round_line
+
+    states, rounds_done = found.states, _rounds_done(found)
+    left = [state for state in states if not state.done]
+    lines = [
+        f"{project.run.name}: {'running' if found.running else 'not running'}",
+        f"{len(states) - len(left)} of {len(states)} steps, {rounds_done} of {project.recipe.rounds} rounds done",
+        *grid_lines(found, paint),
+    ]
+    if rounds_done:
+        metrics = round_metrics(project, rounds_done)
+        lines.append(round_line(rounds_done, project.recipe.rounds, metrics))
+    lines += [f"teacher {one.teacher}: {inert(one.sentence())}" for one in headrooms(project)]
+    if found.running:
+        lines.append(progress_line(found))
+    elif left:
+        lines.append(f"next: {left[0].step.id}{'; ' + inert(left[0].why) if left[0].why else ''}")
+    if not found.running and (waiting := _not_mirrored(project)):
+        lines.append(f"{waiting} steps are not in MLflow yet: the next run mirrors them")
+    return lines
 
 
 @app.command()
@@ -541,24 +621,71 @@ def samples(
     recipe: RecipeArgument,
     round_number: RoundOption = None,
     wrong: Annotated[bool, typer.Option("--wrong", help="Only wrong answers.")] = False,
+    flipped: Annotated[
+        bool, typer.Option("--flipped", help="Held-out answers right at first and wrong now, or the reverse.")
+    ] = False,
+    worst: Annotated[
+        bool, typer.Option("--worst", help="Those with the largest disagreement about a token first.")
+    ] = False,
+    held_out: Annotated[
+        bool,
+        typer.Option("--held-out", help="Held-out samples that the teacher scored, not those trained on."),
+    ] = False,
     limit: Annotated[int, typer.Option(min=1, help="How many.")] = 5,
     overrides: SetOption = None,
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what the student wrote.
+    """Show what the student wrote, each token coloured by where the teacher disagrees.
 
-    Example: kdpipe samples recipes/quickstart.yaml --round 0 --wrong --limit 3
+    Orange: the student is surer than the teacher; blue: the teacher is. Without colours the tokens that they disagree
+    about most are listed with their numbers.
+
+    Example: kdpipe samples recipes/quickstart.yaml --wrong --worst --limit 3
     """
-    from kdpipe.housekeeping import samples as read_samples
-    from kdpipe.terminal import painter, sample_lines
+    from kdpipe.samples import Choice, choose_samples, samples_json
+    from kdpipe.terminal import is_coloured, painter
+    from kdpipe.transcript import transcript_lines
+
+    choice = Choice(round_number, wrong, flipped, worst, held_out, limit)
+    found = choose_samples(_open(recipe, overrides, workspace), choice)
+    if as_json:
+        _print_json(samples_json(found))
+        return
+    coloured = is_coloured(sys.stdout)
+    print("\n".join(transcript_lines(found, painter(sys.stdout), coloured=coloured)))  # noqa: T201
+
+
+@app.command()
+@reported
+def report(
+    recipe: RecipeArgument,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write it; else into the run's folder.")
+    ] = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Write one HTML page about a run: verdict, curves, costs, and its completions token by token.
+
+    `run` writes it too, at its end. The page loads nothing, so it can be sent on: it holds texts of model and data.
+
+    Example: kdpipe report recipes/quickstart.yaml -o report.html
+    """
+    from kdpipe.report.writing import report_path, write_report
 
     project = _open(recipe, overrides, workspace)
-    step, rows = read_samples(project, round_number=round_number, wrong=wrong, limit=limit)
+    path = report_path(project) if output is None else output
+    if not project.run.path.exists():
+        raise RecipeError(f"{project.run.name}: nothing was run yet", hint=f"kdpipe run {recipe}")
+    if path.is_dir():
+        raise RecipeError(f"{path}: is a folder", hint=f"name the file: -o {path / 'report.html'}")
+    size = write_report(project, path, commands=_commands_again(recipe, overrides, workspace))
     if as_json:
-        _print_json({"step": step, "samples": rows})
-        return
-    print("\n".join(sample_lines(step, rows, painter(sys.stdout))))  # noqa: T201
+        _print_json({"report": str(path), "bytes": size})
+    else:
+        print(f"{_shown(path.resolve())}  {size / 1e6:.2f} MB")  # noqa: T201
 
 
 # ------------------------------------------------------------------------------------------- artifacts
@@ -726,14 +853,21 @@ def init(
 
 @app.command()
 @reported
-def schema() -> None:
-    """Print the JSON Schema of recipes, for editors.
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the page docs/recipe.md instead.")
+    ] = False,
+) -> None:
+    """Print the JSON Schema of recipes, for editors, with a sentence for each field.
 
     Example: kdpipe schema > recipe.schema.json
     """
-    from kdpipe.recipe import Recipe
+    from kdpipe.recipe_reference import described_schema, reference
 
-    _print_json(Recipe.model_json_schema(by_alias=True))
+    if markdown:
+        print(reference(), end="")  # noqa: T201
+        return
+    _print_json(described_schema())
 
 
 # ---------------------------------------------------------------------------------------- environment

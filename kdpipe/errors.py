@@ -6,6 +6,22 @@ that is not a `KdpipeError` is a bug in kdpipe, and the command line says so.
 
 from __future__ import annotations
 
+import errno
+
+_ADVICE = {
+    errno.ENOSPC: "free some space (kdpipe gc shows what can go)",
+    errno.EDQUOT: "free some space of your quota (kdpipe gc shows what can go)",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+    errno.EROFS: "mount it writable, or name another place with --workspace",
+    errno.EACCES: "give the user that runs kdpipe the right to it, or name another place with --workspace",
+    errno.EPERM: "give the user that runs kdpipe the right to it, or name another place with --workspace",
+    errno.EIO: "mend the disk, or move the workspace to another",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the machine's limit of open files",
+    errno.ENOMEM: "free some memory",
+}
+"""What to do about a fault of the machine."""
+
 
 class KdpipeError(Exception):
     """A failure that the user can act on."""
@@ -20,6 +36,22 @@ class KdpipeError(Exception):
 
 class StepError(KdpipeError):
     """A step failed: its worker died, ran out of disk, or met numbers that are not finite."""
+
+
+def is_machine_fault(error: OSError) -> bool:
+    """Whether the machine is at fault (disk, rights, limits), and not kdpipe."""
+    return error.errno in _ADVICE
+
+
+def machine_fault(error: OSError, place: object = None) -> StepError:
+    """`error` as a StepError that names the place and says what to do."""
+    where = place or error.filename
+    what = f"{where}: cannot be written: " if place else f"{where}: " if where else ""
+    advice = _ADVICE.get(error.errno or 0, "mend that")
+    return StepError(
+        f"{what}{error.strerror or error}",
+        hint=f"{advice}, then repeat the command: finished pieces are kept",
+    )
 
 
 class EngineError(KdpipeError):

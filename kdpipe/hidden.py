@@ -30,6 +30,8 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 def to_bytes(states: npt.NDArray[np.float32], dtype: torch.dtype) -> bytes:
     """Hidden states [n, G] as the file holds them. `dtype` is the teacher's, so nothing is rounded."""
+    if not len(states):  # of an empty completion, which torch cannot view as bytes
+        return b""
     return torch.from_numpy(states).to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
 
 

@@ -1,4 +1,4 @@
-"""What is done with artifacts outside a run: verify, gc, export, and reading samples."""
+"""What is done with artifacts outside a run: verify, gc, and export."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kdpipe.errors import ArtifactError, RecipeError
 from kdpipe.plan import STUDENT, Step
 from kdpipe.project import Project
 from kdpipe.runs import all_runs
 from kdpipe.sources import Sources
-from kdpipe.store import MANIFEST, Store, is_running
+from kdpipe.store import MANIFEST, Entry, Manifest, Store, is_running, read_document
 
 # ---------------------------------------------------------------------------------------------- verify
 
@@ -30,21 +29,29 @@ class Finding:
 
 
 def verify(project: Project, *, full: bool) -> Iterator[Finding]:
-    """Checks every committed step of the plan by sizes, or by sha256 with `full`."""
+    """Checks every step of the plan by sizes, or by sha256 with `full`: what is committed, and finished pieces."""
     for step in project.plan.steps:
         entry = project.store.entry(step)
         try:
             manifest = entry.manifest()
-            if manifest is None:
-                continue
-            files = [file for file in manifest.files if file.path not in manifest.dropped]
-            problem = entry.problem(manifest) or ""
-            if full and not problem:
-                for file in files:
-                    entry.check(file)
-            yield Finding(step.id, len(files), sum(file.bytes for file in files), problem)
+            if manifest is not None:
+                yield _committed(step, entry, manifest, full=full)
+            elif pieces := [piece for piece in entry.pieces() if piece.is_finished]:
+                problems = [problem for piece in pieces if (problem := piece.problem(full=full))]
+                yield Finding(step.id, len(pieces), 0, problems[0] if problems else "")
         except ArtifactError as error:
             yield Finding(step.id, 0, 0, error.message)
+
+
+def _committed(step: Step, entry: Entry, manifest: Manifest, *, full: bool) -> Finding:
+    files = [file for file in manifest.files if file.path not in manifest.dropped]
+    problem = entry.problem(manifest) or ""
+    if full and not problem:
+        for file in files:
+            entry.check(file)
+        if read_document(entry.folder)["fingerprint"] != step.fingerprint:
+            problem = f"{entry.folder}: its fingerprint.json is of another step"
+    return Finding(step.id, len(files), sum(file.bytes for file in files), problem)
 
 
 # -------------------------------------------------------------------------------------------------- gc
@@ -159,56 +166,3 @@ def _student_folder(project: Project, round_number: int | None) -> tuple[int, Pa
         return 0, Sources(project.loaded, project.workspace).fetch()[STUDENT]
     which = f"student {round_number}" if round_number is not None else "a trained student"
     raise RecipeError(f"{which} is not there yet", hint=f"kdpipe run {project.loaded.path}")
-
-
-# ---------------------------------------------------------------------------------------------- samples
-
-
-def samples(
-    project: Project, *, round_number: int | None, wrong: bool, limit: int
-) -> tuple[str, list[dict[str, Any]]]:
-    """The step whose completions are shown, and those rows: rollouts of a round, or round 0's evaluation.
-
-    Without a round: the newest rollouts there are. Rollouts that were trained on have `mismatch_` fields (see
-    mismatch.py). Raises RecipeError when nothing was sampled yet.
-    """
-    from kdpipe.tables import GRADES, ROLLOUTS, read_rows
-
-    for step in reversed(project.plan.steps):
-        is_rollout = step.stage == "rollout"
-        is_baseline = step.stage == "evaluate" and step.round == 0 and step.subject == STUDENT
-        if not (is_rollout or is_baseline) or round_number not in (None, step.round):
-            continue
-        entry = project.store.entry(step)
-        if entry.manifest() is None:
-            continue
-        name, schema = ("rollouts.parquet", ROLLOUTS) if is_rollout else ("grades.parquet", GRADES)
-        rows = read_rows(entry.opened(name) / name, schema)
-        shown = [row for row in rows if not (wrong and row["correct"])][:limit]
-        return step.id, _with_mismatch(project, step.round, shown) if is_rollout else shown
-    raise RecipeError("nothing was sampled yet", hint=f"kdpipe run {project.loaded.path}")
-
-
-def _with_mismatch(project: Project, number: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rollouts of a round, each with what its sampler and the trainer disagree about once it was trained on."""
-    from kdpipe.mismatch import acted, ledger, mismatch
-    from kdpipe.tables import COMPLETIONS, read_rows
-
-    entry = project.store.entry(project.plan.step(f"train@{number}"))
-    if entry.manifest() is None:
-        return rows
-    file = "completions.parquet"
-    columns = ["prompt_id", "sample", "proximal_logprobs"]
-    found = read_rows(entry.opened(file) / file, COMPLETIONS, columns=columns)
-    proximal = {(row["prompt_id"], row["sample"]): row["proximal_logprobs"] for row in found}
-    objective = project.recipe.train.objective.in_round(number)
-    joined = []
-    for row in rows:
-        known = proximal.get((row["prompt_id"], row["sample"]))
-        if known is None or row["sampler_logprobs"] is None:
-            joined.append(row)
-            continue
-        differences = mismatch(row["sampler_logprobs"], known)
-        tokens = int(acted(objective, differences).sum())
-        joined.append({**row, **ledger(objective, differences), "mismatch_acted_tokens": tokens})
-    return joined

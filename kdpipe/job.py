@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from kdpipe.engine import SampleRequest, Sampling
+from kdpipe.errors import EngineError, StepError
 from kdpipe.prompting import (
     PromptStyle,
     Tokenizer,
@@ -32,6 +37,11 @@ if TYPE_CHECKING:
     from kdpipe.store import Draft
 
 Item = TypeVar("Item")
+REQUEST = re.compile(r"\brequest (\d+)\b")
+NOTHING_PUBLISHED = (
+    "nothing of this step was published, and all steps before it are kept; what makes the number is mended first, "
+    "then the same command continues"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +92,29 @@ class Job:
         finish(paths)
         self.draft.write(name, lambda path: merge(paths, path, schema))
         return first + len(paths)
+
+    @contextlib.contextmanager
+    def asking(self, prompt_ids: Sequence[str]) -> Iterator[None]:
+        """Turns an engine's "request 3", while this is open, into the round and the prompt that it is about."""
+        try:
+            yield
+        except EngineError as error:
+            found = REQUEST.search(error.message)
+            if found is None or int(found[1]) >= len(prompt_ids):
+                raise
+            where = f"round {self.round}, prompt {prompt_ids[int(found[1])]}"
+            message = error.message[: found.start()] + where + error.message[found.end() :]
+            hint = f"{error.hint}; {NOTHING_PUBLISHED}" if error.hint else NOTHING_PUBLISHED
+            raise type(error)(message, hint=hint) from None
+
+    def require_finite(self, prompt_ids: Sequence[str], values: Sequence[Any], what: str) -> None:
+        """Raises StepError naming round, prompt and token unless every number [n] of every completion is finite."""
+        for prompt_id, row in zip(prompt_ids, values, strict=True):
+            bad = ~np.isfinite(np.asarray(row, np.float64))
+            if bad.any():
+                token = int(bad.argmax())
+                where = f"round {self.round}, prompt {prompt_id}, token {token}"
+                raise StepError(f"{where}: {what} is {row[token]}", hint=NOTHING_PUBLISHED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -701,6 +701,8 @@ class _Task:
     def _note(self, kind: str, fields: Mapping[str, JsonValue]) -> None:
         row: dict[str, JsonValue] = {"time": time.time(), "event": kind, "step": self.step.id, **fields}
         append_line(Path(self.request["run"]) / "events.jsonl", row)
+        if kind == "damaged":
+            self.report.event(kind="warning", text=f"{fields['problem']}; it is made again")
 
     def _write_speed(self, draft: Draft, pulse: Pulse, seconds: float) -> None:
         name = self.step.stage.replace("-", "_")

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdpipe.errors import ArtifactError
 from kdpipe.plan import Identities, Plan, make_plan
 from kdpipe.recipe import Recipe, Teacher
 from kdpipe.recipe_file import LoadedRecipe
 from kdpipe.runs import RunFolder, run_folder
 from kdpipe.sources import Sources
-from kdpipe.store import METRICS, Entry, Store, parse_json, read_lines
+from kdpipe.store import Store
 from kdpipe.survey import State, survey
 
 
@@ -58,22 +57,9 @@ def summary_of(project: Project, step_id: str) -> dict[str, Any] | None:
         if step.id == step_id:
             entry = project.store.entry(step)
             if entry.manifest() is not None:
-                return _read_summary(entry)
+                summary: dict[str, Any] = entry.read_json("summary.json")
+                return summary
     return None
-
-
-def _read_summary(entry: Entry) -> dict[str, Any]:
-    path = entry.folder / "summary.json"
-    try:
-        found: dict[str, Any] = parse_json(path.read_bytes())
-        if not isinstance(found, dict):
-            raise ValueError("expected an object")
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"{path}: cannot be read: {error}",
-            hint=f"rebuild it: repeat the run with --force {entry.step_id}",
-        ) from None
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +127,7 @@ def round_metrics(project: Project, number: int) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for step in project.plan.steps:
         if step.round == number:
-            for row in read_lines(project.store.entry(step).folder / METRICS):
+            for row in project.store.entry(step).metrics():
                 if row["optimizer_step"] is None:
                     metrics[row["name"]] = row["value"]
     return metrics

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shlex
 import shutil
@@ -25,12 +24,13 @@ from pydantic import JsonValue
 
 from kdpipe.errors import ArtifactError, Interrupted, PreflightError, RecipeError, StepError
 from kdpipe.plan import BASE, STUDENT, Fields, Input, Step, canonical, teacher_role
+from kdpipe.progress import ProgressFile
 from kdpipe.project import Project, headrooms, open_project, round_metrics
 from kdpipe.recipe import resolved
 from kdpipe.recipe_file import LoadedRecipe
 from kdpipe.runs import RunFolder, droppable
 from kdpipe.sources import Sources
-from kdpipe.store import Entry, run_lock, tidy
+from kdpipe.store import Entry, linked_entry, run_lock, tidy
 from kdpipe.survey import inspect, must_restore
 from kdpipe.workers import CLOSE, Worker
 
@@ -55,7 +55,7 @@ class Mirror(Protocol):
     """The tracker as the runner sees it: told what changed, never waited for."""
 
     def nudge(self) -> None: ...
-    def finish(self, status: str) -> str | None: ...
+    def finish(self, status: str, *, hurry: Callable[[], bool]) -> str | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +96,12 @@ def run(
     display: Display,
     open_mirror: Callable[[Project], Mirror],
     performer: str = PERFORMER,
+    report: Callable[[Project, Mapping[str, str | None]], None] | None = None,
 ) -> Project:
-    """Performs what is not done; returns the project. Raises KdpipeError with what to do next."""
+    """Performs what is not done; returns the project. Raises KdpipeError with what to do next.
+
+    `report` is given the payload digests of the steps, by id, once all that was asked for is done.
+    """
     folders = Sources(loaded, workspace).fetch()  # pins hub names, so that every fingerprint is known
     project = open_project(loaded, workspace)
     with run_lock(project.run.path), _signals() as stop:
@@ -107,6 +111,8 @@ def run(
         status = "FAILED"
         try:
             job.go(mirror)
+            if report is not None and job.request.only is None:
+                report(project, job.digests)
             status = "FINISHED"
         except Interrupted:
             status = "KILLED"
@@ -114,7 +120,7 @@ def run(
             raise
         finally:
             job.worker.stop(CLOSE)
-            if trouble := mirror.finish(status):
+            if trouble := mirror.finish(status, hurry=stop.asked):
                 display.warn(
                     f"MLflow: not everything is mirrored yet: {trouble}; the next command goes on with it"
                 )
@@ -132,6 +138,7 @@ class _Run:
     stop: Stop
     performer: str
     worker: Worker = field(init=False)
+    progress: ProgressFile = field(init=False)
     digests: dict[str, str | None] = field(default_factory=dict)
     again: set[str] = field(default_factory=set)
     examined: bool = False
@@ -139,6 +146,7 @@ class _Run:
     def __post_init__(self) -> None:
         log = self.project.run.path / "logs" / "worker.log"
         self.worker = open_worker(self.project, self.performer, log=log)
+        self.progress = ProgressFile(self.project.run.path)
 
     def go(self, mirror: Mirror) -> None:
         """Performs every step that is not done, in order."""
@@ -166,6 +174,7 @@ class _Run:
                 manifest = entry.manifest()
                 assert manifest is not None
                 tidy(entry, manifest)
+                entry.describe(step)
                 project.run.link(step, entry)
             else:
                 self._restore(step)
@@ -282,18 +291,25 @@ class _Run:
         project.run.event("step started", step=step.id)
         self.display.step_begins(step)
         request = {**_models_json(project, self.folders, step), "anew": anew}
-        result = self.worker.call(
-            request,
-            on_event=lambda event: self.display.step_event(step, event),
-            stop=self.stop.asked,
-            tick=self.display.tick,
-        )
+        try:
+            result = self.worker.call(
+                request,
+                on_event=lambda event: self._tell(step, event),
+                stop=self.stop.asked,
+                tick=self.display.tick,
+            )
+        finally:
+            self.progress.clear()
         if result is None:
             project.run.event("step stopped", step=step.id)
             self._interrupted(step)
         assert result is not None
         project.run.event("step done", step=step.id, reused=result.get("reused", False))
         self.display.step_ends(step, result)
+
+    def _tell(self, step: Step, event: dict[str, Any]) -> None:
+        self.progress.note(step.id, event)
+        self.display.step_event(step, event)
 
     def _interrupted(self, step: Step) -> None:
         if self.stop.number is not None:
@@ -327,10 +343,12 @@ class _Run:
         for folder, kind in candidates:
             if (folder, kind) in awaited:
                 continue
-            document = json.loads((folder / "fingerprint.json").read_text())
-            entry = Entry(folder, f"{document['stage']}@{document['round']}", document["fingerprint"])
-            with entry.locked(lambda: None):
-                freed = entry.drop(kind)
+            try:
+                entry, _ = linked_entry(folder)
+                with entry.locked(lambda: None):
+                    freed = entry.drop(kind)
+            except ArtifactError:  # what is damaged stays as it is, for the run that comes upon it to name
+                continue
             if freed:
                 self.project.run.event("dropped", entry=folder.name, payload=kind, bytes=freed)
 

@@ -8,10 +8,11 @@ The links are for people, and they say which entries a run still counts on: rete
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,21 @@ from typing import Any
 from pydantic import JsonValue
 
 from kdpipe.environment import environment
+from kdpipe.errors import ArtifactError
 from kdpipe.plan import Fields, Step, run_hash
 from kdpipe.recipe import Recipe, resolved
 from kdpipe.recipe_file import LoadedRecipe
-from kdpipe.store import FINGERPRINT, Entry, append_line, parse_json, read_lines, write_bytes, write_json
+from kdpipe.store import (
+    Entry,
+    append_line,
+    linked_entry,
+    parse_json,
+    read_document,
+    read_lines,
+    write_bytes,
+    write_json,
+    writing,
+)
 
 ROUND = re.compile(r"round-(\d+)$")
 PAYLOADS = ("model", "trainer", "ema")
@@ -76,11 +88,12 @@ class RunFolder:
         target = Path(os.path.relpath(entry.folder, place.parent))
         if place.is_symlink() and place.readlink() == target:
             return
-        place.parent.mkdir(parents=True, exist_ok=True)
-        draft = place.with_name(f".tmp-{place.name}")
-        draft.unlink(missing_ok=True)
-        draft.symlink_to(target)
-        draft.replace(place)
+        with writing(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            draft = place.with_name(f".tmp-{place.name}")
+            draft.unlink(missing_ok=True)
+            draft.symlink_to(target)
+            draft.replace(place)
 
     def links(self) -> Iterator[Link]:
         """Every link of the run, by round."""
@@ -94,10 +107,9 @@ class RunFolder:
         """The fingerprint document of what this run's link for `step` points at, or None."""
         place = self.path / f"round-{step.round:03d}" / step.link_name
         try:
-            document = parse_json((place / FINGERPRINT).read_bytes())
-        except (OSError, ValueError):
+            return read_document(place.resolve())
+        except ArtifactError:
             return None
-        return document if isinstance(document, dict) else None
 
     def event(self, kind: str, **fields: JsonValue) -> None:
         """Notes one event with the time."""
@@ -114,12 +126,15 @@ def run_folder(workspace: Path, recipe: Recipe) -> RunFolder:
 
 
 def all_runs(workspace: Path) -> list[RunFolder]:
-    """Every run of the workspace, the one changed last first."""
-    folders = [path for path in (workspace / "runs").glob("*") if (path / "resolved.json").exists()]
-    return [
-        RunFolder(p)
-        for p in sorted(folders, key=lambda p: (p / "resolved.json").stat().st_mtime, reverse=True)
-    ]
+    """Every run of the workspace, the one changed last first; one that lost its recipe still has its links."""
+    found: list[tuple[float, Path]] = []
+    for path in (workspace / "runs").glob("*"):
+        recipe = path / "resolved.json"
+        if recipe.exists():
+            found.append((recipe.stat().st_mtime, path))
+        elif any(path.glob("round-*")):
+            found.append((0.0, path))
+    return [RunFolder(path) for _, path in sorted(found, reverse=True)]
 
 
 # ------------------------------------------------------------------------------------------ retention
@@ -128,7 +143,8 @@ def all_runs(workspace: Path) -> list[RunFolder]:
 def retained(run: RunFolder) -> dict[Path, set[str]]:
     """Which of "model", "trainer" and "ema" this run keeps of each train entry that it links.
 
-    The last rounds by `runtime.keep`, and the weights of the best and of the last evaluated round.
+    The last rounds by `runtime.keep` that are whole, what is damaged or unfinished among them, and the weights of the
+    best and of the last evaluated round.
     """
     links = list(run.links())
     trained = {link.round: link.target for link in links if link.name == "train"}
@@ -142,21 +158,46 @@ def retained(run: RunFolder) -> dict[Path, set[str]]:
     ):  # damaged, or of another version: such a run keeps all that it links
         return {target: set(PAYLOADS) for target in trained.values()}
     keep: dict[Path, set[str]] = {}
-    rounds = sorted(trained)
     counts = recipe.runtime.keep
     for kind, count in (("model", counts.weights), ("trainer", counts.optimizer), ("ema", counts.weights)):
-        for number in rounds[-count:]:
-            keep.setdefault(trained[number], set()).add(kind)
+        for target in _newest(trained, kind, count):
+            keep.setdefault(target, set()).add(kind)
     scores = {
         link.round: accuracy
         for link in links
         if link.name == "evaluate-student" and (accuracy := _accuracy(link.target)) is not None
     }
-    wanted = [max(scores), max(scores, key=lambda number: (scores[number], number))] if scores else []
+    readable = {number: accuracy for number, accuracy in scores.items() if accuracy < math.inf}
+    wanted = set(scores) - set(readable)  # may be the best
+    wanted |= {max(scores)} if scores else set()
+    wanted |= {max(readable, key=lambda number: (readable[number], number))} if readable else set()
     for number in wanted:
         if number in trained:
             keep.setdefault(trained[number], set()).add("model")
     return keep
+
+
+def _newest(trained: Mapping[int, Path], kind: str, count: int) -> Iterator[Path]:
+    """The entries of the last `count` rounds that have this payload whole, and of those after them."""
+    whole = 0
+    for number in sorted(trained, reverse=True):
+        if whole == count:
+            return
+        yield trained[number]
+        whole += _is_whole(trained[number], kind)
+
+
+def _is_whole(folder: Path, kind: str) -> bool:
+    """Whether an entry is done and has the files of this payload, by their sizes."""
+    try:
+        entry, _ = linked_entry(folder)
+        manifest = entry.manifest()
+    except ArtifactError:
+        return False
+    if manifest is None or entry.problem(manifest) is not None:
+        return False
+    own = {file.path for file in manifest.files if file.path.startswith(f"{kind}/")}
+    return bool(own) and own.isdisjoint(manifest.dropped)
 
 
 def droppable(run: RunFolder, workspace: Path) -> list[tuple[Path, str]]:
@@ -175,7 +216,11 @@ def droppable(run: RunFolder, workspace: Path) -> list[tuple[Path, str]]:
 
 
 def _accuracy(folder: Path) -> float | None:
-    try:
-        return float(parse_json((folder / "summary.json").read_bytes())["accuracy"])
-    except (OSError, ValueError, KeyError, TypeError):
+    """The accuracy of an evaluation; None while it is not done, infinite where it is damaged and could be any."""
+    if not folder.exists():
         return None
+    try:
+        entry, _ = linked_entry(folder)
+        return None if entry.manifest() is None else float(entry.read_json("summary.json")["accuracy"])
+    except (ArtifactError, ValueError, KeyError, TypeError):
+        return math.inf

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 from pydantic import JsonValue
 
-from kdpipe.errors import PreflightError
-from kdpipe.store import parse_json, write_json
+from kdpipe.errors import ArtifactError, PreflightError
+from kdpipe.seals import sealed, unsealed
+from kdpipe.store import write_json
 
 FILE = "servers.json"
+KIND = "memory of servers"
 SAME_NATS = 0.15
 """Mean distance per token up to which two servers may hold the same weights: above what kernels and bfloat16 do."""
 
@@ -36,7 +38,7 @@ def require_same(workspace: Path, digest: str, *, who: str, scores: Sequence[flo
     known = _read(path)
     before = known.get(digest)
     if not isinstance(before, list):
-        write_json(path, {**known, digest: [float(score) for score in scores]})
+        write_json(path, sealed(KIND, {**known, digest: [float(score) for score in scores]}))
         return
     apart = distance([float(score) for score in before if isinstance(score, int | float)], scores)
     if apart > SAME_NATS:
@@ -49,7 +51,11 @@ def require_same(workspace: Path, digest: str, *, who: str, scores: Sequence[flo
 
 def _read(path: Path) -> dict[str, JsonValue]:
     try:
-        value = parse_json(path.read_bytes())
-    except (FileNotFoundError, ValueError):  # as good as a workspace in which nothing was asked
+        value = unsealed(path, path.read_bytes(), kind=KIND)
+    except FileNotFoundError:  # nothing was asked in this workspace
         return {}
+    except ArtifactError as error:
+        raise ArtifactError(
+            error.message, hint="put back a copy of it; removing it takes every server as it is now"
+        ) from None
     return value if isinstance(value, dict) else {}

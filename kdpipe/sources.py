@@ -6,6 +6,7 @@ The only module that talks to the hub. `identities` needs no network: a hub name
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,17 +14,20 @@ from typing import Literal
 
 from pydantic import JsonValue
 
-from kdpipe.errors import DataError, ModelError, RecipeError
+from kdpipe.errors import ArtifactError, DataError, ModelError, RecipeError, StepError
 from kdpipe.model_folder import require_own_files
 from kdpipe.plan import STUDENT, UNRESOLVED, Fields, Identities, canonical
 from kdpipe.recipe import Gsm8kTask, Student, Teacher
 from kdpipe.recipe_file import LoadedRecipe
-from kdpipe.store import file_digest, parse_json, write_json
+from kdpipe.seals import sealed, unsealed
+from kdpipe.store import file_digest, write_json
 from kdpipe.tasks import data_files, hub_id
 
 TEXT_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".py"}
 MODEL_SUFFIXES = TEXT_SUFFIXES | {".safetensors"}
 Kind = Literal["model", "tokenizer", "dataset"]
+PINS = "memory of hub pins"
+DIGESTS = "memory of file digests"
 HUB_HINT = "check the name and the network, or name a local folder instead"
 
 
@@ -38,8 +42,11 @@ class Sources:
     _changed: bool = False
 
     def __post_init__(self) -> None:
-        self._digests = _read(self.workspace / "digests.json")
-        self._pins = _read(self.workspace / "pins.json")
+        try:
+            self._digests = _read(self.workspace / "digests.json", kind=DIGESTS)
+        except ArtifactError:  # it only saves reading files again
+            self._digests = {}
+        self._pins = _read(self.workspace / "pins.json", kind=PINS)
 
     def identities(self) -> Identities:
         """What the recipe's models and data are; raises RecipeError or DataError when a local one is missing."""
@@ -53,8 +60,10 @@ class Sources:
             files = data_files(task, self.loaded.folder)
             data = {split: {"digest": self._digest(path)} for split, path in files.items()}
         if self._changed:
-            self.workspace.mkdir(parents=True, exist_ok=True)
-            write_json(self.workspace / "digests.json", self._digests)
+            with contextlib.suppress(
+                StepError
+            ):  # it only saves reading again: plan and status need not write
+                write_json(self.workspace / "digests.json", sealed(DIGESTS, self._digests))
             self._changed = False
         return Identities(models=models, data=data)
 
@@ -70,6 +79,22 @@ class Sources:
         if isinstance(task, Gsm8kTask) and (hub := hub_id(task, self.loaded.folder)):
             folders["data"] = self._download(hub, task.revision, kind="dataset")
         return folders
+
+    def tokenizer_file(self, role: str) -> Path | None:
+        """The tokenizer.json beside a model that the recipe names, where it is on this machine; downloads nothing."""
+        named = next((_named(model) for name, model in self._models() if name == role), None)
+        if named is None:
+            return None
+        if (folder := _local_folder(named.name, self.loaded.folder)) is not None:
+            path = folder / "tokenizer.json"
+            return path if path.is_file() else None
+        commit = self._pinned(_pin_key(named.name, named.revision), named.revision)
+        if commit is None:
+            return None
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(named.name, "tokenizer.json", revision=commit)
+        return Path(found) if isinstance(found, str) else None
 
     def _models(self) -> list[tuple[str, Student | Teacher]]:
         recipe = self.loaded.recipe
@@ -148,7 +173,7 @@ class Sources:
                 assert commit is not None
                 self._pins[key] = commit
                 self.workspace.mkdir(parents=True, exist_ok=True)
-                write_json(self.workspace / "pins.json", self._pins)
+                write_json(self.workspace / "pins.json", sealed(PINS, self._pins))
             suffixes = TEXT_SUFFIXES if kind == "tokenizer" else MODEL_SUFFIXES
             patterns = ["main/*.parquet"] if kind == "dataset" else [f"*{suffix}" for suffix in suffixes]
             return Path(
@@ -198,9 +223,16 @@ def _pin_key(name: str, revision: str | None) -> str:
     return f"{name}@{revision or 'main'}"
 
 
-def _read(path: Path) -> dict[str, JsonValue]:
+def _read(path: Path, *, kind: str) -> dict[str, JsonValue]:
+    """What the workspace remembers in `path`; raises ArtifactError when that is damaged."""
     try:
-        value = parse_json(path.read_bytes())
-    except (FileNotFoundError, ValueError):  # a cache that cannot be read is rebuilt
+        value = unsealed(path, path.read_bytes(), kind=kind)
+    except FileNotFoundError:
         return {}
+    except ArtifactError as error:
+        raise ArtifactError(
+            error.message,
+            hint="put back a copy of it; without one remove it, and the next run pins hub names anew: to what they "
+            "mean by then",
+        ) from None
     return value if isinstance(value, dict) else {}

@@ -8,6 +8,8 @@ attempt uses. Locks are flock (they go with their process), never PID files.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -20,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 
-from kdpipe.errors import ArtifactError, KdpipeError, LockError, StepError
+from kdpipe.errors import ArtifactError, KdpipeError, LockError, machine_fault
 from kdpipe.plan import Step, canonical
+from kdpipe.seals import digest_of, sealed, unsealed
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -30,8 +33,12 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 FINGERPRINT = "fingerprint.json"
 METRICS = "metrics.jsonl"
-NOT_PAYLOAD = (MANIFEST, FINGERPRINT, METRICS)
 TEMPORARY = ".tmp-"
+PARTS = "parts"
+CHECKPOINTS = "checkpoints"
+SEAL = "seal.json"
+FINGERPRINT_KEY = "fingerprint"
+PIECE = "finished piece"
 
 
 # ------------------------------------------------------------------------------------- durable writes
@@ -40,7 +47,7 @@ TEMPORARY = ".tmp-"
 def write_durably(path: Path, writer: Callable[[Path], None]) -> None:
     """Makes `path` (file or folder) hold what `writer` writes, wholly or not at all."""
     draft = path.parent / f"{TEMPORARY}{path.name}"
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(draft)
         writer(draft)
@@ -52,11 +59,15 @@ def write_durably(path: Path, writer: Callable[[Path], None]) -> None:
             _remove(path)
         draft.replace(path)
         _fsync(path.parent)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises StepError that names `path` for what the system refuses while this is open."""
+    try:
+        yield
     except OSError as error:
-        raise StepError(
-            f"{path}: cannot be written: {error.strerror or error}",
-            hint="free space or mend the disk, then repeat the command: finished pieces are kept",
-        ) from error
+        raise machine_fault(error, path) from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -76,17 +87,20 @@ def write_json(path: Path, value: JsonValue) -> None:
 def append_line(path: Path, value: Mapping[str, JsonValue]) -> None:
     """Appends one JSON line in one write, on a line of its own though the last one was cut short."""
     line = json.dumps(value, sort_keys=True, allow_nan=False) + "\n"
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        size = os.fstat(descriptor).st_size
-        is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        os.write(descriptor, ("\n" + line if is_torn else line).encode())
-    finally:
-        os.close(descriptor)
+    with writing(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+            data = ("\n" + line if is_torn else line).encode()
+            if os.write(descriptor, data) < len(data):  # what a disk does that is about to be full
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of `path` ([] when it is missing); lines that are cut short, or no objects, are left out."""
+    """The JSON lines of `path` ([] when it is missing); a line that is cut short, or no mapping, is left out."""
     rows = []
     with contextlib.suppress(FileNotFoundError):
         for line in path.read_bytes().splitlines():
@@ -128,10 +142,11 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    with writing(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------ manifests
@@ -139,7 +154,7 @@ def _remove(path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """One payload file: its path inside the entry, size and sha256."""
+    """One file of an entry, of its payload or its metrics: the path inside the entry, size and sha256."""
 
     path: str
     bytes: int
@@ -273,9 +288,43 @@ class Entry:
         if found != file.sha256:
             raise self._damage(f"{path}: sha256 {found[:16]}..., its manifest says {file.sha256[:16]}...")
 
+    def read_json(self, name: str) -> Any:
+        """The JSON of payload file `name`, after its sha256 was checked."""
+        return json.loads((self.opened(name) / name).read_bytes())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl, after its sha256 was checked; none while the entry is not committed."""
+        return [] if self.manifest() is None else read_lines(self.opened(METRICS) / METRICS)
+
+    def describe(self, step: Step) -> None:
+        """Makes fingerprint.json tell what was hashed, unless it does: it follows from the recipe."""
+        with contextlib.suppress(ArtifactError):
+            if read_document(self.folder)[FINGERPRINT_KEY] == step.fingerprint:
+                return
+        write_json(self.folder / FINGERPRINT, {**step.document, FINGERPRINT_KEY: step.fingerprint})
+
+    def part(self, index: int) -> Piece:
+        """The place of part `index`."""
+        path = self.folder / PARTS / f"part-{index:05d}.parquet"
+        return Piece(path, path.with_suffix(".json"), self.fingerprint)
+
+    def checkpoint(self, name: str) -> Piece:
+        """The place of the checkpoint called `name`."""
+        path = self.folder / CHECKPOINTS / name
+        return Piece(path, path / SEAL, self.fingerprint)
+
+    def pieces(self) -> list[Piece]:
+        """What earlier attempts have finished of a step that is not done."""
+        parts = sorted((self.folder / PARTS).glob("part-*.parquet"))
+        checkpoints = sorted((self.folder / CHECKPOINTS).glob("step-*"))
+        return [
+            *(Piece(path, path.with_suffix(".json"), self.fingerprint) for path in parts),
+            *(self.checkpoint(path.name) for path in checkpoints),
+        ]
+
     def discard(self) -> None:
         """Forgets everything of the entry, so that the step is performed from nothing."""
-        (self.folder / MANIFEST).unlink(missing_ok=True)
+        _remove(self.folder / MANIFEST)
         for child in self.folder.iterdir() if self.folder.is_dir() else ():
             if child.name != ".lock":
                 _remove(child)
@@ -306,13 +355,14 @@ class Entry:
     @contextlib.contextmanager
     def locked(self, waiting: Callable[[], None]) -> Iterator[None]:
         """Holds the entry; calls `waiting` once when another run has it, and waits for that run."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = _file_lock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except TimeoutError:
-            waiting()
-            lock.acquire()
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = _file_lock(self.folder / ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except TimeoutError:
+                waiting()
+                lock.acquire()
         try:
             yield
         finally:
@@ -322,6 +372,79 @@ class Entry:
         return ArtifactError(
             message, hint=f"rebuild it and what depends on it: repeat the run with --force {self.step_id}"
         )
+
+
+def read_document(folder: Path) -> dict[str, Any]:
+    """The fingerprint.json of an entry's folder; raises ArtifactError unless it hashes to what the folder is called."""
+    path = folder / FINGERPRINT
+    try:
+        document = json.loads(path.read_bytes())
+        hashed = {name: value for name, value in document.items() if name != FINGERPRINT_KEY}
+        found = str(document[FINGERPRINT_KEY])
+        if found != digest_of(hashed) or found[:16] != folder.name:
+            raise ArtifactError(f"{path}: damaged: it does not hash to the fingerprint of its folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"{path}: cannot be read: {error}") from None
+    return dict(document)
+
+
+def linked_entry(folder: Path) -> tuple[Entry, dict[str, Any]]:
+    """The entry in `folder`, and its fingerprint document; raises ArtifactError when that is damaged."""
+    document = read_document(folder)
+    stage, subject, number = (document.get(name) for name in ("stage", "subject", "round"))
+    step_id = f"{stage}:{subject}@{number}" if subject else f"{stage}@{number}"
+    return Entry(folder, step_id, document[FINGERPRINT_KEY]), document
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A finished part (a file) or checkpoint (a folder) of a step that is not done, and what vouches for it.
+
+    The seal is written last and names the step, so that neither half a piece nor one of another step is ever used.
+    """
+
+    path: Path
+    seal: Path
+    fingerprint: str
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is a piece with a seal."""
+        return self.seal.exists() and self.path.exists()
+
+    def document(self, path: Path) -> dict[str, JsonValue]:
+        """The seal of the piece, which still stands at `path`."""
+        files: list[JsonValue] = [
+            [_below(path, file), file.stat().st_size, file_digest(file)]
+            for file in _files(path)
+            if file.name != SEAL
+        ]
+        return sealed(PIECE, {"step": self.fingerprint, "name": self.path.name, "files": files})
+
+    def problem(self, *, full: bool = True) -> str | None:
+        """What is wrong with a finished piece, by sha256 or by sizes only, or None."""
+        try:
+            value: Any = unsealed(self.seal, self.seal.read_bytes(), kind=PIECE)
+            if (value["step"], value["name"]) != (self.fingerprint, self.path.name):
+                return f"{self.path}: its seal is of another step or piece"
+            known = {name: (size, digest) for name, size, digest in value["files"]}
+            found = {_below(self.path, file): file for file in _files(self.path) if file.name != SEAL}
+            if wrong := sorted(known.keys() ^ found.keys()):
+                missing = wrong[0] not in found
+                return f"{self.path / wrong[0]}: {'is missing' if missing else 'is not in its seal'}"
+            for name, file in found.items():
+                size, digest = known[name]
+                if file.stat().st_size != size or (full and file_digest(file) != digest):
+                    return f"{file}: is not what its seal says"
+        except ArtifactError as error:
+            return error.message
+        except OSError as error:
+            return f"{error.filename}: cannot be read: {error.strerror}"
+        return None
+
+
+def _below(root: Path, file: Path) -> str:
+    return file.name if file == root else file.relative_to(root).as_posix()
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,7 +485,7 @@ class Draft:
         self._payload: list[str] = []
         for leftover in self.folder.rglob(f"{TEMPORARY}*"):
             _remove(leftover)
-        write_json(self.folder / FINGERPRINT, {**step.document, "fingerprint": step.fingerprint})
+        entry.describe(step)
 
     # payload
 
@@ -385,23 +508,33 @@ class Draft:
 
     def part(self, index: int, writer: Callable[[Path], None]) -> Path:
         """The path of part `index`, written through `writer` unless an earlier attempt finished it."""
-        path = self.folder / "parts" / f"part-{index:05d}.parquet"
-        if not path.exists():
+        piece = self._entry.part(index)
+        if not self._is_whole(piece):
             self._note("part started", {"part": index})
-            write_durably(path, writer)
+            write_durably(piece.path, writer)
+            write_json(piece.seal, piece.document(piece.path))
             self._note("part done", {"part": index})
-        return path
+        return piece.path
+
+    def _is_whole(self, piece: Piece) -> bool:
+        """Whether a piece can be used; notes what is wrong with a finished one."""
+        if not piece.is_finished:
+            return False
+        problem = piece.problem()
+        if problem is not None:
+            self._note("damaged", {"piece": piece.path.name, "problem": problem})
+        return problem is None
 
     # checkpoints: finished states inside a step that trains
 
     def checkpoint(self) -> tuple[int, Path] | None:
-        """The newest checkpoint as (optimizer step, folder), with the metrics of the steps before it."""
-        found = sorted((self.folder / "checkpoints").glob("step-*"))
-        if not found:
-            return None
-        newest = found[-1]
-        self._metrics = read_lines(newest / METRICS)
-        return int(newest.name.removeprefix("step-")), newest
+        """The newest whole checkpoint as (optimizer step, folder), with the metrics of the steps before it."""
+        for folder in sorted((self.folder / CHECKPOINTS).glob("step-*"), reverse=True):
+            if self._is_whole(self._entry.checkpoint(folder.name)):
+                self._metrics = read_lines(folder / METRICS)
+                return int(folder.name.removeprefix("step-")), folder
+            _remove(folder)
+        return None
 
     def write_checkpoint(self, optimizer_step: int, writer: Callable[[Path], None]) -> None:
         """Durably writes a checkpoint folder through `writer`, then removes the older ones."""
@@ -410,9 +543,11 @@ class Draft:
             path.mkdir()
             writer(path)
             _write_lines(path / METRICS, self._metrics)
+            (path / SEAL).write_text(json.dumps(piece.document(path), sort_keys=True, indent=1))
 
-        folder = self.folder / "checkpoints"
+        folder = self.folder / CHECKPOINTS
         name = f"step-{optimizer_step:06d}"
+        piece = self._entry.checkpoint(name)
         write_durably(folder / name, write)
         self._note("checkpoint", {"optimizer_step": optimizer_step})
         for older in folder.glob("step-*"):
@@ -424,13 +559,14 @@ class Draft:
     def commit(self, *, inputs: Mapping[str, str], provenance: Mapping[str, JsonValue]) -> Manifest:
         """Writes metrics and, last, the manifest; then parts and checkpoints go."""
         write_durably(self.folder / METRICS, lambda path: _write_lines(path, self._metrics))
-        files = []
-        for name in self._payload:
-            for path in _files(self.folder / name):
-                relative = path.relative_to(self.folder).as_posix()
-                files.append(StoredFile(relative, path.stat().st_size, file_digest(path)))
+        files = [
+            StoredFile(path.relative_to(self.folder).as_posix(), path.stat().st_size, file_digest(path))
+            for name in (*self._payload, METRICS)
+            for path in _files(self.folder / name)
+        ]
         files.sort(key=lambda file: file.path)
-        digest = hashlib.sha256(canonical([[file.path, file.sha256] for file in files])).hexdigest()
+        payload: JsonValue = [[file.path, file.sha256] for file in files if file.path != METRICS]
+        digest = digest_of(payload)
         manifest = Manifest(
             self._entry.fingerprint,
             tuple(files),
@@ -446,7 +582,7 @@ class Draft:
 
 def tidy(entry: Entry, manifest: Manifest) -> None:
     """Removes what a kill right after a commit, or in the middle of a drop, left beside the payload."""
-    for name in ("parts", "checkpoints"):
+    for name in (PARTS, CHECKPOINTS):
         _remove(entry.folder / name)
     for path in manifest.dropped:
         _remove(entry.folder / path)
@@ -479,39 +615,43 @@ def _require_inside(name: str) -> None:
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Holds the run in `folder`; raises LockError naming the holder when another process does."""
-    folder.mkdir(parents=True, exist_ok=True)
     lock = _file_lock(folder / ".lock")
     holder = folder / "holder.json"
-    try:
-        lock.acquire(timeout=0.5)  # `status` takes it for an instant, to see whether it is free
-    except TimeoutError:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(TimeoutError):
+            lock.acquire(timeout=0.5)  # `status` takes it for an instant, to see whether it is free
+    if not lock.is_locked:
         who = "another process"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             found = json.loads(holder.read_text())
             who = f"process {found['pid']} on {found['host']}, since {found['since']}"
         raise LockError(
             f"{folder.name}: is being run by {who}", hint="wait for it, or stop it; then repeat the command"
-        ) from None
+        )
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         write_json(holder, {"pid": os.getpid(), "host": os.uname().nodename, "since": since})
         yield
     finally:
-        holder.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it only tells others who holds the lock
+            holder.unlink(missing_ok=True)
         lock.release()
 
 
 def is_running(folder: Path) -> bool:
     """Whether some process holds the run in `folder`."""
-    path = folder / ".lock"
-    if not path.exists():
-        return False
-    lock = _file_lock(path)
+    # Not by `_file_lock`, which opens for writing: a workspace that can only be read can be looked at.
     try:
-        lock.acquire(timeout=0)
-    except TimeoutError:
+        descriptor = os.open(folder / ".lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
-    lock.release()
+    finally:
+        os.close(descriptor)
     return False
 
 

@@ -7,6 +7,7 @@ which would be a fifth of what `kdpipe plan` costs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 PLAIN_SECONDS = 5.0
+WATCH_SECONDS = 1.0
 COLUMNS = 80
 Style = Literal["bold", "dim", "red", "green", "yellow", "cyan"]
 Paint = Callable[[str, Style], str]
@@ -30,10 +32,15 @@ _CODES: dict[Style, int] = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow
 
 
 def painter(stream: TextIO) -> Paint:
-    """Puts colour codes around a text where `stream` is a terminal and NO_COLOR is not set; else nothing."""
-    if is_terminal(stream) and not os.environ.get("NO_COLOR"):
+    """Puts colour codes around a text where `stream` is coloured; else nothing."""
+    if is_coloured(stream):
         return lambda text, style: f"\x1b[{_CODES[style]}m{text}\x1b[0m"
     return lambda text, _style: text
+
+
+def is_coloured(stream: TextIO) -> bool:
+    """Whether colours are shown on `stream`: it is a terminal, and NO_COLOR is not set."""
+    return is_terminal(stream) and not os.environ.get("NO_COLOR")
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -162,6 +169,40 @@ def _live_line(name: str) -> tuple[Progress, TaskID]:
         transient=True,
     )
     return progress, progress.add_task(name, total=None, words="starting")
+
+
+def watch_lines(look: Callable[[], tuple[list[str], bool]]) -> None:
+    """Shows what `look` returns anew each second until it says that it was the last; Ctrl-C ends it quietly.
+
+    Where stdout is no terminal: the first and the last time, and between them what has changed.
+    """
+    with contextlib.suppress(KeyboardInterrupt):
+        if is_terminal(sys.stdout):
+            _watch_live(look)
+            return
+        before: list[str] = []
+        goes_on = True
+        while goes_on:
+            lines, goes_on = look()
+            new = [line for line in lines if line not in before]
+            if new:
+                print("\n".join(new), flush=True)  # noqa: T201 (results go to stdout)
+            before = lines
+            if goes_on:
+                time.sleep(PLAIN_SECONDS)
+
+
+def _watch_live(look: Callable[[], tuple[list[str], bool]]) -> None:
+    from rich.live import Live
+    from rich.text import Text
+
+    goes_on = True
+    with Live(auto_refresh=False, vertical_overflow="crop") as live:
+        while goes_on:
+            lines, goes_on = look()
+            live.update(Text.from_ansi("\n".join(lines)), refresh=True)
+            if goes_on:
+                time.sleep(WATCH_SECONDS)
 
 
 class JsonLines:
@@ -444,42 +485,6 @@ def _measured(finding: dict[str, Any]) -> str:
     worst = finding["measures"][0]
     verb = "moves by" if worst["must_move"] else "off by"
     return f"{verb} {worst['value']:.2g} of {worst['of']:.2g}"
-
-
-def sample_lines(step: str, rows: Sequence[dict[str, Any]], paint: Paint) -> list[str]:
-    """Completions for reading: question, what was written, the expected answer, and the grade."""
-    lines = [paint(f"{step}: {_counted(len(rows), 'completion')}", "bold")]
-    for row in rows:
-        grade = paint("right", "green") if row["correct"] else paint("wrong", "red")
-        prompt_id, number = row["prompt_id"], row["sample"]
-        answer = row["answer_strict"] or row["answer_flexible"]
-        found = "no answer" if answer is None else f"found {answer}"
-        cut = ", cut at the length limit" if row["finish_reason"] == "length" else ""
-        # Grades have no source: all of them are of samples.
-        source = row.get("source", "student")
-        which = "reference text" if source == "reference" else f"sample {number}"
-        which += " of the teacher" if source == "teacher" else ""
-        lines += [
-            "",
-            f"{paint(f'{inert(prompt_id)} {which}', 'bold')}: {grade}",
-            *_indented(row["question"], "  | ", paint),
-            *_indented(row["text"], "  > ", paint),
-            paint(inert(f"  expected {row['expected']}, {found}{cut}"), "dim"),
-        ]
-        if "mismatch_nats_mean" in row:
-            lines.append(paint(_mismatch_line(row), "dim"))
-    return lines
-
-
-def _mismatch_line(row: dict[str, Any]) -> str:
-    mean, most = row["mismatch_nats_mean"], row["mismatch_nats_max"]
-    tokens = f"{row['mismatch_acted_tokens']} of {_counted(len(row['completion_token_ids']), 'token')}"
-    return f"  sampler minus trainer: mean {mean:+.1e}, at most {most:.1e} nats; controls act on {tokens}"
-
-
-def _indented(text: str, mark: str, paint: Paint) -> list[str]:
-    """Each line of a text after a mark, so that model text cannot pass for ours."""
-    return [f"{paint(mark, 'dim')}{line}" for line in inert(text).split("\n")]
 
 
 def _counted(number: int, noun: str) -> str:

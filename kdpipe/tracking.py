@@ -38,20 +38,11 @@ from kdpipe.plan import STUDENT, canonical
 from kdpipe.project import headroom_of
 from kdpipe.recipe import Tracking
 from kdpipe.runs import RunFolder, all_runs
-from kdpipe.store import (
-    FINGERPRINT,
-    METRICS,
-    Entry,
-    is_running,
-    parse_json,
-    read_lines,
-    write_durably,
-    write_json,
-)
+from kdpipe.store import METRICS, Entry, is_running, linked_entry, write_durably, write_json
 from kdpipe.workers import Message, Report, Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from types import FrameType
 
     from mlflow import MlflowClient
@@ -65,6 +56,7 @@ Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 RECORD = "mlflow.json"
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
+SUMMARY = "summary.json"
 LOG = Path("logs", "tracking.log")
 MAX_METRICS = 1000  # what a server takes in one batch, and so for the next line
 MAX_PARAMS = 100
@@ -123,6 +115,13 @@ def read_record(run_folder: Path) -> Record | None:
         return None
 
 
+def _times(run_folder: Path) -> Iterator[float]:
+    """When each event of the run was noted, in seconds since the epoch."""
+    for event in RunFolder(run_folder).events():
+        if isinstance(found := event.get("time"), int | float):
+            yield found
+
+
 def _recipe_of(run_folder: Path) -> dict[str, Any]:
     """The resolved recipe of a run."""
     recipe: dict[str, Any] = json.loads((run_folder / "resolved.json").read_bytes())["recipe"]
@@ -152,7 +151,7 @@ class DoneStep:
 
     name: str
     round: int
-    folder: Path
+    entry: Entry
     document: Mapping[str, Any]
     finished: float
 
@@ -165,22 +164,40 @@ class DoneStep:
 def done_steps(run_folder: Path) -> Iterator[DoneStep]:
     """The finished steps that the run links, by round."""
     for link in RunFolder(run_folder).links():
-        # Such a step is not done, or damaged, which is not for the mirror to say.
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ArtifactError):
-            document = parse_json((link.target / FINGERPRINT).read_bytes())
-            manifest = Entry(link.target, link.name, document["fingerprint"]).manifest()
-            if manifest is not None:
+        with contextlib.suppress(ArtifactError):  # such a step is not done
+            entry, document = linked_entry(link.target)
+            manifest = entry.manifest()
+            is_own = (link_name_of(document), document.get("round")) == (link.name, link.round)
+            if manifest is not None and is_own:
                 finished = manifest.provenance["finished"]
                 assert isinstance(finished, int | float)
-                yield DoneStep(
-                    f"round-{link.round:03d}/{link.name}", link.round, link.target, document, finished
-                )
+                yield DoneStep(f"round-{link.round:03d}/{link.name}", link.round, entry, document, finished)
+
+
+def _whole(steps: Iterable[DoneStep]) -> tuple[list[DoneStep], ArtifactError | None]:
+    """Those whose metrics and summary are as they were written, and what is wrong with the first other one."""
+    whole, damage = list[DoneStep](), None
+    for step in steps:
+        try:
+            step.entry.opened(METRICS, SUMMARY)
+        except ArtifactError as error:
+            damage = damage or error
+        else:
+            whole.append(step)
+    return whole, damage
+
+
+def link_name_of(document: Mapping[str, Any]) -> str:
+    """What a run calls its link to the entry of this fingerprint document."""
+    stage, subject = document.get("stage"), document.get("subject")
+    return f"{stage}-{subject}" if subject else f"{stage}"
 
 
 def pending(run_folder: Path) -> int:
     """How many finished steps of the run MLflow does not have yet."""
     record = read_record(run_folder)
-    known = record.mirrored if record else {}
+    is_gone = record is not None and record.uri is None and not (run_folder.parents[1] / DATABASE).exists()
+    known = record.mirrored if record is not None and not is_gone else {}
     return sum(known.get(step.name) != step.mark for step in done_steps(run_folder))
 
 
@@ -235,7 +252,7 @@ def _shortened(text: str) -> str:
 def _metrics(step: DoneStep, *, several: bool) -> Iterator[Metric]:
     metric = _mlflow().entities.Metric
     stage, subject = step.document["stage"], step.document["subject"]
-    for row in read_lines(step.folder / METRICS):
+    for row in step.entry.metrics():
         per_step = row["optimizer_step"] is not None
         name = metric_name(row["name"], stage=stage, subject=subject, per_step=per_step, several=several)
         at = row["optimizer_step"] if per_step else step.round
@@ -258,13 +275,14 @@ def _datasets(recipe: Mapping[str, Any], steps: Sequence[DoneStep]) -> dict[str,
     return found
 
 
-def _artifacts(run_folder: Path) -> Iterator[tuple[str, Path]]:
-    """(name in MLflow, file) of everything that is shown there besides numbers."""
+def _artifacts(run_folder: Path, steps: Sequence[DoneStep]) -> Iterator[tuple[str, Path, Entry | None]]:
+    """(name in MLflow, file, the entry that vouches for it) of everything that is shown there besides numbers."""
     names = ("recipe.yaml", "resolved.json", "environment.json", "report.html")
-    yield from ((name, run_folder / name) for name in names)
-    for link in RunFolder(run_folder).links():
-        if link.name.startswith("evaluate"):
-            yield f"evaluate/round-{link.round:03d}-{link.name[9:]}.json", link.target / "summary.json"
+    yield from ((name, run_folder / name, None) for name in names)
+    for step in steps:
+        if step.document["stage"] == "evaluate":
+            name = f"evaluate/round-{step.round:03d}-{step.document['subject']}.json"
+            yield name, step.entry.folder / SUMMARY, step.entry
 
 
 # ---------------------------------------------------------------------------------------- worker's side
@@ -290,6 +308,9 @@ class Synchronizer:
         mirrored = self._open.pop(order.run, None)  # back in its place only if all goes well
         try:
             if mirrored is None or not mirrored.is_at(order.tracking):
+                if order.tracking.uri is None:
+                    with _beating(report):
+                        _make_database(order.workspace.resolve())
                 mirrored = _MirroredRun(order)
                 report.event(mirror="opened")
             count = mirrored.follow(order.status, report)
@@ -311,8 +332,6 @@ class _MirroredRun:
         self.tracking = order.tracking
         self.record = _record_of(order, self.recipe["name"])
         self._save()  # the key is durable before the MLflow run exists
-        if self.record.uri is None:
-            _make_database(self.workspace)
         self.client: MlflowClient = _mlflow().MlflowClient(self.record.uri or database_uri(self.workspace))
         run = self._run()
         self.run_id: str = run.info.run_id
@@ -332,7 +351,7 @@ class _MirroredRun:
             record.status = status
             self._save()
         steps = list(done_steps(self.folder))
-        new = [step for step in steps if record.mirrored.get(step.name) != step.mark]
+        new, damage = _whole(step for step in steps if record.mirrored.get(step.name) != step.mark)
         self._tag_headroom(new)
         count = self._log_metrics(new, report)
         self._log_datasets(steps)
@@ -340,8 +359,10 @@ class _MirroredRun:
             self.client.set_terminated(self.run_id, status, self._ended())
             record.status = status
         self._save()
-        self._log_artifacts(report)
+        self._log_artifacts(steps, report)
         self._save()
+        if damage is not None:  # of this step nothing is shown; all others are there
+            raise damage
         return count
 
     # which MLflow run
@@ -391,13 +412,12 @@ class _MirroredRun:
         return str(found.experiment_id)
 
     def _began(self) -> int:
-        events = RunFolder(self.folder).events()
-        return round(1000 * (events[0]["time"] if events else time.time()))
+        return round(1000 * next(_times(self.folder), time.time()))
 
     def _ended(self) -> int:
         """Now, or the last sign of life of a run that nobody runs any more; milliseconds."""
-        events = [] if is_running(self.folder) else RunFolder(self.folder).events()
-        return round(1000 * (events[-1]["time"] if events else time.time()))
+        times = [] if is_running(self.folder) else list(_times(self.folder))
+        return round(1000 * (times[-1] if times else time.time()))
 
     # what it holds
 
@@ -437,7 +457,7 @@ class _MirroredRun:
             if stage != "evaluate" or subject == STUDENT:
                 continue
             teachers = {teacher.name: teacher for teacher in RunFolder(self.folder).recipe().teachers}
-            summary = json.loads((step.folder / "summary.json").read_bytes())
+            summary = step.entry.read_json(SUMMARY)
             text = headroom_of(teachers[subject], summary).sentence()
             name = "headroom" if len(teachers) == 1 else f"headroom.{subject}"
             self.client.set_tag(self.run_id, name, _shortened(text))
@@ -485,14 +505,16 @@ class _MirroredRun:
                 self.client.log_inputs(self.run_id, [entities.DatasetInput(data, [context])])
                 self.record.datasets.append(f"{split} {digest}")
 
-    def _log_artifacts(self, report: Report) -> None:
+    def _log_artifacts(self, steps: Sequence[DoneStep], report: Report) -> None:
         if self.record.uri is None and self.workspace not in Path(self.artifact_uri).parents:
             return  # the workspace was moved: its old place is not ours to write to
-        for name, path in _artifacts(self.folder):
-            with contextlib.suppress(FileNotFoundError):
+        for name, path, entry in _artifacts(self.folder, steps):
+            with contextlib.suppress(FileNotFoundError, UnicodeDecodeError, ArtifactError):
                 text = path.read_text(encoding="utf-8")
                 digest = hashlib.sha256(text.encode()).hexdigest()[:16]
                 if self.record.artifacts.get(name) != digest:
+                    if entry is not None:
+                        entry.opened(path.name)
                     self.client.log_text(self.run_id, self._safe(text), name)
                     self.record.artifacts[name] = digest
                     report.event(mirror=name)
@@ -521,6 +543,24 @@ def _make_database(workspace: Path) -> None:
         with FileLock(workspace / f".{DATABASE}.lock"):
             if not path.exists():
                 write_durably(path, make)
+
+
+@contextlib.contextmanager
+def _beating(report: Report) -> Iterator[None]:
+    """Tells the parent each second that work goes on: MLflow sets a database up in one call, long on a busy machine."""
+    is_over = threading.Event()
+
+    def beat() -> None:
+        while not is_over.wait(1.0):
+            report.event(mirror="making the database")
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def _mlflow() -> Any:
@@ -559,7 +599,7 @@ class NoMirror:
     def nudge(self) -> None:
         """Does nothing."""
 
-    def finish(self, status: str) -> str | None:
+    def finish(self, status: str, *, hurry: Callable[[], bool] = lambda: False) -> str | None:
         """Does nothing."""
         return None
 
@@ -588,14 +628,20 @@ class MlflowMirror:
         """Says that there may be something new."""
         self._wake.set()
 
-    def finish(self, status: str) -> str | None:
-        """Mirrors a last time with `status`, in bounded time; returns why what is left waits for a later command."""
+    def finish(self, status: str, *, hurry: Callable[[], bool] = lambda: False) -> str | None:
+        """Mirrors a last time with `status`, in bounded time; returns why what is left waits for a later command.
+
+        Once `hurry()` is true, as a signal makes it, there is no more patience than for a run that was killed.
+        """
         self._final = Request.model_validate({**self._request.model_dump(), "status": status}).status
         self._quiet_since = time.monotonic()
         self._deadline = self._quiet_since + PATIENCE_SECONDS[self._final]
         self._ending.set()
         self._wake.set()
-        self._thread.join(PATIENCE_SECONDS[self._final] + 2)
+        while self._thread.is_alive() and time.monotonic() < self._deadline + 2:
+            self._thread.join(0.1)
+            if hurry() and self._deadline > (soon := time.monotonic() + PATIENCE_SECONDS["KILLED"]):
+                self._deadline = soon
         return "it did not answer in time" if self._thread.is_alive() else self.error
 
     def _work(self) -> None:

@@ -28,7 +28,7 @@ from typing import Any, Protocol, TextIO
 from pydantic import JsonValue
 
 import kdpipe.errors
-from kdpipe.errors import KdpipeError, StepError
+from kdpipe.errors import KdpipeError, StepError, is_machine_fault, machine_fault
 from kdpipe.pulse import Stopped
 
 Message = dict[str, JsonValue]
@@ -159,11 +159,11 @@ class Worker:
         self.kill()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
         # The child inherits the mask: a signal to the group cannot kill a worker that is still importing.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS_SIGNALS)
         guarded = [GUARDED] if self._leads_group else []
         try:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("ab") as log:
                 process = subprocess.Popen(  # noqa: S603 (our own interpreter and module)
                     [sys.executable, "-m", "kdpipe.workers", self.target, str(os.getpid()), *guarded],
@@ -173,6 +173,8 @@ class Worker:
                     env={**os.environ, **self._environment},
                     process_group=0 if self._leads_group else None,
                 )
+        except OSError as error:
+            raise machine_fault(error, self.log if error.filename else None) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.set_blocking(process.stdout.fileno(), False)  # type: ignore[union-attr]
@@ -270,7 +272,23 @@ def main(target: str, parent: int, *, guarded: bool = False) -> None:
             import traceback
 
             traceback.print_exc()
-            send({"error": _describe(error, str(error), "")})
+            told = _told(error)
+            send({"error": _describe(told, str(told), told.hint if isinstance(told, KdpipeError) else "")})
+
+
+def _told(error: Exception) -> Exception:
+    """The error as the user shall hear of it: a fault of the machine is no bug of ours."""
+    if isinstance(error, OSError) and is_machine_fault(error):
+        return machine_fault(error)
+    # torch's own are known by name and text, as this module runs without torch.
+    is_torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    if isinstance(error, MemoryError) or is_torchs:
+        return StepError(
+            f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            hint="free some memory, or lower runtime.train_tokens, sample_tokens or score_tokens, which change no "
+            "result; then repeat the command: finished pieces are kept",
+        )
+    return error
 
 
 def _describe(error: Exception, message: str, hint: str) -> Message:

@@ -15,6 +15,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.fsync = lambda _descriptor: None
 
 LONGEST = (
+    "test_machine_faults.py",
+    "test_kills.py",
     "test_check_loss.py",
     "test_several_teachers.py",
     "test_tracking.py",

@@ -1,17 +1,20 @@
 """Ends a small run at each of its durable writes in turn, and lets the same command finish it.
 
-    python -m tests.every_write [--stride 7] [--first 0] [--twice]
+    python -m tests.every_write [--stride 7] [--first 0] [--twice] [--fault ENOSPC]
 
-One process imports everything once and forks for each trial. A child counts every change that the run makes to the
-disk (a durable write, a line of a log, a link, a removal) and ends without a word at the n-th: `torn`, in the middle of
-it, or `done`, right after it. Another child repeats the command. It must end with the payload digests of a run that
-nothing ended, leave no draft behind, and have every metric once. One JSON line a trial.
+One process imports everything and runs once, and then forks for each trial. A child counts every change that the run
+makes to the disk (a durable write, a line of a log, a link, a removal) and ends without a word at the n-th: `torn`, in
+the middle of it, or `done`, right after it. With `--fault` nothing ends it, but the system refuses the n-th change: the
+run has to stop with a message that names the place and says what to do. Another child repeats the command. It must end
+with the payload digests of a run that nothing ended, leave no draft behind, and have every metric once. One JSON line
+a trial.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -23,19 +26,23 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
+import pytest
 import torch
 
 import kdpipe.perform
 import kdpipe.runs
 import kdpipe.store
+from kdpipe.errors import StepError
 from kdpipe.recipe_file import LoadedRecipe
-from tests.test_crash import assert_metrics_are_there_once, assert_nothing_was_done_twice
+from tests.commands import assert_metrics_are_there_once, assert_nothing_was_done_twice
 from tests.worlds import events_of, leftovers, load_tiny, payload_digests, run_near
 
-Phase = Literal["torn", "done"]
+Fault = Literal["ENOSPC", "EIO", "EROFS", "EACCES"]
+Phase = Literal["torn", "done", "ENOSPC", "EIO", "EROFS", "EACCES"]
 ENDED = 77
+REFUSED = 78
 ROUNDS = 2
 
 
@@ -50,27 +57,33 @@ class Trial:
 
 
 class Changes:
-    """Counts changes to the disk; at number `at` it ends the process, in the middle of it or right after."""
+    """Counts changes to the disk; at number `at` it ends the process there, or has the system refuse the change."""
 
     def __init__(self, at: int | None, phase: Phase, note: Path) -> None:
         self._at, self._phase, self._note = at, phase, note
         self.count = 0
 
-    def made(self, what: str, whole: Callable[[], None], half: Callable[[], None]) -> None:
+    def made(self, what: str, whole: Callable[[], None], half: Callable[[], None], *, calls: str) -> None:
+        """Makes a change, of which `half` makes the half; the system makes it when `calls` are called."""
         number, self.count = self.count, self.count + 1
         if number != self._at:
             whole()
             return
-        if self._phase == "torn":
-            half()
-        else:
+        if self._phase in ("torn", "done"):
+            (half if self._phase == "torn" else whole)()
+            self.end(what)
+        self.write_note(what)
+        error = OSError(getattr(errno, self._phase), os.strerror(getattr(errno, self._phase)))
+        with refused(calls, error):
             whole()
-        self.end(what)
 
     def end(self, what: str) -> NoReturn:
+        self.write_note(what)
+        os._exit(ENDED)
+
+    def write_note(self, what: str) -> None:
         with self._note.open("a") as note:
             note.write(f"{self._phase}: {what}\n")
-        os._exit(ENDED)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -84,27 +97,30 @@ class Changes:
         )
 
         def write_durably(path: Path, writer: Callable[[Path], None]) -> None:
+            what = f"write {place(path)}"
+
             def torn(draft: Path) -> None:
                 writer(draft)
                 halve(draft)
-                self.end(f"write {place(path)}")
+                self.end(what)
 
-            self.made(f"write {place(path)}", lambda: write(path, writer), lambda: write(path, torn))
+            step = ("bytes", "fsync", "rename")[self.count % 3]
+            self.made(what, lambda: write(path, writer), lambda: write(path, torn), calls=step)
 
         def append_line(path: Path, value: Any) -> None:
             def torn() -> None:
                 append(path, value)
                 os.truncate(path, path.stat().st_size - 9)
 
-            self.made(f"line of {place(path)}", lambda: append(path, value), torn)
+            self.made(f"line of {place(path)}", lambda: append(path, value), torn, calls="line")
 
         def removed(path: Path) -> None:
             if not path.exists():
                 return
-            self.made(f"remove {place(path)}", lambda: remove(path), lambda: halve(path))
+            self.made(f"remove {place(path)}", lambda: remove(path), lambda: halve(path), calls="remove")
 
         def linked(run: Any, step: Any, entry: Any) -> None:
-            self.made(f"link {step.id}", lambda: link(run, step, entry), lambda: None)
+            self.made(f"link {step.id}", lambda: link(run, step, entry), lambda: None, calls="link")
 
         try:
             store.write_durably, store._remove = write_durably, removed
@@ -115,6 +131,40 @@ class Changes:
             store.write_durably, store._remove = write, remove
             store.append_line = kdpipe.runs.append_line = kdpipe.perform.append_line = append
             kdpipe.runs.RunFolder.link = link  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def refused(calls: str, error: OSError) -> Iterator[None]:
+    """The system refuses what a change needs while this is open; lines and bytes of files get through by half."""
+
+    def fail(*_arguments: Any, **_named: Any) -> NoReturn:
+        raise error
+
+    def fail_in_the_middle(descriptor: int, data: bytes) -> NoReturn:
+        real_write(descriptor, data[: len(data) // 2])
+        raise error
+
+    def fail_after_half(path: Path) -> list[Path]:
+        halve(path)
+        raise error
+
+    real_write = os.write
+    places: dict[str, list[tuple[Any, str, Any]]] = {
+        "bytes": [(kdpipe.store, "_files", fail_after_half)],  # what is called when the writer has written
+        "fsync": [(kdpipe.store, "_fsync", fail)],
+        "rename": [(Path, "replace", fail)],
+        "line": [(os, "write", fail_in_the_middle)],
+        "remove": [(shutil, "rmtree", fail), (Path, "unlink", fail)],
+        "link": [(Path, "symlink_to", fail)],
+    }
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places[calls]]
+    try:
+        for owner, name, replacement in places[calls]:
+            setattr(owner, name, replacement)
+        yield
+    finally:
+        for owner, name, real in before:
+            setattr(owner, name, real)
 
 
 def place(path: Path) -> str:
@@ -168,7 +218,7 @@ class World:
                 run_near(self.loaded, folder / "unbroken")
             counted.write_text(str(changes.count))
 
-        assert forked(unbroken) == 0
+        unbroken()  # here, not in a child: what it imports and compiles is there for every trial
         self.changes = int(counted.read_text())
         self.digests = payload_digests(folder / "unbroken")
 
@@ -183,18 +233,32 @@ class World:
 
             def work(at: int = at, phase: Phase = phase) -> None:
                 with Changes(at, phase, note).watched():
-                    run_near(self.loaded, workspace)
+                    self._run(workspace, phase)
 
             code = forked(work)
             if code == 0:  # a resume that had less to do
                 break
-            if code != ENDED:
-                return Trial(ends, note.read_text().splitlines(), f"ended with {code}, expected {ENDED}")
+            wanted = ENDED if phase in ("torn", "done") else REFUSED
+            if code != wanted:
+                return Trial(ends, note.read_text().splitlines(), f"ended with {code}, expected {wanted}")
             with contextlib.suppress(ValueError):
                 cuts.append(len(events_of(workspace)))
         code = forked(lambda: self._finish(workspace, cuts))
         found = "as unbroken" if code == 0 else "NOT as unbroken"
         return Trial(ends, note.read_text().splitlines(), found, round(time.monotonic() - started, 2))
+
+    def _run(self, workspace: Path, phase: Phase) -> None:
+        """Runs; where the system refuses something that has to be said, or the child fails."""
+        if phase in ("torn", "done"):
+            run_near(self.loaded, workspace)
+            return
+        with pytest.raises(StepError) as caught:
+            run_near(self.loaded, workspace)
+        error = caught.value
+        assert os.strerror(getattr(errno, phase)) in error.message, error.message
+        assert str(workspace) in error.message, error.message
+        assert "then repeat the command: finished pieces are kept" in error.hint, error.hint
+        os._exit(REFUSED)
 
     def _finish(self, workspace: Path, cuts: list[int]) -> None:
         run_near(self.loaded, workspace)
@@ -204,10 +268,12 @@ class World:
         assert_nothing_was_done_twice(events_of(workspace), cuts)
 
 
-def trials(world: World, *, first: int, stride: int, twice: bool) -> Iterator[Trial]:
-    """A trial at every `stride`-th change from `first` on, in both phases; `twice` ends the resume too."""
+def trials(
+    world: World, *, first: int, stride: int, twice: bool, fault: Fault | None = None
+) -> Iterator[Trial]:
+    """Trials at every `stride`-th change from `first` on, in both phases or by a fault; `twice` ends resumes too."""
     draw = random.Random(0)
-    phases: tuple[Phase, Phase] = ("torn", "done")
+    phases: tuple[Phase, ...] = (fault,) if fault else ("torn", "done")
     for at, phase in itertools.product(range(first, world.changes, stride), phases):
         ends = [(at, phase)]
         if twice:
@@ -215,20 +281,30 @@ def trials(world: World, *, first: int, stride: int, twice: bool) -> Iterator[Tr
         yield world.trial(ends)
 
 
+@contextlib.contextmanager
+def a_world() -> Iterator[World]:
+    """A world to try in. No power fails here, and what an ended process has written is not lost with it."""
+    threads, fsync = torch.get_num_threads(), kdpipe.store._fsync
+    torch.set_num_threads(1)  # threads do not live in a forked child
+    kdpipe.store._fsync = lambda _path: None
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield World(Path(folder))
+    finally:
+        torch.set_num_threads(threads)
+        kdpipe.store._fsync = fsync
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--stride", type=int, default=1)
     parser.add_argument("--twice", action="store_true")
+    parser.add_argument("--fault", choices=get_args(Fault))
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # threads do not live in a forked child
-    kdpipe.store._fsync = lambda _path: (
-        None
-    )  # no power fails here, and a process that ends loses nothing written
     failed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        world = World(Path(folder))
-        for trial in trials(world, first=arguments.first, stride=arguments.stride, twice=arguments.twice):
+    with a_world() as world:
+        for trial in trials(world, **vars(arguments)):
             print(json.dumps({**asdict(trial), "changes": world.changes}), flush=True)
             failed += trial.found != "as unbroken"
     sys.exit(1 if failed else 0)

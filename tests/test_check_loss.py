@@ -21,6 +21,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -552,10 +553,16 @@ def passes_unmutated(name: str, number: int) -> bool:
     return "FAILED" not in verdicts(name, number)
 
 
-@pytest.mark.parametrize(
-    ("name", "mutant", "number"),
-    [(name, mutant, number) for name, (_, caught) in OBJECTIVES.items() for mutant, number in caught.items()],
-)
+def mutations() -> Iterator[ParameterSet]:
+    """Every mutant in every objective that it belongs to; all but its first one are slow."""
+    seen: set[str] = set()
+    for name, (_, caught) in OBJECTIVES.items():
+        for mutant, number in caught.items():
+            yield pytest.param(name, mutant, number, marks=[pytest.mark.slow] if mutant in seen else [])
+            seen.add(mutant)
+
+
+@pytest.mark.parametrize(("name", "mutant", "number"), mutations())
 def test_check_loss_catches_the_mutant_and_passes_without_it(
     name: str, mutant: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

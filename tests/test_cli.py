@@ -8,6 +8,7 @@ import pty
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -122,6 +123,21 @@ def test_wrong_usage_exits_with_2_and_says_where_help_is(args: list[str]) -> Non
     assert "--help" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("kdpipe run quick", ["quickstart"]),
+        ("kdpipe run ./", []),  # the shell's own files
+        ("kdpipe teach", ["teacher-score"]),
+        ("kdpipe plan gsm8k-qwen3", ["gsm8k-qwen3-kdrl", "gsm8k-qwen3-opd"]),
+    ],
+)
+def test_the_shell_completes_commands_and_shipped_recipes(words: str, offered: list[str]) -> None:
+    asked = {"_KDPIPE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    result = CliRunner().invoke(app, prog_name="kdpipe", env=asked)
+    assert result.stdout.split() == offered
+
+
 def test_version() -> None:
     assert invoke("--version").stdout == f"kdpipe {kdpipe.__version__}\n"
 
@@ -147,6 +163,7 @@ def test_run_tells_progress_on_stderr_and_the_outcome_on_stdout(world: dict[str,
     assert re.search(r"accuracy [+-]\d+\.\d points, paired 95 % interval", out)
     assert re.search(r"held-out reverse KL [+-]\d+\.\d+ nats, paired 95 % interval", out)
     assert f"artifacts  {world['workspace']}/runs/tiny-" in out
+    assert re.search(r"^report     \S+/runs/tiny-\w+/report\.html$", out, re.MULTILINE)
     assert re.search(r"kdpipe samples \S+recipe.yaml --wrong --workspace ", out)
     assert max(map(len, [*table, *err.splitlines()])) <= 80
     assert not CONTROL.search(out + err)
@@ -243,10 +260,11 @@ def test_status_of_a_finished_run(world: dict[str, Any]) -> None:
     lines = on(world, "status", "--check").stdout.splitlines()
     assert re.fullmatch(r"tiny-\w{8}: not running", lines[0])
     assert lines[1] == "12 of 12 steps, 2 of 2 rounds done"
-    assert lines[2].startswith("round 2/2  reverse KL")
+    assert lines[-2].startswith("round 2/2  reverse KL")
     assert re.match(
-        r"teacher teacher: accuracy \S+, headroom \S+ points \(paired 95 % interval \S+ to ", lines[3]
+        r"teacher teacher: accuracy \S+, headroom \S+ points \(paired 95 % interval \S+ to ", lines[-1]
     )
+    assert "  rollout            ##" in lines
     [headroom] = json.loads(on(world, "status", "--json").stdout)["headroom"]
     assert headroom["low"] <= headroom["change"] <= headroom["high"]
     assert headroom["exempt"] is None
@@ -263,7 +281,7 @@ def test_status_check_exits_with_6_while_work_is_left(world: dict[str, Any]) -> 
 
 def test_samples_shows_questions_answers_and_grades(world: dict[str, Any]) -> None:
     shown = on(world, "samples", "--round", "0", "--limit", "2").stdout
-    assert shown.startswith("evaluate:student@0: 2 completions\n")
+    assert shown.startswith("evaluate:student@0: 2 of 8 completions\n")
     assert shown.count("\n  | ") >= 2
     assert shown.count("  expected ") == 2
     found = json.loads(on(world, "samples", "--limit", "3", "--wrong", "--json").stdout)
@@ -466,3 +484,30 @@ def test_status_with_tracking_on_counts_what_mlflow_lacks(world: dict[str, Any],
     document = json.loads(on(world, "status", "--set", "tracking={}", "--json", workspace=copied).stdout)
     assert document["not_mirrored"] == 12
     assert invoke("status", "quickstart", "--workspace", str(copied / "new")).exit_code == 0
+
+
+SIGNALLED = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "kdpipe.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from kdpipe.__main__ import main
+main()
+"""
+
+
+def test_an_interrupt_while_the_command_line_is_imported_ends_it_without_a_traceback() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, "recipes"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_the_module_is_the_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kdpipe", "recipes"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "quickstart" in done.stdout

@@ -1,4 +1,4 @@
-"""A run that ends at any of its durable writes is finished by the same command: a part of them; the study does all."""
+"""A run that ends at any of its changes to the disk is finished by the same command: some here; the study does all."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ def trials(*arguments: str) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.slow
+def test_a_run_ended_early_and_late_ends_as_an_unbroken_one() -> None:
+    found = trials("--first", "10", "--stride", "90")
+    assert len(found) == 4
+    assert {trial["ends"][0][1] for trial in found} == {"torn", "done"}
+
+
+@pytest.mark.crash
 @pytest.mark.parametrize(("arguments", "ends"), [(("--stride", "11"), 1), (("--stride", "23", "--twice"), 2)])
 def test_a_run_ended_at_a_durable_write_ends_as_an_unbroken_one(
     arguments: tuple[str, ...], ends: int
@@ -35,3 +41,15 @@ def test_a_run_ended_at_a_durable_write_ends_as_an_unbroken_one(
     assert {len(trial["ends"]) for trial in found} == {ends}
     what = " ".join(line.split()[1] for trial in found for line in trial["doing"])
     assert {"write", "line", "remove"} <= {*what.split()}
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize(
+    ("fault", "first"), [("ENOSPC", "0"), ("EIO", "3"), ("EROFS", "7"), ("EACCES", "11")]
+)
+def test_a_change_that_the_system_refuses_is_told_and_the_same_command_goes_on(
+    fault: str, first: str
+) -> None:
+    found = trials("--fault", fault, "--first", first, "--stride", "14")
+    assert len(found) > 10
+    assert all(trial["doing"][0].startswith(f"{fault}: ") for trial in found)

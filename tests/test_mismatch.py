@@ -1,4 +1,4 @@
-"""The mismatch ledger acts where the losses' own controls do, and says so in samples."""
+"""The mismatch ledger acts where the losses' own controls do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from kdpipe.mismatch import acted, ledger, mismatch
 from kdpipe.objective import _behaviour_weight, _ratio_weight
 from kdpipe.recipe import BehaviourControl, Objective, RatioControl
-from kdpipe.terminal import sample_lines
 
 DIFFERENCES = np.linspace(-1.5, 1.5, 301)
 RATIOS = torch.from_numpy(np.exp(-DIFFERENCES))
@@ -72,14 +71,3 @@ def test_the_ledger_of_known_numbers() -> None:
     assert found["mismatch_nats_p99"] == pytest.approx(0.25 + 0.97 * 0.25)
     assert found["mismatch_acted_fraction"] == 0.25  # exp(0.5) is over the cap
     assert ledger(objective, np.zeros(0)) == {}
-
-
-def test_a_completion_that_was_trained_on_shows_its_mismatch() -> None:
-    row: dict[str, Any] = {"prompt_id": "a/0", "sample": 0, "question": "q", "expected": "4", "text": "t"}
-    row |= {"answer_strict": "4", "answer_flexible": "4", "finish_reason": "stop", "correct": True}
-    trained = {"completion_token_ids": [3, 1, 2], "mismatch_nats_mean": -1.25e-7, "mismatch_nats_max": 0.031}
-    lines = sample_lines(
-        "rollout@1", [row, {**row, **trained, "mismatch_acted_tokens": 1}], lambda text, _: text
-    )
-    line = "  sampler minus trainer: mean -1.2e-07, at most 3.1e-02 nats; controls act on 1 of 3 tokens"
-    assert [found for found in lines if "trainer" in found] == [line]

@@ -1,4 +1,4 @@
-"""The Jensen-Shannon loss against TRL's, in an environment of its own whose interpreter KDPIPE_TRL_PYTHON names."""
+"""The Jensen-Shannon loss against TRL's, in an environment of its own whose interpreter KDPIPE_PEER_PYTHON names."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from kdpipe.forward import Head
 from kdpipe.micro_batch import micro_batch_loss
 from kdpipe.objective import TeacherSupport, TokenBatch, shares
 from kdpipe.recipe import Objective
+from tests.peer import peer_python
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +28,6 @@ pytestmark = pytest.mark.peer
 B, T, V = 4, 6, 11
 TEMPERATURE = 0.7
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
-VARIABLE = "KDPIPE_TRL_PYTHON"
 THEIRS = """
 import sys
 import numpy, torch
@@ -66,10 +66,6 @@ class Peer:
 
 @pytest.fixture(scope="module")
 def peer(tmp_path_factory: pytest.TempPathFactory) -> Peer:
-    if not (python := os.environ.get(VARIABLE)):
-        pytest.fail(
-            f"set {VARIABLE} to the Python of an environment with torch and trl; .ci/run shows how to make one"
-        )
     folder: Path = tmp_path_factory.mktemp("trl")
     generator = torch.Generator().manual_seed(0)
     student, teacher = 3 * torch.randn(2, B, T, V, generator=generator, dtype=torch.float64)
@@ -84,7 +80,7 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Peer:
         temperature=TEMPERATURE,
     )
     done = subprocess.run(
-        [python, "-c", THEIRS, folder / "given.npz", folder / "found.npz"],
+        [peer_python(), "-c", THEIRS, folder / "given.npz", folder / "found.npz"],
         env=os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,

@@ -582,7 +582,12 @@ def without_effect(document: Document, path: Path_) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("name", RECIPES)
+QUICK = {document["name"] for document in (DISTILL, GRPO, ROUTED, SERVED)}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
+)
 def test_every_leaf_field_changes_a_fingerprint_or_cannot_change_results(name: str) -> None:
     document = filled(RECIPES[name])
     before = prints(document)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pytest
 
-from tests.test_crash import Command, When, members, with_group
+from tests.commands import Command, When, cpu_seconds, members, with_group
 from tests.worlds import load_tiny, payload_digests, run_near, write_recipe
 
 Victim = Literal["run", "performer", "sampler", "teacher"]
@@ -108,7 +108,7 @@ MANY_PARTS = {"rounds": 1, "runtime__part_rows": 1}
 """So many that a kill a few parts late still finds one to come."""
 
 
-@pytest.mark.slow
+@pytest.mark.crash
 def test_whoever_is_killed_nobody_is_left_and_the_next_run_ends_as_an_unbroken_one(
     tmp_path: Path, trees: list[Tree]
 ) -> None:
@@ -137,7 +137,7 @@ def test_whoever_is_killed_nobody_is_left_and_the_next_run_ends_as_an_unbroken_o
     assert payload_digests(tree.command.workspace) == payload_digests(tmp_path / "unbroken")
 
 
-@pytest.mark.slow
+@pytest.mark.crash
 def test_a_signal_stops_a_role_that_samples_for_long_in_time(tmp_path: Path, trees: list[Tree]) -> None:
     long = {"prompts": 64, "samples": 64, "max_new_tokens": 200}
     tree = Tree(tmp_path, rounds=1, rollout=long, runtime__part_rows=512, runtime__sample_tokens=3000)
@@ -153,11 +153,6 @@ def test_a_signal_stops_a_role_that_samples_for_long_in_time(tmp_path: Path, tre
     assert tree.process.wait(timeout=8) == 130, tree.command.output()
     tree.assert_gone(seconds=1)
     assert time.monotonic() - started < 8
-
-
-def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.mark.vllm

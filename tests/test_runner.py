@@ -18,7 +18,6 @@ from kdpipe.engine import TokenScores
 from kdpipe.engines.hf import HfEngine
 from kdpipe.errors import ArtifactError, Interrupted, LockError, PreflightError, RecipeError
 from kdpipe.project import Project, open_project
-from kdpipe.runs import RunFolder, retained
 from kdpipe.store import run_lock
 from kdpipe.trainer import Trainer
 from tests.worlds import (
@@ -207,35 +206,6 @@ def test_weights_of_the_last_two_rounds_stay(finished: World) -> None:
     assert finished.dropped("train@2") == finished.dropped("train@3") == set()
     assert finished.file("train@1", "completions.parquet").exists()
     assert not finished.file("train@1", "model").exists()
-
-
-def test_the_best_and_the_last_evaluated_round_keep_their_weights(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "runs" / "tiny-00000000")
-    loaded = load_tiny(tmp_path, "runtime.keep.weights=1", "runtime.keep.optimizer=2", rounds=6)
-    run.write_recipe(loaded)
-    accuracy = {0: 0.05, 1: 0.1, 2: 0.6, 3: 0.2, 4: 0.3}
-    for number in range(1, 7):
-        link(run, tmp_path, number, "train")
-    for number, value in accuracy.items():
-        folder = link(run, tmp_path, number, "evaluate-student")
-        (folder / "summary.json").write_text(json.dumps({"accuracy": value}))
-    kept = {target.name: kinds for target, kinds in retained(run).items()}
-    best, last_evaluated = "train-2", "train-4"
-    assert kept == {
-        best: {"model"},
-        last_evaluated: {"model"},
-        "train-5": {"trainer"},
-        "train-6": {"model", "trainer", "ema"},
-    }
-
-
-def link(run: RunFolder, folder: Path, number: int, name: str) -> Path:
-    target = folder / "store" / f"{name}-{number}"
-    target.mkdir(parents=True)
-    place = run.path / f"round-{number:03d}" / name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.symlink_to(target)
-    return target
 
 
 def test_a_step_that_needs_dropped_weights_has_them_trained_again_alike(

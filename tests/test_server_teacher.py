@@ -165,7 +165,7 @@ def test_other_weights_under_a_known_name_are_refused_and_taken_under_a_new_one(
 ) -> None:
     light = {"evaluate": {"teacher": False, "reverse_kl_problems": 0}}
     run_near(load_tiny(tmp_path, **changes(served.url, **light, rounds=1)), tmp_path / "out")
-    known = json.loads((tmp_path / "out" / "servers.json").read_text())
+    known = json.loads((tmp_path / "out" / "servers.json").read_text())["value"]
     assert len(known) == 1
     other = FakeEngine(num_rows=NUM_IDS, max_positions=256)
     other.load(ModelSource(tmp_path, "other"))
@@ -173,10 +173,10 @@ def test_other_weights_under_a_known_name_are_refused_and_taken_under_a_new_one(
     with pytest.raises(PreflightError, match="teacher 'teacher': its server has other weights") as caught:
         run_near(load_tiny(tmp_path, **changes(served.url, **light)), tmp_path / "out")
     assert "revision" in caught.value.hint
-    assert json.loads((tmp_path / "out" / "servers.json").read_text()) == known
+    assert json.loads((tmp_path / "out" / "servers.json").read_text())["value"] == known
     renamed = changes(served.url, server={"revision": "second"}, **light)
     run_near(load_tiny(tmp_path, **renamed), tmp_path / "out")
-    assert len(json.loads((tmp_path / "out" / "servers.json").read_text())) == 2
+    assert len(json.loads((tmp_path / "out" / "servers.json").read_text())["value"]) == 2
 
 
 @pytest.mark.usefixtures("tokenizer")

@@ -71,7 +71,7 @@ def test_a_hub_name_is_unresolved_until_a_fetch_pins_it(tmp_path: Path, hub: Hub
     assert after.unresolved() == []
     assert after.data["train"] == {"hub": "datasets/openai/gsm8k", "revision": COMMIT}
     assert ("someone/teacher", "v2") in hub.asked
-    assert json.loads((tmp_path / "out" / "pins.json").read_text())["someone/teacher@v2"] == COMMIT
+    assert json.loads((tmp_path / "out" / "pins.json").read_text())["value"]["someone/teacher@v2"] == COMMIT
 
 
 def test_of_a_teacher_behind_a_server_the_tokenizer_is_fetched_and_pinned_without_weights(

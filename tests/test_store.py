@@ -184,7 +184,37 @@ def test_a_folder_that_cannot_be_made_is_a_step_error(tmp_path: Path) -> None:
         write_bytes(tmp_path / "store" / "rollout" / "x", b"")
 
 
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EIO, "mend the disk"),
+        (errno.EROFS, "--workspace"),
+        (errno.EACCES, "the right to it"),
+        (errno.EDQUOT, "quota"),
+    ],
+)
+def test_each_fault_of_the_machine_comes_with_what_to_do(tmp_path: Path, number: int, advice: str) -> None:
+    def refuse(_draft: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(StepError, match=os.strerror(number)) as caught:
+        write_durably(tmp_path / "x", refuse)
+    assert advice in caught.value.hint
+
+
 # ---------------------------------------------------------------------------------------- lines of JSON
+
+
+def test_a_disk_that_takes_half_a_line_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real = tmp_path / "events.jsonl", os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:5]))
+    with pytest.raises(StepError, match=r"events\.jsonl: cannot be written: No space left") as caught:
+        append_line(path, {"event": "step done"})
+    assert "free some space" in caught.value.hint
+    monkeypatch.undo()
+    append_line(path, {"event": "step done"})
+    assert read_lines(path) == [{"event": "step done"}]
 
 
 def test_a_torn_last_line_is_skipped_and_does_not_swallow_the_next(tmp_path: Path) -> None:
@@ -235,6 +265,7 @@ def test_a_committed_entry_is_whole(tmp_path: Path) -> None:
     manifest = entry.manifest()
     assert manifest is not None
     assert [file.path for file in manifest.files] == [
+        "metrics.jsonl",
         "model/config.json",
         "model/deep/weights",
         "rollouts.parquet",
@@ -505,6 +536,28 @@ def test_a_second_run_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
     assert not is_running(folder)
     with run_lock(folder):  # the lock went with its process, though holder.json stayed
         assert is_running(folder)
+
+
+def test_whether_a_run_is_going_on_is_seen_without_the_right_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs" / "tiny-12345678"
+    holder, real = hold("run", folder), os.open
+
+    def read_only(path: Any, flags: int, *rest: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(path, flags, *rest)
+
+    try:
+        monkeypatch.setattr(os, "open", read_only)
+        assert is_running(folder)
+        monkeypatch.undo()
+    finally:
+        holder.kill()
+        holder.communicate()
+    monkeypatch.setattr(os, "open", read_only)
+    assert not is_running(folder)
 
 
 def test_an_entry_that_another_process_makes_is_waited_for(tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from kdpipe.terminal import (
     painter,
     plan_lines,
     round_line,
-    sample_lines,
 )
 
 SUMMARY = {
@@ -80,41 +79,6 @@ def test_inert_text_is_printable_and_encodable(text: str) -> None:
     assert all(character.isprintable() or character in "\n\t" for character in shown)
     shown.encode("utf-8")
     assert inert(shown) == shown
-
-
-ROW = {
-    "prompt_id": "evil\x1b[31m/0",
-    "sample": 1,
-    "question": "How many?\x1b]0;owned\x07",
-    "expected": "4",
-    "text": "[red]4[/red] \x1b[2J\n\nround 9/9  accuracy 100.0%",
-    "answer_strict": None,
-    "answer_flexible": "100.0",
-    "finish_reason": "length",
-    "correct": False,
-}
-
-
-def test_a_completion_cannot_reach_the_terminal_nor_pass_for_our_own_words() -> None:
-    lines = sample_lines("rollout@1", [ROW], bare)
-    shown = "\n".join(lines)
-    assert "\x1b" not in shown
-    assert "\x07" not in shown
-    assert "  > [red]4[/red] \\x1b[2J" in lines
-    assert "  > round 9/9  accuracy 100.0%" in lines
-    assert "rollout@1: 1 completion" in lines
-    assert "  expected 4, found 100.0, cut at the length limit" in lines
-
-
-def test_a_completion_without_an_answer_is_told_so() -> None:
-    row = {**ROW, "answer_flexible": None, "finish_reason": "stop"}
-    assert sample_lines("rollout@1", [row], bare)[-1] == "  expected 4, no answer"
-
-
-def test_reference_text_does_not_pass_for_a_sample() -> None:
-    lines = sample_lines("rollout@1", [{**ROW, "source": "reference"}, {**ROW, "source": "student"}], bare)
-    headings = [line for line in lines if line.startswith("evil")]
-    assert [heading.split("/0 ")[1] for heading in headings] == ["reference text: wrong", "sample 1: wrong"]
 
 
 def test_text_of_other_programs_in_a_plan_is_inert() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import shutil
 import socket
 import sqlite3
@@ -12,6 +13,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -574,16 +576,23 @@ def test_a_mirror_that_cannot_even_start_is_delivered_by_the_next_command(
     assert (pending(world.run.path), world.statuses()) == (0, ["FINISHED"])
 
 
-def test_a_server_that_never_answers_does_not_hold_up_a_stop(world: World) -> None:
+@pytest.mark.parametrize("status", ["KILLED", "FINISHED"])
+def test_a_server_that_never_answers_does_not_hold_up_a_stop(world: World, status: str) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         mute = World(world.workspace, world.loaded, f"http://127.0.0.1:{silent.getsockname()[1]}")
         mirror = MlflowMirror(mute.request())
         start = time.monotonic()
-        mirror.finish("KILLED")
+        mirror.finish(status, hurry=lambda: status == "FINISHED")  # a signal came when all was done
         assert time.monotonic() - start < 5
         assert mirror.error is not None
+
+
+def test_a_database_that_takes_long_to_make_is_no_silence() -> None:
+    told: queue.Queue[Any] = queue.Queue()
+    with tracking._beating(Report(told.put)):
+        assert told.get(timeout=10) == {"event": {"mirror": "making the database"}}
 
 
 def test_an_unknown_place_is_a_clear_error(world: World) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from kdpipe import workers
 from kdpipe.errors import ArtifactError, StepError
-from kdpipe.workers import Message, Worker
+from kdpipe.workers import Message, Worker, _told
 
 TARGET = "tests.worker_targets:Echo"
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,6 +101,34 @@ def test_any_other_exception_is_a_step_error_that_names_the_log(worker: Worker, 
     answer = call(worker, "nothing")
     assert answer is not None
     assert answer["calls"] == 2
+
+
+@pytest.mark.parametrize(
+    ("do", "message", "hint"),
+    [
+        ("run out of memory", "out of memory: MemoryError", "lower runtime.train_tokens, sample_tokens"),
+        ("fill the disk", "/disk/cache: No space left on device", "free some space"),
+    ],
+)
+def test_a_fault_of_the_machine_is_not_called_a_bug(worker: Worker, do: str, message: str, hint: str) -> None:
+    with pytest.raises(StepError) as caught:
+        call(worker, do)
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+    assert "bug" not in caught.value.hint
+    assert "Traceback" in worker.log.read_text(), "whoever looks for it finds where"
+
+
+def test_torchs_own_want_of_memory_is_known_by_its_text() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    told = _told(caught.value)
+    assert isinstance(told, StepError)
+    assert told.message.startswith("out of memory: ")
+    assert isinstance(_told(torch.OutOfMemoryError("CUDA out of memory")), StepError)
+    other = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    assert _told(other) is other
 
 
 def test_a_factory_that_fails_is_an_error_and_not_a_hang(tmp_path: Path) -> None:

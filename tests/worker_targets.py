@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import subprocess
@@ -32,6 +33,8 @@ class Echo:
             "artifact error": _artifact_error,
             "step error": _step_error,
             "bug": _bug,
+            "run out of memory": lambda _request, _report: bytearray(1 << 60).clear(),
+            "fill the disk": _fill_the_disk,
             "unserializable": lambda request, _report: request.update(out={1, 2}),  # type: ignore[dict-item]
             "die": _die,
             "exit": lambda _request, _report: os._exit(7),
@@ -55,6 +58,10 @@ def fake_host() -> Host:
 
 def failing() -> Echo:
     raise ArtifactError("cannot be made", hint="do this")
+
+
+def _fill_the_disk(_request: Message, _report: Report) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/cache")
 
 
 def _events(request: Message, report: Report) -> None:

@@ -113,7 +113,7 @@ class SilentMirror:
 
     def nudge(self) -> None: ...
 
-    def finish(self, status: str) -> None:
+    def finish(self, status: str, *, hurry: Callable[[], bool] = lambda: False) -> None:
         self.status = status
 
 

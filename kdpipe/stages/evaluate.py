@@ -12,6 +12,7 @@ paired problem by problem. The unit of every interval is the problem.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,7 @@ from kdpipe.job import Job, Text, mean, read_completion, request_for, sampling_o
 from kdpipe.routing import teaches
 from kdpipe.seeds import permutation
 from kdpipe.stages.held_out import Against, Exact, has_exact, verdicts
+from kdpipe.stages.rollout import sample_all
 from kdpipe.tables import GRADES, REVERSE_KL, REVERSE_KL_OF_SEVERAL, read_rows
 from kdpipe.tasks.answers import grade, parse_number
 
@@ -140,7 +142,7 @@ def _sample(
         request_for(prompt(problem), samples, job.seed, "evaluate", purpose, problem.prompt_id)
         for problem in problems
     ]
-    answers = engine.sample(requests, sampling, progress=job.pulse.tokens)
+    answers = sample_all(job, [problem.prompt_id for problem in problems], requests, sampling, engine)
     return [
         (problem, number, list(request.prompt_token_ids), completion)
         for problem, request, completions in zip(problems, requests, answers, strict=True)
@@ -181,22 +183,39 @@ def _accuracy(job: Job, grades: Rows) -> dict[str, JsonValue]:
         "truncated_fraction": mean([row["finish_reason"] == "length" for row in grades]),
         "completion_tokens_mean": mean([len(row["completion_token_ids"]) for row in grades]),
     }
-    if samples > 1:
-        groups = by_problem.values()
-        correct = [sum(row["correct"] for row in rows) for rows in groups]
-        summary[f"pass_at_{samples}"] = mean([statistics.pass_at_k(samples, n, samples) for n in correct])
-        summary[f"maj_at_{samples}"] = mean([_majority(job, rows) for rows in groups])
+    return summary | _several_samples(job, list(by_problem.values()))
+
+
+def _several_samples(job: Job, groups: Sequence[Rows]) -> dict[str, JsonValue]:
+    """pass@k and maj@k for k = 2, 4, 8, ... and all samples; Wilson's intervals count problems (`accuracy`)."""
+    samples = job.recipe.evaluate.samples
+    correct = [sum(row["correct"] for row in rows) for rows in groups]
+    summary: dict[str, JsonValue] = {}
+    for k in sample_counts(samples):
+        for name, values in (
+            (f"pass_at_{k}", [statistics.pass_at_k(samples, n, k) for n in correct]),
+            (f"maj_at_{k}", [_majority(job, rows, k) for rows in groups]),
+        ):
+            interval = statistics.wilson(math.fsum(values), len(values))
+            summary |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
     return summary
+
+
+def sample_counts(samples: int) -> list[int]:
+    """The k of pass@k and maj@k: powers of two from 2 that are below `samples`, and `samples`."""
+    return [1 << power for power in range(1, samples.bit_length()) if 1 << power < samples] + (
+        [samples] if samples > 1 else []
+    )
 
 
 def _right(row: dict[str, Any], headline: Literal["strict", "flexible"]) -> bool:
     return grade(row["text"], row["expected"], headline=headline).correct
 
 
-def _majority(job: Job, rows: Rows) -> float:
+def _majority(job: Job, rows: Rows, k: int) -> float:
     answers = [row[f"answer_{job.recipe.task.headline}"] for row in rows]
     numbers = [None if answer is None else parse_number(answer) for answer in answers]
-    return statistics.majority_at_k(numbers, [row["correct"] for row in rows], len(rows))
+    return statistics.majority_at_k(numbers, [row["correct"] for row in rows], k)
 
 
 def _accuracy_change(grades: Rows, before: Rows) -> dict[str, JsonValue]:
@@ -294,7 +313,19 @@ def _exact_totals(rows: Rows) -> tuple[list[float], list[float]] | None:
     ]
 
 
+def _with_tokens(rows: Rows, others: Rows) -> Rows:
+    """The rows of the problems that have a scorable token in both, so that no resample is without any."""
+    return [
+        row
+        for row, other in zip(rows, others, strict=True)
+        if np.any(row["scorable"]) and np.any(other["scorable"])
+    ]
+
+
 def _reverse_kl(rows: Rows) -> dict[str, JsonValue]:
+    rows = _with_tokens(rows, rows)
+    if not rows:
+        return {}
     found = {"reverse_kl": statistics.bootstrap_ratio(*_totals(rows), seed=BOOTSTRAP_SEED)}
     if (totals := _exact_totals(rows)) is not None:
         found["reverse_kl_exact"] = statistics.bootstrap_ratio(*totals, seed=BOOTSTRAP_SEED)
@@ -303,6 +334,9 @@ def _reverse_kl(rows: Rows) -> dict[str, JsonValue]:
 
 def _reverse_kl_change(rows: Rows, before: Rows) -> dict[str, JsonValue]:
     """The paired difference to student 0: the same problems in every resample."""
+    rows, before = _with_tokens(rows, before), _with_tokens(before, rows)
+    if not rows:
+        return {}
     pair = (*_totals(rows), *_totals(before))
     found = {"reverse_kl_change": statistics.bootstrap_ratio_difference(*pair, seed=BOOTSTRAP_SEED)}
     now, then = _exact_totals(rows), _exact_totals(before)

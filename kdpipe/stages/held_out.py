@@ -75,6 +75,9 @@ def verdicts(
         for index, scores in zip(own, found, strict=True):
             scored[index].append((one.teacher.name, scores))
     divergences = exact.divergences(student_hidden, scored) if exact else [None] * len(triples)
+    if exact:
+        ids = [problem.prompt_id for problem, _, _ in triples]
+        job.require_finite(ids, divergences, "the divergence from the teacher")
     return [_verdict(job, rows, divergence) for rows, divergence in zip(scored, divergences, strict=True)]
 
 

@@ -21,7 +21,7 @@ from kdpipe.tables import ROLLOUTS, read_rollouts
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kdpipe.engine import Completion, Engine, ModelSource, SampleRequest
+    from kdpipe.engine import Completion, Engine, ModelSource, SampleRequest, Sampling
     from kdpipe.rows import Problem
 
 
@@ -50,9 +50,7 @@ def rollout(
             for problem in problems
             if problem.prompt_id in sampled
         }
-        found = (
-            engine.sample(list(requests.values()), sampling, progress=job.pulse.tokens) if requests else []
-        )
+        found = sample_all(job, list(requests), list(requests.values()), sampling, engine)
         answers = dict(zip(requests, found, strict=True))
         rows = []
         for problem in problems:
@@ -77,6 +75,19 @@ def rollout(
         schema=ROLLOUTS,
     )
     _write_metrics(job, read_rollouts(job.draft.folder / name))
+
+
+def sample_all(
+    job: Job, prompt_ids: Sequence[str], requests: Sequence[SampleRequest], sampling: Sampling, engine: Engine
+) -> list[list[Completion]]:
+    """The completions of each request; raises with the prompt and the token where a log-prob is not finite."""
+    if not requests:
+        return []
+    with job.asking(prompt_ids):
+        found = engine.sample(requests, sampling, progress=job.pulse.tokens)
+    for prompt_id, row in zip(prompt_ids, found, strict=True):
+        job.require_finite([prompt_id] * len(row), [each.logprobs for each in row], "the sampler's log-prob")
+    return found
 
 
 def sampled_ids(job: Job, problems: Sequence[Problem]) -> frozenset[str]:

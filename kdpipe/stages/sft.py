@@ -13,8 +13,9 @@ import torch
 
 from kdpipe.batching import batches_by_tokens, make_batch
 from kdpipe.checkpoints import write_model, write_trainer
+from kdpipe.errors import StepError
 from kdpipe.forward import head_of, hidden_states, token_logprobs
-from kdpipe.job import Job, Text
+from kdpipe.job import NOTHING_PUBLISHED, Job, Text
 from kdpipe.prompting import reference_completion
 from kdpipe.seeds import permutation
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from kdpipe.trainer import Trainer
 
 METRIC_EVERY = 20
+NAMED_PROMPTS = 8
 Example = tuple[list[int], list[int]]
 
 
@@ -53,7 +55,7 @@ def sft(
         for step in range(resumed, settings.steps):
             chosen = _batch_indices(ids, step=step, size=settings.batch, seed=job.seed)
             loss, tokens = _gradient(trainer, [examples[i] for i in chosen], text=text, job=job)
-            norm = trainer.apply()
+            norm = apply_gradient(job, trainer, [ids[i] for i in chosen])
             if (step + 1) % METRIC_EVERY == 0 or step + 1 == settings.steps:
                 job.draft.metric("sft/loss", loss, optimizer_step=step + 1)
                 job.draft.metric("sft/grad_norm", norm, optimizer_step=step + 1)
@@ -72,6 +74,17 @@ def sft(
         "trainer",
         lambda folder: write_trainer(folder, tensors=trainer.tensors(masters=masters), state=trainer.state()),
     )
+
+
+def apply_gradient(job: Job, trainer: Trainer, prompt_ids: Sequence[str]) -> float:
+    """One optimizer step; returns the gradient's norm. Raises StepError that names the prompts unless it is finite."""
+    try:
+        return trainer.apply()
+    except StepError as error:
+        names = sorted(set(prompt_ids))
+        more = f" and {len(names) - NAMED_PROMPTS} more" if len(names) > NAMED_PROMPTS else ""
+        about = f"round {job.round}, prompts {', '.join(names[:NAMED_PROMPTS])}{more}"
+        raise StepError(f"{about}: {error.message}", hint=f"{error.hint}; {NOTHING_PUBLISHED}") from None
 
 
 def _examples(

@@ -246,14 +246,17 @@ def score_completions(
         read = [token for token in completion if token not in lacking]
         wanted = swapped(np.array(read, np.int32), swap).tolist() if swap else None
         requests.append(ScoreRequest(prompt, read, support, wanted))
-    scores = engine.score(
-        requests,
-        temperature=teacher.temperature,
-        num_ids=teacher.num_ids,
-        top_k=top_k,
-        progress=job.pulse.tokens,
-        hidden=hidden,
-    )
+    ids = [problem.prompt_id for problem, _, _ in rows]
+    with job.asking(ids):
+        scores = engine.score(
+            requests,
+            temperature=teacher.temperature,
+            num_ids=teacher.num_ids,
+            top_k=top_k,
+            progress=job.pulse.tokens,
+            hidden=hidden,
+        )
+    job.require_finite(ids, [score.logprobs for score in scores], f"the log-prob of teacher {teacher.name!r}")
     if swap is not None:  # what stands at one id of the teacher is told of the other
         scores = [
             replace(score, topk_ids=None if score.topk_ids is None else swapped(score.topk_ids, swap))
@@ -299,13 +302,14 @@ def _most_probable(
     job: Job, rows: Sequence[Triple], *, num_ids: int, engine: Engine
 ) -> list[npt.NDArray[np.int32]]:
     """The student's most probable ids [n, k] at each token, at the rollout temperature; `engine` holds it."""
-    scores = engine.score(
-        [ScoreRequest(prompt, completion) for _, prompt, completion in rows],
-        temperature=job.recipe.rollout.temperature,
-        num_ids=num_ids,
-        top_k=job.recipe.keep.student_top_k,
-        progress=lambda _: None,
-    )
+    with job.asking([problem.prompt_id for problem, _, _ in rows]):
+        scores = engine.score(
+            [ScoreRequest(prompt, completion) for _, prompt, completion in rows],
+            temperature=job.recipe.rollout.temperature,
+            num_ids=num_ids,
+            top_k=job.recipe.keep.student_top_k,
+            progress=lambda _: None,
+        )
     return [score.topk_ids for score in scores if score.topk_ids is not None]
 
 

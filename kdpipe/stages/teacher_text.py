@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from kdpipe.errors import PreflightError
 from kdpipe.job import Job, Text, mean, request_for, sampling_of
 from kdpipe.routing import teaches
-from kdpipe.stages.rollout import graded_row, round_problems, sampled_ids
+from kdpipe.stages.rollout import graded_row, round_problems, sample_all, sampled_ids
 from kdpipe.tables import ROLLOUTS, read_rollouts
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def write_texts(
             )
             for problem in problems
         ]
-        found = engine.sample(requests, sampling, progress=job.pulse.tokens)
+        found = sample_all(job, [problem.prompt_id for problem in problems], requests, sampling, engine)
         rows = []
         for problem, request, completions in zip(problems, requests, found, strict=True):
             for number, completion in enumerate(completions):

@@ -18,7 +18,7 @@ from kdpipe.batching import Batch, batches_by_tokens, make_batch
 from kdpipe.checkpoints import write_model, write_trainer
 from kdpipe.errors import StepError
 from kdpipe.forward import head_of, hidden_states, score_tokens
-from kdpipe.job import Job, Text, mean
+from kdpipe.job import NOTHING_PUBLISHED, Job, Text, mean
 from kdpipe.micro_batch import micro_batch_loss
 from kdpipe.mismatch import ledger, mismatch
 from kdpipe.objective import (
@@ -33,7 +33,7 @@ from kdpipe.objective import (
 )
 from kdpipe.recipe import Objective, SampledTerm
 from kdpipe.seeds import permutation
-from kdpipe.stages.sft import write_state
+from kdpipe.stages.sft import apply_gradient, write_state
 from kdpipe.stages.teacher_score import check_scorable, score_metrics
 from kdpipe.tables import COMPLETIONS, write_rows
 
@@ -119,7 +119,7 @@ def train(
             continue
         metrics = _optimizer_step(job, [rows[i] for i in indices], text, trainer, scores)
         for name, value in metrics.items():
-            job.draft.metric(f"train/{name}", value, optimizer_step=trainer.step)
+            job.draft.metric(f"train/{name}", value, optimizer_step=_first_step(job, plan) + number)
         job.pulse.advance()
         is_due = (number + 1) % job.recipe.runtime.checkpoint_steps == 0
         if (is_due or job.pulse.stopping) and number + 1 < len(plan):
@@ -133,6 +133,11 @@ def train(
         job.draft.write(
             "ema", lambda folder: average.write_next(trainer.model, text.tokenizer, folder, dtype=dtype)
         )
+
+
+def _first_step(job: Job, plan: Sequence[object]) -> int:
+    """The number of the round's first optimizer step, counted over the run. A skipped one has its number too."""
+    return (job.round - 1) * len(plan) + 1
 
 
 def minibatches(job: Job, rows: Sequence[Row]) -> list[tuple[int, list[int]]]:
@@ -183,7 +188,7 @@ def _optimizer_step(
         for name, value in {"loss": loss.detach(), **metrics}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
         job.pulse.tokens(sum(len(row.rollout.completion_token_ids) for row in picked))
-    norm = trainer.apply()
+    norm = apply_gradient(job, trainer, [row.rollout.prompt_id for row in left])
     weight = {"distill_weight": objective.distill_weight} if objective.kind in ("kdrl", "srpo") else {}
     return {"learning_rate": rate, "grad_norm": norm, **weight, **_averages(sums)}
 
@@ -297,7 +302,7 @@ def _located(job: Job, rows: Sequence[Row], error: NonFiniteError) -> StepError:
             where = f"round {job.round}, prompt {row.rollout.prompt_id}, sample {row.rollout.sample}, token {index}"
             return StepError(
                 f"{where}: {error.found}",
-                hint="nothing was published; kdpipe samples shows the round's completions",
+                hint=f"{NOTHING_PUBLISHED} (kdpipe samples shows the round's completions)",
             )
         index -= length
     return error
@@ -356,7 +361,7 @@ def _kept(objective: Objective, rollout: Rollout, text: Text, *, is_dropped: boo
     """The tokens of a completion that count: all, all but its end token, or none."""
     ids = rollout.completion_token_ids
     kept = np.full(len(ids), not is_dropped, np.bool_)
-    if objective.end_token == "mask" and rollout.finish_reason == "stop" and ids[-1] in text.end_ids:  # noqa: S105
+    if objective.end_token == "mask" and rollout.finish_reason == "stop" and ids and ids[-1] in text.end_ids:  # noqa: S105
         kept[-1] = False
     return kept
 
@@ -425,13 +430,12 @@ def _write(
     trainer: Trainer,
     dtype: torch.dtype,
 ) -> None:
-    first = trainer.step - len(plan)
     completions = [
         {
             "prompt_id": rows[index].rollout.prompt_id,
             "sample": rows[index].rollout.sample,
             "epoch": epoch,
-            "optimizer_step": first + number + 1,
+            "optimizer_step": _first_step(job, plan) + number,
             "advantage": rows[index].advantage,
             "kept": rows[index].tokens > 0,
             "proximal_logprobs": rows[index].proximal,

@@ -1,0 +1,324 @@
+"""Line charts and intervals as inline SVG, without a plotting library: colours and type come from the page's style.
+
+A chart is 340 units wide and scales with its column. Lines are labelled where they end, so that no legend is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from kdpipe.report.markup import Html, element, joined
+
+WIDTH, HEIGHT = 340.0, 176.0
+LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 24.0
+NAMES = 60.0  # what names at the ends of lines need on the right
+MAX_NAME = 10
+MAX_POINTS = 240
+LABEL_GAP = 13.0
+Scale = Literal["linear", "log"]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A value at a round, with the bounds of its interval or spread where it has one."""
+
+    round: int
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One line. `style` 0 to 3 is its colour; a `reference` is a level, drawn dashed over the whole width."""
+
+    label: str
+    points: Sequence[Point]
+    style: int = 0
+    reference: bool = False
+    marked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """What one chart shows. `show` writes a value with its unit; `bands` says what low and high are."""
+
+    key: str
+    title: str
+    unit: str
+    series: Sequence[Series]
+    show: Callable[[float], str]
+    bands: str = ""
+    scale: Scale = "linear"
+    ceiling: float | None = None
+
+    @property
+    def has_points(self) -> bool:
+        """Whether there is anything to draw."""
+        return any(series.points for series in self.series)
+
+
+def rounds_of(charts: Sequence[Chart]) -> tuple[int, int]:
+    """The first and the last round of all charts together: their shared axis."""
+    numbers = [point.round for chart in charts for series in chart.series for point in series.points]
+    return (min(numbers), max(numbers)) if numbers else (0, 1)
+
+
+def thinned(points: Sequence[Point]) -> list[Point]:
+    """At most `MAX_POINTS` points: means of neighbours, whose bounds hold all of theirs."""
+    size = math.ceil(len(points) / MAX_POINTS)
+    if size < 2:
+        return list(points)
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [
+        Point(
+            group[-1].round,
+            sum(point.value for point in group) / len(group),
+            min(point.value if point.low is None else point.low for point in group),
+            max(point.value if point.high is None else point.high for point in group),
+        )
+        for group in groups
+    ]
+
+
+def chart_svg(chart: Chart, rounds: tuple[int, int]) -> Html:
+    """The chart, with a title and a description for those who do not see it."""
+    place = _Place(chart, rounds)
+    lines = [series for series in chart.series if series.points]
+    return element(
+        "svg",
+        {
+            "viewBox": f"0 0 {WIDTH:g} {HEIGHT:g}",
+            "role": "img",
+            "tabindex": "0",
+            "aria-labelledby": f"{chart.key}-title {chart.key}-desc",
+            "data-chart": chart.key,
+            "data-x": f"{LEFT:g} {place.right:g} {rounds[0]} {rounds[1]}",
+        },
+        element("title", {"id": f"{chart.key}-title"}, f"{chart.title}, {chart.unit}, over rounds"),
+        element("desc", {"id": f"{chart.key}-desc"}, description(chart)),
+        _grid(place, chart),
+        joined([_band(place, series) for series in lines]),
+        joined([_line(place, series) for series in lines]),
+        _labels(place, lines),
+        element("line", {"class": "cursor", "visibility": "hidden", "y1": TOP, "y2": HEIGHT - BOTTOM}),
+    )
+
+
+def description(chart: Chart) -> str:
+    """The chart in words: where each line begins and ends."""
+    sentences = []
+    for series in chart.series:
+        if not series.points:
+            continue
+        first, final = series.points[0], series.points[-1]
+        name = series.label or chart.title
+        if series.reference or first.round == final.round:
+            sentences.append(f"{name}: {chart.show(final.value)}.")
+        else:
+            sentences.append(
+                f"{name}: {chart.show(first.value)} in round {first.round}, "
+                f"{chart.show(final.value)} in round {final.round}."
+            )
+    return " ".join(sentences)
+
+
+class _Place:
+    """From rounds and values to coordinates, with the ticks of the value axis."""
+
+    def __init__(self, chart: Chart, rounds: tuple[int, int]) -> None:
+        self.rounds = rounds
+        has_names = any(series.label and series.points for series in chart.series)
+        self.right = WIDTH - (NAMES if has_names else RIGHT)
+        values = [
+            value
+            for series in chart.series
+            for point in series.points
+            for value in (point.value, point.low, point.high)
+            if value is not None
+        ]
+        self.is_log = chart.scale == "log" and min(values) > 0
+        if self.is_log:
+            self.ticks = _log_ticks(min(values), max(values))
+        else:
+            top = max(0.0, *values) if chart.ceiling is None else chart.ceiling
+            self.ticks = _ticks(min(0.0, *values), top)
+        self.low, self.high = self.ticks[0], self.ticks[-1]
+
+    def x(self, number: float) -> float:
+        first, final = self.rounds
+        return LEFT + (self.right - LEFT) * (number - first) / max(1, final - first)
+
+    def y(self, value: float) -> float:
+        if self.is_log:
+            share = math.log(value / self.low) / math.log(self.high / self.low)
+        else:
+            share = (value - self.low) / (self.high - self.low)
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * min(1.0, max(0.0, share))
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers from below `low` to above `high`, three to six of them."""
+    span = (high - low) or 1.0
+    unit = 10.0 ** math.floor(math.log10(span / 3))
+    step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if span / (unit * factor) <= 4.5)
+    first, final = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [number * step for number in range(first, max(final, first + 1) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    first, final = math.floor(math.log10(low)), math.ceil(math.log10(high) - 1e-9)
+    final = max(final, first + 1)
+    step = max(1, round((final - first) / 4))
+    return [10.0**power for power in range(first, final + step, step)]
+
+
+def _round_ticks(rounds: tuple[int, int]) -> list[int]:
+    """Whole numbers; the last round is one of them, as it is what one asks for."""
+    first, final = rounds
+    if final - first <= 5:
+        return list(range(first, final + 1))
+    found = [int(tick) for tick in _ticks(first, final) if tick == int(tick) and first <= tick < final]
+    room = (final - first) * 0.09
+    return [tick for tick in found if final - tick > room] + [final]
+
+
+def _grid(place: _Place, chart: Chart) -> Html:
+    base = HEIGHT - BOTTOM
+    marks: list[Html] = []
+    for tick in place.ticks:
+        y = place.y(tick)
+        kind = "axis" if tick == place.ticks[0] else "grid"
+        marks.append(element("line", {"class": kind, "x1": LEFT, "x2": place.right, "y1": y, "y2": y}))
+        marks.append(element("text", {"class": "tick end", "x": LEFT - 6, "y": y + 3.5}, chart.show(tick)))
+    for number in _round_ticks(place.rounds):
+        x = place.x(number)
+        marks.append(element("text", {"class": "tick mid", "x": x, "y": base + 15}, str(number)))
+    return joined(marks)
+
+
+def _band(place: _Place, series: Series) -> Html:
+    bounded = [point for point in thinned(series.points) if point.low is not None and point.high is not None]
+    if not bounded:
+        return Html("")
+    if series.marked:
+        return joined(
+            [
+                element(
+                    "line",
+                    {
+                        "class": f"whisker s{series.style}",
+                        "x1": place.x(point.round),
+                        "x2": place.x(point.round),
+                        "y1": place.y(point.low or 0.0),
+                        "y2": place.y(point.high or 0.0),
+                    },
+                )
+                for point in bounded
+            ]
+        )
+    upper = [(place.x(point.round), place.y(point.high or 0.0)) for point in bounded]
+    lower = [(place.x(point.round), place.y(point.low or 0.0)) for point in reversed(bounded)]
+    return element("polygon", {"class": f"band s{series.style}", "points": _pairs(upper + lower)})
+
+
+def _line(place: _Place, series: Series) -> Html:
+    if series.reference:
+        y = place.y(series.points[0].value)
+        return element(
+            "line", {"class": f"level s{series.style}", "x1": LEFT, "x2": place.right, "y1": y, "y2": y}
+        )
+    points = [(place.x(point.round), place.y(point.value)) for point in thinned(series.points)]
+    parts = [element("polyline", {"class": f"line s{series.style}", "points": _pairs(points)})]
+    if series.marked or len(points) == 1:
+        parts += [
+            element("circle", {"class": f"dot s{series.style}", "cx": x, "cy": y, "r": 3.0})
+            for x, y in points
+        ]
+    return joined(parts)
+
+
+def _labels(place: _Place, lines: Sequence[Series]) -> Html:
+    """Names of the lines at their right ends, moved apart where they would overlap."""
+    named = [series for series in lines if series.label]
+    placed: list[tuple[float, Series]] = []
+    for series in sorted(named, key=lambda series: place.y(series.points[-1].value)):
+        y = place.y(series.points[-1].value) + 4
+        placed.append((max(y, placed[-1][0] + LABEL_GAP if placed else 0.0), series))
+    too_low = placed[-1][0] - (HEIGHT - BOTTOM + 4) if placed else 0.0
+    return joined(
+        [
+            element(
+                "text",
+                {"class": f"name s{series.style}", "x": place.right + 6, "y": y - max(0.0, too_low)},
+                series.label if len(series.label) <= MAX_NAME else series.label[: MAX_NAME - 1] + "…",
+            )
+            for y, series in placed
+        ]
+    )
+
+
+def _pairs(points: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+
+
+# ------------------------------------------------------------------------------------------- intervals
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """An estimate with its interval, in a row of its own."""
+
+    value: float
+    low: float
+    high: float
+    style: int
+
+
+def interval_svg(bar: Bar, *, low: float, high: float, label: str) -> Html:
+    """A dot with whiskers on an axis from `low` to `high`, as wide as its cell."""
+
+    def x(value: float) -> float:
+        return 4 + 232 * (min(high, max(low, value)) - low) / (high - low)
+
+    return element(
+        "svg",
+        {"viewBox": "0 0 240 20", "class": "interval", "role": "img", "aria-label": label},
+        element("line", {"class": "grid", "x1": 4.0, "x2": 236.0, "y1": 10.0, "y2": 10.0}),
+        element(
+            "line",
+            {"class": f"whisker s{bar.style}", "x1": x(bar.low), "x2": x(bar.high), "y1": 10.0, "y2": 10.0},
+        ),
+        element("circle", {"class": f"dot s{bar.style}", "cx": x(bar.value), "cy": 10.0, "r": 5.0}),
+    )
+
+
+def shares_svg(shares: Sequence[tuple[str, float, int]], *, label: str) -> Html:
+    """One bar of the whole width, cut by (name, value, style); its segments are named by the table below it."""
+    total = sum(value for _, value, _ in shares) or 1.0
+    at = 0.0
+    segments = []
+    for name, value, style in shares:
+        width = 1000 * value / total
+        segments.append(
+            element(
+                "rect",
+                {"class": f"share s{style}", "x": at, "y": 0.0, "width": max(0.0, width - 2), "height": 18.0},
+                element("title", None, f"{name}: {value / total:.0%}"),
+            )
+        )
+        at += width
+    return element(
+        "svg",
+        {
+            "viewBox": "0 0 1000 18",
+            "class": "shares",
+            "preserveAspectRatio": "none",
+            "role": "img",
+            "aria-label": label,
+        },
+        *segments,
+    )

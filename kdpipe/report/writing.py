@@ -1,0 +1,55 @@
+"""Writes the report of a project."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from kdpipe.project import Project
+from kdpipe.report.stamp import is_current, stamp
+from kdpipe.store import write_bytes
+
+FILE = "report.html"
+
+
+def report_path(project: Project) -> Path:
+    """Where a run's report is by default."""
+    return project.run.path / FILE
+
+
+def renew_report(
+    project: Project,
+    digests: Mapping[str, str | None],
+    *,
+    commands: Sequence[str],
+    warn: Callable[[str], None],
+) -> None:
+    """Writes the run's report unless it is of these payload digests already; what goes wrong is told to `warn`."""
+    path = report_path(project)
+    if is_current(path, {step.id: digests.get(step.id) for step in project.plan.steps}):
+        return
+    try:
+        write_report(project, path, commands=commands)
+    except Exception as error:  # the run is done and whole: a page about it may not turn that into a failure
+        warn(
+            f"{path}: the report could not be written: {type(error).__name__}: {error}; kdpipe report tries again"
+        )
+
+
+def write_report(project: Project, path: Path, *, commands: Sequence[str]) -> int:
+    """Writes the report to `path`, wholly or not at all; returns its size in bytes.
+
+    `commands` are shown as what makes the run again. Raises ArtifactError where an artifact that it reads is damaged.
+    """
+    from kdpipe.report.completions import Reader
+    from kdpipe.report.measures import Measures
+    from kdpipe.report.page import render
+    from kdpipe.report.sets import titled_batches
+
+    measures = Measures(project)
+    digests = {state.step.id: state.digest if state.done else None for state in measures.states}
+    page = render(
+        measures, titled_batches(Reader(project, measures.done)), stamp=stamp(digests), commands=commands
+    ).encode()
+    write_bytes(path, page)
+    return len(page)
