@@ -1,16 +1,17 @@
 """CPU seconds of commands that have nothing to do: `run` on finished rounds, and `plan` in a store of many entries.
 
-    python -m benchmarks.finished_run [--rounds 50] [--entries 1000] > benchmarks/results/finished_run.json
+    python -m benchmarks.finished_run [--rounds 50] [--entries 1000] > benchmarks/results/finished_run.jsonl
 
 A tiny run of that many rounds is made by the package itself, then as many further runs of one round, each of another
 learning rate, as the store lacks entries: their rollouts, scores and students are copied under their own
 fingerprints by the store's own drafts. Each command is the real one, in a process of its own; its time is that of the
-process and all that it started, the least of several. One JSON document.
+process and all that it started, the least of several. One JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -43,12 +44,13 @@ def main() -> None:
         fill(folder, recipe, arguments.entries)
         large = measured(folder, recipe)
     found = {
-        "environment": environment(),
+        "commit": environment()["git_commit"],
+        "processor": environment()["processor"],
         "rounds": arguments.rounds,
         "own store": small,
         "shared store": large,
     }
-    print(json.dumps(found, indent=1, sort_keys=True))
+    print(json.dumps(found, sort_keys=True))
 
 
 def make_run(folder: Path, rounds: int) -> Path:
@@ -84,10 +86,17 @@ def copy_steps(own: Project, other: Project, *, at_most: int) -> None:
             draft = Draft(entry, step, note=lambda _kind, _fields: None)
             kept = [file.path for file in manifest.files if file.path not in manifest.dropped]
             for top in sorted({path.partition("/")[0] for path in kept}):
-                copy = shutil.copytree if (source.folder / top).is_dir() else shutil.copyfile
-                draft.write(top, lambda path, copy=copy, top=top: copy(source.folder / top, path) and None)
+                draft.write(top, functools.partial(copied, source.folder / top))
             draft.commit(inputs=inputs_of(other, step), provenance=manifest.provenance)
         other.run.link(step, entry)
+
+
+def copied(origin: Path, target: Path) -> None:
+    """Copies a file or a folder."""
+    if origin.is_dir():
+        shutil.copytree(origin, target)
+    else:
+        shutil.copyfile(origin, target)
 
 
 def inputs_of(project: Project, step: Any) -> dict[str, str]:
