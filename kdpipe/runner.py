@@ -160,6 +160,7 @@ class _Run:
             self._require_vllm()
             self._require_keys()
             self._warn_of_bias()
+            mirror.nudge()
         gated = False
         for step in steps:
             if step.round > 0 and not gated:
@@ -183,7 +184,7 @@ class _Run:
                 again.discard(step.id)
                 if step.stage in ("train", "evaluate"):  # only these change what is kept
                     self._retain()
-            mirror.nudge()
+                mirror.nudge()
             self.digests[step.id] = inspect(project.store, step, self.digests).digest
             self._tell_round(step, performed=not state.done)
 
