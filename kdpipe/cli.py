@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from kdpipe.project import Project
     from kdpipe.recipe import Recipe
     from kdpipe.recipe_file import LoadedRecipe
+    from kdpipe.runs import RunFolder
     from kdpipe.survey import State
     from kdpipe.terminal import Paint
 
@@ -522,6 +523,55 @@ def _state_json(state: "State") -> dict[str, Any]:
         "fingerprint": state.step.fingerprint,
         "dropped": sorted(state.dropped),
     }
+
+
+@app.command()
+@reported
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Names of runs in the workspace, or recipes.")
+    ],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Hold runs against the first one: accuracy, paired difference, several seeds as one, and cost.
+
+    Each run counts with its last evaluated student. Runs that differ only in their seed are one row. --set changes
+    every recipe given.
+
+    Example: kdpipe compare quickstart-0ca0cb6e quickstart-3f1b2c4d
+    """
+    from kdpipe.comparison import compare as rows_of
+    from kdpipe.comparison import read_contender
+    from kdpipe.comparison_lines import comparison_json, markdown_lines, text_lines
+    from kdpipe.terminal import inert
+
+    folders = [_run_folder(run, overrides, workspace) for run in dict.fromkeys(runs)]
+    rows = rows_of([read_contender(folder) for folder in folders])
+    if as_json:
+        _print_json(comparison_json(rows))
+        return
+    lines = markdown_lines(rows) if markdown else text_lines(rows)
+    print("\n".join(map(inert, lines)))  # noqa: T201
+
+
+def _run_folder(run: str, overrides: list[str] | None, workspace: Path) -> "RunFolder":
+    """The folder of a run by its name, or of the run that a recipe means."""
+    from kdpipe.runs import RunFolder, all_runs
+
+    place = workspace.resolve() / "runs" / run
+    if "/" not in run and (place / "resolved.json").exists():
+        return RunFolder(place)
+    try:
+        folder = _open(run, overrides, workspace).run
+    except RecipeError as error:
+        names = ", ".join(one.name for one in all_runs(workspace.resolve())) or "none"
+        raise RecipeError(error.message, hint=f"runs in {workspace}: {names}") from None
+    if not folder.path.exists():
+        raise RecipeError(f"{folder.name}: nothing was run yet", hint=f"kdpipe run {run}")
+    return folder
 
 
 @app.command()

@@ -124,6 +124,8 @@ LEVELS = {
     "terminal": 5,
     "examination": 5.1,
     "overview": 5.1,
+    "comparison": 5.1,
+    "comparison_lines": 5.2,
     "housekeeping": 5.1,
     "samples": 5.1,
     "transcript": 5.2,
@@ -165,6 +167,7 @@ DOORS = {
     "copyreg": set[str](),
     "dbm": set[str](),
     "pandas": set[str](),
+    "scipy": {"comparison"},
     "multiprocessing": {"engines.vllm_process"},  # only asks which of the processes that vLLM starts live
 }
 TYPES_ONLY = {("trainer", "transformers"), ("adapters", "transformers")}
