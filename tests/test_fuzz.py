@@ -283,6 +283,13 @@ SCORED = {
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=2, end_ids=(1,), num_ids=10)
 
 
+def changed(value: Any, key: str, new: Any) -> Any:
+    """The document with `new` wherever that key stands."""
+    if isinstance(value, dict):
+        return {name: new if name == key else changed(item, key, new) for name, item in value.items()}
+    return [changed(item, key, new) for item in value] if isinstance(value, list) else value
+
+
 def read_all(answer: dict[str, Any]) -> None:
     with contextlib.suppress(EngineError):
         served_models(answer, where="x")
@@ -301,6 +308,12 @@ def read_all(answer: dict[str, Any]) -> None:
 @fuzzed
 @given(answer=mutated(SCORED))
 @example(answer=SCORED)
+@example(answer=changed(SCORED, "logprob", 10**400))
+@example(answer=changed(SCORED, "logprob", -(10**400)))
+@example(answer=changed(SCORED, "logprob", float("nan")))
+@example(answer=changed(SCORED, "rank", 10**400))
+@example(answer=changed(SCORED, "token_logprobs", [10**400, -1.0]))
+@example(answer=changed(SCORED, "max_model_len", 10**400))
 def test_any_reply_is_read_or_refused(answer: Any) -> None:
     if isinstance(answer, dict):
         read_all(answer)
