@@ -174,21 +174,73 @@ def run(
         list[str] | None,
         typer.Option(metavar="STEP", help="Perform a step again, as in rollout@3; repeatable."),
     ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="A.B=C,D", help="A run for each value; several make a grid."),
+    ] = None,
     overrides: SetOption = None,
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
     """Run every step that is not done. Repeating the command resumes.
 
+    With --sweep every combination of the values is a run of its own, which share what does not depend on them; the
+    comparison comes at the end, and a run that fails leaves the others to go on.
+
     Example: kdpipe run recipes/quickstart.yaml --set train.optimizer.learning_rate=1e-3
     """
     from kdpipe.runner import Request
 
     request = Request(rounds=rounds, force=tuple(force or ()))
-    _run(recipe, overrides, workspace, lambda _project: request, as_json=as_json)
+    if sweep:
+        _sweep(recipe, sweep, overrides, workspace, request, as_json=as_json)
+    else:
+        _run(recipe, overrides, workspace, lambda _project: request, as_json=as_json)
 
 
-def _run(recipe: str, overrides: list[str] | None, workspace: Path, request: Any, *, as_json: bool) -> None:
+def _sweep(
+    recipe: str,
+    sweep: list[str],
+    overrides: list[str] | None,
+    workspace: Path,
+    request: Any,
+    *,
+    as_json: bool,
+) -> None:
+    from kdpipe.comparison import compare as rows_of
+    from kdpipe.comparison import read_contender
+    from kdpipe.comparison_lines import comparison_json, text_lines
+    from kdpipe.errors import StepError
+    from kdpipe.sweep import points
+    from kdpipe.terminal import inert
+
+    grid = [[*(overrides or ()), *point] for point in points(sweep)]
+    for point in grid:
+        _load(recipe, point)  # a mistake in the last one is told before the first one costs anything
+    failed: list[str] = []
+    folders = []
+    for number, point in enumerate(grid, 1):
+        name = " ".join(point[len(overrides or ()) :])
+        print(f"\nsweep {number} of {len(grid)}: {inert(name)}", file=sys.stderr)  # noqa: T201
+        try:
+            folders.append(_run(recipe, point, workspace, lambda _project: request, as_json=as_json).run)
+        except Interrupted:
+            raise
+        except KdpipeError as error:
+            _print_error(error)
+            failed.append(name)
+    rows = rows_of([read_contender(folder) for folder in folders]) if folders else []
+    if as_json:
+        print(json.dumps({"event": "comparison", "rows": comparison_json(rows)}, sort_keys=True))  # noqa: T201
+    elif rows:
+        print("\n" + "\n".join(map(inert, text_lines(rows))))  # noqa: T201
+    if failed:
+        raise StepError(f"{len(failed)} of {len(grid)} runs of the sweep failed: {'; '.join(failed)}")
+
+
+def _run(
+    recipe: str, overrides: list[str] | None, workspace: Path, request: Any, *, as_json: bool
+) -> "Project":
     from kdpipe.report.writing import renew_report
     from kdpipe.runner import run as run_steps
     from kdpipe.terminal import JsonLines, Terminal
@@ -213,6 +265,7 @@ def _run(recipe: str, overrides: list[str] | None, workspace: Path, request: Any
         print(json.dumps({"event": "end", **_outcome(project)}, sort_keys=True))  # noqa: T201
     else:
         _print_outcome(project, recipe, workspace)
+    return project
 
 
 def _commands_again(recipe: str, overrides: list[str] | None, workspace: Path) -> list[str]:

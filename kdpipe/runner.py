@@ -147,6 +147,7 @@ class _Run:
         log = self.project.run.path / "logs" / "worker.log"
         self.worker = open_worker(self.project, self.performer, log=log)
         self.progress = ProgressFile(self.project.run.path)
+        self.progress.clear()
 
     def go(self, mirror: Mirror) -> None:
         """Performs every step that is not done, in order."""
