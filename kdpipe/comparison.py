@@ -220,9 +220,10 @@ def _around(estimate: float, variance: float, freedom: float, confidence: float)
 # ------------------------------------------------------------------------------------------------ reading runs
 
 
-def read_contender(run: RunFolder) -> Contender:
+def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contender:
     """The run's last evaluated student, from its folder alone; every table is checked by its digest before it is read.
 
+    With `last_round` as if the run had ended there: 0 is the student before training, and what it cost to get there.
     Raises DataError where no student was evaluated, and ArtifactError where a table is damaged.
     """
     try:
@@ -231,10 +232,11 @@ def read_contender(run: RunFolder) -> Contender:
         raise ArtifactError(
             f"{run.path}: its resolved.json is missing or damaged", hint="repeat the run: it is written again"
         ) from None
-    evaluated = [link for link in run.links() if link.name == f"evaluate-{STUDENT}"]
+    links = [link for link in run.links() if last_round is None or link.round <= last_round]
+    evaluated = [link for link in links if link.name == f"evaluate-{STUDENT}"]
     seconds, tokens = dict[str, float](), dict[str, float]()
     found: tuple[int, dict[str, list[bool]]] | None = None
-    for link in run.links():
+    for link in links:
         entry, document = linked_entry(link.target)
         if entry.manifest() is None:
             continue

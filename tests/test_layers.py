@@ -127,6 +127,7 @@ LEVELS = {
     "overview": 5.1,
     "comparison": 5.1,
     "comparison_lines": 5.2,
+    "arms": 5.2,
     "housekeeping": 5.1,
     "samples": 5.1,
     "transcript": 5.2,
