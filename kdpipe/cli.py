@@ -210,7 +210,6 @@ def _sweep(
     from kdpipe.comparison import compare as rows_of
     from kdpipe.comparison import read_contender
     from kdpipe.comparison_lines import comparison_json, text_lines
-    from kdpipe.errors import StepError
     from kdpipe.sweep import points
     from kdpipe.terminal import inert
 

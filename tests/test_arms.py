@@ -322,13 +322,36 @@ def test_a_study_runs_resumes_and_survives_an_arm_that_fails(
         place = tmp_path / "out" / "runs" / run["run"] / f"round-{run['round']:03d}" / "evaluate-student"
         correct = pq.read_table(place / "grades.parquet")["correct"].to_pylist()
         assert math.isclose(row["accuracy"]["estimate"], sum(correct) / len(correct))
-    norms = {
-        row["label"]: first_gradient_norm(tmp_path / "out" / "runs" / row["runs"][0]["run"])
-        for row in table[1:]
-    }
-    assert norms["self-teacher"] < 1e-4 * norms["kd"]  # nothing to learn until the first update
+    runs = {row["label"]: tmp_path / "out" / "runs" / row["runs"][0]["run"] for row in table[1:]}
+    # Nothing to learn until the first update:
+    assert first_step(runs["self-teacher"], "grad_norm") < 1e-4 * first_step(runs["kd"], "grad_norm")
+    # The scores were shuffled where they are read, and in that arm only:
+    for arm in ("kd", "shuffled-teacher"):
+        wanted = first_reverse_kl(runs[arm], is_shuffled=arm != "kd")
+        assert first_step(runs[arm], "kd_reverse_kl_nats") == pytest.approx(wanted, abs=1e-5)
 
 
-def first_gradient_norm(run: Path) -> float:
+def first_step(run: Path, name: str) -> float:
     lines = (run / "round-001" / "train" / "metrics.jsonl").read_text().splitlines()
-    return next(float(row["value"]) for row in map(json.loads, lines) if row["name"] == "train/grad_norm")
+    return next(float(row["value"]) for row in map(json.loads, lines) if row["name"] == f"train/{name}")
+
+
+def first_reverse_kl(run: Path, *, is_shuffled: bool) -> float:
+    """The mean of s - q over the tokens of the first optimizer step, from the tables; s is p before any update."""
+    place = run / "round-001"
+    rows = pq.read_table(place / "rollout" / "rollouts.parquet").to_pylist()
+    scored = pq.read_table(place / "teacher-score" / "scores.parquet").to_pylist()
+    trained = pq.read_table(place / "train" / "completions.parquet").to_pylist()
+    teacher = {(row["prompt_id"], row["sample"]): row["teacher_logprobs"] for row in scored}
+    lengths = [len(row["completion_token_ids"]) for row in rows]
+    donors = donors_of([row["prompt_id"] for row in rows], lengths, seed=1, round_number=1)
+    differences: list[float] = []
+    for row, donor in zip(rows, donors, strict=True):
+        key = row["prompt_id"], row["sample"]
+        [found] = [one for one in trained if (one["prompt_id"], one["sample"]) == key]
+        giver = rows[donor.number]
+        given = teacher[giver["prompt_id"], giver["sample"]]
+        q = [given[t] for t in donor.positions] if is_shuffled else teacher[key]
+        if found["optimizer_step"] == 1:
+            differences += [s - t for s, t in zip(found["proximal_logprobs"], q, strict=True)]
+    return sum(differences) / len(differences)
