@@ -34,7 +34,7 @@ from kdpipe.adapters import (
     target_names,
     write_adapter,
 )
-from kdpipe.errors import ArtifactError, ModelError, RecipeError
+from kdpipe.errors import ArtifactError, ModelError, RecipeError, as_os_error
 from kdpipe.forward import Head, head_logits, head_of
 from kdpipe.model_folder import require_own_files
 
@@ -488,7 +488,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise OSError(f"{folder.name}: {error}") from error
+        raise as_os_error(error, folder.name) from error
 
 
 def _require_weights(folder: Path) -> None:

@@ -23,15 +23,19 @@ from kdpipe.errors import (
     KdpipeError,
     PreflightError,
     RecipeError,
+    StepError,
     is_machine_fault,
     machine_fault,
 )
 
 if TYPE_CHECKING:
+    from kdpipe.arms import ArmName, ArmRun
+    from kdpipe.comparison import Contender
     from kdpipe.overview import Overview
     from kdpipe.project import Project
     from kdpipe.recipe import Recipe
     from kdpipe.recipe_file import LoadedRecipe
+    from kdpipe.runs import RunFolder
     from kdpipe.survey import State
     from kdpipe.terminal import Paint
 
@@ -170,21 +174,73 @@ def run(
         list[str] | None,
         typer.Option(metavar="STEP", help="Perform a step again, as in rollout@3; repeatable."),
     ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="A.B=C,D", help="A run for each value; several make a grid."),
+    ] = None,
     overrides: SetOption = None,
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
     """Run every step that is not done. Repeating the command resumes.
 
+    With --sweep every combination of the values is a run of its own, which share what does not depend on them; the
+    comparison comes at the end, and a run that fails leaves the others to go on.
+
     Example: kdpipe run recipes/quickstart.yaml --set train.optimizer.learning_rate=1e-3
     """
     from kdpipe.runner import Request
 
     request = Request(rounds=rounds, force=tuple(force or ()))
-    _run(recipe, overrides, workspace, lambda _project: request, as_json=as_json)
+    if sweep:
+        _sweep(recipe, sweep, overrides, workspace, request, as_json=as_json)
+    else:
+        _run(recipe, overrides, workspace, lambda _project: request, as_json=as_json)
 
 
-def _run(recipe: str, overrides: list[str] | None, workspace: Path, request: Any, *, as_json: bool) -> None:
+def _sweep(
+    recipe: str,
+    sweep: list[str],
+    overrides: list[str] | None,
+    workspace: Path,
+    request: Any,
+    *,
+    as_json: bool,
+) -> None:
+    from kdpipe.comparison import compare as rows_of
+    from kdpipe.comparison import read_contender
+    from kdpipe.comparison_lines import comparison_json, text_lines
+    from kdpipe.errors import StepError
+    from kdpipe.sweep import points
+    from kdpipe.terminal import inert
+
+    grid = [[*(overrides or ()), *point] for point in points(sweep)]
+    for point in grid:
+        _load(recipe, point)  # a mistake in the last one is told before the first one costs anything
+    failed: list[str] = []
+    folders = []
+    for number, point in enumerate(grid, 1):
+        name = " ".join(point[len(overrides or ()) :])
+        print(f"\nsweep {number} of {len(grid)}: {inert(name)}", file=sys.stderr)  # noqa: T201
+        try:
+            folders.append(_run(recipe, point, workspace, lambda _project: request, as_json=as_json).run)
+        except Interrupted:
+            raise
+        except KdpipeError as error:
+            _print_error(error)
+            failed.append(name)
+    rows = rows_of([read_contender(folder) for folder in folders]) if folders else []
+    if as_json:
+        print(json.dumps({"event": "comparison", "rows": comparison_json(rows)}, sort_keys=True))  # noqa: T201
+    elif rows:
+        print("\n" + "\n".join(map(inert, text_lines(rows))))  # noqa: T201
+    if failed:
+        raise StepError(f"{len(failed)} of {len(grid)} runs of the sweep failed: {'; '.join(failed)}")
+
+
+def _run(
+    recipe: str, overrides: list[str] | None, workspace: Path, request: Any, *, as_json: bool
+) -> "Project":
     from kdpipe.report.writing import renew_report
     from kdpipe.runner import run as run_steps
     from kdpipe.terminal import JsonLines, Terminal
@@ -209,6 +265,7 @@ def _run(recipe: str, overrides: list[str] | None, workspace: Path, request: Any
         print(json.dumps({"event": "end", **_outcome(project)}, sort_keys=True))  # noqa: T201
     else:
         _print_outcome(project, recipe, workspace)
+    return project
 
 
 def _commands_again(recipe: str, overrides: list[str] | None, workspace: Path) -> list[str]:
@@ -522,6 +579,178 @@ def _state_json(state: "State") -> dict[str, Any]:
         "fingerprint": state.step.fingerprint,
         "dropped": sorted(state.dropped),
     }
+
+
+@app.command()
+@reported
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Names of runs in the workspace, or recipes.")
+    ],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Hold runs against the first one: accuracy, paired difference, several seeds as one, and cost.
+
+    Each run counts with its last evaluated student. Runs that differ only in their seed are one row. --set changes
+    every recipe given.
+
+    Example: kdpipe compare quickstart-0ca0cb6e quickstart-3f1b2c4d
+    """
+    from kdpipe.comparison import compare as rows_of
+    from kdpipe.comparison import read_contender
+    from kdpipe.comparison_lines import comparison_json, markdown_lines, text_lines
+    from kdpipe.terminal import inert
+
+    folders = [_run_folder(run, overrides, workspace) for run in dict.fromkeys(runs)]
+    rows = rows_of([read_contender(folder) for folder in folders])
+    if as_json:
+        _print_json(comparison_json(rows))
+        return
+    lines = markdown_lines(rows) if markdown else text_lines(rows)
+    print("\n".join(map(inert, lines)))  # noqa: T201
+
+
+@app.command()
+@reported
+def arms(
+    recipe: RecipeArgument,
+    seeds: Annotated[int, typer.Option(min=1, help="How many, from the recipe's own seed on.")] = 3,
+    which: Annotated[
+        str, typer.Option("--arms", metavar="A,B", help="Which arms, in the order of the table.")
+    ] = "kd,rl,kdrl,shuffled-teacher,self-teacher",
+    rounds: Annotated[int | None, typer.Option(min=1, help="Only the first N rounds of each run.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the runs and what they need; run none.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell where a gain comes from: run the control arms of a recipe on several seeds, and hold them against student 0.
+
+    Arms: kd, rl, kdrl (both), shuffled-teacher (the scores of another prompt's completion) and self-teacher (the
+    student itself). Each is an ordinary run; they share what does not depend on the arm. Repeating the command resumes.
+
+    Example: kdpipe arms quickstart --seeds 3 --set rollout.samples=4 --set rollout.prompts=32
+    """
+    from kdpipe.arms import arm_runs, parse_arms
+
+    given = tuple(overrides or ())
+    study = arm_runs(_load(recipe, list(given)).recipe, parse_arms(which), seeds=seeds)
+    for one in study:  # what is wrong with the last arm is told before the first one costs anything
+        _load(recipe, [*given, *one.overrides])
+    if dry_run:
+        _print_forecast(recipe, given, study, workspace, rounds=rounds, as_json=as_json)
+    else:
+        _run_arms(recipe, given, study, workspace, rounds=rounds, markdown=markdown, as_json=as_json)
+
+
+def _print_forecast(
+    recipe: str,
+    given: tuple[str, ...],
+    study: "list[ArmRun]",
+    workspace: Path,
+    *,
+    rounds: int | None,
+    as_json: bool,
+) -> None:
+    from dataclasses import asdict
+
+    from kdpipe.arms import forecast
+
+    projects = [_open(recipe, [*given, *one.overrides], workspace) for one in study]
+    found = forecast(projects, rounds=rounds)
+    named = list(zip(study, projects, found, strict=True))
+    if as_json:
+        _print_json(
+            [
+                {
+                    "arm": one.arm,
+                    "seed": one.seed,
+                    "run": project.run.name,
+                    "set": one.overrides,
+                    **asdict(needs),
+                }
+                for one, project, needs in named
+            ]
+        )
+        return
+    lines = [
+        f"{one.arm:<16}  seed {one.seed}  {project.run.name}  "
+        f"{needs.steps:,} steps, {needs.todo - needs.shared:,} to do"
+        + (f", {needs.shared:,} more shared with runs above" if needs.shared else "")
+        for one, project, needs in named
+    ]
+    total = sum(needs.todo - needs.shared for needs in found)
+    print("\n".join([*lines, f"{len(study)} runs, {total:,} steps to do in all"]))  # noqa: T201
+
+
+def _run_arms(
+    recipe: str,
+    given: tuple[str, ...],
+    study: "list[ArmRun]",
+    workspace: Path,
+    *,
+    rounds: int | None,
+    markdown: bool,
+    as_json: bool,
+) -> None:
+    from kdpipe.arms import arm_rows
+    from kdpipe.comparison import read_contender
+    from kdpipe.comparison_lines import comparison_json, markdown_lines, text_lines
+    from kdpipe.runner import Request
+    from kdpipe.runs import run_folder
+    from kdpipe.terminal import inert
+
+    failed: list[str] = []
+    ended: list[tuple[ArmName, Contender]] = []
+    before: dict[int, Contender] = {}
+    for number, one in enumerate(study, 1):
+        name = f"{one.arm}, seed {one.seed}"
+        print(f"\n{number} of {len(study)}: {name}", file=sys.stderr)  # noqa: T201
+        changes = [*given, *one.overrides]
+        try:
+            _run(recipe, changes, workspace, lambda _project: Request(rounds=rounds), as_json=as_json)
+        except Interrupted:
+            raise
+        except KdpipeError as error:
+            _print_error(error)
+            failed.append(name)
+            continue
+        folder = run_folder(workspace.resolve(), _load(recipe, changes).recipe)
+        ended.append((one.arm, read_contender(folder)))
+        before.setdefault(one.seed, read_contender(folder, last_round=0))
+    order = list(dict.fromkeys(one.arm for one in study))
+    ended.sort(key=lambda pair: order.index(pair[0]))
+    rows = arm_rows(ended, list(before.values())) if ended else []
+    if as_json:
+        print(json.dumps({"event": "comparison", "rows": comparison_json(rows)}, sort_keys=True))  # noqa: T201
+    elif rows:
+        lines = markdown_lines(rows) if markdown else text_lines(rows)
+        print("\n" + "\n".join(map(inert, lines)))  # noqa: T201
+    if failed:
+        raise StepError(f"{len(failed)} of {len(study)} runs failed: {'; '.join(failed)}")
+
+
+def _run_folder(run: str, overrides: list[str] | None, workspace: Path) -> "RunFolder":
+    """The folder of a run by its name, or of the run that a recipe means."""
+    from kdpipe.runs import RunFolder, all_runs
+
+    place = workspace.resolve() / "runs" / run
+    if "/" not in run and (place / "resolved.json").exists():
+        return RunFolder(place)
+    try:
+        folder = _open(run, overrides, workspace).run
+    except RecipeError as error:
+        names = ", ".join(one.name for one in all_runs(workspace.resolve())) or "none"
+        raise RecipeError(error.message, hint=f"runs in {workspace}: {names}") from None
+    if not folder.path.exists():
+        raise RecipeError(f"{folder.name}: nothing was run yet", hint=f"kdpipe run {run}")
+    return folder
 
 
 @app.command()

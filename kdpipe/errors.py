@@ -7,6 +7,7 @@ that is not a `KdpipeError` is a bug in kdpipe, and the command line says so.
 from __future__ import annotations
 
 import errno
+import re
 
 _ADVICE = {
     errno.ENOSPC: "free some space (kdpipe gc shows what can go)",
@@ -41,6 +42,13 @@ class StepError(KdpipeError):
 def is_machine_fault(error: OSError) -> bool:
     """Whether the machine is at fault (disk, rights, limits), and not kdpipe."""
     return error.errno in _ADVICE
+
+
+def as_os_error(error: Exception, place: str = "") -> OSError:
+    """The OSError that a library written in Rust meant: it tells the number in its text alone."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    text = f"{place}: {error}" if place else str(error)
+    return OSError(int(found[1]), text) if found else OSError(text)
 
 
 def machine_fault(error: OSError, place: object = None) -> StepError:

@@ -133,10 +133,16 @@ def _require_text_keys(value: JsonValue) -> None:
 def run_hash(recipe: Recipe) -> str:
     """Eight hex digits that name a run: the resolved recipe without rounds, runtime and tracking."""
     document = recipe.model_dump(mode="json", by_alias=True, exclude={"rounds", "runtime", "tracking"})
+    document["train"] = _train_settings(document["train"])
     for teacher in document["teachers"]:
         if teacher["server"] is not None:  # where a server is and how it lets one in do not name a run
             teacher["server"] = _without(teacher["server"], "urls", "api_key_env")
     return hashlib.sha256(canonical(document)).hexdigest()[:8]
+
+
+def _train_settings(section: dict[str, Any]) -> dict[str, Any]:
+    """The section without a control that is none: runs from before there were controls keep their names and steps."""
+    return _without(section, "control") if section["control"] == "none" else section
 
 
 def make_plan(recipe: Recipe, identities: Identities) -> Plan:
@@ -273,7 +279,7 @@ class _Planner:
 
     def _train(self, number: int) -> None:
         recipe = self.recipe
-        train = _without(self.sections["train"], "seed")
+        train = _train_settings(_without(self.sections["train"], "seed"))
         horizon = recipe.train.optimizer.schedule_rounds or recipe.rounds
         constant = recipe.train.optimizer.schedule == "constant"
         optimizer = {**train["optimizer"], "schedule_rounds": None if constant else horizon}

@@ -37,6 +37,7 @@ class ProgressFile:
 
     def __init__(self, run_folder: Path) -> None:
         self._path = run_folder / PROGRESS
+        self._draft = run_folder / f".tmp-{PROGRESS}"
         self._place = ("", "")
         self._first: tuple[float, int, int] = (0.0, 0, 0)
         self._written = -math.inf
@@ -56,16 +57,16 @@ class ProgressFile:
         left = seconds * (event["total"] - event["done"]) / finished if finished > 0 else None
         rate = (event["tokens"] - first_tokens) / seconds if event["tokens"] > first_tokens else None
         found = Progress(step_id, event["unit"], event["done"], event["total"], rate, left, time.time())
-        draft = self._path.with_name(f".tmp-{PROGRESS}")
         with contextlib.suppress(OSError):  # it is only shown: nothing depends on it
-            draft.write_text(json.dumps(asdict(found)), encoding="utf-8")
-            draft.replace(self._path)
+            self._draft.write_text(json.dumps(asdict(found)), encoding="utf-8")
+            self._draft.replace(self._path)
 
     def clear(self) -> None:
-        """Removes the file: no step is running."""
+        """Removes the file, also what a kill left of one: no step is running."""
         self._place, self._written = ("", ""), -math.inf
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
+            self._draft.unlink(missing_ok=True)
 
 
 def read_progress(run_folder: Path) -> Progress | None:

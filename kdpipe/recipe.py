@@ -637,12 +637,17 @@ class Objective(Section):
 
 
 class TrainSection(Section):
-    """How a round's rows become optimizer steps: `epochs` passes of `minibatches` steps each."""
+    """How a round's rows become optimizer steps: `epochs` passes of `minibatches` steps each.
+
+    `control` makes the recipe a control arm of itself. `shuffled_teacher`: position t of a completion takes the scores
+    of position t, wrapped, of a completion of another prompt. `self_teacher`: the teacher is the student that sampled.
+    """
 
     objective: Objective = Objective.model_construct()
     optimizer: Optimizer = Optimizer.model_construct()
     minibatches: Count = 1
     epochs: Count = 1
+    control: Literal["none", "shuffled_teacher", "self_teacher"] = "none"
     seed: Seed | None = None
 
 
@@ -1030,6 +1035,24 @@ class Recipe(Section):
         return (teacher.self_ == "current" or teacher.decay == 0) and not any(own)
 
     @model_validator(mode="after")
+    def _control_fits(self) -> "Recipe":
+        control = self.train.control
+        if control == "none":
+            return self
+        if len(self.teachers) > 1:
+            raise ValueError(f"train.control {control} goes with a single teacher")
+        if not self.train.objective.has_kd:
+            raise ValueError(f"train.control {control} needs an objective with a KD term")
+        if control == "shuffled_teacher" and self.rollout.prompts < 2:
+            raise ValueError("train.control shuffled_teacher needs rollout.prompts of 2 or more")
+        if control == "self_teacher" and not self._is_the_sampler(self.teacher):
+            raise ValueError(
+                "train.control self_teacher needs teachers: [{self: current}], without a prompt, template or "
+                "temperature of its own"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _teachers_agree(self) -> "Recipe":
         names = [teacher.name for teacher in self.teachers]
         if twice := next((name for name in names if names.count(name) > 1), None):
@@ -1059,7 +1082,8 @@ class Recipe(Section):
                 "use self: initial or self: current, or train all weights"
             )
         silent = [teacher for teacher in self.teachers if self._is_the_sampler(teacher)]
-        if silent and (not self.is_mixed or len(silent) == len(names)):
+        is_meant = self.train.control == "self_teacher"
+        if silent and not is_meant and (not self.is_mixed or len(silent) == len(names)):
             raise ValueError(
                 f"teacher {silent[0].name!r} would be the very student that samples, so its scores say nothing: "
                 "give it a prompt, a template or a temperature of its own"

@@ -152,6 +152,7 @@ WORDS: dict[str, str] = {
     "TrainSection.optimizer": "AdamW.",
     "TrainSection.minibatches": "Optimizer steps of a pass over the round.",
     "TrainSection.epochs": "Passes over the round.",
+    "TrainSection.control": "Makes the recipe a control arm: shuffled scores, or the student as its own teacher.",
     "Optimizer.schedule_rounds": "Horizon of a schedule that is not constant; null is `rounds`.",
     "EvaluateSection.engine": "null is rollout's.",
     "EvaluateSection.every": "Rounds between evaluations; the last is always evaluated.",

@@ -147,6 +147,7 @@ class _Run:
         log = self.project.run.path / "logs" / "worker.log"
         self.worker = open_worker(self.project, self.performer, log=log)
         self.progress = ProgressFile(self.project.run.path)
+        self.progress.clear()
 
     def go(self, mirror: Mirror) -> None:
         """Performs every step that is not done, in order."""
@@ -160,6 +161,7 @@ class _Run:
             self._require_vllm()
             self._require_keys()
             self._warn_of_bias()
+            mirror.nudge()
         gated = False
         for step in steps:
             if step.round > 0 and not gated:
@@ -183,7 +185,7 @@ class _Run:
                 again.discard(step.id)
                 if step.stage in ("train", "evaluate"):  # only these change what is kept
                     self._retain()
-            mirror.nudge()
+                mirror.nudge()
             self.digests[step.id] = inspect(project.store, step, self.digests).digest
             self._tell_round(step, performed=not state.done)
 

@@ -27,14 +27,18 @@ def unsealed(path: Path, data: bytes, *, kind: str) -> JsonValue:
         document = json.loads(data)
         own = document.pop(DIGEST, None)
         found = document.get("format")
-    except (ValueError, AttributeError, RecursionError):  # not JSON, or no mapping
+    except (ValueError, AttributeError, TypeError, RecursionError):  # not JSON, or no mapping
         raise ArtifactError(f"{path}: damaged: it is no {kind}") from None
     if found != FORMAT or own is None:
         # Bits flipped in the format's own place end here too: what it says is all that there is to go by.
         raise ArtifactError(f"{path}: a {kind} of format {found}, and this kdpipe reads format {FORMAT}")
-    if document.get("kind") != kind or own != digest_of(document):
+    try:
+        is_whole = document["kind"] == kind and own == digest_of(document)
+        value: JsonValue = document["value"]
+    except (KeyError, ValueError, TypeError, RecursionError):  # not even something that has a digest
+        is_whole = False
+    if not is_whole:
         raise ArtifactError(f"{path}: damaged {kind}: its own sha256 does not match")
-    value: JsonValue = document["value"]
     return value
 
 

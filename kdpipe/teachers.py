@@ -7,14 +7,16 @@ scorable where all of its teachers have it.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from kdpipe.errors import ArtifactError
+from kdpipe.errors import ArtifactError, StepError
 from kdpipe.micro_batch import TeacherHidden, TeacherMixture, TeacherPart
+from kdpipe.seeds import permutation
 from kdpipe.tables import Scores
 
 if TYPE_CHECKING:
@@ -46,16 +48,26 @@ class TeacherScores:
 
 
 @dataclass(frozen=True, slots=True)
+class Donor:
+    """Whose scores a completion takes: the number of another one, and its position [n] for each own token."""
+
+    number: int
+    positions: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
 class RoundScores:
     """The scores of every completion of a round, in the order of its rollouts.
 
-    `places[i]` says of teacher i which of its rows belongs to a completion, by the completion's number.
+    `places[i]` says of teacher i which of its rows belongs to a completion, by the completion's number. `donors` says
+    of shuffled scores whose they are; `rows` are shuffled already.
     """
 
     rows: Sequence[Scores]
     teachers: Sequence[TeacherScores]
     places: Sequence[Mapping[int, int]]
     weights: Mapping[str, float] | None
+    donors: Sequence[Donor] | None = None
 
     @property
     def has_hidden(self) -> bool:
@@ -66,6 +78,8 @@ class RoundScores:
         self, numbers: Sequence[int], *, top_k: int, device: torch.device
     ) -> TeacherHidden | TeacherMixture:
         """What the teachers think at the tokens of these completions, from hidden states."""
+        if self.donors is not None:
+            return self._shuffled_distribution(self.donors, numbers, top_k=top_k, device=device)
         parts = [
             part
             for teacher, place in zip(self.teachers, self.places, strict=True)
@@ -76,6 +90,19 @@ class RoundScores:
             return TeacherHidden(states.hidden_NG, states.head, states.temperature, top_k)
         num_ids = max(t.hidden.head.weight_VH.shape[0] for t in self.teachers if t.hidden is not None)
         return TeacherMixture(parts, num_ids, top_k)
+
+    def _shuffled_distribution(
+        self, donors: Sequence[Donor], numbers: Sequence[int], *, top_k: int, device: torch.device
+    ) -> TeacherHidden:
+        [teacher], [place] = self.teachers, self.places  # recipes shuffle a single teacher only
+        assert teacher.hidden is not None
+        states = [
+            teacher.hidden.file.rows([place[donors[number].number]])[donors[number].positions]
+            for number in numbers
+        ]
+        return TeacherHidden(
+            torch.cat(states).to(device), teacher.hidden.head, teacher.hidden.temperature, top_k
+        )
 
     def _part(
         self, teacher: TeacherScores, place: Mapping[int, int], numbers: Sequence[int], device: torch.device
@@ -181,3 +208,64 @@ def _equally_wide(rows: list[Scores]) -> list[Scores]:
         logprobs = np.pad(row.topk_logprobs, more, constant_values=-np.inf)
         padded.append(replace(row, topk_ids=ids, topk_logprobs=logprobs))
     return padded
+
+
+# ---------------------------------------------------------------------------------------------- shuffled
+
+
+def shuffled(
+    scores: RoundScores, rollouts: Sequence[Rollout], *, seed: int, round_number: int
+) -> RoundScores:
+    """The scores with position t of each completion taking position t, wrapped, of another prompt's completion.
+
+    Its sampled-token log-prob, support and hidden state stay together: a distribution is a real one of the teacher, at
+    another prefix. The same teacher says as much and as surely, and nothing of it is about the text that is trained on.
+    """
+    lengths = [len(row.completion_token_ids) for row in rollouts]
+    donors = donors_of([row.prompt_id for row in rollouts], lengths, seed=seed, round_number=round_number)
+    rows = [
+        _taken(own, scores.rows[donor.number], donor.positions)
+        for own, donor in zip(scores.rows, donors, strict=True)
+    ]
+    return replace(scores, rows=rows, donors=donors)
+
+
+def donors_of(
+    prompt_ids: Sequence[str], lengths: Sequence[int], *, seed: int, round_number: int
+) -> list[Donor]:
+    """The donor of each completion: of the next prompt in a seeded order that has any token, never of its own.
+
+    Raises StepError when no other prompt has a token.
+    """
+    members: defaultdict[str, list[int]] = defaultdict(list)
+    for number, prompt_id in enumerate(prompt_ids):
+        members[prompt_id].append(number)
+    names = sorted(members)
+    order = [names[index] for index in permutation(names, seed, "shuffled-teacher", round_number)]
+    givers = {name: [number for number in members[name] if lengths[number]] for name in order}
+    found: dict[int, Donor] = {}
+    for place, name in enumerate(order):
+        others = order[place + 1 :] + order[:place]
+        giving = next((givers[other] for other in others if givers[other]), None)
+        if giving is None:
+            raise StepError(
+                f"round {round_number}: no prompt but {name} has a completion with tokens, and a shuffled teacher "
+                "needs another",
+                hint="raise rollout.prompts",
+            )
+        for rank, number in enumerate(members[name]):
+            donor = giving[rank % len(giving)]
+            found[number] = Donor(donor, np.arange(lengths[number]) % lengths[donor])
+    return [found[number] for number in range(len(prompt_ids))]
+
+
+def _taken(own: Scores, donor: Scores, positions: npt.NDArray[np.int64]) -> Scores:
+    """The row of `own` with what the teacher said at `positions` of the donor."""
+    return replace(
+        own,
+        teacher_logprobs=donor.teacher_logprobs[positions],
+        scorable=donor.scorable[positions],
+        topk_ids=None if donor.topk_ids is None else donor.topk_ids[positions],
+        topk_logprobs=None if donor.topk_logprobs is None else donor.topk_logprobs[positions],
+        tail_logprobs=None if donor.tail_logprobs is None else donor.tail_logprobs[positions],
+    )

@@ -221,6 +221,30 @@ def waiting(run_folder: Path) -> list[str]:
     return found
 
 
+def is_finished(request: Request) -> bool:
+    """Whether MLflow has all of the run and shows it as finished, by the notes of when it was told."""
+    record = read_record(request.run)
+    if record is None or not record.status == record.wanted == "FINISHED" or record.run_id is None:
+        return False
+    is_elsewhere = record != _record_of(request, _recipe_of(request.run)["name"])
+    if is_elsewhere or record.refused:  # params that are refused once may be taken later
+        return False
+    if record.uri is None and not (request.workspace / DATABASE).exists():
+        return False
+    steps = list(done_steps(request.run))
+    if any(record.mirrored.get(step.name) != step.mark for step in steps):
+        return False
+    for name, path, _entry in _artifacts(request.run, steps):
+        with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
+            if record.artifacts.get(name) != _text_digest(path.read_text(encoding="utf-8")):
+                return False
+    return True
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def unsettled(workspace: Path) -> list[Request]:
     """What would make MLflow true for the runs that nobody runs and that it shows in another state."""
     requests = []
@@ -550,7 +574,7 @@ class _MirroredRun:
         for name, path, entry in _artifacts(self.folder, steps):
             with contextlib.suppress(FileNotFoundError, UnicodeDecodeError, ArtifactError):
                 text = path.read_text(encoding="utf-8")
-                digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+                digest = _text_digest(text)
                 if self.record.artifacts.get(name) != digest:
                     if entry is not None:
                         entry.opened(path.name)
@@ -663,11 +687,13 @@ class MlflowMirror:
         self._is_over = False
         self._is_loaded = False
         self._is_server = request.tracking.uri is not None
+        self._is_nudged = False
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
     def nudge(self) -> None:
-        """Says that there may be something new."""
+        """Says that there is something new, or about to be."""
+        self._is_nudged = True
         self._wake.set()
 
     def finish(self, status: str, *, hurry: Callable[[], bool] = lambda: False) -> str | None:
@@ -689,6 +715,10 @@ class MlflowMirror:
 
     def _work(self) -> None:
         """The thread: everything that talks to the worker."""
+        if self._has_nothing_to_do():
+            self._wake.wait()
+            if not self._is_nudged and self._final == "FINISHED":
+                return
         if self._attempt(self._mirror) and not self._ending.is_set():
             self._attempt(self._settle_others)
         while not self._ending.is_set():
@@ -703,6 +733,13 @@ class MlflowMirror:
         self._worker.kill()
         if not delivered:
             self._attempt(self._note_wanted)
+
+    def _has_nothing_to_do(self) -> bool:
+        """Whether MLflow, whose import alone takes seconds, is as it should be as long as no step is performed."""
+        try:
+            return is_finished(self._request) and not unsettled(self._request.workspace)
+        except (KdpipeError, OSError, ValueError, KeyError):  # then what it is told will say what is wrong
+            return False
 
     def _attempt(self, action: Callable[[], None]) -> bool:
         """Whether `action` went well; nothing that goes wrong in it may stop the run."""

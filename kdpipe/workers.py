@@ -28,7 +28,7 @@ from typing import Any, Protocol, TextIO
 from pydantic import JsonValue
 
 import kdpipe.errors
-from kdpipe.errors import KdpipeError, StepError, is_machine_fault, machine_fault
+from kdpipe.errors import KdpipeError, StepError, as_os_error, is_machine_fault, machine_fault
 from kdpipe.pulse import Stopped
 
 Message = dict[str, JsonValue]
@@ -278,8 +278,11 @@ def main(target: str, parent: int, *, guarded: bool = False) -> None:
 
 def _told(error: Exception) -> Exception:
     """The error as the user shall hear of it: a fault of the machine is no bug of ours."""
-    if isinstance(error, OSError) and is_machine_fault(error):
-        return machine_fault(error)
+    known = (
+        error if isinstance(error, OSError) else as_os_error(error)
+    )  # the tokenizers' is a plain Exception
+    if is_machine_fault(known):
+        return machine_fault(known)
     # torch's own are known by name and text, as this module runs without torch.
     is_torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
     if isinstance(error, MemoryError) or is_torchs:

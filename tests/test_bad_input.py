@@ -599,7 +599,9 @@ COMMANDS = {
         command=("export", "RECIPE", "exported", "--adapter"),
         models={"model": "arithmetic"},
     ),
-    "samples before sampling": Bad(command=("samples", "RECIPE"), words=("nothing was sampled yet",)),
+    "samples before sampling": Bad(
+        command=("samples", "RECIPE"), words=("nothing was sampled or evaluated yet",)
+    ),
     "no samples at all": Bad(
         command=("samples", "RECIPE", "--limit", "0"), words=("--limit", "greater than or equal to 1")
     ),

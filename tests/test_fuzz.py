@@ -31,6 +31,7 @@ from kdpipe.project import open_project
 from kdpipe.recipe import JsonlTask, SftOptimizer
 from kdpipe.recipe_file import load_recipe
 from kdpipe.recipes_shipped import shipped
+from kdpipe.seals import sealed, unsealed
 from kdpipe.signatures import require_same
 from kdpipe.store import Manifest, Store, canonical, read_lines
 from kdpipe.survey import inspect
@@ -282,6 +283,13 @@ SCORED = {
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=2, end_ids=(1,), num_ids=10)
 
 
+def changed(value: Any, key: str, new: Any) -> Any:
+    """The document with `new` wherever that key stands."""
+    if isinstance(value, dict):
+        return {name: new if name == key else changed(item, key, new) for name, item in value.items()}
+    return [changed(item, key, new) for item in value] if isinstance(value, list) else value
+
+
 def read_all(answer: dict[str, Any]) -> None:
     with contextlib.suppress(EngineError):
         served_models(answer, where="x")
@@ -300,6 +308,12 @@ def read_all(answer: dict[str, Any]) -> None:
 @fuzzed
 @given(answer=mutated(SCORED))
 @example(answer=SCORED)
+@example(answer=changed(SCORED, "logprob", 10**400))
+@example(answer=changed(SCORED, "logprob", -(10**400)))
+@example(answer=changed(SCORED, "logprob", float("nan")))
+@example(answer=changed(SCORED, "rank", 10**400))
+@example(answer=changed(SCORED, "token_logprobs", [10**400, -1.0]))
+@example(answer=changed(SCORED, "max_model_len", 10**400))
 def test_any_reply_is_read_or_refused(answer: Any) -> None:
     if isinstance(answer, dict):
         read_all(answer)
@@ -458,6 +472,16 @@ TRAINER = Trainer(tiny_model("llama"), SftOptimizer(), horizon=9, compute=torch.
 
 
 @fuzzed
+@given(document=mutated(sealed("a note", {"a": 1})), forged=st.booleans())
+@example(document=[], forged=False)
+@example(document={**sealed("a note", 1), "value": float("nan")}, forged=False)
+def test_any_sealed_file_is_read_or_damaged(document: Any, forged: bool) -> None:
+    data = json.dumps(signed(document) if forged else document).encode()
+    with contextlib.suppress(ArtifactError):
+        unsealed(Path("x"), data, kind="a note")
+
+
+@fuzzed
 @given(
     data=st.one_of(
         st.binary(max_size=60), mutated({"digest": [-1.0, -2.0]}).map(lambda v: json.dumps(v).encode())
@@ -468,10 +492,14 @@ def test_any_note_is_read_or_made_again(data: bytes, tmp_path: Path) -> None:
     """Notes that kdpipe makes again: nothing in them stops a command, nor a document of a former run."""
     workspace = tmp_path / "out"
     workspace.mkdir(exist_ok=True)
-    for name in ("pins.json", "digests.json", "servers.json"):
+    for name in ("digests.json", "servers.json"):
         (workspace / name).write_bytes(data)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tiny_recipe()))
+    (workspace / "pins.json").write_bytes(data)
+    with contextlib.suppress(ArtifactError):  # which commit a name was pinned to cannot be made again
+        open_project(load_recipe(path), workspace)
+    (workspace / "pins.json").unlink()
     project = open_project(load_recipe(path), workspace)
     run = project.run.path
     with contextlib.suppress(KdpipeError):

@@ -33,6 +33,7 @@ LEVELS = {
     "yaml_source": 1,
     "recipe": 1.1,
     "recipe_words": 0,
+    "sweep": 1.1,
     "recipe_reference": 1.2,
     "recipe_file": 1.2,
     "model_folder": 1,
@@ -124,6 +125,9 @@ LEVELS = {
     "terminal": 5,
     "examination": 5.1,
     "overview": 5.1,
+    "comparison": 5.1,
+    "comparison_lines": 5.2,
+    "arms": 5.2,
     "housekeeping": 5.1,
     "samples": 5.1,
     "transcript": 5.2,
@@ -165,6 +169,7 @@ DOORS = {
     "copyreg": set[str](),
     "dbm": set[str](),
     "pandas": set[str](),
+    "scipy": {"comparison"},
     "multiprocessing": {"engines.vllm_process"},  # only asks which of the processes that vLLM starts live
 }
 TYPES_ONLY = {("trainer", "transformers"), ("adapters", "transformers")}

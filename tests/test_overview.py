@@ -106,6 +106,15 @@ def test_progress_tells_rate_and_time_left_and_is_written_once_a_second(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_kill_left_of_a_progress_is_gone_after_the_next_command(seen: dict[str, Any]) -> None:
+    loaded = load_tiny(seen["folder"], rounds=1)
+    run = open_project(loaded, seen["folder"]).run.path
+    for name in (PROGRESS, f".tmp-{PROGRESS}"):
+        (run / name).write_text("{")
+    run_near(loaded, seen["folder"])
+    assert [path.name for path in run.iterdir() if PROGRESS in path.name] == []
+
+
 def test_a_torn_or_foreign_progress_is_none_and_a_refusing_disk_stops_nothing(tmp_path: Path) -> None:
     (tmp_path / PROGRESS).write_text('{"step": "x"')
     assert read_progress(tmp_path) is None

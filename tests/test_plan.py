@@ -542,6 +542,7 @@ LITERALS = [
     "truncate",
     "vocabulary",
     "hidden",
+    "shuffled_teacher",
 ]
 
 

@@ -292,7 +292,7 @@ def test_the_commands_know_of_every_teacher(files: Run, monkeypatch: pytest.Monk
     assert f"kept of {whose} for each token: {kept}" in plan
     total = files.metrics("round-001/train")["score/reverse_kl_nats"]
     assert f"reverse KL {total:6.3f}" in said("status")
-    assert "rollout@1: 3 completions" in said("samples", "--limit", "3")
+    assert "rollout@1: 3 of 24 completions" in said("samples", "--limit", "3")
     assert said("verify", "--full")
 
 

@@ -169,12 +169,13 @@ def test_a_real_file_limit_while_saving_tensors_is_a_step_error(tmp_path: Path) 
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, old[1]))
     try:
-        with pytest.raises(StepError, match=r"trainer: cannot be written"):
+        with pytest.raises(StepError, match=r"trainer: cannot be written: .*File too large") as caught:
             write_durably(
                 tmp_path / "trainer", lambda folder: write_trainer(folder, tensors=tensors, state={})
             )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert "ulimit -f" in caught.value.hint
     assert not (tmp_path / "trainer").exists()
 
 

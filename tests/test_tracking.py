@@ -543,6 +543,51 @@ def test_a_record_with_a_password_of_an_older_kdpipe_is_left_alone(world: World)
     assert unsettled(world.workspace) == []
 
 
+def test_a_finished_run_that_is_repeated_asks_mlflow_for_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Asked:
+        """Notes what status MLflow is asked to show."""
+
+        def __init__(self, *_arguments: Any, **_settings: Any) -> None: ...
+
+        def call(self, request: Any, **_settings: Any) -> None:
+            asked.append(request["status"])
+
+        def kill(self) -> None: ...
+
+    def statuses(*, nudged: bool = False, status: str = "FINISHED") -> list[str]:
+        asked.clear()
+        mirror = MlflowMirror(world.request())
+        if nudged:
+            mirror.nudge()
+        assert mirror.finish(status) is None
+        return list(asked)
+
+    monkeypatch.setattr(tracking, "Worker", Asked)
+    world.finish_everything()
+    assert statuses()[-1] == "FINISHED"  # nothing is mirrored yet
+    monkeypatch.undo()
+    world.sync("FINISHED")
+    monkeypatch.setattr(tracking, "Worker", Asked)
+    assert statuses() == []
+    assert statuses(nudged=True)[-1] == "FINISHED"
+    assert statuses(status="FAILED")[-1] == "FAILED"
+    (world.run.path / "report.html").write_text("new")
+    assert statuses()[-1] == "FINISHED"
+    (world.run.path / "report.html").unlink()
+    assert statuses() == []
+    database = world.workspace / "mlflow.db"
+    database.rename(world.workspace / "gone")
+    assert statuses()[-1] == "FINISHED"
+    (world.workspace / "gone").rename(database)
+    assert statuses() == []
+    elsewhere = World(world.workspace, world.loaded, f"http://{dead_address()}")
+    assert not tracking.is_finished(elsewhere.request())
+
+
 @pytest.mark.slow
 def test_a_dead_server_costs_seconds_and_loses_nothing(world: World) -> None:
     world.finish_everything()

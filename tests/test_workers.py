@@ -127,6 +127,10 @@ def test_torchs_own_want_of_memory_is_known_by_its_text() -> None:
     assert isinstance(told, StepError)
     assert told.message.startswith("out of memory: ")
     assert isinstance(_told(torch.OutOfMemoryError("CUDA out of memory")), StepError)
+    rust = Exception("No space left on device (os error 28)")  # as tokenizers raise it
+    told = _told(rust)
+    assert isinstance(told, StepError)
+    assert "free some space" in told.hint
     other = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     assert _told(other) is other
 

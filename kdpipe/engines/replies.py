@@ -20,6 +20,8 @@ from kdpipe.errors import EngineError
 TOLERANCE_NATS = 1e-4
 MASS_TOLERANCE = 1e-3
 MINUS_INFINITY = -9999.0  # vLLM's stand-in, since JSON has none
+FINITE = 1e9  # no log-prob is as far from 0, and vLLM's stand-in is nearer
+MAX_RANK = 2**31
 TAIL_FLOOR = 2.0**-23  # what one less a sum of float32 can tell from 0
 _WRONG_SERVER = (
     "kdpipe needs what vLLM's server answers to prompt_logprobs and return_token_ids; old ones lack it"
@@ -119,14 +121,15 @@ def _entry(key: str, value: Any, *, where: str) -> _Entry:
     if not isinstance(value, dict) or not (len(key) < 10 and key.isdecimal() and str(int(key)) == key):
         raise EngineError(f"{where}: an entry that is no id with its log-prob")
     logprob, rank = value.get("logprob"), value.get("rank")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank < MAX_RANK:
         raise EngineError(f"{where}: id {key} has no rank of 1 or more")
     return _Entry(int(key), _logprob(logprob, where=f"{where}: id {key}"), rank)
 
 
 def _logprob(value: Any, *, where: str) -> float:
     """A log-prob that can be one: a finite number, at most 0 but for rounding."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) < FINITE:  # compared, as an integer may be too large for a float
         raise EngineError(f"{where}: its log-prob is {value!r}, expected a finite number")
     if value > TOLERANCE_NATS:
         raise EngineError(f"{where}: its log-prob is {value:g}, expected 0 or less")

@@ -36,6 +36,7 @@ from kdpipe.seeds import permutation
 from kdpipe.stages.sft import apply_gradient, write_state
 from kdpipe.stages.teacher_score import check_scorable, score_metrics
 from kdpipe.tables import COMPLETIONS, write_rows
+from kdpipe.teachers import shuffled
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -102,6 +103,8 @@ def train(
     `resumed` is (steps done, checkpoint folder).
     """
     done, checkpoint = resumed or (0, None)
+    if scores is not None and job.recipe.train.control == "shuffled_teacher":
+        scores = shuffled(scores, rollouts, seed=job.seed, round_number=job.round)
     if scores is not None and job.recipe.is_mixed:
         check_scorable("a teacher of the mixture lacks", [row.scorable for row in scores.rows])
     proximal = (
