@@ -822,6 +822,7 @@ def _status_lines(project: "Project", found: "Overview", paint: "Paint") -> list
     from kdpipe.overview import grid_lines, progress_line
     from kdpipe.project import headrooms, round_metrics
     from kdpipe.terminal import inert, round_line
+    from kdpipe.tracking import waiting
 
     states, rounds_done = found.states, _rounds_done(found)
     left = [state for state in states if not state.done]
@@ -838,8 +839,8 @@ def _status_lines(project: "Project", found: "Overview", paint: "Paint") -> list
         lines.append(progress_line(found))
     elif left:
         lines.append(f"next: {left[0].step.id}{'; ' + inert(left[0].why) if left[0].why else ''}")
-    if not found.running and (waiting := _not_mirrored(project)):
-        lines.append(f"{waiting} steps are not in MLflow yet: the next run mirrors them")
+    if not found.running and project.recipe.tracking.enabled:
+        lines += map(inert, waiting(project.run.path))
     return lines
 
 

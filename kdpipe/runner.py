@@ -171,7 +171,7 @@ class _Run:
             entry = project.store.entry(step)
             if state.verdict == "damaged" and step.id not in again:
                 hint = f"rebuild it and what depends on it: repeat the run with --force {step.id}"
-                raise ArtifactError(state.why, hint=hint)
+                raise ArtifactError(state.why, hint=state.hint or hint)
             if state.done and step.id not in again:
                 manifest = entry.manifest()
                 assert manifest is not None

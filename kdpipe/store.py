@@ -584,8 +584,8 @@ def tidy(entry: Entry, manifest: Manifest) -> None:
     """Removes what a kill right after a commit, or in the middle of a drop, left beside the payload."""
     for name in (PARTS, CHECKPOINTS):
         _remove(entry.folder / name)
-    for path in manifest.dropped:
-        _remove(entry.folder / path)
+    for name in sorted({path.partition("/")[0] for path in manifest.dropped}):
+        _remove(entry.folder / name)
     for leftover in entry.folder.rglob(f"{TEMPORARY}*"):
         _remove(leftover)
 

@@ -21,13 +21,17 @@ MAX_REASONS = 3
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What is known of one step: its verdict, why, and the payload digest it has now (None: none)."""
+    """What is known of one step: its verdict, why, and the payload digest it has now (None: none).
+
+    `hint` says what to do where it is damaged, if that is not to force it.
+    """
 
     step: Step
     verdict: Verdict
     why: str
     digest: str | None
     dropped: frozenset[str]
+    hint: str = ""
 
     @property
     def done(self) -> bool:
@@ -41,7 +45,7 @@ def inspect(store: Store, step: Step, digests: Mapping[str, str | None]) -> Stat
     try:
         manifest = entry.manifest()
     except ArtifactError as error:
-        return State(step, "damaged", error.message, None, frozenset())
+        return State(step, "damaged", error.message, None, frozenset(), error.hint)
     if manifest is None:
         return State(step, "to do", "", None, frozenset())
     if problem := entry.problem(manifest):

@@ -15,7 +15,6 @@ import contextlib
 import getpass
 import hashlib
 import json
-import math
 import os
 import re
 import signal
@@ -33,7 +32,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock
 from pydantic import BaseModel, JsonValue, ValidationError
 
-from kdpipe.errors import ArtifactError, KdpipeError
+from kdpipe.errors import ArtifactError, KdpipeError, StepError
 from kdpipe.plan import STUDENT, canonical
 from kdpipe.project import headroom_of
 from kdpipe.recipe import Tracking
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from mlflow import MlflowClient
-    from mlflow.entities import Metric, Run
+    from mlflow.entities import Metric, Param, Run
 
     from kdpipe.project import Project
     from kdpipe.runner import Mirror
@@ -65,16 +64,20 @@ MAX_VALUE = 500
 MAX_DIGEST = 36
 
 ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",  # a slow server is waited for: by a process of its own, not by the run
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
 }
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 QUIET_SECONDS = 10.0
 """How long the end of a run waits for an MLflow that shows no progress; its import, 2 s or more, is not counted."""
 PATIENCE_SECONDS: dict[Status, float] = {"FINISHED": 60.0, "FAILED": 60.0, "KILLED": 2.0}
 """How long it waits at most; after a signal the command has to be gone within seconds."""
+SERVER_QUIET_SECONDS = 5.0
+SERVER_PATIENCE_SECONDS = 10.0
+"""The same for a server, which may be slow or far away, and is not waited for as the workspace's own database is."""
 RETRY_SECONDS = 30.0
 PAUSE_RATIO = 9.0
 """Rest after a sync, in its own durations: the mirror takes at most a tenth of one core."""
@@ -93,7 +96,7 @@ class Record(BaseModel):
     """`mlflow.json`: which MLflow run mirrors this run, and what of it is there already.
 
     `key` is a tag of the MLflow run: it finds that run again after a kill between its creation and this
-    note. `status` is the one MLflow has, `wanted` the one it should have.
+    note. `status` is the one MLflow has, `wanted` the one it should have, `refused` the params that it would not take.
     """
 
     key: str
@@ -103,6 +106,7 @@ class Record(BaseModel):
     status: Status | None = None
     run_id: str | None = None
     mirrored: dict[str, str] = {}
+    refused: list[str] = []
     datasets: list[str] = []
     artifacts: dict[str, str] = {}
 
@@ -201,12 +205,29 @@ def pending(run_folder: Path) -> int:
     return sum(known.get(step.name) != step.mark for step in done_steps(run_folder))
 
 
+def waiting(run_folder: Path) -> list[str]:
+    """What MLflow does not have yet, in sentences."""
+    record, count = read_record(run_folder), pending(run_folder)
+    found = []
+    if count:
+        found.append(f"{count} steps are not in MLflow yet: the next run mirrors them")
+    elif record is not None and record.status != record.wanted:
+        found.append(
+            f"MLflow shows this run as {record.status}, not as {record.wanted}: the next run tells it"
+        )
+    if record is not None and record.refused:
+        names = ", ".join(record.refused)
+        found.append(f"MLflow refused the params {names}: the next run tries again")
+    return found
+
+
 def is_finished(request: Request) -> bool:
     """Whether MLflow has all of the run and shows it as finished, by the notes of when it was told."""
     record = read_record(request.run)
     if record is None or not record.status == record.wanted == "FINISHED" or record.run_id is None:
         return False
-    if record != _record_of(request, _recipe_of(request.run)["name"]):  # it is to be elsewhere now
+    is_elsewhere = record != _record_of(request, _recipe_of(request.run)["name"])
+    if is_elsewhere or record.refused:  # params that are refused once may be taken later
         return False
     if record.uri is None and not (request.workspace / DATABASE).exists():
         return False
@@ -214,7 +235,7 @@ def is_finished(request: Request) -> bool:
     if any(record.mirrored.get(step.name) != step.mark for step in steps):
         return False
     for name, path, _entry in _artifacts(request.run, steps):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
             if record.artifacts.get(name) != _text_digest(path.read_text(encoding="utf-8")):
                 return False
     return True
@@ -334,7 +355,7 @@ class Synchronizer:
                 if order.tracking.uri is None:
                     with _beating(report):
                         _make_database(order.workspace.resolve())
-                mirrored = _MirroredRun(order)
+                mirrored = _MirroredRun(order, lambda: report.event(mirror="answered"))
                 report.event(mirror="opened")
             count = mirrored.follow(order.status, report)
         except mlflow.MlflowException as error:
@@ -348,7 +369,8 @@ class Synchronizer:
 class _MirroredRun:
     """One run and its MLflow run, open."""
 
-    def __init__(self, order: Request) -> None:
+    def __init__(self, order: Request, answered: Callable[[], None]) -> None:
+        self._answered = answered
         self.workspace = order.workspace.resolve()
         self.folder = order.run
         self.recipe = _recipe_of(self.folder)
@@ -397,12 +419,14 @@ class _MirroredRun:
         if run is None:
             self.record = record = Record(**record.model_dump(include={"key", "uri", "experiment", "wanted"}))
             experiment = self._experiment()
+            self._answered()
             run = self._searched(experiment) or self.client.create_run(
                 experiment, start_time=self._began(), tags=self._tags(), run_name=self.folder.name
             )
             record.run_id = run.info.run_id
         record.status = run.info.status
         self._save()
+        self._answered()
         return run
 
     def _recorded(self) -> Run | None:
@@ -449,12 +473,28 @@ class _MirroredRun:
         entities = _mlflow().entities
         leaves = {key: self._safe(value) for key, value in flatten(self.recipe)}
         new = [entities.Param(key, value) for key, value in leaves.items() if key not in run.data.params]
-        for start in range(0, len(new), MAX_PARAMS):
-            self.client.log_batch(self.run_id, params=new[start : start + MAX_PARAMS])
+        refused = [
+            param.key
+            for start in range(0, len(new), MAX_PARAMS)
+            for param in self._refused(new[start : start + MAX_PARAMS])
+        ]
+        self.record.refused = refused
         changed = {key: value for key, value in self._tags().items() if run.data.tags.get(key) != value}
         self.client.log_batch(
             self.record.run_id, tags=[entities.RunTag(key, value) for key, value in changed.items()]
         )
+
+    def _refused(self, params: Sequence[Param]) -> list[Param]:
+        """Logs params together, or where MLflow refuses them one by one; returns those that it will not take."""
+        try:
+            self.client.log_batch(self.run_id, params=params)
+        except _mlflow().MlflowException as error:
+            if error.error_code not in REFUSALS:
+                raise
+            return [*params] if len(params) == 1 else [p for each in params for p in self._refused([each])]
+        finally:
+            self._answered()
+        return []
 
     def _tags(self) -> dict[str, str]:
         environment = json.loads((self.folder / "environment.json").read_bytes())
@@ -643,7 +683,10 @@ class MlflowMirror:
         self._final: Status = "RUNNING"
         self._deadline = float("inf")
         self._quiet_since = 0.0
+        self._finish_since = 0.0
+        self._is_over = False
         self._is_loaded = False
+        self._is_server = request.tracking.uri is not None
         self._is_nudged = False
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
@@ -660,6 +703,7 @@ class MlflowMirror:
         """
         self._final = Request.model_validate({**self._request.model_dump(), "status": status}).status
         self._quiet_since = time.monotonic()
+        self._finish_since = self._quiet_since
         self._deadline = self._quiet_since + PATIENCE_SECONDS[self._final]
         self._ending.set()
         self._wake.set()
@@ -685,7 +729,7 @@ class MlflowMirror:
                 delivered = self._attempt(self._mirror)
                 pause = min(RETRY_SECONDS, PAUSE_RATIO * (time.monotonic() - start))
                 self._ending.wait(pause if delivered else RETRY_SECONDS)
-        delivered = self._attempt(self._mirror)
+        delivered = not self._is_over and self._attempt(self._mirror)
         self._worker.kill()
         if not delivered:
             self._attempt(self._note_wanted)
@@ -702,8 +746,9 @@ class MlflowMirror:
         try:
             action()
         except Exception as error:
-            self._worker.kill()
-            self._is_loaded = False
+            if not isinstance(error, KdpipeError) or isinstance(error, StepError):
+                self._worker.kill()  # it hangs, or is gone; one that was refused an answer can be asked again
+                self._is_loaded = False
             self.error = str(error)
             with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as log:
                 log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} not mirrored: {error}\n")
@@ -730,12 +775,18 @@ class MlflowMirror:
         self._worker.call(request.model_dump(mode="json"), on_event=self._progress, tick=self._check_time)
 
     def _progress(self, _event: Message) -> None:
-        self._is_loaded = True
         self._quiet_since = time.monotonic()
+        if not self._is_loaded:
+            self._is_loaded, self._finish_since = True, self._quiet_since
 
     def _check_time(self) -> None:
-        patience = QUIET_SECONDS if self._is_loaded else math.inf
-        if self._ending.is_set() and time.monotonic() > min(self._deadline, self._quiet_since + patience):
+        limits = [self._deadline]
+        if self._is_loaded:
+            limits.append(self._quiet_since + (SERVER_QUIET_SECONDS if self._is_server else QUIET_SECONDS))
+        if self._is_loaded and self._is_server:
+            limits.append(self._finish_since + SERVER_PATIENCE_SECONDS)
+        if self._ending.is_set() and time.monotonic() > min(limits):
+            self._is_over = True
             raise TimeoutError(f"MLflow did not answer in time; {pending(self._request.run)} steps are left")
 
 

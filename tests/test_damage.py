@@ -7,6 +7,7 @@ of the students, stopped between two optimizer steps.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -19,12 +20,17 @@ from typing import Any, Literal
 import pytest
 from typer.testing import CliRunner
 
+import kdpipe.plan
+from kdpipe import tracking
 from kdpipe.cli import app
 from kdpipe.errors import ArtifactError, Interrupted
 from kdpipe.housekeeping import verify
 from kdpipe.project import Project, headrooms, open_project, round_metrics
 from kdpipe.samples import Choice, choose_samples
+from kdpipe.seals import digest_of, sealed
+from kdpipe.signatures import require_same
 from kdpipe.store import Entry
+from kdpipe.tracking import done_steps
 from tests.worlds import Watcher, leftovers, load_tiny, run_near, write_recipe
 
 Damage = Literal["cut", "emptied", "flipped", "replaced", "removed"]
@@ -409,3 +415,145 @@ def test_a_damaged_fingerprint_file_is_written_again(world: World) -> None:
     damages = [*DAMAGES, *DAMAGES]
     for kind, damage in zip(MENDED, damages, strict=False):
         check_mended(world, kind, damage)
+
+
+# -------------------------------------------------------------------------- files of the run and workspace
+
+
+@pytest.mark.parametrize("damage", ["emptied", "flipped", "removed"])
+def test_files_of_a_run_that_no_result_depends_on_disturb_nothing(
+    world: World, ended: dict[str, dict[str, str | None]], damage: Damage
+) -> None:
+    """All of them at once: the run goes on to the same digests, and writes its recipe, environment and links anew."""
+    for kind, row in PROMISES.items():
+        if isinstance(row, Rewritten) and kind != "runs/link":
+            do_damage(world.file(kind), damage, world)
+    link = world.file("runs/link")
+    link.unlink()
+    if damage == "flipped":  # for a link: one that leads elsewhere
+        link.symlink_to(os.path.relpath(world.entry("train@2").folder, link.parent))
+    log = world.file("runs/events.jsonl")
+    log.write_bytes(b"" if damage == "emptied" else log.read_bytes()[:-9] + b'\xff\n5\n[]\n{"time": "x"}\n')
+    assert named(world.project()) == {}
+    world.run()
+    assert world.digests() == ended["whole"]
+    run = world.project().run
+    assert link.resolve() == world.entry("train@1").folder.resolve()
+    assert run.recipe() == world.project().recipe
+    assert json.loads((run.path / "environment.json").read_text())["python"]
+
+
+def test_a_step_linked_in_the_place_of_another_is_not_mirrored_for_it(world: World) -> None:
+    run = world.project().run
+    link = run.path / "round-001" / "train"
+    link.unlink()
+    link.symlink_to(os.path.relpath(world.entry("train@2").folder, link.parent))
+    names = [step.name for step in done_steps(run.path)]
+    assert "round-001/train" not in names
+    assert "round-002/train" in names
+
+
+def test_metrics_that_are_damaged_are_not_mirrored(world: World) -> None:
+    do_damage(world.file("train/metrics.jsonl"), "flipped", world)
+    [step] = [step for step in done_steps(world.project().run.path) if step.name == "round-002/train"]
+    with pytest.raises(ArtifactError, match=r"metrics\.jsonl: sha256"):
+        step.entry.metrics()
+    whole, damage = tracking._whole([step])
+    assert (whole, damage is not None) == ([], True)
+
+
+PINS = sealed("memory of hub pins", {"someone/student@main": "0" * 40})
+FILES: dict[str, tuple[str, bytes | None, str]] = {
+    "cut": ("pins.json", json.dumps(PINS).encode()[:-20], "damaged"),
+    "emptied": ("pins.json", b"", "damaged"),
+    "flipped": ("pins.json", json.dumps(PINS).replace("0000", "0010", 1).encode(), "its own sha256"),
+    "another file": (
+        "pins.json",
+        json.dumps(sealed("memory of file digests", {})).encode(),
+        "its own sha256",
+    ),
+    "an older format": ("pins.json", json.dumps({"someone/student@main": "0" * 40}).encode(), "format None"),
+    "a newer format": (
+        "pins.json",
+        json.dumps({**PINS, "format": 2}).encode(),
+        "format 2, .* reads format 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_damaged_pins_are_refused_and_not_taken_for_no_pins(world: World, case: str) -> None:
+    """Taken for none, the next run would train on whatever the hub has by then."""
+    name, data, reason = FILES[case]
+    assert data is not None
+    (world.workspace / name).write_bytes(data)
+    with pytest.raises(ArtifactError, match=rf"pins\.json: .*{reason}") as caught:
+        world.run()
+    assert caught.value.exit_code == 5
+    assert "put back a copy" in caught.value.hint
+    (world.workspace / name).unlink()
+    assert named(world.project()) == {}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_memory_of_digests_is_made_again(tmp_path: Path, damage: Damage, stopped: World) -> None:
+    """It only saves reading files: a flipped bit in it must not make another model of the same files."""
+    folder, workspace = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(stopped.entry("sft:student@0").folder / "model", folder)
+    loaded = load_tiny(tmp_path, student={"model": str(folder), "dtype": "float32"})
+    before = open_project(loaded, workspace).plan
+    path = workspace / "digests.json"
+    whole = path.read_bytes()
+    do_damage(path, damage, stopped)
+    assert open_project(loaded, workspace).plan == before
+    assert path.read_bytes() == whole
+
+
+def test_a_damaged_memory_of_servers_is_refused(tmp_path: Path) -> None:
+    require_same(tmp_path, "digest", who="teacher", scores=[-1.0, -2.0])
+    path = tmp_path / "servers.json"
+    path.write_text(path.read_text().replace("-2.0", "-3.0"))
+    with pytest.raises(ArtifactError, match=r"servers\.json: damaged") as caught:
+        require_same(tmp_path, "digest", who="teacher", scores=[-1.0, -2.0])
+    assert "put back a copy" in caught.value.hint
+    path.unlink()
+    require_same(tmp_path, "digest", who="teacher", scores=[-1.0, -2.0])
+
+
+# --------------------------------------------------------------------------------------- other versions
+
+
+def resealed(path: Path, **changes: Any) -> None:
+    """Changes a manifest or a seal, and its own sha256 with it."""
+    document = {**json.loads(path.read_text()), **changes}
+    document.pop("self_sha256")
+    path.write_text(json.dumps({**document, "self_sha256": digest_of(document)}))
+
+
+@pytest.mark.parametrize("number", [0, 2, "1"])
+def test_a_manifest_of_another_format_is_refused_with_a_sentence(world: World, number: Any) -> None:
+    resealed(world.file("rollout/manifest.json"), format=number)
+    with pytest.raises(ArtifactError, match=f"format {number}, and this kdpipe reads format 1") as caught:
+        world.run()
+    assert (caught.value.exit_code, "--workspace" in caught.value.hint) == (5, True)
+
+
+def test_a_checkpoint_of_another_format_is_named_and_not_gone_on_from(
+    world: World, ended: dict[str, dict[str, str | None]]
+) -> None:
+    resealed(world.file("train/checkpoints/step-N/seal.json"), format=2)
+    found = named(world.project("top-k"))["train@2"]
+    assert "a finished piece of format 2, and this kdpipe reads format 1" in found
+    world.run("top-k")
+    assert world.digests("top-k") == ended["top-k"]
+
+
+def test_state_of_another_version_of_a_stage_is_stale_and_plan_says_so(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer's state, or anything else that a stage leaves, is behind a fingerprint that holds its format."""
+    monkeypatch.setitem(kdpipe.plan.FORMATS, "train", kdpipe.plan.FORMATS["train"] + 1)
+    states = {state.step.id: state for state in world.project().survey()}
+    assert (states["train@1"].verdict, states["train@1"].why) == ("stale", "format: 2 -> 3")
+    assert states["rollout@1"].done
+    assert not states["rollout@2"].done

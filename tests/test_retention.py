@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+import kdpipe.store
+from kdpipe.cli import app
+from kdpipe.housekeeping import garbage
 from kdpipe.plan import Step
+from kdpipe.project import Project, open_project
 from kdpipe.runs import RunFolder, droppable, retained
 from kdpipe.seals import digest_of
 from kdpipe.store import Draft, Store, linked_entry
-from tests.worlds import load_tiny
+from tests.worlds import Watcher, load_tiny, payload_digests, run_near
 
 KINDS = ("model", "trainer")
 UNFINISHED = "unfinished"
@@ -179,3 +185,134 @@ def test_nothing_that_a_run_goes_on_from_is_ever_dropped(
         ]
         if all(count >= run.weights for run, count in newer):
             assert (number, "model") in dropped
+
+
+# ------------------------------------------------------------------------------------------ a real run
+
+SIZES: dict[str, Any] = {
+    "rounds": 4,
+    "rollout": {"prompts": 4, "samples": 2, "max_new_tokens": 8},
+    "task__train_problems": 32,
+    "task__test_problems": 4,
+    "evaluate": {"reverse_kl_problems": 2, "every": 4},
+    "train__minibatches": 2,
+    "student__sft": {"steps": 2, "batch": 4},
+    "runtime__keep": {"weights": 1, "optimizer": 1},
+}
+
+
+class Killed(BaseException):
+    """What stands in for SIGKILL: nothing of kdpipe catches it."""
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four rounds that keep the weights of one; evaluated after the last."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    run_near(load_tiny(folder, **SIZES), folder / "out")
+    return folder
+
+
+def opened(folder: Path) -> Project:
+    return open_project(load_tiny(folder, **SIZES), folder / "out")
+
+
+def dropped(folder: Path, number: int) -> set[str]:
+    project = opened(folder)
+    manifest = project.store.entry(project.plan.step(f"train@{number}")).manifest()
+    assert manifest is not None
+    return {path.partition("/")[0] for path in manifest.dropped}
+
+
+def test_a_dropped_student_is_trained_again_from_the_nearest_one_to_the_same_digest(
+    unbroken: Path, tmp_path: Path
+) -> None:
+    """Rounds 1 to 3 are dropped: an evaluation of the second has the first two trained again, from the cold start."""
+    folder = tmp_path / "copy"
+    shutil.copytree(unbroken, folder, symlinks=True)
+    assert [dropped(folder, number) for number in range(1, 5)] == [{"model", "trainer"}] * 3 + [set()]
+    before, watcher = payload_digests(folder / "out"), Watcher()
+    often = {**SIZES, "evaluate": {**SIZES["evaluate"], "every": 2}}
+    run_near(load_tiny(folder, **often), folder / "out", watcher=watcher, rounds=2)
+    assert watcher.performed == ["train@1", "train@2", "evaluate:student@2"]
+    after = payload_digests(folder / "out")
+    assert {step: after[step] for step in before} == before
+
+
+@pytest.mark.parametrize("moment", ["before the manifest says so", "before the files go"])
+def test_a_kill_while_weights_are_dropped_loses_none_that_count(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """At each drop of the run in turn, before and after its manifest is written: the newest student is always there."""
+    write, remove, drops = kdpipe.store.write_json, kdpipe.store._remove, list[str]()
+
+    def note(path: Path) -> None:
+        if len(drops) < 3 and str(path) not in drops:
+            drops.append(str(path))
+            raise Killed
+
+    def write_json(path: Path, value: Any) -> None:
+        if moment == "before the manifest says so" and path.name == "manifest.json" and value["dropped"]:
+            note(path)
+        write(path, value)
+
+    def removed(path: Path) -> None:
+        if (
+            moment == "before the files go"
+            and path.name == "model"
+            and (path.parent / "manifest.json").exists()
+        ):
+            note(path)
+        remove(path)
+
+    monkeypatch.setattr(kdpipe.store, "write_json", write_json)
+    monkeypatch.setattr(kdpipe.store, "_remove", removed)
+    for _ in range(20):
+        try:
+            run_near(load_tiny(tmp_path, **SIZES), tmp_path / "out")
+        except Killed:
+            require_newest_student(tmp_path)
+            continue
+        break
+    assert len(drops) == 3
+    assert payload_digests(tmp_path / "out") == payload_digests(unbroken / "out")
+    assert [dropped(tmp_path, number) for number in range(1, 5)] == [{"model", "trainer"}] * 3 + [set()]
+    for number in range(1, 4):
+        step = opened(tmp_path).plan.step(f"train@{number}")
+        assert not (opened(tmp_path).store.entry(step).folder / "model").exists()
+
+
+def require_newest_student(folder: Path) -> None:
+    """The last student that was trained is whole, with its optimizer."""
+    project = opened(folder)
+    done = [state.step for state in project.survey() if state.done and state.step.stage == "train"]
+    entry = project.store.entry(done[-1])
+    entry.opened("model", "trainer")
+    assert dropped(folder, done[-1].round) == set()
+
+
+def test_gc_says_and_removes_what_no_run_links_and_nothing_else(unbroken: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(unbroken, folder, symlinks=True)
+    other = {**SIZES, "name": "other", "train__optimizer": {"learning_rate": 2e-3}}
+    run_near(load_tiny(folder, **other), folder / "out", rounds=1)
+    workspace = folder / "out"
+    assert garbage(workspace) == []
+    [run] = [path for path in (workspace / "runs").iterdir() if path.name.startswith("other-")]
+    (run / "resolved.json").unlink()
+    assert garbage(workspace) == [], "a run that lost its recipe still has its links"
+    shutil.rmtree(run)
+    found = {item.folder for item in garbage(workspace)}
+    assert {path.parent.name for path in found} == {"train", "evaluate"} or {
+        path.parent.name for path in found
+    } == {"train"}
+    result = CliRunner().invoke(app, ["gc", "--workspace", str(workspace)])
+    assert (result.exit_code, all(path.exists() for path in found)) == (0, True), "it only says so"
+    assert all(path.name in result.stdout for path in found)
+    before = payload_digests(unbroken / "out")
+    assert CliRunner().invoke(app, ["gc", "--delete", "--workspace", str(workspace)]).exit_code == 0
+    assert not any(path.exists() for path in found)
+    assert payload_digests(workspace) == before
+    watcher = Watcher()
+    run_near(load_tiny(folder, **SIZES), workspace, watcher=watcher)
+    assert watcher.performed == []
