@@ -24,6 +24,7 @@ from kdpipe.store import METRICS, linked_entry, read_lines
 from kdpipe.tables import GRADES, read_rows
 
 BOOTSTRAP_SEED = 0
+HEADLINE = "task.headline"
 MAX_FIELDS = 4  # of a label
 SEEDLESS = ("name", "seed", "tracking", "runtime")
 
@@ -73,7 +74,17 @@ class Row:
 
 
 def compare(contenders: Sequence[Contender]) -> list[Row]:
-    """A row for each recipe, in the order given; runs that differ only in their seed are one row."""
+    """A row for each recipe, in the order given; runs that differ only in their seed are one row.
+
+    Raises DataError where answers are not graded by the same rule: such accuracies are not of one kind.
+    """
+    headlines = {one.settings.get(HEADLINE): one.run for one in contenders}
+    if len(headlines) > 1:
+        told = ", ".join(f"{run} by {headline}" for headline, run in headlines.items())
+        raise DataError(
+            f"accuracies of different headlines: {told}",
+            hint=f"run one of them again with --set {HEADLINE}=... of the other",
+        )
     groups: dict[tuple[tuple[str, str], ...], list[Contender]] = {}
     for one in contenders:
         groups.setdefault(tuple(sorted(one.settings.items())), []).append(one)

@@ -95,6 +95,10 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     notes = []
     if any(not row.is_paired for row in rows):
         notes.append("* other problems than the first row's: two independent groups, not pairs")
+    for field in ("evaluate.temperature", "evaluate.samples"):
+        found = {one.settings.get(field) for row in rows for one in row.contenders}
+        if len(found) > 1:
+            notes.append(f"{field} is not the same in all rows: part of a difference may be that")
     if any(len(row.contenders) > 1 for row in rows):
         notes.append("several seeds: mean, with the interval for other seeds and other problems")
     return notes

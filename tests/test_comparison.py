@@ -116,6 +116,17 @@ def test_one_problem_has_no_interval() -> None:
         pooled(np.array([[1.0], [0.0]]))
 
 
+def test_another_headline_is_refused_and_other_sampling_is_told() -> None:
+    from kdpipe.comparison_lines import text_lines
+
+    strict = contender([0, 1, 1], run="b", **{"task.headline": "strict"})
+    with pytest.raises(DataError, match="different headlines: a by flexible, b by strict"):
+        compare([contender([0, 1, 1], **{"task.headline": "flexible"}), strict])
+    warm, greedy = (contender([0, 1, 1], **{"evaluate.temperature": value}) for value in ("1.0", "0.0"))
+    assert any("evaluate.temperature is not the same" in line for line in text_lines(compare([greedy, warm])))
+    assert not any("not the same" in line for line in text_lines(compare([greedy, greedy])))
+
+
 def test_rows_are_called_by_the_fields_that_differ() -> None:
     labels = [row.label for row in compare([contender([0, 1], kd="rkl"), contender([1, 1], kd="k2")])]
     assert labels == ["kd=rkl", "kd=k2"]
