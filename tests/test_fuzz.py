@@ -1,6 +1,7 @@
 """Whatever a recipe, a data file, a completion, a server or a file of the store holds: an answer, or an error of ours.
 
-A few dozen examples of each; `pytest -m slow tests/test_fuzz.py`, or KDPIPE_FUZZ_EXAMPLES=3000, draws more, and others.
+A few dozen examples of each; `pytest -m slow tests/test_fuzz.py`, or KDPIPE_FUZZ_EXAMPLES=3000, draws
+more; with KDPIPE_FUZZ_RANDOM=1, others each time.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ from tests.nasty_texts import texts
 from tests.tiny_models import tiny_model
 from tests.worlds import tiny_recipe
 
-EXAMPLES = "KDPIPE_FUZZ_EXAMPLES"
+EXAMPLES, RANDOM = "KDPIPE_FUZZ_EXAMPLES", "KDPIPE_FUZZ_RANDOM"
 fuzzed = settings(
     max_examples=int(os.environ.get(EXAMPLES, "50")),
     deadline=None,
     database=None,
-    derandomize=EXAMPLES not in os.environ,
+    derandomize=RANDOM not in os.environ,  # the gate draws the same examples each time
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -555,7 +556,7 @@ def test_time_to_find_an_answer_grows_with_the_length_only(piece: str, end: str)
 
 
 @pytest.mark.slow
-def test_a_thousand_other_examples_of_each_find_nothing() -> None:
+def test_hundreds_of_examples_of_each_find_nothing() -> None:
     command = [
         sys.executable,
         "-m",
@@ -570,7 +571,7 @@ def test_a_thousand_other_examples_of_each_find_nothing() -> None:
         "test_any",
     ]
     result = subprocess.run(
-        command, check=False, env={**os.environ, EXAMPLES: "1000"}, capture_output=True, text=True
+        command, check=False, env={**os.environ, EXAMPLES: "250"}, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout[-8000:]
     assert "passed" in result.stdout
