@@ -211,6 +211,7 @@ def read_scores(path: Path) -> list[Scores]:
         schema = topk_schema("float16" if is_half else "float32")
     table = _read(path, schema if with_topk else SCORES, None)
     plain = table.select(["prompt_id", "sample", "teacher", "teacher_prompt_token_ids"]).to_pylist()
+    width = _width(table["topk_ids"]) if with_topk else 0
     scores = []
     for index, row in enumerate(plain):
         n = len(table["teacher_logprobs"][index])
@@ -219,8 +220,10 @@ def read_scores(path: Path) -> list[Scores]:
                 **row,
                 teacher_logprobs=_numpy(table["teacher_logprobs"][index], np.float32),
                 scorable=_numpy(table["scorable"][index], np.bool_),
-                topk_ids=_matrix(table["topk_ids"][index], n, np.int32) if with_topk else None,
-                topk_logprobs=_matrix(table["topk_logprobs"][index], n, np.float32) if with_topk else None,
+                topk_ids=_matrix(table["topk_ids"][index], n, width, np.int32) if with_topk else None,
+                topk_logprobs=_matrix(table["topk_logprobs"][index], n, width, np.float32)
+                if with_topk
+                else None,
                 tail_logprobs=_numpy(table["tail_logprobs"][index], np.float32) if with_topk else None,
             )
         )
@@ -246,9 +249,15 @@ def _numpy(scalar: pa.ListScalar, dtype: Any) -> npt.NDArray[Any]:
     return np.asarray(_flat(scalar.values), dtype=dtype)
 
 
-def _matrix(scalar: pa.ListScalar, n: int, dtype: Any) -> npt.NDArray[Any]:
+def _matrix(scalar: pa.ListScalar, n: int, width: int, dtype: Any) -> npt.NDArray[Any]:
     inner = scalar.values
-    return np.asarray(_flat(inner.flatten()), dtype=dtype).reshape(n, -1)
+    return np.asarray(_flat(inner.flatten()), dtype=dtype).reshape(n, width)
+
+
+def _width(column: pa.ChunkedArray) -> int:
+    """How many entries each token of a column of lists of lists has; an empty completion has none to tell by."""
+    tokens = (token for chunk in column.chunks for token in chunk.flatten())
+    return next((len(token) for token in tokens), 0)
 
 
 def merge(parts: Sequence[Path], path: Path, schema: pa.Schema) -> None:
