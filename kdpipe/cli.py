@@ -11,7 +11,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
@@ -29,8 +29,8 @@ from kdpipe.errors import (
 )
 
 if TYPE_CHECKING:
-    from kdpipe.arms import ArmName, ArmRun
-    from kdpipe.comparison import Contender
+    from kdpipe.arms import ArmRun
+    from kdpipe.comparison import Row
     from kdpipe.overview import Overview
     from kdpipe.project import Project
     from kdpipe.recipe import Recipe
@@ -209,32 +209,61 @@ def _sweep(
 ) -> None:
     from kdpipe.comparison import compare as rows_of
     from kdpipe.comparison import read_contender
-    from kdpipe.comparison_lines import comparison_json, text_lines
     from kdpipe.sweep import points
-    from kdpipe.terminal import inert
 
-    grid = [[*(overrides or ()), *point] for point in points(sweep)]
-    for point in grid:
-        _load(recipe, point)  # a mistake in the last one is told before the first one costs anything
+    grid = [(" ".join(point), [*(overrides or ()), *point]) for point in points(sweep)]
+    done, failed = _run_each(recipe, grid, workspace, request, as_json=as_json)
+    rows = rows_of([read_contender(folder) for folder in done.values()]) if done else []
+    _print_study(rows, failed, len(grid), markdown=False, as_json=as_json)
+
+
+def _run_each(
+    recipe: str, runs: "Sequence[tuple[str, list[str]]]", workspace: Path, request: Any, *, as_json: bool
+) -> "tuple[dict[int, RunFolder], list[str]]":
+    """Runs each of (name, overrides): the folders of those that ended, by their place, and the names of the others."""
+    for _, changes in runs:
+        _load(recipe, changes)  # a mistake in the last one is told before the first one costs anything
+    done: dict[int, RunFolder] = {}
     failed: list[str] = []
-    folders = []
-    for number, point in enumerate(grid, 1):
-        name = " ".join(point[len(overrides or ()) :])
-        print(f"\nsweep {number} of {len(grid)}: {inert(name)}", file=sys.stderr)  # noqa: T201
+    for number, (name, changes) in enumerate(runs):
+        _say(f"\n{number + 1} of {len(runs)}: {name}")
         try:
-            folders.append(_run(recipe, point, workspace, lambda _project: request, as_json=as_json).run)
+            done[number] = _run(recipe, changes, workspace, lambda _project: request, as_json=as_json).run
         except Interrupted:
             raise
         except KdpipeError as error:
             _print_error(error)
             failed.append(name)
-    rows = rows_of([read_contender(folder) for folder in folders]) if folders else []
+    return done, failed
+
+
+def _say(text: str) -> None:
+    from kdpipe.terminal import inert
+
+    print(inert(text), file=sys.stderr)  # noqa: T201
+
+
+def _print_study(
+    rows: "Sequence[Row]", failed: list[str], count: int, *, markdown: bool, as_json: bool
+) -> None:
+    """The comparison of the runs that ended; raises StepError where some failed."""
+    from kdpipe.comparison_lines import comparison_json
+
     if as_json:
         print(json.dumps({"event": "comparison", "rows": comparison_json(rows)}, sort_keys=True))  # noqa: T201
     elif rows:
-        print("\n" + "\n".join(map(inert, text_lines(rows))))  # noqa: T201
+        print()  # noqa: T201
+        _print_rows(rows, markdown=markdown)
     if failed:
-        raise StepError(f"{len(failed)} of {len(grid)} runs of the sweep failed: {'; '.join(failed)}")
+        raise StepError(f"{len(failed)} of {count} runs failed: {'; '.join(failed)}")
+
+
+def _print_rows(rows: "Sequence[Row]", *, markdown: bool) -> None:
+    from kdpipe.comparison_lines import markdown_lines, text_lines
+    from kdpipe.terminal import inert
+
+    lines = markdown_lines(rows) if markdown else text_lines(rows)
+    print("\n".join(map(inert, lines)))  # noqa: T201
 
 
 def _run(
@@ -600,16 +629,14 @@ def compare(
     """
     from kdpipe.comparison import compare as rows_of
     from kdpipe.comparison import read_contender
-    from kdpipe.comparison_lines import comparison_json, markdown_lines, text_lines
-    from kdpipe.terminal import inert
+    from kdpipe.comparison_lines import comparison_json
 
     folders = [_run_folder(run, overrides, workspace) for run in dict.fromkeys(runs)]
     rows = rows_of([read_contender(folder) for folder in folders])
     if as_json:
         _print_json(comparison_json(rows))
         return
-    lines = markdown_lines(rows) if markdown else text_lines(rows)
-    print("\n".join(map(inert, lines)))  # noqa: T201
+    _print_rows(rows, markdown=markdown)
 
 
 @app.command()
@@ -640,8 +667,6 @@ def arms(
 
     given = tuple(overrides or ())
     study = arm_runs(_load(recipe, list(given)).recipe, parse_arms(which), seeds=seeds)
-    for one in study:  # what is wrong with the last arm is told before the first one costs anything
-        _load(recipe, [*given, *one.overrides])
     if dry_run:
         _print_forecast(recipe, given, study, workspace, rounds=rounds, as_json=as_json)
     else:
@@ -700,39 +725,17 @@ def _run_arms(
 ) -> None:
     from kdpipe.arms import arm_rows
     from kdpipe.comparison import read_contender
-    from kdpipe.comparison_lines import comparison_json, markdown_lines, text_lines
     from kdpipe.runner import Request
-    from kdpipe.runs import run_folder
-    from kdpipe.terminal import inert
 
-    failed: list[str] = []
-    ended: list[tuple[ArmName, Contender]] = []
-    before: dict[int, Contender] = {}
-    for number, one in enumerate(study, 1):
-        name = f"{one.arm}, seed {one.seed}"
-        print(f"\n{number} of {len(study)}: {name}", file=sys.stderr)  # noqa: T201
-        changes = [*given, *one.overrides]
-        try:
-            _run(recipe, changes, workspace, lambda _project: Request(rounds=rounds), as_json=as_json)
-        except Interrupted:
-            raise
-        except KdpipeError as error:
-            _print_error(error)
-            failed.append(name)
-            continue
-        folder = run_folder(workspace.resolve(), _load(recipe, changes).recipe)
-        ended.append((one.arm, read_contender(folder)))
-        before.setdefault(one.seed, read_contender(folder, last_round=0))
+    runs = [(f"{one.arm}, seed {one.seed}", [*given, *one.overrides]) for one in study]
+    done, failed = _run_each(recipe, runs, workspace, Request(rounds=rounds), as_json=as_json)
+    ended = [(study[number].arm, read_contender(folder)) for number, folder in done.items()]
     order = list(dict.fromkeys(one.arm for one in study))
     ended.sort(key=lambda pair: order.index(pair[0]))
-    rows = arm_rows(ended, list(before.values())) if ended else []
-    if as_json:
-        print(json.dumps({"event": "comparison", "rows": comparison_json(rows)}, sort_keys=True))  # noqa: T201
-    elif rows:
-        lines = markdown_lines(rows) if markdown else text_lines(rows)
-        print("\n" + "\n".join(map(inert, lines)))  # noqa: T201
-    if failed:
-        raise StepError(f"{len(failed)} of {len(study)} runs failed: {'; '.join(failed)}")
+    first = {study[number].seed: folder for number, folder in reversed(done.items())}
+    before = [read_contender(folder, last_round=0) for _, folder in sorted(first.items())]
+    rows = arm_rows(ended, before) if ended else []
+    _print_study(rows, failed, len(runs), markdown=markdown, as_json=as_json)
 
 
 def _run_folder(run: str, overrides: list[str] | None, workspace: Path) -> "RunFolder":

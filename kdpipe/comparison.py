@@ -18,6 +18,7 @@ from kdpipe import statistics
 from kdpipe.errors import ArtifactError, DataError
 from kdpipe.plan import STUDENT
 from kdpipe.recipe import resolved
+from kdpipe.report.measures import cost_of
 from kdpipe.runs import RunFolder
 from kdpipe.statistics import Interval
 from kdpipe.store import METRICS, linked_entry, read_lines
@@ -252,7 +253,7 @@ def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contende
         if entry.manifest() is None:
             continue
         stage = str(document["stage"])
-        took, read = _cost(read_lines(entry.opened(METRICS) / METRICS))
+        took, read = cost_of(read_lines(entry.opened(METRICS) / METRICS))
         seconds[stage] = seconds.get(stage, 0.0) + took
         tokens[stage] = tokens.get(stage, 0.0) + read
         if link in evaluated:
@@ -278,15 +279,6 @@ def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contende
         seconds=seconds,
         tokens=tokens,
     )
-
-
-def _cost(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Seconds and tokens of a step, from its metrics."""
-    totals = {row["name"].partition("/")[0]: row["value"] for row in rows if row["optimizer_step"] is None}
-    seconds = float(totals.get("time", 0.0))
-    return seconds, float(
-        totals.get("speed", 0.0)
-    ) * seconds  # the rate was made by dividing through these seconds
 
 
 def _flat(value: Any, place: str = "") -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from kdpipe.duration import duration
 from kdpipe.plan import Step
 from kdpipe.runs import RunFolder
 from kdpipe.survey import State
@@ -76,7 +77,7 @@ class _Rate:
         finished = self.done - self.first_done
         if finished > 0 and self.done < self.total:
             left = seconds * (self.total - self.done) / finished
-            pieces.append(f"{_duration(left) if left >= 3600 else _roughly(left)} left")
+            pieces.append(f"{duration(left) if left >= 3600 else _roughly(left)} left")
         return ", ".join(pieces)
 
 
@@ -130,7 +131,7 @@ class Terminal:
         if result["reused"]:
             self._say(f"{step.id}: reused from another run")
         elif step.round == 0:
-            self._say(f"{step.id}: {_duration(result['seconds'])}")
+            self._say(f"{step.id}: {duration(result['seconds'])}")
 
     def round_ends(self, number: int, rounds: int, metrics: dict[str, float]) -> None:
         """Prints the round's line."""
@@ -255,7 +256,7 @@ def round_line(number: int, rounds: int, metrics: dict[str, float]) -> str:
     if (value := metrics.get("evaluate/accuracy")) is not None:
         pieces.append(f"accuracy {value:6.1%}")
     seconds = sum(value for name, value in metrics.items() if name.startswith("time/"))
-    pieces.append(_duration(seconds))
+    pieces.append(duration(seconds))
     return "  ".join(pieces)
 
 
@@ -318,14 +319,6 @@ def _interval(summary: dict[str, Any], value: str, low: str, high: str, spec: st
 
 def _roughly(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.0f} min"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def plan_lines(run: str, states: Sequence[State], *, horizon: str, paint: Paint) -> list[str]:

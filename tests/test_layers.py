@@ -33,6 +33,7 @@ LEVELS = {
     "yaml_source": 1,
     "recipe": 1.1,
     "recipe_words": 0,
+    "duration": 0,
     "sweep": 1.1,
     "recipe_reference": 1.2,
     "recipe_file": 1.2,

@@ -23,17 +23,9 @@ from kdpipe.project import Project, open_project, round_metrics
 from kdpipe.store import Entry
 from kdpipe.tables import COMPLETIONS, ROLLOUTS, read_rows
 from kdpipe.trainer import Trainer
-from tests.worlds import Watcher, load_tiny, run_near
+from tests.worlds import SMALLEST, Watcher, load_tiny, run_near
 
-SIZES: dict[str, Any] = {
-    "rounds": 1,
-    "rollout": {"prompts": 4, "samples": 2, "max_new_tokens": 8},
-    "task__train_problems": 32,
-    "task__test_problems": 4,
-    "evaluate": {"reverse_kl_problems": 2},
-    "train__minibatches": 2,
-    "student__sft": {"steps": 2, "batch": 4},
-}
+SIZES = SMALLEST | {"rounds": 1}
 WHOLE = {"kd": {"term": "jsd", "beta": 1.0, "support": "vocabulary"}}
 TOP_K = {"kd": {"term": "jsd", "beta": 1.0, "support": {"teacher_top_k": 8}}}
 GRPO = {"kind": "grpo"}

@@ -64,7 +64,7 @@ def test_a_sweep_runs_each_point_shares_what_it_can_and_compares(near: None, tmp
         "train.optimizer.learning_rate=0.001",
         "train.optimizer.learning_rate=0.01",
     ]
-    assert "sweep 2 of 2: train.optimizer.learning_rate=1e-2" in result.stderr
+    assert "2 of 2: train.optimizer.learning_rate=1e-2" in result.stderr
     again = CliRunner().invoke(app, [*args, "--json"])
     last = json.loads(again.stdout.splitlines()[-1])
     assert (last["event"], len(last["rows"])) == ("comparison", 2)
@@ -75,7 +75,7 @@ def test_a_point_that_fails_leaves_the_others_and_is_named_at_the_end(near: None
     place = ["--workspace", str(tmp_path / "out")]
     result = CliRunner().invoke(app, ["run", recipe, *place, "--sweep", "train.objective.kd=k1_loss,k2"])
     assert result.exit_code == 1
-    assert "1 of 2 runs of the sweep failed: train.objective.kd=k1_loss" in result.stderr
+    assert "1 of 2 runs failed: train.objective.kd=k1_loss" in result.stderr
     assert len(list((tmp_path / "out/store/train").iterdir())) == 1
 
 

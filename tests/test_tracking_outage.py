@@ -19,19 +19,11 @@ from kdpipe.project import Project, open_project
 from kdpipe.runner import Request, run
 from kdpipe.tracking import done_steps, metric_name, open_mirror, pending, unsettled
 from tests.tracker import Proxy, Server, free_port
-from tests.worlds import NearWorker, Watcher, load_tiny, write_recipe
+from tests.worlds import SMALLEST, NearWorker, Watcher, load_tiny, write_recipe
 
 pytestmark = pytest.mark.slow
 
-SIZES: dict[str, Any] = {
-    "rounds": 2,
-    "rollout": {"prompts": 4, "samples": 2, "max_new_tokens": 8},
-    "task__train_problems": 32,
-    "task__test_problems": 4,
-    "evaluate": {"reverse_kl_problems": 2},
-    "train__minibatches": 2,
-    "student__sft": {"steps": 2, "batch": 4},
-}
+SIZES = SMALLEST | {"rounds": 2}
 SMALL_SECONDS = tracking.SERVER_QUIET_SECONDS + 3
 """What a server that does not answer may cost a run: patience at its end, and the mirror's share of two cores."""
 

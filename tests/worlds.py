@@ -50,6 +50,16 @@ _TINY: dict[str, Any] = {
     },
 }
 
+SMALLEST: dict[str, Any] = {
+    "rollout": {"prompts": 4, "samples": 2, "max_new_tokens": 8},
+    "task__train_problems": 32,
+    "task__test_problems": 4,
+    "evaluate": {"reverse_kl_problems": 2},
+    "train__minibatches": 2,
+    "student__sft": {"steps": 2, "batch": 4},
+}
+"""Changes that make the recipe smaller still: one step of each kind has two of everything."""
+
 
 def tiny_recipe(**changes: Any) -> dict[str, Any]:
     """The recipe as a document; `a__b=value` replaces field a.b, a mapping value replaces all of a."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kdpipe.duration import duration
 from kdpipe.plan import Stage
 from kdpipe.report.figure import shares_svg
 from kdpipe.report.markup import Child, Html, element, joined, paragraph, section, table
@@ -62,15 +63,6 @@ def costs_section(measures: Measures) -> Html:
 def _keyed(name: str, style: int) -> Html:
     """A name after the colour that it has in the bar."""
     return joined([element("span", {"class": f"key s{style}"}, ""), name])
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def mismatch_section(measures: Measures) -> Html:

@@ -227,16 +227,7 @@ class Measures:
         ]
 
     def _took(self, step: Step) -> Cost:
-        seconds = tokens = rate = 0.0
-        for row in self.rows[step.id]:
-            if row["optimizer_step"] is not None:
-                continue
-            if row["name"].startswith("time/"):
-                seconds = row["value"]
-            elif row["name"].startswith("speed/"):
-                rate = row["value"]
-        tokens = rate * seconds  # the rate was made by dividing through these seconds
-        return Cost(step.stage, 1, seconds, tokens)
+        return Cost(step.stage, 1, *cost_of(self.rows[step.id]))
 
     def seconds_around(self) -> float | None:
         """Seconds that this run's steps took beside what the stages measured: loading, comparing digests, saving."""
@@ -281,3 +272,12 @@ def last(values: Values) -> float | None:
 def token_totals(costs: Sequence[Cost]) -> float:
     """Tokens of all stages together."""
     return sum(cost.tokens for cost in costs)
+
+
+def cost_of(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Seconds and tokens that a step took, from its metrics."""
+    found = {row["name"].partition("/")[0]: row["value"] for row in rows if row["optimizer_step"] is None}
+    seconds = float(found.get("time", 0.0))
+    return seconds, float(
+        found.get("speed", 0.0)
+    ) * seconds  # the rate was made by dividing through these seconds
