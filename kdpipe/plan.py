@@ -21,7 +21,7 @@ from kdpipe.recipe import Gsm8kTask, JsonlTask, Recipe, Sft, Student, Teacher, r
 Stage = Literal["sft", "rollout", "teacher-score", "train", "evaluate"]
 Fields = dict[str, JsonValue]
 
-FORMATS: dict[Stage, int] = {"sft": 1, "rollout": 1, "teacher-score": 2, "train": 2, "evaluate": 3}
+FORMATS: dict[Stage, int] = {"sft": 1, "rollout": 1, "teacher-score": 2, "train": 3, "evaluate": 3}
 STUDENT = "student"
 SERVER = "server"
 BASE = "base"  # the role of the model below the student's adapter, where a step made it

@@ -553,8 +553,12 @@ def test_state_of_another_version_of_a_stage_is_stale_and_plan_says_so(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A trainer's state, or anything else that a stage leaves, is behind a fingerprint that holds its format."""
-    monkeypatch.setitem(kdpipe.plan.FORMATS, "train", kdpipe.plan.FORMATS["train"] + 1)
+    number = kdpipe.plan.FORMATS["train"]
+    monkeypatch.setitem(kdpipe.plan.FORMATS, "train", number + 1)
     states = {state.step.id: state for state in world.project().survey()}
-    assert (states["train@1"].verdict, states["train@1"].why) == ("stale", "format: 2 -> 3")
+    assert (states["train@1"].verdict, states["train@1"].why) == (
+        "stale",
+        f"format: {number} -> {number + 1}",
+    )
     assert states["rollout@1"].done
     assert not states["rollout@2"].done
