@@ -52,7 +52,17 @@ class Step:
     @property
     def link_name(self) -> str:
         """The name of this step's link in its round's folder of the run."""
-        return f"{self.stage}-{self.subject}" if self.subject else self.stage
+        return link_name_of(self.stage, self.subject)
+
+
+def step_id_of(stage: str, subject: str | None, number: int) -> str:
+    """What a step is called: `rollout@3`, `evaluate:student@3`."""
+    return f"{stage}:{subject}@{number}" if subject else f"{stage}@{number}"
+
+
+def link_name_of(stage: str, subject: str | None) -> str:
+    """What a run calls its link to a step's entry: `rollout`, `evaluate-student`."""
+    return f"{stage}-{subject}" if subject else stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,7 +468,7 @@ class _Planner:
     def _add(
         self, stage: Stage, number: int, subject: str, seed: int, fields: Fields, inputs: dict[str, Input]
     ) -> None:
-        step_id = f"{stage}:{subject}@{number}" if subject else f"{stage}@{number}"
+        step_id = step_id_of(stage, subject, number)
         document: Fields = {
             "stage": stage,
             "format": FORMATS[stage],

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import JsonValue
 
 from kdpipe.errors import ArtifactError, KdpipeError, LockError, machine_fault
-from kdpipe.plan import Step, canonical
+from kdpipe.plan import Step, canonical, step_id_of
 from kdpipe.seals import digest_of, sealed, unsealed
 
 if TYPE_CHECKING:
@@ -392,7 +392,7 @@ def linked_entry(folder: Path) -> tuple[Entry, dict[str, Any]]:
     """The entry in `folder`, and its fingerprint document; raises ArtifactError when that is damaged."""
     document = read_document(folder)
     stage, subject, number = (document.get(name) for name in ("stage", "subject", "round"))
-    step_id = f"{stage}:{subject}@{number}" if subject else f"{stage}@{number}"
+    step_id = step_id_of(f"{stage}", subject, -1 if number is None else number)
     return Entry(folder, step_id, document[FINGERPRINT_KEY]), document
 
 

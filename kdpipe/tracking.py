@@ -33,7 +33,7 @@ from filelock import FileLock
 from pydantic import BaseModel, JsonValue, ValidationError
 
 from kdpipe.errors import ArtifactError, KdpipeError, StepError
-from kdpipe.plan import STUDENT, canonical
+from kdpipe.plan import STUDENT, canonical, link_name_of
 from kdpipe.project import headroom_of
 from kdpipe.recipe import Tracking
 from kdpipe.runs import RunFolder, all_runs
@@ -171,7 +171,8 @@ def done_steps(run_folder: Path) -> Iterator[DoneStep]:
         with contextlib.suppress(ArtifactError):  # such a step is not done
             entry, document = linked_entry(link.target)
             manifest = entry.manifest()
-            is_own = (link_name_of(document), document.get("round")) == (link.name, link.round)
+            name = link_name_of(f"{document.get('stage')}", document.get("subject"))
+            is_own = (name, document.get("round")) == (link.name, link.round)
             if manifest is not None and is_own:
                 finished = manifest.provenance["finished"]
                 assert isinstance(finished, int | float)
@@ -189,12 +190,6 @@ def _whole(steps: Iterable[DoneStep]) -> tuple[list[DoneStep], ArtifactError | N
         else:
             whole.append(step)
     return whole, damage
-
-
-def link_name_of(document: Mapping[str, Any]) -> str:
-    """What a run calls its link to the entry of this fingerprint document."""
-    stage, subject = document.get("stage"), document.get("subject")
-    return f"{stage}-{subject}" if subject else f"{stage}"
 
 
 def pending(run_folder: Path) -> int:
