@@ -895,6 +895,10 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to write it; else into the run's folder.")
     ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RUN", help="Hold it against this run, as `compare` does; repeatable."),
+    ] = None,
     overrides: SetOption = None,
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
@@ -913,7 +917,8 @@ def report(
         raise RecipeError(f"{project.run.name}: nothing was run yet", hint=f"kdpipe run {recipe}")
     if path.is_dir():
         raise RecipeError(f"{path}: is a folder", hint=f"name the file: -o {path / 'report.html'}")
-    size = write_report(project, path, commands=_commands_again(recipe, overrides, workspace))
+    others = [_run_folder(run, None, workspace) for run in dict.fromkeys(against or ())]
+    size = write_report(project, path, commands=_commands_again(recipe, overrides, workspace), others=others)
     if as_json:
         _print_json({"report": str(path), "bytes": size})
     else:
