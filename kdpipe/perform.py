@@ -26,11 +26,10 @@ from kdpipe.checkpoints import (
     open_model,
     read_trainer,
     require_targets,
-    resolve_device,
-    resolve_dtype,
     scratch_model,
     write_model,
 )
+from kdpipe.devices import resolve_device, resolve_dtype
 from kdpipe.doctor import examine, sizes
 from kdpipe.doctor_case import Case
 from kdpipe.doctor_case import Model as Patient
