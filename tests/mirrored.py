@@ -6,6 +6,7 @@ import sqlite3
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kdpipe.plan import Identities, Step, make_plan
 from kdpipe.recipe import Tracking
@@ -28,7 +29,12 @@ T0 = 1_700_000_000.25
 """When the first made-up step finished."""
 
 
-HEADROOM = {
+SUMMARY = {
+    "accuracy": 0.5,
+    "accuracy_low": 0.43,
+    "accuracy_high": 0.57,
+    "truncated_fraction": 0.0,
+    "samples": 1,
     "problems": 200,
     "accuracy_change": 0.125,
     "accuracy_change_low": 0.03,
@@ -53,15 +59,18 @@ class World:
     def steps(self) -> dict[str, Step]:
         return {step.id: step for step in make_plan(self.loaded.recipe, Identities({}, {})).steps}
 
-    def finish(self, step_id: str, *rows: tuple[str, float, int | None], after: float = 0.0) -> None:
-        """Commits and links `step_id` with these metrics, `after` seconds from T0."""
+    def finish(
+        self, step_id: str, *rows: tuple[str, float, int | None], after: float = 0.0, **summary: Any
+    ) -> None:
+        """Commits and links `step_id` with these metrics, `after` seconds from T0; `summary` is an evaluation's."""
         step = self.steps[step_id]
         entry = Store(self.workspace).entry(step)
         draft = Draft(entry, step, note=lambda _kind, _fields: None)
         for name, value, optimizer_step in rows:
             draft.metric(name, value, optimizer_step=optimizer_step)
         if step.stage == "evaluate":
-            draft.write_json("summary.json", {"accuracy": 0.5, "step": step_id, **HEADROOM})
+            whose = {"model": step.subject, "round": step.round}
+            draft.write_json("summary.json", {**SUMMARY, **whose, **summary})
         draft.commit(inputs={}, provenance={"finished": T0 + after})
         self.run.link(step, entry)
 
@@ -93,6 +102,9 @@ class World:
     def query(self, sql: str) -> list[tuple]:
         with closing(sqlite3.connect(self.workspace / "mlflow.db")) as connection:
             return connection.execute(sql).fetchall()
+
+    def tags(self) -> dict[str, str]:
+        return dict(self.query("select key, value from tags"))
 
     def metrics(self) -> list[tuple[str, int, float]]:
         return sorted(self.query("select key, step, value from metrics"))

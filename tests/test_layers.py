@@ -137,6 +137,7 @@ LEVELS = {
     "tracking.page": 5.2,
     "tracking.standing": 5.2,
     "tracking.mlflow_run": 5.2,
+    "tracking.findings": 5.2,
     "tracking.mirror": 5.3,
     "tracking.synchronizer": 5.3,
     "tracking": 5.4,

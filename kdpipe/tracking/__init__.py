@@ -16,6 +16,5 @@ from __future__ import annotations
 from kdpipe.tracking.mirror import open_mirror, settle
 from kdpipe.tracking.page import serve_ui
 from kdpipe.tracking.standing import pending, waiting
-from kdpipe.tracking.synchronizer import serve
 
-__all__ = ["open_mirror", "pending", "serve", "serve_ui", "settle", "waiting"]
+__all__ = ["open_mirror", "pending", "serve_ui", "settle", "waiting"]

@@ -206,4 +206,4 @@ def settle(workspace: Path, *, seconds: float = 30.0) -> list[str]:
 
 
 def _worker(log: Path) -> Worker:
-    return Worker("kdpipe.tracking:serve", log=log, environment=ENVIRONMENT)
+    return Worker("kdpipe.tracking.synchronizer:serve", log=log, environment=ENVIRONMENT)

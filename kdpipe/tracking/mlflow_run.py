@@ -17,11 +17,15 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run,
 
 from kdpipe.errors import KdpipeError
 from kdpipe.store import write_durably
-from kdpipe.tracking.contents import MAX_METRICS, MetricRow
+from kdpipe.tracking.contents import MAX_METRICS, MetricRow, text_digest
 from kdpipe.tracking.record import ARTIFACTS, DATABASE, Record, Status, database_uri
 from kdpipe.workers import Report
 
 MAX_PARAMS = 100  # or tags, in one batch
+NOTE, NOTE_DIGEST = (
+    "mlflow.note.content",
+    "kdpipe.note",
+)  # the run's description on the page, and of the last of ours
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
@@ -124,6 +128,13 @@ class MlflowRun:
         for start in range(0, len(entities), MAX_PARAMS):
             self._client.log_batch(self.id, tags=entities[start : start + MAX_PARAMS])
         self._tags |= changed
+
+    def set_note(self, text: str) -> None:
+        """Makes `text` the run's description, unless a user has written another one."""
+        tags = self._client.get_run(self.id).data.tags
+        if tags.get(NOTE) and tags.get(NOTE_DIGEST) != text_digest(tags[NOTE]):
+            return
+        self._client.log_batch(self.id, tags=[RunTag(NOTE, text), RunTag(NOTE_DIGEST, text_digest(text))])
 
     def log_params(self, params: Mapping[str, str]) -> list[str]:
         """Logs those that are not there yet (a changed one would raise); returns the names that MLflow refuses."""

@@ -9,11 +9,9 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kdpipe.errors import ArtifactError
-from kdpipe.plan import STUDENT
-from kdpipe.project import headroom_of
 from kdpipe.recipe import Tracking
 from kdpipe.runs import RunFolder
 from kdpipe.store import is_running
@@ -32,6 +30,8 @@ from kdpipe.tracking.contents import (
     text_digest,
     whole_steps,
 )
+from kdpipe.tracking.findings import Findings
+from kdpipe.tracking.mlflow_run import Card, MlflowRun, answering, beating, make_database
 from kdpipe.tracking.record import (
     DATABASE,
     Request,
@@ -42,9 +42,6 @@ from kdpipe.tracking.record import (
     write_record,
 )
 from kdpipe.workers import Message, Report
-
-if TYPE_CHECKING:
-    from kdpipe.tracking.mlflow_run import MlflowRun
 
 
 def serve() -> Synchronizer:
@@ -62,8 +59,6 @@ class Synchronizer:
     def __call__(self, request: Message, report: Report) -> Message:
         """Mirrors one run (see `Request`); raises KdpipeError when MLflow refuses or does not answer."""
         order = Request.model_validate(request)
-        from kdpipe.tracking.mlflow_run import answering, beating, make_database
-
         report.event(mirror="loaded")
         uri = order.tracking.uri
         mirrored = self._open.pop(order.run, None)  # back in its place only if all goes well
@@ -83,15 +78,13 @@ class _MirroredRun:
     """One run and its MLflow run, open."""
 
     def __init__(self, order: Request, answered: Callable[[], None]) -> None:
-        from kdpipe.tracking.mlflow_run import Card, MlflowRun
-
         self.folder = order.run
         self.recipe = recipe_of(self.folder)
         self.tracking = order.tracking
         self.record = record_of(order, self.recipe["name"])
         self._save()  # the key is durable before the MLflow run exists
         card = Card(self.folder.name, "kdpipe.run", self._began(), self._tags())
-        self.run: MlflowRun = MlflowRun(order.workspace.resolve(), self.record, card, answered=answered)
+        self.run = MlflowRun(order.workspace.resolve(), self.record, card, answered=answered)
         self.record = self.run.record
         self._save()
         answered()
@@ -111,7 +104,8 @@ class _MirroredRun:
             self._save()
         steps = list(done_steps(self.folder))
         new, damage = whole_steps(step for step in steps if record.mirrored.get(step.name) != step.mark)
-        self._tag_headroom(new)
+        if any(step.document["stage"] == "evaluate" for step in new):
+            self._tell_findings(steps)
         count = self._log_metrics(new)
         self._log_data_sets(steps)
         self.run.set_status(status, self._ended)
@@ -135,6 +129,8 @@ class _MirroredRun:
         tags = {
             "kdpipe.run": self.folder.name,
             "kdpipe.key": self.record.key,
+            "task": self.recipe["task"]["kind"],
+            "objective": self.recipe["train"]["objective"]["kind"],
             "student": _model(self.recipe["student"]),
             "teacher": _teachers(self.recipe["teachers"]),
             "mlflow.source.name": "kdpipe",
@@ -147,17 +143,17 @@ class _MirroredRun:
             tags["mlflow.user"] = getpass.getuser()
         return {key: shortened(value) for key, value in tags.items()}
 
-    def _tag_headroom(self, steps: Sequence[DoneStep]) -> None:
-        """Tags the run with how much better than student 0 each teacher is, as soon as that was measured."""
+    def _tell_findings(self, steps: Sequence[DoneStep]) -> None:
+        """Tags the run with what its evaluations came to, and says it in its description."""
+        summaries = []
         for step in steps:
-            stage, subject = step.document["stage"], step.document["subject"]
-            if stage != "evaluate" or subject == STUDENT:
-                continue
-            teachers = {teacher.name: teacher for teacher in RunFolder(self.folder).recipe().teachers}
-            summary = step.entry.read_json(SUMMARY)
-            text = headroom_of(teachers[subject], summary).sentence()
-            name = "headroom" if len(teachers) == 1 else f"headroom.{subject}"
-            self.run.set_tags({name: shortened(text)})
+            if step.document["stage"] == "evaluate":
+                with contextlib.suppress(ArtifactError):
+                    step.entry.opened(SUMMARY)
+                    summaries.append(step.entry.read_json(SUMMARY))
+        findings, recipe = Findings.of(summaries), RunFolder(self.folder).recipe()
+        self.run.set_tags({name: shortened(text) for name, text in findings.tags(recipe).items()})
+        self.run.set_note(findings.note(recipe))
 
     def _log_metrics(self, steps: Sequence[DoneStep]) -> int:
         """Logs the steps' metrics, and marks steps as their last batch is through."""
