@@ -13,35 +13,28 @@ import pytest
 from typer.testing import CliRunner
 
 import kdpipe.runner
-from kdpipe import tracking
 from kdpipe.cli import app
 from kdpipe.project import Project, open_project
 from kdpipe.runner import Request, run
-from kdpipe.tracking import done_steps, metric_name, open_mirror, pending, unsettled
+from kdpipe.tracking.contents import done_steps, metric_name
+from kdpipe.tracking.mirror import LOG, SERVER_QUIET_SECONDS, open_mirror
+from kdpipe.tracking.standing import pending, unsettled
 from tests.tracker import Proxy, Server, free_port
 from tests.worlds import SMALLEST, NearWorker, Watcher, load_tiny, write_recipe
 
 pytestmark = pytest.mark.slow
 
 SIZES = SMALLEST | {"rounds": 2}
-SMALL_SECONDS = tracking.SERVER_QUIET_SECONDS + 3
+SMALL_SECONDS = SERVER_QUIET_SECONDS + 3
 """What a server that does not answer may cost a run: patience at its end, and the mirror's share of two cores."""
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A server's empty database, made once: it takes seconds."""
-    folder = tmp_path_factory.mktemp("database")
-    tracking._make_database(folder)
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
-def server(database: Path, tmp_path: Path) -> Iterator[Server]:
+def server(mlflow_database: Path, tmp_path: Path) -> Iterator[Server]:
     """A server that is not started yet."""
     folder = tmp_path / "server"
     folder.mkdir()
-    shutil.copy(database, folder / "mlflow.db")
+    shutil.copy(mlflow_database, folder / "mlflow.db")
     server = Server(folder, free_port())
     yield server
     server.kill()
@@ -143,7 +136,7 @@ def test_a_server_that_is_down_from_the_start_gets_everything_later(tmp_path: Pa
     without = world.rounds_seconds(Watcher(), enabled=False)
 
     def was_refused() -> bool:
-        log = world.project.run.path / tracking.LOG
+        log = world.project.run.path / LOG
         return log.exists() and "not mirrored" in log.read_text()
 
     took = world.rounds_seconds(watcher, enabled=True, met=was_refused)
