@@ -24,14 +24,19 @@ if TYPE_CHECKING:
     from kdpipe.survey import State
 
 
-def check(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+def check(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
     """Check a recipe against the schema: under a second, no network, no models.
 
     Example: kdpipe check recipes/quickstart.yaml
     """
     from kdpipe.recipe import resolved
 
-    loaded = load_given(recipe, overrides)
+    loaded = load_given(recipe, overrides, workspace)
     if as_json:
         print_json({"recipe": str(loaded.path), "resolved": resolved(loaded.recipe)})
     else:
@@ -52,7 +57,7 @@ def check_loss(
     """
     from kdpipe.terminal import check_loss_lines, painter
 
-    loaded = load_given(recipe, overrides)
+    loaded = load_given(recipe, overrides, workspace)
     phases = _checked_phases(loaded.recipe, workspace)
     failed = sorted({f["number"] for p in phases for f in p["findings"] if f["verdict"] == "FAILED"})
     if as_json:
@@ -207,7 +212,10 @@ def _examine(recipe: str, overrides: list[str] | None, workspace: Path, *, as_js
     from kdpipe.examination import examine_recipe
     from kdpipe.terminal import doctor_lines, estimate_lines, painter
 
-    result = {"recipe": recipe, **examine_recipe(load_given(recipe, overrides), workspace.resolve())}
+    result = {
+        "recipe": recipe,
+        **examine_recipe(load_given(recipe, overrides, workspace), workspace.resolve()),
+    }
     failed = [f"{one['probe']} ({one['about']})" for one in result["findings"] if one["verdict"] == "FAILED"]
     if as_json:
         print_json({**result, "failed": failed})

@@ -15,6 +15,8 @@ from kdpipe.commands.parameters import (
     SetOption,
     WorkspaceOption,
     open_given,
+    recipe_names,
+    run_given,
 )
 from kdpipe.commands.printing import print_json, shown
 from kdpipe.errors import PreflightError, RecipeError
@@ -159,6 +161,14 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to write it; else into the run's folder.")
     ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RUN",
+            help="Hold it against this run, as `compare` does; repeatable.",
+            autocompletion=recipe_names,
+        ),
+    ] = None,
     overrides: SetOption = None,
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
@@ -177,7 +187,10 @@ def report(
         raise RecipeError(f"{project.run.name}: nothing was run yet", hint=f"kdpipe run {recipe}")
     if path.is_dir():
         raise RecipeError(f"{path}: is a folder", hint=f"name the file: -o {path / 'report.html'}")
-    size = write_report(project, path, commands=commands_again(recipe, overrides, workspace))
+    others = [run_given(run, None, workspace) for run in dict.fromkeys(against or ())]
+    size = write_report(
+        project, path, commands=commands_again(project.loaded, recipe, workspace), others=others
+    )
     if as_json:
         print_json({"report": str(path), "bytes": size})
     else:

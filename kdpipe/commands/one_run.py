@@ -12,6 +12,7 @@ from kdpipe.commands.printing import shown
 
 if TYPE_CHECKING:
     from kdpipe.project import Project
+    from kdpipe.recipe_file import LoadedRecipe
     from kdpipe.runner import Request
 
 
@@ -30,10 +31,11 @@ def run_one(
     from kdpipe.tracking import open_mirror
 
     display = JsonLines() if as_json else Terminal()
-    commands = commands_again(recipe, overrides, workspace)
     try:
+        loaded = load_given(recipe, overrides, workspace)
+        commands = commands_again(loaded, recipe, workspace)
         project = run_steps(
-            load_given(recipe, overrides),
+            loaded,
             workspace.resolve(),
             request,
             display=display,
@@ -47,13 +49,19 @@ def run_one(
     if as_json:
         print(json.dumps({"event": "end", **_outcome(project)}, sort_keys=True))
     else:
-        _print_outcome(project, recipe, workspace)
+        _print_outcome(project, project.run.name if overrides else recipe, workspace)
     return project
 
 
-def commands_again(recipe: str, overrides: list[str] | None, workspace: Path) -> list[str]:
-    """What makes this run again, and what looks further into it, as it was typed."""
-    sets = [word for override in overrides or () for word in ("--set", override)]
+def commands_again(loaded: "LoadedRecipe", recipe: str, workspace: Path) -> list[str]:
+    """What makes this run again, and what looks further into it; `recipe` as it was typed, be it a run's name."""
+    from kdpipe.recipes_shipped import shipped
+
+    if loaded.path in shipped():
+        recipe = loaded.path.stem
+    elif Path(recipe).resolve() != loaded.path:  # a run's name, which says nothing elsewhere
+        recipe = shown(loaded.path)
+    sets = [word for override in loaded.overrides for word in ("--set", override)]
     place = [] if workspace == WORKSPACE else ["--workspace", str(workspace)]
     tails = (["run"], ["verify", "--full"], ["samples", "--worst"])
     return [shlex.join(["kdpipe", command, recipe, *sets, *place, *flags]) for command, *flags in tails]

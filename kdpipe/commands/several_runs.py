@@ -26,7 +26,8 @@ def run_each(
 ) -> "tuple[dict[int, RunFolder], list[str]]":
     """Runs each of (name, overrides): the folders of those that ended, by their place, and the names of the others."""
     for _, changes in runs:
-        load_given(recipe, changes)  # a mistake in the last one is told before the first one costs anything
+        # a mistake in the last one is told before the first one costs anything
+        load_given(recipe, changes, workspace)
     done: dict[int, RunFolder] = {}
     failed: list[str] = []
     for number, (name, changes) in enumerate(runs):

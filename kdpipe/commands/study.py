@@ -13,19 +13,24 @@ from kdpipe.commands.parameters import (
     WorkspaceOption,
     load_given,
     open_given,
+    recipe_names,
+    run_given,
 )
 from kdpipe.commands.printing import print_json
 from kdpipe.commands.several_runs import print_rows, print_study, run_each
-from kdpipe.errors import RecipeError
 
 if TYPE_CHECKING:
     from kdpipe.arms import ArmRun
-    from kdpipe.runs import RunFolder
 
 
 def compare(
     runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Names of runs in the workspace, or recipes.")
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="Names of runs in the workspace, or recipes.",
+            autocompletion=recipe_names,
+        ),
     ],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     overrides: SetOption = None,
@@ -43,29 +48,12 @@ def compare(
     from kdpipe.comparison import read_contender
     from kdpipe.comparison_lines import comparison_json
 
-    folders = [_run_folder(run, overrides, workspace) for run in dict.fromkeys(runs)]
+    folders = [run_given(run, overrides, workspace) for run in dict.fromkeys(runs)]
     rows = rows_of([read_contender(folder) for folder in folders])
     if as_json:
         print_json(comparison_json(rows))
         return
     print_rows(rows, markdown=markdown)
-
-
-def _run_folder(run: str, overrides: list[str] | None, workspace: Path) -> "RunFolder":
-    """The folder of a run by its name, or of the run that a recipe means."""
-    from kdpipe.runs import RunFolder, all_runs
-
-    place = workspace.resolve() / "runs" / run
-    if "/" not in run and (place / "resolved.json").exists():
-        return RunFolder(place)
-    try:
-        folder = open_given(run, overrides, workspace).run
-    except RecipeError as error:
-        names = ", ".join(one.name for one in all_runs(workspace.resolve())) or "none"
-        raise RecipeError(error.message, hint=f"runs in {workspace}: {names}") from None
-    if not folder.path.exists():
-        raise RecipeError(f"{folder.name}: nothing was run yet", hint=f"kdpipe run {run}")
-    return folder
 
 
 def arms(
@@ -93,7 +81,7 @@ def arms(
     from kdpipe.arms import arm_runs, parse_arms
 
     given = tuple(overrides or ())
-    study = arm_runs(load_given(recipe, list(given)).recipe, parse_arms(which), seeds=seeds)
+    study = arm_runs(load_given(recipe, list(given), workspace).recipe, parse_arms(which), seeds=seeds)
     if dry_run:
         _print_forecast(recipe, given, study, workspace, rounds=rounds, as_json=as_json)
     else:
