@@ -109,6 +109,7 @@ LEVELS = {
     "report.alternatives": 4,
     "report.stamp": 4,
     "report.figure": 4.1,
+    "report.figure_file": 4.2,
     "report.completions": 4.3,
     "report.measures": 4.3,
     "report.charts": 4.4,

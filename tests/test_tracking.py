@@ -231,6 +231,8 @@ def test_params_that_a_newer_recipe_adds_are_logged(world: World) -> None:
 def test_tags_datasets_and_artifacts_tell_what_it_was(world: World) -> None:
     world.finish_everything()
     (world.run.path / "report.html").write_text("<p>first</p>")
+    (world.run.path / "figures").mkdir()
+    (world.run.path / "figures" / "accuracy.svg").write_text("<svg/>")
     world.sync()
     tags = dict(world.query("select key, value from tags"))
     assert tags["kdpipe.run"] == tags["mlflow.runName"] == world.run.name
@@ -248,6 +250,7 @@ def test_tags_datasets_and_artifacts_tell_what_it_was(world: World) -> None:
         "evaluate/round-000-teacher.json",
         "evaluate/round-001-student.json",
         "evaluate/round-002-student.json",
+        "figures/accuracy.svg",
         "recipe.yaml",
         "report.html",
         "resolved.json",

@@ -10,6 +10,7 @@ from kdpipe.report.stamp import is_current, stamp
 from kdpipe.store import write_bytes
 
 FILE = "report.html"
+FIGURES = "figures"
 
 
 def report_path(project: Project) -> Path:
@@ -39,9 +40,13 @@ def renew_report(
 def write_report(project: Project, path: Path, *, commands: Sequence[str]) -> int:
     """Writes the report to `path`, wholly or not at all; returns its size in bytes.
 
-    `commands` are shown as what makes the run again. Raises ArtifactError where an artifact that it reads is damaged.
+    Where that is the run's own place, its charts are written beside it, each as a file of its own. `commands` are
+    shown as what makes the run again. Raises ArtifactError where an artifact that it reads is damaged.
     """
+    from kdpipe.report.charts import charts
     from kdpipe.report.completions import Reader
+    from kdpipe.report.figure import rounds_of
+    from kdpipe.report.figure_file import figure_file
     from kdpipe.report.measures import Measures
     from kdpipe.report.page import render
     from kdpipe.report.sets import titled_batches
@@ -51,5 +56,10 @@ def write_report(project: Project, path: Path, *, commands: Sequence[str]) -> in
     page = render(
         measures, titled_batches(Reader(project, measures.done)), stamp=stamp(digests), commands=commands
     ).encode()
-    write_bytes(path, page)
+    if path.resolve() == report_path(project).resolve():
+        drawn = charts(measures)
+        for chart in drawn:
+            file = project.run.path / FIGURES / f"{chart.key}.svg"
+            write_bytes(file, figure_file(chart, rounds_of(drawn)).encode())
+    write_bytes(path, page)  # last: once it is there, it says that all of this was made
     return len(page)

@@ -149,6 +149,7 @@ def artifacts(run_folder: Path, steps: Sequence[DoneStep]) -> Iterator[tuple[str
     """(name in MLflow, file, the entry that vouches for it) of everything that is shown there besides numbers."""
     names = ("recipe.yaml", "resolved.json", "environment.json", "report.html")
     yield from ((name, run_folder / name, None) for name in names)
+    yield from ((f"figures/{path.name}", path, None) for path in sorted(run_folder.glob("figures/*.svg")))
     for step in steps:
         if step.document["stage"] == "evaluate":
             name = f"evaluate/round-{step.round:03d}-{step.document['subject']}.json"
