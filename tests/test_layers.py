@@ -139,6 +139,7 @@ LEVELS = {
     "tracking.standing": 5.2,
     "tracking.mlflow_run": 5.2,
     "tracking.findings": 5.2,
+    "tracking.sample_tables": 5.2,
     "tracking.mirror": 5.3,
     "tracking.synchronizer": 5.3,
     "tracking": 5.4,

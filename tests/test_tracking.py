@@ -254,6 +254,11 @@ def test_tags_datasets_and_artifacts_tell_what_it_was(world: World) -> None:
         "recipe.yaml",
         "report.html",
         "resolved.json",
+        "tables/evaluate-round-000.json",
+        "tables/evaluate-round-001.json",
+        "tables/evaluate-round-002.json",
+        "tables/samples-round-001.json",
+        "tables/samples-round-002.json",
     ]
     (world.run.path / "report.html").write_text("<p>second</p>")
     world.sync()
