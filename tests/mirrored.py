@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 from kdpipe.plan import Identities, Step, make_plan
 from kdpipe.recipe import Tracking
 from kdpipe.recipe_file import LoadedRecipe, load_recipe
+from kdpipe.rows import Rollout
 from kdpipe.runs import RunFolder, run_folder
 from kdpipe.store import Draft, Store
+from kdpipe.tables import GRADES, ROLLOUTS, write_rows
 from kdpipe.tracking.record import Request
 from kdpipe.tracking.synchronizer import Synchronizer
 from kdpipe.workers import Report
@@ -44,6 +47,32 @@ SUMMARY = {
 
 
 @dataclass(frozen=True)
+class Grade:
+    """A row of grades.parquet."""
+
+    prompt_id: str = "p/0"
+    sample: int = 0
+    question: str = "1 + 1?"
+    expected: str = "2"
+    text: str = "#### 2"
+    answer_strict: str | None = "2"
+    answer_flexible: str | None = "2"
+    correct: bool = True
+    prompt_token_ids: Sequence[int] = (1,)
+    completion_token_ids: Sequence[int] = (2,)
+    sampler_logprobs: Sequence[float] = (-0.5,)
+    finish_reason: str = "stop"
+
+
+def sample(text: str = "#### 2", prompt_id: str = "p/0") -> Rollout:
+    """A row of rollouts.parquet."""
+    ids, logprobs = [2], [-0.5]
+    return Rollout(
+        prompt_id, 0, "1 + 1?", "2", [1], ids, logprobs, "student", "stop", text, "2", "2", True, 1.0
+    )
+
+
+@dataclass(frozen=True)
 class World:
     """A workspace with one run, whose steps a test finishes by hand."""
 
@@ -60,17 +89,28 @@ class World:
         return {step.id: step for step in make_plan(self.loaded.recipe, Identities({}, {})).steps}
 
     def finish(
-        self, step_id: str, *rows: tuple[str, float, int | None], after: float = 0.0, **summary: Any
+        self,
+        step_id: str,
+        *rows: tuple[str, float, int | None],
+        after: float = 0.0,
+        texts: Sequence[Grade | Rollout] = (),
+        **summary: Any,
     ) -> None:
-        """Commits and links `step_id` with these metrics, `after` seconds from T0; `summary` is an evaluation's."""
+        """Commits and links `step_id` with these metrics, `after` seconds from T0; `summary` is an evaluation's.
+
+        `texts` are the rows of its grades or rollouts, one where none are given.
+        """
         step = self.steps[step_id]
         entry = Store(self.workspace).entry(step)
         draft = Draft(entry, step, note=lambda _kind, _fields: None)
         for name, value, optimizer_step in rows:
             draft.metric(name, value, optimizer_step=optimizer_step)
         if step.stage == "evaluate":
+            draft.write("grades.parquet", lambda path: write_rows(path, texts or [Grade()], GRADES))
             whose = {"model": step.subject, "round": step.round}
             draft.write_json("summary.json", {**SUMMARY, **whose, **summary})
+        if step.stage == "rollout":
+            draft.write("rollouts.parquet", lambda path: write_rows(path, texts or [sample()], ROLLOUTS))
         draft.commit(inputs={}, provenance={"finished": T0 + after})
         self.run.link(step, entry)
 

@@ -35,3 +35,15 @@ def test_the_page_names_the_command_and_the_commit() -> None:
     assert STUDY["command"] in PAGE
     assert f"`{STUDY['commit'][:7]}`" in PAGE
     assert {len(row["runs"]) for row in STUDY["rows"]} == {3}
+
+
+def test_the_sentence_on_rates_has_the_sweeps_figures() -> None:
+    found = STUDY["rl_rates"]
+    text = " ".join(PAGE.split())
+    assert found["command"] in text
+    figures = [
+        f"{100 * row['accuracy']['estimate']:.1f} % at {rate}"
+        for row, rate in zip(found["rows"], ("1e-4", "3e-4", "1e-3"), strict=True)
+    ]
+    assert f"{figures[0]}, {figures[1]} and {figures[2]}" in text
+    assert [float(row["label"].partition("=")[2]) for row in found["rows"]] == [1e-4, 3e-4, 1e-3]

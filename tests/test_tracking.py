@@ -231,6 +231,8 @@ def test_params_that_a_newer_recipe_adds_are_logged(world: World) -> None:
 def test_tags_datasets_and_artifacts_tell_what_it_was(world: World) -> None:
     world.finish_everything()
     (world.run.path / "report.html").write_text("<p>first</p>")
+    (world.run.path / "figures").mkdir()
+    (world.run.path / "figures" / "accuracy.svg").write_text("<svg/>")
     world.sync()
     tags = dict(world.query("select key, value from tags"))
     assert tags["kdpipe.run"] == tags["mlflow.runName"] == world.run.name
@@ -248,9 +250,15 @@ def test_tags_datasets_and_artifacts_tell_what_it_was(world: World) -> None:
         "evaluate/round-000-teacher.json",
         "evaluate/round-001-student.json",
         "evaluate/round-002-student.json",
+        "figures/accuracy.svg",
         "recipe.yaml",
         "report.html",
         "resolved.json",
+        "tables/evaluate-round-000.json",
+        "tables/evaluate-round-001.json",
+        "tables/evaluate-round-002.json",
+        "tables/samples-round-001.json",
+        "tables/samples-round-002.json",
     ]
     (world.run.path / "report.html").write_text("<p>second</p>")
     world.sync()

@@ -23,6 +23,7 @@ MAX_METRICS = 1000  # what a server takes in one batch
 MAX_NAME = 250
 MAX_VALUE = 500
 MAX_DIGEST = 36
+TABLE_FORMAT = 1  # another number: the tables of all runs are written anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +150,22 @@ def artifacts(run_folder: Path, steps: Sequence[DoneStep]) -> Iterator[tuple[str
     """(name in MLflow, file, the entry that vouches for it) of everything that is shown there besides numbers."""
     names = ("recipe.yaml", "resolved.json", "environment.json", "report.html")
     yield from ((name, run_folder / name, None) for name in names)
+    yield from ((f"figures/{path.name}", path, None) for path in sorted(run_folder.glob("figures/*.svg")))
     for step in steps:
         if step.document["stage"] == "evaluate":
             name = f"evaluate/round-{step.round:03d}-{step.document['subject']}.json"
             yield name, step.entry.folder / SUMMARY, step.entry
+
+
+def tables(steps: Sequence[DoneStep]) -> Iterator[tuple[str, DoneStep, str]]:
+    """(name in MLflow, step, what changes with it) of each table of texts: the student's answers, and samples."""
+    for step in steps:
+        subject, mark = step.document["subject"], f"{TABLE_FORMAT} {step.mark}"
+        match step.document["stage"]:
+            case "evaluate" if subject == STUDENT:
+                yield f"tables/evaluate-round-{step.round:03d}.json", step, mark
+            case "rollout" if not subject:
+                yield f"tables/samples-round-{step.round:03d}.json", step, mark
 
 
 def text_digest(text: str) -> str:

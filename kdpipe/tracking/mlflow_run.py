@@ -26,6 +26,8 @@ NOTE, NOTE_DIGEST = (
     "mlflow.note.content",
     "kdpipe.note",
 )  # the run's description on the page, and of the last of ours
+TABLES = "mlflow.loggedArtifacts"
+MAX_TAG = 8000  # characters; MLflow cuts what is longer
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
@@ -189,6 +191,28 @@ class MlflowRun:
         """Writes the artifact `name` whole, without what is secret."""
         self._client.log_text(self.id, without_secret(text, self.record.uri), name)
         self._answered()
+
+    def list_tables(self, names: Sequence[str]) -> None:
+        """Tells the page which artifacts are tables, beside those that others have told it of.
+
+        As many as a tag holds: answers before samples, late rounds before early ones.
+        """
+        listed = [{"path": name, "type": "table"} for name in sorted(names, reverse=True)]
+        listed.sort(key=lambda one: "/evaluate-" not in one["path"])
+        others = [one for one in _listed(self._tags.get(TABLES)) if not one["path"].startswith("tables/")]
+        while len(text := json.dumps([*others, *listed])) > MAX_TAG and listed:
+            listed.pop()
+        if listed:
+            self.set_tags({TABLES: text})
+
+
+def _listed(tag: str | None) -> list[dict[str, str]]:
+    """What a run's tag says of its tables, as far as it can be read."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(tag or "[]")
+        if isinstance(found, list):
+            return [one for one in found if isinstance(one, dict) and isinstance(one.get("path"), str)]
+    return []
 
 
 def make_database(workspace: Path) -> None:

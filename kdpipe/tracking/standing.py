@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from kdpipe.recipe import Tracking
 from kdpipe.runs import all_runs
 from kdpipe.store import is_running
-from kdpipe.tracking.contents import artifacts, done_steps, text_digest
-from kdpipe.tracking.record import DATABASE, Request, Status, read_record, recipe_of, record_of
+from kdpipe.tracking.contents import artifacts, done_steps, tables, text_digest
+from kdpipe.tracking.record import DATABASE, Record, Request, Status, read_record, recipe_of, record_of
 
 
 def pending(run_folder: Path) -> int:
@@ -48,10 +48,17 @@ def is_finished(request: Request) -> bool:
         return False
     if record.uri is None and not (request.workspace / DATABASE).exists():
         return False
-    steps = list(done_steps(request.run))
+    return _has_everything(record, request.run)
+
+
+def _has_everything(record: Record, run_folder: Path) -> bool:
+    """Whether all steps, tables and artifacts are noted as mirrored."""
+    steps = list(done_steps(run_folder))
     if any(record.mirrored.get(step.name) != step.mark for step in steps):
         return False
-    for name, path, _entry in artifacts(request.run, steps):
+    if any(record.artifacts.get(name) != mark for name, _step, mark in tables(steps)):
+        return False
+    for name, path, _entry in artifacts(run_folder, steps):
         with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
             if record.artifacts.get(name) != text_digest(path.read_text(encoding="utf-8")):
                 return False

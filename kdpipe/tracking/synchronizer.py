@@ -27,6 +27,7 @@ from kdpipe.tracking.contents import (
     flatten,
     metrics,
     shortened,
+    tables,
     text_digest,
     whole_steps,
 )
@@ -41,6 +42,7 @@ from kdpipe.tracking.record import (
     record_of,
     write_record,
 )
+from kdpipe.tracking.sample_tables import table_of
 from kdpipe.workers import Message, Report
 
 
@@ -111,6 +113,7 @@ class _MirroredRun:
         self.run.set_status(status, self._ended)
         self._save()
         self._log_artifacts(steps)
+        self._log_tables(steps)
         self._save()
         if damage is not None:  # of this step nothing is shown; all others are there
             raise damage
@@ -192,6 +195,22 @@ class _MirroredRun:
                         entry.opened(path.name)
                     self.run.log_text(name, text)
                     self.record.artifacts[name] = digest
+
+    def _log_tables(self, steps: Sequence[DoneStep]) -> None:
+        if not self.run.takes_artifacts:
+            return
+        known, headline = self.record.artifacts, self.recipe["task"]["headline"]
+        for name, step, mark in tables(steps):
+            with contextlib.suppress(ArtifactError):
+                if known.get(name) != mark:
+                    table = table_of(step, headline)
+                    self.run.log_text(name, table.text)
+                    known[name] = mark
+                    if table.rows < table.of:
+                        kind = name.removeprefix("tables/").partition("-")[0]
+                        told = f"the first {table.rows} of {table.of}, round {step.round}"
+                        self.run.set_tags({f"tables.{kind}": told})
+        self.run.list_tables([name for name in known if name.startswith("tables/")])
 
     def _save(self) -> None:
         if read_record(self.folder) != self.record:
