@@ -98,12 +98,35 @@ def compare(contenders: Sequence[Contender]) -> list[Row]:
 
 
 def _labels(settings: Sequence[Mapping[str, str]]) -> list[str]:
-    """What tells the recipes apart: the fields that differ; those that only some have, where there are no others."""
+    """What tells the recipes apart: fields that differ, first those that tell most of them apart.
+
+    No two labels are the same. A number stands for further fields that differ; those that only some recipes have, and
+    that are not needed to tell them apart, follow from the others.
+    """
     keys = sorted(set().union(*settings))
     differing = [key for key in keys if len({one.get(key) for one in settings}) > 1]
-    shared = [key for key in differing if all(key in one for one in settings)]
-    told = (shared or differing)[:MAX_FIELDS]
-    return [", ".join(f"{key}={one.get(key, 'none')}" for key in told) or "the recipe" for one in settings]
+    told = _telling(settings, differing)
+    others = [key for key in differing if key not in told and all(key in one for one in settings)]
+    room = max(0, MAX_FIELDS - len(told))
+    told += others[:room]
+    tail = f" and {len(others) - room} more" if len(others) > room else ""
+    return [
+        (", ".join(f"{key}={one.get(key, 'none')}" for key in told) or "the recipe") + tail
+        for one in settings
+    ]
+
+
+def _telling(settings: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list[str]:
+    """A few of `keys` that tell all settings apart; fields that all of them have come before those that some lack."""
+    told: list[str] = []
+
+    def distinct(key: str) -> tuple[int, bool]:
+        count = len({tuple(one.get(each) for each in (*told, key)) for one in settings})
+        return count, all(key in one for one in settings)
+
+    while len({tuple(one.get(key) for key in told) for one in settings}) < len(settings):
+        told.append(max(keys, key=distinct))
+    return told
 
 
 def _row(label: str, group: Sequence[Contender], first: Sequence[Contender] | None) -> Row:
@@ -265,9 +288,7 @@ def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contende
                 grades.setdefault(row["prompt_id"], []).append(row["correct"])
             found = (link.round, grades)
     if found is None:
-        raise DataError(
-            f"{run.name}: no student was evaluated yet", hint=f"kdpipe run {run.path / 'recipe.yaml'}"
-        )
+        raise DataError(f"{run.name}: no student was evaluated yet", hint=f"kdpipe run {run.name}")
     number, grades = found
     return Contender(
         run=run.name,

@@ -24,7 +24,7 @@ HEADER = (
 
 def text_lines(rows: Sequence[Row]) -> list[str]:
     """The table in columns, and a sentence for whatever it cannot say."""
-    table = [HEADER, *(_cells(row) for row in rows)]
+    table = [HEADER, *(cells_of(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  ".join(
@@ -32,15 +32,15 @@ def text_lines(rows: Sequence[Row]) -> list[str]:
         ).rstrip()
         for cells in table
     ]
-    return [*lines, *_notes(rows)]
+    return [*lines, *notes_on(rows)]
 
 
 def markdown_lines(rows: Sequence[Row]) -> list[str]:
     """The same as a Markdown table, the notes below it."""
-    table = [HEADER, *(_cells(row) for row in rows)]
+    table = [HEADER, *(cells_of(row) for row in rows)]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in table]
     lines.insert(1, "|" + "---|" * len(HEADER))
-    notes = _notes(rows)
+    notes = notes_on(rows)
     return [*lines, *([""] if notes else []), *notes]
 
 
@@ -72,7 +72,8 @@ def comparison_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def cells_of(row: Row) -> tuple[str, ...]:
+    """What stands under each word of `HEADER`."""
     rounds = sorted({one.round for one in row.contenders})
     return (
         row.label,
@@ -91,7 +92,8 @@ def _points(change: Interval) -> str:
     return f"{100 * change.estimate:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})"
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
+def notes_on(rows: Sequence[Row]) -> list[str]:
+    """A sentence for whatever the cells cannot say."""
     notes = []
     if any(not row.is_paired for row in rows):
         notes.append("* other problems than the first row's: two independent groups, not pairs")

@@ -40,14 +40,19 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> LoadedRecipe:
         raise RecipeError(f"{path}: no such recipe", hint="kdpipe recipes  lists the shipped ones") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    document = read_yaml(text, str(path))
+    recipe = read_recipe(text, str(path), overrides)
+    return LoadedRecipe(recipe=recipe, text=text, path=path.resolve(), overrides=overrides)
+
+
+def read_recipe(text: str, name: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """The recipe that `text` means with `overrides` applied; errors say the line and call the text `name`."""
+    document = read_yaml(text, name)
     for override in overrides:
         document = _apply_override(document, override)
     try:
-        recipe = Recipe.model_validate_json(json.dumps(document.value), strict=True)
+        return Recipe.model_validate_json(json.dumps(document.value), strict=True)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(document, item) for item in error.errors())) from None
-    return LoadedRecipe(recipe=recipe, text=text, path=path.resolve(), overrides=overrides)
 
 
 def _apply_override(document: Document, override: str) -> Document:

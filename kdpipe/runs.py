@@ -23,7 +23,7 @@ from kdpipe.environment import environment
 from kdpipe.errors import ArtifactError
 from kdpipe.plan import Fields, Step, run_hash
 from kdpipe.recipe import Recipe, resolved
-from kdpipe.recipe_file import LoadedRecipe
+from kdpipe.recipe_file import LoadedRecipe, read_recipe
 from kdpipe.store import (
     Entry,
     append_line,
@@ -82,6 +82,26 @@ class RunFolder:
         meaning = parse_json((self.path / "resolved.json").read_bytes())
         return Recipe.model_validate_json(json.dumps(meaning["recipe"]), strict=True)
 
+    def loaded(self, changes: tuple[str, ...] = ()) -> LoadedRecipe:
+        """The recipe that this run was last given; with `changes` that of another run, which differs by them.
+
+        Raises ArtifactError where the run's own files are missing or damaged, RecipeError for a bad change.
+        """
+        try:
+            meaning = parse_json((self.path / "resolved.json").read_bytes())
+            text = (self.path / "recipe.yaml").read_text(encoding="utf-8")
+            path, overrides = Path(meaning["path"]), tuple(meaning["overrides"])
+            recipe = self.recipe()
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ArtifactError(
+                f"{self.path}: its recipe.yaml or resolved.json is missing or damaged",
+                hint="run its recipe again, by the recipe's file: both are written again",
+            ) from None
+        if changes:
+            overrides += changes
+            recipe = read_recipe(text, f"{self.path / 'recipe.yaml'}", overrides)
+        return LoadedRecipe(recipe=recipe, text=text, path=path, overrides=overrides)
+
     def link(self, step: Step, entry: Entry) -> None:
         """Points the step's link at its entry."""
         place = self.path / f"round-{step.round:03d}" / step.link_name
@@ -123,6 +143,13 @@ class RunFolder:
 def run_folder(workspace: Path, recipe: Recipe) -> RunFolder:
     """The folder of the run that `recipe` means."""
     return RunFolder(workspace / "runs" / f"{recipe.name}-{run_hash(recipe)}")
+
+
+def named_run(workspace: Path, name: str) -> RunFolder | None:
+    """The run of this name, or None where the workspace has none."""
+    place = workspace / "runs" / name
+    is_there = "/" not in name and (place / "resolved.json").exists()
+    return RunFolder(place) if is_there else None
 
 
 def all_runs(workspace: Path) -> list[RunFolder]:

@@ -133,6 +133,30 @@ def test_rows_are_called_by_the_fields_that_differ() -> None:
     assert [row.label for row in compare([contender([0, 1]), contender([1, 1], seed=2)])] == ["the recipe"]
 
 
+def test_no_two_labels_are_the_same_however_many_fields_differ() -> None:
+    """The field that tells rows apart is the last of the alphabet; the others differ in one row alone."""
+    names = [f"a{number}" for number in range(6)]
+    settings = [
+        {**dict.fromkeys(names, "off"), **({name: "on"} if name else {}), "z": z, **own}
+        for name, z, own in (
+            (None, "kd", {}),
+            (None, "grpo", {"rate": "1"}),
+            (None, "kdrl", {}),
+            ("a5", "kdrl", {}),
+        )
+    ]
+    labels = [row.label for row in compare([contender([0, 1], **each) for each in settings])]
+    assert labels == ["z=kd, a5=off", "z=grpo, a5=off", "z=kdrl, a5=off", "z=kdrl, a5=on"]
+    several = [dict.fromkeys(names, value) | {"z": value} for value in ("x", "y")]
+    labels = [row.label for row in compare([contender([0, 1], **each) for each in several])]
+    assert labels == ["a0=x, a1=x, a2=x, a3=x and 3 more", "a0=y, a1=y, a2=y, a3=y and 3 more"]
+
+
+def test_fields_that_only_some_have_tell_apart_what_nothing_else_does() -> None:
+    labels = [row.label for row in compare([contender([0, 1]), contender([1, 1], gamma="1")])]
+    assert labels == ["gamma=none", "gamma=1"]
+
+
 # -------------------------------------------------------------------------------------------- real runs
 
 

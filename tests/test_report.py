@@ -25,6 +25,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from typer.testing import CliRunner
 
 from kdpipe.cli import app
+from kdpipe.comparison import Contender, compare, read_contender
+from kdpipe.comparison_lines import cells_of
 from kdpipe.project import Project
 from kdpipe.report.alternatives import KeptStates
 from kdpipe.report.completions import Reader
@@ -633,6 +635,27 @@ def test_warnings_tell_a_wide_interval_and_truncation(project: Project) -> None:
     assert "Only 8 problems were evaluated" in told
     assert re.search(r"\d% of the held-out answers were cut at the length limit", told)
     assert "not finished" not in told
+
+
+def contender(project: Project, run: str, **settings: str) -> Contender:
+    found = read_contender(project.run)
+    flipped = {key: 1 - value for key, value in found.correct.items()}
+    return replace(found, run=run, correct=flipped, settings={**found.settings, **settings})
+
+
+def test_the_run_is_held_against_others_with_the_numbers_of_compare(project: Project) -> None:
+    rows = compare(
+        [read_contender(project.run), contender(project, "other-00000000", **{"student.x": "<b>"})]
+    )
+    page = render(Measures(project), [], stamp="0", commands=[], against=rows)
+    [found] = re.findall(r'<section id="against".*?</section>', page, re.DOTALL)
+    assert f"{project.run.name} · round 2" in found
+    assert "other-00000000 · round 2" in found
+    assert "student.x=&lt;b&gt;" in found
+    for row in rows:
+        assert all(f">{cell}<" in found for cell in cells_of(row)[3:])
+    assert rows[1].difference is not None
+    assert 'id="against"' not in render(Measures(project), [], stamp="0", commands=[])
 
 
 # ---------------------------------------------------------------------------------------------- commands

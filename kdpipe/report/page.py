@@ -13,7 +13,9 @@ from importlib.resources import files
 from typing import Any
 
 from kdpipe import __version__
+from kdpipe.comparison import Row
 from kdpipe.plan import STUDENT
+from kdpipe.report.against import against_section
 from kdpipe.report.charts import charts
 from kdpipe.report.figure import (
     Chart,
@@ -37,10 +39,17 @@ MARGIN_BYTES = 20_000
 MAX_TABLE_ROWS = 60
 
 
-def render(measures: Measures, batches: list[Titled], *, stamp: str, commands: Sequence[str]) -> str:
-    """The whole page, below `MAX_BYTES`; `stamp` says what it was made from."""
+def render(
+    measures: Measures,
+    batches: list[Titled],
+    *,
+    stamp: str,
+    commands: Sequence[str],
+    against: Sequence[Row] = (),
+) -> str:
+    """The whole page, below `MAX_BYTES`; `stamp` says what it was made from, `against` has the run's own row first."""
     drawn = charts(measures)
-    main = _main(measures, drawn, batches, commands)
+    main = _main(measures, drawn, batches, commands, against)
     frame = _document(measures, main, drawn, None, stamp=stamp)
     room = min(MAX_TOKEN_BYTES, MAX_BYTES - MARGIN_BYTES - len(frame.encode()))
     if not batches:
@@ -50,13 +59,18 @@ def render(measures: Measures, batches: list[Titled], *, stamp: str, commands: S
 
 
 def _main(
-    measures: Measures, drawn: Sequence[Chart], batches: Sequence[Titled], commands: Sequence[str]
+    measures: Measures,
+    drawn: Sequence[Chart],
+    batches: Sequence[Titled],
+    commands: Sequence[str],
+    against: Sequence[Row],
 ) -> Html:
     return element(
         "main",
         {"id": "main"},
         verdict_section(measures),
         headroom_section(measures),
+        against_section(against),
         _curves_section(drawn),
         tokens_section(batches),
         costs_section(measures),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kdpipe.project import Project
 from kdpipe.report.stamp import is_current, stamp
+from kdpipe.runs import RunFolder
 from kdpipe.store import write_bytes
 
 FILE = "report.html"
@@ -37,12 +38,16 @@ def renew_report(
         )
 
 
-def write_report(project: Project, path: Path, *, commands: Sequence[str]) -> int:
+def write_report(
+    project: Project, path: Path, *, commands: Sequence[str], others: Sequence[RunFolder] = ()
+) -> int:
     """Writes the report to `path`, wholly or not at all; returns its size in bytes.
 
     Where that is the run's own place, its charts are written beside it, each as a file of its own. `commands` are
-    shown as what makes the run again. Raises ArtifactError where an artifact that it reads is damaged.
+    shown as what makes the run again; the run is held against `others`. Raises ArtifactError where an artifact that
+    it reads is damaged, DataError where runs cannot be compared.
     """
+    from kdpipe.comparison import compare, read_contender
     from kdpipe.report.charts import charts
     from kdpipe.report.completions import Reader
     from kdpipe.report.figure import rounds_of
@@ -54,7 +59,11 @@ def write_report(project: Project, path: Path, *, commands: Sequence[str]) -> in
     measures = Measures(project)
     digests = {state.step.id: state.digest if state.done else None for state in measures.states}
     page = render(
-        measures, titled_batches(Reader(project, measures.done)), stamp=stamp(digests), commands=commands
+        measures,
+        titled_batches(Reader(project, measures.done)),
+        stamp=stamp(digests),
+        commands=commands,
+        against=compare([read_contender(run) for run in (project.run, *others)]) if others else (),
     ).encode()
     if path.resolve() == report_path(project).resolve():
         drawn = charts(measures)

@@ -1,0 +1,1 @@
+"""The commands, by what they are for: plain functions, which `cli` names, orders and guards."""
