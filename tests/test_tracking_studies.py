@@ -151,6 +151,8 @@ def test_a_study_that_was_killed_is_settled_by_whoever_sees_its_lock_free(worlds
     assert rows(worlds[0])[study.name] == ("KILLED", None)
     assert settle(study.path.parents[1]) == []
     begin_study(study, study.path.parents[1], Tracking())  # the same command again
+    worlds[0].sync("FINISHED")
+    assert rows(worlds[0])[study.name] == ("RUNNING", None)
     sync(study)
     assert rows(worlds[0])[study.name] == ("FINISHED", None)
 
