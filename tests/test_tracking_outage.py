@@ -201,3 +201,40 @@ def test_a_param_that_is_refused_keeps_nothing_else_back(tmp_path: Path, server:
         assert server.query("select value from params where key = 'rollout.prompts'") == [("4",)]
         assert "refused" not in world.status()
         require_everything_once(world, server)
+
+
+def test_a_study_whose_server_is_down_neither_stops_nor_waits_and_is_nested_later(
+    tmp_path: Path, server: Server
+) -> None:
+    recipe = write_recipe(tmp_path, **SIZES, tracking={"enabled": True, "uri": server.uri})
+    command = ["run", str(recipe), "--workspace", str(tmp_path / "out")]
+    command += ["--sweep", "train.optimizer.learning_rate=1e-3,2e-3"]
+
+    def seconds_and_output(*more: str) -> tuple[float, str]:
+        begun = time.monotonic()
+        result = CliRunner().invoke(app, [*command, *more])
+        assert result.exit_code == 0, result.output
+        return time.monotonic() - begun, result.output
+
+    without, _ = seconds_and_output("--set", "tracking.enabled=false")
+    shutil.rmtree(tmp_path / "out")
+    took, output = seconds_and_output()
+    print(f"without {without:.1f} s, with a server that is down {took:.1f} s")
+    assert took - without < 3 * SMALL_SECONDS  # two runs and the study itself
+    assert "not all of the study is mirrored yet" in output
+    server.start()
+    for _ in range(6):
+        seconds_and_output()
+        if not unsettled(tmp_path / "out"):
+            break
+    statuses = server.query("select name, status from runs order by name")
+    assert [status for _, status in statuses] == ["FINISHED"] * 3
+    [(parent,)] = server.query("select distinct value from tags where key = 'mlflow.parentRunId'")
+    [(name, children)] = server.query(
+        "select name, (select count(*) from tags where key = 'mlflow.parentRunId') "
+        f"from runs where run_uuid = '{parent}'"
+    )
+    assert name.startswith("tiny-sweep-")
+    assert children == 2
+    assert server.query("select count(*) from metrics where key like 'study/%/accuracy'") == [(2,)]
+    assert max(server.metrics().values()) <= 2  # of the two runs

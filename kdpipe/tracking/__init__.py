@@ -13,8 +13,8 @@ of which an MLflow store keeps one.
 
 from __future__ import annotations
 
-from kdpipe.tracking.mirror import open_mirror, settle
+from kdpipe.tracking.mirror import begin_study, end_study, open_mirror, settle
 from kdpipe.tracking.page import serve_ui
 from kdpipe.tracking.standing import pending, waiting
 
-__all__ = ["open_mirror", "pending", "serve_ui", "settle", "waiting"]
+__all__ = ["begin_study", "end_study", "open_mirror", "pending", "serve_ui", "settle", "waiting"]

@@ -17,6 +17,7 @@ from kdpipe.errors import ArtifactError
 from kdpipe.plan import STUDENT, canonical, link_name_of
 from kdpipe.runs import RunFolder
 from kdpipe.store import METRICS, Entry, linked_entry
+from kdpipe.studies import COMPARISON, TABLE
 
 SUMMARY = "summary.json"
 MAX_METRICS = 1000  # what a server takes in one batch
@@ -155,6 +156,11 @@ def artifacts(run_folder: Path, steps: Sequence[DoneStep]) -> Iterator[tuple[str
         if step.document["stage"] == "evaluate":
             name = f"evaluate/round-{step.round:03d}-{step.document['subject']}.json"
             yield name, step.entry.folder / SUMMARY, step.entry
+
+
+def study_artifacts(folder: Path) -> Iterator[tuple[str, Path]]:
+    """(name in MLflow, file) of what is shown of a study besides numbers."""
+    yield from ((name, folder / name) for name in (COMPARISON, TABLE) if (folder / name).exists())
 
 
 def tables(steps: Sequence[DoneStep]) -> Iterator[tuple[str, DoneStep, str]]:

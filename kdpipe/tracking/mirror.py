@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from kdpipe.errors import KdpipeError, StepError
 from kdpipe.project import Project
-from kdpipe.tracking.record import ENVIRONMENT, Request, Status, recipe_of, record_of, write_record
+from kdpipe.recipe import Tracking
+from kdpipe.studies import Study
+from kdpipe.tracking.record import ENVIRONMENT, Request, Status, record_of, write_record
 from kdpipe.tracking.standing import is_finished, pending, unsettled
 from kdpipe.workers import Message, Worker
 
@@ -43,7 +45,7 @@ class NoMirror:
 
 
 class MlflowMirror:
-    """Mirrors one run from a thread of its own; none of its methods raises, and only `finish` waits.
+    """Mirrors one run or study from a thread of its own; none of its methods raises, and only `finish` waits.
 
     `error` is what went wrong last, or None.
     """
@@ -55,7 +57,7 @@ class MlflowMirror:
         self._worker = _worker(self._log)
         self._wake = threading.Event()
         self._ending = threading.Event()
-        self._final: Status = "RUNNING"
+        self._final = request.status
         self._deadline = float("inf")
         self._quiet_since = 0.0
         self._finish_since = 0.0
@@ -141,7 +143,7 @@ class MlflowMirror:
 
     def _note_wanted(self) -> None:
         """Notes the status that could not be delivered; the worker is gone, so nobody else writes."""
-        record = record_of(self._request, recipe_of(self._request.run)["name"])
+        record = record_of(self._request)
         record.wanted = self._final
         write_record(self._request.run, record)
 
@@ -177,6 +179,25 @@ def open_mirror(project: Project) -> Mirror:
             status="RUNNING",
         )
     )
+
+
+def begin_study(study: Study, workspace: Path, tracking: Tracking) -> None:
+    """Notes that a study is being run, so that its runs are mirrored as its children. Asks MLflow for nothing."""
+    if not tracking.enabled:
+        return
+    order = Request(kind="study", workspace=workspace, run=study.path, tracking=tracking, status="RUNNING")
+    record = record_of(order)
+    if record.wanted != "FINISHED":  # a study that is repeated shows nothing new until it ends
+        record.wanted = "RUNNING"
+    write_record(study.path, record)
+
+
+def end_study(study: Study, workspace: Path, tracking: Tracking, status: Status) -> str | None:
+    """Mirrors a study that has ended, in bounded time; returns why what is left waits for a later command."""
+    if not tracking.enabled:
+        return None
+    order = Request(kind="study", workspace=workspace, run=study.path, tracking=tracking, status=status)
+    return MlflowMirror(order).finish(status)
 
 
 def settle(workspace: Path, *, seconds: float = 30.0) -> list[str]:

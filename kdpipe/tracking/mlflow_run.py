@@ -26,6 +26,7 @@ NOTE, NOTE_DIGEST = (
     "mlflow.note.content",
     "kdpipe.note",
 )  # the run's description on the page, and of the last of ours
+PARENT = "mlflow.parentRunId"
 TABLES = "mlflow.loggedArtifacts"
 MAX_TAG = 8000  # characters; MLflow cuts what is longer
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
@@ -36,7 +37,7 @@ class Card:
     """How an MLflow run is made, and by which tag it is found again; `began` is in milliseconds."""
 
     name: str
-    tag: Literal["kdpipe.run"]
+    tag: Literal["kdpipe.run", "kdpipe.study"]
     began: int
     tags: Mapping[str, str]
 
@@ -192,6 +193,17 @@ class MlflowRun:
         self._client.log_text(self.id, without_secret(text, self.record.uri), name)
         self._answered()
 
+    def adopt(self, child: str) -> bool:
+        """Makes the MLflow run `child` one of this one's children, unless it is there no more."""
+        try:
+            self._client.set_tag(child, PARENT, self.id)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", *REFUSALS):  # gone, or deleted
+                raise
+            return False
+        self._answered()
+        return True
+
     def list_tables(self, names: Sequence[str]) -> None:
         """Tells the page which artifacts are tables, beside those that others have told it of.
 
@@ -226,6 +238,13 @@ def make_database(workspace: Path) -> None:
         with FileLock(workspace / f".{DATABASE}.lock"):
             if not path.exists():
                 write_durably(path, make)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other mirrors from the MLflow run of this folder."""
+    with FileLock(folder / ".mlflow.lock"):
+        yield
 
 
 @contextlib.contextmanager

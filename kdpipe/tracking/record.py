@@ -9,10 +9,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
+from kdpipe.errors import ArtifactError
 from kdpipe.recipe import Tracking
 from kdpipe.store import write_json
+from kdpipe.studies import read_study
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+Kind = Literal["run", "study"]
 
 RECORD = "mlflow.json"
 DATABASE = "mlflow.db"
@@ -29,8 +32,9 @@ ENVIRONMENT = {
 
 
 class Request(BaseModel):
-    """What a `Synchronizer` is asked: make MLflow equal to `run`, with this status."""
+    """What a `Synchronizer` is asked: make MLflow equal to the run or study in the folder `run`, with this status."""
 
+    kind: Kind = "run"
     workspace: Path
     run: Path
     tracking: Tracking
@@ -40,8 +44,9 @@ class Request(BaseModel):
 class Record(BaseModel):
     """`mlflow.json`: which MLflow run mirrors this run, and what of it is there already.
 
-    `key` is a tag of the MLflow run: it finds that run again after a kill between its creation and this
-    note. `status` is the one MLflow has, `wanted` the one it should have, `refused` the params that it would not take.
+    Of a study: which MLflow run is the parent of its runs' ones. `key` is a tag of the MLflow run: it finds that run
+    again after a kill between its creation and this note. `status` is the one MLflow has, `wanted` the one it should
+    have, `refused` the params that it would not take.
     """
 
     key: str
@@ -69,14 +74,22 @@ def write_record(run_folder: Path, record: Record) -> None:
     write_json(run_folder / RECORD, record.model_dump(mode="json"))
 
 
-def record_of(request: Request, name: str) -> Record:
-    """The record of the run that `request` is about, or a new one for a new place; `name` is the recipe's."""
-    experiment = request.tracking.experiment or name
+def record_of(request: Request) -> Record:
+    """The record of what `request` is about, or a new one for a new place."""
+    experiment = request.tracking.experiment or _recipe_name(request)
     old = read_record(request.run)
     if old is not None and (old.uri, old.experiment) == (request.tracking.uri, experiment):
         return old
     key = old.key if old is not None else uuid.uuid4().hex
     return Record(key=key, uri=request.tracking.uri, experiment=experiment, wanted=request.status)
+
+
+def _recipe_name(request: Request) -> str:
+    if request.kind == "run":
+        return str(recipe_of(request.run)["name"])
+    if (study := read_study(request.run)) is None:
+        raise ArtifactError(f"{request.run}: no study can be read here")
+    return study.recipe
 
 
 def recipe_of(run_folder: Path) -> dict[str, Any]:

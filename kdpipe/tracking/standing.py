@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -10,8 +11,9 @@ from pydantic import ValidationError
 from kdpipe.recipe import Tracking
 from kdpipe.runs import all_runs
 from kdpipe.store import is_running
-from kdpipe.tracking.contents import artifacts, done_steps, tables, text_digest
-from kdpipe.tracking.record import DATABASE, Record, Request, Status, read_record, recipe_of, record_of
+from kdpipe.studies import COMPARISON, all_studies, read_study
+from kdpipe.tracking.contents import artifacts, done_steps, study_artifacts, tables, text_digest
+from kdpipe.tracking.record import DATABASE, Kind, Record, Request, Status, read_record, record_of
 
 
 def pending(run_folder: Path) -> int:
@@ -43,11 +45,13 @@ def is_finished(request: Request) -> bool:
     record = read_record(request.run)
     if record is None or not record.status == record.wanted == "FINISHED" or record.run_id is None:
         return False
-    is_elsewhere = record != record_of(request, recipe_of(request.run)["name"])
+    is_elsewhere = record != record_of(request)
     if is_elsewhere or record.refused:  # params that are refused once may be taken later
         return False
     if record.uri is None and not (request.workspace / DATABASE).exists():
         return False
+    if request.kind == "study":
+        return _has_study(record, request)
     return _has_everything(record, request.run)
 
 
@@ -65,16 +69,40 @@ def _has_everything(record: Record, run_folder: Path) -> bool:
     return True
 
 
+def _has_study(record: Record, request: Request) -> bool:
+    """Whether the study's comparison is noted as mirrored, and its runs as told of their parent."""
+    study = read_study(request.run)
+    if study is None:
+        return False
+    found = study.comparison()
+    if found is not None and record.mirrored.get(COMPARISON) != text_digest(
+        json.dumps(found, sort_keys=True)
+    ):
+        return False
+    for name in study.runs:
+        child = read_record(request.workspace / "runs" / name)
+        if child is None or child.run_id is None or record.mirrored.get(name) != child.run_id:
+            return False
+    return all(
+        record.artifacts.get(name) == text_digest(path.read_text(encoding="utf-8"))
+        for name, path in study_artifacts(study.path)
+    )
+
+
 def unsettled(workspace: Path) -> list[Request]:
-    """What would make MLflow true for the runs that nobody runs and that it shows in another state."""
+    """What would make MLflow true for the runs and studies that nobody runs and that it shows in another state."""
     requests = []
-    for run in all_runs(workspace):
-        record = read_record(run.path)
+    folders: list[tuple[Kind, Path]] = [("run", run.path) for run in all_runs(workspace)]
+    folders += [("study", study.path) for study in all_studies(workspace)]
+    for kind, folder in folders:
+        record = read_record(folder)
         if record is None or (record.status == record.wanted and record.wanted != "RUNNING"):
             continue
-        if not is_running(run.path):
+        if not is_running(folder):
             status: Status = "KILLED" if record.wanted == "RUNNING" else record.wanted
             with contextlib.suppress(ValidationError):  # an address that recipes may not hold any more
                 tracking = Tracking(uri=record.uri, experiment=record.experiment)
-                requests.append(Request(workspace=workspace, run=run.path, tracking=tracking, status=status))
+                requests.append(
+                    Request(kind=kind, workspace=workspace, run=folder, tracking=tracking, status=status)
+                )
     return requests

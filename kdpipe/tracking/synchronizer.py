@@ -32,7 +32,8 @@ from kdpipe.tracking.contents import (
     whole_steps,
 )
 from kdpipe.tracking.findings import Findings
-from kdpipe.tracking.mlflow_run import Card, MlflowRun, answering, beating, make_database
+from kdpipe.tracking.mirrored_study import mirror_study, parent_of
+from kdpipe.tracking.mlflow_run import PARENT, Card, MlflowRun, answering, beating, make_database
 from kdpipe.tracking.record import (
     DATABASE,
     Request,
@@ -59,17 +60,23 @@ class Synchronizer:
         self._open: dict[Path, _MirroredRun] = {}
 
     def __call__(self, request: Message, report: Report) -> Message:
-        """Mirrors one run (see `Request`); raises KdpipeError when MLflow refuses or does not answer."""
+        """Mirrors one run or study (see `Request`); raises KdpipeError when MLflow refuses or does not answer."""
         order = Request.model_validate(request)
         report.event(mirror="loaded")
         uri = order.tracking.uri
+
+        def answered() -> None:
+            report.event(mirror="answered")
+
         mirrored = self._open.pop(order.run, None)  # back in its place only if all goes well
         with answering(uri or f"{order.workspace / DATABASE}", uri):
             if mirrored is None or not mirrored.is_at(order.tracking):
                 if uri is None:
                     with beating(report):
                         make_database(order.workspace.resolve())
-                mirrored = _MirroredRun(order, lambda: report.event(mirror="answered"))
+                if order.kind == "study":
+                    return {"run_id": mirror_study(order, answered), "metrics": 0}
+                mirrored = _MirroredRun(order, answered)
                 report.event(mirror="opened")
             count = mirrored.follow(order.status)
         self._open[order.run] = mirrored
@@ -83,8 +90,10 @@ class _MirroredRun:
         self.folder = order.run
         self.recipe = recipe_of(self.folder)
         self.tracking = order.tracking
-        self.record = record_of(order, self.recipe["name"])
+        self.record = record_of(order)
         self._save()  # the key is durable before the MLflow run exists
+        place = order.tracking.model_copy(update={"experiment": self.record.experiment})
+        self._parent = parent_of(self.folder, order.workspace, place, answered)
         card = Card(self.folder.name, "kdpipe.run", self._began(), self._tags())
         self.run = MlflowRun(order.workspace.resolve(), self.record, card, answered=answered)
         self.record = self.run.record
@@ -142,6 +151,8 @@ class _MirroredRun:
         }
         if commit := environment.get("git_commit"):
             tags["mlflow.source.git.commit"] = commit
+        if self._parent is not None:
+            tags[PARENT] = self._parent
         with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
             tags["mlflow.user"] = getpass.getuser()
         return {key: shortened(value) for key, value in tags.items()}
