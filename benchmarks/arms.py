@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from objectives import Rows, points, read
+from objectives import points
+from study import Rows, parsed, parser_of
 
 NUMBERS = ("accuracy", "accuracy_low", "accuracy_high", "reverse_kl_exact_nats")
 
@@ -21,18 +21,12 @@ def arms_command(
     markdown: Callable[[Rows], str],
 ) -> None:
     """Runs every arm on every seed and prints a JSON line each, or prints the table of a study that was run."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(description)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--workspace", type=Path, default=workspace)
     parser.add_argument("--output", type=Path, help="where the JSON lines go as well")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C")
-    parser.add_argument("--markdown", type=Path, metavar="RESULTS.jsonl", help="print its table, run nothing")
-    arguments = parser.parse_args()
-    if arguments.markdown is not None:
-        print(markdown(read(arguments.markdown)))
-        return
+    arguments = parsed(parser, markdown)
     lines = []
     for seed in arguments.seeds:
         for row in run_seed(seed, arguments.workspace, arguments.overrides):

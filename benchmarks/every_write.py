@@ -10,15 +10,13 @@ the unbroken run did.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
-from study import ROOT, commit
+from study import ROOT, commit, parsed, parser_of
 
 sys.path.insert(0, str(ROOT))  # the harness is the tests' own
 
@@ -36,15 +34,9 @@ SWEEPS: dict[str, tuple[bool, Fault | None, int]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS))
-    parser.add_argument("--markdown", type=Path, metavar="RESULTS.jsonl", help="print its table, run nothing")
-    arguments = parser.parse_args()
-    if arguments.markdown is not None:
-        print(markdown([json.loads(line) for line in arguments.markdown.read_text().splitlines()]))
-        return 0
+    arguments = parsed(parser, markdown)
     lost = 0
     with a_world() as world:
         for name in arguments.sweeps:

@@ -12,7 +12,6 @@ command. Exit status 1 when anything was lost.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import random
@@ -22,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from study import ROOT, commit
+from study import ROOT, commit, parsed, parser_of
 
 sys.path.insert(0, str(ROOT))  # the harness is the tests' own
 
@@ -46,17 +45,11 @@ WHOM = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--signals", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--markdown", type=Path, metavar="RESULTS.jsonl", help="print its table, run nothing")
-    arguments = parser.parse_args()
-    if arguments.markdown is not None:
-        print(markdown([json.loads(line) for line in arguments.markdown.read_text().splitlines()]))
-        return 0
+    arguments = parsed(parser, markdown)
     lost = 0
     with tempfile.TemporaryDirectory(prefix="kdpipe-kills-") as name:
         study = Study(Path(name), **RECIPE)

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from study import ROOT, run_recipe
+from study import ROOT, Rows, parsed, parser_of, run_recipe
 
 RECIPE = ROOT / "benchmarks" / "objectives.yaml"
 JOINT = "rl_weight: 1.0, distill_weight: 5e-3"
@@ -49,24 +49,17 @@ NUMBERS = (
 )
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """The 97.5 % quantile of Student's t for 1 to 9 degrees of freedom."""
-Rows = list[dict[str, Any]]
 
 
 def main() -> None:
     """Runs the study, or prints the table of one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--workspace", type=Path, default=Path("kdpipe-out") / "objectives")
     parser.add_argument("--output", type=Path, help="the JSON lines, which the command goes on with")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C")
-    parser.add_argument("--markdown", type=Path, metavar="RESULTS.jsonl", help="print its table, run nothing")
-    arguments = parser.parse_args()
-    if arguments.markdown is not None:
-        print(markdown(latest(read(arguments.markdown))))
-        return
+    arguments = parsed(parser, lambda rows: markdown(latest(rows)))
     found = read(arguments.output) if arguments.output is not None else []
     for seed in arguments.seeds:
         run_seed(seed, arguments, found)

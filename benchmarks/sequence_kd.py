@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from arms import arms_command, line, table, trained_tokens
-from objectives import Rows
-from study import ROOT, run_recipe
+from study import ROOT, Rows, run_recipe
 
 RECIPE = ROOT / "benchmarks" / "sequence_kd.yaml"
 NONE_SAMPLED = "rollout.on_policy_fraction=0"

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from arms import arms_command, line
-from objectives import Rows, points
-from study import ROOT, run_recipe
+from objectives import points
+from study import ROOT, Rows, run_recipe
 
 RECIPE = ROOT / "benchmarks" / "specialists.yaml"
 TEACHERS = ("adds", "takes")

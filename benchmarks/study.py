@@ -1,4 +1,4 @@
-"""What the studies share: run a recipe through the command line and measure the whole of it.
+"""What the studies share: their arguments, and to run a recipe through the command line and measure the whole of it.
 
 A study prints one JSON line for each run, with the commit that it ran on; what is committed under
 `benchmarks/results/` was made by these commands.
@@ -6,15 +6,35 @@ A study prints one JSON line for each run, with the commit that it ran on; what 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+Rows = list[dict[str, Any]]
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help shows the description line by line."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def parsed(parser: argparse.ArgumentParser, markdown: Callable[[Rows], str]) -> argparse.Namespace:
+    """The arguments; where they name results with --markdown, their table is printed and the program ends."""
+    parser.add_argument("--markdown", type=Path, metavar="RESULTS.jsonl", help="print its table, run nothing")
+    arguments = parser.parse_args()
+    if arguments.markdown is None:
+        return arguments
+    print(markdown([json.loads(line) for line in arguments.markdown.read_text().splitlines()]))
+    sys.exit(0)
 
 
 def commit() -> str:

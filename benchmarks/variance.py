@@ -11,7 +11,6 @@ the weights.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from study import ROOT, commit
+from study import ROOT, commit, parsed, parser_of
 
 RECIPE = ROOT / "benchmarks" / "objectives.yaml"
 STEPS = 16
@@ -47,18 +46,11 @@ SHARED = [
 
 def main() -> None:
     """Measures, or prints the table of what was measured."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--workspace", type=Path, default=Path("kdpipe-out") / "variance")
     parser.add_argument("--output", type=Path, help="where the JSON lines go as well")
-    parser.add_argument("--markdown", type=Path, metavar="RESULTS.jsonl", help="print its table, run nothing")
-    arguments = parser.parse_args()
-    if arguments.markdown is not None:
-        rows = [json.loads(line) for line in arguments.markdown.read_text().splitlines()]
-        print(markdown(rows))
-        return
+    arguments = parsed(parser, markdown)
     lines = []
     for seed in arguments.seeds:
         for name in TERMS:

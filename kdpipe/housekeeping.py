@@ -112,7 +112,7 @@ def export(
     if adapter and number == 0:
         raise RecipeError(
             "--adapter: student 0 has none, the adapter begins in round 1",
-            hint=f"kdpipe run {project.loaded.path}",
+            hint=f"kdpipe run {project.named}",
         )
     draft = target.with_name(f".tmp-{target.name}")
     with contextlib.suppress(FileNotFoundError):
@@ -166,4 +166,4 @@ def _student_folder(project: Project, round_number: int | None) -> tuple[int, Pa
     if round_number in (None, 0) and project.recipe.student.model is not None:
         return 0, Sources(project.loaded, project.workspace).fetch()[STUDENT]
     which = f"student {round_number}" if round_number is not None else "a trained student"
-    raise RecipeError(f"{which} is not there yet", hint=f"kdpipe run {project.loaded.path}")
+    raise RecipeError(f"{which} is not there yet", hint=f"kdpipe run {project.named}")

@@ -10,7 +10,7 @@ from typing import Any
 from kdpipe.plan import Identities, Plan, make_plan
 from kdpipe.recipe import Recipe, Teacher
 from kdpipe.recipe_file import LoadedRecipe
-from kdpipe.runs import RunFolder, run_folder
+from kdpipe.runs import RunFolder, named_run, run_folder
 from kdpipe.sources import Sources
 from kdpipe.store import Store
 from kdpipe.survey import State, survey
@@ -39,6 +39,11 @@ class Project:
     def run(self) -> RunFolder:
         """The run's folder."""
         return run_folder(self.workspace, self.recipe)
+
+    @property
+    def named(self) -> str:
+        """What a command takes to mean this run: its name, or the recipe's file before there is a run."""
+        return self.run.name if named_run(self.workspace, self.run.name) else str(self.loaded.path)
 
     def survey(self) -> list[State]:
         """The state of every step."""

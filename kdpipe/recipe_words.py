@@ -1,6 +1,6 @@
 """What each field of a recipe means, in a sentence: for `kdpipe schema`, which editors show, and docs/recipe.md.
 
-Kept beside the schema, not in it, so that recipe.py stays readable and no command pays for what only these two read. A
+Kept beside the schema, not in it, so that it stays readable and no command pays for what only these two read. A
 field is found by `Section.field`, else by its name alone where several sections share it; a test finds every one.
 """
 

@@ -69,7 +69,7 @@ def choose_samples(project: Project, choice: Choice) -> Samples:
 
 def _batch(reader: Reader, choice: Choice) -> Batch:
     """The completions to choose from: held-out ones where they are asked for, and of round 0, which has no others."""
-    recipe = reader.project.loaded.path
+    recipe = reader.project.named
     if not (choice.held_out or choice.flipped or choice.round == 0):
         rounds = reader.rollout_rounds()
         number = max(rounds, default=None) if choice.round is None else choice.round

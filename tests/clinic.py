@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-import kdpipe.perform
+import kdpipe.inputs
 from kdpipe.engine import Ability, Completion, Engine, ModelSource, ScoreRequest, TokenScores
 from kdpipe.perform import Performer
 from kdpipe.project import open_project
@@ -129,19 +129,19 @@ def examined(
     request = examination(open_project(loaded, workspace), folders, 1, depth=depth)  # type: ignore[arg-type]
     with one_thread(), pytest.MonkeyPatch.context() as patch:
         if wire is not None:
-            patch.setattr(kdpipe.perform._Task, "_engine", _behind(wire))
+            patch.setattr(kdpipe.inputs.Inputs, "engine", _behind(wire))
         answer: Any = Performer()(json.loads(json.dumps(request)), Report(lambda _message: None))
     findings = json.loads(json.dumps(answer["findings"]))
     return {(one["probe"], one["about"]): one for one in findings}
 
 
 def _behind(wire: Callable[[Engine], Engine]) -> Callable[[Any, Any, str], Engine]:
-    """What a task opens its engines by, each behind a wire of its own that stays."""
-    opened = kdpipe.perform._Task._engine
+    """What a step opens its engines by, each behind a wire of its own that stays."""
+    opened = kdpipe.inputs.Inputs.engine
     wires: dict[int, Engine] = {}
 
-    def engine(task: Any, name: Any, role: str) -> Engine:
-        real = opened(task, name, role)
+    def engine(inputs: Any, name: Any, role: str) -> Engine:
+        real = opened(inputs, name, role)
         return wires.setdefault(id(real), wire(real))
 
     return engine

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,17 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database as the first mirroring of a workspace makes it: seconds of MLflow's migrations, once."""
+    from kdpipe.tracking.mlflow_run import make_database
+
+    folder = tmp_path_factory.mktemp("template")
+    make_database(folder)
+    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".lock") == ["mlflow.db"]
+    return folder / "mlflow.db"
 
 
 def pytest_collection_finish() -> None:

@@ -21,7 +21,6 @@ import pytest
 from typer.testing import CliRunner
 
 import kdpipe.plan
-from kdpipe import tracking
 from kdpipe.cli import app
 from kdpipe.errors import ArtifactError, Interrupted
 from kdpipe.housekeeping import verify
@@ -30,7 +29,7 @@ from kdpipe.samples import Choice, choose_samples
 from kdpipe.seals import digest_of, sealed
 from kdpipe.signatures import require_same
 from kdpipe.store import Entry
-from kdpipe.tracking import done_steps
+from kdpipe.tracking.contents import done_steps, whole_steps
 from tests.worlds import Watcher, leftovers, load_tiny, run_near, write_recipe
 
 Damage = Literal["cut", "emptied", "flipped", "replaced", "removed"]
@@ -459,7 +458,7 @@ def test_metrics_that_are_damaged_are_not_mirrored(world: World) -> None:
     [step] = [step for step in done_steps(world.project().run.path) if step.name == "round-002/train"]
     with pytest.raises(ArtifactError, match=r"metrics\.jsonl: sha256"):
         step.entry.metrics()
-    whole, damage = tracking._whole([step])
+    whole, damage = whole_steps([step])
     assert (whole, damage is not None) == ([], True)
 
 

@@ -512,7 +512,8 @@ def test_any_note_is_read_or_made_again(data: bytes, tmp_path: Path) -> None:
     (run / "events.jsonl").write_bytes(data)
     assert project.survey()
     from kdpipe.runs import droppable
-    from kdpipe.tracking import pending, read_record
+    from kdpipe.tracking.record import read_record
+    from kdpipe.tracking.standing import pending
 
     assert droppable(project.run, workspace) == []
     assert pending(run) == 0

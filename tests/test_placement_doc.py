@@ -11,7 +11,7 @@ import yaml
 
 from kdpipe.mismatch import ledger
 from kdpipe.recipe import Objective, Placement, Recipe
-from kdpipe.tracking import metric_name
+from kdpipe.tracking.contents import metric_name
 from tests.worlds import load_tiny
 
 DOC = (Path(__file__).parents[1] / "docs" / "placement.md").read_text(encoding="utf-8")

@@ -66,6 +66,18 @@ def page(project: Project, tmp_path_factory: pytest.TempPathFactory) -> str:
     return text
 
 
+def test_a_report_in_the_runs_own_place_has_its_charts_beside_it(
+    project: Project, page: str, tmp_path: Path
+) -> None:
+    folder = project.run.path / "figures"
+    write_report(project, tmp_path / "elsewhere.html", commands=[])
+    assert not folder.exists()
+    write_report(project, report_path(project), commands=[])
+    shown = re.findall(r'data-chart="([a-z0-9-]+)"', page)
+    assert {"accuracy", "reverse-kl"} < set(shown)
+    assert sorted(path.stem for path in folder.iterdir()) == sorted(shown)
+
+
 class Outline(HTMLParser):
     """Every element of a page with its attributes, and the text of each script, style and paragraph."""
 

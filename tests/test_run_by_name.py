@@ -46,6 +46,15 @@ def test_commands_take_the_name_and_mean_the_run_with_its_overrides(changed: Pro
     invoke("status", str(changed.loaded.path), "--check", *place, code=6)  # the file alone is another run
 
 
+def test_what_a_message_says_to_type_means_this_run(changed: Project, tmp_path: Path) -> None:
+    place = ["--workspace", str(changed.workspace)]
+    result = invoke("samples", str(changed.loaded.path), "--set", RATE, "--round", "7", *place, code=2)
+    assert f"kdpipe run {changed.run.name}" in result.stderr
+    never = [str(changed.loaded.path), str(tmp_path / "out"), "--round", "1"]
+    result = invoke("export", *never, *place, code=2)
+    assert f"kdpipe run {changed.loaded.path}" in result.stderr  # nothing was run of the file alone
+
+
 def test_a_name_with_a_change_is_another_run_that_differs_by_it(changed: Project) -> None:
     place = ["--workspace", str(changed.workspace)]
     by_name = json.loads(invoke("plan", changed.run.name, "--set", "rounds=2", *place, "--json").stdout)

@@ -6,143 +6,32 @@ import json
 import queue
 import shutil
 import socket
-import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kdpipe import tracking
 from kdpipe.errors import KdpipeError
-from kdpipe.plan import Identities, Step, make_plan
-from kdpipe.recipe import Tracking
-from kdpipe.recipe_file import LoadedRecipe, load_recipe
-from kdpipe.runs import RunFolder, run_folder
+from kdpipe.recipe_file import load_recipe
 from kdpipe.store import Draft, Store, run_lock
-from kdpipe.tracking import (
-    MlflowMirror,
-    Request,
-    Synchronizer,
-    flatten,
-    metric_name,
-    pending,
-    read_record,
-    unsettled,
-)
+from kdpipe.tracking import mirror as mirroring
+from kdpipe.tracking import page as serving
+from kdpipe.tracking.contents import MAX_VALUE, flatten, metric_name
+from kdpipe.tracking.mirror import MlflowMirror, settle
+from kdpipe.tracking.mlflow_run import beating, without_secret
+from kdpipe.tracking.record import ENVIRONMENT, database_uri, read_record, write_record
+from kdpipe.tracking.standing import is_finished, pending, unsettled
+from kdpipe.tracking.synchronizer import Synchronizer
 from kdpipe.workers import Report
-
-RECIPE = """
-name: {name}
-rounds: {rounds}
-task: {{kind: arithmetic}}
-student: {{scratch: {{}}, sft: {{steps: 2}}}}
-teachers: [{{scratch: {{}}, sft: {{steps: 2}}}}]
-rollout: {{prompts: 8, samples: 1, max_new_tokens: 16}}
-"""
-T0 = 1_700_000_000.25
-"""When the first made-up step finished."""
-
-
-HEADROOM = {
-    "problems": 200,
-    "accuracy_change": 0.125,
-    "accuracy_change_low": 0.03,
-    "accuracy_change_high": 0.22,
-    "accuracy_change_p_value": 0.004,
-}
-
-
-@dataclass(frozen=True)
-class World:
-    """A workspace with one run, whose steps a test finishes by hand."""
-
-    workspace: Path
-    loaded: LoadedRecipe
-    uri: str | None = None
-
-    @property
-    def run(self) -> RunFolder:
-        return run_folder(self.workspace, self.loaded.recipe)
-
-    @property
-    def steps(self) -> dict[str, Step]:
-        return {step.id: step for step in make_plan(self.loaded.recipe, Identities({}, {})).steps}
-
-    def finish(self, step_id: str, *rows: tuple[str, float, int | None], after: float = 0.0) -> None:
-        """Commits and links `step_id` with these metrics, `after` seconds from T0."""
-        step = self.steps[step_id]
-        entry = Store(self.workspace).entry(step)
-        draft = Draft(entry, step, note=lambda _kind, _fields: None)
-        for name, value, optimizer_step in rows:
-            draft.metric(name, value, optimizer_step=optimizer_step)
-        if step.stage == "evaluate":
-            draft.write_json("summary.json", {"accuracy": 0.5, "step": step_id, **HEADROOM})
-        draft.commit(inputs={}, provenance={"finished": T0 + after})
-        self.run.link(step, entry)
-
-    def finish_everything(self) -> None:
-        for index, step_id in enumerate(self.steps):
-            stage = step_id.partition("@")[0].partition(":")[0]
-            rows = [(f"time/{stage.replace('-', '_')}_seconds", 1.0 + index, None)]
-            if stage == "evaluate":
-                rows.append(("evaluate/accuracy", 0.01 * index, None))
-            if stage in ("sft", "train"):
-                rows += [
-                    (f"{stage}/loss", 0.5 + index, 2 * index + 1),
-                    (f"{stage}/loss", 0.25, 2 * index + 2),
-                ]
-            self.finish(step_id, *rows, after=float(index))
-
-    def request(self, status: str = "RUNNING") -> Request:
-        place = Tracking(uri=self.uri)
-        fields = {"workspace": self.workspace, "run": self.run.path, "tracking": place, "status": status}
-        return Request.model_validate(fields)
-
-    def sync(self, status: str = "RUNNING", synchronizer: Synchronizer | None = None) -> int:
-        """Mirrors as a fresh process would, unless a synchronizer is given; returns the metrics logged."""
-        report = Report(lambda _message: None)
-        result = (synchronizer or Synchronizer())(self.request(status).model_dump(mode="json"), report)
-        assert isinstance(result["metrics"], int)
-        return result["metrics"]
-
-    def query(self, sql: str) -> list[tuple]:
-        with closing(sqlite3.connect(self.workspace / "mlflow.db")) as connection:
-            return connection.execute(sql).fetchall()
-
-    def metrics(self) -> list[tuple[str, int, float]]:
-        return sorted(self.query("select key, step, value from metrics"))
-
-    def statuses(self) -> list[str]:
-        return [row[0] for row in self.query("select status from runs order by start_time")]
-
-
-def make_world(
-    workspace: Path, name: str = "tiny", *, rounds: int = 2, overrides: tuple[str, ...] = ()
-) -> World:
-    path = workspace / f"{name}.yaml"
-    path.write_text(RECIPE.format(name=name, rounds=rounds))
-    world = World(workspace, load_recipe(path, overrides))
-    world.run.write_recipe(world.loaded)
-    return world
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database as the first sync of a workspace makes it: seconds of MLflow's migrations, once."""
-    folder = tmp_path_factory.mktemp("template")
-    tracking._make_database(folder)
-    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".lock") == ["mlflow.db"]
-    return folder / "mlflow.db"
+from tests.mirrored import RECIPE, T0, World, make_world
 
 
 @pytest.fixture
-def workspace(empty_database: Path, tmp_path: Path) -> Path:
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
+def workspace(mlflow_database: Path, tmp_path: Path) -> Path:
+    shutil.copy(mlflow_database, tmp_path / "mlflow.db")
     return tmp_path
 
 
@@ -239,13 +128,13 @@ def test_a_lost_record_finds_its_run_again(world: World) -> None:
 
 
 def test_on_a_shared_server_only_the_key_tells_whose_run_it_is(workspace: Path) -> None:
-    uri = tracking.database_uri(workspace)
+    uri = database_uri(workspace)
     mine = make_world(workspace)
     mine = World(mine.workspace, mine.loaded, uri)
     mine.sync()
     record = read_record(mine.run.path)
     assert record is not None
-    tracking._write_record(mine.run.path, record.model_copy(update={"run_id": None}))  # killed after creation
+    write_record(mine.run.path, record.model_copy(update={"run_id": None}))  # killed after creation
     mine.sync()
     assert len(mine.statuses()) == 1
     (mine.run.path / "mlflow.json").unlink()  # as in another workspace with the same recipe
@@ -260,7 +149,7 @@ def test_a_run_deleted_in_mlflow_is_made_again_whole(world: World) -> None:
     count = world.sync()
     record = read_record(world.run.path)
     assert record is not None
-    MlflowClient(tracking.database_uri(world.workspace)).delete_run(record.run_id)
+    MlflowClient(database_uri(world.workspace)).delete_run(record.run_id)
     assert world.sync() == count
     now = read_record(world.run.path)
     assert now is not None
@@ -336,14 +225,14 @@ def test_params_that_a_newer_recipe_adds_are_logged(world: World) -> None:
     resolved["recipe"]["runtime"]["fresh"] = "x" * 9000
     (world.run.path / "resolved.json").write_text(json.dumps(resolved))
     world.sync()
-    assert world.query("select length(value) from params where key = 'runtime.fresh'") == [
-        (tracking.MAX_VALUE,)
-    ]
+    assert world.query("select length(value) from params where key = 'runtime.fresh'") == [(MAX_VALUE,)]
 
 
 def test_tags_datasets_and_artifacts_tell_what_it_was(world: World) -> None:
     world.finish_everything()
     (world.run.path / "report.html").write_text("<p>first</p>")
+    (world.run.path / "figures").mkdir()
+    (world.run.path / "figures" / "accuracy.svg").write_text("<svg/>")
     world.sync()
     tags = dict(world.query("select key, value from tags"))
     assert tags["kdpipe.run"] == tags["mlflow.runName"] == world.run.name
@@ -361,9 +250,15 @@ def test_tags_datasets_and_artifacts_tell_what_it_was(world: World) -> None:
         "evaluate/round-000-teacher.json",
         "evaluate/round-001-student.json",
         "evaluate/round-002-student.json",
+        "figures/accuracy.svg",
         "recipe.yaml",
         "report.html",
         "resolved.json",
+        "tables/evaluate-round-000.json",
+        "tables/evaluate-round-001.json",
+        "tables/evaluate-round-002.json",
+        "tables/samples-round-001.json",
+        "tables/samples-round-002.json",
     ]
     (world.run.path / "report.html").write_text("<p>second</p>")
     world.sync()
@@ -413,9 +308,9 @@ def test_a_workspace_that_was_moved_writes_nothing_to_its_old_place(world: World
 
 def test_a_password_in_the_address_goes_nowhere(world: World) -> None:
     uri = "postgresql://kim:hunter2@db/mlflow"
-    text = tracking._without_secret(f"cannot reach {uri}", uri)
+    text = without_secret(f"cannot reach {uri}", uri)
     assert text == "cannot reach postgresql://***@db/mlflow"
-    assert tracking._without_secret("plain", "sqlite:////tmp/a@b.db") == "plain"
+    assert without_secret("plain", "sqlite:////tmp/a@b.db") == "plain"
 
 
 @pytest.mark.parametrize(
@@ -486,7 +381,7 @@ def test_a_run_that_was_killed_is_settled_by_whoever_sees_its_lock_free(world: W
     assert world.statuses() == ["KILLED"]
     assert world.query("select end_time from runs") == [(round(world.run.events()[-1]["time"] * 1000),)]
     assert unsettled(world.workspace) == []
-    assert tracking.settle(world.workspace) == []
+    assert settle(world.workspace) == []
 
 
 @pytest.mark.slow
@@ -498,7 +393,7 @@ def test_the_mirror_delivers_and_settles_without_its_parent_importing_mlflow(wor
     with run_lock(world.run.path):
         program = (
             "import sys, time\n"
-            "from kdpipe.tracking import MlflowMirror, Request\n"
+            "from kdpipe.tracking.mirror import MlflowMirror, Request\n"
             "mirror = MlflowMirror(Request.model_validate_json(sys.argv[1]))\n"
             "start = time.monotonic(); mirror.nudge(); nudged = time.monotonic() - start\n"
             "while mirror._quiet_since == 0.0: time.sleep(0.05)\n"
@@ -525,7 +420,7 @@ def dead_address() -> str:
 
 
 def test_a_refused_connection_fails_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in tracking.ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     dead = World(world.workspace, world.loaded, f"http://{dead_address()}")
     start = time.monotonic()
@@ -536,10 +431,10 @@ def test_a_refused_connection_fails_at_once(world: World, monkeypatch: pytest.Mo
 
 def test_a_record_with_a_password_of_an_older_kdpipe_is_left_alone(world: World) -> None:
     world.sync()
-    record = tracking.read_record(world.run.path)
+    record = read_record(world.run.path)
     assert record is not None
     old = record.model_copy(update={"uri": "http://kim:hunter2@host", "status": "RUNNING"})
-    tracking._write_record(world.run.path, old)
+    write_record(world.run.path, old)
     assert unsettled(world.workspace) == []
 
 
@@ -566,12 +461,12 @@ def test_a_finished_run_that_is_repeated_asks_mlflow_for_nothing(
         assert mirror.finish(status) is None
         return list(asked)
 
-    monkeypatch.setattr(tracking, "Worker", Asked)
+    monkeypatch.setattr(mirroring, "Worker", Asked)
     world.finish_everything()
     assert statuses()[-1] == "FINISHED"  # nothing is mirrored yet
     monkeypatch.undo()
     world.sync("FINISHED")
-    monkeypatch.setattr(tracking, "Worker", Asked)
+    monkeypatch.setattr(mirroring, "Worker", Asked)
     assert statuses() == []
     assert statuses(nudged=True)[-1] == "FINISHED"
     assert statuses(status="FAILED")[-1] == "FAILED"
@@ -585,7 +480,7 @@ def test_a_finished_run_that_is_repeated_asks_mlflow_for_nothing(
     (world.workspace / "gone").rename(database)
     assert statuses() == []
     elsewhere = World(world.workspace, world.loaded, f"http://{dead_address()}")
-    assert not tracking.is_finished(elsewhere.request())
+    assert not is_finished(elsewhere.request())
 
 
 @pytest.mark.slow
@@ -596,7 +491,7 @@ def test_a_dead_server_costs_seconds_and_loses_nothing(world: World) -> None:
     mirror.nudge()
     start = time.monotonic()
     mirror.finish("FINISHED")
-    assert time.monotonic() - start < tracking.PATIENCE_SECONDS["FINISHED"] + 2
+    assert time.monotonic() - start < mirroring.PATIENCE_SECONDS["FINISHED"] + 2
     assert mirror.error is not None
     assert not mirror._thread.is_alive()
     assert "not mirrored" in (world.run.path / "logs" / "tracking.log").read_text()
@@ -611,7 +506,7 @@ def test_a_dead_server_costs_seconds_and_loses_nothing(world: World) -> None:
 def test_a_mirror_that_cannot_even_start_is_delivered_by_the_next_command(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(tracking.PATIENCE_SECONDS, "FINISHED", 0.0)  # MLflow is not even imported by then
+    monkeypatch.setitem(mirroring.PATIENCE_SECONDS, "FINISHED", 0.0)  # MLflow is not even imported by then
     world.finish_everything()
     mirror = MlflowMirror(world.request())
     assert mirror.finish("FINISHED") is not None
@@ -636,7 +531,7 @@ def test_a_server_that_never_answers_does_not_hold_up_a_stop(world: World, statu
 
 def test_a_database_that_takes_long_to_make_is_no_silence() -> None:
     told: queue.Queue[Any] = queue.Queue()
-    with tracking._beating(Report(told.put)):
+    with beating(Report(told.put)):
         assert told.get(timeout=10) == {"event": {"mirror": "making the database"}}
 
 
@@ -654,11 +549,11 @@ def test_the_page_takes_the_next_free_port() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert tracking.free_port("127.0.0.1", port) > port
+        assert serving.free_port("127.0.0.1", port) > port
 
 
 def test_the_page_is_served_over_the_workspace(tmp_path: Path) -> None:
-    command = tracking.ui_command(tmp_path, "127.0.0.1", 5001)
+    command = serving.ui_command(tmp_path, "127.0.0.1", 5001)
     assert command[:4] == [sys.executable, "-m", "mlflow", "server"]
     assert f"sqlite:///{tmp_path.resolve()}/mlflow.db" in command
     assert command[command.index("--host") + 1] == "127.0.0.1"
@@ -685,7 +580,7 @@ def test_the_page_is_for_this_machine_alone_unless_told(
         def wait(self) -> int:
             return 0
 
-    monkeypatch.setattr(tracking.subprocess, "Popen", Page)
+    monkeypatch.setattr(serving.subprocess, "Popen", Page)
     result = CliRunner().invoke(app, ["ui", "--workspace", str(tmp_path), *arguments])
     assert result.exit_code == 0, result.output
     [command] = started
@@ -694,7 +589,7 @@ def test_the_page_is_for_this_machine_alone_unless_told(
 
 @pytest.mark.slow
 def test_a_real_page_listens_on_the_loopback_alone(tmp_path: Path) -> None:
-    port = tracking.free_port("127.0.0.1", 24000)
+    port = serving.free_port("127.0.0.1", 24000)
     command = [sys.executable, "-m", "kdpipe.cli", "ui", "--workspace", str(tmp_path), "--port", str(port)]
     page = subprocess.Popen(command)
     try:
@@ -726,7 +621,7 @@ def listeners(port: int) -> set[str]:
 def test_a_real_server_mirrors_as_the_database_does(world: World) -> None:
     import urllib.request
 
-    port = tracking.free_port("127.0.0.1", 23000)
+    port = serving.free_port("127.0.0.1", 23000)
     program = (
         "import sys, pathlib\n"
         "from kdpipe.tracking import serve_ui\n"
@@ -766,5 +661,5 @@ def test_a_real_server_mirrors_as_the_database_does(world: World) -> None:
 def test_settle_tells_the_end_of_killed_runs(world: World) -> None:
     world.finish_everything()
     world.sync()
-    assert tracking.settle(world.workspace, seconds=200) == [world.run.name]
+    assert settle(world.workspace, seconds=200) == [world.run.name]
     assert world.statuses() == ["KILLED"]

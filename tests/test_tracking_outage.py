@@ -13,35 +13,28 @@ import pytest
 from typer.testing import CliRunner
 
 import kdpipe.runner
-from kdpipe import tracking
 from kdpipe.cli import app
 from kdpipe.project import Project, open_project
 from kdpipe.runner import Request, run
-from kdpipe.tracking import done_steps, metric_name, open_mirror, pending, unsettled
+from kdpipe.tracking.contents import done_steps, metric_name
+from kdpipe.tracking.mirror import LOG, SERVER_QUIET_SECONDS, open_mirror
+from kdpipe.tracking.standing import pending, unsettled
 from tests.tracker import Proxy, Server, free_port
 from tests.worlds import SMALLEST, NearWorker, Watcher, load_tiny, write_recipe
 
 pytestmark = pytest.mark.slow
 
 SIZES = SMALLEST | {"rounds": 2}
-SMALL_SECONDS = tracking.SERVER_QUIET_SECONDS + 3
+SMALL_SECONDS = SERVER_QUIET_SECONDS + 3
 """What a server that does not answer may cost a run: patience at its end, and the mirror's share of two cores."""
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A server's empty database, made once: it takes seconds."""
-    folder = tmp_path_factory.mktemp("database")
-    tracking._make_database(folder)
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
-def server(database: Path, tmp_path: Path) -> Iterator[Server]:
+def server(mlflow_database: Path, tmp_path: Path) -> Iterator[Server]:
     """A server that is not started yet."""
     folder = tmp_path / "server"
     folder.mkdir()
-    shutil.copy(database, folder / "mlflow.db")
+    shutil.copy(mlflow_database, folder / "mlflow.db")
     server = Server(folder, free_port())
     yield server
     server.kill()
@@ -143,7 +136,7 @@ def test_a_server_that_is_down_from_the_start_gets_everything_later(tmp_path: Pa
     without = world.rounds_seconds(Watcher(), enabled=False)
 
     def was_refused() -> bool:
-        log = world.project.run.path / tracking.LOG
+        log = world.project.run.path / LOG
         return log.exists() and "not mirrored" in log.read_text()
 
     took = world.rounds_seconds(watcher, enabled=True, met=was_refused)
@@ -208,3 +201,40 @@ def test_a_param_that_is_refused_keeps_nothing_else_back(tmp_path: Path, server:
         assert server.query("select value from params where key = 'rollout.prompts'") == [("4",)]
         assert "refused" not in world.status()
         require_everything_once(world, server)
+
+
+def test_a_study_whose_server_is_down_neither_stops_nor_waits_and_is_nested_later(
+    tmp_path: Path, server: Server
+) -> None:
+    recipe = write_recipe(tmp_path, **SIZES, tracking={"enabled": True, "uri": server.uri})
+    command = ["run", str(recipe), "--workspace", str(tmp_path / "out")]
+    command += ["--sweep", "train.optimizer.learning_rate=1e-3,2e-3"]
+
+    def seconds_and_output(*more: str) -> tuple[float, str]:
+        begun = time.monotonic()
+        result = CliRunner().invoke(app, [*command, *more])
+        assert result.exit_code == 0, result.output
+        return time.monotonic() - begun, result.output
+
+    without, _ = seconds_and_output("--set", "tracking.enabled=false")
+    shutil.rmtree(tmp_path / "out")
+    took, output = seconds_and_output()
+    print(f"without {without:.1f} s, with a server that is down {took:.1f} s")
+    assert took - without < 3 * SMALL_SECONDS  # two runs and the study itself
+    assert "not all of the study is mirrored yet" in output
+    server.start()
+    for _ in range(6):
+        seconds_and_output()
+        if not unsettled(tmp_path / "out"):
+            break
+    statuses = server.query("select name, status from runs order by name")
+    assert [status for _, status in statuses] == ["FINISHED"] * 3
+    [(parent,)] = server.query("select distinct value from tags where key = 'mlflow.parentRunId'")
+    [(name, children)] = server.query(
+        "select name, (select count(*) from tags where key = 'mlflow.parentRunId') "
+        f"from runs where run_uuid = '{parent}'"
+    )
+    assert name.startswith("tiny-sweep-")
+    assert children == 2
+    assert server.query("select count(*) from metrics where key like 'study/%/accuracy'") == [(2,)]
+    assert max(server.metrics().values()) <= 2  # of the two runs

@@ -14,7 +14,7 @@ from kdpipe.commands.parameters import (
     SetOption,
     WorkspaceOption,
 )
-from kdpipe.commands.several_runs import print_study, run_each
+from kdpipe.commands.several_runs import run_study
 from kdpipe.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -67,9 +67,16 @@ def _sweep(
     from kdpipe.sweep import points
 
     grid = [(" ".join(point), [*(overrides or ()), *point]) for point in points(sweep)]
-    done, failed = run_each(recipe, grid, workspace, request, as_json=as_json)
-    rows = rows_of([read_contender(folder) for folder in done.values()]) if done else []
-    print_study(rows, failed, len(grid), markdown=False, as_json=as_json)
+    run_study(
+        "sweep",
+        recipe,
+        grid,
+        workspace,
+        request,
+        compare=lambda done: rows_of([read_contender(folder) for folder in done.values()]),
+        markdown=False,
+        as_json=as_json,
+    )
 
 
 def sft(

@@ -1,7 +1,7 @@
 """Runs one after the other, of which one may fail, and what is printed of them together."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +14,58 @@ if TYPE_CHECKING:
     from kdpipe.comparison import Row
     from kdpipe.runner import Request
     from kdpipe.runs import RunFolder
+    from kdpipe.studies import Kind
+    from kdpipe.tracking.record import Status
 
 
-def run_each(
+def run_study(
+    kind: "Kind",
+    recipe: str,
+    runs: "Sequence[tuple[str, list[str]]]",
+    workspace: Path,
+    request: "Request",
+    *,
+    compare: "Callable[[dict[int, RunFolder]], Sequence[Row]]",
+    markdown: bool,
+    as_json: bool,
+) -> None:
+    """Runs each of (name, overrides) as one study, and prints and keeps the comparison of those that ended.
+
+    `compare` is given their folders by their place. Raises StepError where some failed.
+    """
+    from kdpipe.comparison_lines import comparison_json, markdown_lines
+    from kdpipe.runs import run_folder
+    from kdpipe.store import run_lock
+    from kdpipe.studies import make_study
+    from kdpipe.tracking import begin_study, end_study
+
+    # a mistake in the last one is told before the first one costs anything
+    recipes = [load_given(recipe, changes, workspace).recipe for _, changes in runs]
+    place, first = workspace.resolve(), recipes[0]
+    names = {run_folder(place, one).name: label for one, (label, _) in zip(recipes, runs, strict=True)}
+    study = make_study(place, kind, recipe=first.name, runs=names)
+    status: Status = "FAILED"
+    with run_lock(study.path):
+        study.event("study started")
+        begin_study(study, place, first.tracking)
+        try:
+            done, failed = _run_each(recipe, runs, workspace, request, as_json=as_json)
+            rows = compare(done) if done else []
+            study.keep(comparison_json(rows), markdown_lines(rows) if rows else [], failed)
+            _print_study(rows, failed, len(runs), markdown=markdown, as_json=as_json)
+            status = "FINISHED"
+        except (Interrupted, KeyboardInterrupt):
+            status = "KILLED"
+            raise
+        finally:
+            study.event("study ended", status=status)
+            if trouble := end_study(study, place, first.tracking, status):
+                say(
+                    f"MLflow: not all of the study is mirrored yet: {trouble}; the next command goes on with it"
+                )
+
+
+def _run_each(
     recipe: str,
     runs: "Sequence[tuple[str, list[str]]]",
     workspace: Path,
@@ -25,9 +74,6 @@ def run_each(
     as_json: bool,
 ) -> "tuple[dict[int, RunFolder], list[str]]":
     """Runs each of (name, overrides): the folders of those that ended, by their place, and the names of the others."""
-    for _, changes in runs:
-        # a mistake in the last one is told before the first one costs anything
-        load_given(recipe, changes, workspace)
     done: dict[int, RunFolder] = {}
     failed: list[str] = []
     for number, (name, changes) in enumerate(runs):
@@ -42,7 +88,7 @@ def run_each(
     return done, failed
 
 
-def print_study(
+def _print_study(
     rows: "Sequence[Row]", failed: list[str], count: int, *, markdown: bool, as_json: bool
 ) -> None:
     """The comparison of the runs that ended; raises StepError where some failed."""

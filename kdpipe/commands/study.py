@@ -17,10 +17,12 @@ from kdpipe.commands.parameters import (
     run_given,
 )
 from kdpipe.commands.printing import print_json
-from kdpipe.commands.several_runs import print_rows, print_study, run_each
+from kdpipe.commands.several_runs import print_rows, run_study
 
 if TYPE_CHECKING:
     from kdpipe.arms import ArmRun
+    from kdpipe.comparison import Row
+    from kdpipe.runs import RunFolder
 
 
 def compare(
@@ -143,11 +145,23 @@ def _run_arms(
     from kdpipe.runner import Request
 
     runs = [(f"{one.arm}, seed {one.seed}", [*given, *one.overrides]) for one in study]
-    done, failed = run_each(recipe, runs, workspace, Request(rounds=rounds), as_json=as_json)
-    ended = [(study[number].arm, read_contender(folder)) for number, folder in done.items()]
-    order = list(dict.fromkeys(one.arm for one in study))
-    ended.sort(key=lambda pair: order.index(pair[0]))
-    first = {study[number].seed: folder for number, folder in reversed(done.items())}
-    before = [read_contender(folder, last_round=0) for _, folder in sorted(first.items())]
-    rows = arm_rows(ended, before) if ended else []
-    print_study(rows, failed, len(runs), markdown=markdown, as_json=as_json)
+
+    def table(done: "dict[int, RunFolder]") -> "list[Row]":
+        """The arms in their order, against the students before training."""
+        ended = [(study[number].arm, read_contender(folder)) for number, folder in done.items()]
+        order = list(dict.fromkeys(one.arm for one in study))
+        ended.sort(key=lambda pair: order.index(pair[0]))
+        first = {study[number].seed: folder for number, folder in reversed(done.items())}
+        before = [read_contender(folder, last_round=0) for _, folder in sorted(first.items())]
+        return arm_rows(ended, before)
+
+    run_study(
+        "arms",
+        recipe,
+        runs,
+        workspace,
+        Request(rounds=rounds),
+        compare=table,
+        markdown=markdown,
+        as_json=as_json,
+    )

@@ -300,7 +300,7 @@ class Reader:
     def _step(self, step_id: str) -> Step:
         if step_id not in self._done:
             raise RecipeError(
-                f"{step_id}: is not done", hint=f"kdpipe plan {self.project.loaded.path}  says what is"
+                f"{step_id}: is not done", hint=f"kdpipe plan {self.project.named}  says what is"
             )
         return self._done[step_id]
 

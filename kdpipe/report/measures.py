@@ -37,31 +37,49 @@ class Evaluation:
     @property
     def accuracy(self) -> Interval:
         """The accuracy with Wilson's interval."""
-        found = self.summary
-        return Interval(found["accuracy"], found["accuracy_low"], found["accuracy_high"])
+        return accuracy_of(self.summary)
 
     @property
     def reverse_kl(self) -> Interval | None:
         """The held-out reverse KL in nats a token, from whole distributions where they were at hand."""
-        return self.interval("reverse_kl_exact", "reverse_kl", unit="_nats")
+        return reverse_kl_of(self.summary)
 
     @property
     def accuracy_change(self) -> Interval | None:
         """The paired difference to student 0."""
-        return self.interval("accuracy_change")
+        return interval_of(self.summary, "accuracy_change")
 
     @property
     def reverse_kl_change(self) -> Interval | None:
         """The paired difference to student 0."""
-        return self.interval("reverse_kl_exact_change", "reverse_kl_change", unit="_nats")
+        return reverse_kl_change_of(self.summary)
 
-    def interval(self, *names: str, unit: str = "") -> Interval | None:
-        """The first of these that the summary has."""
-        for name in names:
-            if f"{name}{unit}" in self.summary:
-                found = self.summary
-                return Interval(found[f"{name}{unit}"], found[f"{name}_low"], found[f"{name}_high"])
-        return None
+    def interval(self, name: str) -> Interval | None:
+        """What the summary says of this, if it does."""
+        return interval_of(self.summary, name)
+
+
+def accuracy_of(summary: Mapping[str, Any]) -> Interval:
+    """The accuracy in an evaluation's summary.json, with Wilson's interval."""
+    return Interval(summary["accuracy"], summary["accuracy_low"], summary["accuracy_high"])
+
+
+def reverse_kl_of(summary: Mapping[str, Any]) -> Interval | None:
+    """The held-out reverse KL in nats a token, from whole distributions where they were at hand."""
+    return interval_of(summary, "reverse_kl_exact", "reverse_kl", unit="_nats")
+
+
+def reverse_kl_change_of(summary: Mapping[str, Any]) -> Interval | None:
+    """Its paired difference to student 0."""
+    return interval_of(summary, "reverse_kl_exact_change", "reverse_kl_change", unit="_nats")
+
+
+def interval_of(summary: Mapping[str, Any], *names: str, unit: str = "") -> Interval | None:
+    """The first of these that the summary has."""
+    for name in names:
+        if f"{name}{unit}" in summary:
+            return Interval(summary[f"{name}{unit}"], summary[f"{name}_low"], summary[f"{name}_high"])
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,20 +74,19 @@ def verdict(measures: Measures) -> Verdict:
             _divergence_sentence(after),
         ],
     )
-    if change.low > 0:
-        return Verdict(
-            "good", f"It worked: the student gained {100 * change.estimate:.1f} points.", tuple(sentences)
-        )
-    if change.high < 0:
-        return Verdict(
-            "bad", f"It did harm: the student lost {-100 * change.estimate:.1f} points.", tuple(sentences)
-        )
-    divergence = after.reverse_kl_change
-    if divergence is not None and divergence.high < 0:
-        headline = "Closer to the teacher, but no clear change in accuracy."
-    else:
-        headline = "No clear effect."
-    return Verdict("open", headline, tuple(sentences))
+    tone, headline = effect(change, after.reverse_kl_change)
+    return Verdict(tone, headline, tuple(sentences))
+
+
+def effect(accuracy_change: Interval, reverse_kl_change: Interval | None) -> tuple[Tone, str]:
+    """What paired differences to student 0 say, in a sentence, and whether that is good."""
+    if accuracy_change.low > 0:
+        return "good", f"It worked: the student gained {100 * accuracy_change.estimate:.1f} points."
+    if accuracy_change.high < 0:
+        return "bad", f"It did harm: the student lost {-100 * accuracy_change.estimate:.1f} points."
+    if reverse_kl_change is not None and reverse_kl_change.high < 0:
+        return "open", "Closer to the teacher, but no clear change in accuracy."
+    return "open", "No clear effect."
 
 
 def _accuracy_sentence(before: Evaluation, after: Evaluation, change: Interval) -> str:

@@ -11,6 +11,7 @@ from kdpipe.runs import RunFolder
 from kdpipe.store import write_bytes
 
 FILE = "report.html"
+FIGURES = "figures"
 
 
 def report_path(project: Project) -> Path:
@@ -42,11 +43,15 @@ def write_report(
 ) -> int:
     """Writes the report to `path`, wholly or not at all; returns its size in bytes.
 
-    `commands` are shown as what makes the run again; the run is held against `others`. Raises ArtifactError where an
-    artifact that it reads is damaged, DataError where runs cannot be compared.
+    Where that is the run's own place, its charts are written beside it, each as a file of its own. `commands` are
+    shown as what makes the run again; the run is held against `others`. Raises ArtifactError where an artifact that
+    it reads is damaged, DataError where runs cannot be compared.
     """
     from kdpipe.comparison import compare, read_contender
+    from kdpipe.report.charts import charts
     from kdpipe.report.completions import Reader
+    from kdpipe.report.figure import rounds_of
+    from kdpipe.report.figure_file import figure_file
     from kdpipe.report.measures import Measures
     from kdpipe.report.page import render
     from kdpipe.report.sets import titled_batches
@@ -60,5 +65,10 @@ def write_report(
         commands=commands,
         against=compare([read_contender(run) for run in (project.run, *others)]) if others else (),
     ).encode()
-    write_bytes(path, page)
+    if path.resolve() == report_path(project).resolve():
+        drawn = charts(measures)
+        for chart in drawn:
+            file = project.run.path / FIGURES / f"{chart.key}.svg"
+            write_bytes(file, figure_file(chart, rounds_of(drawn)).encode())
+    write_bytes(path, page)  # last: once it is there, it says that all of this was made
     return len(page)

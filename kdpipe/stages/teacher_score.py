@@ -162,31 +162,33 @@ def teacher_score(
         )
         return [_score(row, teacher, found, head) for row, found in zip(rows, scored, strict=True)]
 
-    def keep_hidden(parts: Sequence[Path]) -> None:
-        if head is not None:
-            width, dtype, digest = head.weight_VH.shape[1], head.weight_VH.dtype, head_digest(head)
-            job.draft.write(
-                HIDDEN_FILE,
-                lambda path: write_hidden(path, parts, width=width, dtype=dtype, head_sha256=digest),
-            )
-
     name = "scores.parquet"
     has_support = keep.teacher_top_k or keep.student_top_k
-    schema = topk_schema(job.recipe.teacher_score.logprobs) if has_support else SCORES
     job.in_parts(
         name,
         rollouts,
         rows_per_item=1,
         build=build,
-        schema=schema,
+        schema=topk_schema(job.recipe.teacher_score.logprobs) if has_support else SCORES,
         part_schema=HIDDEN_PART if keep.hidden else None,
-        finish=keep_hidden,
+        finish=lambda parts: _keep_hidden(job, parts, head),
     )
     scores = read_scores(job.draft.folder / name)
     check_scorable(f"teacher {teacher.name!r} lacks", [row.scorable for row in scores])
     prefix = "score" if len(job.recipe.teachers) == 1 else f"score/{teacher.name}"
     for metric, value in score_metrics(list(zip(rollouts, scores, strict=True))).items():
         job.draft.metric(f"{prefix}/{metric}", value)
+
+
+def _keep_hidden(job: Job, parts: Sequence[Path], head: Head | None) -> None:
+    """Writes the hidden states of the parts for `head`, which is None where none are kept."""
+    if head is None:
+        return
+    width, dtype, digest = head.weight_VH.shape[1], head.weight_VH.dtype, head_digest(head)
+    job.draft.write(
+        HIDDEN_FILE,
+        lambda path: write_hidden(path, parts, width=width, dtype=dtype, head_sha256=digest),
+    )
 
 
 def _score(row: Rollout, teacher: TeacherSide, scored: Scored, head: Head | None) -> Scores:

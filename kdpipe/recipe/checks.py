@@ -1,0 +1,238 @@
+"""What the sections of a recipe ask of each other, one function for each concern; each says what to write instead."""
+
+from kdpipe.recipe.fields import RecipeFields
+from kdpipe.recipe.models import Student, Teacher
+from kdpipe.recipe.objective import Support
+from kdpipe.recipe.stages import KeepTopK
+from kdpipe.recipe.task import ArithmeticTask
+
+ENGINE_ABILITIES: dict[str, frozenset[str]] = {"hf": frozenset({"support", "hidden"}), "vllm": frozenset()}
+"""What each engine scores beyond sampled tokens and the teacher's top k (see engine.py)."""
+
+
+def check_fields(recipe: RecipeFields) -> None:
+    """Raises ValueError for the first thing that does not fit."""
+    _check_kept(recipe)
+    _check_round(recipe)
+    _check_vllm(recipe)
+    _check_off_policy_text(recipe)
+    _check_servers(recipe)
+    _check_teacher_text(recipe)
+    _check_control(recipe)
+    _check_teachers(recipe)
+
+
+def _check_kept(recipe: RecipeFields) -> None:
+    objective, section = recipe.train.objective, recipe.teacher_score
+    support = objective.distribution_support
+    if section.keep != "auto" and support is not None:
+        enough = section.keep == "hidden" and (support == "vocabulary" or support.teacher_top_k is not None)
+        if isinstance(section.keep, KeepTopK) and support != "vocabulary" and not recipe.is_mixed:
+            enough = section.keep.top_k == support.teacher_top_k
+        if not enough:
+            raise ValueError(
+                f"teacher_score.keep {_spelled(section.keep)} is not what train.objective.kd needs: auto keeps that"
+            )
+    aliased = objective.has_kd and objective.end_token == "alias"  # noqa: S105 (no password)
+    needs = (
+        ("support",) if recipe.keep.student_top_k or aliased else ("hidden",) if recipe.keep.hidden else ()
+    )
+    for ability in needs:
+        if ability not in ENGINE_ABILITIES[section.engine] and not recipe.is_served:
+            what = "scores of given ids" if ability == "support" else "hidden states"
+            other = "" if recipe.is_mixed or aliased else ", or support: {teacher_top_k: k}"
+            raise ValueError(f"teacher_score.engine {section.engine} gives no {what}: use hf{other}")
+    if section.logprobs == "float16" and not (recipe.keep.teacher_top_k or recipe.keep.student_top_k):
+        raise ValueError("teacher_score.logprobs goes with a top-k support: nothing else is stored by it")
+
+
+def _spelled(keep: str | KeepTopK) -> str:
+    return keep if isinstance(keep, str) else f"{{top_k: {keep.top_k}}}"
+
+
+def _check_round(recipe: RecipeFields) -> None:
+    arithmetic = isinstance(recipe.task, ArithmeticTask)
+    models: list[tuple[str, Student | Teacher]] = [("student", recipe.student)]
+    models += [(f"teacher {teacher.name!r}", teacher) for teacher in recipe.teachers]
+    for where, model in models:
+        if model.scratch is not None and not arithmetic:
+            raise ValueError(f"{where}: scratch needs a task with its own tokenizer (arithmetic)")
+    if recipe.train.objective.has_rl and recipe.rollout.samples == 1:
+        raise ValueError("an RL term needs rollout.samples of 2 or more: a group of one has no advantage")
+    if recipe.train.minibatches > recipe.rollout.rows:
+        raise ValueError("train.minibatches is larger than the number of completions of a round")
+
+
+def _check_vllm(recipe: RecipeFields) -> None:
+    evaluator = recipe.evaluate.engine or recipe.rollout.engine
+    if recipe.student.lora is not None and "vllm" in (recipe.rollout.engine, evaluator):
+        raise ValueError(
+            "engine vllm takes no adapter: with student.lora, rollout and evaluate use engine hf"
+        )
+    for teacher in recipe.teachers:
+        if teacher.quantization is None:
+            continue
+        if teacher.self_ is not None:
+            raise ValueError(
+                f"teacher {teacher.name!r}: quantization goes with a teacher of its own, not with the student"
+            )
+        engines = {recipe.teacher_score.engine, *([evaluator] if recipe.evaluate.teacher else [])}
+        if "hf" in engines:
+            raise ValueError(
+                f"teacher {teacher.name!r}: quantization goes with engine vllm, and engine hf would run it too: "
+                "set teacher_score.engine and evaluate.engine to vllm, or evaluate.teacher to false"
+            )
+
+
+def _check_off_policy_text(recipe: RecipeFields) -> None:
+    objective, rollout = recipe.train.objective, recipe.rollout
+    if rollout.on_policy_fraction == 1:
+        idle = "train.objective.off_policy_term" if objective.off_policy_term is not None else ""
+        idle = "rollout.off_policy_text" if rollout.off_policy_text != "reference" else idle
+        if idle:
+            raise ValueError(
+                f"{idle} has no effect where every prompt is sampled for: "
+                "set rollout.on_policy_fraction below 1, or remove it"
+            )
+        return
+    if not objective.has_kd or objective.kind == "then":
+        why = "has rounds without a KD term" if objective.kind == "then" else "has no KD term"
+        raise ValueError(
+            f"rollout.on_policy_fraction below 1 needs an objective with a KD term, whose weight the other text "
+            f"gets: kind {objective.kind} {why}; set on_policy_fraction to 1, or take kind kd, kdrl or srpo"
+        )
+    if objective.has_rl and not rollout.on_policy_prompts:
+        raise ValueError(
+            f"an RL term needs completions of the student: rollout.on_policy_fraction "
+            f"{rollout.on_policy_fraction:g} of {rollout.prompts} prompts is none"
+        )
+
+
+def _check_servers(recipe: RecipeFields) -> None:
+    for teacher in recipe.teachers:
+        if teacher.server is not None and (trouble := _beyond_a_server(recipe, teacher)):
+            raise ValueError(f"teacher {teacher.name!r} is behind a server, {trouble}")
+
+
+def _beyond_a_server(recipe: RecipeFields, teacher: Teacher) -> str | None:
+    """What the recipe asks of a server that it cannot give, and what to write instead; None if nothing."""
+    rollout, section, objective = recipe.rollout, recipe.evaluate, recipe.train.objective
+    if (teacher.temperature or rollout.temperature) != 1:
+        asked = "teachers[].temperature" if teacher.temperature else "rollout.temperature"
+        return (
+            f"whose log-probs are at temperature 1, and {asked} is not 1: write temperature: 1 for this teacher "
+            "(equal weights then do not mean a KL of 0), or set rollout.temperature to 1"
+        )
+    if recipe.keep.hidden:
+        instead = "kd: rkl or k2" if recipe.is_mixed else "support: {teacher_top_k: k}, or kd: rkl or k2"
+        return f"which gives no hidden states and no whole distributions: use {instead}"
+    if recipe.keep.student_top_k:
+        return "which gives its own top k and no scores of the student's: use support: {teacher_top_k: k}"
+    if objective.has_kd and objective.end_token == "alias":  # noqa: S105 (no password)
+        return "which gives no scores of other ids than those it reads: use end_token: mask"
+    sft, is_cut = recipe.student.sft, rollout.top_p < 1 or rollout.top_k > 0
+    sampled = {"evaluate.temperature": section.temperature} if section.teacher else {}
+    if sft is not None and sft.text == "teacher":
+        sampled["student.sft.temperature"] = sft.temperature
+    if rollout.off_policy_text == "teacher":
+        sampled["teachers[].temperature"] = 1.0
+    for name, temperature in sampled.items():
+        if temperature not in (0, 1) or (temperature and is_cut):
+            return (
+                "whose log-probs of what it samples are at temperature 1 and of the whole distribution: set "
+                f"{name} to 0, or to 1 without rollout.top_p and top_k"
+                + (", or evaluate.teacher to false" if name.startswith("evaluate") else "")
+            )
+    return None
+
+
+def _check_teacher_text(recipe: RecipeFields) -> None:
+    for teacher in recipe.teachers:
+        if teacher.sft is not None and teacher.sft.text == "teacher":
+            raise ValueError(
+                f"teacher {teacher.name!r}: sft.text: teacher is for the student; a teacher's own cold start reads "
+                "the reference solutions"
+            )
+    if not recipe.has_teacher_text:
+        return
+    if recipe.is_mixed:
+        raise ValueError(
+            "a mixture of teachers scores text and writes none: give each teacher the problems that it writes for "
+            "by only, or take text: reference"
+        )
+    selves = [teacher for teacher in recipe.teachers if teacher.self_ is not None]
+    if selves and recipe.student.sft is not None and recipe.student.sft.text == "teacher":
+        raise ValueError(
+            f"student.sft.text: teacher {selves[0].name!r} is the student that this cold start makes: "
+            "take text: reference, or another teacher"
+        )
+
+
+def _check_control(recipe: RecipeFields) -> None:
+    control = recipe.train.control
+    if control == "none":
+        return
+    if len(recipe.teachers) > 1:
+        raise ValueError(f"train.control {control} goes with a single teacher")
+    if not recipe.train.objective.has_kd:
+        raise ValueError(f"train.control {control} needs an objective with a KD term")
+    if control == "shuffled_teacher" and recipe.rollout.prompts < 2:
+        raise ValueError("train.control shuffled_teacher needs rollout.prompts of 2 or more")
+    if control == "self_teacher" and not _is_the_sampler(recipe, recipe.teacher):
+        raise ValueError(
+            "train.control self_teacher needs teachers: [{self: current}], without a prompt, template or "
+            "temperature of its own"
+        )
+
+
+def _check_teachers(recipe: RecipeFields) -> None:
+    names = [teacher.name for teacher in recipe.teachers]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"two teachers are called {twice!r}: give each a name of its own")
+    routed = [teacher.only is not None for teacher in recipe.teachers]
+    if len(names) == 1 and routed[0]:
+        raise ValueError("only goes with several teachers: a single one teaches every problem")
+    placed = recipe.runtime.placement.teacher
+    if isinstance(placed, dict) and (foreign := sorted(placed.keys() - set(names))):
+        raise ValueError(
+            f"runtime.placement.teacher names {foreign[0]!r}, and no teacher is called so: {', '.join(names)}"
+        )
+    if any(routed) and not all(routed):
+        lacking = names[routed.index(False)]
+        raise ValueError(
+            f"teacher {lacking!r} has no only, and others have: give it to all teachers or to none"
+        )
+    if not recipe.is_mixed and any(teacher.weight is not None for teacher in recipe.teachers):
+        raise ValueError("weight goes with several teachers without only, which are mixed by it")
+    if len({teacher.decay for teacher in recipe.teachers if teacher.decay is not None}) > 1:
+        raise ValueError(
+            "teachers with self: ema have different decays: one average is kept, give them the same"
+        )
+    if recipe.ema_decay is not None and recipe.student.lora is not None:
+        raise ValueError(
+            "self: ema averages whole weights, and with student.lora only an adapter is kept of each round: "
+            "use self: initial or self: current, or train all weights"
+        )
+    silent = [teacher for teacher in recipe.teachers if _is_the_sampler(recipe, teacher)]
+    is_meant = recipe.train.control == "self_teacher"
+    if silent and not is_meant and (not recipe.is_mixed or len(silent) == len(names)):
+        raise ValueError(
+            f"teacher {silent[0].name!r} would be the very student that samples, so its scores say nothing: "
+            "give it a prompt, a template or a temperature of its own"
+        )
+    support = recipe.train.objective.distribution_support
+    if recipe.is_mixed and isinstance(support, Support) and support.teacher_top_k is None:
+        raise ValueError(
+            "a mixture of teachers is not compared on the student's top k: "
+            "use support: vocabulary or {teacher_top_k: k}, which are then the mixture's"
+        )
+
+
+def _is_the_sampler(recipe: RecipeFields, teacher: Teacher) -> bool:
+    """Whether its distributions are those that the student samples from: equal weights, prompt and temperature."""
+    own = (
+        teacher.prompt is not None,
+        bool(teacher.template) and teacher.template != recipe.student.template,
+        teacher.temperature not in (None, recipe.rollout.temperature),
+    )
+    return (teacher.self_ == "current" or teacher.decay == 0) and not any(own)

@@ -1,0 +1,104 @@
+"""The fields of a recipe and what follows from them."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from kdpipe.recipe.models import Student, Teacher
+from kdpipe.recipe.runtime import Runtime, Tracking
+from kdpipe.recipe.section import NAME, Count, EngineName, Section, Seed
+from kdpipe.recipe.stages import (
+    EvaluateSection,
+    Keeping,
+    KeepTopK,
+    RolloutSection,
+    TeacherScoreSection,
+    TrainSection,
+)
+from kdpipe.recipe.task import Task
+
+
+class RecipeFields(Section):
+    """A recipe whose sections are good each in itself; that they fit together is what `Recipe` adds."""
+
+    name: Annotated[str, Field(pattern=NAME)]
+    seed: Seed = 1
+    reproduce: bool = False
+    rounds: Count
+    task: Task
+    student: Student
+    teachers: Annotated[list[Teacher], Field(min_length=1)]
+    rollout: RolloutSection = RolloutSection.model_construct()
+    teacher_score: TeacherScoreSection = TeacherScoreSection.model_construct()
+    train: TrainSection = TrainSection.model_construct()
+    evaluate: EvaluateSection = EvaluateSection.model_construct()
+    tracking: Tracking = Tracking.model_construct()
+    runtime: Runtime = Runtime.model_construct()
+
+    @property
+    def teacher(self) -> "Teacher":
+        """The teacher, or the first of several."""
+        return self.teachers[0]
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether each problem has one of several teachers."""
+        return len(self.teachers) > 1 and self.teachers[0].only is not None
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether several teachers score every completion."""
+        return len(self.teachers) > 1 and self.teachers[0].only is None
+
+    @property
+    def is_served(self) -> bool:
+        """Whether every teacher is behind a server, so that `teacher_score.engine` scores none."""
+        return all(teacher.server is not None for teacher in self.teachers)
+
+    @property
+    def engines(self) -> set[EngineName]:
+        """The engines that some step runs."""
+        found = {self.rollout.engine, self.evaluate.engine or self.rollout.engine}
+        asked = self.train.objective.has_kd or self.evaluate.reverse_kl_problems
+        return found | ({self.teacher_score.engine} if asked and not self.is_served else set())
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The share of each teacher in their mixture, by name; they sum to 1."""
+        given = {teacher.name: 1.0 if teacher.weight is None else teacher.weight for teacher in self.teachers}
+        return {name: weight / sum(given.values()) for name, weight in given.items()}
+
+    @property
+    def keep(self) -> "Keeping":
+        """What teacher-score keeps of the teacher beside each token's log-prob."""
+        section, support = self.teacher_score, self.train.objective.distribution_support
+        if section.keep == "hidden":
+            return Keeping(hidden=True)
+        if isinstance(section.keep, KeepTopK):
+            return Keeping(teacher_top_k=section.keep.top_k)
+        if section.keep == "token" or support is None:
+            return Keeping()
+        if support == "vocabulary" or self.is_mixed:  # the top k of a mixture are those of none of its parts
+            return Keeping(hidden=True)
+        k = support.union_top_k
+        return Keeping(
+            teacher_top_k=support.teacher_top_k or k or 0, student_top_k=support.student_top_k or k or 0
+        )
+
+    @property
+    def ema_decay(self) -> float | None:
+        """The decay of the average that each round's train step keeps; None where no teacher is it."""
+        return next((teacher.decay for teacher in self.teachers if teacher.decay is not None), None)
+
+    @property
+    def distill_horizon(self) -> int:
+        """Optimizer steps over which the distill weight moves."""
+        objective = self.train.objective
+        rounds = objective.distill_schedule.rounds or objective.kd_rounds or self.rounds
+        return rounds * self.train.minibatches * self.train.epochs
+
+    @property
+    def has_teacher_text(self) -> bool:
+        """Whether the student is trained on what a teacher wrote: in its cold start, or in the rounds."""
+        sft, rollout = self.student.sft, self.rollout
+        return (sft is not None and sft.text == "teacher") or rollout.off_policy_text == "teacher"

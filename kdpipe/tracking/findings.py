@@ -1,0 +1,90 @@
+"""What the evaluations of a run came to, as MLflow's page shows it: tags to compare runs by, and a note on the run.
+
+In the words of the report. Tags hold what was measured with its interval, so that a column of them can be read alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdpipe.plan import STUDENT
+from kdpipe.project import headroom_of
+from kdpipe.recipe import Recipe
+from kdpipe.report.measures import accuracy_of, interval_of, reverse_kl_change_of, reverse_kl_of
+from kdpipe.report.verdict import effect, nats, p_text, percent, points, signed
+from kdpipe.statistics import Interval
+
+Summary = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """The summaries of a run's evaluations: of student 0, of the last trained student, and of the teachers by name."""
+
+    before: Summary | None
+    after: Summary | None
+    teachers: Mapping[str, Summary]
+
+    @classmethod
+    def of(cls, summaries: Sequence[Summary]) -> Findings:
+        """Those among `summaries`."""
+        students = {one["round"]: one for one in summaries if one["model"] == STUDENT}
+        last = max(students, default=0)
+        teachers = {one["model"]: one for one in summaries if one["model"] != STUDENT}
+        return cls(students.get(0), students[last] if last else None, teachers)
+
+    def tags(self, recipe: Recipe) -> dict[str, str]:
+        """The tags that can be told so far."""
+        found = {}
+        if self.before is not None:
+            found["student.before"] = _accuracy(self.before)
+        if self.after is not None:
+            found["student.after"] = f"{_accuracy(self.after)}, round {self.after['round']}"
+            if (change := interval_of(self.after, "accuracy_change")) is not None:
+                found["student.gain"] = _gain(self.after, change)
+                found["result"] = effect(change, reverse_kl_change_of(self.after))[1]
+        for teacher in recipe.teachers:
+            if (summary := self.teachers.get(teacher.name)) is not None:
+                suffix = "" if len(recipe.teachers) == 1 else f".{teacher.name}"
+                found[f"teacher.accuracy{suffix}"] = _accuracy(summary)
+                found[f"headroom{suffix}"] = headroom_of(teacher, summary).sentence()
+        return found
+
+    def note(self, recipe: Recipe) -> str:
+        """A few lines of Markdown: the result, and a table of the evaluations."""
+        found = self.tags(recipe)
+        shown = [("student before", self.before), ("student after", self.after), *self.teachers.items()]
+        rows = [_row(label, summary) for label, summary in shown if summary is not None]
+        lines = [f"**{found['result']}** {found['student.gain']}", ""] if "result" in found else []
+        columns = ("", "accuracy", "95% interval", "reverse KL, nats a token", "cut at the length limit")
+        table = [_line(columns), _line(["---", *["---:"] * (len(columns) - 1)]), *map(_line, rows)]
+        return "\n".join([*lines, *table, "", "The whole report is the artifact `report.html`."])
+
+
+def _accuracy(summary: Summary) -> str:
+    found = accuracy_of(summary)
+    return f"{percent(found.estimate)} ({percent(found.low)} to {percent(found.high)})"
+
+
+def _gain(summary: Summary, change: Interval) -> str:
+    interval = f"paired 95% interval {points(change.low)} to {points(change.high)}"
+    p_value = p_text(summary.get("accuracy_change_p_value"))
+    return f"{points(change.estimate)} points ({interval}{p_value}) on {summary['problems']} problems"
+
+
+def _row(label: str, summary: Summary) -> list[str]:
+    accuracy, divergence, change = accuracy_of(summary), reverse_kl_of(summary), reverse_kl_change_of(summary)
+    moved = "" if change is None else f" ({signed(change.estimate)})"
+    return [
+        label,
+        percent(accuracy.estimate),
+        f"{percent(accuracy.low)} to {percent(accuracy.high)}",
+        "" if divergence is None else f"{nats(divergence.estimate)}{moved}",
+        percent(summary["truncated_fraction"]),
+    ]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"

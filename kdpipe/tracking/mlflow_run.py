@@ -1,0 +1,273 @@
+"""The door to MLflow: its stores and its runs, in our own words. Only ever imported in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from filelock import FileLock
+from mlflow import MlflowClient, MlflowException
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+
+from kdpipe.errors import KdpipeError
+from kdpipe.store import write_durably
+from kdpipe.tracking.contents import MAX_METRICS, MetricRow, text_digest
+from kdpipe.tracking.record import ARTIFACTS, DATABASE, Record, Status, database_uri
+from kdpipe.workers import Report
+
+MAX_PARAMS = 100  # or tags, in one batch
+NOTE, NOTE_DIGEST = (
+    "mlflow.note.content",
+    "kdpipe.note",
+)  # the run's description on the page, and of the last of ours
+PARENT = "mlflow.parentRunId"
+TABLES = "mlflow.loggedArtifacts"
+MAX_TAG = 8000  # characters; MLflow cuts what is longer
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """How an MLflow run is made, and by which tag it is found again; `began` is in milliseconds."""
+
+    name: str
+    tag: Literal["kdpipe.run", "kdpipe.study"]
+    began: int
+    tags: Mapping[str, str]
+
+
+@contextlib.contextmanager
+def answering(place: str, uri: str | None) -> Iterator[None]:
+    """Raises KdpipeError where MLflow refuses or does not answer."""
+    try:
+        yield
+    except MlflowException as error:
+        message = without_secret(f"MLflow at {place}: {error}", uri)
+        raise KdpipeError(message, hint="nothing is lost: a later command mirrors it") from error
+
+
+class MlflowRun:
+    """One MLflow run, open.
+
+    `record` is made to say which it is; what it says of the contents is forgotten where the run is new.
+    `answered` is called whenever MLflow has answered.
+    """
+
+    def __init__(
+        self, workspace: Path, record: Record, card: Card, *, answered: Callable[[], None] = lambda: None
+    ) -> None:
+        self._workspace = workspace
+        self._client = MlflowClient(record.uri or database_uri(workspace))
+        self._answered = answered
+        run = self._recorded(record)
+        if run is None:
+            record = Record(**record.model_dump(include={"key", "uri", "experiment", "wanted"}))
+            experiment = self._experiment(record)
+            answered()
+            run = self._searched(experiment, record, card) or self._client.create_run(
+                experiment, start_time=card.began, tags=dict(card.tags), run_name=card.name
+            )
+            record.run_id = run.info.run_id
+        record.status = run.info.status
+        self.record = record
+        self.id: str = run.info.run_id
+        self._artifact_uri: str = run.info.artifact_uri
+        self._params = run.data.params
+        self._tags = dict(run.data.tags)
+
+    # which one
+
+    def _recorded(self, record: Record) -> Run | None:
+        if record.run_id is None:
+            return None
+        try:
+            run = self._client.get_run(record.run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        return run if run.info.lifecycle_stage == "active" else None
+
+    def _searched(self, experiment: str, record: Record, card: Card) -> Run | None:
+        """The run that an earlier attempt made. On a server of many, only the key tells whose it is."""
+        found = self._client.search_runs([experiment], f"tags.`{card.tag}` = '{card.name}'")
+        own = record.uri is None
+        return next((run for run in found if own or run.data.tags.get("kdpipe.key") == record.key), None)
+
+    def _experiment(self, record: Record) -> str:
+        name, is_server = record.experiment, (record.uri or "").startswith(("http:", "https:"))
+        location = None if is_server else str(self._workspace / ARTIFACTS)
+        if (found := self._client.get_experiment_by_name(name)) is None:
+            try:
+                return str(self._client.create_experiment(name, artifact_location=location))
+            except MlflowException as error:
+                found = self._client.get_experiment_by_name(name)  # another run may have been faster
+                if found is None:
+                    raise error from None
+        return str(found.experiment_id)
+
+    # what it holds
+
+    def set_status(self, status: Status, ended: Callable[[], int]) -> None:
+        """Makes it show `status`; `ended` says when a run that is over was, in milliseconds."""
+        if status == self.record.status:
+            return
+        if status == "RUNNING":
+            self._client.update_run(self.id, status=status)
+        else:
+            self._client.set_terminated(self.id, status, ended())
+        self.record.status = status
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Sets those that are not so already."""
+        changed = {key: value for key, value in tags.items() if self._tags.get(key) != value}
+        entities = [RunTag(key, value) for key, value in changed.items()]
+        for start in range(0, len(entities), MAX_PARAMS):
+            self._client.log_batch(self.id, tags=entities[start : start + MAX_PARAMS])
+        self._tags |= changed
+
+    def set_note(self, text: str) -> None:
+        """Makes `text` the run's description, unless a user has written another one."""
+        tags = self._client.get_run(self.id).data.tags
+        if tags.get(NOTE) and tags.get(NOTE_DIGEST) != text_digest(tags[NOTE]):
+            return
+        self._client.log_batch(self.id, tags=[RunTag(NOTE, text), RunTag(NOTE_DIGEST, text_digest(text))])
+
+    def log_params(self, params: Mapping[str, str]) -> list[str]:
+        """Logs those that are not there yet (a changed one would raise); returns the names that MLflow refuses."""
+        leaves = {key: without_secret(value, self.record.uri) for key, value in params.items()}
+        new = [Param(key, value) for key, value in leaves.items() if key not in self._params]
+        return [
+            param.key
+            for start in range(0, len(new), MAX_PARAMS)
+            for param in self._refused(new[start : start + MAX_PARAMS])
+        ]
+
+    def _refused(self, params: Sequence[Param]) -> list[Param]:
+        """Logs params together, or where MLflow refuses them one by one; returns those that it will not take."""
+        try:
+            self._client.log_batch(self.id, params=params)
+        except MlflowException as error:
+            if error.error_code not in REFUSALS:
+                raise
+            return [*params] if len(params) == 1 else [p for each in params for p in self._refused([each])]
+        finally:
+            self._answered()
+        return []
+
+    def log_metrics(self, rows: Sequence[MetricRow]) -> None:
+        """Logs rows, up to `MAX_METRICS` at once; those that are there already are not there twice."""
+        metrics = [Metric(row.name, row.value, row.timestamp, row.step) for row in rows]
+        for start in range(0, len(metrics), MAX_METRICS):
+            self._client.log_batch(self.id, metrics=metrics[start : start + MAX_METRICS])
+            self._answered()
+
+    def unlike_shown(self, rows: Sequence[MetricRow]) -> list[MetricRow]:
+        """The rows without those that repeat what MLflow shows as the value of their metric and step."""
+        shown: dict[tuple[str, int], tuple[int, float]] = {}
+        for name in {row.name for row in rows}:
+            for old in self._client.get_metric_history(self.id, name):
+                place, value = (old.key, old.step), (old.timestamp, old.value)
+                shown[place] = max(shown.get(place, value), value)
+        return [row for row in rows if shown.get((row.name, row.step), (0, None))[1] != row.value]
+
+    def log_data_set(self, name: str, digest: str, *, source: str, split: str) -> None:
+        """Names a data set as an input."""
+        data = Dataset(name, digest, "kdpipe", json.dumps({"source": source, "split": split}))
+        context = InputTag("mlflow.data.context", "training" if split == "train" else "evaluation")
+        self._client.log_inputs(self.id, [DatasetInput(data, [context])])
+
+    @property
+    def takes_artifacts(self) -> bool:
+        """Whether artifacts have a place: where the workspace was moved, its old place is not ours to write to."""
+        return self.record.uri is not None or self._workspace in Path(self._artifact_uri).parents
+
+    def log_text(self, name: str, text: str) -> None:
+        """Writes the artifact `name` whole, without what is secret."""
+        self._client.log_text(self.id, without_secret(text, self.record.uri), name)
+        self._answered()
+
+    def adopt(self, child: str) -> bool:
+        """Makes the MLflow run `child` one of this one's children, unless it is there no more."""
+        try:
+            self._client.set_tag(child, PARENT, self.id)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", *REFUSALS):  # gone, or deleted
+                raise
+            return False
+        self._answered()
+        return True
+
+    def list_tables(self, names: Sequence[str]) -> None:
+        """Tells the page which artifacts are tables, beside those that others have told it of.
+
+        As many as a tag holds: answers before samples, late rounds before early ones.
+        """
+        listed = [{"path": name, "type": "table"} for name in sorted(names, reverse=True)]
+        listed.sort(key=lambda one: "/evaluate-" not in one["path"])
+        others = [one for one in _listed(self._tags.get(TABLES)) if not one["path"].startswith("tables/")]
+        while len(text := json.dumps([*others, *listed])) > MAX_TAG and listed:
+            listed.pop()
+        if listed:
+            self.set_tags({TABLES: text})
+
+
+def _listed(tag: str | None) -> list[dict[str, str]]:
+    """What a run's tag says of its tables, as far as it can be read."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(tag or "[]")
+        if isinstance(found, list):
+            return [one for one in found if isinstance(one, dict) and isinstance(one.get("path"), str)]
+    return []
+
+
+def make_database(workspace: Path) -> None:
+    """Makes the workspace's database in one piece: a kill in the middle of MLflow's set-up would break it."""
+    path = workspace / DATABASE
+
+    def make(draft: Path) -> None:
+        MlflowClient(f"sqlite:///{draft}").search_experiments()
+
+    if not path.exists():
+        with FileLock(workspace / f".{DATABASE}.lock"):
+            if not path.exists():
+                write_durably(path, make)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other mirrors from the MLflow run of this folder."""
+    with FileLock(folder / ".mlflow.lock"):
+        yield
+
+
+@contextlib.contextmanager
+def beating(report: Report) -> Iterator[None]:
+    """Tells the parent each second that work goes on: MLflow sets a database up in one call, long on a busy machine."""
+    is_over = threading.Event()
+
+    def beat() -> None:
+        while not is_over.wait(1.0):
+            report.event(mirror="making the database")
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def without_secret(text: str, uri: str | None) -> str:
+    """`text` without the user and password that an address may hold."""
+    with contextlib.suppress(ValueError):
+        user, at, _ = urlsplit(uri or "").netloc.rpartition("@")
+        return text.replace(user, "***") if at and user else text
+    return text

@@ -1,0 +1,63 @@
+"""MLflow's own page over a workspace, served until a signal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+from kdpipe.errors import KdpipeError
+from kdpipe.tracking.record import ARTIFACTS, ENVIRONMENT, database_uri
+
+
+def free_port(host: str, first: int = 5000) -> int:
+    """The first port from `first` on that nobody listens on at `host`."""
+    for port in range(first, first + 100):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with contextlib.suppress(OSError), socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            return port
+    raise KdpipeError(f"{host}: ports {first} to {first + 99} are taken", hint="give another with --port")
+
+
+def ui_command(workspace: Path, host: str, port: int) -> list[str]:
+    """The command that serves MLflow's page over the workspace's store."""
+    artifacts = str(workspace.resolve() / ARTIFACTS)
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database_uri(workspace)]
+    command += ["--default-artifact-root", artifacts, "--artifacts-destination", artifacts]
+    return [*command, "--host", host, "--port", str(port), "--workers", "1"]
+
+
+def serve_ui(workspace: Path, host: str = "127.0.0.1", first_port: int = 5000) -> int:
+    """Serves MLflow's page until a signal; returns the server's exit status, 0 after SIGINT or SIGTERM."""
+    stopped = False
+    environment = {**os.environ, **ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command = ui_command(workspace, host, free_port(host, first_port))
+    process = subprocess.Popen(command, env=environment, start_new_session=True)  # noqa: S603 (our own)
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        nonlocal stopped
+        urgent, stopped = stopped, True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL if urgent else signal.SIGTERM)
+
+    with _handling(stop):
+        status = process.wait()
+    return 0 if stopped else status
+
+
+@contextlib.contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
