@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.fsync = lambda _descriptor: None
 gc.disable()  # until everything is imported and collected
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's background ignores Ctrl-C, and so would every command that a test starts there to end it so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = (
     "test_machine_faults.py",
