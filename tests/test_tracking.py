@@ -531,7 +531,7 @@ def test_a_server_that_never_answers_does_not_hold_up_a_stop(world: World, statu
 
 def test_a_database_that_takes_long_to_make_is_no_silence() -> None:
     told: queue.Queue[Any] = queue.Queue()
-    with beating(Report(told.put)):
+    with beating(Report(told.put), "making the database"):
         assert told.get(timeout=10) == {"event": {"mirror": "making the database"}}
 
 

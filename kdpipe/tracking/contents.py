@@ -174,6 +174,15 @@ def tables(steps: Sequence[DoneStep]) -> Iterator[tuple[str, DoneStep, str]]:
                 yield f"tables/samples-round-{step.round:03d}.json", step, mark
 
 
+def newest_model(steps: Sequence[DoneStep]) -> tuple[str, DoneStep, str] | None:
+    """(name in MLflow, step, what changes with it) of the last trained student, or None before there is one."""
+    trained = [step for step in steps if step.document["stage"] == "train"]
+    if not trained:
+        return None
+    last = max(trained, key=lambda step: step.round)
+    return f"student-round-{last.round:03d}", last, last.mark
+
+
 def text_digest(text: str) -> str:
     """What tells two texts apart."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -26,6 +26,7 @@ from kdpipe.tracking.contents import (
     event_times,
     flatten,
     metrics,
+    newest_model,
     shortened,
     tables,
     text_digest,
@@ -72,13 +73,13 @@ class Synchronizer:
         with answering(uri or f"{order.workspace / DATABASE}", uri):
             if mirrored is None or not mirrored.is_at(order.tracking):
                 if uri is None:
-                    with beating(report):
+                    with beating(report, "making the database"):
                         make_database(order.workspace.resolve())
                 if order.kind == "study":
                     return {"run_id": mirror_study(order, answered), "metrics": 0}
                 mirrored = _MirroredRun(order, answered)
                 report.event(mirror="opened")
-            count = mirrored.follow(order.status)
+            count = mirrored.follow(order.status, report)
         self._open[order.run] = mirrored
         return {"run_id": mirrored.record.run_id, "metrics": count}
 
@@ -106,7 +107,7 @@ class _MirroredRun:
         """Whether `tracking` still names the place of this mirror."""
         return (self.tracking.uri, self.tracking.experiment) == (tracking.uri, tracking.experiment)
 
-    def follow(self, status: Status) -> int:
+    def follow(self, status: Status, report: Report) -> int:
         """Mirrors what is not there yet; returns how many metrics that was."""
         record = self.record
         record.wanted = status
@@ -124,6 +125,10 @@ class _MirroredRun:
         self._log_artifacts(steps)
         self._log_tables(steps)
         self._save()
+        if status == "FINISHED" and self.recipe["tracking"].get("log_model"):
+            with beating(report, "copying the model"):
+                self._log_model(steps)
+            self._save()
         if damage is not None:  # of this step nothing is shown; all others are there
             raise damage
         return count
@@ -222,6 +227,17 @@ class _MirroredRun:
                         told = f"the first {table.rows} of {table.of}, round {step.round}"
                         self.run.set_tags({f"tables.{kind}": told})
         self.run.list_tables([name for name in known if name.startswith("tables/")])
+
+    def _log_model(self, steps: Sequence[DoneStep]) -> None:
+        """Logs the last trained student, whose files are checked before they are copied."""
+        found = newest_model(steps)
+        if found is None or not self.run.takes_artifacts:
+            return
+        name, step, mark = found
+        if self.record.artifacts.get(name) != mark:
+            folder = step.entry.opened("model") / "model"
+            self.run.log_model(folder, name, mark, round_number=step.round)
+            self.record.artifacts[name] = mark
 
     def _save(self) -> None:
         if read_record(self.folder) != self.record:
