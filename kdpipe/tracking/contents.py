@@ -24,7 +24,7 @@ MAX_METRICS = 1000  # what a server takes in one batch
 MAX_NAME = 250
 MAX_VALUE = 500
 MAX_DIGEST = 36
-TABLE_FORMAT = 1  # another number: the tables of all runs are written anew
+TABLE_FORMAT = 2  # another number: the tables of all runs are written anew
 
 
 @dataclass(frozen=True, slots=True)

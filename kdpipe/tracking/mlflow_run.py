@@ -46,6 +46,7 @@ WEIGHTS = "model"  # the folder of a logged model that holds them
 MARK = "kdpipe.mark"  # of which training a logged model is
 TABLES = "mlflow.loggedArtifacts"
 MAX_TAG = 8000  # characters; MLflow cuts what is longer
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the page is that of training runs
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
@@ -123,7 +124,11 @@ class MlflowRun:
         location = None if is_server else str(self._workspace / ARTIFACTS)
         if (found := self._client.get_experiment_by_name(name)) is None:
             try:
-                return str(self._client.create_experiment(name, artifact_location=location))
+                return str(
+                    self._client.create_experiment(
+                        name, artifact_location=location, tags=dict(EXPERIMENT_TAGS)
+                    )
+                )
             except MlflowException as error:
                 found = self._client.get_experiment_by_name(name)  # another run may have been faster
                 if found is None:

@@ -14,7 +14,6 @@ from typing import Any
 from kdpipe.errors import ArtifactError
 from kdpipe.recipe import Tracking
 from kdpipe.runs import RunFolder
-from kdpipe.store import is_running
 from kdpipe.tracking.contents import (
     MAX_METRICS,
     SUMMARY,
@@ -88,6 +87,7 @@ class _MirroredRun:
     """One run and its MLflow run, open."""
 
     def __init__(self, order: Request, answered: Callable[[], None]) -> None:
+        self._has_told = False  # an earlier kdpipe may have said less
         self.folder = order.run
         self.recipe = recipe_of(self.folder)
         self.tracking = order.tracking
@@ -116,8 +116,9 @@ class _MirroredRun:
             self._save()
         steps = list(done_steps(self.folder))
         new, damage = whole_steps(step for step in steps if record.mirrored.get(step.name) != step.mark)
-        if any(step.document["stage"] == "evaluate" for step in new):
+        if not self._has_told or any(step.document["stage"] == "evaluate" for step in new):
             self._tell_findings(steps)
+            self._has_told = True
         count = self._log_metrics(new)
         self._log_data_sets(steps)
         self.run.set_status(status, self._ended)
@@ -137,8 +138,8 @@ class _MirroredRun:
         return round(1000 * next(event_times(self.folder), time.time()))
 
     def _ended(self) -> int:
-        """Now, or the last sign of life of a run that nobody runs any more; milliseconds."""
-        times = [] if is_running(self.folder) else list(event_times(self.folder))
+        """When the run's last step ended, even where a later command only tells it; milliseconds."""
+        times = list(event_times(self.folder))
         return round(1000 * (times[-1] if times else time.time()))
 
     def _tags(self) -> dict[str, str]:
@@ -170,6 +171,8 @@ class _MirroredRun:
                 with contextlib.suppress(ArtifactError):
                     step.entry.opened(SUMMARY)
                     summaries.append(step.entry.read_json(SUMMARY))
+        if not summaries:
+            return
         findings, recipe = Findings.of(summaries), RunFolder(self.folder).recipe()
         self.run.set_tags({name: shortened(text) for name, text in findings.tags(recipe).items()})
         self.run.set_note(findings.note(recipe))
