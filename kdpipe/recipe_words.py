@@ -166,6 +166,7 @@ WORDS: dict[str, str] = {
     "Tracking.enabled": "Whether anything is mirrored into MLflow.",
     "Tracking.uri": "Of the tracking server; null is SQLite in the workspace.",
     "Tracking.experiment": "null is the recipe's name.",
+    "Tracking.log_model": "Whether the weights of the last student are copied into MLflow, as a model that it loads.",
     "Runtime.allow_weak_teacher": "Goes on although the teacher is not better than the student.",
     "Runtime.checkpoint_steps": "Optimizer steps between checkpoints inside a step.",
     "Runtime.device": "auto is the first GPU, else the CPU.",

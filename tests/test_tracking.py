@@ -239,6 +239,8 @@ def test_tags_datasets_and_artifacts_tell_what_it_was(world: World) -> None:
     assert (tags["student"], tags["teacher"], tags["mlflow.source.name"]) == ("scratch", "scratch", "kdpipe")
     assert tags["environment.python"].startswith("3.")
     assert world.query("select name from experiments where name = 'tiny'")
+    kinds = world.query("select value from experiment_tags where key = 'mlflow.experimentKind'")
+    assert kinds == [("custom_model_development",)]
     data = sorted(name for (name,) in world.query("select name from datasets"))
     assert data == ["arithmetic/test", "arithmetic/train"]
     assert len(world.query("select * from inputs")) == 2
@@ -368,6 +370,13 @@ def test_the_status_follows_the_run(world: World) -> None:
     for status in ("RUNNING", "FAILED", "RUNNING", "KILLED", "FINISHED"):
         world.sync(status, warm)
         assert world.statuses() == [status]
+
+
+def test_a_run_that_a_later_command_tells_of_ended_with_its_last_step(world: World) -> None:
+    world.run.event("step done")
+    with run_lock(world.run.path):
+        world.sync("FINISHED")
+    assert world.query("select end_time from runs") == [(round(world.run.events()[-1]["time"] * 1000),)]
 
 
 def test_a_run_that_was_killed_is_settled_by_whoever_sees_its_lock_free(world: World) -> None:
@@ -531,7 +540,7 @@ def test_a_server_that_never_answers_does_not_hold_up_a_stop(world: World, statu
 
 def test_a_database_that_takes_long_to_make_is_no_silence() -> None:
     told: queue.Queue[Any] = queue.Queue()
-    with beating(Report(told.put)):
+    with beating(Report(told.put), "making the database"):
         assert told.get(timeout=10) == {"event": {"mirror": "making the database"}}
 
 

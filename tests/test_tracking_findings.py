@@ -59,6 +59,17 @@ def test_a_run_is_tagged_with_what_its_evaluations_came_to_as_soon_as_they_are_t
     assert "| teacher | 99.5% | 97.0% to 99.9% |  | 0.0% |" in note
 
 
+def test_a_run_that_an_earlier_version_mirrored_is_told_of_when_it_is_opened_again(world: World) -> None:
+    world.finish("evaluate:student@0", accuracy=0.25)
+    world.sync()
+    client, run = MlflowClient(database_uri(world.workspace)), run_id(world)
+    for name in ("student.before", NOTE, "kdpipe.note"):
+        client.delete_tag(run, name)
+    world.sync()
+    assert world.tags()["student.before"].startswith("25.0%")
+    assert NOTE in world.tags()
+
+
 def test_a_description_that_a_user_wrote_stays(world: World) -> None:
     client = MlflowClient(database_uri(world.workspace))
     world.finish("evaluate:student@0", accuracy=0.25)

@@ -20,6 +20,23 @@ def check_fields(recipe: RecipeFields) -> None:
     _check_teacher_text(recipe)
     _check_control(recipe)
     _check_teachers(recipe)
+    _check_logged_model(recipe)
+
+
+def _check_logged_model(recipe: RecipeFields) -> None:
+    student = recipe.student
+    if not recipe.tracking.log_model:
+        return
+    if student.lora is not None:
+        raise ValueError(
+            "tracking.log_model: a LoRA student's checkpoints hold an adapter and no whole model: leave it out, and "
+            "log what kdpipe export merges"
+        )
+    if student.trust_remote_code:
+        raise ValueError(
+            "tracking.log_model: a student with code of its own (trust_remote_code) brings it to whoever loads the "
+            "model from MLflow: leave it out"
+        )
 
 
 def _check_kept(recipe: RecipeFields) -> None:

@@ -11,6 +11,9 @@ from kdpipe.recipe.section import Count, Positive, Section
 class Tracking(Section):
     """Where MLflow lives; `uri` null is SQLite in the workspace, `experiment` null the recipe's name.
 
+    With `log_model` the last student of a finished run becomes a logged model, which `mlflow.transformers.load_model`
+    loads: its weights are copied there, and the end of the run waits for that.
+
     A password is none of a recipe's business, which is kept and mirrored: MLflow reads MLFLOW_TRACKING_USERNAME and
     MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN for a server, and libpq PGPASSWORD for PostgreSQL.
     """
@@ -18,6 +21,7 @@ class Tracking(Section):
     enabled: bool = True
     uri: str | None = None
     experiment: str | None = None
+    log_model: bool = False
 
     @model_validator(mode="after")
     def _uri_holds_no_secret(self) -> "Tracking":

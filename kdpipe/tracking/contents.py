@@ -24,7 +24,7 @@ MAX_METRICS = 1000  # what a server takes in one batch
 MAX_NAME = 250
 MAX_VALUE = 500
 MAX_DIGEST = 36
-TABLE_FORMAT = 1  # another number: the tables of all runs are written anew
+TABLE_FORMAT = 2  # another number: the tables of all runs are written anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +172,15 @@ def tables(steps: Sequence[DoneStep]) -> Iterator[tuple[str, DoneStep, str]]:
                 yield f"tables/evaluate-round-{step.round:03d}.json", step, mark
             case "rollout" if not subject:
                 yield f"tables/samples-round-{step.round:03d}.json", step, mark
+
+
+def newest_model(steps: Sequence[DoneStep]) -> tuple[str, DoneStep, str] | None:
+    """(name in MLflow, step, what changes with it) of the last trained student, or None before there is one."""
+    trained = [step for step in steps if step.document["stage"] == "train"]
+    if not trained:
+        return None
+    last = max(trained, key=lambda step: step.round)
+    return f"student-round-{last.round:03d}", last, last.mark
 
 
 def text_digest(text: str) -> str:

@@ -28,6 +28,8 @@ PATIENCE_SECONDS: dict[Status, float] = {"FINISHED": 60.0, "FAILED": 60.0, "KILL
 SERVER_QUIET_SECONDS = 5.0
 SERVER_PATIENCE_SECONDS = 10.0
 """The same for a server, which may be slow or far away, and is not waited for as the workspace's own database is."""
+MODEL_SECONDS = 600.0
+"""How much longer where the recipe asks for the model to be copied, which the user then waits for."""
 RETRY_SECONDS = 30.0
 PAUSE_RATIO = 9.0
 """Rest after a sync, in its own durations: the mirror takes at most a tenth of one core."""
@@ -82,6 +84,8 @@ class MlflowMirror:
         self._quiet_since = time.monotonic()
         self._finish_since = self._quiet_since
         self._deadline = self._quiet_since + PATIENCE_SECONDS[self._final]
+        if self._copies_model:
+            self._deadline += MODEL_SECONDS
         self._ending.set()
         self._wake.set()
         while self._thread.is_alive() and time.monotonic() < self._deadline + 2:
@@ -156,11 +160,15 @@ class MlflowMirror:
         if not self._is_loaded:
             self._is_loaded, self._finish_since = True, self._quiet_since
 
+    @property
+    def _copies_model(self) -> bool:
+        return self._request.tracking.log_model and self._final == "FINISHED"
+
     def _check_time(self) -> None:
         limits = [self._deadline]
         if self._is_loaded:
             limits.append(self._quiet_since + (SERVER_QUIET_SECONDS if self._is_server else QUIET_SECONDS))
-        if self._is_loaded and self._is_server:
+        if self._is_loaded and self._is_server and not self._copies_model:
             limits.append(self._finish_since + SERVER_PATIENCE_SECONDS)
         if self._ending.is_set() and time.monotonic() > min(limits):
             self._is_over = True

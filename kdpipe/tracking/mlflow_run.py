@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
 from filelock import FileLock
 from mlflow import MlflowClient, MlflowException
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModel,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+)
+from mlflow.models import Model
 
 from kdpipe.errors import KdpipeError
 from kdpipe.store import write_durably
@@ -27,8 +42,11 @@ NOTE, NOTE_DIGEST = (
     "kdpipe.note",
 )  # the run's description on the page, and of the last of ours
 PARENT = "mlflow.parentRunId"
+WEIGHTS = "model"  # the folder of a logged model that holds them
+MARK = "kdpipe.mark"  # of which training a logged model is
 TABLES = "mlflow.loggedArtifacts"
 MAX_TAG = 8000  # characters; MLflow cuts what is longer
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the page is that of training runs
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
@@ -77,6 +95,7 @@ class MlflowRun:
         record.status = run.info.status
         self.record = record
         self.id: str = run.info.run_id
+        self._experiment_id: str = run.info.experiment_id
         self._artifact_uri: str = run.info.artifact_uri
         self._params = run.data.params
         self._tags = dict(run.data.tags)
@@ -105,7 +124,11 @@ class MlflowRun:
         location = None if is_server else str(self._workspace / ARTIFACTS)
         if (found := self._client.get_experiment_by_name(name)) is None:
             try:
-                return str(self._client.create_experiment(name, artifact_location=location))
+                return str(
+                    self._client.create_experiment(
+                        name, artifact_location=location, tags=dict(EXPERIMENT_TAGS)
+                    )
+                )
             except MlflowException as error:
                 found = self._client.get_experiment_by_name(name)  # another run may have been faster
                 if found is None:
@@ -204,6 +227,39 @@ class MlflowRun:
         self._answered()
         return True
 
+    def log_model(self, folder: Path, name: str, mark: str, *, round_number: int) -> None:
+        """Makes the Hugging Face folder a logged model that `mlflow.transformers.load_model` loads, once for a `mark`.
+
+        No weights are loaded for that, and no library that could.
+        """
+        model = self._logged(name, mark)
+        if model is None:
+            model = self._client.create_logged_model(
+                self._experiment_id, name=name, source_run_id=self.id, tags={MARK: mark}
+            )
+            self._client.log_model_artifacts(model.model_id, str(folder), WEIGHTS)
+            with tempfile.TemporaryDirectory() as draft:
+                _describe_model(folder, name, Path(draft), Model(model_id=model.model_id, run_id=self.id))
+                self._client.log_model_artifacts(model.model_id, draft)
+            self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        outputs = self._client.get_run(self.id).outputs
+        if all(one.model_id != model.model_id for one in (outputs.model_outputs if outputs else ())):
+            self._client.log_outputs(self.id, [LoggedModelOutput(model.model_id, round_number)])
+        self._answered()
+
+    def _logged(self, name: str, mark: str) -> LoggedModel | None:
+        """The whole model that an earlier attempt logged; what it left half done, or of other weights, is deleted."""
+        found = self._client.search_logged_models(
+            [self._experiment_id], f"name = '{name}' AND source_run_id = '{self.id}'"
+        )
+        whole = None
+        for model in found:
+            if model.status == LoggedModelStatus.READY and model.tags.get(MARK) == mark:
+                whole = model
+            else:
+                self._client.delete_logged_model(model.model_id)
+        return whole
+
     def list_tables(self, names: Sequence[str]) -> None:
         """Tells the page which artifacts are tables, beside those that others have told it of.
 
@@ -216,6 +272,34 @@ class MlflowRun:
             listed.pop()
         if listed:
             self.set_tags({TABLES: text})
+
+
+def _describe_model(folder: Path, name: str, target: Path, model: Model) -> None:
+    """Writes into `target` what MLflow's `transformers` flavor wants beside the weights, tokenizer included.
+
+    `mlflow.transformers.save_model` does so too, but asks a hub about the folder, imports torch, and in MLflow 3.17.2
+    fails with transformers 5.24.
+    """
+    architecture = json.loads((folder / "config.json").read_bytes())["architectures"][0]
+    model.add_flavor(
+        "transformers",
+        transformers_version=version("transformers"),
+        code=None,
+        task="text-generation",
+        instance_type="TextGenerationPipeline",
+        pipeline_model_type=architecture,
+        source_model_name=name,
+        model_binary=WEIGHTS,
+        components=["tokenizer"],
+        tokenizer_type="AutoTokenizer",
+    )
+    tokenizer = target / "components" / "tokenizer"
+    shutil.copytree(
+        folder, tokenizer, ignore=shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json")
+    )
+    needed = [f"{library}=={version(library)}" for library in ("mlflow", "torch", "transformers")]
+    (target / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
+    model.save(str(target / "MLmodel"))
 
 
 def _listed(tag: str | None) -> list[dict[str, str]]:
@@ -248,13 +332,13 @@ def held(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def beating(report: Report) -> Iterator[None]:
-    """Tells the parent each second that work goes on: MLflow sets a database up in one call, long on a busy machine."""
+def beating(report: Report, work: str) -> Iterator[None]:
+    """Tells the parent each second that `work` goes on, which MLflow does in one call, long on a busy machine."""
     is_over = threading.Event()
 
     def beat() -> None:
         while not is_over.wait(1.0):
-            report.event(mirror="making the database")
+            report.event(mirror=work)
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

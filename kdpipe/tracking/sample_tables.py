@@ -17,7 +17,8 @@ from kdpipe.tracking.contents import DoneStep
 MAX_GRADES = 500
 MAX_SAMPLES = 64
 MAX_TEXT = 4000
-COLUMNS = ["prompt_id", "sample", "question", "expected", "text", "correct", "finish_reason"]
+FIRST = ["question", "text"]  # by the first column the page puts runs side by side, and shows the second
+LAST = ["correct", "expected", "finish_reason", "prompt_id", "sample"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +37,11 @@ def table_of(step: DoneStep, headline: str) -> Table:
         file, schema, limit, more = "grades.parquet", GRADES, MAX_GRADES, [answer]
     else:
         file, schema, limit, more = "rollouts.parquet", ROLLOUTS, MAX_SAMPLES, [answer, "reward", "source"]
-    columns = [*COLUMNS, *more]
+    columns = [*FIRST, *more, *LAST]
     rows = read_rows(step.entry.opened(file) / file, schema, columns=columns)
     shown = [[_cell(row[name]) for name in columns] for row in rows[:limit]]
-    names = ["round", *("completion" if name == "text" else name for name in columns)]
-    document = {"columns": names, "data": [[step.round, *row] for row in shown]}
+    names = [*("completion" if name == "text" else name for name in columns), "round"]
+    document = {"columns": names, "data": [[*row, step.round] for row in shown]}
     return Table(json.dumps(document, allow_nan=False), len(shown), len(rows))
 
 

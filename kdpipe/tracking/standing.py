@@ -12,7 +12,7 @@ from kdpipe.recipe import Tracking
 from kdpipe.runs import all_runs
 from kdpipe.store import is_running
 from kdpipe.studies import COMPARISON, all_studies, read_study
-from kdpipe.tracking.contents import artifacts, done_steps, study_artifacts, tables, text_digest
+from kdpipe.tracking.contents import artifacts, done_steps, newest_model, study_artifacts, tables, text_digest
 from kdpipe.tracking.record import DATABASE, Kind, Record, Request, Status, read_record, record_of
 
 
@@ -52,15 +52,21 @@ def is_finished(request: Request) -> bool:
         return False
     if request.kind == "study":
         return _has_study(record, request)
-    return _has_everything(record, request.run)
+    return _has_everything(record, request.run, log_model=request.tracking.log_model)
 
 
-def _has_everything(record: Record, run_folder: Path) -> bool:
-    """Whether all steps, tables and artifacts are noted as mirrored."""
+def _has_everything(record: Record, run_folder: Path, *, log_model: bool) -> bool:
+    """Whether all steps, tables and artifacts, and the model if it is to be logged, are noted as mirrored."""
     steps = list(done_steps(run_folder))
     if any(record.mirrored.get(step.name) != step.mark for step in steps):
         return False
     if any(record.artifacts.get(name) != mark for name, _step, mark in tables(steps)):
+        return False
+    if (
+        log_model
+        and (model := newest_model(steps)) is not None
+        and record.artifacts.get(model[0]) != model[2]
+    ):
         return False
     for name, path, _entry in artifacts(run_folder, steps):
         with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):

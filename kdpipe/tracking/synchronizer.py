@@ -14,7 +14,6 @@ from typing import Any
 from kdpipe.errors import ArtifactError
 from kdpipe.recipe import Tracking
 from kdpipe.runs import RunFolder
-from kdpipe.store import is_running
 from kdpipe.tracking.contents import (
     MAX_METRICS,
     SUMMARY,
@@ -26,6 +25,7 @@ from kdpipe.tracking.contents import (
     event_times,
     flatten,
     metrics,
+    newest_model,
     shortened,
     tables,
     text_digest,
@@ -72,13 +72,13 @@ class Synchronizer:
         with answering(uri or f"{order.workspace / DATABASE}", uri):
             if mirrored is None or not mirrored.is_at(order.tracking):
                 if uri is None:
-                    with beating(report):
+                    with beating(report, "making the database"):
                         make_database(order.workspace.resolve())
                 if order.kind == "study":
                     return {"run_id": mirror_study(order, answered), "metrics": 0}
                 mirrored = _MirroredRun(order, answered)
                 report.event(mirror="opened")
-            count = mirrored.follow(order.status)
+            count = mirrored.follow(order.status, report)
         self._open[order.run] = mirrored
         return {"run_id": mirrored.record.run_id, "metrics": count}
 
@@ -87,6 +87,7 @@ class _MirroredRun:
     """One run and its MLflow run, open."""
 
     def __init__(self, order: Request, answered: Callable[[], None]) -> None:
+        self._has_told = False  # an earlier kdpipe may have said less
         self.folder = order.run
         self.recipe = recipe_of(self.folder)
         self.tracking = order.tracking
@@ -106,7 +107,7 @@ class _MirroredRun:
         """Whether `tracking` still names the place of this mirror."""
         return (self.tracking.uri, self.tracking.experiment) == (tracking.uri, tracking.experiment)
 
-    def follow(self, status: Status) -> int:
+    def follow(self, status: Status, report: Report) -> int:
         """Mirrors what is not there yet; returns how many metrics that was."""
         record = self.record
         record.wanted = status
@@ -115,8 +116,9 @@ class _MirroredRun:
             self._save()
         steps = list(done_steps(self.folder))
         new, damage = whole_steps(step for step in steps if record.mirrored.get(step.name) != step.mark)
-        if any(step.document["stage"] == "evaluate" for step in new):
+        if not self._has_told or any(step.document["stage"] == "evaluate" for step in new):
             self._tell_findings(steps)
+            self._has_told = True
         count = self._log_metrics(new)
         self._log_data_sets(steps)
         self.run.set_status(status, self._ended)
@@ -124,6 +126,10 @@ class _MirroredRun:
         self._log_artifacts(steps)
         self._log_tables(steps)
         self._save()
+        if status == "FINISHED" and self.recipe["tracking"].get("log_model"):
+            with beating(report, "copying the model"):
+                self._log_model(steps)
+            self._save()
         if damage is not None:  # of this step nothing is shown; all others are there
             raise damage
         return count
@@ -132,8 +138,8 @@ class _MirroredRun:
         return round(1000 * next(event_times(self.folder), time.time()))
 
     def _ended(self) -> int:
-        """Now, or the last sign of life of a run that nobody runs any more; milliseconds."""
-        times = [] if is_running(self.folder) else list(event_times(self.folder))
+        """When the run's last step ended, even where a later command only tells it; milliseconds."""
+        times = list(event_times(self.folder))
         return round(1000 * (times[-1] if times else time.time()))
 
     def _tags(self) -> dict[str, str]:
@@ -165,6 +171,8 @@ class _MirroredRun:
                 with contextlib.suppress(ArtifactError):
                     step.entry.opened(SUMMARY)
                     summaries.append(step.entry.read_json(SUMMARY))
+        if not summaries:
+            return
         findings, recipe = Findings.of(summaries), RunFolder(self.folder).recipe()
         self.run.set_tags({name: shortened(text) for name, text in findings.tags(recipe).items()})
         self.run.set_note(findings.note(recipe))
@@ -222,6 +230,17 @@ class _MirroredRun:
                         told = f"the first {table.rows} of {table.of}, round {step.round}"
                         self.run.set_tags({f"tables.{kind}": told})
         self.run.list_tables([name for name in known if name.startswith("tables/")])
+
+    def _log_model(self, steps: Sequence[DoneStep]) -> None:
+        """Logs the last trained student, whose files are checked before they are copied."""
+        found = newest_model(steps)
+        if found is None or not self.run.takes_artifacts:
+            return
+        name, step, mark = found
+        if self.record.artifacts.get(name) != mark:
+            folder = step.entry.opened("model") / "model"
+            self.run.log_model(folder, name, mark, round_number=step.round)
+            self.record.artifacts[name] = mark
 
     def _save(self) -> None:
         if read_record(self.folder) != self.record:
