@@ -12,6 +12,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_variable] = "1"
@@ -26,12 +27,18 @@ LONGEST = (
     "test_machine_faults.py",
     "test_kills.py",
     "test_check_loss.py",
-    "test_several_teachers.py",
+    "test_damage.py",
+    "test_doctor.py",
+    "test_fuzz.py",
+    "test_whole_run_is_guarded.py",
+    "test_roles.py",
+    "test_tracking_outage.py",
     "test_tracking.py",
-    "test_plan.py",
-    "test_moving_teachers.py",
+    "test_lora.py",
     "test_runner.py",
-    "test_from_files.py",
+    "test_several_teachers.py",
+    "test_report.py",
+    "test_cli.py",
     "test_crash.py",
 )
 """Files that take ten seconds or more: begun first, so that no process is left with one when the others are done."""
@@ -43,13 +50,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database as the first mirroring of a workspace makes it: seconds of MLflow's migrations, once."""
-    from kdpipe.tracking.mlflow_run import make_database
+    """A database as the first mirroring of a workspace makes it: seconds of MLflow's migrations, once in all."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    made = shared / "mlflow-template"
+    with FileLock(shared / "mlflow-template.lock"):
+        if not made.exists():
+            from kdpipe.tracking.mlflow_run import make_database
 
-    folder = tmp_path_factory.mktemp("template")
-    make_database(folder)
-    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".lock") == ["mlflow.db"]
-    return folder / "mlflow.db"
+            folder = tmp_path_factory.mktemp("template")
+            make_database(folder)
+            assert sorted(path.name for path in folder.iterdir() if path.suffix != ".lock") == ["mlflow.db"]
+            folder.rename(made)
+    return made / "mlflow.db"
 
 
 def pytest_collection_finish() -> None:
