@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from study import commit
 
-from kdpipe.checkpoints import ModelShelf, read_architecture, resolve_device, resolve_dtype
+from kdpipe.checkpoints import ModelShelf, read_architecture
+from kdpipe.devices import resolve_device, resolve_dtype
 from kdpipe.engine import Engine, ModelSource, SampleRequest, Sampling, ScoreRequest
 from kdpipe.engines.hf import HfEngine
 from kdpipe.engines.vllm import VllmEngine

@@ -33,7 +33,7 @@ from kdpipe.recipe import (
     Recipe,
     SampledTerm,
 )
-from kdpipe.small_transformer import Transformer
+from kdpipe.small_transformer import transformer
 from kdpipe.small_world import (
     STEP,
     WORLDS,
@@ -343,14 +343,14 @@ def _cuts_agree(case: Case) -> list[Measure]:
     whole = _table_outcome(case, rows)
     for cut in _cuts(rows):
         compare("table", torch.stack([_table_outcome(case, part) for part in cut]).sum(0), whole)
-    transformer = Transformer()
-    rows = [row for row in as_step(case, transformer.rows()) if row.kept_n.any()]
-    whole = transformer.outcome(case, rows)
+    model = transformer()
+    rows = [row for row in as_step(case, model.rows) if row.kept_n.any()]
+    whole = model.outcome(case, rows)
     for cut in _cuts(rows):
-        parts = [transformer.outcome(case, part) for part in cut]
+        parts = [model.outcome(case, part) for part in cut]
         compare("transformer", torch.stack(parts).sum(0), whole)
     for amount in (0, 3):
-        compare("left padding", transformer.outcome(case, rows, left_padding=amount), whole)
+        compare("left padding", model.outcome(case, rows, left_padding=amount), whole)
     return measures
 
 

@@ -34,7 +34,8 @@ from kdpipe.adapters import (
     target_names,
     write_adapter,
 )
-from kdpipe.errors import ArtifactError, ModelError, RecipeError, as_os_error
+from kdpipe.devices import resolve_dtype
+from kdpipe.errors import ArtifactError, ModelError, as_os_error
 from kdpipe.forward import Head, head_logits, head_of
 from kdpipe.model_folder import require_own_files
 
@@ -44,13 +45,12 @@ if TYPE_CHECKING:
     from pydantic import JsonValue
     from transformers import PreTrainedTokenizerBase
 
-    from kdpipe.engine import Dtype, ModelSource
+    from kdpipe.engine import ModelSource
     from kdpipe.recipe import Lora, Scratch
 
 TENSORS_FILE = "trainer.safetensors"
 STATE_FILE = "trainer.json"
 MASTERS = "masters"
-_CPU_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 _PROBE_SCALE = 1000.0
 # What transformers raises of a folder whose files say something else than it expects.
 _UNFIT = (
@@ -162,53 +162,6 @@ class ModelShelf:
     def clear(self) -> None:
         """Drops all models."""
         self._models.clear()
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of that name; `auto` is the first CUDA device, or the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RecipeError(
-            f"device {name!r}: torch knows no such device", hint="use auto, cpu or cuda:N"
-        ) from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RecipeError(
-            f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices", hint="use auto or cpu"
-        )
-    return device
-
-
-def resolve_dtype(
-    name: Dtype, device: torch.device, *, cpuinfo: Path = Path("/proc/cpuinfo")
-) -> tuple[torch.dtype, str]:
-    """The dtype that `name` means on this device, and why."""
-    match name:
-        case "float32":
-            return torch.float32, "asked for"
-        case "bfloat16":
-            return torch.bfloat16, "asked for"
-        case "float16":
-            return torch.float16, "asked for"
-        case "auto":
-            return _best_dtype(device, cpuinfo)
-
-
-def _best_dtype(device: torch.device, cpuinfo: Path) -> tuple[torch.dtype, str]:
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, f"{torch.cuda.get_device_name(device)} has bfloat16 matrix products"
-        return torch.float32, f"{torch.cuda.get_device_name(device)} has no bfloat16 matrix products"
-    if device.type != "cpu":
-        return torch.float32, f"bfloat16 is not tried on {device.type}"
-    words = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.exists() else set()
-    found = [flag for flag in _CPU_BFLOAT16_FLAGS if flag in words]
-    if found:
-        return torch.bfloat16, f"the CPU has {' and '.join(found)}"
-    missing = " or ".join(_CPU_BFLOAT16_FLAGS)
-    return torch.float32, f"no {missing} here: bfloat16 would be emulated, 100 times slower"
 
 
 # ----------------------------------------------------------------------------------------------- models

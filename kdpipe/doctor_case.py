@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from kdpipe.checkpoints import resolve_dtype
+from kdpipe.devices import resolve_dtype
 from kdpipe.doctor_engine import TOLERANCES, Tolerance
 from kdpipe.doctor_finding import Outcome
 from kdpipe.errors import EngineError

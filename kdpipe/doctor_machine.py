@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kdpipe.checkpoints import resolve_device, resolve_dtype
+from kdpipe.devices import resolve_device, resolve_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable

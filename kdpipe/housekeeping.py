@@ -129,7 +129,8 @@ def export(
 
 def _merge(project: Project, adapter: Path, target: Path) -> None:
     """Writes student 0 with the adapter in a folder added to its weights."""
-    from kdpipe.checkpoints import resolve_device, write_merged
+    from kdpipe.checkpoints import write_merged
+    from kdpipe.devices import resolve_device
     from kdpipe.engine import AdapterSource, ModelSource
     from kdpipe.prompting import open_tokenizer
 

@@ -14,7 +14,8 @@ from pydantic import JsonValue
 
 from kdpipe.adapters import target_names
 from kdpipe.check_loss import unsound
-from kdpipe.checkpoints import ModelShelf, head_digest, read_trainer, resolve_device, resolve_dtype
+from kdpipe.checkpoints import ModelShelf, head_digest, read_trainer
+from kdpipe.devices import resolve_device, resolve_dtype
 from kdpipe.environment import environment
 from kdpipe.errors import PreflightError
 from kdpipe.hidden import FILE as HIDDEN_FILE

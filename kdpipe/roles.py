@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kdpipe.checkpoints import resolve_device
+from kdpipe.devices import resolve_device
 from kdpipe.engines.remote import Hosting, WorkerEngine, hf_engine
 from kdpipe.errors import RecipeError
 from kdpipe.plan import STUDENT, teacher_role

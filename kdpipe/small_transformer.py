@@ -6,6 +6,7 @@ Shapes as in `small_world.py`; B sequences, T positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +33,12 @@ _SIZES = Scratch(
 )
 
 
+@cache
+def transformer() -> Transformer:
+    """The same one for every objective: nothing trains it."""
+    return Transformer()
+
+
 class Transformer:
     """The model, and what it makes of rows."""
 
@@ -43,7 +50,8 @@ class Transformer:
                     size, eps = norm.weight.shape[0], norm.variance_epsilon
                     setattr(module, name, torch.nn.RMSNorm(size, eps=eps, dtype=torch.float64))
 
-    def rows(self) -> list[Row]:
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
         """The completions of the step after prompts of several lengths, with log-probs from unbatched forwards.
 
         All are off-policy: a ratio that is 1 but for rounding would fall on either side of a clip that starts there.
@@ -67,7 +75,7 @@ class Transformer:
                     proximal_nV=(student_nV + 0.3 * proximal_nV).log_softmax(-1),
                 )
             )
-        return rows
+        return tuple(rows)
 
     def outcome(self, case: Case, rows: Sequence[Row], *, left_padding: int | None = None) -> Tensor:
         """Loss and gradient of a micro-batch; padded as train does, or on the left by at least that many tokens."""

@@ -10,9 +10,9 @@ Shapes: N completion tokens, n those of one completion, P prefixes, V ids, H hid
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,9 +77,12 @@ class Case:
         return self.objective.has_kd and isinstance(kd, SampledTerm) and kd.baseline in ("step", "group")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Policies:
-    """Logits [P, V] of the next token: prefix 0 is the prompt's, prefix 1 + y is what follows y."""
+    """Logits [P, V] of the next token: prefix 0 is the prompt's, prefix 1 + y is what follows y.
+
+    Made once each and known by identity, as what is drawn from them is.
+    """
 
     student: Tensor
     teacher: Tensor
@@ -125,12 +128,14 @@ def random_logits(seed: int) -> Tensor:
     return torch.randn(1 + V, V, generator=generator, dtype=torch.float64)
 
 
+@cache
 def on_policy(*, teacher: int = 2) -> Policies:
     """A student that samples as it is, before its first update."""
     student = random_logits(1)
     return Policies(student, random_logits(teacher), student, student)
 
 
+@cache
 def off_policy() -> Policies:
     """The same student after updates, and a sampler that disagreed with it before them."""
     student = random_logits(1)
@@ -186,9 +191,18 @@ def drawn(
     case: Case, groups: Sequence[Sequence[Completion]], policies: Policies, *, all_wrong: bool = False
 ) -> list[Row]:
     """Completions of the categorical policy; those of a group share prompt and optimizer step."""
+    row = _drawing(policies, case.temperature)
+    rows = [row(completion) for group in groups for completion in group]
+    numbers = [number for number, group in enumerate(groups) for _ in group]
+    return _with_baselines(case, _opened(case, rows, numbers, all_wrong=all_wrong), numbers)
+
+
+@lru_cache(maxsize=8)
+def _drawing(policies: Policies, temperature: float) -> Callable[[Completion], Row]:
+    """The row of a completion that these policies draw at that temperature."""
     # The trainer divides by the temperature: so do the others, which keeps b = s true to the last bit.
     teacher_PV, sampler_PV, proximal_PV = (
-        (case.temperature * logits_PV / case.temperature).log_softmax(-1)
+        (temperature * logits_PV / temperature).log_softmax(-1)
         for logits_PV in (policies.teacher, policies.behaviour, policies.proximal)
     )
 
@@ -203,9 +217,7 @@ def drawn(
             proximal_nV=proximal_PV[at],
         )
 
-    rows = [row(completion) for group in groups for completion in group]
-    numbers = [number for number, group in enumerate(groups) for _ in group]
-    return _with_baselines(case, _opened(case, rows, numbers, all_wrong=all_wrong), numbers)
+    return row
 
 
 def table_rows(case: Case) -> list[Row]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from kdpipe.adapters import read_adapter, start_adapter
-from kdpipe.checkpoints import Average, open_model, read_trainer, resolve_dtype, scratch_model
+from kdpipe.checkpoints import Average, open_model, read_trainer, scratch_model
+from kdpipe.devices import resolve_dtype
 from kdpipe.inputs import Inputs
 from kdpipe.plan import STUDENT
 from kdpipe.prompting import arithmetic_tokenizer, num_ids_in_use

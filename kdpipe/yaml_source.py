@@ -19,10 +19,14 @@ from pydantic import JsonValue
 from kdpipe.errors import RecipeError
 
 Path = tuple[int | str, ...]
+MAX_DEPTH = 50
+"""Levels of a recipe; PyYAML's time grows with the square of the levels, until Python's stack is full."""
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-5` as a float and refuses aliases and tags."""
+    """SafeLoader that reads `1e-5` as a float and refuses aliases, tags, and what is nested deeper than any recipe."""
+
+    _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
@@ -30,8 +34,13 @@ class _Loader(yaml.SafeLoader):
             found = "anchors and aliases"
         elif getattr(event, "tag", None) is not None:
             found = "tags"
+        elif self._depth == MAX_DEPTH:
+            found = f"more than {MAX_DEPTH} levels"
         else:
-            return super().compose_node(parent, index)
+            self._depth += 1
+            node: yaml.Node | None = super().compose_node(parent, index)
+            self._depth -= 1
+            return node
         raise yaml.composer.ComposerError(None, None, f"{found} are not used here", event.start_mark)
 
 
@@ -162,8 +171,6 @@ def _compose(text: str, name: str) -> yaml.Node | None:
         raise RecipeError(f"{name}:{line}: not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
-    except RecursionError:
-        raise RecipeError(f"{name}: not valid YAML: it is nested too deeply") from None
     return node
 
 

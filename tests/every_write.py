@@ -15,11 +15,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import gc
 import itertools
 import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -44,6 +46,7 @@ Phase = Literal["torn", "done", "ENOSPC", "EIO", "EROFS", "EACCES"]
 ENDED = 77
 REFUSED = 78
 ROUNDS = 2
+CHILD_SECONDS = 300  # a trial takes two or three
 
 
 @dataclass(frozen=True)
@@ -186,11 +189,12 @@ def halve(path: Path) -> None:
 
 
 def forked(work: Callable[[], None]) -> int:
-    """The exit status of a child that does the work: 0, or 1 with its story on stderr."""
+    """The exit status of a child that does the work: 0, or 1 with its story on stderr; a stuck one is ended."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         code = 1
+        signal.alarm(CHILD_SECONDS)
         try:
             work()
             code = 0
@@ -221,6 +225,7 @@ class World:
         unbroken()  # here, not in a child: what it imports and compiles is there for every trial
         self.changes = int(counted.read_text())
         self.digests = payload_digests(folder / "unbroken")
+        gc.freeze()  # a child that looked for garbage would copy every page that it looks at
 
     def trial(self, ends: list[tuple[int, Phase]]) -> Trial:
         """Ends the run there, one after the other in resumes of it, and then lets it finish."""

@@ -15,12 +15,11 @@ from kdpipe.checkpoints import (
     open_model,
     read_head,
     read_trainer,
-    resolve_device,
-    resolve_dtype,
     scratch_model,
     write_model,
     write_trainer,
 )
+from kdpipe.devices import resolve_device, resolve_dtype
 from kdpipe.engine import ModelSource
 from kdpipe.errors import ArtifactError, EngineError, ModelError, RecipeError
 from kdpipe.forward import head_of

@@ -7,6 +7,7 @@ of the students, stopped between two optimizer steps.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from kdpipe.cli import app
 from kdpipe.errors import ArtifactError, Interrupted
 from kdpipe.housekeeping import verify
 from kdpipe.project import Project, headrooms, open_project, round_metrics
+from kdpipe.recipe_file import LoadedRecipe
 from kdpipe.samples import Choice, choose_samples
 from kdpipe.seals import digest_of, sealed
 from kdpipe.signatures import require_same
@@ -165,6 +167,12 @@ def kind_of(place: Path) -> str:
 # -------------------------------------------------------------------------------------------- the world
 
 
+@functools.cache
+def recipe_of(folder: Path, run: str) -> LoadedRecipe:
+    """The recipe of one of the two runs, read once in each world: it is opened again after each damage."""
+    return load_tiny(folder, **(WHOLE if run == "whole" else TOP_K))
+
+
 @dataclass(frozen=True)
 class World:
     """A folder with the two runs' workspace."""
@@ -176,12 +184,11 @@ class World:
         return self.folder / "out"
 
     def project(self, run: str = "whole") -> Project:
-        return open_project(load_tiny(self.folder, **(WHOLE if run == "whole" else TOP_K)), self.workspace)
+        return open_project(recipe_of(self.folder, run), self.workspace)
 
     def run(self, run: str = "whole", *, watcher: Watcher | None = None, **request: Any) -> list[str]:
         watcher = watcher or Watcher()
-        loaded = load_tiny(self.folder, **(WHOLE if run == "whole" else TOP_K))
-        run_near(loaded, self.workspace, watcher=watcher, **request)
+        run_near(recipe_of(self.folder, run), self.workspace, watcher=watcher, **request)
         return watcher.performed
 
     def digests(self, run: str = "whole") -> dict[str, str | None]:

@@ -209,12 +209,13 @@ WIRES: dict[str, tuple[Callable[[Engine], Engine], dict[str, Any], dict[str, str
 }
 
 
+OTHERS_LIKE_IT = {"early", "cold", "deaf", "short top-k", "doubled top-k", "moved top-k"}
+"""Faults that the default suite has the like of: the other way, another wrong list, or in a test of their own."""
+
+
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=COSTLY if name in ("short top-k", "doubled top-k", "moved top-k") else ())
-        for name in WIRES
-    ],
+    [pytest.param(name, marks=COSTLY if name in OTHERS_LIKE_IT else ()) for name in WIRES],
 )
 def test_a_fault_on_the_wire_is_caught_by_its_probe(name: str, folder: Path, tmp_path: Path) -> None:
     wire, changes, expected = WIRES[name]

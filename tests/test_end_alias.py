@@ -71,7 +71,14 @@ def recipe(folder: Path, objective: dict[str, Any], **changes: Any) -> LoadedRec
     return load_tiny(folder, **{**settings, **changes})
 
 
-@pytest.fixture(scope="module", params=list(OBJECTIVES))
+@pytest.fixture(
+    scope="module",
+    params=[
+        # The ids of the teacher alone are among those of both.
+        pytest.param(name, marks=pytest.mark.slow if name == "top5" else ())
+        for name in OBJECTIVES
+    ],
+)
 def finished(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path, Path]:

@@ -29,6 +29,7 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any]
         rounds=1,
         task__test_problems=32,
         rollout__max_new_tokens=32,
+        runtime__checkpoint_steps=300,
         student__sft={"steps": 300, "batch": 16, "optimizer": {"learning_rate": 1e-2}},
         evaluate={"samples": SAMPLES, "temperature": 1.0, "teacher": False, "reverse_kl_problems": 0},
     )

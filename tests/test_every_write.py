@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests import every_write
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -24,9 +26,12 @@ def trials(*arguments: str) -> list[dict[str, Any]]:
 
 
 def test_a_run_ended_early_and_late_ends_as_an_unbroken_one() -> None:
-    found = trials("--first", "10", "--stride", "120")
-    assert len(found) == 4
-    assert {trial["ends"][0][1] for trial in found} == {"torn", "done"}
+    """The trials are forked from this process, which has imported everything already."""
+    with every_write.a_world() as world:
+        found = [*every_write.trials(world, first=10, stride=120, twice=False)]
+    assert [trial.found for trial in found] == ["as unbroken"] * 4
+    assert [trial.ends for trial in found] == [[(at, end)] for at in (10, 130) for end in ("torn", "done")]
+    assert [len(trial.doing) for trial in found] == [1] * 4, "each was ended where it was to be"
 
 
 @pytest.mark.crash

@@ -63,6 +63,7 @@ LEVELS = {
     "forward": 2.1,
     "adapters": 2.1,
     "checkpoints": 2.2,
+    "devices": 2.05,
     "hidden": 2,
     "estimate": 2.6,
     "plain": 2.2,
@@ -349,6 +350,25 @@ def test_nothing_is_unpickled_evaluated_or_run_by_a_shell(name: str) -> None:
             assert any(keyword.arg == "allow_pickle" for keyword in node.keywords), (
                 f"{name}, line {node.lineno}"
             )
+
+
+def imported_with(name: str) -> set[str]:
+    """The modules of ours whose import is part of that one's: what stands in functions or is for types is not."""
+    found: set[str] = set()
+    pending = [name]
+    while pending:
+        at = pending.pop()
+        if at not in found:
+            found.add(at)
+            body = [node for node in MODULES[at].body if isinstance(node, ast.Import | ast.ImportFrom)]
+            targets = (own_module(dotted) for dotted, _ in imports(ast.Module(body, [])))
+            pending += [target for target in targets if target is not None]
+    return found
+
+
+def test_what_doctor_asks_of_torch_waits_for_no_library_of_models() -> None:
+    assert imported_with("doctor_machine") & DOORS["transformers"] == set()
+    assert "checkpoints" in imported_with("perform"), "and yet those are found that do wait"
 
 
 def test_only_the_command_line_and_the_terminal_print() -> None:

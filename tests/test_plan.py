@@ -207,9 +207,11 @@ def prints(document: Document | Recipe, *stages: str) -> dict[str, str]:
 
 
 def with_value(document: Document, path: Path_, value: Any) -> Document:
-    changed = copy.deepcopy(document)
+    """The document with that value at `path`; what is not on the way is shared with `document`."""
+    changed = copy.copy(document)
     node: Any = changed
     for part in path[:-1]:
+        node[part] = copy.copy(node[part])
         node = node[part]
     node[path[-1]] = value
     return changed

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kdpipe.errors import RecipeError
 from kdpipe.recipe import JsdTerm, K2Term, Keeping, Recipe, RklTerm, resolved
 from kdpipe.recipe_file import LoadedRecipe, load_recipe
-from kdpipe.yaml_source import parse_value, read_yaml
+from kdpipe.yaml_source import MAX_DEPTH, parse_value, read_yaml
 
 MINIMAL = """\
 name: small
@@ -141,7 +141,7 @@ def test_scalars_mean_what_they_look_like(written: str, value: Any) -> None:
         ("{<<: {a: 1}}", ["merges"]),
         ("{[1]: 2}", ["keys are plain words"]),
         ("{a: 1, a: 2}", ["a", "twice"]),
-        ("[" * 600, ["nested too deeply"]),
+        ("[" * 600, ["more than 50 levels"]),
         ("a: b: c", ["not valid YAML"]),
         ("\x07", ["not valid YAML"]),
     ],
@@ -162,6 +162,14 @@ def test_a_bomb_of_aliases_is_refused_before_it_grows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "- a\n", "just words\n", "# only a comment\n", "--- {}\n--- {}\n"])
 def test_a_file_that_is_not_one_mapping_is_refused(tmp_path: Path, text: str) -> None:
     assert error_of(tmp_path, text).startswith("recipe.yaml")
+
+
+def test_yaml_is_read_as_deep_as_any_recipe_goes_and_no_deeper() -> None:
+    assert str(parse_value("[" * MAX_DEPTH + "]" * MAX_DEPTH, "here")).count("[") == MAX_DEPTH
+    siblings = "[" + ", ".join(["[[]]"] * MAX_DEPTH) + "]"
+    assert parse_value(siblings, "here") == [[[]]] * MAX_DEPTH
+    with pytest.raises(RecipeError, match=rf"here:1: not valid YAML: more than {MAX_DEPTH} levels"):
+        parse_value("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), "here")
 
 
 def test_lines_are_counted_in_the_file_also_of_nested_keys() -> None:

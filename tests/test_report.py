@@ -470,7 +470,7 @@ def test_the_token_view_keeps_to_its_bytes_and_takes_the_worst_of_each_kind_firs
 
 
 def test_a_page_of_very_many_completions_stays_below_its_bound(project: Project) -> None:
-    many = [Titled(one.key + str(n), one.title, one.note, one.batch) for n in range(400) for one in story()]
+    many = [Titled(one.key + str(n), one.title, one.note, one.batch) for n in range(120) for one in story()]
     text = page_of(project, many)
     assert 2_000_000 < len(text.encode()) < MAX_BYTES
     sets = data_of(text, "token-data")["sets"]

@@ -308,7 +308,7 @@ def test_a_run_that_another_process_holds_is_refused(world: World) -> None:
         world.run()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_stops_at_a_safe_point_and_the_next_command_goes_on(
     finished: World, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -338,7 +338,7 @@ def test_a_signal_stops_at_a_safe_point_and_the_next_command_goes_on(
     assert payload_digests(world.workspace) == {step: reference[step] for step in ROUND_0 + round_steps(1)}
 
 
-@pytest.mark.parametrize("kind", ["kd", "grpo"])
+@pytest.mark.parametrize("kind", ["kd", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_a_signal_in_training_leaves_a_checkpoint(finished: World, tmp_path: Path, kind: str) -> None:
     world, watcher = World(tmp_path), Watcher()
     objective = f"train.objective.kind={kind}"

@@ -61,6 +61,9 @@ SMALLEST: dict[str, Any] = {
 """Changes that make the recipe smaller still: one step of each kind has two of everything."""
 
 
+_Dumper = yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper
+
+
 def tiny_recipe(**changes: Any) -> dict[str, Any]:
     """The recipe as a document; `a__b=value` replaces field a.b, a mapping value replaces all of a."""
     document = copy.deepcopy(_TINY)
@@ -76,7 +79,7 @@ def tiny_recipe(**changes: Any) -> dict[str, Any]:
 def write_recipe(folder: Path, **changes: Any) -> Path:
     """The path of a recipe file in `folder` with these changes."""
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tiny_recipe(**changes), sort_keys=False), encoding="utf-8")
+    path.write_text(yaml.dump(tiny_recipe(**changes), Dumper=_Dumper, sort_keys=False), encoding="utf-8")
     return path
 
 

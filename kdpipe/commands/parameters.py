@@ -56,6 +56,8 @@ def load_given(recipe: str, overrides: list[str] | None, workspace: Path) -> "Lo
     try:
         return load_recipe(shipped_path(recipe), changes)
     except RecipeError as error:
+        if path.exists():  # a folder, which reading it tells
+            return load_recipe(path, changes)
         names = ", ".join(one.name for one in all_runs(workspace.resolve())[:MAX_NAMES])
         raise RecipeError(
             error.message, hint=f"{error.hint}; runs in {workspace}: {names}" if names else error.hint

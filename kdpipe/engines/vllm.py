@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from kdpipe.batching import batches_by_tokens
-from kdpipe.checkpoints import open_model, read_architecture, resolve_dtype
+from kdpipe.checkpoints import open_model, read_architecture
+from kdpipe.devices import resolve_dtype
 from kdpipe.engines.vllm_output import completion_of, no_scores, scores_of, without_tail
 from kdpipe.engines.vllm_process import VllmProcess, sampling_params, scoring_params
 from kdpipe.errors import EngineError, ModelError

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kdpipe.checkpoints import resolve_device
+from kdpipe.devices import resolve_device
 from kdpipe.engine import ScoreRequest
 from kdpipe.forward import reverse_kl
 from kdpipe.micro_batch import TeacherHidden, TeacherMixture, TeacherPart

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 import torch
 
-from kdpipe.checkpoints import head_digest, read_head, resolve_device, resolve_dtype
+from kdpipe.checkpoints import head_digest, read_head
+from kdpipe.devices import resolve_device, resolve_dtype
 from kdpipe.engine import ScoreRequest, TokenScores
 from kdpipe.errors import PreflightError
 from kdpipe.forward import Head
