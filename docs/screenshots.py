@@ -1,4 +1,4 @@
-"""Takes the pictures in docs/images/ from a finished run: the top of the report and its token view, light and dark.
+"""Takes the pictures in docs/images/ from a finished run: report and token view, light and dark, and MLflow's page.
 
 Usage: kdpipe run quickstart && python docs/screenshots.py [RECIPE] [--workspace DIR] [--images DIR]
 Needs Chromium, its driver (Debian: chromium, chromium-driver) and the `dev` extra.
@@ -7,18 +7,33 @@ Needs Chromium, its driver (Debian: chromium, chromium-driver) and the `dev` ext
 from __future__ import annotations
 
 import argparse
+import contextlib
+import http.client
+import json
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.expected_conditions import (
+    element_to_be_clickable,
+    text_to_be_present_in_element,
+)
+from selenium.webdriver.support.ui import WebDriverWait
 
-from kdpipe.project import open_project
+from kdpipe.project import Project, open_project
 from kdpipe.recipe_file import load_recipe
 from kdpipe.recipes_shipped import shipped_path
 from kdpipe.report.writing import write_report
+from kdpipe.tracking import settle
+from kdpipe.tracking.page import free_port
+from kdpipe.tracking.record import read_record
 
 FLAGS = (
     "--headless",
@@ -32,6 +47,7 @@ FLAGS = (
 )
 MAX_BYTES = 300_000
 PHONE = 390
+ASSISTANT = "mlflow.assistant.chat_panel.close"
 
 
 def main() -> None:
@@ -51,9 +67,10 @@ def main() -> None:
         try:
             for scheme in ("light", "dark"):
                 take(driver, page, args.images, scheme)
+            take_mlflow(driver, project, args.images)
         finally:
             driver.quit()
-    for image in sorted(args.images.glob("report-*.png")):
+    for image in sorted(args.images.glob("*.png")):
         size = image.stat().st_size
         print(f"{image}  {size / 1000:.0f} kB")
         if size > MAX_BYTES:
@@ -71,8 +88,7 @@ def open_browser(profile: Path) -> webdriver.Chrome:
 
 def take(driver: webdriver.Chrome, page: Path, images: Path, scheme: str) -> None:
     """The pictures in one theme; those of a phone only in the light one."""
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    prefer(driver, scheme)
     resize(driver, 1100, 1500)
     driver.get(f"file://{page}")
     driver.save_screenshot(str(images / f"report-top-{scheme}.png"))
@@ -82,6 +98,58 @@ def take(driver: webdriver.Chrome, page: Path, images: Path, scheme: str) -> Non
         resize(driver, PHONE, 844)
         driver.get(f"file://{page}")
         driver.save_screenshot(str(images / "report-phone.png"))
+
+
+def take_mlflow(driver: webdriver.Chrome, project: Project, images: Path) -> None:
+    """The run's own page in MLflow, served over the workspace as `kdpipe ui` does."""
+    settle(project.workspace)
+    record = read_record(project.run.path)
+    if record is None or record.run_id is None:
+        raise SystemExit(f"{project.run.name}: not in MLflow; run it with tracking on")
+    port = free_port("127.0.0.1", 5900)
+    command = [sys.executable, "-m", "kdpipe.cli", "ui", "--workspace", str(project.workspace)]
+    page = subprocess.Popen([*command, "--port", str(port)])  # noqa: S603 (our own)
+    try:
+        while not asked(port, "/health"):
+            if page.poll() is not None:
+                raise SystemExit("kdpipe ui: ended before its page answered")
+            time.sleep(0.2)
+        run = json.loads(asked(port, f"/api/2.0/mlflow/runs/get?run_id={record.run_id}"))["run"]
+        experiment = f"http://127.0.0.1:{port}/#/experiments/{run['info']['experiment_id']}"
+        prefer(driver, "light")
+        resize(driver, 1400, 640)
+        wait = WebDriverWait(driver, 60)
+        driver.get(f"{experiment}/runs")
+        click(wait, "//*[text()='Model training']")
+        driver.get(f"{experiment}/runs/{record.run_id}")
+        click(wait, f"//*[@data-component-id='{ASSISTANT}']")
+        driver.refresh()  # with the width that the panel left
+        wait.until(text_to_be_present_in_element((By.TAG_NAME, "body"), "Accuracy: "))
+        wait.until(text_to_be_present_in_element((By.TAG_NAME, "body"), "evaluate/accuracy"))
+        driver.save_screenshot(str(images / "mlflow.png"))
+    finally:
+        page.terminate()
+        page.wait(timeout=30)
+
+
+def asked(port: int, path: str) -> bytes:
+    """What the page answers, empty while it does not."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    with contextlib.closing(connection), contextlib.suppress(OSError):
+        connection.request("GET", path)
+        return connection.getresponse().read()
+    return b""
+
+
+def click(wait: WebDriverWait[webdriver.Chrome], place: str) -> None:
+    """Clicks on what is at this XPath, once it can be."""
+    wait.until(element_to_be_clickable((By.XPATH, place))).click()
+
+
+def prefer(driver: webdriver.Chrome, scheme: str) -> None:
+    """Makes the page that of a user with this color scheme."""
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
 
 def resize(driver: webdriver.Chrome, width: int, height: int) -> None:

@@ -54,7 +54,8 @@ def test_a_run_is_tagged_with_what_its_evaluations_came_to_as_soon_as_they_are_t
         "+12.5 points (paired 95% interval +3.0 to +22.0, McNemar p = 0.004) on 200 problems"
     )
     note = tags[NOTE].splitlines()
-    assert note[0] == f"**It worked: the student gained 12.5 points.** {tags['student.gain']}"
+    assert note[0] == f"**It worked: the student gained 12.5 points.** {tags['student.gain']}."
+    assert note[2] == "Accuracy: student before 31.0%, student after 43.5%, teacher 99.5%."
     assert "| student after | 43.5% | 43.0% to 57.0% | 0.250 | 0.0% |" in note
     assert "| teacher | 99.5% | 97.0% to 99.9% |  | 0.0% |" in note
 

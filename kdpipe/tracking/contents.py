@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import hashlib
 import json
 import re
@@ -51,6 +52,14 @@ class MetricRow:
     value: float
     timestamp: int
     step: int
+
+
+def authorship() -> dict[str, str]:
+    """The tags by which MLflow says where a run comes from."""
+    tags = {"mlflow.source.name": "kdpipe", "mlflow.source.type": "LOCAL"}
+    with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
+        tags["mlflow.user"] = getpass.getuser()
+    return tags
 
 
 def done_steps(run_folder: Path) -> Iterator[DoneStep]:

@@ -57,7 +57,11 @@ class Findings:
         found = self.tags(recipe)
         shown = [("student before", self.before), ("student after", self.after), *self.teachers.items()]
         rows = [_row(label, summary) for label, summary in shown if summary is not None]
-        lines = [f"**{found['result']}** {found['student.gain']}", ""] if "result" in found else []
+        lines = [f"**{found['result']}** {found['student.gain']}.", ""] if "result" in found else []
+        accuracies = [
+            f"{label} {percent(accuracy_of(one).estimate)}" for label, one in shown if one is not None
+        ]
+        lines += [f"Accuracy: {', '.join(accuracies)}.", ""]
         columns = ("", "accuracy", "95% interval", "reverse KL, nats a token", "cut at the length limit")
         table = [_line(columns), _line(["---", *["---:"] * (len(columns) - 1)]), *map(_line, rows)]
         return "\n".join([*lines, *table, "", "The whole report is the artifact `report.html`."])

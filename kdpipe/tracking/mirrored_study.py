@@ -12,7 +12,15 @@ from typing import Any
 from kdpipe.errors import ArtifactError
 from kdpipe.recipe import Tracking
 from kdpipe.studies import COMPARISON, TABLE, Study, all_studies, read_study
-from kdpipe.tracking.contents import MAX_NAME, MetricRow, event_times, shortened, study_artifacts, text_digest
+from kdpipe.tracking.contents import (
+    MAX_NAME,
+    MetricRow,
+    authorship,
+    event_times,
+    shortened,
+    study_artifacts,
+    text_digest,
+)
 from kdpipe.tracking.mlflow_run import Card, MlflowRun, held
 from kdpipe.tracking.record import Record, Request, read_record, record_of, write_record
 
@@ -62,8 +70,7 @@ def _tags(study: Study, record: Record) -> dict[str, str]:
         "kdpipe.key": record.key,
         "study": study.kind,
         "study.runs": f"{len(study.runs)}",
-        "mlflow.source.name": "kdpipe",
-        "mlflow.source.type": "LOCAL",
+        **authorship(),
     }
     if (found := study.comparison()) is not None:
         failed = found["failed"]

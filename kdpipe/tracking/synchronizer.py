@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import json
 import os
 import time
@@ -20,6 +19,7 @@ from kdpipe.tracking.contents import (
     DoneStep,
     MetricRow,
     artifacts,
+    authorship,
     data_sets,
     done_steps,
     event_times,
@@ -151,16 +151,13 @@ class _MirroredRun:
             "objective": self.recipe["train"]["objective"]["kind"],
             "student": _model(self.recipe["student"]),
             "teacher": _teachers(self.recipe["teachers"]),
-            "mlflow.source.name": "kdpipe",
-            "mlflow.source.type": "LOCAL",
+            **authorship(),
             **{f"environment.{name}": str(value) for name, value in environment.items() if value is not None},
         }
         if commit := environment.get("git_commit"):
             tags["mlflow.source.git.commit"] = commit
         if self._parent is not None:
             tags[PARENT] = self._parent
-        with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
-            tags["mlflow.user"] = getpass.getuser()
         return {key: shortened(value) for key, value in tags.items()}
 
     def _tell_findings(self, steps: Sequence[DoneStep]) -> None:
