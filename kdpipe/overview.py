@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from kdpipe.duration import duration
 from kdpipe.progress import Progress, read_progress
 from kdpipe.project import Project
 from kdpipe.store import is_running
@@ -14,6 +16,7 @@ from kdpipe.survey import State
 from kdpipe.terminal import COLUMNS, Paint, Style, inert
 
 Cell = Literal["done", "running", "stale", "to do", "damaged"]
+LAST_STEPS = 5  # of a stage, whose median tells what the next one takes
 MARKS: dict[Cell, tuple[str, Style]] = {
     "done": ("#", "green"),
     "running": (">", "bold"),
@@ -31,6 +34,7 @@ class Overview:
     running: bool
     current: str | None
     progress: Progress | None
+    seconds_left: float | None
 
     def cell(self, state: State) -> Cell:
         """What the grid shows of a step."""
@@ -42,22 +46,58 @@ class Overview:
         for state in self.states:
             grid.setdefault(state.step.link_name, {})[str(state.step.round)] = self.cell(state)
         progress = None if self.progress is None else asdict(self.progress)
-        return {"grid": grid, "current": self.current, "progress": progress}
+        return {
+            "grid": grid,
+            "current": self.current,
+            "progress": progress,
+            "seconds_left": self.seconds_left,
+        }
 
 
 def overview(project: Project) -> Overview:
     """The overview of a run as it is now."""
     running = is_running(project.run.path)
     progress = read_progress(project.run.path) if running else None
-    current = _current(project) if running else None
+    events = project.run.events() if running else []
+    current = _current(events)
     if progress is not None and progress.step != current:
         progress = None
-    return Overview(tuple(project.survey()), running, current, progress)
+    states = tuple(project.survey())
+    left = seconds_left(states, events, now=time.time()) if running else None
+    return Overview(states, running, current, progress, left)
 
 
-def _current(project: Project) -> str | None:
+def seconds_left(states: Sequence[State], events: Sequence[Mapping[str, Any]], *, now: float) -> float | None:
+    """How long what is to do will take, by the median of each stage's last steps that this run performed.
+
+    None where a stage that is still to do was not performed yet, and where nothing is to do.
+    """
+    stages = {state.step.id: state.step.link_name for state in states}
+    took: dict[str, list[float]] = {}
+    begun: dict[str, float] = {}
+    for event in events:
+        step, kind = event.get("step"), event.get("event")
+        if step in stages and kind == "step started":
+            begun[step] = event["time"]
+        elif step in begun and kind in ("step done", "step stopped"):
+            since = begun.pop(step)
+            if kind == "step done" and not event.get("reused"):
+                took.setdefault(stages[step], []).append(event["time"] - since)
+    to_do = [state.step for state in states if state.verdict != "done"]
+    if not to_do or any(step.link_name not in took for step in to_do):
+        return None
+    expected = [statistics.median(took[step.link_name][-LAST_STEPS:]) for step in to_do]
+    spent = [
+        min(seconds, now - begun[step.id])
+        for step, seconds in zip(to_do, expected, strict=True)
+        if step.id in begun
+    ]
+    return sum(expected) - sum(spent[:1])
+
+
+def _current(events: Sequence[Mapping[str, Any]]) -> str | None:
     """The step that began last, unless it has ended."""
-    for event in reversed(project.run.events()):
+    for event in reversed(events):
         if event.get("event") in ("step done", "step stopped"):
             return None
         if event.get("event") == "step started":
@@ -96,8 +136,11 @@ def _mark(cell: Cell | None, paint: Paint) -> str:
 
 def progress_line(found: Overview) -> str:
     """The running step: how far, how fast, how long still, and how old the news is where it is not fresh."""
+    whole = (
+        "" if found.seconds_left is None else f"; the whole run: about {duration(found.seconds_left)} left"
+    )
     if found.progress is None:
-        return f"now: {found.current or 'between two steps'}"
+        return f"now: {found.current or 'between two steps'}{whole}"
     at = found.progress
     pieces = [f"now: {at.step}", f"{at.done}/{at.total} {at.unit}"]
     if at.tokens_per_second is not None:
@@ -107,4 +150,4 @@ def progress_line(found: Overview) -> str:
         pieces.append(f"{at.seconds_left:.0f} s left" if minutes < 1 else f"{minutes:.0f} min left")
     if (age := time.time() - at.at) > 10:
         pieces.append(f"told {age:.0f} s ago")
-    return inert(", ".join(pieces))
+    return inert(", ".join(pieces) + whole)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kdpipe import terminal
-from kdpipe.overview import grid_lines, overview, progress_line
+from kdpipe.overview import grid_lines, overview, progress_line, seconds_left
 from kdpipe.progress import PROGRESS, ProgressFile, read_progress
 from kdpipe.project import open_project
 from tests.worlds import Watcher, load_tiny, run_near
@@ -150,3 +150,45 @@ def test_the_line_says_when_the_news_is_old(seen: dict[str, Any]) -> None:
     assert progress_line(found).startswith(
         "now: train@1, 2/8 optimizer steps, 1,234 tokens/s, 1 min left, told 30 s"
     )
+
+
+def event(kind: str, step: str, at: float, **more: Any) -> dict[str, Any]:
+    return {"event": kind, "step": step, "time": at, **more}
+
+
+def test_time_left_is_what_each_stage_took_times_what_is_to_do(seen: dict[str, Any]) -> None:
+    """Round 1 is done of three: rollout took 2 s, scores 3 s, training 20 s, evaluation 5 s."""
+    states = overview(open_project(load_tiny(seen["folder"], rounds=3), seen["folder"])).states
+    names = {"rollout@1": 2.0, "teacher-score@1": 3.0, "train@1": 20.0, "evaluate:student@1": 5.0}
+    events = list[dict[str, Any]]()
+    for step, seconds in names.items():
+        events += [event("step started", step, 100.0), event("step done", step, 100.0 + seconds)]
+    evaluations = [state for state in states if state.step.id.startswith("evaluate:student@")]
+    to_do = sum(state.verdict != "done" for state in evaluations)
+    whole = 2 * (2 + 3 + 20) + 5 * to_do
+    assert seconds_left(states, events, now=200.0) == whole
+    begun = [*events, event("step started", "train@2", 200.0)]
+    assert seconds_left(states, begun, now=208.0) == whole - 8
+    assert seconds_left(states, begun, now=900.0) == whole - 20  # no step takes less than nothing
+    assert seconds_left(states, events[2:], now=200.0) is None  # no rollout yet: nobody knows
+    reused = [
+        *events,
+        event("step started", "rollout@1", 0.0),
+        event("step done", "rollout@1", 90.0, reused=True),
+    ]
+    assert seconds_left(states, reused, now=200.0) == whole
+    stopped = [*events, event("step started", "rollout@2", 0.0), event("step stopped", "rollout@2", 90.0)]
+    assert seconds_left(states, stopped, now=200.0) == whole
+
+
+def test_a_run_with_nothing_to_do_has_no_time_left(seen: dict[str, Any]) -> None:
+    project = open_project(load_tiny(seen["folder"], rounds=1), seen["folder"])
+    assert seconds_left(overview(project).states, project.run.events(), now=time.time()) is None
+
+
+def test_the_line_says_how_long_the_whole_run_takes_still(seen: dict[str, Any]) -> None:
+    from dataclasses import replace
+
+    found = overview(open_project(load_tiny(seen["folder"], rounds=1), seen["folder"]))
+    found = replace(found, current="train@1", seconds_left=125.0)
+    assert progress_line(found) == "now: train@1; the whole run: about 2 min 05 s left"
