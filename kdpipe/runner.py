@@ -30,7 +30,7 @@ from kdpipe.recipe import resolved
 from kdpipe.recipe_file import LoadedRecipe
 from kdpipe.runs import RunFolder, droppable
 from kdpipe.sources import Sources
-from kdpipe.store import Entry, linked_entry, run_lock, tidy
+from kdpipe.store import Entry, linked_entry, run_lock, tidy_if_free
 from kdpipe.survey import inspect, must_restore
 from kdpipe.workers import CLOSE, Worker
 
@@ -175,7 +175,7 @@ class _Run:
             if state.done and step.id not in again:
                 manifest = entry.manifest()
                 assert manifest is not None
-                tidy(entry, manifest)
+                tidy_if_free(entry, manifest)
                 entry.describe(step)
                 project.run.link(step, entry)
             else:

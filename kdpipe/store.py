@@ -581,13 +581,35 @@ class Draft:
 
 
 def tidy(entry: Entry, manifest: Manifest) -> None:
-    """Removes what a kill right after a commit, or in the middle of a drop, left beside the payload."""
-    for name in (PARTS, CHECKPOINTS):
-        _remove(entry.folder / name)
-    for name in sorted({path.partition("/")[0] for path in manifest.dropped}):
-        _remove(entry.folder / name)
-    for leftover in entry.folder.rglob(f"{TEMPORARY}*"):
+    """Removes what a kill after a commit, or in the middle of a drop, left beside the payload, from an entry held."""
+    for leftover in _leftovers(entry, manifest):
         _remove(leftover)
+
+
+def tidy_if_free(entry: Entry, manifest: Manifest) -> None:
+    """The same for who does not hold the entry: nothing where another process does, which is about to do it itself."""
+    try:
+        if not _leftovers(entry, manifest):
+            return
+    except FileNotFoundError:  # it vanishes while it is looked at
+        return
+    lock = _file_lock(entry.folder / ".lock")
+    with writing(entry.folder):
+        try:
+            lock.acquire(timeout=0)
+        except TimeoutError:
+            return
+    try:
+        if entry.manifest() == manifest:  # else it was begun anew, and its parts are not left over
+            tidy(entry, manifest)
+    finally:
+        lock.release()
+
+
+def _leftovers(entry: Entry, manifest: Manifest) -> list[Path]:
+    names = (PARTS, CHECKPOINTS, *sorted({path.partition("/")[0] for path in manifest.dropped}))
+    found = [entry.folder / name for name in names]
+    return [*(path for path in found if path.exists()), *entry.folder.rglob(f"{TEMPORARY}*")]
 
 
 def _write_lines(path: Path, rows: list[dict[str, JsonValue]]) -> None:

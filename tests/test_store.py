@@ -28,6 +28,7 @@ from kdpipe.store import (
     read_lines,
     run_lock,
     tidy,
+    tidy_if_free,
     write_bytes,
     write_durably,
     write_json,
@@ -584,3 +585,42 @@ def test_json_is_written_with_sorted_keys_and_no_nan(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "c", {"x": float("nan")})
+
+
+def test_what_another_process_holds_is_left_to_it_to_tidy(tmp_path: Path) -> None:
+    """A run that finds a step done while another one's commit still removes its parts keeps its hands off."""
+    entry = commit(tmp_path)
+    manifest = entry.manifest()
+    assert manifest is not None
+    part = entry.part(0).path
+    part.parent.mkdir()
+    part.write_bytes(b"rows")
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()",
+            str(entry.folder / ".lock"),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    tidy_if_free(entry, manifest)
+    assert part.exists()
+    holder.communicate(b"\n")
+    tidy_if_free(entry, manifest)
+    assert not part.parent.exists()
+
+
+def test_parts_of_an_attempt_that_began_anew_are_not_left_over(tmp_path: Path) -> None:
+    entry = commit(tmp_path)
+    manifest = entry.manifest()
+    assert manifest is not None
+    entry.discard()
+    part = entry.part(0).path
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"rows")
+    tidy_if_free(entry, manifest)
+    assert part.exists()

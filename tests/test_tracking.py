@@ -233,6 +233,7 @@ def test_tags_datasets_and_artifacts_tell_what_it_was(world: World) -> None:
     (world.run.path / "report.html").write_text("<p>first</p>")
     (world.run.path / "figures").mkdir()
     (world.run.path / "figures" / "accuracy.svg").write_text("<svg/>")
+    (world.run.path / "figures" / ".tmp-reward.svg").write_text("<svg")  # a kill left it: not shown
     world.sync()
     tags = dict(world.query("select key, value from tags"))
     assert tags["kdpipe.run"] == tags["mlflow.runName"] == world.run.name

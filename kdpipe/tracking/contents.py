@@ -17,7 +17,7 @@ from pydantic import JsonValue
 from kdpipe.errors import ArtifactError
 from kdpipe.plan import STUDENT, canonical, link_name_of
 from kdpipe.runs import RunFolder
-from kdpipe.store import METRICS, Entry, linked_entry
+from kdpipe.store import METRICS, TEMPORARY, Entry, linked_entry
 from kdpipe.studies import COMPARISON, TABLE
 
 SUMMARY = "summary.json"
@@ -160,7 +160,10 @@ def artifacts(run_folder: Path, steps: Sequence[DoneStep]) -> Iterator[tuple[str
     """(name in MLflow, file, the entry that vouches for it) of everything that is shown there besides numbers."""
     names = ("recipe.yaml", "resolved.json", "environment.json", "report.html")
     yield from ((name, run_folder / name, None) for name in names)
-    yield from ((f"figures/{path.name}", path, None) for path in sorted(run_folder.glob("figures/*.svg")))
+    figures = sorted(run_folder.glob("figures/*.svg"))
+    yield from (
+        (f"figures/{path.name}", path, None) for path in figures if not path.name.startswith(TEMPORARY)
+    )
     for step in steps:
         if step.document["stage"] == "evaluate":
             name = f"evaluate/round-{step.round:03d}-{step.document['subject']}.json"
