@@ -76,13 +76,15 @@ def seconds_left(states: Sequence[State], events: Sequence[Mapping[str, Any]], *
     took: dict[str, list[float]] = {}
     begun: dict[str, float] = {}
     for event in events:
-        step, kind = event.get("step"), event.get("event")
-        if step in stages and kind == "step started":
-            begun[step] = event["time"]
+        step, kind, at = event.get("step"), event.get("event"), event.get("time")
+        if step not in stages or not isinstance(at, int | float):  # of another plan, or a damaged line
+            continue
+        if kind == "step started":
+            begun[step] = at
         elif step in begun and kind in ("step done", "step stopped"):
             since = begun.pop(step)
             if kind == "step done" and not event.get("reused"):
-                took.setdefault(stages[step], []).append(event["time"] - since)
+                took.setdefault(stages[step], []).append(at - since)
     to_do = [state.step for state in states if state.verdict != "done"]
     if not to_do or any(step.link_name not in took for step in to_do):
         return None

@@ -177,6 +177,12 @@ def test_time_left_is_what_each_stage_took_times_what_is_to_do(seen: dict[str, A
         event("step done", "rollout@1", 90.0, reused=True),
     ]
     assert seconds_left(states, reused, now=200.0) == whole
+    damaged = [
+        *events,
+        {"event": "step started", "step": "train@2"},
+        {"event": "step done", "step": "train@2"},
+    ]
+    assert seconds_left(states, damaged, now=200.0) == whole
     stopped = [*events, event("step started", "rollout@2", 0.0), event("step stopped", "rollout@2", 90.0)]
     assert seconds_left(states, stopped, now=200.0) == whole
 
