@@ -363,7 +363,7 @@ def test_any_body_of_a_reply_is_read_or_refused(data: bytes, status: int, after:
         read_all(answer)
 
     with contextlib.suppress(EngineError):
-        client.post("/completions", {}, read, max_bytes=1 << 16)
+        client.post("/completions", {}, read, max_bytes=1 << 16, halt=client.begin())
     with contextlib.suppress(EngineError):
         client.each("/models", None, read, max_bytes=1 << 16)
     client.close()

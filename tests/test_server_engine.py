@@ -455,6 +455,34 @@ def test_after_a_refusal_nothing_more_is_sent_and_the_refusal_is_told(
     assert len(asker.score()) == 1
 
 
+def test_what_a_failure_left_under_way_ends_nothing_that_is_asked_later(
+    served: Served, tmp_path: Path
+) -> None:
+    asker = Asker(tmp_path, served.url, concurrency=2).load()
+    both_came, late = threading.Barrier(2), threading.Event()
+
+    def refusing(number: int, _reply: Reply) -> Reply:
+        both_came.wait(20)
+        if number == 0:
+            late.wait(20)
+        return Reply({"error": {"message": f"number {number}"}}, 400)
+
+    served.twist = refusing
+    with pytest.raises(EngineError, match="HTTP 400: number 1"):
+        asker.score([1], [2])
+    left = [thread for thread in threading.enumerate() if thread.name.startswith("kdpipe-server")]
+    assert left
+
+    def honest_after_it(_number: int, reply: Reply) -> Reply:
+        late.set()
+        for thread in left:
+            thread.join(20)
+        return reply
+
+    served.twist = honest_after_it
+    assert len(asker.score([1], [2], [3], [4])) == 4
+
+
 def test_a_redirect_is_not_followed(served: Served, tmp_path: Path) -> None:
     with serve(behind(tmp_path), rows=NUM_IDS) as elsewhere:
         asker = Asker(tmp_path, served.url).load()

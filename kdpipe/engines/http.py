@@ -90,20 +90,30 @@ class HttpClient:
             ca_certs=None if ca_bundle is None else str(ca_bundle),
         )
         self._clock = clock
-        self._halted = threading.Event()
-        self._sleep = self._halted.wait if sleep is None else sleep
+        self._sleep = sleep
+        self._halt = threading.Event()  # of the requests that were begun last
         self._lock = threading.Lock()
         self._turn = 0
         # Of each URL: failures in a row, and until when it rests.
         self._resting: dict[str, tuple[int, float]] = {}
         self._failures = 0  # in a row, of all requests
 
-    def post(self, path: str, body: dict[str, Any], read: Read[Found], *, max_bytes: int) -> Found:
+    def begin(self) -> threading.Event:
+        """What lets no request of those to come begin or wait any more once it is set: each raises Halted instead.
+
+        Those that were begun before keep theirs: a thread that a failure left behind cannot halt what came after it.
+        """
+        self._halt = threading.Event()
+        return self._halt
+
+    def post(
+        self, path: str, body: dict[str, Any], read: Read[Found], *, max_bytes: int, halt: threading.Event
+    ) -> Found:
         """What `read` makes of the JSON object that a server answers with, and of that server's URL.
 
         Raises EngineError when no attempt succeeds, and at once where another attempt would be no use or `read` raises.
         """
-        answer, url = self._ask("POST", path, json.dumps(body).encode(), max_bytes=max_bytes)
+        answer, url = self._ask("POST", path, json.dumps(body).encode(), max_bytes=max_bytes, halt=halt)
         return self._taken(answer, url, read)
 
     def each(
@@ -121,21 +131,13 @@ class HttpClient:
             except _PassingError:
                 self._rest(url)
         if not found:
-            answer, url = self._ask(method, path, data, max_bytes=max_bytes)
+            answer, url = self._ask(method, path, data, max_bytes=max_bytes, halt=self.begin())
             found[url] = answer
         return {url: self._taken(answer, url, read) for url, answer in found.items()}
 
-    def halt(self) -> None:
-        """Lets no request begin or wait any more: each raises Halted instead."""
-        self._halted.set()
-
-    def resume(self) -> None:
-        """Lets requests begin again after `halt`."""
-        self._halted.clear()
-
     def close(self) -> None:
-        """Closes all connections."""
-        self.halt()
+        """Closes all connections, and halts what was begun last."""
+        self._halt.set()
         self._pools.clear()
 
     def _taken(self, answer: dict[str, Any], url: str, read: Read[Found]) -> Found:
@@ -148,11 +150,12 @@ class HttpClient:
     # attempts
 
     def _ask(
-        self, method: str, path: str, body: bytes | None, *, max_bytes: int
+        self, method: str, path: str, body: bytes | None, *, max_bytes: int, halt: threading.Event
     ) -> tuple[dict[str, Any], str]:
+        sleep = self._sleep or halt.wait
         attempt = 0
         while True:
-            if self._halted.is_set():
+            if halt.is_set():
                 raise Halted("given up: another request failed")
             url = self._next_url()
             try:
@@ -160,7 +163,7 @@ class HttpClient:
             except _PassingError as failure:
                 self._note_failure(url, path, failure, attempt)
                 if not self._another_is_up(url):
-                    self._sleep(max(_delay(attempt), failure.after_seconds))
+                    sleep(max(_delay(attempt), failure.after_seconds))
                 attempt += 1
             else:
                 with self._lock:

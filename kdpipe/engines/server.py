@@ -19,6 +19,7 @@ from kdpipe.errors import EngineError, ModelError
 from kdpipe.signatures import SAME_NATS, distance
 
 if TYPE_CHECKING:
+    import threading
     from pathlib import Path
 
     from kdpipe.engine import Ability, ModelSource, Progress, SampleRequest, Sampling, ScoreRequest
@@ -67,7 +68,6 @@ class ServerEngine:
             raise EngineError(f"{source.folder}: no such folder, expected the tokenizer of {self._model!r}")
         if self._digest == source.digest:
             return
-        self._client.resume()
         lengths = self._client.each("/models", None, self._context_of, max_bytes=_BYTES_OF_A_REPLY).values()
         self._context = min((length for length in lengths if length is not None), default=None)
         self.signature = self._agreed_signature()
@@ -88,7 +88,7 @@ class ServerEngine:
             self._require_fit(index, request.prompt_token_ids, new_tokens=sampling.max_new_tokens)
         places = [(index, seed) for index, request in enumerate(requests) for seed in request.seeds]
 
-        def work(number: int) -> Completion:
+        def work(number: int, halt: threading.Event) -> Completion:
             index, seed = places[number]
             prompt = list(requests[index].prompt_token_ids)
 
@@ -99,7 +99,7 @@ class ServerEngine:
             body = self._sampling_body(prompt, sampling, seed)
             tokens = len(prompt) + sampling.max_new_tokens
             max_bytes = _BYTES_OF_A_REPLY + _BYTES_OF_AN_ENTRY * tokens
-            return self._client.post("/completions", body, read, max_bytes=max_bytes)
+            return self._client.post("/completions", body, read, max_bytes=max_bytes, halt=halt)
 
         drawn = iter(self._each(len(places), work, lambda done: progress(len(done.token_ids))))
         return [[next(drawn) for _ in request.seeds] for request in requests]
@@ -133,8 +133,8 @@ class ServerEngine:
                 index, [*request.prompt_token_ids, *completion], new_tokens=int(bool(completion))
             )
 
-        def work(index: int) -> TokenScores:
-            return self._score(index, requests[index], top_k=top_k, num_ids=num_ids)
+        def work(index: int, halt: threading.Event) -> TokenScores:
+            return self._score(index, requests[index], top_k=top_k, num_ids=num_ids, halt=halt)
 
         return self._each(len(requests), work, lambda done: progress(len(done.logprobs)))
 
@@ -159,7 +159,9 @@ class ServerEngine:
             )
         return names[self._model]
 
-    def _score(self, index: int, request: ScoreRequest, *, top_k: int, num_ids: int) -> TokenScores:
+    def _score(
+        self, index: int, request: ScoreRequest, *, top_k: int, num_ids: int, halt: threading.Event
+    ) -> TokenScores:
         prompt, completion = list(request.prompt_token_ids), list(request.completion_token_ids)
         if not completion:
             return _empty(top_k)
@@ -181,7 +183,7 @@ class ServerEngine:
             max_bytes = _BYTES_OF_A_REPLY + _BYTES_OF_AN_ENTRY * len(ids) * (asked + 2)
             try:
                 body = self._scoring_body(ids, asked)
-                return self._client.post("/completions", body, read, max_bytes=max_bytes)
+                return self._client.post("/completions", body, read, max_bytes=max_bytes, halt=halt)
             except MoreIdsNeeded as more:
                 asked += more.count
 
@@ -245,22 +247,22 @@ class ServerEngine:
     # all requests
 
     def _each(
-        self, count: int, work: Callable[[int], Result], tell: Callable[[Result], None]
+        self, count: int, work: Callable[[int, threading.Event], Result], tell: Callable[[Result], None]
     ) -> list[Result]:
         """What `work` gives for each number below `count`, in their order; `tell` is called in this thread.
 
         The first failure ends all: what waits is not begun, and what is under way is not tried again.
         """
+        halt = self._client.begin()
 
         def halting(number: int) -> Result:
             try:
-                return work(number)
+                return work(number, halt)
             except BaseException:
-                self._client.halt()  # here, before this thread takes another number
+                halt.set()  # here, before this thread takes another number
                 raise
 
         results: dict[int, Result] = {}
-        self._client.resume()
         pool = ThreadPoolExecutor(min(self._concurrency, max(count, 1)), thread_name_prefix="kdpipe-server")
         try:
             futures = {pool.submit(halting, number): number for number in range(count)}
@@ -270,7 +272,7 @@ class ServerEngine:
                 results[futures[future]] = future.result()
                 tell(results[futures[future]])
         finally:
-            self._client.halt()
+            halt.set()
             pool.shutdown(wait=False, cancel_futures=True)
         if len(results) < count:
             raise Halted("given up: the engine was closed meanwhile")
