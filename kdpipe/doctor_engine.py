@@ -80,8 +80,9 @@ class Scorer:
         for number, (row, (_, completion)) in enumerate(zip(found, pairs, strict=True)):
             if len(row) != len(completion):
                 raise EngineError(
-                    f"request {number}: {len(row)} scores for {len(completion)} completion tokens",
+                    f"{len(row)} scores for {len(completion)} completion tokens",
                     hint="the engine and the pipeline disagree about what a completion is",
+                    request=number,
                 )
         return found
 

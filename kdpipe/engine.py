@@ -6,10 +6,13 @@ text; index t of everything returned is completion token t, and shifts by one ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
+
+from kdpipe.errors import EngineError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,6 +128,15 @@ class TokenScores:
 
 Ability = Literal["support", "hidden"]
 """What not every engine can score: ids that the request gives beside the sampled ones, and the hidden states."""
+
+
+@contextlib.contextmanager
+def about(request: int) -> Iterator[None]:
+    """Makes every EngineError raised while this is open say that it is about this request of the call."""
+    try:
+        yield
+    except EngineError as error:
+        raise type(error)(error.what, hint=error.hint, request=request) from error
 
 
 class Engine(Protocol):

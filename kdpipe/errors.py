@@ -63,7 +63,16 @@ def machine_fault(error: OSError, place: object = None) -> StepError:
 
 
 class EngineError(KdpipeError):
-    """An engine could not load a model, sample or score."""
+    """An engine could not load a model, sample or score.
+
+    `request` is the place, among those of the call, of the request that is at fault, None where all are; `what` is the
+    message without it.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", request: int | None = None) -> None:
+        super().__init__(message if request is None else f"request {request}: {message}", hint=hint)
+        self.what = message
+        self.request = request
 
 
 class ModelError(EngineError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from kdpipe.store import Draft
 
 Item = TypeVar("Item")
-REQUEST = re.compile(r"\brequest (\d+)\b")
 NOTHING_PUBLISHED = (
     "nothing of this step was published, and all steps before it are kept; what makes the number is mended first, "
     "then the same command continues"
@@ -95,17 +93,15 @@ class Job:
 
     @contextlib.contextmanager
     def asking(self, prompt_ids: Sequence[str]) -> Iterator[None]:
-        """Turns an engine's "request 3", while this is open, into the round and the prompt that it is about."""
+        """Makes an engine's error, while this is open, name the round and the prompt instead of the request."""
         try:
             yield
         except EngineError as error:
-            found = REQUEST.search(error.message)
-            if found is None or int(found[1]) >= len(prompt_ids):
+            if error.request is None:
                 raise
-            where = f"round {self.round}, prompt {prompt_ids[int(found[1])]}"
-            message = error.message[: found.start()] + where + error.message[found.end() :]
+            where = f"round {self.round}, prompt {prompt_ids[error.request]}"
             hint = f"{error.hint}; {NOTHING_PUBLISHED}" if error.hint else NOTHING_PUBLISHED
-            raise type(error)(message, hint=hint) from None
+            raise type(error)(f"{where}: {error.what}", hint=hint) from None
 
     def require_finite(self, prompt_ids: Sequence[str], values: Sequence[Any], what: str) -> None:
         """Raises StepError naming round, prompt and token unless every number [n] of every completion is finite."""

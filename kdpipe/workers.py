@@ -29,7 +29,7 @@ from typing import Any, Protocol, TextIO
 from pydantic import JsonValue
 
 import kdpipe.errors
-from kdpipe.errors import KdpipeError, StepError, as_os_error, is_machine_fault, machine_fault
+from kdpipe.errors import EngineError, KdpipeError, StepError, as_os_error, is_machine_fault, machine_fault
 from kdpipe.pulse import Stopped
 
 Message = dict[str, JsonValue]
@@ -225,6 +225,9 @@ class Worker:
 
     def _error(self, error: Message) -> KdpipeError:
         kind = getattr(kdpipe.errors, str(error["kind"]), None)
+        if isinstance(kind, type) and issubclass(kind, EngineError):
+            request: Any = error["request"]
+            return kind(str(error["message"]), hint=str(error["hint"]), request=request)
         if isinstance(kind, type) and issubclass(kind, KdpipeError):
             return kind(str(error["message"]), hint=str(error["hint"]))
         return StepError(
@@ -266,13 +269,12 @@ def main(target: str, parent: int, *, guarded: bool = False) -> None:
         except Stopped:
             send({"stopped": True})
         except KdpipeError as error:
-            send({"error": _describe(error, error.message, error.hint)})
+            send({"error": _describe(error)})
         except Exception as error:
             import traceback
 
             traceback.print_exc()
-            told = _told(error)
-            send({"error": _describe(told, str(told), told.hint if isinstance(told, KdpipeError) else "")})
+            send({"error": _describe(_told(error))})
 
 
 def _made(target: str) -> Serve:
@@ -309,10 +311,14 @@ def _told(error: Exception) -> Exception:
     return error
 
 
-def _describe(error: Exception, message: str, hint: str) -> Message:
+def _describe(error: Exception) -> Message:
     # The parent knows the classes of `errors` only: a subclass from elsewhere travels as the nearest of them.
     known = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == KdpipeError.__module__]
-    return {"kind": known[0] if known else type(error).__name__, "message": message, "hint": hint}
+    kind = known[0] if known else type(error).__name__
+    hint = error.hint if isinstance(error, KdpipeError) else ""
+    if isinstance(error, EngineError):
+        return {"kind": kind, "message": error.what, "hint": hint, "request": error.request}
+    return {"kind": kind, "message": str(error), "hint": hint}
 
 
 def _listen(requests: TextIO, calls: queue.Queue[Message], report: Report) -> None:

@@ -136,4 +136,4 @@ class FakeEngine:
 
     def _require_fit(self, index: int, tokens: int) -> None:
         if tokens > self.max_positions:
-            raise EngineError(f"request {index}: {tokens} tokens, the context holds {self.max_positions}")
+            raise EngineError(f"{tokens} tokens, the context holds {self.max_positions}", request=index)

@@ -218,7 +218,7 @@ def test_draws_that_are_not_finite_are_refused_by_request_sample_and_token(monke
     logits = hf._logits
     monkeypatch.setattr(hf, "_logits", poisoned)
     asked = [SampleRequest([2], (1, 2, 3)), SampleRequest([3], (1, 2, 3))]
-    with pytest.raises(EngineError, match=r"request 1, sample 1: .* token 2 "):
+    with pytest.raises(EngineError, match=r"^request 1: sample 1: .* token 2 "):
         sample(engine_of(tiny_model("llama")), replace(SAMPLING, end_ids=()), asked)
 
 

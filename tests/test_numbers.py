@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,7 +18,8 @@ import kdpipe.engines.hf
 import kdpipe.stages.train
 from kdpipe.engine import Completion
 from kdpipe.engines.hf import HfEngine
-from kdpipe.errors import EngineError, KdpipeError, StepError
+from kdpipe.errors import EngineError, KdpipeError, ModelError, StepError
+from kdpipe.job import Job
 from kdpipe.project import Project, open_project, round_metrics
 from kdpipe.store import Entry
 from kdpipe.tables import COMPLETIONS, ROLLOUTS, read_rows
@@ -132,10 +133,22 @@ def test_weights_that_give_nan_stop_the_rollout_with_round_prompt_and_token(
 
     monkeypatch.setattr(kdpipe.engines.hf, "_logits", wrong)
     with pytest.raises(
-        EngineError, match=r"^round 1, prompt \S+, sample 1: logits at completion token 0"
+        EngineError, match=r"^round 1, prompt \S+: sample 1: logits at completion token 0"
     ) as caught:
         world.run()
     require_nothing_published(world, "rollout@1", caught.value)
+
+
+def test_an_error_names_the_prompt_of_the_request_that_it_is_about_whatever_its_text_says() -> None:
+    nothing = cast("Any", None)
+    job = Job(nothing, 3, 1, [], [], nothing, nothing)
+    with (
+        pytest.raises(ModelError, match=r"^round 3, prompt b: request 0 of 9 is odd$"),
+        job.asking(["a", "b"]),
+    ):
+        raise ModelError("request 0 of 9 is odd", request=1)
+    with pytest.raises(EngineError, match=r"^HTTP 400: request 0 is odd$"), job.asking(["a", "b"]):
+        raise EngineError("HTTP 400: request 0 is odd")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

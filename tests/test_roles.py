@@ -272,8 +272,9 @@ def test_an_engine_in_a_process_of_its_own_is_the_engine_it_hosts(
     drawn = [engine.sample(requests, sampling, progress=counts.append) for engine in (near, hosted)]
     assert drawn[0] == drawn[1]
     assert len(counts) == 2
-    with pytest.raises(EngineError, match=r"request 0: .* the context holds 64 .*x\.log"):
+    with pytest.raises(EngineError, match=r"request 0: .* the context holds 64 .*x\.log") as caught:
         hosted.sample([SampleRequest([2] * 60, (1,))], sampling, progress=counts.append)
+    assert caught.value.request == 0
     assert hosted.pid == pid
     hosted.load(source)
     hosted.sleep()

@@ -365,7 +365,7 @@ def test_scores_are_found_by_token_id_and_ties_go_to_the_lower_one(tmp_path: Pat
 def test_equal_log_probs_are_sorted_by_id_and_an_overfull_support_has_the_least_tail() -> None:
     flat = Flat([4, 9, 4, 7], [np.log(0.5), np.log(0.5), np.log(0.5), np.log(0.1)])
     output = types.SimpleNamespace(prompt_logprobs=flat)
-    found = scores_of(output, [3, 4], count=1, top_k=3, where="here")
+    found = scores_of(output, [3, 4], count=1, top_k=3)
     assert found.topk_ids.tolist() == [[4, 9, 7]]
     assert found.tail_logprobs[0] == pytest.approx(np.log(1e-7))
 
@@ -380,7 +380,7 @@ def test_equal_log_probs_are_sorted_by_id_and_an_overfull_support_has_the_least_
 )
 def test_answers_of_other_tokens_or_that_are_not_numbers_are_errors(flat: Flat, told: str) -> None:
     with pytest.raises(EngineError, match=told):
-        scores_of(types.SimpleNamespace(prompt_logprobs=flat), [3, 4], count=1, top_k=0, where="here")
+        scores_of(types.SimpleNamespace(prompt_logprobs=flat), [3, 4], count=1, top_k=0)
 
 
 def test_scores_that_are_not_those_of_the_folder_are_refused(

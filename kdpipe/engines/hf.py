@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kdpipe.batching import batches_by_tokens, make_batch
-from kdpipe.engine import Completion, TokenScores
+from kdpipe.engine import Completion, TokenScores, about
 from kdpipe.engines.decoding import is_llama_like, make_decoder
 from kdpipe.errors import EngineError, ModelError
 from kdpipe.forward import Head, Scores, head_of, hidden_states, score_tokens
@@ -75,12 +75,8 @@ class HfEngine:
         """See Engine."""
         model, _ = self._loaded()
         for index, request in enumerate(requests):
-            _require_fit(
-                model,
-                request.prompt_token_ids,
-                where=f"request {index}",
-                new_tokens=sampling.max_new_tokens,
-            )
+            with about(index):
+                _require_fit(model, request.prompt_token_ids, new_tokens=sampling.max_new_tokens)
         _require_ids(model, sampling.num_ids)
         results: dict[tuple[int, int], Completion] = {}
         for rows in self._sample_batches(requests, max_new_tokens=sampling.max_new_tokens):
@@ -107,11 +103,12 @@ class HfEngine:
         """See Engine."""
         model, _ = self._loaded()
         for index, request in enumerate(requests):
-            where, completion = f"request {index}", request.completion_token_ids
-            _require_fit(model, request.prompt_token_ids, where=where, new_tokens=len(completion))
-            _require_known(model, completion, where=where)
-            _require_known(model, request.scored_ids, where=where)
-            _require_support(request, num_ids, where=where)
+            with about(index):
+                completion = request.completion_token_ids
+                _require_fit(model, request.prompt_token_ids, new_tokens=len(completion))
+                _require_known(model, completion)
+                _require_known(model, request.scored_ids)
+                _require_support(request, num_ids)
         head = head_of(model, num_ids=_require_ids(model, num_ids, top_k=top_k))
         lengths = [
             len(request.prompt_token_ids) + len(request.completion_token_ids) - 1 for request in requests
@@ -276,9 +273,9 @@ class _Ledger:
         if bad.any():
             row, token = bad.nonzero()[0].tolist()
             raise EngineError(
-                f"request {self._rows[row].request}, sample {self._rows[row].sample}: "
-                f"logits at completion token {token} are not finite",
+                f"sample {self._rows[row].sample}: logits at completion token {token} are not finite",
                 hint="the weights hold nan, inf or values too large for the dtype; try dtype: float32",
+                request=self._rows[row].request,
             )
 
     def completions(self) -> list[Completion]:
@@ -344,8 +341,9 @@ def _split(
         if not finite_C.all():
             token = int((~finite_C).nonzero()[0])
             raise EngineError(
-                f"request {index}: logits at completion token {token} are not finite",
+                f"logits at completion token {token} are not finite",
                 hint="the weights hold nan, inf or values too large for the dtype; try dtype: float32",
+                request=index,
             )
     columns = {"logprobs": scores.logprobs_N.float()}
     if scores.topk_ids_NS.shape[-1]:
@@ -361,40 +359,36 @@ def _split(
     ]
 
 
-def _require_fit(model: PreTrainedModel, ids: Sequence[int], *, where: str, new_tokens: int) -> None:
+def _require_fit(model: PreTrainedModel, ids: Sequence[int], *, new_tokens: int) -> None:
     """Raises ModelError on a prompt that is too long, EngineError on one that is empty or holds foreign ids."""
     if not ids:
-        raise EngineError(f"{where}: its prompt is empty, so nothing predicts the first token")
+        raise EngineError("its prompt is empty, so nothing predicts the first token")
     limit = model.config.max_position_embeddings
     if len(ids) + new_tokens > limit:
         what = f"{len(ids)} prompt tokens and {new_tokens} completion tokens"
         raise ModelError(
-            f"{where}: {what} do not fit the model's context of {limit}",
+            f"{what} do not fit the model's context of {limit}",
             hint="lower max_new_tokens, drop long prompts, or take a model with a longer context",
         )
-    _require_known(model, ids, where=where)
+    _require_known(model, ids)
 
 
-def _require_known(model: PreTrainedModel, ids: Sequence[int], *, where: str) -> None:
+def _require_known(model: PreTrainedModel, ids: Sequence[int]) -> None:
     if not ids:
         return
     rows = model.get_input_embeddings().weight.shape[0]
     if max(ids) >= rows or min(ids) < 0:
-        raise EngineError(f"{where}: token ids reach from {min(ids)} to {max(ids)}, the model has {rows}")
+        raise EngineError(f"token ids reach from {min(ids)} to {max(ids)}, the model has {rows}")
 
 
-def _require_support(request: ScoreRequest, num_ids: int, *, where: str) -> None:
+def _require_support(request: ScoreRequest, num_ids: int) -> None:
     ids = request.support_ids
     if ids is None or not ids.size:
         return
     if len(ids) != len(request.completion_token_ids):
-        raise EngineError(
-            f"{where}: support_ids for {len(ids)} of {len(request.completion_token_ids)} tokens"
-        )
+        raise EngineError(f"support_ids for {len(ids)} of {len(request.completion_token_ids)} tokens")
     if ids.max() >= num_ids or ids.min() < 0:
-        raise EngineError(
-            f"{where}: support_ids reach from {ids.min()} to {ids.max()}, {num_ids} ids are in use"
-        )
+        raise EngineError(f"support_ids reach from {ids.min()} to {ids.max()}, {num_ids} ids are in use")
 
 
 def _require_ids(model: PreTrainedModel, num_ids: int, *, top_k: int = 0) -> int:

@@ -145,7 +145,7 @@ class HttpClient:
         try:
             return read(answer, url)
         except EngineError as error:
-            raise EngineError(self._clean(error.message), hint=error.hint) from None
+            raise EngineError(self._clean(error.what), hint=error.hint, request=error.request) from None
 
     # attempts
 

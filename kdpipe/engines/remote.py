@@ -197,8 +197,8 @@ class WorkerEngine:
         except KdpipeError as error:
             self._source = None  # what it holds now is not known
             if isinstance(error, EngineError):
-                message = f"{error.message} (in the process that logs to {self._worker.log})"
-                raise type(error)(message, hint=error.hint) from error
+                what = f"{error.what} (in the process that logs to {self._worker.log})"
+                raise type(error)(what, hint=error.hint, request=error.request) from error
             raise
         assert answer is not None  # it was not asked to stop
         return answer

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from kdpipe.engine import Completion, TokenScores
+from kdpipe.engine import Completion, TokenScores, about
 from kdpipe.engines.http import Halted, HttpClient, Limits
 from kdpipe.engines.replies import MoreIdsNeeded, read_completion, read_scores, served_models
 from kdpipe.errors import EngineError, ModelError
@@ -85,7 +85,8 @@ class ServerEngine:
                 hint="sample at temperature 0 or 1, without top_p and top_k",
             )
         for index, request in enumerate(requests):
-            self._require_fit(index, request.prompt_token_ids, new_tokens=sampling.max_new_tokens)
+            with about(index):
+                self._require_fit(request.prompt_token_ids, new_tokens=sampling.max_new_tokens)
         places = [(index, seed) for index, request in enumerate(requests) for seed in request.seeds]
 
         def work(number: int, halt: threading.Event) -> Completion:
@@ -93,8 +94,8 @@ class ServerEngine:
             prompt = list(requests[index].prompt_token_ids)
 
             def read(answer: dict[str, Any], url: str) -> Completion:
-                where = f"{url}: request {index}"
-                return read_completion(answer, prompt, sampling, model=self._model, where=where)
+                with about(index):
+                    return read_completion(answer, prompt, sampling, model=self._model, where=url)
 
             body = self._sampling_body(prompt, sampling, seed)
             tokens = len(prompt) + sampling.max_new_tokens
@@ -126,12 +127,11 @@ class ServerEngine:
         if not 0 <= top_k <= num_ids:
             raise EngineError(f"top_k is {top_k}, but there are {num_ids} ids in use")
         for index, request in enumerate(requests):
-            if request.support_ids is not None or request.target_ids is not None:
-                raise EngineError(f"request {index}: a server scores no other ids than its own top k")
             completion = request.completion_token_ids
-            self._require_fit(
-                index, [*request.prompt_token_ids, *completion], new_tokens=int(bool(completion))
-            )
+            with about(index):
+                if request.support_ids is not None or request.target_ids is not None:
+                    raise EngineError("a server scores no other ids than its own top k")
+                self._require_fit([*request.prompt_token_ids, *completion], new_tokens=int(bool(completion)))
 
         def work(index: int, halt: threading.Event) -> TokenScores:
             return self._score(index, requests[index], top_k=top_k, num_ids=num_ids, halt=halt)
@@ -168,16 +168,17 @@ class ServerEngine:
         ids, asked = [*prompt, *completion], top_k
 
         def read(answer: dict[str, Any], url: str) -> TokenScores:
-            return read_scores(
-                answer,
-                ids,
-                start=len(prompt),
-                asked=asked,
-                top_k=top_k,
-                num_ids=num_ids,
-                model=self._model,
-                where=f"{url}: request {index}",
-            )
+            with about(index):
+                return read_scores(
+                    answer,
+                    ids,
+                    start=len(prompt),
+                    asked=asked,
+                    top_k=top_k,
+                    num_ids=num_ids,
+                    model=self._model,
+                    where=url,
+                )
 
         while True:
             max_bytes = _BYTES_OF_A_REPLY + _BYTES_OF_AN_ENTRY * len(ids) * (asked + 2)
@@ -282,13 +283,12 @@ class ServerEngine:
         if self._digest is None:
             raise EngineError("no model is loaded: call load first, also after sleep")
 
-    def _require_fit(self, index: int, ids: Sequence[int], *, new_tokens: int) -> None:
+    def _require_fit(self, ids: Sequence[int], *, new_tokens: int) -> None:
         if not ids:
-            raise EngineError(f"request {index}: its prompt is empty, so nothing predicts the first token")
+            raise EngineError("its prompt is empty, so nothing predicts the first token")
         if self._context is not None and len(ids) + new_tokens > self._context:
             raise ModelError(
-                f"request {index}: {len(ids)} tokens and {new_tokens} new do not fit the server's context of "
-                f"{self._context}",
+                f"{len(ids)} tokens and {new_tokens} new do not fit the server's context of {self._context}",
                 hint="start it with a larger --max-model-len (scoring takes one token more than the completion ends "
                 "with), or lower max_new_tokens",
             )

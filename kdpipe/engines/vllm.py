@@ -23,6 +23,7 @@ import torch
 from kdpipe.batching import batches_by_tokens
 from kdpipe.checkpoints import open_model, read_architecture
 from kdpipe.devices import resolve_dtype
+from kdpipe.engine import about
 from kdpipe.engines.vllm_output import completion_of, no_scores, scores_of, without_tail
 from kdpipe.engines.vllm_process import VllmProcess, sampling_params, scoring_params
 from kdpipe.errors import EngineError, ModelError
@@ -237,14 +238,15 @@ class VllmEngine:
         """See Engine."""
         started = self._loaded()
         for index, request in enumerate(requests):
-            where, new_tokens = f"request {index}", sampling.max_new_tokens
-            self._require_fit(started, request.prompt_token_ids, new_tokens=new_tokens, where=where)
+            with about(index):
+                self._require_fit(started, request.prompt_token_ids, new_tokens=sampling.max_new_tokens)
         _require_ids(started, sampling.num_ids)
         rows = [(index, seed) for index, request in enumerate(requests) for seed in request.seeds]
         completions: dict[int, Completion] = {}
 
         def finish(row: int, output: Any) -> None:
-            completions[row] = completion_of(output, where=f"request {rows[row][0]}")
+            with about(rows[row][0]):
+                completions[row] = completion_of(output)
             progress(len(completions[row].token_ids))
 
         # A greedy completion's log-probs are those at temperature 1.
@@ -270,14 +272,15 @@ class VllmEngine:
             raise EngineError("engine vllm gives no hidden states", hint="set teacher_score.engine to hf")
         jobs = []
         for index, request in enumerate(requests):
-            where, completion = f"request {index}", request.completion_token_ids
-            if request.support_ids is not None or request.target_ids is not None:
-                raise EngineError(
-                    f"{where}: engine vllm scores the ids that it reads and the most probable ones, no others",
-                    hint="set teacher_score.engine to hf",
-                )
-            self._require_fit(started, request.prompt_token_ids, new_tokens=len(completion), where=where)
-            _require_known(completion, rows=num_ids, where=where)
+            completion = request.completion_token_ids
+            with about(index):
+                if request.support_ids is not None or request.target_ids is not None:
+                    raise EngineError(
+                        "engine vllm scores the ids that it reads and the most probable ones, no others",
+                        hint="set teacher_score.engine to hf",
+                    )
+                self._require_fit(started, request.prompt_token_ids, new_tokens=len(completion))
+                _require_known(completion, rows=num_ids)
             jobs.append(([*request.prompt_token_ids, *completion], len(completion)))
         _require_ids(started, num_ids)
         if not 0 <= top_k <= num_ids:
@@ -298,7 +301,8 @@ class VllmEngine:
             def finish(place: int, output: Any, indexes: list[int] = indexes) -> None:
                 index = indexes[place]
                 ids, count = jobs[index]
-                results[index] = scores_of(output, ids, count=count, top_k=top_k, where=f"request {index}")
+                with about(index):
+                    results[index] = scores_of(output, ids, count=count, top_k=top_k)
                 progress(count)
 
             params = [scoring_params(top_k)] * len(indexes)
@@ -317,19 +321,19 @@ class VllmEngine:
             started.process.call("kdpipe_shape_logits", num_ids, temperature)
             self._shape = (num_ids, temperature)
 
-    def _require_fit(self, started: _Started, ids: Sequence[int], *, new_tokens: int, where: str) -> None:
+    def _require_fit(self, started: _Started, ids: Sequence[int], *, new_tokens: int) -> None:
         """Raises ModelError on a prompt that is too long, EngineError on one that is empty or holds foreign ids."""
         if not ids:
-            raise EngineError(f"{where}: its prompt is empty, so nothing predicts the first token")
+            raise EngineError("its prompt is empty, so nothing predicts the first token")
         limit = self._max_tokens(started.architecture)
         if len(ids) + new_tokens > limit:
             raise ModelError(
-                f"{where}: {len(ids)} prompt tokens and {new_tokens} completion tokens do not fit vLLM's context "
+                f"{len(ids)} prompt tokens and {new_tokens} completion tokens do not fit vLLM's context "
                 f"of {limit}",
                 hint="lower max_new_tokens, drop long prompts, raise runtime.vllm.max_model_len if it is set, "
                 "or take a model with a longer context",
             )
-        _require_known(ids, rows=started.architecture.rows, where=where)
+        _require_known(ids, rows=started.architecture.rows)
 
 
 def probe_ids(rows: int) -> list[int]:
@@ -355,9 +359,9 @@ def _is_same(held: ModelSource, wanted: ModelSource) -> bool:
     return (held.digest, held.dtype, held.quantization) == (wanted.digest, wanted.dtype, wanted.quantization)
 
 
-def _require_known(ids: Sequence[int], *, rows: int, where: str) -> None:
+def _require_known(ids: Sequence[int], *, rows: int) -> None:
     if ids and (max(ids) >= rows or min(ids) < 0):
-        raise EngineError(f"{where}: token ids reach from {min(ids)} to {max(ids)}, there are {rows}")
+        raise EngineError(f"token ids reach from {min(ids)} to {max(ids)}, there are {rows}")
 
 
 def _require_ids(started: _Started, num_ids: int) -> None:

@@ -18,20 +18,20 @@ _TAIL_FLOOR = 1e-7
 """The least tail mass: what float32 log-probs leave undecided when their sum is taken from 1."""
 
 
-def completion_of(output: Any, *, where: str) -> Completion:
+def completion_of(output: Any) -> Completion:
     """The completion in a request's output, with the log-prob that stands at each token's own id."""
     [found] = output.outputs
     ids = list(found.token_ids)
-    logprobs = _at_tokens(found.logprobs, ids, width=1, where=where)[:, 0]
+    logprobs = _at_tokens(found.logprobs, ids, width=1)[:, 0]
     if found.finish_reason not in ("stop", "length"):
-        raise EngineError(f"{where}: vLLM ended it for the reason {found.finish_reason!r}")
+        raise EngineError(f"vLLM ended it for the reason {found.finish_reason!r}")
     return Completion(ids, logprobs.tolist(), found.finish_reason)
 
 
-def scores_of(output: Any, ids: Sequence[int], *, count: int, top_k: int, where: str) -> TokenScores:
+def scores_of(output: Any, ids: Sequence[int], *, count: int, top_k: int) -> TokenScores:
     """The scores of the last `count` of the `ids` that a request read; the tail is what its support leaves of 1."""
     flat = output.prompt_logprobs[1:]  # nothing predicts the first token
-    logprobs = _at_tokens(flat, ids[1:], width=1 + top_k, where=where)[-count:]
+    logprobs = _at_tokens(flat, ids[1:], width=1 + top_k)[-count:]
     token = logprobs[:, 0].astype(np.float32)
     if not top_k:
         return TokenScores(token)
@@ -61,15 +61,15 @@ def without_tail(score: TokenScores) -> TokenScores:
     return TokenScores(score.logprobs, score.topk_ids, score.topk_logprobs, tail)
 
 
-def _at_tokens(flat: Any, ids: Sequence[int], *, width: int, where: str) -> npt.NDArray[np.float64]:
+def _at_tokens(flat: Any, ids: Sequence[int], *, width: int) -> npt.NDArray[np.float64]:
     """Log-probs [n, width] at n tokens, the token's own first; raises EngineError where it is not, or not finite."""
     if flat.token_ids[::width] != list(ids):
-        raise EngineError(f"{where}: vLLM gives log-probs of other tokens than those that were read or drawn")
+        raise EngineError("vLLM gives log-probs of other tokens than those that were read or drawn")
     logprobs = np.array(flat.logprobs, np.float64).reshape(len(ids), width)
     bad = ~np.isfinite(logprobs).all(axis=1)
     if bad.any():
         raise EngineError(
-            f"{where}: log-probs at token {int(bad.argmax())} are not finite",
+            f"log-probs at token {int(bad.argmax())} are not finite",
             hint="the weights hold nan, inf or values too large for the dtype; try dtype: float32",
         )
     return logprobs
