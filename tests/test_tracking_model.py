@@ -17,6 +17,7 @@ from kdpipe.tracking.record import RECORD, Request, database_uri, read_record
 from kdpipe.tracking.standing import is_finished
 from kdpipe.tracking.synchronizer import Synchronizer
 from kdpipe.workers import Report
+from tests.tracker import Server, free_port
 from tests.worlds import SMALLEST, load_tiny, run_near
 
 TRACKING = {"enabled": False, "log_model": True}
@@ -37,18 +38,18 @@ def run(trained: Project, mlflow_database: Path, tmp_path: Path) -> Path:
     return tmp_path / "out" / "runs" / trained.run.name
 
 
-def request(run: Path) -> Request:
-    tracking = Tracking(log_model=True)
+def request(run: Path, uri: str | None = None) -> Request:
+    tracking = Tracking(log_model=True, uri=uri)
     return Request(workspace=run.parents[1], run=run, tracking=tracking, status="FINISHED")
 
 
-def sync(run: Path) -> None:
-    Synchronizer()(request(run).model_dump(mode="json"), Report(lambda _message: None))
+def sync(run: Path, uri: str | None = None) -> None:
+    Synchronizer()(request(run, uri).model_dump(mode="json"), Report(lambda _message: None))
 
 
-def models(run: Path) -> list[LoggedModel]:
+def models(run: Path, uri: str | None = None) -> list[LoggedModel]:
     """The logged models of the run's experiment, each an output of the run."""
-    client = MlflowClient(database_uri(run.parents[1]))
+    client = MlflowClient(uri or database_uri(run.parents[1]))
     record = read_record(run)
     assert record is not None
     assert record.run_id is not None
@@ -60,12 +61,23 @@ def models(run: Path) -> list[LoggedModel]:
     return found
 
 
-@pytest.mark.slow
-def test_mlflow_loads_the_student_that_was_trained(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def require_loads(run: Path, model: LoggedModel) -> None:
+    """MLflow opens the logged model with the weights that were trained, and it answers."""
     import mlflow.transformers
     import torch
     from safetensors.torch import load_file
 
+    pipeline = mlflow.transformers.load_model(f"models:/{model.model_id}")
+    theirs = pipeline.model.state_dict()
+    ours = load_file(run / "round-001" / "train" / "model" / "model.safetensors")
+    assert ours.keys() <= theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    [answer] = pipeline("1 + 1", max_new_tokens=2)
+    assert isinstance(answer["generated_text"], str)
+
+
+@pytest.mark.slow
+def test_mlflow_loads_the_student_that_was_trained(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database_uri(run.parents[1]))
     sync(run)
     [model] = models(run)
@@ -74,13 +86,28 @@ def test_mlflow_loads_the_student_that_was_trained(run: Path, monkeypatch: pytes
     assert folder.is_relative_to(run.parents[1] / "mlartifacts")
     files = {path.name for path in folder.rglob("*") if path.is_file()}
     assert not [name for name in files if name.endswith((".bin", ".pkl", ".pt", ".pth"))]
-    pipeline = mlflow.transformers.load_model(f"models:/{model.model_id}")
-    theirs = pipeline.model.state_dict()
-    ours = load_file(run / "round-001" / "train" / "model" / "model.safetensors")
-    assert ours.keys() <= theirs.keys()
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-    [answer] = pipeline("1 + 1", max_new_tokens=2)
-    assert isinstance(answer["generated_text"], str)
+    require_loads(run, model)
+
+
+@pytest.mark.slow
+def test_a_server_gives_the_student_that_was_trained(
+    run: Path, mlflow_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "server"
+    folder.mkdir()
+    shutil.copy(mlflow_database, folder / "mlflow.db")
+    server = Server(folder, free_port())
+    server.start()
+    try:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        sync(run, server.uri)
+        [model] = models(run, server.uri)
+        assert model.artifact_location.startswith("mlflow-artifacts:/")
+        require_loads(run, model)
+        sync(run, server.uri)
+        assert [again.model_id for again in models(run, server.uri)] == [model.model_id]
+    finally:
+        server.kill()
 
 
 def test_a_kill_at_any_moment_leaves_one_model(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
