@@ -38,6 +38,7 @@ def environment() -> dict[str, str | int | None]:
         **{name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "processor": _processor(),
+        "cpu_flags": cpu_flags(),
         "cpu_cores": os.cpu_count(),
         "memory_gib": _memory_gib(),
         "git_commit": git_commit(),

@@ -91,11 +91,12 @@ class Performer:
 
 
 def _hardware(recipe: Recipe, device: torch.device) -> str:
-    """Which device and dtype were picked, and why."""
+    """Which device and dtype it is, and of a dtype that was picked, why."""
     dtype, why = resolve_dtype(recipe.student.dtype, device)
     name = str(dtype).removeprefix("torch.")
     threads = torch.get_num_threads()
-    return f"student: {name} on {device}, {threads} thread{'s'[: threads != 1]}\n  {why}"
+    reason = f"\n  {why}" if recipe.student.dtype == "auto" else ""
+    return f"student: {name} on {device}, {threads} thread{'s'[: threads != 1]}{reason}"
 
 
 def _refuse_unsound(recipe: Recipe, report: Report) -> None:

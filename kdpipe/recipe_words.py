@@ -84,6 +84,7 @@ WORDS: dict[str, str] = {
     "Teacher.self": "The student itself: before round 1, as it sampled the round, or an average of its past.",
     "Teacher.decay": "Of the average, for self: ema.",
     "Teacher.server": "A model behind HTTP.",
+    "Teacher.dtype": "Numbers that it computes in; auto is as for the student, of self the student's.",
     "Teacher.prompt": "The teacher's own prompt, with {question} and fields such as {solution}; null is the student's.",
     "Teacher.temperature": "At which it scores; null is the rollout temperature.",
     "Teacher.quantization": "By which vLLM stores its weights in fewer bits.",

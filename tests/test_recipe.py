@@ -52,6 +52,25 @@ def leaves(value: Any, name: str = "") -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------- reading
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"),
+    [
+        ("float32", "{self: initial}", "float32"),
+        ("bfloat16", "{self: ema, decay: 0.9}", "bfloat16"),
+        ("auto", "{self: initial}", "auto"),
+        ("float32", "{self: initial, dtype: bfloat16}", "bfloat16"),
+        ("float32", "{scratch: {}, sft: {steps: 5}}", "auto"),
+    ],
+)
+def test_a_teacher_that_is_the_student_has_its_dtype(
+    tmp_path: Path, student: str, teacher: str, expected: str
+) -> None:
+    loaded = load(tmp_path, MINIMAL, f"student.dtype={student}", f"teachers=[{teacher}]")
+    assert loaded.recipe.teacher.dtype == expected
+    written = Recipe.model_validate(resolved(loaded.recipe))
+    assert written == loaded.recipe
+
+
 def test_a_recipe_of_a_few_lines_gets_the_documented_defaults(tmp_path: Path) -> None:
     recipe = load(tmp_path).recipe
     found = leaves(resolved(recipe))

@@ -192,11 +192,11 @@ def _environment(workspace: Path) -> dict[str, Any]:
     import shutil
     import tempfile
 
-    from kdpipe.environment import cpu_flags, environment
+    from kdpipe.environment import environment
     from kdpipe.workers import Worker
 
     place = next(folder for folder in (workspace.resolve(), *workspace.resolve().parents) if folder.exists())
-    found: dict[str, Any] = {**environment(), "cpu_flags": cpu_flags()}
+    found: dict[str, Any] = dict(environment())
     found["free_disk_gib"] = shutil.disk_usage(place).free >> 30
     with tempfile.TemporaryDirectory(prefix="kdpipe-doctor-") as folder:
         worker = Worker("kdpipe.doctor_machine:serve", log=Path(folder) / "doctor.log")

@@ -44,7 +44,7 @@ def compare(
     Each run counts with its last evaluated student. Runs that differ only in their seed are one row. --set changes
     every recipe given.
 
-    Example: kdpipe compare quickstart-0ca0cb6e quickstart-3f1b2c4d
+    Example: kdpipe compare quickstart-b4335f0f quickstart-3f1b2c4d
     """
     from kdpipe.comparison import compare as rows_of
     from kdpipe.comparison import read_contender

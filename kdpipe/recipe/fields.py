@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from kdpipe.recipe.models import Student, Teacher
 from kdpipe.recipe.runtime import Runtime, Tracking
@@ -34,6 +34,24 @@ class RecipeFields(Section):
     evaluate: EvaluateSection = EvaluateSection.model_construct()
     tracking: Tracking = Tracking.model_construct()
     runtime: Runtime = Runtime.model_construct()
+
+    @field_validator("teachers")
+    @classmethod
+    def _own_teachers_compute_alike(cls, teachers: list[Teacher], info: ValidationInfo) -> list[Teacher]:
+        """A teacher that is the student has the student's dtype unless another is written.
+
+        The same weights in another dtype give other scores, and are a second model in memory.
+        """
+        student: Student | None = info.data.get("student")
+        if student is None:  # it is wrong itself, which is told
+            return teachers
+        own = {"dtype": student.dtype}
+        return [
+            teacher.model_copy(update=own)
+            if teacher.self_ is not None and teacher.dtype == "auto"
+            else teacher
+            for teacher in teachers
+        ]
 
     @property
     def teacher(self) -> "Teacher":
