@@ -142,6 +142,7 @@ class _Task:
             pulse = Pulse(
                 lambda fields: self.report.event(kind="progress", **fields), self.report.stopping.is_set
             )
+            self._tell_of_another_dtype()
             started = time.time()
             trainer = self._perform(self.inputs.job(draft, pulse))
             seconds = time.time() - started
@@ -304,6 +305,24 @@ class _Task:
             against=against,
             baseline=baseline,
         )
+
+    def _tell_of_another_dtype(self) -> None:
+        """Warns, once, where the student went so far in another dtype: `auto` is what a machine makes of it."""
+        here = str(resolve_dtype(self.recipe.student.dtype, self.warm.device)[0]).removeprefix("torch.")
+        for step in self.inputs.steps.values():
+            manifest = self.inputs.store.entry(step).manifest()
+            fields: Any = step.document["fields"]
+            if self.warm.dtypes_told or manifest is None or fields.get("student.dtype") != "auto":
+                continue
+            there = manifest.provenance.get("dtype")
+            if there != here:
+                self.report.event(
+                    kind="warning",
+                    text=f"{step.id} was computed in {there}, which dtype: auto was where it was made, and auto "
+                    f"is {here} on this one: the run goes on, but its rounds do not compare; for a run in one dtype, "
+                    f"begin it anew with --set student.dtype={there}",
+                )
+                self.warm.dtypes_told = True
 
     def _note(self, kind: str, fields: Mapping[str, JsonValue]) -> None:
         row: dict[str, JsonValue] = {"time": time.time(), "event": kind, "step": self.step.id, **fields}

@@ -29,3 +29,4 @@ class Warm:
     texts: dict[tuple[str, str], Text] = field(default_factory=dict)
     trainer: tuple[str, Trainer] | None = None
     lora_fits: bool = False
+    dtypes_told: bool = False

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import kdpipe.devices
 import kdpipe.perform
 from kdpipe.engine import TokenScores
 from kdpipe.engines.hf import HfEngine
@@ -21,6 +22,7 @@ from kdpipe.project import Project, open_project
 from kdpipe.store import run_lock
 from kdpipe.trainer import Trainer
 from tests.worlds import (
+    SMALLEST,
     NearWorker,
     SilentMirror,
     Watcher,
@@ -175,6 +177,27 @@ def test_forcing_a_step_that_is_not_in_the_plan_is_refused(world: World, name: s
     with pytest.raises(RecipeError) as caught:
         world.run(force=(name,))
     assert caught.value.exit_code == 2
+
+
+def test_a_run_that_goes_on_where_auto_is_another_dtype_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warnings(flags: tuple[str, ...], rounds: int, dtype: str = "auto") -> list[str]:
+        monkeypatch.setattr(kdpipe.devices, "_CPU_BFLOAT16_FLAGS", flags)
+        watcher, told = Watcher(), list[str]()
+        watcher.on_event = lambda _step, event: told.append(event.get("text", ""))
+        loaded = load_tiny(tmp_path, **SMALLEST, rounds=2, student__dtype=dtype)
+        run_near(loaded, tmp_path / "out", watcher=watcher, rounds=rounds)
+        return [line for line in told if "was computed in" in line]
+
+    without, with_it = ("no such flag",), ("processor",)
+    assert warnings(without, 1, "float32") == []
+    assert warnings(without, 1) == []
+    [line] = warnings(with_it, 2)
+    assert line.startswith("train@1 was computed in float32, ")
+    assert "auto is bfloat16 on this one" in line
+    assert "--set student.dtype=float32" in line
+    assert warnings(with_it, 2, "float32") == []
 
 
 def test_forcing_a_step_that_the_command_leaves_out_is_refused(world: World) -> None:
