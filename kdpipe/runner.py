@@ -72,7 +72,6 @@ class Stop:
     """Whether a signal asked to stop, and which; a second one stops at once."""
 
     number: int | None = None
-    urgent: bool = False
 
     def asked(self) -> bool:
         """Whether to stop at the next safe point."""
@@ -119,11 +118,13 @@ def run(
             job.worker.kill()
             raise
         finally:
-            job.worker.stop(CLOSE)
-            if trouble := mirror.finish(status, hurry=stop.asked):
-                display.warn(
-                    f"MLflow: not everything is mirrored yet: {trouble}; the next command goes on with it"
-                )
+            try:
+                job.worker.stop(CLOSE)
+            finally:
+                if trouble := mirror.finish(status, hurry=stop.asked):
+                    display.warn(
+                        f"MLflow: not everything is mirrored yet: {trouble}; the next command goes on with it"
+                    )
     return project
 
 

@@ -227,7 +227,7 @@ class Study:
         if seconds > limit:
             wrong.append(f"{drawn.how}: {seconds} s until it had ended, at most {limit} are promised")
         if drawn.how != "SIGKILL":
-            wrong += untold(command.workspace)
+            wrong += untold(command.workspace, is_done=self._is_done(command))
         ended = self._seen(command, drawn, victim, code, seconds, wrong)
         ended.second_signal = second
         return code, ended
@@ -240,6 +240,11 @@ class Study:
         return Ended(
             drawn.how, victim, drawn.target, code, seconds, False, doing, drafts(command.workspace), wrong
         )
+
+    def _is_done(self, command: Command) -> bool:
+        """Whether a signal came when every step was done, so that there was nothing but MLflow to wait for."""
+        done = {event["step"] for event in command.events() if event["event"] == "step done"}
+        return {step for event, step, _ in self.unbroken.events if event == "step done"} <= done
 
     def _is_time(self, process: subprocess.Popen[bytes], watch: DiskWatch, drawn: Drawn) -> bool:
         """Waits for the drawn moment; False when the command ended before it."""
@@ -426,11 +431,12 @@ def unfinished(workspace: Path) -> list[str]:
     ]
 
 
-def untold(workspace: Path) -> list[str]:
-    """A stopped run that MLflow neither shows as KILLED nor is noted to become so."""
+def untold(workspace: Path, *, is_done: bool) -> list[str]:
+    """A stopped run that MLflow neither shows as KILLED nor is noted to become so; FINISHED where all was done."""
+    ends = {"KILLED", "FINISHED"} if is_done else {"KILLED"}
     for path in workspace.glob("runs/*/mlflow.json"):
         record = json.loads(path.read_text())
         shown = _rows(workspace, "select status from runs")
-        if shown and shown != [("KILLED",)] and record["wanted"] != "KILLED":
+        if shown and not ends & {record["wanted"], *(status for (status,) in shown)}:
             return [f"MLflow shows {shown[0][0]}, and {record['wanted']} is noted, after a signal"]
     return []

@@ -539,6 +539,32 @@ def test_a_server_that_never_answers_does_not_hold_up_a_stop(world: World, statu
         assert mirror.error is not None
 
 
+@pytest.mark.parametrize("status", ["KILLED", "FINISHED"])
+def test_a_second_signal_leaves_a_note_of_what_was_not_delivered(world: World, status: str) -> None:
+    class SecondSignal(Exception):
+        """What the handler of a signal raises in the thread that waits."""
+
+    def signalled() -> bool:
+        raise SecondSignal
+
+    world.finish_everything()
+    world.sync("RUNNING")
+    world.finish("evaluate:student@0", ("evaluate/accuracy", 0.1, None))
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        mute = World(world.workspace, world.loaded, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        mirror = MlflowMirror(mute.request())
+        mirror.nudge()
+        start = time.monotonic()
+        with pytest.raises(SecondSignal):
+            mirror.finish(status, hurry=signalled)
+        assert time.monotonic() - start < mirroring.NOTE_SECONDS
+    record = read_record(world.run.path)
+    assert record is not None
+    assert record.wanted == status
+
+
 def test_a_database_that_takes_long_to_make_is_no_silence() -> None:
     told: queue.Queue[Any] = queue.Queue()
     with beating(Report(told.put), "making the database"):

@@ -28,6 +28,8 @@ PATIENCE_SECONDS: dict[Status, float] = {"FINISHED": 60.0, "FAILED": 60.0, "KILL
 SERVER_QUIET_SECONDS = 5.0
 SERVER_PATIENCE_SECONDS = 10.0
 """The same for a server, which may be slow or far away, and is not waited for as the workspace's own database is."""
+NOTE_SECONDS = 2.0
+"""How long it may take to note what could not be delivered: a fraction of a second, unless the disk is slow."""
 MODEL_SECONDS = 600.0
 """How much longer where the recipe asks for the model to be copied, which the user then waits for."""
 RETRY_SECONDS = 30.0
@@ -78,7 +80,8 @@ class MlflowMirror:
     def finish(self, status: str, *, hurry: Callable[[], bool] = lambda: False) -> str | None:
         """Mirrors a last time with `status`, in bounded time; returns why what is left waits for a later command.
 
-        Once `hurry()` is true, as a signal makes it, there is no more patience than for a run that was killed.
+        Once `hurry()` is true, as a signal makes it, there is no more patience than for a run that was killed. What is
+        raised here, as by a second signal, ends it at once: the status is only noted, for a later command to deliver.
         """
         self._final = Request.model_validate({**self._request.model_dump(), "status": status}).status
         self._quiet_since = time.monotonic()
@@ -88,10 +91,15 @@ class MlflowMirror:
             self._deadline += MODEL_SECONDS
         self._ending.set()
         self._wake.set()
-        while self._thread.is_alive() and time.monotonic() < self._deadline + 2:
-            self._thread.join(0.1)
-            if hurry() and self._deadline > (soon := time.monotonic() + PATIENCE_SECONDS["KILLED"]):
-                self._deadline = soon
+        try:
+            while self._thread.is_alive() and time.monotonic() < self._deadline + 2:
+                self._thread.join(0.1)
+                if hurry() and self._deadline > (soon := time.monotonic() + PATIENCE_SECONDS["KILLED"]):
+                    self._deadline = soon
+        except BaseException:
+            self._deadline = 0.0
+            self._thread.join(NOTE_SECONDS)
+            raise
         return "it did not answer in time" if self._thread.is_alive() else self.error
 
     def _work(self) -> None:
