@@ -144,9 +144,14 @@ def test_exit_codes_and_words_of_an_end_are_held_against_what_is_promised() -> N
 def test_a_stopped_run_that_mlflow_shows_running_is_a_loss_unless_its_end_is_noted(workspace: Path) -> None:
     sql("update runs set status = 'RUNNING'")(workspace)
     [run] = workspace.glob("runs/*")
-    for wanted, lost in (("KILLED", False), ("RUNNING", True)):
+    for wanted, lost, lost_when_done in (
+        ("KILLED", False, False),
+        ("RUNNING", True, True),
+        ("FINISHED", True, False),
+    ):
         (run / "mlflow.json").write_text(json.dumps({"wanted": wanted}))
-        assert bool(untold(workspace)) is lost
+        assert bool(untold(workspace, is_done=False)) is lost
+        assert bool(untold(workspace, is_done=True)) is lost_when_done
 
 
 def test_changes_are_seen_in_folders_that_were_there_and_that_are_made_later(tmp_path: Path) -> None:
