@@ -35,7 +35,8 @@ class Contender:
     """The last evaluated student of one run, and what the run cost.
 
     `correct` is the fraction of right samples of each problem, `settings` the recipe's fields, flat, without its name,
-    seed, tracking and runtime. `seconds` and `tokens` are by stage; a reused step costs what it took where it was made.
+    seed, tracking and runtime; a student's dtype of auto stands there with what it was, as machines differ in it.
+    `seconds` and `tokens` are by stage; a reused step costs what it took where it was made.
     """
 
     run: str
@@ -269,13 +270,15 @@ def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contende
         ) from None
     links = [link for link in run.links() if last_round is None or link.round <= last_round]
     evaluated = [link for link in links if link.name == f"evaluate-{STUDENT}"]
-    seconds, tokens = dict[str, float](), dict[str, float]()
+    seconds, tokens, dtypes = dict[str, float](), dict[str, float](), set[str]()
     found: tuple[int, dict[str, list[bool]]] | None = None
     for link in links:
         entry, document = linked_entry(link.target)
-        if entry.manifest() is None:
+        if (manifest := entry.manifest()) is None:
             continue
         stage = str(document["stage"])
+        if stage == "train" or link in evaluated:
+            dtypes.add(str(manifest.provenance.get("dtype")))
         took, read = cost_of(read_lines(entry.opened(METRICS) / METRICS))
         seconds[stage] = seconds.get(stage, 0.0) + took
         tokens[stage] = tokens.get(stage, 0.0) + read
@@ -290,13 +293,16 @@ def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contende
     if found is None:
         raise DataError(f"{run.name}: no student was evaluated yet", hint=f"kdpipe run {run.name}")
     number, grades = found
+    settings = dict(_flat({key: value for key, value in resolved(recipe).items() if key not in SEEDLESS}))
+    if recipe.student.dtype == "auto":
+        settings["student.dtype"] = f"auto ({', '.join(sorted(dtypes))})"
     return Contender(
         run=run.name,
         seed=recipe.seed,
         round=number,
         samples=max(map(len, grades.values())),
         correct={key: sum(values) / len(values) for key, values in grades.items()},
-        settings=dict(_flat({key: value for key, value in resolved(recipe).items() if key not in SEEDLESS})),
+        settings=settings,
         seconds=seconds,
         tokens=tokens,
     )

@@ -15,6 +15,7 @@ import pytest
 
 import kdpipe.devices
 import kdpipe.perform
+from kdpipe.comparison import read_contender
 from kdpipe.engine import TokenScores
 from kdpipe.engines.hf import HfEngine
 from kdpipe.errors import ArtifactError, Interrupted, LockError, PreflightError, RecipeError
@@ -187,9 +188,11 @@ def test_a_run_that_goes_on_where_auto_is_another_dtype_says_so_once(
         watcher, told = Watcher(), list[str]()
         watcher.on_event = lambda _step, event: told.append(event.get("text", ""))
         loaded = load_tiny(tmp_path, **SMALLEST, rounds=2, student__dtype=dtype)
-        run_near(loaded, tmp_path / "out", watcher=watcher, rounds=rounds)
+        project = run_near(loaded, tmp_path / "out", watcher=watcher, rounds=rounds)
+        dtypes.append(read_contender(project.run).settings["student.dtype"])
         return [line for line in told if "was computed in" in line]
 
+    dtypes = list[str]()
     without, with_it = ("no such flag",), ("processor",)
     assert warnings(without, 1, "float32") == []
     assert warnings(without, 1) == []
@@ -198,6 +201,7 @@ def test_a_run_that_goes_on_where_auto_is_another_dtype_says_so_once(
     assert "auto is bfloat16 on this one" in line
     assert "--set student.dtype=float32" in line
     assert warnings(with_it, 2, "float32") == []
+    assert dtypes == ["float32", "auto (float32)", "auto (bfloat16, float32)", "float32"]
 
 
 def test_forcing_a_step_that_the_command_leaves_out_is_refused(world: World) -> None:
