@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from kdpipe.errors import KdpipeError, StepError
 from kdpipe.project import Project
@@ -69,6 +69,8 @@ class MlflowMirror:
         self._is_loaded = False
         self._is_server = request.tracking.uri is not None
         self._is_nudged = False
+        # Not the thread's own end: a `join` that a signal breaks off takes a thread for ended that is not.
+        self._has_ended = threading.Event()
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
@@ -83,27 +85,37 @@ class MlflowMirror:
         Once `hurry()` is true, as a signal makes it, there is no more patience than for a run that was killed. What is
         raised here, as by a second signal, ends it at once: the status is only noted, for a later command to deliver.
         """
-        self._final = Request.model_validate({**self._request.model_dump(), "status": status}).status
-        self._quiet_since = time.monotonic()
-        self._finish_since = self._quiet_since
-        self._deadline = self._quiet_since + PATIENCE_SECONDS[self._final]
-        if self._copies_model:
-            self._deadline += MODEL_SECONDS
-        self._ending.set()
-        self._wake.set()
         try:
-            while self._thread.is_alive() and time.monotonic() < self._deadline + 2:
-                self._thread.join(0.1)
+            self._final = cast("Status", status)
+            self._quiet_since = time.monotonic()
+            self._finish_since = self._quiet_since
+            self._deadline = self._quiet_since + PATIENCE_SECONDS[self._final]
+            if self._copies_model:
+                self._deadline += MODEL_SECONDS
+            self._end()
+            while not self._has_ended.wait(0.1) and time.monotonic() < self._deadline + 2:
                 if hurry() and self._deadline > (soon := time.monotonic() + PATIENCE_SECONDS["KILLED"]):
                     self._deadline = soon
         except BaseException:
             self._deadline = 0.0
-            self._thread.join(NOTE_SECONDS)
+            self._end()
+            self._has_ended.wait(NOTE_SECONDS)
             raise
-        return "it did not answer in time" if self._thread.is_alive() else self.error
+        return self.error if self._has_ended.is_set() else "it did not answer in time"
+
+    def _end(self) -> None:
+        """Lets the thread mirror a last time and end."""
+        self._ending.set()
+        self._wake.set()
 
     def _work(self) -> None:
         """The thread: everything that talks to the worker."""
+        try:
+            self._work_on()
+        finally:
+            self._has_ended.set()
+
+    def _work_on(self) -> None:
         if self._has_nothing_to_do():
             self._wake.wait()
             if not self._is_nudged and self._final == "FINISHED":
