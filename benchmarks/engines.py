@@ -18,7 +18,7 @@ import torch
 from study import commit
 
 from kdpipe.checkpoints import ModelShelf, read_architecture
-from kdpipe.devices import resolve_device, resolve_dtype
+from kdpipe.devices import dtype_name, resolve_device, resolve_dtype
 from kdpipe.engine import Engine, ModelSource, SampleRequest, Sampling, ScoreRequest
 from kdpipe.engines.hf import HfEngine
 from kdpipe.engines.vllm import VllmEngine
@@ -51,7 +51,7 @@ def main() -> None:
         "commit": commit(),
         "model": arguments.model.name,
         "device": str(device),
-        "dtype": str(resolve_dtype(source.dtype, device)[0]).removeprefix("torch."),
+        "dtype": dtype_name(resolve_dtype(source.dtype, device)[0]),
         "threads": torch.get_num_threads(),
         **{key: vars(arguments)[key] for key in ("prompts", "prompt_tokens", "new_tokens")},
     }

@@ -34,7 +34,7 @@ from kdpipe.adapters import (
     target_names,
     write_adapter,
 )
-from kdpipe.devices import resolve_dtype
+from kdpipe.devices import dtype_name, resolve_dtype
 from kdpipe.errors import ArtifactError, ModelError, as_os_error
 from kdpipe.forward import Head, head_logits, head_of
 from kdpipe.model_folder import require_own_files
@@ -331,7 +331,7 @@ def write_model(
     with _disk_errors(folder):
         model.save_pretrained(str(folder), state_dict=weights)
     _write_tokenizer(tokenizer, folder)
-    _rewrite(folder / "config.json", {"dtype": str(dtype).removeprefix("torch.")})
+    _rewrite(folder / "config.json", {"dtype": dtype_name(dtype)})
 
 
 def write_merged(

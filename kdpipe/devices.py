@@ -50,6 +50,11 @@ def resolve_dtype(
             return _best_dtype(device, cpuinfo)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name by which recipes, configs and manifests call a dtype: `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _best_dtype(device: torch.device, cpuinfo: Path) -> tuple[torch.dtype, str]:
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):

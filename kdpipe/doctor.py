@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kdpipe.devices import dtype_name
 from kdpipe.doctor_case import LONGEST, Case, Model
 from kdpipe.doctor_student import ExaminedStudent
 from kdpipe.doctor_teacher import ExaminedTeacher
@@ -57,4 +58,4 @@ def sizes(case: Case) -> Estimate:
 
 def _sized(case: Case, model: Model, *, adapter: int = 0) -> Sized:
     shape = shape_of(model.source.folder, trust_remote_code=model.source.trust_remote_code)
-    return Sized(model.name, shape, str(model.dtype(case.device)).removeprefix("torch."), adapter)
+    return Sized(model.name, shape, dtype_name(model.dtype(case.device)), adapter)

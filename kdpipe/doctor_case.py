@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from kdpipe.devices import resolve_dtype
+from kdpipe.devices import dtype_name, resolve_dtype
 from kdpipe.doctor_engine import TOLERANCES, Tolerance
 from kdpipe.doctor_finding import Outcome
 from kdpipe.errors import EngineError
@@ -49,7 +49,7 @@ class Model:
 
     def tolerance(self, device: torch.device) -> Tolerance:
         """How far two passes over it may be apart."""
-        return TOLERANCES[str(self.dtype(device)).removeprefix("torch.")]
+        return TOLERANCES[dtype_name(self.dtype(device))]
 
 
 @dataclass(frozen=True, slots=True)

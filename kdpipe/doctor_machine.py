@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kdpipe.devices import resolve_device, resolve_dtype
+from kdpipe.devices import dtype_name, resolve_device, resolve_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +24,7 @@ def serve() -> Callable[[Message, Report], Message]:
             "device": str(device),
             "devices": ", ".join(_devices()) or None,
             "threads": torch.get_num_threads(),
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name(dtype),
             "dtype_reason": why,
         }
 

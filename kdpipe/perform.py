@@ -15,7 +15,7 @@ from pydantic import JsonValue
 from kdpipe.adapters import target_names
 from kdpipe.check_loss import unsound
 from kdpipe.checkpoints import ModelShelf, head_digest, read_trainer
-from kdpipe.devices import resolve_device, resolve_dtype
+from kdpipe.devices import dtype_name, resolve_device, resolve_dtype
 from kdpipe.environment import environment
 from kdpipe.errors import PreflightError
 from kdpipe.hidden import FILE as HIDDEN_FILE
@@ -93,10 +93,9 @@ class Performer:
 def _hardware(recipe: Recipe, device: torch.device) -> str:
     """Which device and dtype it is, and of a dtype that was picked, why."""
     dtype, why = resolve_dtype(recipe.student.dtype, device)
-    name = str(dtype).removeprefix("torch.")
     threads = torch.get_num_threads()
     reason = f"\n  {why}" if recipe.student.dtype == "auto" else ""
-    return f"student: {name} on {device}, {threads} thread{'s'[: threads != 1]}{reason}"
+    return f"student: {dtype_name(dtype)} on {device}, {threads} thread{'s'[: threads != 1]}{reason}"
 
 
 def _refuse_unsound(recipe: Recipe, report: Report) -> None:
@@ -308,14 +307,17 @@ class _Task:
 
     def _tell_of_another_dtype(self) -> None:
         """Warns, once, where the student went so far in another dtype: `auto` is what a machine makes of it."""
-        here = str(resolve_dtype(self.recipe.student.dtype, self.warm.device)[0]).removeprefix("torch.")
+        if self.recipe.student.dtype != "auto" or self.warm.dtypes_told:
+            return
+        here = dtype_name(resolve_dtype("auto", self.warm.device)[0])
         for step in self.inputs.steps.values():
             manifest = self.inputs.store.entry(step).manifest()
             fields: Any = step.document["fields"]
-            if self.warm.dtypes_told or manifest is None or fields.get("student.dtype") != "auto":
+            if (
+                manifest is None or "student.dtype" not in fields
+            ):  # a teacher's may be from another student's run
                 continue
-            there = manifest.provenance.get("dtype")
-            if there != here:
+            if (there := manifest.provenance.get("dtype", here)) != here:
                 self.report.event(
                     kind="warning",
                     text=f"{step.id} was computed in {there}, which dtype: auto was where it was made, and auto "
@@ -323,6 +325,7 @@ class _Task:
                     f"begin it anew with --set student.dtype={there}",
                 )
                 self.warm.dtypes_told = True
+                return
 
     def _note(self, kind: str, fields: Mapping[str, JsonValue]) -> None:
         row: dict[str, JsonValue] = {"time": time.time(), "event": kind, "step": self.step.id, **fields}
@@ -345,7 +348,7 @@ class _Task:
         return {
             **environment(),
             "device": str(self.warm.device),
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name(dtype),
             "dtype_reason": why,
             "threads": torch.get_num_threads(),
             "started": started,

@@ -22,7 +22,7 @@ import torch
 
 from kdpipe.batching import batches_by_tokens
 from kdpipe.checkpoints import open_model, read_architecture
-from kdpipe.devices import resolve_dtype
+from kdpipe.devices import dtype_name, resolve_dtype
 from kdpipe.engine import about
 from kdpipe.engines.vllm_output import completion_of, no_scores, scores_of, without_tail
 from kdpipe.engines.vllm_process import VllmProcess, sampling_params, scoring_params
@@ -142,7 +142,7 @@ class VllmEngine:
             "model": str(source.folder),
             "tokenizer": str(source.folder),
             "trust_remote_code": source.trust_remote_code,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name(dtype),
             "seed": 0,
             "generation_config": "vllm",  # the folder's own defaults would change sampling unseen
             "logprobs_mode": "processed_logprobs",
