@@ -455,6 +455,15 @@ def test_after_a_refusal_nothing_more_is_sent_and_the_refusal_is_told(
     assert len(asker.score()) == 1
 
 
+def test_a_reply_that_cannot_be_right_is_told_with_its_request(served: Served, tmp_path: Path) -> None:
+    asker = Asker(tmp_path, served.url, concurrency=1).load()
+    wrong = edited(lambda body: body["choices"][0].pop("prompt_logprobs"))
+    served.twist = lambda number, reply: wrong(number, reply) if number == 1 else reply
+    with pytest.raises(EngineError, match=r"^request 1: http.*: no prompt_logprobs") as caught:
+        asker.score([1], [2], [3])
+    assert caught.value.request == 1
+
+
 def test_what_a_failure_left_under_way_ends_nothing_that_is_asked_later(
     served: Served, tmp_path: Path
 ) -> None:
