@@ -29,13 +29,13 @@ import kdpipe.workers
 from kdpipe import check_loss as module
 from kdpipe import forward, losses, micro_batch, objective
 from kdpipe.batching import Batch
+from kdpipe.before_lines import check_loss_lines
 from kdpipe.check_loss import Finding, Phase, cases_of, check_loss, judged, serve, unsound
 from kdpipe.cli import app
 from kdpipe.objective import TokenBatch
 from kdpipe.recipe import KdTerm, Objective, Recipe
 from kdpipe.recipe_file import load_recipe
 from kdpipe.recipes_shipped import shipped
-from kdpipe.terminal import check_loss_lines
 from tests.worlds import tiny_recipe
 
 NAMES = [path.stem for path in shipped()]

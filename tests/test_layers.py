@@ -142,6 +142,7 @@ LEVELS = {
     "patients": 4.9,
     "perform": 5,
     "terminal": 5,
+    "before_lines": 5.1,
     "examination": 5.1,
     "overview": 5.1,
     "arms": 5.2,

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdpipe import terminal
+from kdpipe.before_lines import plan_lines
 from kdpipe.plan import Step
 from kdpipe.runs import RunFolder
 from kdpipe.survey import State
@@ -22,7 +23,6 @@ from kdpipe.terminal import (
     inert,
     outcome_lines,
     painter,
-    plan_lines,
     round_line,
 )
 

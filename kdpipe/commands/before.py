@@ -55,7 +55,8 @@ def check_loss(
 
     Example: kdpipe check-loss quickstart --set train.objective.kd=k1_loss
     """
-    from kdpipe.terminal import check_loss_lines, painter
+    from kdpipe.before_lines import check_loss_lines
+    from kdpipe.terminal import painter
 
     loaded = load_given(recipe, overrides, workspace)
     phases = _checked_phases(loaded.recipe, workspace)
@@ -100,7 +101,8 @@ def plan(
 
     Example: kdpipe plan recipes/quickstart.yaml --set train.optimizer.learning_rate=3e-4
     """
-    from kdpipe.terminal import inert, painter, plan_lines
+    from kdpipe.before_lines import plan_lines
+    from kdpipe.terminal import inert, painter
 
     project = open_given(recipe, overrides, workspace)
     states = project.survey()
@@ -209,8 +211,9 @@ def _environment(workspace: Path) -> dict[str, Any]:
 
 def _examine(recipe: str, overrides: list[str] | None, workspace: Path, *, as_json: bool) -> None:
     """Examines a recipe's models; raises PreflightError when a probe fails."""
+    from kdpipe.before_lines import doctor_lines, estimate_lines
     from kdpipe.examination import examine_recipe
-    from kdpipe.terminal import doctor_lines, estimate_lines, painter
+    from kdpipe.terminal import painter
 
     result = {
         "recipe": recipe,
