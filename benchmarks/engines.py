@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 from study import commit
 
-from kdpipe.checkpoints import ModelShelf, read_architecture
+from kdpipe.checkpoints import read_architecture
 from kdpipe.devices import dtype_name, resolve_device, resolve_dtype
 from kdpipe.engine import Engine, ModelSource, SampleRequest, Sampling, ScoreRequest
 from kdpipe.engines.hf import HfEngine
 from kdpipe.engines.vllm import VllmEngine
 from kdpipe.recipe import Vllm
+from kdpipe.shelf import ModelShelf
 
 
 def main() -> None:

@@ -21,12 +21,13 @@ from study import ROOT, commit
 
 from kdpipe.adapters import start_adapter
 from kdpipe.batching import make_batch
-from kdpipe.checkpoints import ModelShelf, open_model, scratch_model, write_model, write_trainer
+from kdpipe.checkpoints import open_model, scratch_model, write_model, write_trainer
 from kdpipe.engine import ModelSource, ScoreRequest
 from kdpipe.engines.hf import HfEngine
 from kdpipe.forward import head_of, hidden_states, token_logprobs
 from kdpipe.prompting import arithmetic_tokenizer, open_tokenizer
 from kdpipe.recipe import Lora, Optimizer, Scratch
+from kdpipe.shelf import ModelShelf
 from kdpipe.tasks.arithmetic import words
 from kdpipe.trainer import Trainer
 

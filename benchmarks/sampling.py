@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from kdpipe.checkpoints import ModelShelf
 from kdpipe.devices import resolve_device
 from kdpipe.engine import Completion, ModelSource, SampleRequest, Sampling, ScoreRequest
 from kdpipe.engines.hf import HfEngine
+from kdpipe.shelf import ModelShelf
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +28,6 @@ from kdpipe.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from kdpipe.adapters import (
     is_adapted,
     merge_adapter,
-    read_adapter,
-    switch_adapter,
     target_names,
     write_adapter,
 )
@@ -50,7 +47,6 @@ if TYPE_CHECKING:
 
 TENSORS_FILE = "trainer.safetensors"
 STATE_FILE = "trainer.json"
-MASTERS = "masters"
 _PROBE_SCALE = 1000.0
 # What transformers raises of a folder whose files say something else than it expects.
 _UNFIT = (
@@ -73,95 +69,6 @@ _TOKENIZER_HISTORY = ("is_local", "local_files_only", "name_or_path")
 
 # Bars of loading and writing would tear the pipeline's own progress lines.
 disable_progress_bar()
-
-
-@dataclass(slots=True)
-class _Held:
-    """A network on the shelf; `adapter` is the digest of the one in it, None where none is known."""
-
-    network: PreTrainedModel
-    adapter: str | None = None
-
-
-class ModelShelf:
-    """Loaded models by digest and dtype, the least recently used dropped beyond `limit`.
-
-    A trainer puts its in-memory model here under the digest of what it has just saved, so that sampling
-    from it loads nothing. A model changed in place must be put again: that forgets its former digest.
-
-    A model with an adapter is the network of the model below it, with the adapter switched on: both share one
-    network, and what `get` returns is good until the next `get`. It holds one adapter, so another one
-    replaces the weights of the one before, in place.
-    """
-
-    def __init__(self, device: torch.device, *, limit: int = 3) -> None:
-        self.device = device
-        self._limit = limit
-        self._models: OrderedDict[tuple[str, torch.dtype], _Held] = OrderedDict()
-        self._turns: set[str] = set()
-
-    def take_turns(self, digest: str) -> None:
-        """Makes this content one of those of which a single one is held: opening one drops the others before."""
-        self._turns.add(digest)
-
-    def put(self, digest: str, dtype: torch.dtype, model: PreTrainedModel) -> None:
-        """Makes `model` what `get` returns for this content."""
-        self.forget(model)
-        self._models[digest, dtype] = _Held(model)
-        while len(self._models) > self._limit:
-            self._models.popitem(last=False)
-
-    def put_adapter(self, digest: str, model: PreTrainedModel) -> None:
-        """Says which adapter this network holds now; nothing where it was dropped meanwhile."""
-        for held in self._models.values():
-            if held.network is model:
-                held.adapter = digest
-
-    def get(self, source: ModelSource) -> PreTrainedModel:
-        """The model of this source in eval mode, opened from its folder when it is not here."""
-        dtype, _ = resolve_dtype(source.dtype, self.device)
-        held = self._models.get((source.digest, dtype))
-        if held is None:
-            if source.digest in self._turns:
-                for digest in self._turns:
-                    self.drop(digest)
-            model = open_model(
-                source.folder, dtype=dtype, device=self.device, trust_remote_code=source.trust_remote_code
-            ).requires_grad_(False)  # engines sample and score; whoever trains opens a model of its own
-            self.put(source.digest, dtype, model)
-            held = self._models[source.digest, dtype]
-        self._models.move_to_end((source.digest, dtype))
-        if source.adapter is not None and held.adapter != source.adapter.digest:
-            held.adapter = None  # until it is wholly read
-            read_adapter(held.network, source.adapter.folder)
-            held.adapter = source.adapter.digest
-        switch_adapter(held.network, on=source.adapter is not None)
-        return held.network.eval()
-
-    def holds(self, source: ModelSource) -> bool:
-        """Whether `get` would open nothing."""
-        held = self._models.get((source.digest, resolve_dtype(source.dtype, self.device)[0]))
-        return held is not None and (source.adapter is None or held.adapter == source.adapter.digest)
-
-    def forget(self, model: PreTrainedModel) -> None:
-        """Drops this very model, under whatever digest: its weights are about to change.
-
-        Of a model with an adapter only that changes, and the network stays for the model below it.
-        """
-        for key in [key for key, held in self._models.items() if held.network is model]:
-            if is_adapted(model):
-                self._models[key].adapter = None
-            else:
-                del self._models[key]
-
-    def drop(self, digest: str) -> None:
-        """Drops the models with this digest, of any dtype."""
-        for key in [key for key in self._models if key[0] == digest]:
-            del self._models[key]
-
-    def clear(self) -> None:
-        """Drops all models."""
-        self._models.clear()
 
 
 # ----------------------------------------------------------------------------------------------- models
@@ -368,54 +275,6 @@ def _skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     tokenizer.save_pretrained(str(folder))
     _rewrite(folder / "tokenizer_config.json", dict.fromkeys(_TOKENIZER_HISTORY))
-
-
-@dataclass(frozen=True, slots=True)
-class Average:
-    """The running average of the students, over float32 weights; `folder` holds it as it was before this round.
-
-    Before round 1 that is the folder of the student itself.
-    """
-
-    decay: float
-    folder: Path
-    device: torch.device
-    trust_remote_code: bool
-
-    def write_next(
-        self,
-        student: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        folder: Path,
-        *,
-        dtype: torch.dtype,
-    ) -> None:
-        """Writes a Hugging Face folder in `dtype`: `decay` of the average before, the rest of the student's.
-
-        Where `dtype` is narrower than float32, the average's own weights stand beside, in `masters/`.
-        """
-        model = self._open()
-        students = dict(student.named_parameters())
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                weight.mul_(self.decay).add_(students[name], alpha=1 - self.decay)
-        write_model(model, tokenizer, folder, dtype=dtype)
-        if dtype != torch.float32:
-            masters = {f"master.{name}": weight for name, weight in model.named_parameters()}
-            write_trainer(folder / MASTERS, tensors=masters, state={})
-
-    def _open(self) -> PreTrainedModel:
-        model = open_model(
-            self.folder, dtype=torch.float32, device=self.device, trust_remote_code=self.trust_remote_code
-        )
-        if (self.folder / MASTERS).is_dir():
-            masters, _ = read_trainer(self.folder / MASTERS)
-            with torch.no_grad():
-                for name, weight in model.named_parameters():
-                    if (master := masters.get(f"master.{name}")) is None:
-                        raise ArtifactError(f"{self.folder / MASTERS}: no master weight of {name}")
-                    weight.copy_(master)
-        return model
 
 
 def _rewrite(file: Path, changes: Mapping[str, str | None]) -> None:

@@ -14,7 +14,7 @@ from pydantic import JsonValue
 
 from kdpipe.adapters import target_names
 from kdpipe.check_loss import unsound
-from kdpipe.checkpoints import ModelShelf, head_digest, read_trainer
+from kdpipe.checkpoints import head_digest, read_trainer
 from kdpipe.devices import dtype_name, resolve_device, resolve_dtype
 from kdpipe.environment import environment
 from kdpipe.errors import PreflightError
@@ -29,6 +29,7 @@ from kdpipe.recipe import Recipe, Sft, Teacher
 from kdpipe.roles import Roles
 from kdpipe.routing import check_records, teaches
 from kdpipe.rows import Problem, Rollout
+from kdpipe.shelf import ModelShelf
 from kdpipe.stages.evaluate import evaluate, graded_problems
 from kdpipe.stages.held_out import Against
 from kdpipe.stages.rollout import rollout

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from kdpipe.checkpoints import ModelShelf
     from kdpipe.engine import (
         Ability,
         Completion,
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
         TokenScores,
     )
     from kdpipe.recipe import EngineName, Recipe
+    from kdpipe.shelf import ModelShelf
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 

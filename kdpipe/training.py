@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from kdpipe.adapters import read_adapter, start_adapter
-from kdpipe.checkpoints import Average, open_model, read_trainer, scratch_model
+from kdpipe.average import Average
+from kdpipe.checkpoints import open_model, read_trainer, scratch_model
 from kdpipe.devices import resolve_dtype
 from kdpipe.inputs import Inputs
 from kdpipe.plan import STUDENT

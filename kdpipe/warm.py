@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kdpipe.checkpoints import ModelShelf
 from kdpipe.engines.server import ServerEngine
 from kdpipe.job import Text
 from kdpipe.recipe import Recipe
 from kdpipe.roles import Roles
 from kdpipe.rows import Problem
+from kdpipe.shelf import ModelShelf
 from kdpipe.trainer import Trainer
 
 

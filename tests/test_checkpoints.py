@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, PreTrainedTokenizerFast
 
 from kdpipe.checkpoints import (
-    ModelShelf,
     head_digest,
     open_model,
     read_head,
@@ -24,6 +23,7 @@ from kdpipe.engine import ModelSource
 from kdpipe.errors import ArtifactError, EngineError, ModelError, RecipeError
 from kdpipe.forward import head_of
 from kdpipe.recipe import Scratch
+from kdpipe.shelf import ModelShelf
 from tests.tiny_models import COMMON, CONFIGS, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")

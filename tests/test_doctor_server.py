@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from kdpipe.checkpoints import ModelShelf
 from kdpipe.engine import ModelSource
 from kdpipe.engines.hf import HfEngine
+from kdpipe.shelf import ModelShelf
 from tests import clinic
 from tests.clinic import Findings, examined, load_world, verdicts, write_world
 from tests.serving import MODEL, Reply, Served, serve

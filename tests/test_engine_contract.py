@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from kdpipe.checkpoints import ModelShelf, write_model
+from kdpipe.checkpoints import write_model
 from kdpipe.engine import Completion, Engine, ModelSource, SampleRequest, Sampling, ScoreRequest, TokenScores
 from kdpipe.engines.hf import HfEngine
 from kdpipe.engines.remote import Hosting, WorkerEngine
 from kdpipe.engines.server import ServerEngine
 from kdpipe.errors import EngineError
 from kdpipe.recipe import Runtime, Server, ServerRuntime, Vllm
+from kdpipe.shelf import ModelShelf
 from tests.fakes import FakeEngine, fake_text
 from tests.serving import MODEL, serve
 from tests.tiny_models import tiny_model, tiny_tokenizer

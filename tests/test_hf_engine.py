@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from kdpipe.checkpoints import ModelShelf, write_model
+from kdpipe.checkpoints import write_model
 from kdpipe.engine import ModelSource, SampleRequest, Sampling, ScoreRequest
 from kdpipe.engines import hf
 from kdpipe.engines.decoding import GenericDecoder, LlamaDecoder, is_llama_like, make_decoder
 from kdpipe.errors import EngineError
+from kdpipe.shelf import ModelShelf
 from tests.tiny_models import CONFIGS, FAST, ROWS, in_float64, plain_logprobs, tiny_model, tiny_tokenizer
 
 NUM_IDS = 13

@@ -20,8 +20,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import kdpipe.checkpoints
 import kdpipe.runner
+import kdpipe.shelf
 from kdpipe.adapters import (
     is_adapted,
     read_adapter,
@@ -31,7 +31,7 @@ from kdpipe.adapters import (
     write_adapter,
 )
 from kdpipe.batching import make_batch
-from kdpipe.checkpoints import ModelShelf, open_model, read_trainer, write_model
+from kdpipe.checkpoints import open_model, read_trainer, write_model
 from kdpipe.engine import AdapterSource, ModelSource, SampleRequest, Sampling
 from kdpipe.engines.decoding import is_llama_like
 from kdpipe.engines.hf import HfEngine
@@ -40,6 +40,7 @@ from kdpipe.forward import head_of, hidden_states, token_logprobs
 from kdpipe.housekeeping import export
 from kdpipe.project import Project, open_project
 from kdpipe.recipe import Lora, Optimizer
+from kdpipe.shelf import ModelShelf
 from kdpipe.trainer import Trainer
 from tests.tiny_models import CONFIGS, FAST, ROWS, tiny_model, tiny_tokenizer
 from tests.worlds import NearWorker, Watcher, load_tiny, payload_digests, run_near
@@ -306,7 +307,7 @@ def test_other_teachers_do_not_drop_the_network_that_is_trained(
         opened.append(folder)
         return open_model(folder, **settings)
 
-    monkeypatch.setattr(kdpipe.checkpoints, "open_model", noted)
+    monkeypatch.setattr(kdpipe.shelf, "open_model", noted)
     project = run_near(load_tiny(tmp_path, **changes), tmp_path / "out")
     assert opened.count(entry(project, "sft:student@0") / "model") == 1
     assert entry(project, "sft:other@0") / "model" in opened

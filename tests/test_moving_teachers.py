@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from kdpipe.checkpoints import ModelShelf
 from kdpipe.engine import ModelSource
 from kdpipe.errors import Interrupted
 from kdpipe.project import open_project
+from kdpipe.shelf import ModelShelf
 from kdpipe.trainer import Trainer
 from tests.worlds import NearWorker, Watcher, load_tiny, payload_digests, run_near
 

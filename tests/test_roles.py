@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import kdpipe.roles
-from kdpipe.checkpoints import ModelShelf
 from kdpipe.engine import ModelSource, SampleRequest, Sampling
 from kdpipe.engines.remote import Hosting, WorkerEngine, pack, unpack
 from kdpipe.errors import ArtifactError, EngineError, RecipeError, StepError
 from kdpipe.plan import STUDENT
 from kdpipe.recipe import Recipe, Runtime
 from kdpipe.roles import InTurns, Roles, Turns, seen_alone
+from kdpipe.shelf import ModelShelf
 from tests.fakes import FakeEngine
 from tests.worlds import Watcher, events_of, load_tiny, payload_digests, run_near, tiny_recipe
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from kdpipe.checkpoints import ModelShelf, scratch_model, write_model
+from kdpipe.checkpoints import scratch_model, write_model
 from kdpipe.engine import ModelSource
 from kdpipe.engines.hf import HfEngine
 from kdpipe.errors import EngineError, ModelError, PreflightError, RecipeError
 from kdpipe.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.recipe import Scratch
+from kdpipe.shelf import ModelShelf
 from kdpipe.tasks.arithmetic import words
 from tests.fakes import FakeEngine
 from tests.serving import MODEL, Reply, Served, serve

@@ -23,13 +23,13 @@ from typer.testing import CliRunner
 import kdpipe.perform
 import kdpipe.runner
 import kdpipe.stages.sft
-from kdpipe.checkpoints import ModelShelf
 from kdpipe.cli import app
 from kdpipe.engine import ModelSource
 from kdpipe.errors import ArtifactError, Interrupted, PreflightError
 from kdpipe.job import Job
 from kdpipe.recipe_file import LoadedRecipe, load_recipe
 from kdpipe.rows import Rollout
+from kdpipe.shelf import ModelShelf
 from kdpipe.stages.train import train
 from kdpipe.tables import Scores
 from kdpipe.teachers import TeacherScores, join_scores

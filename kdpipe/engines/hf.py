@@ -27,8 +27,8 @@ from kdpipe.sampling import draw, uniforms
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kdpipe.checkpoints import ModelShelf
     from kdpipe.engine import Ability, ModelSource, Progress, SampleRequest, Sampling, ScoreRequest
+    from kdpipe.shelf import ModelShelf
 
 _PROGRESS_STEPS = 32
 _COMPACT_BELOW = 0.75

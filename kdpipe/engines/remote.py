@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kdpipe.checkpoints import ModelShelf
+    from kdpipe.shelf import ModelShelf
 
 HOST = "kdpipe.engines.remote:Host"
 ARRAY_TYPES = ("<f4", "<f8", "<i4")
@@ -72,7 +72,7 @@ def open_engine(hosting: Hosting) -> Engine:
     runtime, device = hosting.runtime, torch.device(hosting.device)
     match hosting.engine:
         case "hf":
-            from kdpipe.checkpoints import ModelShelf
+            from kdpipe.shelf import ModelShelf
 
             if runtime.threads is not None:
                 torch.set_num_threads(runtime.threads)

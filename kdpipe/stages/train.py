@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kdpipe.checkpoints import Average
+    from kdpipe.average import Average
     from kdpipe.micro_batch import TeacherHidden, TeacherMixture
     from kdpipe.rows import Rollout
     from kdpipe.tables import Scores
