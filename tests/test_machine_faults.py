@@ -103,11 +103,15 @@ def test_a_disk_that_fills_up_stops_the_run_and_space_lets_it_go_on(
     command = Command(tmp_path, tmp_path / "disk" / "out")
     ballast = tmp_path / "disk" / "ballast"
 
-    def fill(_process: subprocess.Popen[bytes]) -> None:
+    def fill(process: subprocess.Popen[bytes]) -> None:
+        for pid in members(process.pid):  # a run as small as this one could end before the disk is full
+            os.kill(pid, signal.SIGSTOP)
         with contextlib.suppress(OSError), ballast.open("wb") as file:
             while True:
                 file.write(b"\0" * 4096)
                 file.flush()
+        for pid in members(process.pid):
+            os.kill(pid, signal.SIGCONT)
 
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=96m", "tmpfs"):
         for when in (When("part done", "rollout@1", 1), When("step started", "train@1")):
