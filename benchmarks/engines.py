@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 from study import commit
 
-from kdpipe.checkpoints import read_architecture
-from kdpipe.devices import dtype_name, resolve_device, resolve_dtype
-from kdpipe.engine import Engine, ModelSource, SampleRequest, Sampling, ScoreRequest
-from kdpipe.engines.hf import HfEngine
-from kdpipe.engines.vllm import VllmEngine
-from kdpipe.recipe import Vllm
-from kdpipe.shelf import ModelShelf
+from kdpipe.engines.hf.engine import HfEngine
+from kdpipe.engines.protocol import Engine, SampleRequest, Sampling, ScoreRequest
+from kdpipe.engines.vllm.engine import VllmEngine
+from kdpipe.models.cache import ModelShelf
+from kdpipe.models.devices import dtype_name, resolve_device, resolve_dtype
+from kdpipe.models.folder import read_architecture
+from kdpipe.models.source import ModelSource
+from kdpipe.recipe.schema import Vllm
 
 
 def main() -> None:

@@ -23,10 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kdpipe.environment import environment
-from kdpipe.project import Project, open_project
-from kdpipe.recipe_file import load_recipe
-from kdpipe.store import MANIFEST, Draft
+from kdpipe.pipeline.project import Project, open_project
+from kdpipe.recipe.file import load_recipe
+from kdpipe.store.artifacts import MANIFEST, Draft
+from kdpipe.store.environment import environment
 from tests.worlds import load_tiny, run_near
 
 ATTEMPTS = 5
@@ -118,7 +118,7 @@ def measured(folder: Path, recipe: Path) -> dict[str, Any]:
         "runs": len(list((folder / "out/runs").iterdir())),
     }
     mirrored = ["run", *place, "--set", "tracking.enabled=true"]
-    subprocess.run([sys.executable, "-m", "kdpipe.cli", *mirrored], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "kdpipe.cli.app", *mirrored], check=True, capture_output=True)
     commands = {
         "run": ["run", *place],
         "run, mirrored": mirrored,
@@ -134,7 +134,10 @@ def seconds(command: list[str]) -> dict[str, float]:
     """What the real command takes, with all that it starts."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     subprocess.run(
-        [sys.executable, "-m", "kdpipe.cli", *command], check=True, capture_output=True, env={**os.environ}
+        [sys.executable, "-m", "kdpipe.cli.app", *command],
+        check=True,
+        capture_output=True,
+        env={**os.environ},
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime

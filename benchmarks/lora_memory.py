@@ -19,17 +19,19 @@ from pathlib import Path
 import torch
 from study import ROOT, commit
 
-from kdpipe.adapters import start_adapter
-from kdpipe.batching import make_batch
-from kdpipe.checkpoints import open_model, scratch_model, write_model, write_trainer
-from kdpipe.engine import ModelSource, ScoreRequest
-from kdpipe.engines.hf import HfEngine
-from kdpipe.forward import head_of, hidden_states, token_logprobs
-from kdpipe.prompting import arithmetic_tokenizer, open_tokenizer
-from kdpipe.recipe import Lora, Optimizer, Scratch
-from kdpipe.shelf import ModelShelf
-from kdpipe.tasks.arithmetic import words
-from kdpipe.trainer import Trainer
+from kdpipe.data.tasks.arithmetic import words
+from kdpipe.engines.hf.engine import HfEngine
+from kdpipe.engines.protocol import ScoreRequest
+from kdpipe.models.adapters import start_adapter
+from kdpipe.models.batching import make_batch
+from kdpipe.models.cache import ModelShelf
+from kdpipe.models.folder import open_model, scratch_model, write_model
+from kdpipe.models.logprobs import head_of, hidden_states, token_logprobs
+from kdpipe.models.prompting import arithmetic_tokenizer, open_tokenizer
+from kdpipe.models.source import ModelSource
+from kdpipe.recipe.schema import Lora, Optimizer, Scratch
+from kdpipe.training.state import write_trainer
+from kdpipe.training.trainer import Trainer
 
 NUM_IDS = 4096
 CPU = torch.device("cpu")

@@ -109,7 +109,7 @@ def run_seed(seed: int, arguments: argparse.Namespace, found: Rows) -> None:
 def prepare(seed: int, arguments: argparse.Namespace) -> None:
     """Makes what the arms of a seed share: both cold starts, and the student's evaluation."""
     before = os.times()
-    command = [sys.executable, "-m", "kdpipe.cli", "evaluate", str(RECIPE), "--round", "0", "--json"]
+    command = [sys.executable, "-m", "kdpipe.cli.app", "evaluate", str(RECIPE), "--round", "0", "--json"]
     command += ["--workspace", str(arguments.workspace)]
     for override in (f"seed={seed}", *arguments.overrides):
         command += ["--set", override]

@@ -77,8 +77,8 @@ def prepare(workspace: Path, *, seed: int, overrides: list[str]) -> list[str]:
 
 def write_data(folder: Path) -> None:
     """One-step word problems as JSON lines; `start.jsonl` has each twice, the second time below its solution."""
-    from kdpipe.recipe import ArithmeticTask
-    from kdpipe.tasks.arithmetic import make_problems
+    from kdpipe.data.tasks.arithmetic import make_problems
+    from kdpipe.recipe.schema import ArithmeticTask
 
     folder.mkdir(parents=True, exist_ok=True)
     task = ArithmeticTask(kind="arithmetic", steps=[1], max_operand=12, train_problems=600, test_problems=200)
@@ -93,10 +93,10 @@ def write_new_model(folder: Path, *, seed: int) -> None:
     """A model that knows nothing, with the tokenizer of the word problems."""
     import torch
 
-    from kdpipe.checkpoints import scratch_model, write_model
-    from kdpipe.prompting import arithmetic_tokenizer, num_ids_in_use
-    from kdpipe.recipe import Scratch
-    from kdpipe.tasks.arithmetic import words
+    from kdpipe.data.tasks.arithmetic import words
+    from kdpipe.models.folder import scratch_model, write_model
+    from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
+    from kdpipe.recipe.schema import Scratch
 
     tokenizer = arithmetic_tokenizer(words())
     model = scratch_model(

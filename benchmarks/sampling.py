@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from kdpipe.devices import resolve_device
-from kdpipe.engine import Completion, ModelSource, SampleRequest, Sampling, ScoreRequest
-from kdpipe.engines.hf import HfEngine
-from kdpipe.shelf import ModelShelf
+from kdpipe.engines.hf.engine import HfEngine
+from kdpipe.engines.protocol import Completion, SampleRequest, Sampling, ScoreRequest
+from kdpipe.models.cache import ModelShelf
+from kdpipe.models.devices import resolve_device
+from kdpipe.models.source import ModelSource
 
 
 def main() -> None:

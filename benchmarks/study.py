@@ -50,7 +50,7 @@ def run_recipe(
     command = [
         sys.executable,
         "-m",
-        "kdpipe.cli",
+        "kdpipe.cli.app",
         "run",
         str(recipe),
         "--json",

@@ -78,7 +78,7 @@ def measured(name: str, seed: int, workspace: Path) -> dict[str, Any]:
 
 def squared_norms(name: str, seed: int, workspace: Path, *, steps: int) -> list[float]:
     """The squared gradient norm of each optimizer step of round 1."""
-    command = [sys.executable, "-m", "kdpipe.cli", "train", str(RECIPE), "--round", "1", "--json"]
+    command = [sys.executable, "-m", "kdpipe.cli.app", "train", str(RECIPE), "--round", "1", "--json"]
     command += ["--workspace", str(workspace)]
     own = [f"seed={seed}", f"train.objective={{kind: kd, kd: {TERMS[name]}}}", f"train.minibatches={steps}"]
     for override in [*SHARED, *own]:

@@ -27,9 +27,9 @@ from selenium.webdriver.support.expected_conditions import (
 )
 from selenium.webdriver.support.ui import WebDriverWait
 
-from kdpipe.project import Project, open_project
-from kdpipe.recipe_file import load_recipe
-from kdpipe.recipes_shipped import shipped_path
+from kdpipe.pipeline.project import Project, open_project
+from kdpipe.recipe.file import load_recipe
+from kdpipe.recipe.shipped import shipped_path
 from kdpipe.report.writing import write_report
 from kdpipe.tracking import settle
 from kdpipe.tracking.page import free_port
@@ -107,7 +107,7 @@ def take_mlflow(driver: webdriver.Chrome, project: Project, images: Path) -> Non
     if record is None or record.run_id is None:
         raise SystemExit(f"{project.run.name}: not in MLflow; run it with tracking on")
     port = free_port("127.0.0.1", 5900)
-    command = [sys.executable, "-m", "kdpipe.cli", "ui", "--workspace", str(project.workspace)]
+    command = [sys.executable, "-m", "kdpipe.cli.app", "ui", "--workspace", str(project.workspace)]
     page = subprocess.Popen([*command, "--port", str(port)])  # noqa: S603 (our own)
     try:
         while not asked(port, "/health"):

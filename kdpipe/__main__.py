@@ -8,7 +8,7 @@ def main() -> None:
     is_heard = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # as in a shell's background
     if is_heard:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing has begun: there is nothing to say
-    from kdpipe.cli import main as run
+    from kdpipe.cli.app import main as run
 
     if is_heard:
         signal.signal(signal.SIGINT, signal.default_int_handler)

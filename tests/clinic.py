@@ -19,15 +19,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-import kdpipe.inputs
-from kdpipe.engine import Ability, Completion, Engine, ModelSource, ScoreRequest, TokenScores
-from kdpipe.perform import Performer
-from kdpipe.project import open_project
-from kdpipe.prompting import arithmetic_tokenizer
-from kdpipe.recipe_file import LoadedRecipe
-from kdpipe.runner import examination
-from kdpipe.sources import Sources
-from kdpipe.workers import Report
+import kdpipe.execution.inputs
+from kdpipe.engines.protocol import Ability, Completion, Engine, ScoreRequest, TokenScores
+from kdpipe.execution.executor import Performer
+from kdpipe.models.prompting import arithmetic_tokenizer
+from kdpipe.models.source import ModelSource
+from kdpipe.pipeline.identities import Sources
+from kdpipe.pipeline.project import open_project
+from kdpipe.pipeline.runner import examination
+from kdpipe.recipe.file import LoadedRecipe
+from kdpipe.workers.worker import Report
 from tests.worlds import load_tiny
 
 WORDS = [*"0123456789", "+", "####", "\n", "Tom", "has", "apples", "pens"]
@@ -129,7 +130,7 @@ def examined(
     request = examination(open_project(loaded, workspace), folders, 1, depth=depth)  # type: ignore[arg-type]
     with one_thread(), pytest.MonkeyPatch.context() as patch:
         if wire is not None:
-            patch.setattr(kdpipe.inputs.Inputs, "engine", _behind(wire))
+            patch.setattr(kdpipe.execution.inputs.Inputs, "engine", _behind(wire))
         answer: Any = Performer()(json.loads(json.dumps(request)), Report(lambda _message: None))
     findings = json.loads(json.dumps(answer["findings"]))
     return {(one["probe"], one["about"]): one for one in findings}
@@ -137,7 +138,7 @@ def examined(
 
 def _behind(wire: Callable[[Engine], Engine]) -> Callable[[Any, Any, str], Engine]:
     """What a step opens its engines by, each behind a wire of its own that stays."""
-    opened = kdpipe.inputs.Inputs.engine
+    opened = kdpipe.execution.inputs.Inputs.engine
     wires: dict[int, Engine] = {}
 
     def engine(inputs: Any, name: Any, role: str) -> Engine:

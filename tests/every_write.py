@@ -33,11 +33,12 @@ from typing import Any, Literal, NoReturn, get_args
 import pytest
 import torch
 
-import kdpipe.perform
-import kdpipe.runs
-import kdpipe.store
+import kdpipe.execution.executor
+import kdpipe.pipeline.runs
+import kdpipe.store.artifacts
 from kdpipe.errors import StepError
-from kdpipe.recipe_file import LoadedRecipe
+from kdpipe.recipe.file import LoadedRecipe
+from kdpipe.store import durable
 from tests.commands import assert_metrics_are_there_once, assert_nothing_was_done_twice
 from tests.worlds import events_of, leftovers, load_tiny, payload_digests, run_near
 
@@ -91,13 +92,8 @@ class Changes:
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Every change to the disk goes through `made` while this is open."""
-        store = kdpipe.store
-        write, append, remove, link = (
-            store.write_durably,
-            store.append_line,
-            store._remove,
-            kdpipe.runs.RunFolder.link,
-        )
+        write, append, remove = durable.write_durably, durable.append_line, durable.remove
+        link = kdpipe.pipeline.runs.RunFolder.link
 
         def write_durably(path: Path, writer: Callable[[Path], None]) -> None:
             what = f"write {place(path)}"
@@ -126,14 +122,22 @@ class Changes:
             self.made(f"link {step.id}", lambda: link(run, step, entry), lambda: None, calls="link")
 
         try:
-            store.write_durably, store._remove = write_durably, removed
-            store.append_line = kdpipe.runs.append_line = kdpipe.perform.append_line = append_line
-            kdpipe.runs.RunFolder.link = linked  # type: ignore[method-assign]
+            replace_everywhere(write_durably, append_line, remove=removed)
+            kdpipe.pipeline.runs.RunFolder.link = linked  # type: ignore[method-assign]
             yield
         finally:
-            store.write_durably, store._remove = write, remove
-            store.append_line = kdpipe.runs.append_line = kdpipe.perform.append_line = append
-            kdpipe.runs.RunFolder.link = link  # type: ignore[method-assign]
+            replace_everywhere(write, append, remove=remove)
+            kdpipe.pipeline.runs.RunFolder.link = link  # type: ignore[method-assign]
+
+
+def replace_everywhere(
+    write_durably: Callable[..., None], append_line: Callable[..., None], *, remove: Callable[..., None]
+) -> None:
+    """Puts these in the place of the store's own, in every module that has them by name."""
+    new = {"write_durably": write_durably, "append_line": append_line, "remove": remove}
+    for module in (durable, kdpipe.store.artifacts, kdpipe.pipeline.runs, kdpipe.execution.executor):
+        for name in new.keys() & vars(module).keys():
+            setattr(module, name, new[name])
 
 
 @contextlib.contextmanager
@@ -153,8 +157,8 @@ def refused(calls: str, error: OSError) -> Iterator[None]:
 
     real_write = os.write
     places: dict[str, list[tuple[Any, str, Any]]] = {
-        "bytes": [(kdpipe.store, "_files", fail_after_half)],  # what is called when the writer has written
-        "fsync": [(kdpipe.store, "_fsync", fail)],
+        "bytes": [(durable, "files_below", fail_after_half)],  # what is called when the writer has written
+        "fsync": [(durable, "_fsync", fail)],
         "rename": [(Path, "replace", fail)],
         "line": [(os, "write", fail_in_the_middle)],
         "remove": [(shutil, "rmtree", fail), (Path, "unlink", fail)],
@@ -289,15 +293,15 @@ def trials(
 @contextlib.contextmanager
 def a_world() -> Iterator[World]:
     """A world to try in. No power fails here, and what an ended process has written is not lost with it."""
-    threads, fsync = torch.get_num_threads(), kdpipe.store._fsync
+    threads, fsync = torch.get_num_threads(), durable._fsync
     torch.set_num_threads(1)  # threads do not live in a forked child
-    kdpipe.store._fsync = lambda _path: None
+    durable._fsync = lambda _path: None
     try:
         with tempfile.TemporaryDirectory() as folder:
             yield World(Path(folder))
     finally:
         torch.set_num_threads(threads)
-        kdpipe.store._fsync = fsync
+        durable._fsync = fsync
 
 
 def main() -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kdpipe.engine import (
+from kdpipe.engines.protocol import (
     Ability,
     Completion,
-    ModelSource,
     Progress,
     SampleRequest,
     Sampling,
@@ -19,6 +18,7 @@ from kdpipe.engine import (
     TokenScores,
 )
 from kdpipe.errors import EngineError
+from kdpipe.models.source import ModelSource
 
 
 def fake_text(ids: Sequence[int]) -> str:

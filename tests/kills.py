@@ -36,7 +36,7 @@ Victim = Literal["all", "command", "worker", "mirror"]
 How = Literal["SIGKILL", "SIGTERM", "SIGINT", "SIGINT to the group"]
 
 AIMED: tuple[Target, ...] = ("parquet", "tensors", "manifest", "MLflow", "notes")
-SERVED = {"worker": b"kdpipe.perform:Performer", "mirror": b"kdpipe.tracking.synchronizer:serve"}
+SERVED = {"worker": b"kdpipe.execution.executor:Performer", "mirror": b"kdpipe.tracking.synchronizer:serve"}
 TENSOR_FOLDERS = (".tmp-model", ".tmp-trainer", ".tmp-ema", ".tmp-step-")
 STOP_SECONDS = 8.0
 DEAD_WORKER_SECONDS = 70.0

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdpipe.plan import Identities, Step, make_plan
-from kdpipe.recipe import Tracking
-from kdpipe.recipe_file import LoadedRecipe, load_recipe
-from kdpipe.rows import Rollout
-from kdpipe.runs import RunFolder, run_folder
-from kdpipe.store import Draft, Store
-from kdpipe.tables import GRADES, ROLLOUTS, write_rows
+from kdpipe.data.rows import Rollout
+from kdpipe.data.tables import GRADES, ROLLOUTS, write_rows
+from kdpipe.pipeline.plan import Identities, make_plan
+from kdpipe.pipeline.runs import RunFolder, run_folder
+from kdpipe.recipe.file import LoadedRecipe, load_recipe
+from kdpipe.recipe.schema import Tracking
+from kdpipe.store.artifacts import Draft, Store
+from kdpipe.store.step import Step
 from kdpipe.tracking.record import Request
 from kdpipe.tracking.synchronizer import Synchronizer
-from kdpipe.workers import Report
+from kdpipe.workers.worker import Report
 
 RECIPE = """
 name: {name}

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from kdpipe.plan import Step
-from kdpipe.project import Project
-from kdpipe.report.completions import Batch, Change, Kind, _Columns
-from kdpipe.report.measures import Measures
+from kdpipe.data.tables import Scores
+from kdpipe.pipeline.project import Project
 from kdpipe.report.page import render
-from kdpipe.report.pieces import Piece, Pieces
 from kdpipe.report.tokens_data import Titled
-from kdpipe.tables import Scores
+from kdpipe.results.completions import Batch, Change, Kind, _Columns
+from kdpipe.results.measures import Measures
+from kdpipe.results.pieces import Piece, Pieces
+from kdpipe.store.step import Step
 from tests import nasty_texts
 
 HIT = (

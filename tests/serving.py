@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from typing import Any, Literal
 
-from kdpipe.engine import Engine, SampleRequest, Sampling, ScoreRequest
-from kdpipe.engines.server import SEQUENCE
+from kdpipe.engines.protocol import Engine, SampleRequest, Sampling, ScoreRequest
+from kdpipe.engines.server.engine import SEQUENCE
 
 MODEL = "served"
 

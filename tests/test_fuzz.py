@@ -22,23 +22,24 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from kdpipe.checkpoints import read_trainer, write_trainer
-from kdpipe.engine import Sampling
-from kdpipe.engines.http import HttpClient, Limits
-from kdpipe.engines.replies import MoreIdsNeeded, read_completion, read_scores, served_models
+from kdpipe.data.tasks import gsm8k, jsonl
+from kdpipe.data.tasks.answers import extract_expected, flexible_answer, grade, parse_number, strict_answer
+from kdpipe.engines.protocol import Sampling
+from kdpipe.engines.server.http import HttpClient, Limits
+from kdpipe.engines.server.replies import MoreIdsNeeded, read_completion, read_scores, served_models
+from kdpipe.engines.signatures import require_same
 from kdpipe.errors import ArtifactError, DataError, EngineError, KdpipeError
-from kdpipe.plan import Step
-from kdpipe.project import open_project
-from kdpipe.recipe import JsonlTask, SftOptimizer
-from kdpipe.recipe_file import load_recipe
-from kdpipe.recipes_shipped import shipped
-from kdpipe.seals import sealed, unsealed
-from kdpipe.signatures import require_same
-from kdpipe.store import Manifest, Store, canonical, read_lines
-from kdpipe.survey import inspect
-from kdpipe.tasks import gsm8k, jsonl
-from kdpipe.tasks.answers import extract_expected, flexible_answer, grade, parse_number, strict_answer
-from kdpipe.trainer import Trainer
+from kdpipe.pipeline.project import open_project
+from kdpipe.pipeline.status import inspect
+from kdpipe.recipe.file import load_recipe
+from kdpipe.recipe.schema import JsonlTask, SftOptimizer
+from kdpipe.recipe.shipped import shipped
+from kdpipe.store.artifacts import Manifest, Store, canonical
+from kdpipe.store.durable import read_lines
+from kdpipe.store.seals import sealed, unsealed
+from kdpipe.store.step import Step
+from kdpipe.training.state import read_trainer, write_trainer
+from kdpipe.training.trainer import Trainer
 from tests.nasty_texts import texts
 from tests.tiny_models import tiny_model
 from tests.worlds import tiny_recipe
@@ -387,7 +388,7 @@ def signed(document: Any) -> Any:
 
 
 def manifest_document() -> Any:
-    from kdpipe.store import StoredFile
+    from kdpipe.store.artifacts import StoredFile
 
     files = (StoredFile("model/config.json", 2, "0" * 64), StoredFile("rollouts.parquet", 5, "1" * 64))
     provenance = {"step": "rollout@1", "finished": 1.5}
@@ -511,7 +512,7 @@ def test_any_note_is_read_or_made_again(data: bytes, tmp_path: Path) -> None:
         (run / name).write_bytes(data)
     (run / "events.jsonl").write_bytes(data)
     assert project.survey()
-    from kdpipe.runs import droppable
+    from kdpipe.pipeline.runs import droppable
     from kdpipe.tracking.record import read_record
     from kdpipe.tracking.standing import pending
 

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from kdpipe.engine import ModelSource
-from kdpipe.prompting import arithmetic_tokenizer, num_ids_in_use
-from kdpipe.tasks.arithmetic import words
+from kdpipe.data.tasks.arithmetic import words
+from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
+from kdpipe.models.source import ModelSource
 from tests.auditing import Noted, audited, listing, noted
 from tests.fakes import FakeEngine
 from tests.nasty_texts import NASTY, acting
@@ -84,7 +84,7 @@ class Command:
 
     def __call__(self, *arguments: str) -> int:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "kdpipe.cli", *arguments],
+            [sys.executable, "-m", "kdpipe.cli.app", *arguments],
             cwd=self.folder / "here",
             env=self.environment,
             stdout=subprocess.PIPE,

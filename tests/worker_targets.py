@@ -1,4 +1,4 @@
-"""Factories for `kdpipe.workers` that do what a test asks, in a process that starts quickly."""
+"""Factories for `kdpipe.workers.worker` that do what a test asks, in a process that starts quickly."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kdpipe.errors import ArtifactError, StepError
-from kdpipe.pulse import Stopped
-from kdpipe.workers import Message, Report
+from kdpipe.workers.pulse import Stopped
+from kdpipe.workers.worker import Message, Report
 
 if TYPE_CHECKING:
     from kdpipe.engines.remote import Host

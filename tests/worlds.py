@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import yaml
 
-from kdpipe.perform import Performer
-from kdpipe.project import Project
-from kdpipe.pulse import Stopped
-from kdpipe.recipe_file import LoadedRecipe, load_recipe
-from kdpipe.runner import Request, run
-from kdpipe.store import read_lines
-from kdpipe.workers import Message, Report
+from kdpipe.execution.executor import Performer
+from kdpipe.pipeline.project import Project
+from kdpipe.pipeline.runner import Request, run
+from kdpipe.recipe.file import LoadedRecipe, load_recipe
+from kdpipe.store.durable import read_lines
+from kdpipe.workers.pulse import Stopped
+from kdpipe.workers.worker import Message, Report
 
 _SCRATCH = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
 _TINY: dict[str, Any] = {
@@ -46,7 +46,7 @@ _TINY: dict[str, Any] = {
         "part_rows": 4,
         "checkpoint_steps": 2,
         "allow_weak_teacher": True,
-        "preflight": False,  # tests/test_doctor.py has it on
+        "preflight": False,  # tests/doctor/test_doctor.py has it on
     },
 }
 
@@ -185,10 +185,10 @@ def run_near(
     **request: Any,
 ) -> Project:
     """Runs the recipe without starting a process; every call begins as cold as a new command."""
-    import kdpipe.runner
+    import kdpipe.pipeline.runner
 
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    real, kdpipe.runner.Worker = kdpipe.runner.Worker, NearWorker
+    real, kdpipe.pipeline.runner.Worker = kdpipe.pipeline.runner.Worker, NearWorker
     try:
         return run(
             loaded,
@@ -198,7 +198,7 @@ def run_near(
             open_mirror=lambda _project: mirror or SilentMirror(),
         )
     finally:
-        kdpipe.runner.Worker = real
+        kdpipe.pipeline.runner.Worker = real
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(mode=deterministic)
 

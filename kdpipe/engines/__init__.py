@@ -1,1 +1,1 @@
-"""Backends of the Engine protocol: one module each, the only place that imports that library."""
+"""What samples and scores: one protocol, three engines."""

@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from pydantic import JsonValue, TypeAdapter
 
-from kdpipe.engine import (
+from kdpipe.engines.protocol import (
     Ability,
     Completion,
     Engine,
-    ModelSource,
     Progress,
     SampleRequest,
     Sampling,
@@ -30,8 +29,9 @@ from kdpipe.engine import (
     TokenScores,
 )
 from kdpipe.errors import EngineError, KdpipeError
-from kdpipe.recipe import EngineName, Runtime
-from kdpipe.workers import Message, Report, Worker
+from kdpipe.models.source import ModelSource
+from kdpipe.recipe.schema import EngineName, Runtime
+from kdpipe.workers.worker import Message, Report, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kdpipe.shelf import ModelShelf
+    from kdpipe.models.cache import ModelShelf
 
 HOST = "kdpipe.engines.remote:Host"
 ARRAY_TYPES = ("<f4", "<f8", "<i4")
@@ -72,14 +72,14 @@ def open_engine(hosting: Hosting) -> Engine:
     runtime, device = hosting.runtime, torch.device(hosting.device)
     match hosting.engine:
         case "hf":
-            from kdpipe.shelf import ModelShelf
+            from kdpipe.models.cache import ModelShelf
 
             if runtime.threads is not None:
                 torch.set_num_threads(runtime.threads)
             torch.use_deterministic_algorithms(mode=True, warn_only=True)
             return hf_engine(ModelShelf(device, limit=hosting.num_models), runtime)
         case "vllm":
-            from kdpipe.engines.vllm import VllmEngine
+            from kdpipe.engines.vllm.engine import VllmEngine
 
             return VllmEngine(
                 runtime.vllm, device=device, score_tokens=runtime.score_tokens, threads=runtime.threads
@@ -88,7 +88,7 @@ def open_engine(hosting: Hosting) -> Engine:
 
 def hf_engine(shelf: ModelShelf, runtime: Runtime) -> Engine:
     """The engine that runs the models of `shelf` in this process."""
-    from kdpipe.engines.hf import HfEngine
+    from kdpipe.engines.hf.engine import HfEngine
 
     return HfEngine(
         shelf,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kdpipe.comparison import Row
-from kdpipe.comparison_lines import HEADER, cells_of, notes_on
 from kdpipe.report.figure import Bar, interval_svg
 from kdpipe.report.markup import Html, element, joined, paragraph, section
+from kdpipe.results.comparison import Row
+from kdpipe.results.comparison_lines import HEADER, cells_of, notes_on
 
 LABEL, SEEDS, ROUND, ACCURACY, INTERVAL, DIFFERENCE, P_VALUE, TOKENS, SECONDS = range(len(HEADER))
 

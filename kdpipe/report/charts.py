@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from kdpipe.plan import STUDENT, Stage
+from kdpipe.method.statistics import Interval
+from kdpipe.recipe.roles import STUDENT
 from kdpipe.report.figure import Chart, Point, Series
-from kdpipe.report.measures import Evaluation, Measures
-from kdpipe.statistics import Interval
+from kdpipe.results.measures import Evaluation, Measures
+from kdpipe.store.step import Stage
 
 STAGES_SHOWN: tuple[Stage, ...] = ("rollout", "teacher-score", "train", "evaluate")
 SHORT: dict[Stage, str] = {

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
+from kdpipe.method.statistics import Interval
 from kdpipe.report.figure import Bar, interval_svg
 from kdpipe.report.markup import Html, element, joined, paragraph, section, table
-from kdpipe.report.measures import Evaluation, Measures
-from kdpipe.report.verdict import nats, percent, points, signed, verdict, warnings
-from kdpipe.statistics import Interval
+from kdpipe.results.measures import Evaluation, Measures
+from kdpipe.results.verdict import nats, percent, points, signed, verdict, warnings
 
 MANY = re.compile(r"(pass|maj)_at_[0-9]+")
 

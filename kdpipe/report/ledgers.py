@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kdpipe.duration import duration
-from kdpipe.plan import Stage
+from kdpipe.pipeline.duration import duration
 from kdpipe.report.figure import shares_svg
 from kdpipe.report.markup import Child, Html, element, joined, paragraph, section, table
-from kdpipe.report.measures import Measures, token_totals
-from kdpipe.report.verdict import percent
+from kdpipe.results.measures import Measures, token_totals
+from kdpipe.results.verdict import percent
+from kdpipe.store.step import Stage
 
 MAX_RECIPE_CHARACTERS = 60_000
 COLOURS: dict[Stage, int] = {"rollout": 0, "teacher-score": 1, "train": 2, "evaluate": 3, "sft": 4}

@@ -13,25 +13,19 @@ from importlib.resources import files
 from typing import Any
 
 from kdpipe import __version__
-from kdpipe.comparison import Row
-from kdpipe.plan import STUDENT
+from kdpipe.recipe.roles import STUDENT
 from kdpipe.report.against import against_section
 from kdpipe.report.charts import charts
-from kdpipe.report.figure import (
-    Chart,
-    Series,
-    chart_svg,
-    rounds_of,
-    thinned,
-)
+from kdpipe.report.figure import Chart, Series, chart_svg, rounds_of, thinned
 from kdpipe.report.headline import headroom_section, verdict_section
 from kdpipe.report.ledgers import costs_section, mismatch_section, provenance_section
 from kdpipe.report.markup import Html, element, embedded, paragraph, section, table
-from kdpipe.report.measures import Measures
 from kdpipe.report.stamp import NAME as STAMP_NAME
 from kdpipe.report.token_view import tokens_section
 from kdpipe.report.tokens_data import Titled, token_data
-from kdpipe.report.verdict import model_name
+from kdpipe.results.comparison import Row
+from kdpipe.results.measures import Measures
+from kdpipe.results.verdict import model_name
 
 MAX_BYTES = 3_000_000
 MAX_TOKEN_BYTES = 2_300_000

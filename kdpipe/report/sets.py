@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kdpipe.report.completions import Batch, Reader
 from kdpipe.report.tokens_data import Titled
+from kdpipe.results.completions import Batch, Reader
 
 
 def titled_batches(reader: Reader) -> list[Titled]:

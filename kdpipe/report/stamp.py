@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from kdpipe import __version__
-from kdpipe.plan import canonical
+from kdpipe.store.step import canonical
 
 NAME = "kdpipe-made-from"
 HEAD_BYTES = 4096

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import chain, repeat, zip_longest
 from typing import Any
 
-from kdpipe.report.completions import Batch, Completion, Token
 from kdpipe.report.markup import visible
+from kdpipe.results.completions import Batch, Completion, Token
 
 MAX_COMPLETIONS = 300
 """Of one batch."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from kdpipe.project import Project
+from kdpipe.pipeline.project import Project
+from kdpipe.pipeline.runs import RunFolder
 from kdpipe.report.stamp import is_current, stamp
-from kdpipe.runs import RunFolder
-from kdpipe.store import write_bytes
+from kdpipe.store.durable import write_bytes
 
 FILE = "report.html"
 FIGURES = "figures"
@@ -47,14 +47,14 @@ def write_report(
     shown as what makes the run again; the run is held against `others`. Raises ArtifactError where an artifact that
     it reads is damaged, DataError where runs cannot be compared.
     """
-    from kdpipe.comparison import compare, read_contender
     from kdpipe.report.charts import charts
-    from kdpipe.report.completions import Reader
     from kdpipe.report.figure import rounds_of
     from kdpipe.report.figure_file import figure_file
-    from kdpipe.report.measures import Measures
     from kdpipe.report.page import render
     from kdpipe.report.sets import titled_batches
+    from kdpipe.results.comparison import compare, read_contender
+    from kdpipe.results.completions import Reader
+    from kdpipe.results.measures import Measures
 
     measures = Measures(project)
     digests = {state.step.id: state.digest if state.done else None for state in measures.states}

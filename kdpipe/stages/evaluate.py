@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from kdpipe import statistics
+from kdpipe.data.seeds import permutation
+from kdpipe.data.tables import GRADES, REVERSE_KL, REVERSE_KL_OF_SEVERAL, read_rows
+from kdpipe.data.tasks.answers import grade, parse_number
 from kdpipe.errors import DataError
-from kdpipe.job import Job, Text, mean, read_completion, request_for, sampling_of
-from kdpipe.routing import teaches
-from kdpipe.seeds import permutation
+from kdpipe.method import statistics
 from kdpipe.stages.held_out import Against, Exact, has_exact, verdicts
+from kdpipe.stages.job import Job, Text, mean, read_completion, request_for, sampling_of
 from kdpipe.stages.rollout import sample_all
-from kdpipe.tables import GRADES, REVERSE_KL, REVERSE_KL_OF_SEVERAL, read_rows
-from kdpipe.tasks.answers import grade, parse_number
+from kdpipe.stages.routing import teaches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from pydantic import JsonValue
 
-    from kdpipe.engine import Completion, Engine, ModelSource
-    from kdpipe.recipe import Teacher
-    from kdpipe.rows import Problem
+    from kdpipe.data.rows import Problem
+    from kdpipe.engines.protocol import Completion, Engine
+    from kdpipe.models.source import ModelSource
+    from kdpipe.recipe.schema import Teacher
 
 BOOTSTRAP_SEED = 0
 Rows = list[dict[str, Any]]

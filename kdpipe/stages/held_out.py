@@ -13,20 +13,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kdpipe.devices import resolve_device
-from kdpipe.engine import ScoreRequest
-from kdpipe.forward import reverse_kl
-from kdpipe.micro_batch import TeacherHidden, TeacherMixture, TeacherPart
-from kdpipe.routing import teaches
+from kdpipe.engines.protocol import ScoreRequest
+from kdpipe.method.exact_kl import reverse_kl
+from kdpipe.method.micro_batch import TeacherHidden, TeacherMixture, TeacherPart
+from kdpipe.method.mixture import mixed_logprobs
+from kdpipe.models.devices import resolve_device
+from kdpipe.stages.routing import teaches
 from kdpipe.stages.teacher_score import TeacherSide, output_head, score_completions, swapped_head
-from kdpipe.teachers import mixed_logprobs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kdpipe.engine import Engine, ModelSource
-    from kdpipe.forward import Head, Side
-    from kdpipe.job import Job, Text
+    from kdpipe.engines.protocol import Engine
+    from kdpipe.method.exact_kl import Side
+    from kdpipe.models.logprobs import Head
+    from kdpipe.models.source import ModelSource
+    from kdpipe.stages.job import Job, Text
     from kdpipe.stages.teacher_score import Scored, Triple
 
 

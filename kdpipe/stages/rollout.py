@@ -11,18 +11,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from kdpipe.data.rows import Rollout
+from kdpipe.data.seeds import chosen_ids, round_indices
+from kdpipe.data.tables import ROLLOUTS, read_rollouts
 from kdpipe.errors import DataError
-from kdpipe.job import Job, Text, mean, read_completion, request_for, sampling_of
-from kdpipe.prompting import reference_completion
-from kdpipe.rows import Rollout
-from kdpipe.seeds import chosen_ids, round_indices
-from kdpipe.tables import ROLLOUTS, read_rollouts
+from kdpipe.models.prompting import reference_completion
+from kdpipe.stages.job import Job, Text, mean, read_completion, request_for, sampling_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kdpipe.engine import Completion, Engine, ModelSource, SampleRequest, Sampling
-    from kdpipe.rows import Problem
+    from kdpipe.data.rows import Problem
+    from kdpipe.engines.protocol import Completion, Engine, SampleRequest, Sampling
+    from kdpipe.models.source import ModelSource
 
 
 def rollout(

@@ -11,21 +11,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kdpipe.batching import batches_by_tokens, make_batch
-from kdpipe.checkpoints import write_model, write_trainer
+from kdpipe.data.seeds import permutation
 from kdpipe.errors import StepError
-from kdpipe.forward import head_of, hidden_states, token_logprobs
-from kdpipe.job import NOTHING_PUBLISHED, Job, Text
-from kdpipe.prompting import reference_completion
-from kdpipe.seeds import permutation
+from kdpipe.models.batching import batches_by_tokens, make_batch
+from kdpipe.models.folder import write_model
+from kdpipe.models.logprobs import head_of, hidden_states, token_logprobs
+from kdpipe.models.prompting import reference_completion
+from kdpipe.stages.job import NOTHING_PUBLISHED, Job, Text
+from kdpipe.training.state import write_trainer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from kdpipe.recipe import Sft
-    from kdpipe.rows import Problem, Rollout
-    from kdpipe.trainer import Trainer
+    from kdpipe.data.rows import Problem, Rollout
+    from kdpipe.recipe.schema import Sft
+    from kdpipe.training.trainer import Trainer
 
 METRIC_EVERY = 20
 NAMED_PROMPTS = 8

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 import torch
 
-from kdpipe.checkpoints import head_digest, read_head
-from kdpipe.devices import resolve_device, resolve_dtype
-from kdpipe.engine import ScoreRequest, TokenScores
+from kdpipe.data.hidden import FILE as HIDDEN_FILE
+from kdpipe.data.hidden import to_bytes, write_hidden
+from kdpipe.data.tables import HIDDEN_PART, SCORES, Scores, read_scores, topk_schema
+from kdpipe.engines.protocol import ScoreRequest, TokenScores
 from kdpipe.errors import PreflightError
-from kdpipe.forward import Head
-from kdpipe.hidden import FILE as HIDDEN_FILE
-from kdpipe.hidden import to_bytes, write_hidden
-from kdpipe.job import Job, Text
-from kdpipe.prompting import Vocabulary, compare_vocabularies, render_teacher_prompt, used_arguments
-from kdpipe.routing import teaches
-from kdpipe.tables import HIDDEN_PART, SCORES, Scores, read_scores, topk_schema
+from kdpipe.models.devices import resolve_device, resolve_dtype
+from kdpipe.models.folder import head_digest, read_head
+from kdpipe.models.logprobs import Head
+from kdpipe.models.prompting import Vocabulary, compare_vocabularies, render_teacher_prompt, used_arguments
+from kdpipe.stages.job import Job, Text
+from kdpipe.stages.routing import teaches
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kdpipe.engine import Engine, ModelSource
-    from kdpipe.recipe import Recipe, Teacher
-    from kdpipe.rows import Problem, Rollout
+    from kdpipe.data.rows import Problem, Rollout
+    from kdpipe.engines.protocol import Engine
+    from kdpipe.models.source import ModelSource
+    from kdpipe.recipe.schema import Recipe, Teacher
 
 MAX_UNSCORABLE_FRACTION = 0.01
 Triple: TypeAlias = "tuple[Problem, list[int], list[int]]"

@@ -9,17 +9,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from kdpipe.data.tables import ROLLOUTS, read_rollouts
 from kdpipe.errors import PreflightError
-from kdpipe.job import Job, Text, mean, request_for, sampling_of
-from kdpipe.routing import teaches
+from kdpipe.stages.job import Job, Text, mean, request_for, sampling_of
 from kdpipe.stages.rollout import graded_row, round_problems, sample_all, sampled_ids
-from kdpipe.tables import ROLLOUTS, read_rollouts
+from kdpipe.stages.routing import teaches
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kdpipe.engine import Completion, Engine, ModelSource
-    from kdpipe.rows import Problem, Rollout
+    from kdpipe.data.rows import Problem, Rollout
+    from kdpipe.engines.protocol import Completion, Engine
+    from kdpipe.models.source import ModelSource
     from kdpipe.stages.teacher_score import TeacherSide
 
 

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kdpipe.batching import Batch, batches_by_tokens, make_batch
-from kdpipe.checkpoints import write_model, write_trainer
+from kdpipe.data.seeds import permutation
+from kdpipe.data.tables import COMPLETIONS, write_rows
 from kdpipe.errors import StepError
-from kdpipe.forward import head_of, hidden_states, score_tokens
-from kdpipe.job import NOTHING_PUBLISHED, Job, Text, mean
-from kdpipe.micro_batch import micro_batch_loss
-from kdpipe.mismatch import ledger, mismatch
-from kdpipe.objective import (
+from kdpipe.method.micro_batch import micro_batch_loss
+from kdpipe.method.mismatch import ledger, mismatch
+from kdpipe.method.mixture import shuffled
+from kdpipe.method.objective import (
     NonFiniteError,
     TeacherSupport,
     TokenBatch,
@@ -31,12 +30,14 @@ from kdpipe.objective import (
     open_completions,
     shares,
 )
-from kdpipe.recipe import Objective, SampledTerm
-from kdpipe.seeds import permutation
+from kdpipe.models.batching import Batch, batches_by_tokens, make_batch
+from kdpipe.models.folder import write_model
+from kdpipe.models.logprobs import head_of, hidden_states, score_tokens
+from kdpipe.recipe.schema import Objective, SampledTerm
+from kdpipe.stages.job import NOTHING_PUBLISHED, Job, Text, mean
 from kdpipe.stages.sft import apply_gradient, write_state
 from kdpipe.stages.teacher_score import check_scorable, score_metrics
-from kdpipe.tables import COMPLETIONS, write_rows
-from kdpipe.teachers import shuffled
+from kdpipe.training.state import write_trainer
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -44,12 +45,12 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kdpipe.average import Average
-    from kdpipe.micro_batch import TeacherHidden, TeacherMixture
-    from kdpipe.rows import Rollout
-    from kdpipe.tables import Scores
-    from kdpipe.teachers import RoundScores
-    from kdpipe.trainer import Trainer
+    from kdpipe.data.rows import Rollout
+    from kdpipe.data.tables import Scores
+    from kdpipe.method.micro_batch import TeacherHidden, TeacherMixture
+    from kdpipe.method.mixture import RoundScores
+    from kdpipe.training.ema import Average
+    from kdpipe.training.trainer import Trainer
 
 
 @dataclass(frozen=True, slots=True)

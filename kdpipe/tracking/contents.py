@@ -15,10 +15,12 @@ from typing import Any
 from pydantic import JsonValue
 
 from kdpipe.errors import ArtifactError
-from kdpipe.plan import STUDENT, canonical, link_name_of
-from kdpipe.runs import RunFolder
-from kdpipe.store import METRICS, TEMPORARY, Entry, linked_entry
-from kdpipe.studies import COMPARISON, TABLE
+from kdpipe.pipeline.runs import RunFolder
+from kdpipe.recipe.roles import STUDENT
+from kdpipe.results.studies import COMPARISON, TABLE
+from kdpipe.store.artifacts import METRICS, Entry, linked_entry
+from kdpipe.store.durable import TEMPORARY
+from kdpipe.store.step import canonical, link_name_of
 
 SUMMARY = "summary.json"
 MAX_METRICS = 1000  # what a server takes in one batch

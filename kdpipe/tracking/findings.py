@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdpipe.plan import STUDENT
-from kdpipe.project import headroom_of
-from kdpipe.recipe import Recipe
-from kdpipe.report.measures import accuracy_of, interval_of, reverse_kl_change_of, reverse_kl_of
-from kdpipe.report.verdict import effect, nats, p_text, percent, points, signed
-from kdpipe.statistics import Interval
+from kdpipe.method.statistics import Interval
+from kdpipe.pipeline.project import headroom_of
+from kdpipe.recipe.roles import STUDENT
+from kdpipe.recipe.schema import Recipe
+from kdpipe.results.measures import accuracy_of, interval_of, reverse_kl_change_of, reverse_kl_of
+from kdpipe.results.verdict import effect, nats, p_text, percent, points, signed
 
 Summary = Mapping[str, Any]
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from kdpipe.errors import KdpipeError, StepError
-from kdpipe.project import Project
-from kdpipe.recipe import Tracking
-from kdpipe.studies import Study
+from kdpipe.pipeline.project import Project
+from kdpipe.recipe.schema import Tracking
+from kdpipe.results.studies import Study
 from kdpipe.tracking.record import ENVIRONMENT, Request, Status, record_of, write_record
 from kdpipe.tracking.standing import is_finished, pending, unsettled
-from kdpipe.workers import Message, Worker
+from kdpipe.workers.worker import Message, Worker
 
 if TYPE_CHECKING:
-    from kdpipe.runner import Mirror
+    from kdpipe.pipeline.runner import Mirror
 
 LOG = Path("logs", "tracking.log")
 QUIET_SECONDS = 10.0

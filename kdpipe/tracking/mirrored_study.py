@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.errors import ArtifactError
-from kdpipe.recipe import Tracking
-from kdpipe.studies import COMPARISON, TABLE, Study, all_studies, read_study
+from kdpipe.recipe.schema import Tracking
+from kdpipe.results.studies import COMPARISON, TABLE, Study, all_studies, read_study
 from kdpipe.tracking.contents import (
     MAX_NAME,
     MetricRow,

@@ -31,10 +31,10 @@ from mlflow.entities import (
 from mlflow.models import Model
 
 from kdpipe.errors import KdpipeError
-from kdpipe.store import write_durably
+from kdpipe.store.durable import write_durably
 from kdpipe.tracking.contents import MAX_METRICS, MetricRow, text_digest
 from kdpipe.tracking.record import ARTIFACTS, DATABASE, Record, Status, database_uri
-from kdpipe.workers import Report
+from kdpipe.workers.worker import Report
 
 MAX_PARAMS = 100  # or tags, in one batch
 NOTE, NOTE_DIGEST = (

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from kdpipe.errors import ArtifactError
-from kdpipe.recipe import Tracking
-from kdpipe.store import write_json
-from kdpipe.studies import read_study
+from kdpipe.recipe.schema import Tracking
+from kdpipe.results.studies import read_study
+from kdpipe.store.durable import write_json
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 Kind = Literal["run", "study"]

@@ -10,8 +10,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from kdpipe.data.tables import GRADES, ROLLOUTS, read_rows
 from kdpipe.report.markup import visible
-from kdpipe.tables import GRADES, ROLLOUTS, read_rows
 from kdpipe.tracking.contents import DoneStep
 
 MAX_GRADES = 500

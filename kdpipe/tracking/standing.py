@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from kdpipe.recipe import Tracking
-from kdpipe.runs import all_runs
-from kdpipe.store import is_running
-from kdpipe.studies import COMPARISON, all_studies, read_study
+from kdpipe.pipeline.runs import all_runs
+from kdpipe.recipe.schema import Tracking
+from kdpipe.results.studies import COMPARISON, all_studies, read_study
+from kdpipe.store.locks import is_running
 from kdpipe.tracking.contents import artifacts, done_steps, newest_model, study_artifacts, tables, text_digest
 from kdpipe.tracking.record import DATABASE, Kind, Record, Request, Status, read_record, record_of
 

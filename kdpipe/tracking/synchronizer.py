@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.errors import ArtifactError
-from kdpipe.recipe import Tracking
-from kdpipe.runs import RunFolder
+from kdpipe.pipeline.runs import RunFolder
+from kdpipe.recipe.schema import Tracking
 from kdpipe.tracking.contents import (
     MAX_METRICS,
     SUMMARY,
@@ -34,17 +34,9 @@ from kdpipe.tracking.contents import (
 from kdpipe.tracking.findings import Findings
 from kdpipe.tracking.mirrored_study import mirror_study, parent_of
 from kdpipe.tracking.mlflow_run import PARENT, Card, MlflowRun, answering, beating, make_database
-from kdpipe.tracking.record import (
-    DATABASE,
-    Request,
-    Status,
-    read_record,
-    recipe_of,
-    record_of,
-    write_record,
-)
+from kdpipe.tracking.record import DATABASE, Request, Status, read_record, recipe_of, record_of, write_record
 from kdpipe.tracking.sample_tables import table_of
-from kdpipe.workers import Message, Report
+from kdpipe.workers.worker import Message, Report
 
 
 def serve() -> Synchronizer:

@@ -1,0 +1,115 @@
+"""The command line: names, orders and guards the commands. The only place that turns an error into an exit code.
+
+Results go to stdout, progress and errors to stderr. Nothing heavy is imported before a command needs it.
+"""
+
+import atexit
+import functools
+import gc as collector
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+
+from kdpipe import __version__
+from kdpipe.cli.before import check, check_loss, doctor, plan
+from kdpipe.cli.keep import export, gc, verify
+from kdpipe.cli.look import report, samples, status, ui
+from kdpipe.cli.printing import print_error
+from kdpipe.cli.run import evaluate, rollout, run, sft, teacher_score, train
+from kdpipe.cli.start import init, recipes, schema
+from kdpipe.cli.study import arms, compare
+from kdpipe.errors import Interrupted, KdpipeError, is_machine_fault, machine_fault
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: rich would double the time that --help takes
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+    help="On-policy knowledge distillation of language models, one resumable step at a time.\n\n"
+    "Example: kdpipe run quickstart",
+)
+
+COMMANDS = (
+    *(run, sft, rollout, teacher_score, train, evaluate),
+    *(check, check_loss, plan),
+    *(compare, arms),
+    *(status, samples, report),
+    *(export, verify, gc),
+    *(recipes, init, schema),
+    *(doctor, ui),
+)
+"""In the order in which `kdpipe --help` lists them."""
+
+Parameters = ParamSpec("Parameters")
+
+
+def main() -> None:
+    """Runs the command line; every expected failure becomes one message and its exit code."""
+    # Starting makes many objects and hardly any garbage: looking for it takes a twentieth of `kdpipe plan`.
+    collector.set_threshold(100_000, 50, 50)
+    atexit.register(collector.freeze)  # nor is it looked for on the way out, another twentieth
+    # pydantic would look for plugins in the metadata of every installed distribution.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "true")
+    _ensure_home()
+    app()
+
+
+def _ensure_home() -> None:
+    """Gives a user id without an account a home, as in a container: MLflow cannot be imported without one."""
+    try:
+        Path.home()
+    except RuntimeError:
+        import tempfile
+
+        os.environ["HOME"] = os.environ.get("XDG_CACHE_HOME") or tempfile.gettempdir()
+
+
+def reported(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
+    """Prints a KdpipeError as a message with what to do, and exits with its code."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except KdpipeError as error:
+            print_error(error)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:  # before the run took over the signals
+            print_error(Interrupted(signal.SIGINT, "stopped before anything began"))
+            raise typer.Exit(130) from None
+        except BrokenPipeError:  # the reader of our output went away, as `| head` does
+            raise typer.Exit(0) from None
+        except OSError as error:
+            if not is_machine_fault(error):
+                raise
+            print_error(machine_fault(error))
+            raise typer.Exit(1) from None
+
+    return wrapper
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    """On-policy knowledge distillation of language models, one resumable step at a time.
+
+    Example: kdpipe run recipes/quickstart.yaml
+    """
+    if show:
+        print(f"kdpipe {__version__}")
+        raise typer.Exit
+
+
+for command in COMMANDS:
+    app.command()(reported(command))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What keeps house: takes a student out, checks artifacts, removes what no run uses."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdpipe.cli.parameters import (
+    WORKSPACE,
+    JsonOption,
+    RecipeArgument,
+    RoundOption,
+    SetOption,
+    WorkspaceOption,
+    open_given,
+)
+from kdpipe.cli.printing import print_json, shown
+from kdpipe.errors import ArtifactError
+
+
+def export(
+    recipe: RecipeArgument,
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    round_number: RoundOption = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Only the LoRA adapter, as peft loads it, not merged.")
+    ] = False,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the student as a Hugging Face folder that transformers and vLLM load.
+
+    Example: kdpipe export recipes/quickstart.yaml my-student
+    """
+    from kdpipe.pipeline.housekeeping import export as export_student
+
+    project = open_given(recipe, overrides, workspace)
+    number, folder = export_student(project, target, round_number=round_number, adapter=adapter)
+    if as_json:
+        print_json({"round": number, "folder": str(folder)})
+    else:
+        print(f"{folder}: student {number}")
+
+
+def verify(
+    recipe: RecipeArgument,
+    full: Annotated[bool, typer.Option("--full", help="Compare sha256, not only sizes.")] = False,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Check the artifacts of a run against their manifests; exit 5 when one is damaged.
+
+    Example: kdpipe verify recipes/quickstart.yaml --full
+    """
+    from kdpipe.cli.terminal import inert
+    from kdpipe.pipeline.housekeeping import verify as verify_steps
+
+    findings = list(verify_steps(open_given(recipe, overrides, workspace), full=full))
+    damaged = [finding for finding in findings if finding.problem]
+    if as_json:
+        print_json(
+            {
+                "steps": len(findings),
+                "files": sum(finding.files for finding in findings),
+                "bytes": sum(finding.bytes for finding in findings),
+                "damaged": {finding.step: finding.problem for finding in damaged},
+            }
+        )
+    else:
+        files, size = sum(f.files for f in findings), sum(f.bytes for f in findings)
+        what = "sha256" if full else "sizes"
+        print(f"{len(findings)} steps, {files} files, {size / 1e6:,.1f} MB: {what} compared")
+    if damaged:
+        if not as_json:
+            for finding in damaged:
+                print(inert(f"{finding.step}: {finding.problem}"), file=sys.stderr)
+        force = " ".join(f"--force {finding.step}" for finding in damaged)
+        raise ArtifactError(
+            f"{len(damaged)} of {len(findings)} steps are damaged",
+            hint=f"rebuild them and what depends on them: kdpipe run {recipe} {force}",
+        )
+
+
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="Really remove it.")] = False,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", hidden=True)] = None,
+) -> None:
+    """Say which store entries no run uses; remove them with --delete.
+
+    A run's entries are in use as long as its folder stands under runs/ of the workspace.
+
+    Example: kdpipe gc --delete
+    """
+    from kdpipe.pipeline.housekeeping import collect, garbage
+
+    del recipe  # accepted so that the command reads like the others; the store belongs to the workspace
+    found = garbage(workspace.resolve())
+    for item in found:
+        if delete:
+            collect(item)
+        if not as_json:
+            print(f"{shown(item.folder)}  {item.bytes / 1e6:,.1f} MB  {item.reason}")
+    total = sum(item.bytes for item in found)
+    if as_json:
+        folders = [{"folder": str(item.folder), "bytes": item.bytes, "reason": item.reason} for item in found]
+        print_json({"deleted": delete, "bytes": total, "entries": folders})
+    elif found:
+        done = "removed" if delete else "can go: kdpipe gc --delete"
+        print(f"{len(found)} entries, {total / 1e6:,.1f} MB {done}")
+    else:
+        print("nothing to remove")

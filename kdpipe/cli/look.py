@@ -1,0 +1,214 @@
+"""What looks at a run: how far it is, what its student wrote, the pages about it."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kdpipe.cli.one_run import commands_again
+from kdpipe.cli.parameters import (
+    WORKSPACE,
+    JsonOption,
+    RecipeArgument,
+    RoundOption,
+    SetOption,
+    WorkspaceOption,
+    open_given,
+    recipe_names,
+    run_given,
+)
+from kdpipe.cli.printing import print_json, shown
+from kdpipe.errors import PreflightError, RecipeError
+
+if TYPE_CHECKING:
+    from kdpipe.cli.overview import Overview
+    from kdpipe.cli.terminal import Paint
+    from kdpipe.pipeline.project import Project
+
+
+def status(
+    recipe: RecipeArgument,
+    check_only: Annotated[bool, typer.Option("--check", help="Exit 6 when work is left.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew each second while it runs.")] = False,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how far a run is, stage by round, and how fast the step that is running now.
+
+    Example: kdpipe status recipes/quickstart.yaml --watch
+    """
+    from kdpipe.cli.overview import overview
+    from kdpipe.cli.terminal import painter, watch_lines
+
+    project = open_given(recipe, overrides, workspace)
+    if watch and as_json:
+        raise RecipeError("--watch and --json: one of them", hint="--json prints one document and ends")
+    if watch:
+        paint = painter(sys.stdout)
+
+        def look() -> tuple[list[str], bool]:
+            now = overview(project)
+            return _status_lines(project, now, paint), now.running
+
+        watch_lines(look)
+    found = overview(project)
+    if as_json:
+        print_json(_status_json(project, found))
+    elif not watch:
+        print("\n".join(_status_lines(project, found, painter(sys.stdout))))
+    if check_only and any(not state.done for state in found.states):
+        raise typer.Exit(6)
+
+
+def _rounds_done(found: "Overview") -> int:
+    return max((s.step.round for s in found.states if s.step.stage == "train" and s.done), default=0)
+
+
+def _not_mirrored(project: "Project") -> int:
+    from kdpipe.tracking import pending
+
+    return pending(project.run.path) if project.recipe.tracking.enabled else 0
+
+
+def _status_json(project: "Project", found: "Overview") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from kdpipe.pipeline.project import headrooms
+
+    left = [state for state in found.states if not state.done]
+    return {
+        "run": project.run.name,
+        "running": found.running,
+        "rounds_done": _rounds_done(found),
+        "rounds": project.recipe.rounds,
+        "steps_left": len(left),
+        "next": left[0].step.id if left else None,
+        "not_mirrored": _not_mirrored(project),
+        "headroom": [asdict(headroom) for headroom in headrooms(project)],
+        **found.to_json(),
+    }
+
+
+def _status_lines(project: "Project", found: "Overview", paint: "Paint") -> list[str]:
+    from kdpipe.cli.overview import grid_lines, progress_line
+    from kdpipe.cli.terminal import inert, round_line
+    from kdpipe.pipeline.project import headrooms, round_metrics
+    from kdpipe.tracking import waiting
+
+    states, rounds_done = found.states, _rounds_done(found)
+    left = [state for state in states if not state.done]
+    lines = [
+        f"{project.run.name}: {'running' if found.running else 'not running'}",
+        f"{len(states) - len(left)} of {len(states)} steps, {rounds_done} of {project.recipe.rounds} rounds done",
+        *grid_lines(found, paint),
+    ]
+    if rounds_done:
+        metrics = round_metrics(project, rounds_done)
+        lines.append(round_line(rounds_done, project.recipe.rounds, metrics))
+    lines += [f"teacher {one.teacher}: {inert(one.sentence())}" for one in headrooms(project)]
+    if found.running:
+        lines.append(progress_line(found))
+    elif left:
+        lines.append(f"next: {left[0].step.id}{'; ' + inert(left[0].why) if left[0].why else ''}")
+    if not found.running and project.recipe.tracking.enabled:
+        lines += map(inert, waiting(project.run.path))
+    return lines
+
+
+def samples(
+    recipe: RecipeArgument,
+    round_number: RoundOption = None,
+    wrong: Annotated[bool, typer.Option("--wrong", help="Only wrong answers.")] = False,
+    flipped: Annotated[
+        bool, typer.Option("--flipped", help="Held-out answers right at first and wrong now, or the reverse.")
+    ] = False,
+    worst: Annotated[
+        bool, typer.Option("--worst", help="Those with the largest disagreement about a token first.")
+    ] = False,
+    held_out: Annotated[
+        bool,
+        typer.Option("--held-out", help="Held-out samples that the teacher scored, not those trained on."),
+    ] = False,
+    limit: Annotated[int, typer.Option(min=1, help="How many.")] = 5,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what the student wrote, each token coloured by where the teacher disagrees.
+
+    Orange: the student is surer than the teacher; blue: the teacher is. Without colours the tokens that they disagree
+    about most are listed with their numbers.
+
+    Example: kdpipe samples recipes/quickstart.yaml --wrong --worst --limit 3
+    """
+    from kdpipe.cli.terminal import is_coloured, painter
+    from kdpipe.cli.transcript import transcript_lines
+    from kdpipe.results.samples import Choice, choose_samples, samples_json
+
+    choice = Choice(round_number, wrong, flipped, worst, held_out, limit)
+    found = choose_samples(open_given(recipe, overrides, workspace), choice)
+    if as_json:
+        print_json(samples_json(found))
+        return
+    coloured = is_coloured(sys.stdout)
+    print("\n".join(transcript_lines(found, painter(sys.stdout), coloured=coloured)))
+
+
+def report(
+    recipe: RecipeArgument,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write it; else into the run's folder.")
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RUN",
+            help="Hold it against this run, as `compare` does; repeatable.",
+            autocompletion=recipe_names,
+        ),
+    ] = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Write one HTML page about a run: verdict, curves, costs, and its completions token by token.
+
+    `run` writes it too, at its end. The page loads nothing, so it can be sent on: it holds texts of model and data.
+
+    Example: kdpipe report recipes/quickstart.yaml -o report.html
+    """
+    from kdpipe.report.writing import report_path, write_report
+
+    project = open_given(recipe, overrides, workspace)
+    path = report_path(project) if output is None else output
+    if not project.run.path.exists():
+        raise RecipeError(f"{project.run.name}: nothing was run yet", hint=f"kdpipe run {recipe}")
+    if path.is_dir():
+        raise RecipeError(f"{path}: is a folder", hint=f"name the file: -o {path / 'report.html'}")
+    others = [run_given(run, None, workspace) for run in dict.fromkeys(against or ())]
+    size = write_report(
+        project, path, commands=commands_again(project.loaded, recipe, workspace), others=others
+    )
+    if as_json:
+        print_json({"report": str(path), "bytes": size})
+    else:
+        print(f"{shown(path.resolve())}  {size / 1e6:.2f} MB")
+
+
+def ui(
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The first port to try.")] = 5000,
+    workspace: WorkspaceOption = WORKSPACE,
+) -> None:
+    """Open MLflow's own page over this workspace's runs.
+
+    Example: kdpipe ui --port 5001
+    """
+    from kdpipe.tracking import serve_ui, settle
+
+    settle(workspace.resolve())
+    code = serve_ui(workspace.resolve(), host, port)
+    if code:
+        raise PreflightError(f"MLflow's page ended with exit status {code}")

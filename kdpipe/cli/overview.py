@@ -1,0 +1,155 @@
+"""A run at a glance: stages by rounds, what is running now and how fast. Reads manifests and notes; starts nothing."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from kdpipe.cli.terminal import COLUMNS, Paint, Style, inert
+from kdpipe.pipeline.duration import duration
+from kdpipe.pipeline.progress import Progress, read_progress
+from kdpipe.pipeline.project import Project
+from kdpipe.pipeline.status import State
+from kdpipe.store.locks import is_running
+
+Cell = Literal["done", "running", "stale", "to do", "damaged"]
+LAST_STEPS = 5  # of a stage, whose median tells what the next one takes
+MARKS: dict[Cell, tuple[str, Style]] = {
+    "done": ("#", "green"),
+    "running": (">", "bold"),
+    "stale": ("~", "yellow"),
+    "to do": (".", "dim"),
+    "damaged": ("!", "red"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """The state of every step, whether somebody performs them now, and how far the current one is."""
+
+    states: tuple[State, ...]
+    running: bool
+    current: str | None
+    progress: Progress | None
+    seconds_left: float | None
+
+    def cell(self, state: State) -> Cell:
+        """What the grid shows of a step."""
+        return "running" if state.step.id == self.current else state.verdict
+
+    def to_json(self) -> dict[str, Any]:
+        """The grid by stage and round, and the progress of the running step."""
+        grid: dict[str, dict[str, str]] = {}
+        for state in self.states:
+            grid.setdefault(state.step.link_name, {})[str(state.step.round)] = self.cell(state)
+        progress = None if self.progress is None else asdict(self.progress)
+        return {
+            "grid": grid,
+            "current": self.current,
+            "progress": progress,
+            "seconds_left": self.seconds_left,
+        }
+
+
+def overview(project: Project) -> Overview:
+    """The overview of a run as it is now."""
+    running = is_running(project.run.path)
+    progress = read_progress(project.run.path) if running else None
+    events = project.run.events() if running else []
+    current = _current(events)
+    if progress is not None and progress.step != current:
+        progress = None
+    states = tuple(project.survey())
+    left = seconds_left(states, events, now=time.time()) if running else None
+    return Overview(states, running, current, progress, left)
+
+
+def seconds_left(states: Sequence[State], events: Sequence[Mapping[str, Any]], *, now: float) -> float | None:
+    """How long what is to do will take, by the median of each stage's last steps that this run performed.
+
+    None where a stage that is still to do was not performed yet, and where nothing is to do.
+    """
+    stages = {state.step.id: state.step.link_name for state in states}
+    took: dict[str, list[float]] = {}
+    begun: dict[str, float] = {}
+    for event in events:
+        step, kind, at = event.get("step"), event.get("event"), event.get("time")
+        if step not in stages or not isinstance(at, int | float):  # of another plan, or a damaged line
+            continue
+        if kind == "step started":
+            begun[step] = at
+        elif step in begun and kind in ("step done", "step stopped"):
+            since = begun.pop(step)
+            if kind == "step done" and not event.get("reused"):
+                took.setdefault(stages[step], []).append(at - since)
+    to_do = [state.step for state in states if state.verdict != "done"]
+    if not to_do or any(step.link_name not in took for step in to_do):
+        return None
+    expected = [statistics.median(took[step.link_name][-LAST_STEPS:]) for step in to_do]
+    spent = [
+        min(seconds, now - begun[step.id])
+        for step, seconds in zip(to_do, expected, strict=True)
+        if step.id in begun
+    ]
+    return sum(expected) - sum(spent[:1])
+
+
+def _current(events: Sequence[Mapping[str, Any]]) -> str | None:
+    """The step that began last, unless it has ended."""
+    for event in reversed(events):
+        if event.get("event") in ("step done", "step stopped"):
+            return None
+        if event.get("event") == "step started":
+            return str(event["step"])
+    return None
+
+
+def grid_lines(found: Overview, paint: Paint) -> list[str]:
+    """A row for each stage, a column for each round, in blocks that fit 80 columns; below, what the marks mean."""
+    cells = {(state.step.link_name, state.step.round): found.cell(state) for state in found.states}
+    names = list(dict.fromkeys(state.step.link_name for state in found.states))
+    rounds = range(max((number for _, number in cells), default=0) + 1)
+    width = max([len("round"), *map(len, names)])
+    size = max(10, (COLUMNS - width - 4) // 10 * 10)
+    lines: list[str] = []
+    for start in range(0, len(rounds), size):
+        block = rounds[start : start + size]
+        lines.append(paint(f"  {'round':<{width}}  {_ruler(block)}".rstrip(), "dim"))
+        for name in names:
+            marks = "".join(_mark(cells.get((name, number)), paint) for number in block)
+            if any((name, number) in cells for number in block):
+                lines.append(f"  {inert(name):<{width}}  {marks}".rstrip())
+    used = [cell for cell in MARKS if cell in cells.values()]
+    legend = "   ".join(f"{paint(*MARKS[cell])} {cell}" for cell in used)
+    return [*lines, f"  {'':<{width}}  {legend}"]
+
+
+def _ruler(rounds: Sequence[int]) -> str:
+    """The number of every tenth round, above its column."""
+    return "".join(f"{number:<10}" for number in rounds if number % 10 == 0)
+
+
+def _mark(cell: Cell | None, paint: Paint) -> str:
+    return " " if cell is None else paint(*MARKS[cell])
+
+
+def progress_line(found: Overview) -> str:
+    """The running step: how far, how fast, how long still, and how old the news is where it is not fresh."""
+    whole = (
+        "" if found.seconds_left is None else f"; the whole run: about {duration(found.seconds_left)} left"
+    )
+    if found.progress is None:
+        return f"now: {found.current or 'between two steps'}{whole}"
+    at = found.progress
+    pieces = [f"now: {at.step}", f"{at.done}/{at.total} {at.unit}"]
+    if at.tokens_per_second is not None:
+        pieces.append(f"{at.tokens_per_second:,.0f} tokens/s")
+    if at.seconds_left is not None:
+        minutes = at.seconds_left / 60
+        pieces.append(f"{at.seconds_left:.0f} s left" if minutes < 1 else f"{minutes:.0f} min left")
+    if (age := time.time() - at.at) > 10:
+        pieces.append(f"told {age:.0f} s ago")
+    return inert(", ".join(pieces) + whole)

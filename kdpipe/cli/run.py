@@ -1,0 +1,178 @@
+"""What runs a recipe: the whole of it, once for each value of a sweep, or one step."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kdpipe.cli.one_run import run_one
+from kdpipe.cli.parameters import (
+    WORKSPACE,
+    JsonOption,
+    RecipeArgument,
+    RoundOption,
+    SetOption,
+    WorkspaceOption,
+)
+from kdpipe.cli.several_runs import run_study
+from kdpipe.errors import RecipeError
+
+if TYPE_CHECKING:
+    from kdpipe.pipeline.project import Project
+    from kdpipe.pipeline.runner import Request
+
+
+def run(
+    recipe: RecipeArgument,
+    rounds: Annotated[int | None, typer.Option(min=0, help="Only the first N rounds of the plan.")] = None,
+    force: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STEP", help="Perform a step again, as in rollout@3; repeatable."),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="A.B=C,D", help="A run for each value; several make a grid."),
+    ] = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Run every step that is not done. Repeating the command resumes.
+
+    With --sweep every combination of the values is a run of its own, which share what does not depend on them; the
+    comparison comes at the end, and a run that fails leaves the others to go on.
+
+    Example: kdpipe run recipes/quickstart.yaml --set train.optimizer.learning_rate=1e-3
+    """
+    from kdpipe.pipeline.runner import Request
+
+    request = Request(rounds=rounds, force=tuple(force or ()))
+    if sweep:
+        _sweep(recipe, sweep, overrides, workspace, request, as_json=as_json)
+    else:
+        run_one(recipe, overrides, workspace, lambda _project: request, as_json=as_json)
+
+
+def _sweep(
+    recipe: str,
+    sweep: list[str],
+    overrides: list[str] | None,
+    workspace: Path,
+    request: "Request",
+    *,
+    as_json: bool,
+) -> None:
+    from kdpipe.recipe.sweep import points
+    from kdpipe.results.comparison import compare as rows_of
+    from kdpipe.results.comparison import read_contender
+
+    grid = [(" ".join(point), [*(overrides or ()), *point]) for point in points(sweep)]
+    run_study(
+        "sweep",
+        recipe,
+        grid,
+        workspace,
+        request,
+        compare=lambda done: rows_of([read_contender(folder) for folder in done.values()]),
+        markdown=False,
+        as_json=as_json,
+    )
+
+
+def sft(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Cold-start the student or a teacher: the first one that is not done.
+
+    Example: kdpipe sft recipes/quickstart.yaml
+    """
+    _one_step("sft", recipe, None, overrides, workspace, as_json)
+
+
+def rollout(
+    recipe: RecipeArgument,
+    round_number: RoundOption = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Sample the student on a round's prompts, after what that needs.
+
+    Example: kdpipe rollout recipes/quickstart.yaml --round 1
+    """
+    _one_step("rollout", recipe, round_number, overrides, workspace, as_json)
+
+
+def teacher_score(
+    recipe: RecipeArgument,
+    round_number: RoundOption = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a round's completions with the teacher, of several the first not done, after what that needs.
+
+    Example: kdpipe teacher-score recipes/quickstart.yaml --round 1
+    """
+    _one_step("teacher-score", recipe, round_number, overrides, workspace, as_json)
+
+
+def train(
+    recipe: RecipeArgument,
+    round_number: RoundOption = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the student on a round, after what that needs.
+
+    Example: kdpipe train recipes/quickstart.yaml --round 1
+    """
+    _one_step("train", recipe, round_number, overrides, workspace, as_json)
+
+
+def evaluate(
+    recipe: RecipeArgument,
+    round_number: RoundOption = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate the student of a round on held-out problems, after what that needs.
+
+    Example: kdpipe evaluate recipes/quickstart.yaml --round 0
+    """
+    _one_step("evaluate", recipe, round_number, overrides, workspace, as_json)
+
+
+def _one_step(
+    stage: str,
+    recipe: str,
+    round_number: int | None,
+    overrides: list[str] | None,
+    workspace: Path,
+    as_json: bool,
+) -> None:
+    """Runs the first unfinished step of a stage (or that of a round), and what it lacks."""
+    from kdpipe.pipeline.runner import Request
+
+    def request(project: "Project") -> Request:
+        states = [
+            state
+            for state in project.survey()
+            if state.step.stage == stage and round_number in (None, state.step.round)
+            # A round has one rollout; what teachers write for it is among what that needs.
+            if not (stage == "rollout" and state.step.subject)
+        ]
+        if not states:
+            where = f" in round {round_number}" if round_number is not None else ""
+            raise RecipeError(
+                f"the plan has no {stage} step{where}", hint=f"kdpipe plan {recipe}  lists the steps"
+            )
+        unfinished = [state.step for state in states if not state.done]
+        return Request(only=unfinished[0] if unfinished else states[-1].step)
+
+    run_one(recipe, overrides, workspace, request, as_json=as_json)

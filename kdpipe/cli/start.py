@@ -1,0 +1,76 @@
+"""What a project starts from: the shipped recipes, a folder of one's own, the schema."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdpipe.cli.parameters import JsonOption
+from kdpipe.cli.printing import print_json
+from kdpipe.errors import RecipeError
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the shipped recipes, or print one.
+
+    Example: kdpipe recipes quickstart
+    """
+    from kdpipe.recipe.shipped import shipped, shipped_path, title
+
+    if name is not None:
+        text = shipped_path(name).read_text(encoding="utf-8")
+        if as_json:
+            print_json({"name": name, "text": text})
+        else:
+            print(text, end="")
+        return
+    found = {path.stem: title(path) for path in shipped()}
+    if as_json:
+        print_json(found)
+        return
+    width = max(map(len, found), default=0)
+    for stem, line in found.items():
+        print(f"{stem:<{width}}  {line}")
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
+    recipe: Annotated[str, typer.Option("--recipe", help="The shipped recipe to start from.")] = "quickstart",
+    as_json: JsonOption = False,
+) -> None:
+    """Start a project: a folder with a recipe of your own.
+
+    Example: kdpipe init my-distillation --recipe gsm8k-qwen3-opd
+    """
+    from kdpipe.recipe.shipped import shipped_path
+
+    target = folder / "recipe.yaml"
+    if target.exists():
+        raise RecipeError(f"{target}: exists already", hint="name another folder")
+    text = shipped_path(recipe).read_text(encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    target.write_text(text, encoding="utf-8")
+    if as_json:
+        print_json({"recipe": str(target)})
+    else:
+        print(f"{target}: edit it, then\n  kdpipe check {target}\n  kdpipe run {target}")
+
+
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the page docs/recipe.md instead.")
+    ] = False,
+) -> None:
+    """Print the JSON Schema of recipes, for editors, with a sentence for each field.
+
+    Example: kdpipe schema > recipe.schema.json
+    """
+    from kdpipe.recipe.reference import described_schema, reference
+
+    if markdown:
+        print(reference(), end="")
+        return
+    print_json(described_schema())

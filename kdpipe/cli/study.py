@@ -1,0 +1,167 @@
+"""What holds runs against each other: those that are there, and the control arms of a recipe."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kdpipe.cli.parameters import (
+    WORKSPACE,
+    JsonOption,
+    RecipeArgument,
+    SetOption,
+    WorkspaceOption,
+    load_given,
+    open_given,
+    recipe_names,
+    run_given,
+)
+from kdpipe.cli.printing import print_json
+from kdpipe.cli.several_runs import print_rows, run_study
+
+if TYPE_CHECKING:
+    from kdpipe.pipeline.runs import RunFolder
+    from kdpipe.results.arms import ArmRun
+    from kdpipe.results.comparison import Row
+
+
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="Names of runs in the workspace, or recipes.",
+            autocompletion=recipe_names,
+        ),
+    ],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Hold runs against the first one: accuracy, paired difference, several seeds as one, and cost.
+
+    Each run counts with its last evaluated student. Runs that differ only in their seed are one row. --set changes
+    every recipe given.
+
+    Example: kdpipe compare quickstart-b4335f0f quickstart-3f1b2c4d
+    """
+    from kdpipe.results.comparison import compare as rows_of
+    from kdpipe.results.comparison import read_contender
+    from kdpipe.results.comparison_lines import comparison_json
+
+    folders = [run_given(run, overrides, workspace) for run in dict.fromkeys(runs)]
+    rows = rows_of([read_contender(folder) for folder in folders])
+    if as_json:
+        print_json(comparison_json(rows))
+        return
+    print_rows(rows, markdown=markdown)
+
+
+def arms(
+    recipe: RecipeArgument,
+    seeds: Annotated[int, typer.Option(min=1, help="How many, from the recipe's own seed on.")] = 3,
+    which: Annotated[
+        str, typer.Option("--arms", metavar="A,B", help="Which arms, in the order of the table.")
+    ] = "kd,rl,kdrl,shuffled-teacher,self-teacher",
+    rounds: Annotated[int | None, typer.Option(min=1, help="Only the first N rounds of each run.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the runs and what they need; run none.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell where a gain comes from: run the control arms of a recipe on several seeds, and hold them against student 0.
+
+    Arms: kd, rl, kdrl (both), shuffled-teacher (the scores of another prompt's completion) and self-teacher (the
+    student itself). Each is an ordinary run; they share what does not depend on the arm. Repeating the command resumes.
+
+    Example: kdpipe arms quickstart --seeds 3 --set rollout.samples=4 --set rollout.prompts=32
+    """
+    from kdpipe.results.arms import arm_runs, parse_arms
+
+    given = tuple(overrides or ())
+    study = arm_runs(load_given(recipe, list(given), workspace).recipe, parse_arms(which), seeds=seeds)
+    if dry_run:
+        _print_forecast(recipe, given, study, workspace, rounds=rounds, as_json=as_json)
+    else:
+        _run_arms(recipe, given, study, workspace, rounds=rounds, markdown=markdown, as_json=as_json)
+
+
+def _print_forecast(
+    recipe: str,
+    given: tuple[str, ...],
+    study: "list[ArmRun]",
+    workspace: Path,
+    *,
+    rounds: int | None,
+    as_json: bool,
+) -> None:
+    from dataclasses import asdict
+
+    from kdpipe.results.arms import forecast
+
+    projects = [open_given(recipe, [*given, *one.overrides], workspace) for one in study]
+    found = forecast(projects, rounds=rounds)
+    named = list(zip(study, projects, found, strict=True))
+    if as_json:
+        print_json(
+            [
+                {
+                    "arm": one.arm,
+                    "seed": one.seed,
+                    "run": project.run.name,
+                    "set": one.overrides,
+                    **asdict(needs),
+                }
+                for one, project, needs in named
+            ]
+        )
+        return
+    lines = [
+        f"{one.arm:<16}  seed {one.seed}  {project.run.name}  "
+        f"{needs.steps:,} steps, {needs.todo - needs.shared:,} to do"
+        + (f", {needs.shared:,} more shared with runs above" if needs.shared else "")
+        for one, project, needs in named
+    ]
+    total = sum(needs.todo - needs.shared for needs in found)
+    print("\n".join([*lines, f"{len(study)} runs, {total:,} steps to do in all"]))
+
+
+def _run_arms(
+    recipe: str,
+    given: tuple[str, ...],
+    study: "list[ArmRun]",
+    workspace: Path,
+    *,
+    rounds: int | None,
+    markdown: bool,
+    as_json: bool,
+) -> None:
+    from kdpipe.pipeline.runner import Request
+    from kdpipe.results.arms import arm_rows
+    from kdpipe.results.comparison import read_contender
+
+    runs = [(f"{one.arm}, seed {one.seed}", [*given, *one.overrides]) for one in study]
+
+    def table(done: "dict[int, RunFolder]") -> "list[Row]":
+        """The arms in their order, against the students before training."""
+        ended = [(study[number].arm, read_contender(folder)) for number, folder in done.items()]
+        order = list(dict.fromkeys(one.arm for one in study))
+        ended.sort(key=lambda pair: order.index(pair[0]))
+        first = {study[number].seed: folder for number, folder in reversed(done.items())}
+        before = [read_contender(folder, last_round=0) for _, folder in sorted(first.items())]
+        return arm_rows(ended, before)
+
+    run_study(
+        "arms",
+        recipe,
+        runs,
+        workspace,
+        Request(rounds=rounds),
+        compare=table,
+        markdown=markdown,
+        as_json=as_json,
+    )

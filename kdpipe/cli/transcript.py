@@ -1,0 +1,193 @@
+"""Completions in a terminal, token by token: coloured by what each adds to the reverse KL, or as numbers where piped.
+
+Orange backgrounds: the student is surer than the teacher; blue: the teacher is. Lines are broken between tokens. Model
+and data text passes through `inert` before anything of ours is put around it.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+import unicodedata
+from collections.abc import Iterator, Sequence
+
+from kdpipe.cli.terminal import COLUMNS, Paint, inert
+from kdpipe.results.completions import Change, Completion, Token
+from kdpipe.results.samples import Sample, Samples
+
+EDGES = (0.1, 0.5, 1.5, 4.0)
+"""Nats from which a shade begins, as on the page."""
+# Of the 256 colours: foreground and background, readable on dark and light terminals alike.
+STUDENT_SURER = ("38;5;16;48;5;230", "38;5;16;48;5;222", "38;5;16;48;5;214", "38;5;16;48;5;208")
+TEACHER_SURER = ("38;5;16;48;5;195", "38;5;16;48;5;153", "38;5;16;48;5;111", "38;5;16;48;5;75")
+MARK = "  > "
+MOST = 5
+"""How many tokens are listed with their numbers."""
+NOTABLE_NATS = 0.1
+
+
+def transcript_lines(found: Samples, paint: Paint, *, coloured: bool) -> list[str]:
+    """All of it as lines of at most 80 columns."""
+    counted = f"{len(found.shown)} of {found.matching} completions"
+    rest = "" if found.matching == found.total else f", of {found.total} altogether"
+    lines = [f"{paint(inert(found.step), 'bold')}: {counted}{rest}"]
+    if coloured and any(token.gap is not None for one in found.shown for token in one.completion.tokens):
+        lines += _legend()
+    for sample in found.shown:
+        lines += ["", *_sample_lines(sample, paint, coloured=coloured)]
+    return lines
+
+
+def _legend() -> list[str]:
+    less = [_shaded(f" -{edge:g} ", -edge) for edge in reversed(EDGES)]
+    more = [_shaded(f" +{edge:g} ", edge) for edge in EDGES]
+    return [f"teacher surer {''.join(less)} 0 {''.join(more)} student surer, nats"]
+
+
+def _sample_lines(sample: Sample, paint: Paint, *, coloured: bool) -> list[str]:
+    completion = sample.completion
+    lines = [
+        *_heading(completion, paint),
+        *_wrapped(completion.question, paint("  | ", "dim")),
+    ]
+    is_scored = any(token.gap is not None for token in completion.tokens)
+    if is_scored:
+        lines += [paint(MARK, "dim") + line for line in _token_lines(completion.tokens, coloured=coloured)]
+    else:
+        lines += _wrapped(completion.text, paint(MARK, "dim"))
+    found = "no answer" if completion.answer is None else f"found {completion.answer}"
+    cut = ", cut at the length limit" if completion.is_truncated else ""
+    told = f"expected {completion.expected or '?'}, {found}{cut}"
+    lines += [paint(line, "dim") for line in _ours(inert(told))]
+    if is_scored:
+        lines += _disagreements(completion.tokens, paint)
+    if completion.change is not None:
+        lines += _change_lines(completion.change, paint)
+    if sample.mismatch:
+        lines += [paint(line, "dim") for line in _ours(_mismatch_line(sample))]
+    return lines
+
+
+def _heading(completion: Completion, paint: Paint) -> list[str]:
+    grade = paint("right", "green") if completion.is_right else paint("wrong", "red")
+    which = "reference text" if completion.source == "reference" else f"sample {completion.sample}"
+    which += " of the teacher" if completion.source == "teacher" else ""
+    return [f"{paint(f'{inert(completion.prompt_id)} {which}', 'bold')}: {grade}"]
+
+
+def _change_lines(change: Change, paint: Paint) -> list[str]:
+    lines = []
+    for title, right, text in (
+        ("graded at first", change.was_right, change.before),
+        ("graded now", change.is_right, change.after),
+    ):
+        grade = paint("right", "green") if right else paint("wrong", "red")
+        lines += [f"  {title}: {grade}", *_wrapped(text, paint("  : ", "dim"))]
+    return lines
+
+
+def _mismatch_line(sample: Sample) -> str:
+    mean, most = sample.mismatch["mismatch_nats_mean"], sample.mismatch["mismatch_nats_max"]
+    acted = f"{sample.mismatch['mismatch_acted_tokens']:.0f} of {sample.num_tokens}"
+    tokens = f"{acted} token{'s'[: sample.num_tokens != 1]}"
+    return f"sampler minus trainer: mean {mean:+.1e}, at most {most:.1e} nats; controls act on {tokens}"
+
+
+# ------------------------------------------------------------------------------------------------ tokens
+
+
+def _token_lines(tokens: Sequence[Token], *, coloured: bool) -> Iterator[str]:
+    """The text of the tokens, broken between them where a line is full, and where they hold newlines."""
+    width = COLUMNS - len(MARK)
+    line, used = "", 0
+    for token in tokens:
+        pieces = inert(token.piece.text).split("\n")
+        for number, piece in enumerate(pieces):
+            if number:
+                yield line + (_shaded("↵", token.gap) if coloured else "")
+                line, used = "", 0
+            for part in _parts(piece, width):
+                if used + _columns(part) > width and used:
+                    yield line
+                    line, used = "", 0
+                line += _shaded(part, token.gap) if coloured else part
+                used += _columns(part)
+    if line:
+        yield line
+
+
+def _parts(text: str, width: int) -> Iterator[str]:
+    """A piece of text in parts that fit a line; most are one."""
+    while text:
+        yield text[: width // 2] if _columns(text) > width else text
+        text = text[width // 2 :] if _columns(text) > width else ""
+
+
+def _columns(text: str) -> int:
+    """How many columns a terminal gives to a text: two to wide characters, none to marks on others."""
+    if text.isascii():
+        return len(text) + 7 * text.count("\t")
+    return sum(
+        0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        for character in text
+    )
+
+
+def _shaded(text: str, gap: float | None) -> str:
+    """A text with the background of what its token adds to the reverse KL."""
+    level = 0 if gap is None else sum(abs(gap) >= edge for edge in EDGES)
+    if not level or gap is None or not text:
+        return text
+    codes = STUDENT_SURER if gap > 0 else TEACHER_SURER
+    return f"\x1b[{codes[level - 1]}m{text}\x1b[0m"
+
+
+def _disagreements(tokens: Sequence[Token], paint: Paint) -> list[str]:
+    """The tokens that the two disagree about most, with their numbers and what the teacher would have said."""
+    gaps = [(abs(gap), index) for index, token in enumerate(tokens) if (gap := token.gap) is not None]
+    notable = sorted((one for one in gaps if one[0] >= NOTABLE_NATS), reverse=True)[:MOST]
+    mean = sum(token.gap or 0.0 for token in tokens) / max(1, len(gaps))
+    lines = [paint(f"  reverse KL {mean:+.3f} nats a token, mean of {len(gaps)}", "dim")]
+    for _, index in sorted(notable, key=lambda one: one[1]):
+        token = tokens[index]
+        assert token.gap is not None
+        assert token.student is not None
+        assert token.teacher is not None
+        shown = (
+            f"{index:>5}  {_quoted(token.piece.text):<14} {token.gap:+8.3f} nats  "
+            f"{_chance(token.student)} against {_chance(token.teacher)}"
+        )
+        others = [
+            f"{_quoted(text)} {_chance(logprob).strip()}"
+            for text, logprob in token.alternatives[:2]
+            if text.strip() != token.piece.text.strip()
+        ]
+        instead = f"  teacher: {others[0]}" if others else ""
+        lines.append(paint((shown + instead)[:COLUMNS], "dim"))
+    return lines
+
+
+def _quoted(text: str) -> str:
+    shown = inert(text.replace("\n", "\\n").replace("\t", "\\t"))
+    return f"'{shown}'" if len(shown) <= 12 else f"'{shown[:11]}…'"
+
+
+def _chance(logprob: float) -> str:
+    share = 100 * math.exp(logprob)
+    return f"{share:5.1f}%" if share >= 0.1 else f"{share:5.1g}%"
+
+
+def _ours(text: str) -> list[str]:
+    """A sentence of ours, indented."""
+    return textwrap.wrap(text, COLUMNS, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+
+
+def _wrapped(text: str, mark: str) -> list[str]:
+    """Each line of a text after a mark, so that model text cannot pass for ours."""
+    lines: list[str] = []
+    for line in inert(text).split("\n"):
+        lines += [
+            f"{mark}{piece}"
+            for piece in textwrap.wrap(line, COLUMNS - len(MARK), drop_whitespace=False) or [""]
+        ]
+    return lines

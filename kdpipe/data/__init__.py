@@ -1,0 +1,1 @@
+"""Rows, tables, hidden states, tasks and seeds."""

@@ -1,0 +1,58 @@
+"""Grading: what a text answers, and whether that is the reference number.
+
+Both answers are read as the gsm8k filters of lm-evaluation-harness (task version 3) read them, and stored
+as read; right or wrong is decided by comparing numbers, so `1,000`, `1000` and `$1000.0` are one answer.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Literal
+
+from kdpipe.data.rows import Graded
+
+MARK = "####"
+
+_STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
+_FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+# The optional part begins with a dot, so that a long run of digits is tried once and not once per digit.
+_NUMBER = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
+
+
+def grade(text: str, expected: str, *, headline: Literal["strict", "flexible"]) -> Graded:
+    """Both answers in `text`, and whether the headline one is the number `expected`.
+
+    A text without an answer, or with one that is not a number, is wrong. Raises ValueError when
+    `expected` is not a number: the task readers let no such problem through.
+    """
+    wanted = parse_number(expected)
+    if wanted is None:
+        raise ValueError(f"the reference answer is {expected!r}, expected a number")
+    strict, flexible = strict_answer(text), flexible_answer(text)
+    answer = strict if headline == "strict" else flexible
+    return Graded(strict, flexible, correct=answer is not None and parse_number(answer) == wanted)
+
+
+def strict_answer(text: str) -> str | None:
+    """The number after the first `#### ` that one follows, as written; None where lm-eval says [invalid]."""
+    match = _STRICT.search(text)
+    return match[1].strip() if match else None
+
+
+def flexible_answer(text: str) -> str | None:
+    """The last thing in `text` that looks like a number, as written; None where lm-eval says [invalid]."""
+    numbers = [match[0] for match in _FLEXIBLE.finditer(text)]
+    return numbers[-1].strip() if numbers else None
+
+
+def parse_number(answer: str) -> Decimal | None:
+    """The number in `answer`, less `$`, thousands commas and trailing dots; None if it is none."""
+    plain = answer.strip().replace("$", "").replace(",", "").rstrip(".")
+    return Decimal(plain) if _NUMBER.fullmatch(plain) else None
+
+
+def extract_expected(solution: str) -> str | None:
+    """What stands after the last `####` of a reference solution; None without it or if nothing does."""
+    _, mark, after = solution.rpartition(MARK)
+    return after.strip() or None if mark else None

@@ -1,0 +1,85 @@
+"""GSM8K from a local folder: JSONL as its authors published it, or parquet as the hub stores it."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from kdpipe.data.rows import Problem
+from kdpipe.data.tasks.answers import MARK, extract_expected, parse_number
+from kdpipe.data.tasks.jsonl import Record, read_records
+from kdpipe.errors import DataError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SPLITS = ("train", "test")
+
+
+def find_files(data: Path) -> dict[str, Path]:
+    """The files of both splits in `data`, or in its `main` folder; `train/1` is the second file of train.
+
+    Raises DataError when a split is missing or not all of its numbered files are there.
+    """
+    files: dict[str, Path] = {}
+    for split in SPLITS:
+        paths = _split_files(data, split)
+        files |= {split if len(paths) == 1 else f"{split}/{index}": path for index, path in enumerate(paths)}
+    return files
+
+
+def read_problems(data: Path) -> tuple[list[Problem], list[Problem]]:
+    """Train and test problems in `data`, with ids `gsm8k/<split>/<row>`."""
+    train, test = (
+        [
+            _problem(record, f"gsm8k/{split}/{row}")
+            for row, record in enumerate(
+                record for path in _split_files(data, split) for record in read_records(path)
+            )
+        ]
+        for split in SPLITS
+    )
+    return train, test
+
+
+def _split_files(data: Path, split: str) -> list[Path]:
+    if not data.is_dir():
+        raise DataError(
+            f"{data}: no such folder", hint="task.data is a folder with GSM8K's files or a hub id"
+        )
+    for folder in (data, data / "main"):
+        for name in (f"{split}.jsonl", f"{split}.parquet"):
+            if (folder / name).is_file():
+                return [folder / name]
+        shards = sorted(folder.glob(f"{split}-*.parquet"))
+        if shards:
+            _check_complete(shards)
+            return shards
+    found = ", ".join(sorted(path.name for path in data.iterdir())[:8]) or "nothing"
+    raise DataError(
+        f"{data}: no {split} split; found {found}, expected {split}.jsonl, {split}.parquet "
+        f"or {split}-*.parquet there or in its folder main",
+        hint="copy GSM8K's files there, or write its hub id in task.data",
+    )
+
+
+def _check_complete(shards: list[Path]) -> None:
+    """Raises DataError when the names say `-of-00003` and there are not three."""
+    totals = {int(match[1]) for path in shards if (match := re.search(r"-of-(\d+)\.parquet$", path.name))}
+    if totals and totals != {len(shards)}:
+        names = ", ".join(path.name for path in shards)
+        raise DataError(
+            f"{shards[0].parent}: found {names}, expected all files of one numbering",
+            hint="copy the data again",
+        )
+
+
+def _problem(record: Record, prompt_id: str) -> Problem:
+    solution = record.text("answer")
+    expected = extract_expected(solution)
+    if expected is None or parse_number(expected) is None:
+        raise DataError(
+            f"{record.place}: the answer ends in {solution[-60:]!r}, expected a last line {MARK} N",
+            hint="data of another form is read by task kind jsonl",
+        )
+    return Problem(prompt_id, record.text("question"), expected, solution)

@@ -1,0 +1,1 @@
+"""Probes of text, engine, student, teacher and machine, and the estimate."""

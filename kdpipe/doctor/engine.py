@@ -1,0 +1,308 @@
+"""The doctor's probes of engines: is what they say of a token what a plain forward pass of the folder says of it?
+
+Every probe asks an engine through its protocol and holds the answer against a forward pass made elsewhere, or
+against another answer. Differences are told as their maximum and 99th percentile, never as a mean: scores shifted
+by one differ by nats at every token, and by nearly nothing in their sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kdpipe.doctor.finding import Measure, Outcome, failed
+from kdpipe.engines.protocol import ScoreRequest
+from kdpipe.errors import EngineError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from kdpipe.engines.protocol import Engine, TokenScores
+    from kdpipe.models.reference import Pair
+    from kdpipe.models.source import ModelSource
+
+    Logprobs = list[npt.NDArray[np.float64]]
+
+Forward = Callable[["Sequence[Pair]", float], "Logprobs"]
+"""Pairs and a temperature -> log-probs of each completion's tokens, computed without any engine."""
+Turn = Callable[["npt.NDArray[np.float32]", "Sequence[int]"], "npt.NDArray[np.float64]"]
+"""Hidden states [n, H] and the ids of n tokens -> their log-probs [n] at the scorer's temperature."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far two forward passes of equal weights may be apart, in nats, in a dtype."""
+
+    p99: float
+    largest: float
+
+
+TOLERANCES = {
+    "float32": Tolerance(5e-4, 2e-3),
+    "float16": Tolerance(0.05, 0.3),
+    "bfloat16": Tolerance(0.2, 1.0),
+}
+BETTER_THAN_GUESSING = 0.25
+"""Nats a token by which a teacher has to find reference solutions likelier than guessing among the ids in use."""
+SAME_ANSWER = 1e-3
+"""How far numbers of one answer may be apart, in any dtype: they come from the same logits."""
+_ALTERNATIVES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """An engine and how it is asked: which model, at which temperature, over how many ids."""
+
+    engine: Engine
+    source: ModelSource
+    temperature: float
+    num_ids: int
+    tolerance: Tolerance
+
+    def scores(self, pairs: Sequence[Pair], *, top_k: int = 0, hidden: bool = False) -> list[TokenScores]:
+        """What the engine says of the completions, the model loaded anew."""
+        self.engine.load(self.source)
+        return self.engine.score(
+            [ScoreRequest(prompt, completion) for prompt, completion in pairs],
+            temperature=self.temperature,
+            num_ids=self.num_ids,
+            top_k=top_k,
+            progress=lambda _: None,
+            hidden=hidden,
+        )
+
+    def logprobs(self, pairs: Sequence[Pair]) -> Logprobs:
+        """The scores alone; raises EngineError unless there is one for every token."""
+        found = [np.asarray(score.logprobs, np.float64) for score in self.scores(pairs)]
+        for number, (row, (_, completion)) in enumerate(zip(found, pairs, strict=True)):
+            if len(row) != len(completion):
+                raise EngineError(
+                    f"{len(row)} scores for {len(completion)} completion tokens",
+                    hint="the engine and the pipeline disagree about what a completion is",
+                    request=number,
+                )
+        return found
+
+
+def agrees(
+    scorer: Scorer, pairs: Sequence[Pair], forward: Forward, *, whose: str, scored: Logprobs
+) -> Outcome:
+    """Whether `scored`, by the engine, is what `forward` says at the scorer's temperature; `whose` names it."""
+    theirs = forward(pairs, scorer.temperature)
+    measures = _apart(scored, theirs, scorer.tolerance)
+    tokens = sum(map(len, scored))
+    said = f"{tokens} tokens at temperature {scorer.temperature:g} against {whose}"
+    if all(measure.is_ok for measure in measures):
+        return Outcome(said, measures)
+    return failed(f"{said}: {_diagnosis(scorer, pairs, scored, theirs, forward)}", *measures)
+
+
+def _apart(ours: Logprobs, theirs: Logprobs, tolerance: Tolerance) -> tuple[Measure, ...]:
+    """Maximum and 99th percentile of the differences, with their limits."""
+    if not sum(map(len, ours)):
+        raise EngineError("there is no completion token to compare", hint="raise rollout.max_new_tokens")
+    off = np.abs(np.concatenate(ours) - np.concatenate(theirs))
+    return (
+        Measure("max", float(off.max()), tolerance.largest),
+        Measure("p99", float(np.quantile(off, 0.99)), tolerance.p99),
+    )
+
+
+def _diagnosis(
+    scorer: Scorer, pairs: Sequence[Pair], ours: Logprobs, theirs: Logprobs, forward: Forward
+) -> str:
+    """What would explain the difference, tried one after another."""
+    temperature, tolerance = scorer.temperature, scorer.tolerance
+
+    def fits(found: Logprobs, wanted: Logprobs) -> bool:
+        return bool(sum(map(len, found))) and all(m.is_ok for m in _apart(found, wanted, tolerance))
+
+    guess = -math.log(scorer.num_ids)
+    if all(np.abs(row - guess).max(initial=0.0) < tolerance.largest for row in ours):
+        return f"every score is -ln {scorer.num_ids} = {guess:.3f}: the weights are lost"
+    if fits([row[1:] for row in ours], [row[:-1] for row in theirs]):
+        return "each score is that of the token before: they come one position late"
+    if fits([row[:-1] for row in ours], [row[1:] for row in theirs]):
+        return "each score is that of the token after: they come one position early"
+    if temperature != 1 and fits(ours, forward(pairs, temperature * temperature)):
+        return f"they fit temperature {temperature**2:g}: the temperature is applied twice"
+    if temperature != 1 and fits(ours, forward(pairs, 1.0)):
+        return "they fit temperature 1: the temperature is not applied"
+    return "other weights, or other arithmetic"
+
+
+def sampler(drawn: Logprobs, wanted: Logprobs, *, temperature: float, tolerance: Tolerance) -> Outcome:
+    """Whether the log-probs that came with samples are those of the trainer's forward."""
+    measures = _apart(drawn, wanted, tolerance)
+    tokens = sum(map(len, drawn))
+    said = f"{tokens} sampled tokens at temperature {temperature:g} against the trainer's forward"
+    if all(measure.is_ok for measure in measures):
+        return Outcome(said, measures)
+    return failed(f"{said}: importance ratios would be wrong from the first update on", *measures)
+
+
+def shift(scorer: Scorer, pair: Pair) -> Outcome:
+    """Whether a changed token moves its own score first, at the first, a middle and the last place."""
+    prompt, completion = pair
+    [before] = scorer.logprobs([pair])
+    last = len(completion) - 1
+    for place in sorted({0, last // 2, last}):
+        others = _other_ids(completion[place], scorer.num_ids)
+        changed = [(prompt, [*completion[:place], other, *completion[place + 1 :]]) for other in others]
+        moved = [np.abs(after - before) > scorer.tolerance.p99 for after in scorer.logprobs(changed)]
+        first = min((int(row.argmax()) for row in moved if row.any()), default=None)
+        if first == place:
+            continue
+        if first is None:
+            return failed(f"token {place} of {last} was changed, and no score moved: scores come late")
+        when = "early" if first < place else "late"
+        return failed(
+            f"token {place} of {last} was changed, and the first score that moved is that of token {first}: "
+            f"scores come {when}"
+        )
+    [alone] = scorer.logprobs([(prompt, completion[:1])])
+    off = abs(float(alone[0] - before[0]))
+    return Outcome(
+        f"tokens 0, {last // 2} and {last} changed; a completion of one token keeps its score",
+        (Measure("one token", off, scorer.tolerance.largest),),
+    )
+
+
+def _other_ids(token: int, num_ids: int) -> list[int]:
+    """Ids other than `token`, far from it and from each other."""
+    step = max(1, num_ids // (_ALTERNATIVES + 1))
+    ids = [(token + number * step) % num_ids for number in range(1, _ALTERNATIVES + 1)]
+    return sorted({found for found in ids if found != token})
+
+
+def not_constant(scorer: Scorer, pairs: Sequence[Pair]) -> Outcome:
+    """Whether scores differ from token to token, where every second one is replaced by an id that is as good as any.
+
+    A teacher that knows the solutions by heart gives all of their own tokens nearly the same score: 0.
+    """
+    spoilt = [
+        (prompt, [(t + 1 + i // 2) % scorer.num_ids if i % 2 else t for i, t in enumerate(completion)])
+        for prompt, completion in pairs
+    ]
+    every = np.concatenate(scorer.logprobs(spoilt))
+    spread = float(every.max() - every.min())
+    measure = Measure("spread", spread, scorer.tolerance.p99, must_exceed=True)
+    if measure.is_ok:
+        return Outcome(f"{len(every)} scores from {every.min():.3g} to {every.max():.3g}", (measure,))
+    guess = -math.log(scorer.num_ids)
+    is_guess = abs(float(every.mean()) - guess) < scorer.tolerance.largest
+    why = f"which is -ln {scorer.num_ids}: the weights are lost" if is_guess else "whatever the token"
+    return failed(f"all {len(every)} scores are {every.mean():.4g}, {why}", measure)
+
+
+def same_twice(scorer: Scorer, pairs: Sequence[Pair]) -> Outcome:
+    """Whether the same requests give the same scores again, and in another order and company."""
+    first, second = scorer.logprobs(pairs), scorer.logprobs(pairs)
+    backwards = scorer.logprobs(pairs[::-1])[::-1]
+    alone = scorer.logprobs(pairs[:1])
+    limit = scorer.tolerance.largest
+    off = [
+        float(np.abs(np.concatenate(one) - np.concatenate(other)).max(initial=0.0))
+        for one, other in ((first, second), (first, backwards), (first[:1], alone))
+    ]
+    names = ("again", "other order", "alone")
+    measures = tuple(Measure(name, value, limit) for name, value in zip(names, off, strict=True))
+    return Outcome(f"{len(pairs)} requests again, backwards, and one alone", measures)
+
+
+def reload(
+    scorer: Scorer, other: ModelSource, pairs: Sequence[Pair], *, forward: Forward, of_other: Forward
+) -> Outcome:
+    """Whether loading A, B and A again gives the scores of A, B and A; B has A's sizes and other weights."""
+    first = scorer.logprobs(pairs)
+    between = replace(scorer, source=other).logprobs(pairs)
+    again = scorer.logprobs(pairs)
+    tolerance, temperature = scorer.tolerance, scorer.temperature
+    wanted, wanted_other = forward(pairs, temperature), of_other(pairs, temperature)
+
+    def off(one: Logprobs, two: Logprobs, quantile: float = 1.0) -> float:
+        return float(np.quantile(np.abs(np.concatenate(one) - np.concatenate(two)), quantile))
+
+    back = Measure("A again", off(first, again), tolerance.largest)
+    moved = Measure("A and B", off(first, between), tolerance.p99, must_exceed=True)
+    of_b = Measure("B and plain", off(between, wanted_other), tolerance.largest)
+    of_b_p99 = Measure("p99", off(between, wanted_other, 0.99), tolerance.p99)
+    of_a = Measure("A and plain", off(again, wanted), tolerance.largest)
+    measures = (moved, of_b, of_b_p99, of_a, back)
+    if all(measure.is_ok for measure in measures):
+        return Outcome("A the student, B a copy of it with other weights, and A again", measures)
+    if not moved.is_ok:
+        why = "after other weights are loaded the scores are still the old ones"
+    elif not (of_b.is_ok and of_b_p99.is_ok):
+        why = "part of the weights, such as the output head, stays the old one when others are loaded"
+    else:
+        why = "after loading other weights and back the scores are not what they were"
+    return failed(why, *measures)
+
+
+def top_k(scorer: Scorer, pairs: Sequence[Pair], k: int) -> Outcome:
+    """Whether k distinct ids come with each token, sorted, and fit the score of the token beside them."""
+    worst_order = worst_own = worst_mass = 0.0
+    for number, (score, (_, completion)) in enumerate(zip(scorer.scores(pairs, top_k=k), pairs, strict=True)):
+        ids, logprobs, tail = score.topk_ids, score.topk_logprobs, score.tail_logprobs
+        if ids is None or logprobs is None or tail is None:
+            return failed(f"request {number}: {k} most probable ids were asked for, and none came")
+        if ids.shape != (len(completion), k) or logprobs.shape != ids.shape:
+            return failed(
+                f"request {number}: ids of shape {list(ids.shape)}, expected {[len(completion), k]}"
+            )
+        if any(len(set(row)) < k for row in ids.tolist()):
+            return failed(f"request {number}: an id stands twice among the {k} most probable ones")
+        values = logprobs.astype(np.float64)
+        worst_order = max(worst_order, float(np.diff(values, axis=1).max(initial=0.0)))
+        own = np.asarray(score.logprobs, np.float64)
+        is_own = ids == np.asarray(completion)[:, None]
+        held = np.abs(values - own[:, None])[is_own].max(initial=0.0)
+        outside = (own - values.min(axis=1))[~is_own.any(axis=1)].max(initial=0.0)
+        worst_own = max(worst_own, float(held), float(outside))
+        mass = np.exp(values).sum(axis=1) + np.exp(tail.astype(np.float64))
+        worst_mass = max(worst_mass, float(np.abs(mass - 1).max(initial=0.0)))
+    return Outcome(
+        f"{k} distinct ids at each token, by falling log-prob, with the sampled token where it belongs",
+        (
+            Measure("order", worst_order, 0.0),
+            Measure("own token", worst_own, SAME_ANSWER),
+            Measure("mass", worst_mass, SAME_ANSWER),
+        ),
+    )
+
+
+def hidden_states(scorer: Scorer, pairs: Sequence[Pair], turn: Turn) -> Outcome:
+    """Whether the states before the output head, turned by the head in the folder, are the engine's scores."""
+    ours: Logprobs = []
+    theirs: Logprobs = []
+    for number, (score, (_, completion)) in enumerate(
+        zip(scorer.scores(pairs, hidden=True), pairs, strict=True)
+    ):
+        if score.hidden is None:
+            return failed(f"request {number}: hidden states were asked for, and none came")
+        ours.append(np.asarray(score.logprobs, np.float64))
+        theirs.append(turn(score.hidden, completion))
+    measures = _apart(ours, theirs, scorer.tolerance)
+    return Outcome(f"{sum(map(len, ours))} tokens through the output head of the folder", measures)
+
+
+def knows_the_task(scorer: Scorer, references: Sequence[Pair], own: Sequence[Pair] | None) -> Outcome:
+    """Whether reference solutions are likelier than guessing; `own` has them after the teacher's own template."""
+    every = np.concatenate(scorer.logprobs(references))
+    if not every.size:
+        raise EngineError("the reference solutions are empty", hint="look at the task's data")
+    guess = -math.log(scorer.num_ids)
+    gain = float(every.mean()) - guess
+    measure = Measure("over guessing", gain, BETTER_THAN_GUESSING, must_exceed=True)
+    said = f"reference solutions have {every.mean():.2f} nats a token, guessing has {guess:.2f}"
+    if own is not None:
+        after_own = float(np.concatenate(scorer.logprobs(own)).mean())
+        said += f"; after its own template's prompt {after_own:.2f}"
+    if measure.is_ok:
+        return Outcome(said, (measure,))
+    return failed(f"{said}: its weights look random", measure)

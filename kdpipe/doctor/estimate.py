@@ -1,0 +1,186 @@
+"""What a recipe will take, from sizes alone: memory of every role, disk and tokens of a round.
+
+Bounds rather than forecasts: every completion is taken to be `max_new_tokens` long, nothing is compressed, and what
+cannot be known from sizes (activations) is counted roughly and said so. No weights are read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pydantic import JsonValue
+
+    from kdpipe.models.reference import Shape
+    from kdpipe.recipe.schema import Recipe
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_ID = 4  # bytes of a token id, and of a log-prob
+_TEXT = 4  # bytes of text for a token, about
+_KEPT_PER_LAYER = 10  # activations of a layer that backward needs, in hidden sizes beside its MLP, about
+_LOGIT_COPIES = 3  # logits, their log-softmax and its gradient
+
+
+@dataclass(frozen=True, slots=True)
+class Sized:
+    """A model with the dtype that it computes in; `adapter` is the number of weights of its LoRA adapter."""
+
+    name: str
+    shape: Shape
+    dtype: str
+    adapter: int = 0
+
+    @property
+    def element(self) -> int:
+        """Bytes of one weight."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def weights(self) -> int:
+        """Bytes of its weights."""
+        return self.shape.parameters * self.element
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes by role and part, bytes on disk of a round by file, tokens of a round by stage."""
+
+    parameters: Mapping[str, int]
+    memory: Mapping[str, Mapping[str, int]]
+    disk: Mapping[str, int]
+    kept: int
+    tokens: Mapping[str, int]
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """The estimate as JSON."""
+        return {
+            "parameters": dict(self.parameters),
+            "memory_bytes": {role: dict(parts) for role, parts in self.memory.items()},
+            "disk_bytes_per_round": dict(self.disk),
+            "disk_bytes_kept": self.kept,
+            "tokens_per_round": dict(self.tokens),
+        }
+
+
+def estimate(
+    recipe: Recipe, student: Sized, teachers: Mapping[str, Sized | None], *, prompt_tokens: int
+) -> Estimate:
+    """What `recipe` takes with prompts of `prompt_tokens` tokens; a teacher that is None has its weights elsewhere."""
+    here = {name: teacher for name, teacher in teachers.items() if teacher is not None}
+    distinct = {name: teacher for name, teacher in here.items() if teacher.name != student.name}
+    memory = {
+        "train student": _training(recipe, student),
+        "sample student": _sampling(recipe, student, prompt_tokens),
+    }
+    memory |= {f"score {name}": _scoring(recipe, teacher) for name, teacher in distinct.items()}
+    disk = _disk(recipe, student, teachers, prompt_tokens)
+    weights = disk["model"]
+    keep = recipe.runtime.keep
+    small = sum(size for name, size in disk.items() if name not in ("model", "trainer", "ema"))
+    kept = (
+        (keep.weights + 2) * (weights + disk.get("ema", 0))  # and those evaluated best and last
+        + keep.optimizer * disk["trainer"]
+        + recipe.rounds * small
+    )
+    parameters = {student.name: student.shape.parameters}
+    parameters |= {name: teacher.shape.parameters for name, teacher in distinct.items()}
+    if student.adapter:
+        parameters["adapter"] = student.adapter
+    return Estimate(parameters, memory, disk, kept, _tokens(recipe, len(teachers), prompt_tokens))
+
+
+def _training(recipe: Recipe, student: Sized) -> dict[str, int]:
+    """Weights with their masters, gradients, both moments, and what backward needs of a micro-batch."""
+    shape, runtime = student.shape, recipe.runtime
+    trained = student.adapter or shape.parameters
+    frozen = student.weights if student.adapter else 0
+    tokens = runtime.train_tokens
+    width = _KEPT_PER_LAYER * shape.hidden + 3 * shape.intermediate
+    layers = (
+        tokens * shape.layers * (shape.hidden if runtime.gradient_checkpointing else width) * student.element
+    )
+    if runtime.gradient_checkpointing:
+        layers += tokens * width * student.element
+    return {
+        "weights": frozen + 4 * trained,
+        "gradients": 4 * trained,
+        "optimizer": 8 * trained,
+        "activations, roughly": layers + _logits(recipe, student),
+    }
+
+
+def _logits(recipe: Recipe, model: Sized) -> int:
+    return _LOGIT_COPIES * recipe.runtime.head_chunk_tokens * model.shape.rows * 4
+
+
+def _sampling(recipe: Recipe, student: Sized, prompt_tokens: int) -> dict[str, int]:
+    """A copy of the weights, unless the trained ones serve, and keys and values of one batch."""
+    shape = student.shape
+    shared = recipe.rollout.engine == "hf" and (student.adapter or student.dtype == "float32")
+    length = prompt_tokens + recipe.rollout.max_new_tokens
+    rows = recipe.rollout.on_policy_prompts * recipe.rollout.samples
+    tokens = min(max(recipe.runtime.sample_tokens, length), rows * length)
+    return {
+        "weights": 0 if shared else student.weights,
+        "keys and values": 2 * tokens * shape.layers * shape.kv_width * student.element,
+    }
+
+
+def _scoring(recipe: Recipe, teacher: Sized) -> dict[str, int]:
+    """The teacher's weights, and one forward pass without gradients."""
+    shape, tokens = teacher.shape, recipe.runtime.score_tokens
+    passing = tokens * (4 * shape.hidden + 2 * shape.intermediate) * teacher.element
+    return {"weights": teacher.weights, "activations, roughly": passing + _logits(recipe, teacher)}
+
+
+def _disk(
+    recipe: Recipe, student: Sized, teachers: Mapping[str, Sized | None], prompt_tokens: int
+) -> dict[str, int]:
+    """Bytes of what one round writes, uncompressed."""
+    rows, new = recipe.rollout.rows, recipe.rollout.max_new_tokens
+    prompt = rows * prompt_tokens
+    completion = rows * new
+    trained = student.adapter or student.shape.parameters
+    masters = 0 if student.adapter or student.dtype == "float32" else 4
+    written = 4 * trained if student.adapter else student.weights
+    found = {
+        "rollouts": prompt * (_ID + _TEXT) + completion * (2 * _ID + _TEXT),
+        "scores": sum(
+            (prompt * _ID + completion * (1 + _kept_bytes(recipe, teacher))) * _share(recipe, len(teachers))
+            for teacher in teachers.values()
+        ),
+        "completions": completion * _ID,
+        "model": written,
+        "trainer": trained * (8 + masters),
+    }
+    if recipe.ema_decay is not None:
+        found["ema"] = student.weights + (0 if student.dtype == "float32" else 4 * trained)
+    return {name: int(size) for name, size in found.items()}
+
+
+def _share(recipe: Recipe, count: int) -> float:
+    """The share of completions that each teacher scores."""
+    return 1 / count if recipe.is_routed else 1.0
+
+
+def _kept_bytes(recipe: Recipe, teacher: Sized | None) -> int:
+    """Bytes that teacher-score keeps of a completion token; who has its weights elsewhere gives no hidden states."""
+    keep = recipe.keep
+    if keep.hidden and teacher is not None:
+        return _ID + teacher.shape.hidden * teacher.element
+    k = keep.teacher_top_k + keep.student_top_k
+    if not k:
+        return _ID
+    return 2 * _ID + k * (_ID + (2 if recipe.teacher_score.logprobs == "float16" else 4))
+
+
+def _tokens(recipe: Recipe, num_teachers: int, prompt_tokens: int) -> dict[str, int]:
+    """Tokens that a round samples, scores and trains on, at most."""
+    rollout = recipe.rollout
+    sampled = rollout.on_policy_prompts * rollout.samples * rollout.max_new_tokens
+    passed = rollout.rows * (prompt_tokens + rollout.max_new_tokens)
+    scored = passed * (1 if recipe.is_routed else num_teachers)
+    return {"sampled": sampled, "scored": scored, "trained": passed * recipe.train.epochs}

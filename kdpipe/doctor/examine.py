@@ -1,0 +1,61 @@
+"""The doctor: a student and its teachers are examined before anything is believed, or paid for.
+
+`examine` makes the probes of `doctor_text.py` and `doctor_engine.py` over a recipe's own engines. What each catches
+stands in `doctor_finding.py`. A full examination samples a few completions, loads every model several times, and
+writes a perturbed copy of the student to a temporary folder; the quick one, which `run` makes by itself, asks for
+nothing that the next steps would not load anyway.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from kdpipe.doctor.case import LONGEST, Case, Model
+from kdpipe.doctor.estimate import Estimate, Sized, estimate
+from kdpipe.doctor.student import ExaminedStudent
+from kdpipe.doctor.teacher import ExaminedTeacher
+from kdpipe.models.devices import dtype_name
+from kdpipe.models.reference import adapter_parameters, shape_of
+
+if TYPE_CHECKING:
+    from kdpipe.doctor.finding import Finding
+
+
+def examine(case: Case) -> list[Finding]:
+    """The findings on the student and on each teacher, in the order in which they are told."""
+    with tempfile.TemporaryDirectory(prefix="kdpipe-doctor-") as folder:
+        student = ExaminedStudent(case, Path(folder))
+        findings = list(student.findings())
+        for settings, model in case.teachers:
+            findings += ExaminedTeacher(case, settings, model, student).findings()
+    if case.device.type == "cuda":
+        del student  # and with it the trainer's copy
+        torch.cuda.empty_cache()
+    return findings
+
+
+def sizes(case: Case) -> Estimate:
+    """What the recipe takes, from the configs of its models and the length of its prompts."""
+    recipe, text = case.recipe, case.student.text
+    prompts = [text.prompt(problem) for problem in case.job.train[:LONGEST]]
+    lora, source = recipe.student.lora, case.student.source
+    adapter = 0
+    if lora is not None:
+        targets = None if lora.targets == "all-linear" else lora.targets
+        adapter = adapter_parameters(source.folder, rank=lora.rank, targets=targets)
+    student = _sized(case, case.student, adapter=adapter)
+    teachers = {
+        model.name: student if settings.self_ is not None else _sized(case, model) if model.is_here else None
+        for settings, model in case.teachers
+    }
+    mean = sum(map(len, prompts)) / len(prompts)
+    return estimate(recipe, student, teachers, prompt_tokens=round(mean))
+
+
+def _sized(case: Case, model: Model, *, adapter: int = 0) -> Sized:
+    shape = shape_of(model.source.folder, trust_remote_code=model.source.trust_remote_code)
+    return Sized(model.name, shape, dtype_name(model.dtype(case.device)), adapter)

@@ -1,0 +1,1 @@
+"""check-loss: an objective's gradient against the exact one."""

@@ -1,0 +1,385 @@
+"""`check-loss`: what a recipe's objective does to the student, measured before money is spent (method: check-loss).
+
+Properties 1 to 3 are about the KD part alone: the gradient of the objective less that at `distill_weight: 0`, every
+completion enumerated. 4 and 5 are about the whole loss of an optimizer step, in which a recipe with reference text
+has a completion of that kind.
+
+What `end_token` and `truncated` mask is decided by train, before the loss, and an expectation over what is left is
+no divergence: properties 1 to 3 are about completions of which everything counts.
+
+Shapes as in `small_world.py`; R completions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from kdpipe.doctor.loss.claim import claim_of, claimed_gradient, description_of
+from kdpipe.doctor.loss.enumerated import (
+    STEP,
+    WORLDS,
+    Case,
+    Completion,
+    Policies,
+    Row,
+    V,
+    as_step,
+    drawn,
+    gradients,
+    is_right,
+    loss_of,
+    of_tokens,
+    off_policy,
+    on_policy,
+    prefixes_of,
+    random_logits,
+    table_rows,
+)
+from kdpipe.doctor.loss.transformer import transformer
+from kdpipe.method.objective import NonFiniteError
+from kdpipe.models.logprobs import Head
+from kdpipe.recipe.schema import DecoupledControl, DistillSchedule, RatioControl, Recipe, SampledTerm
+
+if TYPE_CHECKING:
+    from kdpipe.workers.worker import Message, Report
+
+Verdict = Literal["ok", "FAILED", "not applicable"]
+ROUNDING = 1e-14  # what float64 leaves of sums that are exactly 0
+MEANING = {
+    1: "the teacher drops out of the expected gradient: on average nothing is learned from it",
+    2: "on average, training does not descend what this objective claims to descend",
+    3: "a student that agrees with the teacher is pushed away from it",
+    4: "the update depends on how a step is cut into micro-batches, ordered or padded",
+    5: "what stands at masked tokens gets into the loss",
+}
+KD_PROPERTIES = (1, 2, 3)  # those that `run` insists on
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One comparison: a deviation that may be `limit` at most, or a movement that must be more; `of` is the whole."""
+
+    name: str
+    value: float
+    of: float
+    limit: float
+    must_move: bool = False
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether the value is a number on the right side of its limit."""
+        return self.value > self.limit if self.must_move else self.value <= self.limit
+
+    @property
+    def badness(self) -> tuple[bool, float]:
+        """Sorts measures: those beyond their limit last, the others by how near they are."""
+        ratio = self.value / self.limit if self.limit else self.value
+        return not self.is_ok, -ratio if self.must_move else ratio
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The verdict on one property, the comparisons that decided it, worst first, and what a failure means."""
+
+    number: int
+    claim: str
+    verdict: Verdict
+    measures: tuple[Measure, ...] = ()
+    problem: str = ""
+    meaning: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """An objective as one phase of the recipe has it, in words, and the findings on it."""
+
+    objective: str
+    findings: tuple[Finding, ...]
+
+
+# ------------------------------------------------------------------------------------------------ entry
+
+
+def serve() -> Callable[[Message, Report], Message]:
+    """What a worker runs for the command line: from a recipe to the findings on each phase of its objective."""
+
+    def check(request: Message, _report: Report) -> Message:
+        recipe = Recipe.model_validate_json(json.dumps(request["recipe"]), strict=True)
+        return {"phases": [asdict(phase) for phase in check_loss(recipe)]}
+
+    return check
+
+
+def check_loss(recipe: Recipe) -> list[Phase]:
+    """The findings on the five properties for each phase of the recipe's objective."""
+    return [
+        Phase(when + description_of(case.objective), tuple(judged(case, number) for number in MEANING))
+        for when, case in cases_of(recipe)
+    ]
+
+
+def unsound(recipe: Recipe) -> list[str]:
+    """What properties 1 to 3 find wrong with the KD part of the recipe's objective, a line each."""
+    return [line for _, case in cases_of(recipe) for line in _unsound(case)]
+
+
+@cache
+def _unsound(case: Case) -> tuple[str, ...]:
+    return tuple(
+        f"property {finding.number}: {finding.meaning}"
+        for finding in (judged(case, number) for number in KD_PROPERTIES)
+        if finding.verdict == "FAILED"
+    )
+
+
+def cases_of(recipe: Recipe) -> list[tuple[str, Case]]:
+    """The phases of the objective, each with what to call it; a schedule stands at its largest weight."""
+    objective = recipe.train.objective
+    largest = max(objective.distill_weight, objective.distill_schedule.end or 0.0)
+    fixed = {"distill_weight": largest, "distill_schedule": DistillSchedule.model_construct()}
+    case = Case(
+        objective.model_copy(update=fixed),
+        temperature=recipe.rollout.temperature,
+        teacher_temperature=recipe.teacher.temperature or recipe.rollout.temperature,
+        keeps_hidden=recipe.keep.hidden,
+        max_new_tokens=recipe.rollout.max_new_tokens,
+        has_references=recipe.rollout.on_policy_fraction < 1,
+    )
+    if objective.kd_rounds is None:
+        return [("", case)]
+    last = objective.kd_rounds
+    return [
+        (f"rounds 1 to {last}: ", replace(case, objective=case.objective.in_round(last))),
+        (f"from round {last + 1}: ", replace(case, objective=case.objective.in_round(last + 1))),
+    ]
+
+
+def judged(case: Case, number: int) -> Finding:
+    """The finding on a property, with the worst measure of each name."""
+    claim, measure = _property(case, number)
+    if number in KD_PROPERTIES and not case.objective.has_kd:
+        return Finding(number, claim, "not applicable")
+    try:
+        measures = sorted(measure(case), key=lambda found: found.badness)
+    except NonFiniteError as error:
+        # The loss refuses a number that it should not have looked at, or that is its own making.
+        return Finding(number, claim, "FAILED", problem=error.found, meaning=MEANING[number])
+    infinite = {found.name: None for found in measures if not math.isfinite(found.value)}
+    problem = f"not finite: {', '.join(infinite)}" if infinite else ""
+    is_ok = not problem and all(found.is_ok for found in measures)
+    verdict: Verdict = "ok" if is_ok else "FAILED"
+    meaning = "" if is_ok else MEANING[number]
+    worst = {found.name: found for found in measures if found.name not in infinite}
+    ordered = sorted(worst.values(), key=lambda found: found.badness, reverse=True)
+    return Finding(number, claim, verdict, tuple(ordered), problem, meaning)
+
+
+def _property(case: Case, number: int) -> tuple[str, Callable[[Case], list[Measure]]]:
+    """What a property says of the objective, and what measures it."""
+    match number:
+        case 1:
+            return "the expected gradient follows the teacher", _teacher_matters
+        case 2:
+            return f"the expected gradient is that of {claim_of(case.objective)}", _claim_holds
+        case 3:
+            return "where both agree, no completion is pushed", _agreement_rests
+        case 4:
+            return "cuts, order and padding change nothing", _cuts_agree
+        case _:
+            return "masked tokens change nothing", _masks_hold
+
+
+# ---------------------------------------------------------------------------------- 1 to 3: the KD part
+
+
+def _teacher_matters(case: Case) -> list[Measure]:
+    measures = []
+    for world in _worlds(case):
+        found, noises = [], []
+        for policies in (on_policy(teacher=2), on_policy(teacher=3)):
+            part_RPV, weight_R, noise = _kd_part(case, world, policies)
+            found.append(torch.einsum("r,rpv->pv", weight_R, part_RPV))
+            noises.append(noise)
+        size = max(_size(gradient) for gradient in found)
+        limit = max(1e-3 * size, 100 * ROUNDING + sum(noises))
+        measures.append(Measure("on-policy", _size(found[0] - found[1]), size, limit, must_move=True))
+    return measures
+
+
+def _claim_holds(case: Case) -> list[Measure]:
+    """The expectation with the KD mask open; and that a closed completion has no KD part at all."""
+    pairs = [("on-policy", case, on_policy())]
+    kd = case.objective.kd
+    if case.objective.kind == "srpo":
+        pass  # its signal goes through PPO's clip, which has no unbiased setting
+    elif isinstance(kd, SampledTerm):
+        free = {"ratio": RatioControl(), "decoupled": DecoupledControl() if kd.decoupled else None}
+        plain = case.having({"kd": kd.model_copy(update=free)})
+        pairs.append(("off-policy, ratio none", plain, off_policy()))
+    else:
+        pairs.append(("off-policy", case, off_policy()))
+    measures = []
+    for (name, setting, policies), world in itertools.product(pairs, _worlds(case)):
+        part_RPV, weight_R, noise = _kd_part(setting, world, policies, all_wrong=True)
+        found = torch.einsum("r,rpv->pv", weight_R, part_RPV)
+        wanted = claimed_gradient(setting.objective, world, policies)
+        size = _size(wanted)
+        measures.append(Measure(name, _size(found - wanted), size, 1e-10 * size + ROUNDING + noise))
+    return measures + _closed_completions(case)
+
+
+def _closed_completions(case: Case) -> list[Measure]:
+    """The KD part where the KD mask closes a completion, which is exactly none, and where it does not."""
+    objective = case.objective
+    groups = [STEP[number : number + 2] for number in range(0, len(STEP), 2)]
+    if objective.kind == "srpo" or objective.mask == "wrong":
+        closed = [is_right(completion) for group in groups for completion in group]
+    elif objective.mask == "all_wrong_groups":
+        closed = [any(map(is_right, group)) for group in groups for _ in group]
+    else:
+        return []
+    rows = drawn(case, groups, on_policy())
+    whole_RPV, rest_RPV = _with_and_without_kd(case, rows, on_policy().student)
+    part_RPV = (whole_RPV - rest_RPV) / objective.distill_weight
+    is_closed_R = torch.tensor(closed)
+    size = _size(part_RPV[~is_closed_R])
+    noise = _noise(case, whole_RPV)
+    return [
+        Measure("closed completions", _size(part_RPV[is_closed_R]), size, 0.0),
+        Measure("open completions", size, size, 100 * ROUNDING + noise, must_move=True),
+    ]
+
+
+def _agreement_rests(case: Case) -> list[Measure]:
+    on, off = on_policy(), off_policy()
+    size = _size(_kd_part(case, WORLDS["one token"], on)[0])  # where they do not agree
+    measures = []
+    behaviours = {"on-policy": on.behaviour, "off-policy": off.behaviour}
+    for (name, behaviour), world in itertools.product(behaviours.items(), _worlds(case)):
+        agreed = replace(on, teacher=on.student, behaviour=behaviour)
+        part_RPV, _, noise = _kd_part(case, world, agreed)
+        measures.append(Measure(name, _size(part_RPV), size, 1e-12 + noise))
+    return measures
+
+
+def _worlds(case: Case) -> list[list[Completion]]:
+    # Pairs of completions are many: the world that holds everything is enough.
+    return [WORLDS["early end"]] if case.has_others_baseline else list(WORLDS.values())
+
+
+def _kd_part(
+    case: Case, world: Sequence[Completion], policies: Policies, *, all_wrong: bool = False
+) -> tuple[Tensor, Tensor, float]:
+    """The KD part of each completion's gradient at weight 1 [R, P, V], each one's probability [R], and its rounding.
+
+    Where baselines are means over others, completions come in all pairs, each of a prompt and a step of its own.
+    """
+    groups = list(itertools.product(world, repeat=2 if case.has_others_baseline else 1))
+    rows = drawn(case, groups, policies, all_wrong=all_wrong)
+    whole_RPV, rest_RPV = _with_and_without_kd(case, rows, policies.student)
+    sampler_PV = policies.behaviour.log_softmax(-1)
+    chances = {
+        completion: float(of_tokens(completion, sampler_PV[prefixes_of(completion)]).sum().exp())
+        for completion in world
+    }
+    weights = [math.prod(chances[c] for c in group) / len(group) for group in groups for _ in group]
+    part_RPV = (whole_RPV - rest_RPV) / case.objective.distill_weight
+    return part_RPV, torch.tensor(weights, dtype=torch.float64), _noise(case, whole_RPV)
+
+
+def _noise(case: Case, whole_RPV: Tensor) -> float:
+    """What rounding leaves of a difference of gradients of that size, at weight 1."""
+    return 64 * torch.finfo(torch.float64).eps * _size(whole_RPV) / case.objective.distill_weight
+
+
+def _with_and_without_kd(case: Case, rows: Sequence[Row], student_PV: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's gradient of the objective, and of what is left of it at `distill_weight: 0`, [R, P, V] each.
+
+    All rows are one micro-batch, in which each token has logits, and so a gradient, of its own.
+    """
+    prefixes_N = torch.tensor([prefix for row in rows for prefix in row.context])
+    rows_N = torch.tensor([number for number, row in enumerate(rows) for _ in row.tokens])
+
+    def gradient(case: Case) -> Tensor:
+        result_RPV = student_PV.new_zeros(len(rows), *student_PV.shape)
+        if not (case.objective.has_kd or case.objective.has_rl):
+            return result_RPV
+        logits_NV = (case.temperature * student_PV[prefixes_N]).requires_grad_()
+        states_NN = torch.eye(len(logits_NV), dtype=logits_NV.dtype)
+        loss = loss_of(case, rows, states_NN, Head(logits_NV.T, None))
+        found_NV = gradients(loss, [logits_NV])[0] * case.temperature
+        return result_RPV.index_put((rows_N, prefixes_N), found_NV, accumulate=True)
+
+    return gradient(case), gradient(case.having({"distill_weight": 0.0}))
+
+
+# --------------------------------------------------------------------------------- 4 and 5: the whole loss
+
+
+def _cuts_agree(case: Case) -> list[Measure]:
+    """The sum over micro-batches against one of all rows, on the table, and on a transformer that pads."""
+    measures = []
+
+    def compare(name: str, found: Tensor, wanted: Tensor) -> None:
+        size = _size(wanted)
+        measures.append(Measure(name, _size(found - wanted), size, 1e-10 * size + ROUNDING))
+
+    rows = [row for row in as_step(case, table_rows(case)) if row.kept_n.any()]
+    whole = _table_outcome(case, rows)
+    for cut in _cuts(rows):
+        compare("table", torch.stack([_table_outcome(case, part) for part in cut]).sum(0), whole)
+    model = transformer()
+    rows = [row for row in as_step(case, model.rows) if row.kept_n.any()]
+    whole = model.outcome(case, rows)
+    for cut in _cuts(rows):
+        parts = [model.outcome(case, part) for part in cut]
+        compare("transformer", torch.stack(parts).sum(0), whole)
+    for amount in (0, 3):
+        compare("left padding", model.outcome(case, rows, left_padding=amount), whole)
+    return measures
+
+
+def _cuts(rows: Sequence[Row]) -> Iterator[list[Sequence[Row]]]:
+    """Ways to cut a step into micro-batches: each row alone, two parts, the other order, a mixed one."""
+    yield [[row] for row in rows]
+    yield [rows[:3], rows[3:]]
+    yield [rows[::-1]]
+    yield [rows[1::2], rows[::-2]]
+
+
+def _masks_hold(case: Case) -> list[Measure]:
+    """Masked tokens that hold nan or an infinity against harmless ones, and these against rows without them."""
+    rows = table_rows(case)
+    clean = _table_outcome(case, as_step(case, rows), harmful=0.0)
+    size = _size(clean)
+    cut = _table_outcome(case, as_step(case, rows, cut=True))
+    measures = [Measure("cut out", _size(cut - clean), size, 1e-12 * size)]
+    for value in (math.nan, math.inf, -math.inf):
+        harmed = _table_outcome(case, as_step(case, rows, harmful=value), harmful=value)
+        measures.append(Measure(f"{value:g}", _size(harmed - clean), size, 0.0))
+    return measures
+
+
+def _table_outcome(case: Case, rows: Sequence[Row], *, harmful: float | None = None) -> Tensor:
+    """Loss and gradient of a micro-batch of the categorical policy; `harmful` stands in masked hidden states."""
+    prefixes_N = torch.tensor([prefix for row in rows for prefix in row.context])
+    hidden_NP = torch.nn.functional.one_hot(prefixes_N, 1 + V).double()
+    if harmful is not None:
+        hidden_NP[~torch.cat([row.kept_n for row in rows])] = harmful
+    logits_PV = (case.temperature * random_logits(1)).requires_grad_()
+    loss = loss_of(case, rows, hidden_NP, Head(logits_PV.T, None))
+    return torch.cat([loss.detach()[None], gradients(loss, [logits_PV])[0].flatten()])
+
+
+def _size(tensor: Tensor) -> float:
+    """The largest absolute value, or nan; 0 of nothing."""
+    return float(tensor.abs().max()) if tensor.numel() else 0.0

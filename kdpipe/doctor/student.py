@@ -1,0 +1,203 @@
+"""The student under examination: what it samples, the forward pass of its trainer, and whether others replace it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from kdpipe.data.seeds import permutation
+from kdpipe.doctor import engine as engines
+from kdpipe.doctor import text as texts
+from kdpipe.doctor.case import NEW_TOKENS, PROMPTS, Case, context_of, load, longest_problems
+from kdpipe.doctor.engine import Scorer
+from kdpipe.doctor.finding import Finding, Outcome, found
+from kdpipe.models.adapters import read_adapter, start_adapter, write_adapter
+from kdpipe.models.batching import make_batch
+from kdpipe.models.folder import open_model
+from kdpipe.models.logprobs import head_of, hidden_states, score_tokens
+from kdpipe.models.prompting import reference_completion
+from kdpipe.models.reference import Pair, logprobs_of, perturb, plain_logprobs
+from kdpipe.models.source import AdapterSource
+from kdpipe.recipe.schema import Optimizer
+from kdpipe.stages.job import request_for, sampling_of
+from kdpipe.stages.routing import teaches
+from kdpipe.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from kdpipe.data.rows import Problem
+    from kdpipe.engines.protocol import Completion, Engine
+    from kdpipe.models.source import ModelSource
+
+_REFERENCE_TOKENS = 32
+
+
+class ExaminedStudent:
+    """The student with its samples and the forward pass of the trainer."""
+
+    def __init__(self, case: Case, scratch: Path) -> None:
+        self.case = case
+        self.model = case.student
+        self._scratch = scratch
+        self.dtype = self.model.dtype(case.device)
+        self.tolerance = self.model.tolerance(case.device)
+
+    @cached_property
+    def problems(self) -> list[Problem]:
+        """A few train problems, some of every teacher."""
+        train = self.case.job.train
+        order = [train[i] for i in permutation([p.prompt_id for p in train], "doctor")]
+        count = PROMPTS[self.case.depth]
+        chosen: dict[str, Problem] = {}
+        for settings, _ in self.case.teachers:
+            own = [problem for problem in order if teaches(settings, problem)]
+            chosen |= {problem.prompt_id: problem for problem in own[:count]}
+        return list(chosen.values()) or order[:count]
+
+    @cached_property
+    def completions(self) -> dict[str, Completion]:
+        """A completion of each of the problems, sampled from the whole distribution."""
+        recipe, text = self.case.recipe, self.model.text
+        tokens = min(NEW_TOKENS[self.case.depth], recipe.rollout.max_new_tokens)
+        settings = sampling_of(recipe, text, temperature=recipe.rollout.temperature, max_new_tokens=tokens)
+        requests = [
+            request_for(text.prompt(problem), 1, self.case.job.seed, "doctor", problem.prompt_id)
+            for problem in self.problems
+        ]
+        engine = self.model.open_engine()
+        engine.load(self.model.source)
+        # Truncated, b would be of another distribution than the trainer's: that is not what is asked here.
+        drawn = engine.sample(requests, replace(settings, top_p=1.0, top_k=0), progress=lambda _: None)
+        self.case.rest(self.model, engine)
+        return {problem.prompt_id: one for problem, [one] in zip(self.problems, drawn, strict=True)}
+
+    def pairs(self, problems: Sequence[Problem]) -> list[Pair]:
+        """The student's prompts of the problems with what it sampled."""
+        found = self.completions
+        return [(self.model.text.prompt(p), found[p.prompt_id].token_ids) for p in problems]
+
+    def forward(self, pairs: Sequence[Pair], temperature: float) -> list[npt.NDArray[np.float64]]:
+        """Log-probs of the trainer's forward, over the student's ids in use."""
+        return self._trainer_forward(pairs, temperature)
+
+    @cached_property
+    def _trainer_forward(self) -> engines.Forward:
+        """What train would compute: its weights, its autocast, `forward.py` in one batch at a time."""
+        source, device = self.model.source, self.case.device
+        lora = self.case.recipe.student.lora
+        network = open_model(
+            source.folder,
+            dtype=torch.float32 if lora is None else self.dtype,
+            device=device,
+            trust_remote_code=source.trust_remote_code,
+        )
+        if source.adapter is not None:
+            read_adapter(network, source.adapter.folder)
+        trainer = Trainer(network, Optimizer(), horizon=1, compute=self.dtype)
+        head = head_of(network, num_ids=self.model.text.num_ids)
+
+        def forward(pairs: Sequence[Pair], temperature: float) -> list[npt.NDArray[np.float64]]:
+            results = []
+            for prompt, completion in pairs:
+                batch = make_batch([prompt], [completion], device=device)
+                with torch.no_grad(), trainer.computing():
+                    scores = score_tokens(
+                        hidden_states(network, batch),
+                        head,
+                        batch.target_ids_N,
+                        temperature=temperature,
+                        top_k=0,
+                        chunk=self.case.recipe.runtime.head_chunk_tokens,
+                    )
+                results.append(scores.logprobs_N.double().cpu().numpy())
+            return results
+
+        return forward
+
+    def findings(self) -> Iterator[Finding]:
+        """What is asked of the student alone."""
+        model, name = self.model, self.model.name
+        tokens = self.case.recipe.rollout.max_new_tokens
+
+        def context() -> Outcome:
+            prompts = [model.text.prompt(problem) for problem in longest_problems(self.case.job)]
+            limit = context_of(model.source)
+            return texts.context(prompts, max_new_tokens=tokens, limit=limit, whose="the student")
+
+        yield found("context", name, context)
+        yield found("load", name, lambda: load(model))
+        yield found("sampler", name, self._sampler)
+        if self.case.depth == "full":
+            yield found("reload", name, self._reload)
+
+    def _sampler(self) -> Outcome:
+        temperature = self.case.recipe.rollout.temperature
+        drawn = [np.asarray(one.logprobs, np.float64) for one in self.completions.values()]
+        wanted = self.forward(self.pairs(self.problems), temperature)
+        return engines.sampler(drawn, wanted, temperature=temperature, tolerance=self.tolerance)
+
+    def _reload(self) -> Outcome:
+        scorer = self.scorer(self.model.open_engine(), temperature=1.0)
+        pairs = self.references(self.problems[:2])
+        other, of_other = self._other()
+        return engines.reload(scorer, other, pairs, forward=self._plain(self.model.source), of_other=of_other)
+
+    def scorer(self, engine: Engine, *, temperature: float) -> Scorer:
+        """The student as `engine` scores it."""
+        return Scorer(engine, self.model.source, temperature, self.model.text.num_ids, self.tolerance)
+
+    def references(self, problems: Sequence[Problem]) -> list[Pair]:
+        """The student's prompts of the problems with the beginning of their reference solutions."""
+        text = self.model.text
+        return [
+            (text.prompt(p), reference_completion(text.tokenizer, p, end_id=text.end_id)[:_REFERENCE_TOKENS])
+            for p in problems
+        ]
+
+    def _plain(self, source: ModelSource) -> engines.Forward:
+        def forward(pairs: Sequence[Pair], temperature: float) -> list[npt.NDArray[np.float64]]:
+            return plain_logprobs(
+                source,
+                pairs,
+                temperature=temperature,
+                num_ids=self.model.text.num_ids,
+                dtype=self.dtype,
+                device=self.case.device,
+            )
+
+        return forward
+
+    def _other(self) -> tuple[ModelSource, engines.Forward]:
+        """A model of the student's sizes with other weights: another adapter where that is what changes."""
+        source, lora = self.model.source, self.case.recipe.student.lora
+        folder = self._scratch / "other"
+        if lora is None:
+            perturb(source, folder, dtype=self.dtype, seed=0)
+            other = replace(source, folder=folder, digest=f"other than {source.digest}")
+            return other, self._plain(other)
+        network = open_model(
+            source.folder,
+            dtype=self.dtype,
+            device=self.case.device,
+            trust_remote_code=source.trust_remote_code,
+        )
+        start_adapter(network, lora, seed=0)
+        with torch.no_grad():
+            for weight in network.parameters():
+                if weight.requires_grad:
+                    weight.add_(0.1)
+        write_adapter(network, folder)
+        other = replace(source, adapter=AdapterSource(folder, f"other than {source.digest}"))
+
+        def forward(pairs: Sequence[Pair], temperature: float) -> list[npt.NDArray[np.float64]]:
+            num_ids = self.model.text.num_ids
+            return logprobs_of(network.eval(), pairs, temperature=temperature, num_ids=num_ids)
+
+        return other, forward

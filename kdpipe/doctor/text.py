@@ -1,0 +1,145 @@
+"""The doctor's probes of text: do student and teacher mean the same by ids, turns and ends? No engine is asked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kdpipe.doctor.finding import Measure, Outcome, failed, skipped
+from kdpipe.errors import KdpipeError
+from kdpipe.models.prompting import compare_vocabularies, render_teacher_prompt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kdpipe.data.rows import Problem
+    from kdpipe.recipe.schema import Objective, Teacher
+    from kdpipe.stages.job import Text
+
+SPECIAL = ("bos", "eos", "pad", "unk")
+_SHOWN = 60
+
+
+def vocabulary(student: Text, teacher: Text, *, name: str) -> Outcome:
+    """Whether ids that both have stand for equal strings, and how many the teacher lacks."""
+    both = compare_vocabularies(
+        student.tokenizer, teacher.tokenizer, names=("the student", f"teacher {name!r}")
+    )
+    lacking = len(both.unscorable)
+    said = f"{both.student_ids} ids in use, the teacher has {both.teacher_ids}"
+    return Outcome(
+        f"{said}; {lacking} of the student's are not scorable" if lacking else f"{said}, all shared"
+    )
+
+
+def special_tokens(student: Text, teacher: Text, prompt: Sequence[int]) -> Outcome:
+    """The special tokens of the two side by side, and whether the student's prompt begins with one that fits."""
+    sides = [_specials(student), _specials(teacher)]
+    shown = ", ".join(
+        f"{kind} {sides[0][kind]}"
+        if sides[0][kind] == sides[1][kind]
+        else f"{kind} {sides[0][kind]} and {sides[1][kind]}"
+        for kind in SPECIAL
+    )
+    bos = [text.tokenizer.bos_token_id for text in (student, teacher)]
+    if bos[0] is not None and list(prompt[:2]) == [bos[0], bos[0]]:
+        return failed(
+            f"the student's prompt begins with two beginning-of-sequence tokens (id {bos[0]}); {shown}"
+        )
+    begins = _begins_with_bos(student), _begins_with_bos(teacher)
+    if begins[0] != begins[1]:
+        who = "student" if begins[0] else "teacher"
+        return Outcome(
+            f"only the {who}'s tokenizer puts a beginning-of-sequence token before a text, and the teacher reads the "
+            f"student's ids; {shown}",
+            verdict="warning",
+        )
+    return Outcome(shown)
+
+
+def _specials(text: Text) -> dict[str, str]:
+    """Each special token with its id, `none` where the tokenizer has none."""
+    found = {}
+    for kind in SPECIAL:
+        token = text.tokenizer.special_tokens_map.get(f"{kind}_token")
+        number = None if token is None else text.tokenizer.convert_tokens_to_ids(token)
+        found[kind] = "none" if token is None else f"{token!r} {number}"
+    return found
+
+
+def _begins_with_bos(text: Text) -> bool:
+    bos = text.tokenizer.bos_token_id
+    return bos is not None and text.tokenizer.encode("1")[:1] == [bos]
+
+
+def template(
+    student: Text, teacher: Text, settings: Teacher, problem: Problem, *, reads_own: bool
+) -> Outcome:
+    """The same problem as each of the two would read it by its own template, side by side.
+
+    `reads_own` says that the teacher is asked with its own rendering; else it reads the student's ids, and another
+    form than its own is worth a warning.
+    """
+    ours = student.prompt(problem)
+    if reads_own:
+        own = render_teacher_prompt(teacher.tokenizer, teacher.style, problem, settings.prompt)
+        return Outcome(
+            f"the teacher reads a prompt of its own, {len(own)} tokens: {_shown(teacher, own)}; "
+            f"the student {len(ours)}: {_shown(student, ours)}"
+        )
+    try:
+        own = teacher.prompt(problem)
+    except KdpipeError as error:
+        said = f"the teacher reads the student's prompt; its own tokenizer cannot render one: {error.message}"
+        return Outcome(said, verdict="warning")
+    if own == ours:
+        return Outcome(f"both render the same {len(ours)} tokens: {_shown(student, ours)}")
+    pairs = zip(ours, own, strict=False)
+    place = next((i for i, (one, two) in enumerate(pairs) if one != two), min(len(ours), len(own)))
+    return Outcome(
+        f"the teacher reads the student's prompt, and its own template differs from token {place} on: student "
+        f"{_shown(student, ours[place:])}, teacher {_shown(teacher, own[place:])}; give the teacher a template "
+        "argument or a prompt of its own if it should read its own form",
+        verdict="warning",
+    )
+
+
+def _shown(text: Text, ids: Sequence[int]) -> str:
+    """The text of ids with its special tokens, shortened in the middle."""
+    string: str = text.tokenizer.decode(list(ids), skip_special_tokens=False)
+    half = _SHOWN // 2
+    return repr(string if len(string) <= _SHOWN else f"{string[:half]} ... {string[-half:]}")
+
+
+def end_of_sequence(student: Text, teacher: Text, objective: Objective) -> Outcome:
+    """Whether the teacher ends its turns with the id that the student's completions end with."""
+
+    def named(text: Text, ids: Sequence[int]) -> str:
+        return ", ".join(f"{token} {text.tokenizer.decode([token])!r}" for token in ids)
+
+    said = (
+        f"student ends with {named(student, student.end_ids)}; teacher with {named(teacher, teacher.end_ids)}"
+    )
+    if student.end_id in teacher.end_ids:
+        return Outcome(said)
+    if objective.end_token != "keep":  # noqa: S105 (no password)
+        return Outcome(f"{said}; end_token is {objective.end_token}")
+    return failed(
+        f"{said}: the teacher finds id {student.end_id} unlikely at every end, and would teach the student never to "
+        "stop; set train.objective.end_token to alias (the two ids trade places) or mask"
+    )
+
+
+def context(
+    prompts: Sequence[Sequence[int]], *, max_new_tokens: int, limit: int | None, whose: str
+) -> Outcome:
+    """Whether the longest of the prompts and `max_new_tokens` fit; `limit` None is known elsewhere."""
+    if limit is None:
+        return skipped("its context is a server's, which refuses what does not fit")
+    longest = max(map(len, prompts))
+    said = f"longest prompt {longest} + max_new_tokens {max_new_tokens} in a context of {limit}"
+    measure = Measure("tokens", float(longest + max_new_tokens), float(limit))
+    if measure.is_ok:
+        return Outcome(said, (measure,))
+    return failed(
+        f"{said} of {whose}: lower rollout.max_new_tokens, or take out the longest problems", measure
+    )

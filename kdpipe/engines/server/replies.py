@@ -1,0 +1,219 @@
+"""What a completions server answered, believed only after everything in it that can be checked was.
+
+Tokens are looked up by their id, never by their place or text. `prompt_logprobs` says of each position of the prompt
+what the model thought of the id there: a completion's scores are those of its place in a prompt that ends with it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kdpipe.engines.protocol import Completion, Sampling, TokenScores
+from kdpipe.errors import EngineError
+
+TOLERANCE_NATS = 1e-4
+MASS_TOLERANCE = 1e-3
+MINUS_INFINITY = -9999.0  # vLLM's stand-in, since JSON has none
+FINITE = 1e9  # no log-prob is as far from 0, and vLLM's stand-in is nearer
+MAX_RANK = 2**31
+TAIL_FLOOR = 2.0**-23  # what one less a sum of float32 can tell from 0
+_WRONG_SERVER = (
+    "kdpipe needs what vLLM's server answers to prompt_logprobs and return_token_ids; old ones lack it"
+)
+
+
+class MoreIdsNeeded(Exception):
+    """Among the most probable ids are `count` that do not count here: as many more have to be asked for."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.count = count
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What a reply says of one id at one position."""
+
+    token: int
+    logprob: float
+    rank: int
+
+
+def served_models(answer: dict[str, Any], *, where: str) -> dict[str, int | None]:
+    """The names that a server lists, each with the context length of its model where it tells."""
+    rows = answer.get("data")
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and isinstance(row.get("id"), str) for row in rows
+    ):
+        raise EngineError(f"{where}/models: lists no models, expected data with an id for each")
+    lengths = {row["id"]: row.get("max_model_len") for row in rows}
+    return {name: value if isinstance(value, int) else None for name, value in lengths.items()}
+
+
+def read_scores(
+    answer: dict[str, Any],
+    ids: Sequence[int],
+    *,
+    start: int,
+    asked: int,
+    top_k: int,
+    num_ids: int,
+    model: str,
+    where: str,
+) -> TokenScores:
+    """The scores of `ids` from `start` on, of a reply to which they were the prompt and `asked` the top k.
+
+    Raises EngineError on a reply that cannot be right, MoreIdsNeeded where its `asked` ids hold fewer than `top_k` of
+    the first `num_ids`. With all of these at hand they are normalised; else other ids keep their mass, in the tail.
+    """
+    choice = _choice(answer, ids, model=model, where=where)
+    rows = choice.get("prompt_logprobs")
+    if not isinstance(rows, list):
+        raise EngineError(f"{where}: no prompt_logprobs in its reply", hint=_WRONG_SERVER)
+    if len(rows) != len(ids) or rows[0] is not None:
+        first = "nothing" if rows and rows[0] is None else "something"
+        raise EngineError(
+            f"{where}: prompt_logprobs of {len(rows)} positions with {first} for the first, "
+            f"expected {len(ids)} with nothing for the first"
+        )
+    for position, token in enumerate(ids[1:], start=1):
+        if not isinstance(rows[position], dict) or str(token) not in rows[position]:
+            raise EngineError(
+                f"{where}: position {position} has no log-prob of its own id {token}",
+                hint="scores that are shifted or of another prompt look like this: they are not used",
+            )
+    found = [
+        _position(rows[position], ids[position], asked=asked, where=f"{where}: position {position}")
+        for position in range(start, len(ids))
+    ]
+    if not top_k:
+        return TokenScores(np.array([own.logprob for own, _ in found], np.float32))
+    return _with_top_k(found, top_k=top_k, num_ids=num_ids)
+
+
+def _position(row: dict[str, Any], token: int, *, asked: int, where: str) -> tuple[_Entry, list[_Entry]]:
+    """The entry of the position's own id, and the `asked` most probable ones, best first."""
+    entries = [_entry(key, value, where=where) for key, value in row.items()]
+    own = next(entry for entry in entries if entry.token == token)
+    top = sorted((entry for entry in entries if entry.rank <= asked), key=lambda entry: entry.rank)
+    if [entry.rank for entry in top] != list(range(1, asked + 1)):
+        ranks = [entry.rank for entry in top]
+        raise EngineError(f"{where}: of the {asked} most probable ids it gives ranks {ranks}")
+    falling = [entry.logprob for entry in top] + ([own.logprob] if own.rank > asked else [])
+    if any(after > before + TOLERANCE_NATS for before, after in itertools.pairwise(falling)):
+        raise EngineError(f"{where}: a less probable rank has the higher log-prob")
+    if own.rank * math.exp(own.logprob) > 1 + MASS_TOLERANCE:
+        raise EngineError(
+            f"{where}: log-prob {own.logprob:.4f} at rank {own.rank}: so many ids as probable have more than all mass"
+        )
+    if sum(map(math.exp, falling)) > 1 + MASS_TOLERANCE:
+        raise EngineError(f"{where}: its probabilities sum to more than 1")
+    return own, top
+
+
+def _entry(key: str, value: Any, *, where: str) -> _Entry:
+    if not isinstance(value, dict) or not (len(key) < 10 and key.isdecimal() and str(int(key)) == key):
+        raise EngineError(f"{where}: an entry that is no id with its log-prob")
+    logprob, rank = value.get("logprob"), value.get("rank")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank < MAX_RANK:
+        raise EngineError(f"{where}: id {key} has no rank of 1 or more")
+    return _Entry(int(key), _logprob(logprob, where=f"{where}: id {key}"), rank)
+
+
+def _logprob(value: Any, *, where: str) -> float:
+    """A log-prob that can be one: a finite number, at most 0 but for rounding."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) < FINITE:  # compared, as an integer may be too large for a float
+        raise EngineError(f"{where}: its log-prob is {value!r}, expected a finite number")
+    if value > TOLERANCE_NATS:
+        raise EngineError(f"{where}: its log-prob is {value:g}, expected 0 or less")
+    if value <= MINUS_INFINITY:
+        raise EngineError(f"{where}: has no probability at all (log-prob {value:g})")
+    return min(float(value), 0.0)
+
+
+def _with_top_k(found: Sequence[tuple[_Entry, list[_Entry]]], *, top_k: int, num_ids: int) -> TokenScores:
+    shape = (len(found), top_k)
+    ids, logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float64)
+    for t, (_, top) in enumerate(found):
+        kept = [entry for entry in top if entry.token < num_ids]
+        if len(kept) < top_k:
+            raise MoreIdsNeeded(top_k - len(kept))
+        kept = sorted(kept[:top_k], key=lambda entry: (-entry.logprob, entry.token))
+        ids[t], logprobs[t] = [entry.token for entry in kept], [entry.logprob for entry in kept]
+    own = np.array([entry.logprob for entry, _ in found])
+    mass = np.exp(logprobs).sum(axis=1)
+    if top_k == num_ids:  # every id that counts is here, so their distribution is known exactly
+        own, logprobs = own - np.log(mass), logprobs - np.log(mass)[:, None]
+        tail = np.full(len(found), -np.inf)
+    else:
+        tail = np.log(np.maximum(1 - mass, TAIL_FLOOR))
+    return TokenScores(own.astype(np.float32), ids, logprobs.astype(np.float32), tail.astype(np.float32))
+
+
+def read_completion(
+    answer: dict[str, Any], prompt: Sequence[int], sampling: Sampling, *, model: str, where: str
+) -> Completion:
+    """The completion that a reply holds; raises EngineError on one that was not sampled as asked."""
+    choice = _choice(answer, prompt, model=model, where=where)
+    ids = _ids(choice.get("token_ids"))
+    if ids is None:
+        raise EngineError(f"{where}: no token_ids in its reply", hint=_WRONG_SERVER)
+    said = choice.get("logprobs")
+    names, values = (
+        (said.get("tokens"), said.get("token_logprobs")) if isinstance(said, dict) else (None, None)
+    )
+    if not isinstance(values, list) or names != [f"token_id:{token}" for token in ids]:
+        raise EngineError(f"{where}: its log-probs are not of the {len(ids)} ids that it sampled")
+    if len(values) != len(ids):
+        raise EngineError(f"{where}: {len(values)} log-probs for {len(ids)} ids")
+    logprobs = [_logprob(value, where=f"{where}: token {t}") for t, value in enumerate(values)]
+    foreign = [token for token in ids if token >= sampling.num_ids]
+    if foreign:
+        raise EngineError(
+            f"{where}: it sampled id {foreign[0]}, and only ids below {sampling.num_ids} count here",
+            hint="no server is kept from drawing padding, or ids that the student lacks: take a teacher without them",
+        )
+    reason = choice.get("finish_reason")
+    ended = bool(ids) and ids[-1] in sampling.end_ids
+    whole = len(ids) == sampling.max_new_tokens
+    if not ids or any(token in sampling.end_ids for token in ids[:-1]) or len(ids) > sampling.max_new_tokens:
+        raise EngineError(f"{where}: a completion of {len(ids)} tokens that does not end where it was to")
+    if reason == "stop" and (ended or sampling.stop):
+        return Completion(ids, logprobs, "stop")
+    if reason == "length" and whole and not ended:
+        return Completion(ids, logprobs, "length")
+    raise EngineError(
+        f"{where}: ended for {reason!r} after {len(ids)} tokens, the last of them id {ids[-1]}; "
+        f"expected stop at one of {list(sampling.end_ids)[:8]}, or length at {sampling.max_new_tokens}"
+    )
+
+
+def _choice(answer: dict[str, Any], prompt: Sequence[int], *, model: str, where: str) -> dict[str, Any]:
+    """The only choice of a reply, after the model's name and the prompt's ids were compared with what was asked."""
+    if answer.get("model") != model:
+        raise EngineError(f"{where}: answers as model {answer.get('model')!r}, asked was {model!r}")
+    choices = answer.get("choices")
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        raise EngineError(f"{where}: expected one choice in its reply")
+    choice: dict[str, Any] = choices[0]
+    echoed = _ids(choice.get("prompt_token_ids"))
+    if echoed is None:
+        raise EngineError(f"{where}: its reply does not repeat the ids of the prompt", hint=_WRONG_SERVER)
+    if echoed != list(prompt):
+        raise EngineError(
+            f"{where}: read other ids than it was sent: {len(echoed)} of them, sent were {len(prompt)}"
+        )
+    return choice
+
+
+def _ids(value: Any) -> list[int] | None:
+    """A list of token ids, or None where it is none."""
+    are_ids = isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
+    return value if are_ids else None

@@ -1,0 +1,371 @@
+"""The engine that runs vLLM.
+
+One vLLM serves all models of one architecture, one after another: it starts with random weights, and every
+model, the first too, is loaded into it in the same way (`vllm_worker.py`), with an output head of its own
+even where the file's is tied to the input embeddings. A model that was loaded is compared with its files, and
+its scores with those of transformers, before anything else is asked of it.
+
+Temperature and padding rows are taken care of where vLLM's logits are made: it has prompts scored at temperature 1
+only, over all rows.
+
+What is sampled depends, through rounding, on what else is in the batch, so a seed gives the same completion
+again only where its log-probs round the same way: stored rows are the truth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from kdpipe.engines.protocol import about
+from kdpipe.engines.vllm.output import completion_of, no_scores, scores_of, without_tail
+from kdpipe.engines.vllm.process import VllmProcess, sampling_params, scoring_params
+from kdpipe.errors import EngineError, ModelError
+from kdpipe.models.batching import batches_by_tokens
+from kdpipe.models.devices import dtype_name, resolve_dtype
+from kdpipe.models.folder import open_model, read_architecture
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    from kdpipe.engines.protocol import (
+        Ability,
+        Completion,
+        Progress,
+        SampleRequest,
+        Sampling,
+        ScoreRequest,
+        TokenScores,
+    )
+    from kdpipe.models.folder import Architecture
+    from kdpipe.models.source import ModelSource
+    from kdpipe.recipe.schema import Vllm
+
+_CPU_KV_CACHE_GIB = 2.0
+_PROBE_TOKENS = 12
+_PROBE_TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.4}
+"""Nats by which a log-prob may differ from that of transformers' float32 forward, by dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """A vLLM and what it was started for: the models that have its weights in common can follow one another."""
+
+    process: VllmProcess
+    architecture: Architecture
+    dtype: torch.dtype
+    trust_remote_code: bool
+    quantization: str | None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights are stored in fewer bits: such a model is started with, never loaded in place."""
+        return self.quantization is not None or self.architecture.is_quantized
+
+
+class VllmEngine:
+    """Samples and scores with one vLLM, which it starts for the first model and again for another architecture.
+
+    `score_tokens` bounds the tokens of the sequences that are scored at once; `threads` are those of a CPU.
+    """
+
+    abilities: frozenset[Ability] = frozenset()
+
+    def __init__(
+        self, settings: Vllm, *, device: torch.device, score_tokens: int, threads: int | None = None
+    ) -> None:
+        if device.index:
+            raise EngineError(
+                f"engine vllm takes the first device that it sees, not {device}",
+                hint="set runtime.device to cuda, and CUDA_VISIBLE_DEVICES to the devices that vLLM shall use",
+            )
+        self._settings = settings
+        self._device = device
+        self._score_tokens = score_tokens
+        self._threads = threads
+        self._started: _Started | None = None
+        self._source: ModelSource | None = None
+        self._asleep = False
+        self._shape: tuple[int, float] | None = None
+
+    # the model
+
+    def load(self, source: ModelSource) -> None:
+        """See Engine. Weights of another model of the same architecture are loaded in place."""
+        if source.adapter is not None:
+            raise EngineError(
+                f"{source.adapter.folder}: engine vllm takes no adapter",
+                hint="set the engine of this stage to hf, or train without student.lora",
+            )
+        started = self._alive()
+        if started is not None and self._source is not None and _is_same(self._source, source):
+            self._wake(started)
+            return
+        architecture = read_architecture(source.folder, trust_remote_code=source.trust_remote_code)
+        self._source = None
+        if started is not None and self._fits(started, source, architecture):
+            self._wake(started)
+        else:
+            self.close()
+            started = self._started = self._start(source, architecture)
+        if not started.is_quantized:
+            self._load_weights(started, source)
+        self._source = source
+
+    def sleep(self) -> None:
+        """See Engine. Only where `runtime.vllm.sleep` asks for it, and vLLM can: on CUDA."""
+        started = self._alive()
+        if started is None or self._asleep or not self._sleeps:
+            return
+        started.process.sleep()
+        self._asleep = True
+
+    def close(self) -> None:
+        """See Engine."""
+        started, self._started = self._started, None
+        self._source, self._shape, self._asleep = None, None, False
+        if started is not None:
+            started.process.close()
+
+    def options(self, source: ModelSource, architecture: Architecture) -> dict[str, Any]:
+        """The arguments of `vllm.LLM` for a model."""
+        settings, on_cpu = self._settings, self._device.type == "cpu"
+        dtype, _ = resolve_dtype(source.dtype, self._device)
+        gib = settings.kv_cache_gib or (_CPU_KV_CACHE_GIB if on_cpu else None)
+        max_tokens = self._max_tokens(architecture) + 1
+        options: dict[str, Any] = {
+            "model": str(source.folder),
+            "tokenizer": str(source.folder),
+            "trust_remote_code": source.trust_remote_code,
+            "dtype": dtype_name(dtype),
+            "seed": 0,
+            "generation_config": "vllm",  # the folder's own defaults would change sampling unseen
+            "logprobs_mode": "processed_logprobs",
+            "max_logprobs": -1,
+            "worker_extension_cls": "kdpipe.engines.vllm.worker.WorkerExtension",
+            "tensor_parallel_size": settings.tensor_parallel_size,
+            "gpu_memory_utilization": settings.gpu_memory_utilization,
+            "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
+            "enable_prefix_caching": settings.prefix_caching,
+            "max_model_len": max_tokens,
+            "max_num_seqs": settings.max_num_seqs,
+            # On a CPU, vLLM 0.32 dies of a prompt that has a seed and is cut in two.
+            "enable_chunked_prefill": not on_cpu,
+            "max_num_batched_tokens": max(settings.batch_tokens, max_tokens * on_cpu),
+            "kv_cache_memory_bytes": None if gib is None else round(gib * 2**30),
+            "enable_sleep_mode": self._sleeps,
+        }
+        if source.quantization is not None or architecture.is_quantized:
+            return {**options, "quantization": source.quantization}
+        return {**options, "load_format": "dummy", "hf_overrides": {"tie_word_embeddings": False}}
+
+    @property
+    def _sleeps(self) -> bool:
+        return self._settings.sleep and self._device.type == "cuda"
+
+    def _alive(self) -> _Started | None:
+        return None if self._started is None or self._started.process.is_closed else self._started
+
+    def _wake(self, started: _Started) -> None:
+        if self._asleep:
+            started.process.wake()
+            self._asleep = False
+
+    def _fits(self, started: _Started, source: ModelSource, architecture: Architecture) -> bool:
+        """Whether the source's weights can take the place of those that vLLM holds."""
+        return (
+            not started.is_quantized
+            and source.quantization is None
+            and started.architecture == architecture
+            and started.dtype == resolve_dtype(source.dtype, self._device)[0]
+            and started.trust_remote_code == source.trust_remote_code
+        )
+
+    def _start(self, source: ModelSource, architecture: Architecture) -> _Started:
+        environment = {}
+        if self._device.type == "cpu" and self._threads is not None:
+            # Bound by itself, vLLM takes a thread for each core, however many kdpipe may use.
+            environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(self._threads)}
+        process = VllmProcess(self.options(source, architecture), environment)
+        dtype, _ = resolve_dtype(source.dtype, self._device)
+        return _Started(process, architecture, dtype, source.trust_remote_code, source.quantization)
+
+    def _max_tokens(self, architecture: Architecture) -> int:
+        return min(self._settings.max_model_len or architecture.context, architecture.context)
+
+    def _load_weights(self, started: _Started, source: ModelSource) -> None:
+        names = list(started.architecture.head_names)
+        if problem := started.process.call("kdpipe_load", str(source.folder), names)[0]:
+            self.close()  # some of its weights are those of before
+            raise EngineError(
+                f"{source.folder}: vLLM cannot load its weights: {problem}",
+                hint="set the engine of this stage to hf",
+            )
+        started.process.forget_prefixes()
+        if self._settings.check_weights:
+            self._check_weights(started, source, names)
+
+    def _check_weights(self, started: _Started, source: ModelSource, names: list[str]) -> None:
+        """Raises EngineError unless vLLM holds the weights of the folder, and computes with them."""
+        hint = "vLLM may not load this architecture in place; set the engine of this stage to hf"
+        if differing := started.process.call("kdpipe_differing", str(source.folder), names)[0]:
+            raise EngineError(
+                f"{source.folder}: after loading it, vLLM holds other numbers in {len(differing)} weights, "
+                f"the first is {differing[0]}",
+                hint=hint,
+            )
+        ids = probe_ids(started.architecture.rows)
+        self._shape_logits(started, started.architecture.rows, 1.0)
+        [found] = self._score(started, [(ids, len(ids) - 1)], top_k=0, progress=lambda _: None)
+        off = np.abs(found.logprobs - reference_logprobs(source, ids)).max()
+        if not off <= (tolerance := _PROBE_TOLERANCE[started.dtype]):
+            raise EngineError(
+                f"{source.folder}: vLLM scores {len(ids)} tokens up to {off:.3g} nats off what transformers "
+                f"computes from the same files, expected at most {tolerance:g} in {started.dtype}",
+                hint=hint,
+            )
+
+    # sampling and scoring
+
+    def sample(
+        self, requests: Sequence[SampleRequest], sampling: Sampling, *, progress: Progress
+    ) -> list[list[Completion]]:
+        """See Engine."""
+        started = self._loaded()
+        for index, request in enumerate(requests):
+            with about(index):
+                self._require_fit(started, request.prompt_token_ids, new_tokens=sampling.max_new_tokens)
+        _require_ids(started, sampling.num_ids)
+        rows = [(index, seed) for index, request in enumerate(requests) for seed in request.seeds]
+        completions: dict[int, Completion] = {}
+
+        def finish(row: int, output: Any) -> None:
+            with about(rows[row][0]):
+                completions[row] = completion_of(output)
+            progress(len(completions[row].token_ids))
+
+        # A greedy completion's log-probs are those at temperature 1.
+        self._shape_logits(started, sampling.num_ids, sampling.temperature or 1.0)
+        prompts = [list(requests[index].prompt_token_ids) for index, _ in rows]
+        started.process.run(prompts, [sampling_params(sampling, seed) for _, seed in rows], finish)
+        drawn = (completions[row] for row in range(len(rows)))
+        return [[next(drawn) for _ in request.seeds] for request in requests]
+
+    def score(
+        self,
+        requests: Sequence[ScoreRequest],
+        *,
+        temperature: float,
+        num_ids: int,
+        top_k: int,
+        progress: Progress,
+        hidden: bool = False,
+    ) -> list[TokenScores]:
+        """See Engine."""
+        started = self._loaded()
+        if hidden:
+            raise EngineError("engine vllm gives no hidden states", hint="set teacher_score.engine to hf")
+        jobs = []
+        for index, request in enumerate(requests):
+            completion = request.completion_token_ids
+            with about(index):
+                if request.support_ids is not None or request.target_ids is not None:
+                    raise EngineError(
+                        "engine vllm scores the ids that it reads and the most probable ones, no others",
+                        hint="set teacher_score.engine to hf",
+                    )
+                self._require_fit(started, request.prompt_token_ids, new_tokens=len(completion))
+                _require_known(completion, rows=num_ids)
+            jobs.append(([*request.prompt_token_ids, *completion], len(completion)))
+        _require_ids(started, num_ids)
+        if not 0 <= top_k <= num_ids:
+            raise EngineError(f"top_k is {top_k}, but there are {num_ids} ids in use")
+        self._shape_logits(started, num_ids, temperature)
+        scores = self._score(started, jobs, top_k=top_k, progress=progress)
+        return [without_tail(score) if 0 < top_k == num_ids else score for score in scores]
+
+    def _score(
+        self, started: _Started, jobs: Sequence[tuple[list[int], int]], *, top_k: int, progress: Progress
+    ) -> list[TokenScores]:
+        """Scores of the last tokens, as many as each job says; an empty completion is not asked for."""
+        results = {index: no_scores(top_k) for index, (_, count) in enumerate(jobs) if not count}
+        wanted = [index for index in range(len(jobs)) if index not in results]
+        for batch in batches_by_tokens([len(jobs[index][0]) for index in wanted], self._score_tokens):
+            indexes = [wanted[place] for place in batch]
+
+            def finish(place: int, output: Any, indexes: list[int] = indexes) -> None:
+                index = indexes[place]
+                ids, count = jobs[index]
+                with about(index):
+                    results[index] = scores_of(output, ids, count=count, top_k=top_k)
+                progress(count)
+
+            params = [scoring_params(top_k)] * len(indexes)
+            started.process.run([jobs[index][0] for index in indexes], params, finish)
+        return [results[index] for index in range(len(jobs))]
+
+    def _loaded(self) -> _Started:
+        started = self._alive()
+        if started is None or self._source is None or self._asleep:
+            raise EngineError("no model is loaded: call load first, also after sleep")
+        return started
+
+    def _shape_logits(self, started: _Started, num_ids: int, temperature: float) -> None:
+        if self._shape != (num_ids, temperature):
+            self._shape = None
+            started.process.call("kdpipe_shape_logits", num_ids, temperature)
+            self._shape = (num_ids, temperature)
+
+    def _require_fit(self, started: _Started, ids: Sequence[int], *, new_tokens: int) -> None:
+        """Raises ModelError on a prompt that is too long, EngineError on one that is empty or holds foreign ids."""
+        if not ids:
+            raise EngineError("its prompt is empty, so nothing predicts the first token")
+        limit = self._max_tokens(started.architecture)
+        if len(ids) + new_tokens > limit:
+            raise ModelError(
+                f"{len(ids)} prompt tokens and {new_tokens} completion tokens do not fit vLLM's context "
+                f"of {limit}",
+                hint="lower max_new_tokens, drop long prompts, raise runtime.vllm.max_model_len if it is set, "
+                "or take a model with a longer context",
+            )
+        _require_known(ids, rows=started.architecture.rows)
+
+
+def probe_ids(rows: int) -> list[int]:
+    """Token ids to compare two computations on: spread over the vocabulary, always the same."""
+    return [(7919 * place + 1) % rows for place in range(_PROBE_TOKENS)]
+
+
+@torch.inference_mode()
+def reference_logprobs(source: ModelSource, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Log-probs of all ids but the first by transformers' forward in float32 on the CPU."""
+    model = open_model(
+        source.folder,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        trust_remote_code=source.trust_remote_code,
+    )
+    logprobs_TV = model(input_ids=torch.tensor([list(ids)])).logits[0, :-1].log_softmax(-1)
+    found: npt.NDArray[np.float32] = logprobs_TV.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
+    return found
+
+
+def _is_same(held: ModelSource, wanted: ModelSource) -> bool:
+    return (held.digest, held.dtype, held.quantization) == (wanted.digest, wanted.dtype, wanted.quantization)
+
+
+def _require_known(ids: Sequence[int], *, rows: int) -> None:
+    if ids and (max(ids) >= rows or min(ids) < 0):
+        raise EngineError(f"token ids reach from {min(ids)} to {max(ids)}, there are {rows}")
+
+
+def _require_ids(started: _Started, num_ids: int) -> None:
+    if not 0 < num_ids <= started.architecture.rows:
+        raise EngineError(
+            f"{num_ids} ids in use, but the model's output head has {started.architecture.rows} rows"
+        )

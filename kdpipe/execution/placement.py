@@ -1,0 +1,233 @@
+"""Which engine runs which role, and where: in this process beside the trainer, or in a warm one of its own.
+
+Roles are the sampler (the student's engine, wherever it samples), each teacher, and the trainer, which is always here.
+On a CUDA device that several share, one has its model there at a time: who loads puts the others to sleep.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kdpipe.engines.remote import Hosting, WorkerEngine, hf_engine
+from kdpipe.errors import RecipeError
+from kdpipe.models.devices import resolve_device
+from kdpipe.recipe.roles import STUDENT, teacher_role
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from kdpipe.engines.protocol import (
+        Ability,
+        Completion,
+        Engine,
+        Progress,
+        SampleRequest,
+        Sampling,
+        ScoreRequest,
+        TokenScores,
+    )
+    from kdpipe.models.cache import ModelShelf
+    from kdpipe.models.source import ModelSource
+    from kdpipe.recipe.schema import EngineName, Recipe
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a role's engine runs: its device, whether it shall have a process of its own, and what that is called.
+
+    `num_models` is how many models the process keeps: a teacher's engine may be asked for the student's top k too.
+    """
+
+    device: torch.device
+    has_own_process: bool
+    name: str
+    num_models: int
+
+
+class Roles:
+    """The engines of a run: made when first asked for, then kept warm.
+
+    Raises RecipeError on a device that is not there.
+    """
+
+    def __init__(self, recipe: Recipe, shelf: ModelShelf, *, logs: Path) -> None:
+        self._runtime = recipe.runtime
+        self._shelf = shelf
+        self._logs = logs
+        self._device = _numbered(shelf.device)
+        self._places = _places(recipe)
+        self._shared = hf_engine(shelf, recipe.runtime)
+        self._engines: dict[str, WorkerEngine] = {}
+        self._turns: dict[torch.device, Turns] = {}
+
+    def engine(self, name: EngineName, role: str, *, tell: Callable[[str], None] = lambda _: None) -> Engine:
+        """The engine `name` for the model in `role`; `tell` is told of a process that is made for it."""
+        place = self._places[role]
+        if name == "hf" and place.device == self._device and not place.has_own_process:
+            return self._in_turns(self._shared, [place.device])
+        key = f"{name} {role}"
+        if key not in self._engines:
+            log = self._logs / f"{place.name}.log"
+            self._engines[key] = self._started(name, place, log)
+            tell(
+                f"{place.name}: {name} on {place.device} in a process of its own, which logs to logs/{log.name}"
+            )
+        return self._in_turns(self._engines[key], self._devices_of(name, place))
+
+    def holds(self, engine: Engine | None, source: ModelSource) -> bool:
+        """Whether `engine` would open nothing to load `source`; None stands for the trainer."""
+        match engine:
+            case InTurns():
+                return self.holds(engine.engine, source)
+            case WorkerEngine():
+                return engine.holds(source)
+            case _:
+                return self._shelf.holds(source)
+
+    def make_room(self) -> None:
+        """Puts to sleep what has its model on the trainer's device, but for the engine that shares its weights."""
+        if self._device.type == "cuda":
+            self._turns_on(self._device).take(self._shared)
+
+    def close(self) -> None:
+        """Ends every engine and its process."""
+        for engine in self._engines.values():
+            engine.close()
+        self._engines.clear()
+        self._shared.close()
+
+    def _started(self, name: EngineName, place: Place, log: Path) -> WorkerEngine:
+        device, environment = seen_alone(self._devices_of(name, place), os.environ)
+        hosting = Hosting(name, device, self._runtime, place.num_models)
+        return WorkerEngine(hosting, log=log, environment=environment)
+
+    def _devices_of(self, name: EngineName, place: Place) -> list[torch.device]:
+        """The device of a role's engine, and those that follow it where the model is spread over several."""
+        if name != "vllm" or place.device.type != "cuda":
+            return [place.device]
+        count = self._runtime.vllm.tensor_parallel_size
+        return [torch.device("cuda", place.device.index + number) for number in range(count)]
+
+    def _in_turns(self, engine: Engine, devices: Sequence[torch.device]) -> Engine:
+        if devices[0].type != "cuda":
+            return engine
+        return InTurns(engine, [self._turns_on(device) for device in devices])
+
+    def _turns_on(self, device: torch.device) -> Turns:
+        return self._turns.setdefault(device, Turns())
+
+
+def _places(recipe: Recipe) -> dict[str, Place]:
+    """Where each role's engine runs, by role."""
+    placement, default = recipe.runtime.placement, recipe.runtime.device
+
+    def resolve(name: str | None, field: str) -> torch.device:
+        try:
+            return _numbered(resolve_device(name or default))
+        except RecipeError as error:
+            raise RecipeError(f"runtime.{field}: {error.message}", hint=error.hint) from None
+
+    sampler = resolve(placement.sampler, "placement.sampler" if placement.sampler else "device")
+    places = {STUDENT: Place(sampler, "sampler" in placement.own_process, "sampler", 1)}
+    for teacher in recipe.teachers:
+        named = placement.of_teacher(teacher.name)
+        device = resolve(named, "placement.teacher" if named else "device")
+        num_models = 2 if recipe.keep.student_top_k else 1
+        own = "teacher" in placement.own_process
+        places[teacher_role(recipe, teacher)] = Place(device, own, f"teacher-{teacher.name}", num_models)
+    return places
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """The device with its number: `cuda` is the first one."""
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def seen_alone(devices: Sequence[torch.device], environment: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """What the first device is called in a process that sees no others than these, and the environment that does it.
+
+    Numbers count among the devices that this process sees itself. Raises RecipeError when it does not see so many.
+    """
+    if devices[0].type != "cuda":
+        return str(devices[0]), {}
+    numbers = [device.index for device in devices]
+    visible = [name.strip() for name in environment.get(VISIBLE, "").split(",") if name.strip()]
+    if visible and numbers[-1] >= len(visible):
+        raise RecipeError(
+            f"cuda:{numbers[-1]}: {VISIBLE} lets kdpipe see {len(visible)} CUDA devices",
+            hint="lower runtime.vllm.tensor_parallel_size, or place the role on a lower number",
+        )
+    return "cuda:0", {VISIBLE: ",".join(visible[number] if visible else str(number) for number in numbers)}
+
+
+class Turns:
+    """Of the engines on one device, at most one is awake."""
+
+    def __init__(self) -> None:
+        self._awake: Engine | None = None
+
+    def take(self, engine: Engine) -> None:
+        """Makes it the turn of `engine`: whose turn it was goes to sleep before."""
+        if self._awake is not None and self._awake is not engine:
+            self._awake.sleep()
+        self._awake = engine
+
+
+class InTurns:
+    """An engine that waits with its load until the others on its devices are asleep."""
+
+    def __init__(self, engine: Engine, turns: Sequence[Turns]) -> None:
+        self.engine = engine
+        self._turns = turns
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        """See Engine."""
+        return self.engine.abilities
+
+    def load(self, source: ModelSource) -> None:
+        """See Engine."""
+        for turns in self._turns:
+            turns.take(self.engine)
+        self.engine.load(source)
+
+    def sample(
+        self, requests: Sequence[SampleRequest], sampling: Sampling, *, progress: Progress
+    ) -> list[list[Completion]]:
+        """See Engine."""
+        return self.engine.sample(requests, sampling, progress=progress)
+
+    def score(
+        self,
+        requests: Sequence[ScoreRequest],
+        *,
+        temperature: float,
+        num_ids: int,
+        top_k: int,
+        progress: Progress,
+        hidden: bool = False,
+    ) -> list[TokenScores]:
+        """See Engine."""
+        return self.engine.score(
+            requests,
+            temperature=temperature,
+            num_ids=num_ids,
+            top_k=top_k,
+            progress=progress,
+            hidden=hidden,
+        )
+
+    def sleep(self) -> None:
+        """See Engine."""
+        self.engine.sleep()
+
+    def close(self) -> None:
+        """See Engine."""
+        self.engine.close()

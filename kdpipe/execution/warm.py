@@ -1,0 +1,32 @@
+"""What a worker keeps between the steps of a run: models, the trainer with its optimizer, problems, tokenizers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from kdpipe.data.rows import Problem
+from kdpipe.engines.server.engine import ServerEngine
+from kdpipe.execution.placement import Roles
+from kdpipe.models.cache import ModelShelf
+from kdpipe.recipe.schema import Recipe
+from kdpipe.stages.job import Text
+from kdpipe.training.trainer import Trainer
+
+
+@dataclass(slots=True)
+class Warm:
+    """What one worker keeps between steps; made anew when the recipe changes."""
+
+    recipe: Recipe
+    device: torch.device
+    shelf: ModelShelf
+    train: list[Problem]
+    test: list[Problem]
+    roles: Roles
+    servers: dict[str, ServerEngine] = field(default_factory=dict)
+    texts: dict[tuple[str, str], Text] = field(default_factory=dict)
+    trainer: tuple[str, Trainer] | None = None
+    lora_fits: bool = False
+    dtypes_told: bool = False

@@ -1,0 +1,1 @@
+"""The mathematics: losses, objective, micro-batch, mixtures, mismatch and statistics."""

@@ -1,0 +1,271 @@
+"""The scores of a round's teachers joined to its completions: each one's teacher, or the mixture of all.
+
+A mixture is one of distributions, `q = log sum_i w_i exp(q_i)`: averaged log-probs would not be one. A token is
+scorable where all of its teachers have it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from kdpipe.data.seeds import permutation
+from kdpipe.data.tables import Scores
+from kdpipe.errors import ArtifactError, StepError
+from kdpipe.method.micro_batch import TeacherHidden, TeacherMixture, TeacherPart
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy.typing as npt
+
+    from kdpipe.data.hidden import HiddenFile
+    from kdpipe.data.rows import Rollout
+    from kdpipe.models.logprobs import Head
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenTeacher:
+    """A teacher's kept hidden states with what turns them into distributions."""
+
+    file: HiddenFile
+    head: Head
+    temperature: float
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherScores:
+    """What one teacher scored of a round, with its hidden states where they are kept."""
+
+    name: str
+    rows: Sequence[Scores]
+    hidden: HiddenTeacher | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Donor:
+    """Whose scores a completion takes: the number of another one, and its position [n] for each own token."""
+
+    number: int
+    positions: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class RoundScores:
+    """The scores of every completion of a round, in the order of its rollouts.
+
+    `places[i]` says of teacher i which of its rows belongs to a completion, by the completion's number. `donors` says
+    of shuffled scores whose they are; `rows` are shuffled already.
+    """
+
+    rows: Sequence[Scores]
+    teachers: Sequence[TeacherScores]
+    places: Sequence[Mapping[int, int]]
+    weights: Mapping[str, float] | None
+    donors: Sequence[Donor] | None = None
+
+    @property
+    def has_hidden(self) -> bool:
+        """Whether distributions come from hidden states."""
+        return any(teacher.hidden is not None for teacher in self.teachers)
+
+    def distribution(
+        self, numbers: Sequence[int], *, top_k: int, device: torch.device
+    ) -> TeacherHidden | TeacherMixture:
+        """What the teachers think at the tokens of these completions, from hidden states."""
+        if self.donors is not None:
+            return self._shuffled_distribution(self.donors, numbers, top_k=top_k, device=device)
+        parts = [
+            part
+            for teacher, place in zip(self.teachers, self.places, strict=True)
+            if (part := self._part(teacher, place, numbers, device)) is not None
+        ]
+        if len(self.teachers) == 1:
+            states = parts[0].states
+            return TeacherHidden(states.hidden_NG, states.head, states.temperature, top_k)
+        num_ids = max(t.hidden.head.weight_VH.shape[0] for t in self.teachers if t.hidden is not None)
+        return TeacherMixture(parts, num_ids, top_k)
+
+    def _shuffled_distribution(
+        self, donors: Sequence[Donor], numbers: Sequence[int], *, top_k: int, device: torch.device
+    ) -> TeacherHidden:
+        [teacher], [place] = self.teachers, self.places  # recipes shuffle a single teacher only
+        assert teacher.hidden is not None
+        states = [
+            teacher.hidden.file.rows([place[donors[number].number]])[donors[number].positions]
+            for number in numbers
+        ]
+        return TeacherHidden(
+            torch.cat(states).to(device), teacher.hidden.head, teacher.hidden.temperature, top_k
+        )
+
+    def _part(
+        self, teacher: TeacherScores, place: Mapping[int, int], numbers: Sequence[int], device: torch.device
+    ) -> TeacherPart | None:
+        own = [number for number in numbers if number in place]
+        if not own or teacher.hidden is None:
+            return None
+        states = teacher.hidden.file.rows([place[number] for number in own]).to(device)
+        tokens = [np.full(len(self.rows[number].scorable), number in place) for number in numbers]
+        is_own_N = np.concatenate(tokens)
+        place_N = np.where(is_own_N, is_own_N.cumsum() - 1, -1)
+        return TeacherPart(
+            TeacherHidden(states, teacher.hidden.head, teacher.hidden.temperature),
+            torch.from_numpy(place_N).to(device),
+            0.0 if self.weights is None else math.log(self.weights[teacher.name]),
+        )
+
+
+def join_scores(
+    rollouts: Sequence[Rollout],
+    teachers: Sequence[TeacherScores],
+    *,
+    weights: Mapping[str, float] | None,
+    round_number: int,
+) -> RoundScores:
+    """The scores of each completion: of its one teacher, or with `weights` of the mixture of all.
+
+    Raises ArtifactError when a completion lacks a score, has one too many, or a score belongs to no completion.
+    """
+    numbers = {(row.prompt_id, row.sample): number for number, row in enumerate(rollouts)}
+    places: list[dict[int, int]] = []
+    for teacher in teachers:
+        place: dict[int, int] = {}
+        for index, row in enumerate(teacher.rows):
+            number = numbers.get((row.prompt_id, row.sample))
+            if number is None or number in place:
+                what = "stands twice" if number is not None else "is not among its rollouts"
+                raise _wrong(
+                    round_number, row.prompt_id, row.sample, f"{what} in the scores of {teacher.name!r}"
+                )
+            place[number] = index
+        places.append(place)
+    wanted = 1 if weights is None else len(teachers)
+    rows = []
+    for number, rollout in enumerate(rollouts):
+        found = {
+            teacher.name: teacher.rows[place[number]]
+            for teacher, place in zip(teachers, places, strict=True)
+            if number in place
+        }
+        if len(found) != wanted:
+            names = ", ".join(found) or "no teacher"
+            what = f"is scored by {names}, expected {'one' if weights is None else f'all {wanted}'}"
+            raise _wrong(round_number, rollout.prompt_id, rollout.sample, what)
+        rows.append(next(iter(found.values())) if weights is None else _mixed(found, weights))
+    return RoundScores(_equally_wide(rows), teachers, places, weights)
+
+
+def _wrong(round_number: int, prompt_id: str, sample: int, what: str) -> ArtifactError:
+    return ArtifactError(
+        f"round {round_number}: scores and rollouts hold different rows: {prompt_id}, sample {sample} {what}",
+        hint=f"score again: repeat the run with --force for the teacher-score steps of round {round_number}",
+    )
+
+
+def _mixed(found: Mapping[str, Scores], weights: Mapping[str, float]) -> Scores:
+    """One row of the mixture; of the supports that its parts may have it keeps none."""
+    first = next(iter(found.values()))
+    scorable = np.logical_and.reduce([row.scorable for row in found.values()])
+    logprobs = mixed_logprobs(
+        [row.teacher_logprobs for row in found.values()], [weights[name] for name in found]
+    )
+    return Scores(
+        prompt_id=first.prompt_id,
+        sample=first.sample,
+        teacher=" + ".join(found),
+        teacher_prompt_token_ids=[],
+        teacher_logprobs=np.where(scorable, logprobs, np.float32(0)),
+        scorable=scorable,
+    )
+
+
+def mixed_logprobs(
+    logprobs: Sequence[npt.NDArray[np.float32]], weights: Sequence[float]
+) -> npt.NDArray[np.float32]:
+    """`log sum_i w_i exp(q_i)` [n] of the teachers' log-probs [n] of the same tokens."""
+    terms = [one.astype(np.float64) + math.log(weight) for one, weight in zip(logprobs, weights, strict=True)]
+    mixed: npt.NDArray[np.float32] = np.logaddexp.reduce(terms).astype(np.float32)
+    return mixed
+
+
+def _equally_wide(rows: list[Scores]) -> list[Scores]:
+    """The rows with supports of one width: two teachers with few ids may have unions of different ones."""
+    widths = {row.topk_ids.shape[1] for row in rows if row.topk_ids is not None}
+    if len(widths) < 2:
+        return rows
+    padded = []
+    for row in rows:
+        assert row.topk_ids is not None
+        assert row.topk_logprobs is not None
+        more = ((0, 0), (0, max(widths) - row.topk_ids.shape[1]))
+        ids = np.pad(row.topk_ids, more, constant_values=-1)
+        logprobs = np.pad(row.topk_logprobs, more, constant_values=-np.inf)
+        padded.append(replace(row, topk_ids=ids, topk_logprobs=logprobs))
+    return padded
+
+
+# ---------------------------------------------------------------------------------------------- shuffled
+
+
+def shuffled(
+    scores: RoundScores, rollouts: Sequence[Rollout], *, seed: int, round_number: int
+) -> RoundScores:
+    """The scores with position t of each completion taking position t, wrapped, of another prompt's completion.
+
+    Its sampled-token log-prob, support and hidden state stay together: a distribution is a real one of the teacher, at
+    another prefix. The same teacher says as much and as surely, and nothing of it is about the text that is trained on.
+    """
+    lengths = [len(row.completion_token_ids) for row in rollouts]
+    donors = donors_of([row.prompt_id for row in rollouts], lengths, seed=seed, round_number=round_number)
+    rows = [
+        _taken(own, scores.rows[donor.number], donor.positions)
+        for own, donor in zip(scores.rows, donors, strict=True)
+    ]
+    return replace(scores, rows=rows, donors=donors)
+
+
+def donors_of(
+    prompt_ids: Sequence[str], lengths: Sequence[int], *, seed: int, round_number: int
+) -> list[Donor]:
+    """The donor of each completion: of the next prompt in a seeded order that has any token, never of its own.
+
+    Raises StepError when no other prompt has a token.
+    """
+    members: defaultdict[str, list[int]] = defaultdict(list)
+    for number, prompt_id in enumerate(prompt_ids):
+        members[prompt_id].append(number)
+    names = sorted(members)
+    order = [names[index] for index in permutation(names, seed, "shuffled-teacher", round_number)]
+    givers = {name: [number for number in members[name] if lengths[number]] for name in order}
+    found: dict[int, Donor] = {}
+    for place, name in enumerate(order):
+        others = order[place + 1 :] + order[:place]
+        giving = next((givers[other] for other in others if givers[other]), None)
+        if giving is None:
+            raise StepError(
+                f"round {round_number}: no prompt but {name} has a completion with tokens, and a shuffled teacher "
+                "needs another",
+                hint="raise rollout.prompts",
+            )
+        for rank, number in enumerate(members[name]):
+            donor = giving[rank % len(giving)]
+            found[number] = Donor(donor, np.arange(lengths[number]) % lengths[donor])
+    return [found[number] for number in range(len(prompt_ids))]
+
+
+def _taken(own: Scores, donor: Scores, positions: npt.NDArray[np.int64]) -> Scores:
+    """The row of `own` with what the teacher said at `positions` of the donor."""
+    return replace(
+        own,
+        teacher_logprobs=donor.teacher_logprobs[positions],
+        scorable=donor.scorable[positions],
+        topk_ids=None if donor.topk_ids is None else donor.topk_ids[positions],
+        topk_logprobs=None if donor.topk_logprobs is None else donor.topk_logprobs[positions],
+        tail_logprobs=None if donor.tail_logprobs is None else donor.tail_logprobs[positions],
+    )

@@ -1,0 +1,1 @@
+"""A model folder: opened, prompted, batched, run, adapted and cached."""

@@ -1,0 +1,211 @@
+"""LoRA adapters on a frozen model: made, switched on and off, read, written, merged. The only door to peft.
+
+peft makes the layers and defines the file format. Adapters are float32 in memory and on disk, as peft has them,
+whatever the model under them is: nothing narrower is ever written, so that no second copy is needed to go on from.
+
+A model without adapters never causes peft to be imported.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kdpipe.errors import ArtifactError, ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from pydantic import JsonValue
+    from transformers import PreTrainedModel
+
+    from kdpipe.recipe.schema import Lora
+
+ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+_NAME = "default"
+_PREFIX = "base_model.model."  # how peft names the model in its files
+_SHOWN_TARGETS = 8
+
+
+def target_names(model: PreTrainedModel, lora: Lora) -> list[str]:
+    """The last parts of the names of the layers that get an adapter, sorted; `model` has none yet.
+
+    Raises ModelError on a target that names no layer, or one that is not linear, or the output head.
+    """
+    head = model.get_output_embeddings()
+    named = dict(model.named_modules())
+    linear = {name for name, module in named.items() if type(module) is nn.Linear and module is not head}
+    known = sorted({name.rpartition(".")[2] for name in linear})
+    targets = known if lora.targets == "all-linear" else sorted(set(lora.targets))
+    hint = f"its linear layers are {', '.join(known[:_SHOWN_TARGETS])}" if known else "train all its weights"
+    if not targets:
+        raise ModelError(
+            f"student.lora.targets: {type(model).__name__} has no linear layers to adapt", hint=hint
+        )
+    for target in targets:
+        hit = [name for name in named if name.rpartition(".")[2] == target]
+        if not hit:
+            raise ModelError(
+                f"student.lora.targets: {type(model).__name__} has no layer called {target!r}", hint=hint
+            )
+        for name in hit:
+            if name not in linear:
+                what = "the output head" if named[name] is head else type(named[name]).__name__
+                raise ModelError(
+                    f"student.lora.targets: {target!r} names {name}, which is {what}, expected linear layers "
+                    "below the output head",
+                    hint=hint,
+                )
+    return targets
+
+
+def start_adapter(model: PreTrainedModel, lora: Lora, *, seed: int) -> None:
+    """Gives the model an adapter, switched on, that changes nothing yet: A from the seed, B zero.
+
+    All other weights are frozen. An adapter that the model has already is started again.
+    """
+    if not is_adapted(model):
+        _inject(model, rank=lora.rank, alpha=lora.alpha, targets=target_names(model, lora))
+    # Drawn on the CPU: the same numbers whatever the device.
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in _layers(model):
+            weight = layer.lora_A[_NAME].weight
+            drawn = nn.init.kaiming_uniform_(torch.empty(weight.shape), a=math.sqrt(5), generator=generator)
+            weight.copy_(drawn)
+            layer.lora_B[_NAME].weight.zero_()
+    switch_adapter(model, on=True)
+
+
+def is_lora(module: nn.Module) -> bool:
+    """Whether the module is a linear layer with an adapter."""
+    if "peft" not in sys.modules:  # then nothing here can be peft's
+        return False
+    from peft.tuners.lora import Linear
+
+    return isinstance(module, Linear) and type(module.base_layer) is nn.Linear
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether any layer of the model has an adapter, on or off."""
+    return any(True for _ in _layers(model))
+
+
+def switch_adapter(model: nn.Module, *, on: bool) -> None:
+    """Switches the adapter on, its weights trainable, or off: then the model is bit for bit the one below it."""
+    for layer in _layers(model):
+        layer.enable_adapters(on)
+
+
+def write_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Writes the model's adapter as peft reads it, without a word about where its base is.
+
+    Equal weights give equal bytes, in whatever folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: weight.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, weight in _weights(model).items()
+    }
+    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    text = json.dumps(_config(model), indent=2, sort_keys=True)
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Gives the model the adapter in a folder, switched on, in place of one that it has.
+
+    Raises ArtifactError when the folder holds none, or one that does not fit the model.
+    """
+    config, tensors = _read(folder)
+    if not is_adapted(model):
+        _inject(model, rank=config["r"], alpha=config["lora_alpha"], targets=config["target_modules"])
+    weights = _weights(model)
+    fits = _config(model) == config and weights.keys() == tensors.keys()
+    if not fits or any(weight.shape != tensors[name].shape for name, weight in weights.items()):
+        raise ArtifactError(f"{folder}: holds an adapter of other layers or another rank than the model has")
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(tensors[name])
+    switch_adapter(model, on=True)
+
+
+def merge_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Adds the adapter in a folder to the weights of a model that has none."""
+    config, tensors = _read(folder)
+    scale = config["lora_alpha"] / config["r"]
+    with torch.no_grad():
+        for name, down in tensors.items():
+            module, found, _ = name.removeprefix(_PREFIX).rpartition(".lora_A.")
+            if found:
+                up = tensors[name.replace(".lora_A.", ".lora_B.")]
+                weight = model.get_parameter(f"{module}.weight")
+                weight.add_((up @ down).to(weight.device, weight.dtype), alpha=scale)
+
+
+def _inject(model: PreTrainedModel, *, rank: int, alpha: int, targets: list[str]) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
+    with torch.random.fork_rng(devices=[]):  # peft draws from the global generator what is overwritten here
+        inject_adapter_in_model(settings, model, _NAME)
+    for weight in model.parameters():
+        weight.requires_grad_(False)
+    for layer in _layers(model):  # peft makes them as narrow as the weights beside them
+        for part in (layer.lora_A, layer.lora_B):
+            part[_NAME].float()
+
+
+def _layers(model: nn.Module) -> Iterator[Any]:
+    """The layers with an adapter, in the model's order."""
+    return (module for module in model.modules() if is_lora(module))
+
+
+def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's weights under the names of peft's files."""
+    marks = tuple(f".{part}.{_NAME}." for part in ("lora_A", "lora_B"))
+    return {
+        _PREFIX + name.replace(f".{_NAME}.", "."): weight
+        for name, weight in model.named_parameters()
+        if any(mark in name for mark in marks)
+    }
+
+
+def _config(model: nn.Module) -> dict[str, JsonValue]:
+    """What peft needs to know of the adapter; its other fields would tie the bytes to a version and a path."""
+    layer = next(_layers(model))  # all were made with the same settings
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if is_lora(module)}
+    return _document(layer.r[_NAME], layer.lora_alpha[_NAME], sorted(names))
+
+
+def _document(rank: int, alpha: int, targets: list[str]) -> dict[str, JsonValue]:
+    return {
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": list(targets),
+        "task_type": "CAUSAL_LM",
+    }
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        tensors: dict[str, torch.Tensor] = load_file(folder / ADAPTER_FILE)
+        if config != _document(config["r"], config["lora_alpha"], config["target_modules"]):
+            raise ValueError(f"{CONFIG_FILE} is not one that kdpipe wrote")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{folder}: the adapter cannot be read: {error}") from error
+    return config, tensors

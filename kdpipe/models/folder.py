@@ -1,0 +1,345 @@
+"""Models and trainer state on disk: the only place that knows weight formats. Nothing is ever unpickled.
+
+Whoever calls a `write_` function hands it a temporary folder and makes the result durable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from kdpipe.errors import ModelError, as_os_error
+from kdpipe.models.adapters import CONFIG_FILE as ADAPTER_CONFIG
+from kdpipe.models.adapters import is_adapted, merge_adapter, target_names, write_adapter
+from kdpipe.models.devices import dtype_name, resolve_dtype
+from kdpipe.models.logprobs import Head, head_logits, head_of
+from kdpipe.models.model_folder import require_own_files
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from pydantic import JsonValue
+    from transformers import PreTrainedTokenizerBase
+
+    from kdpipe.models.source import ModelSource
+    from kdpipe.recipe.schema import Lora, Scratch
+
+_PROBE_SCALE = 1000.0
+# What transformers raises of a folder whose files say something else than it expects.
+_UNFIT = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+)
+# How a model was opened or written, and what it is computed in: not what it is.
+_CONFIG_HISTORY = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+# How a tokenizer was opened, which transformers writes beside what it is.
+_TOKENIZER_HISTORY = ("is_local", "local_files_only", "name_or_path")
+
+# Bars of loading and writing would tear the pipeline's own progress lines.
+disable_progress_bar()
+
+
+def open_model(
+    folder: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The causal language model in a Hugging Face folder, in eval mode.
+
+    Raises ModelError when the folder is not one, lacks weights, or holds a model whose logits are not
+    `hidden @ head`, which is all that kdpipe computes of them.
+    """
+    _require_weights(folder)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except _UNFIT as error:
+        raise ModelError(
+            f"{folder}: cannot be opened as a causal language model: {error}",
+            hint="give a folder that AutoModelForCausalLM.from_pretrained opens",
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{folder}: {len(missing)} weights of the model are not in its files, the first is {missing[0]}",
+            hint="the folder holds another architecture, an adapter, or an incomplete copy",
+        )
+    model = model.to(device).eval()
+    _align(model)
+    _require_plain_head(model, folder)
+    return model
+
+
+def read_head(
+    folder: Path,
+    *,
+    num_ids: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> Head:
+    """The output head of the model in a folder, for `num_ids` ids in use: its rows are all that is read.
+
+    Raises ModelError when the folder is not a model, or its files do not hold the head by its name.
+    """
+    _require_weights(folder)
+    skeleton = _skeleton(folder, trust_remote_code=trust_remote_code)
+    layer = skeleton.get_output_embeddings()
+    found = {}
+    for key, wanted in (("weight", layer.weight), ("bias", layer.bias)):
+        if wanted is not None:
+            # A tied head goes by the name of the input embeddings too, and files hold one of the two.
+            named = skeleton.named_parameters(remove_duplicate=False)
+            names = [name for name, tensor in named if tensor is wanted]
+            found[key] = _read_rows_of(folder, names, num_ids).to(device, dtype).clone()
+    return Head(found["weight"], found.get("bias"))
+
+
+def _read_rows_of(folder: Path, names: list[str], count: int) -> torch.Tensor:
+    """The first rows of the tensor that goes by one of `names` in the folder's safetensors files."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in set(names) & set(file.keys()):
+                    rows: torch.Tensor = file.get_slice(name)[:count]
+                    return rows
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path}: cannot be read: {error}") from error
+    raise ModelError(f"{folder}: none of its *.safetensors holds {' or '.join(names)}, the output head")
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What a model folder says of its model. `settings` are all that decides which weights fit into it.
+
+    `head_names` are the names of the output head's weight: of a tied one, those of the input embeddings too.
+    """
+
+    context: int
+    rows: int
+    head_names: tuple[str, ...]
+    is_quantized: bool
+    settings: dict[str, JsonValue]
+
+
+def read_architecture(folder: Path, *, trust_remote_code: bool = False) -> Architecture:
+    """The architecture of the model in a folder, none of whose weights are read; raises ModelError if it is none."""
+    _require_weights(folder)
+    skeleton = _skeleton(folder, trust_remote_code=trust_remote_code)
+    head = skeleton.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{folder}: {type(skeleton).__name__} has no output head of its own")
+    named = skeleton.named_parameters(remove_duplicate=False)
+    text = skeleton.config.get_text_config()
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return Architecture(
+        context=text.max_position_embeddings,
+        rows=text.vocab_size,
+        head_names=tuple(name for name, tensor in named if tensor is head.weight),
+        is_quantized="quantization_config" in settings,
+        settings={name: value for name, value in settings.items() if name not in _CONFIG_HISTORY},
+    )
+
+
+def head_digest(head: Head) -> str:
+    """sha256 of the head's numbers, in its dtype: hidden states mean something only beside this very head."""
+    digest = hashlib.sha256(str(head.weight_VH.dtype).encode())
+    for tensor in (head.weight_VH, head.bias_V):
+        if tensor is not None:
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def scratch_model(
+    settings: Scratch, *, num_ids: int, eos_id: int, pad_id: int, seed: int
+) -> LlamaForCausalLM:
+    """A float32 Llama model with weights drawn from the seed; leaves the global generator as it was."""
+    config = LlamaConfig(
+        vocab_size=num_ids,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_kv_heads,
+        max_position_embeddings=settings.max_positions,
+        tie_word_embeddings=settings.tie_embeddings,
+        initializer_range=settings.init_std,
+        bos_token_id=None,
+        eos_token_id=eos_id,
+        pad_token_id=pad_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    return model.float().eval()
+
+
+def write_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes a Hugging Face folder: safetensors, config, generation config, tokenizer.
+
+    `dtype` is that of the written weights where the model in memory holds wider masters. Equal weights,
+    config and tokenizer give equal bytes. Of a model with an adapter that is all that is written, beside the tokenizer.
+    """
+    if is_adapted(model):
+        with _disk_errors(folder):
+            write_adapter(model, folder)
+        _write_tokenizer(tokenizer, folder)
+        return
+    dtype = dtype or model.dtype
+    weights = {
+        name: weight.to(dtype) if weight.is_floating_point() else weight
+        for name, weight in model.state_dict().items()
+    }
+    with _disk_errors(folder):
+        model.save_pretrained(str(folder), state_dict=weights)
+    _write_tokenizer(tokenizer, folder)
+    _rewrite(folder / "config.json", {"dtype": dtype_name(dtype)})
+
+
+def write_merged(
+    source: ModelSource, tokenizer: PreTrainedTokenizerBase, folder: Path, *, device: torch.device
+) -> None:
+    """Writes a model with its adapter added to the weights: in float32, then cast to what `source` means there."""
+    assert source.adapter is not None
+    trust = source.trust_remote_code
+    model = open_model(
+        source.folder, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=trust
+    )
+    merge_adapter(model, source.adapter.folder)
+    write_model(model, tokenizer, folder, dtype=resolve_dtype(source.dtype, device)[0])
+
+
+def require_targets(folder: Path, lora: Lora, *, trust_remote_code: bool = False) -> None:
+    """Raises ModelError unless the model in a folder has the layers that get adapters; reads no weights."""
+    _require_weights(folder)
+    target_names(_skeleton(folder, trust_remote_code=trust_remote_code), lora)
+
+
+def _skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of a folder without its weights; raises ModelError when its config.json is not of one."""
+    try:
+        config = AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except _UNFIT as error:
+        raise ModelError(f"{folder}: its config.json is not of a causal language model: {error}") from error
+
+
+def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    tokenizer.save_pretrained(str(folder))
+    _rewrite(folder / "tokenizer_config.json", dict.fromkeys(_TOKENIZER_HISTORY))
+
+
+def _rewrite(file: Path, changes: Mapping[str, str | None]) -> None:
+    """Sets fields of a JSON file, or drops those that are None."""
+    record = json.loads(file.read_text(encoding="utf-8")) | changes
+    record = {name: value for name, value in record.items() if name not in changes or value is not None}
+    file.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _align(model: PreTrainedModel) -> None:
+    """Moves weights to memory of their own, aligned as torch aligns what it allocates.
+
+    Read from a file they lie where the file's header puts them, and matrix products round differently there: a
+    resumed run would not end with the digests of an unbroken one.
+    """
+    for weight in (*model.parameters(), *model.buffers()):
+        weight.data = weight.data.clone()
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Turns what safetensors raises when the disk refuses into the OSError that it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise as_os_error(error, folder.name) from error
+
+
+def _require_weights(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder}: no config.json in it, so it is not a model folder",
+            hint="give the folder that holds config.json, tokenizer files and *.safetensors",
+        )
+    require_own_files(folder)
+    if (
+        folder / ADAPTER_CONFIG
+    ).exists():  # transformers would open the model that it names, wherever that is
+        raise ModelError(
+            f"{folder}: holds {ADAPTER_CONFIG}, so its weights are an adapter's, or another model's with one",
+            hint="merge the adapter into the weights, or remove it",
+        )
+    if any(folder.glob("*.safetensors")):
+        return
+    others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    found = f"only {', '.join(others)}, which are pickles" if others else "no weights"
+    raise ModelError(
+        f"{folder}: expected *.safetensors, found {found}",
+        hint="load it once with transformers and save_pretrained it: that writes safetensors",
+    )
+
+
+def _require_plain_head(model: PreTrainedModel, folder: Path) -> None:
+    """Refuses models that cap or scale their logits; large hidden states make either show."""
+
+    def enlarge(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state * _PROBE_SCALE
+        seen.append(output.last_hidden_state)
+        return output
+
+    seen: list[torch.Tensor] = []
+    head = model.get_output_embeddings()
+    handle = model.get_decoder().register_forward_hook(enlarge)
+    try:
+        with torch.no_grad():
+            ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+            logits = model(input_ids=ids, use_cache=False).logits[0].float()
+            if head is None or not seen:
+                raise ModelError(f"{folder}: {type(model).__name__} has no output head of its own")
+            plain = head_logits(seen[0][0], head_of(model, num_ids=head.weight.shape[0]), temperature=1.0)
+    finally:
+        handle.remove()
+    difference = (logits - plain).abs().max().item()
+    # The two are one matrix product; bfloat16 rounds its result to 8 bits.
+    if not difference <= 0.02 * plain.abs().max().item():
+        raise ModelError(
+            f"{folder}: logits of {type(model).__name__} are not hidden @ head (they differ by "
+            f"{difference:.3g}): it caps or scales them, which kdpipe does not support",
+            hint="use a model without final_logit_softcapping, logit_scale or logits_scaling",
+        )

@@ -1,0 +1,152 @@
+"""A model folder opened and run as plainly as transformers can: what the engines and the trainer are held against.
+
+Shares no code with `forward.py`, `batching.py` or the engines: one sequence at a time, the model's own logits, and a
+shift by one of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kdpipe.errors import ModelError
+from kdpipe.models.adapters import merge_adapter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import numpy.typing as npt
+
+    from kdpipe.models.source import ModelSource
+
+Pair = tuple[list[int], list[int]]
+"""The token ids of a prompt and of a completion."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes of a model, from its config alone. `parameters` counts a tied matrix once."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    kv_width: int
+    rows: int
+    context: int
+    tied: bool
+
+
+def plain_logprobs(
+    source: ModelSource,
+    pairs: Sequence[Pair],
+    *,
+    temperature: float,
+    num_ids: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[npt.NDArray[np.float64]]:
+    """Log-probs of every completion's tokens, over the first `num_ids` ids, by the model's own forward."""
+    model = _open(source.folder, dtype=dtype, trust_remote_code=source.trust_remote_code).to(device)
+    if source.adapter is not None:
+        merge_adapter(model, source.adapter.folder)
+    return logprobs_of(model.eval(), pairs, temperature=temperature, num_ids=num_ids)
+
+
+@torch.no_grad()
+def logprobs_of(
+    model: Any, pairs: Sequence[Pair], *, temperature: float, num_ids: int
+) -> list[npt.NDArray[np.float64]]:
+    """Log-probs of every completion's tokens by a transformers model in memory."""
+    results = []
+    for prompt, completion in pairs:
+        ids = torch.tensor([[*prompt, *completion]], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, :, :num_ids].double() / temperature
+        before = logits[len(prompt) - 1 : len(prompt) - 1 + len(completion)]  # what stands before each token
+        own = torch.tensor(completion, dtype=torch.long, device=model.device)[:, None]
+        results.append((before.gather(1, own)[:, 0] - before.logsumexp(1)).cpu().numpy())
+    return results
+
+
+def perturb(source: ModelSource, folder: Path, *, dtype: torch.dtype, seed: int) -> None:
+    """Writes a copy of the model whose weights are all others, the output head too; sizes and config stay."""
+    model = _open(source.folder, dtype=dtype, trust_remote_code=source.trust_remote_code)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            noise = torch.randn(weight.shape, generator=generator, dtype=torch.float32)
+            weight.add_(noise.to(weight.dtype) * weight.float().std(correction=0).to(weight.dtype))
+    model.save_pretrained(str(folder))
+
+
+def shape_of(folder: Path, *, trust_remote_code: bool = False) -> Shape:
+    """The sizes of the model in a folder, of which only config.json is read."""
+    config = _config(folder, trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    text = config.get_text_config()
+    heads = int(text.num_attention_heads)
+    hidden = int(text.hidden_size)
+    written = text.to_dict()
+    # Not every architecture has these fields: without them heads are all alike, and the MLP four times as wide.
+    kv_heads = written.get("num_key_value_heads") or heads
+    head_dim = written.get("head_dim") or hidden // heads
+    intermediate = written.get("intermediate_size") or written.get("n_inner") or 4 * hidden
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return Shape(
+        parameters=sum(weight.numel() for weight in model.parameters()),
+        layers=int(text.num_hidden_layers),
+        hidden=hidden,
+        intermediate=int(intermediate),
+        kv_width=int(kv_heads) * int(head_dim),
+        rows=int(embeddings.shape[0]),
+        context=int(text.max_position_embeddings),
+        tied=head is embeddings,
+    )
+
+
+def adapter_parameters(folder: Path, *, rank: int, targets: Sequence[str] | None) -> int:
+    """How many weights an adapter of that rank has; `targets` None are all linear layers below the head."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_config(folder, trust_remote_code=False))
+    head = model.get_output_embeddings()
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear and module is not head
+    }
+    return sum(
+        rank * (module.in_features + module.out_features)
+        for name, module in linear.items()
+        if targets is None or name.rpartition(".")[2] in targets
+    )
+
+
+def _config(folder: Path, trust_remote_code: bool) -> Any:
+    try:
+        return AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{folder}: its config.json cannot be read as a model's: {error}",
+            hint="give the folder that holds config.json, tokenizer files and *.safetensors",
+        ) from error
+
+
+def _open(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{folder}: transformers cannot open it: {error}") from error

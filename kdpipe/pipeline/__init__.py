@@ -1,0 +1,1 @@
+"""What runs when: plan, status, runner, identities and runs."""

@@ -1,0 +1,171 @@
+"""What is done with artifacts outside a run: verify, gc, and export."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdpipe.errors import ArtifactError, RecipeError
+from kdpipe.pipeline.identities import Sources
+from kdpipe.pipeline.project import Project
+from kdpipe.pipeline.runs import all_runs
+from kdpipe.recipe.roles import STUDENT
+from kdpipe.store.artifacts import MANIFEST, Entry, Manifest, Store, read_document
+from kdpipe.store.locks import is_running
+from kdpipe.store.step import Step
+
+# ---------------------------------------------------------------------------------------------- verify
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What verifying one step found: files looked at, bytes, and what is wrong (empty: nothing)."""
+
+    step: str
+    files: int
+    bytes: int
+    problem: str
+
+
+def verify(project: Project, *, full: bool) -> Iterator[Finding]:
+    """Checks every step of the plan by sizes, or by sha256 with `full`: what is committed, and finished pieces."""
+    for step in project.plan.steps:
+        entry = project.store.entry(step)
+        try:
+            manifest = entry.manifest()
+            if manifest is not None:
+                yield _committed(step, entry, manifest, full=full)
+            elif pieces := [piece for piece in entry.pieces() if piece.is_finished]:
+                problems = [problem for piece in pieces if (problem := piece.problem(full=full))]
+                yield Finding(step.id, len(pieces), 0, problems[0] if problems else "")
+        except ArtifactError as error:
+            yield Finding(step.id, 0, 0, error.message)
+
+
+def _committed(step: Step, entry: Entry, manifest: Manifest, *, full: bool) -> Finding:
+    files = [file for file in manifest.files if file.path not in manifest.dropped]
+    problem = entry.problem(manifest) or ""
+    if full and not problem:
+        for file in files:
+            entry.check(file)
+        if read_document(entry.folder)["fingerprint"] != step.fingerprint:
+            problem = f"{entry.folder}: its fingerprint.json is of another step"
+    return Finding(step.id, len(files), sum(file.bytes for file in files), problem)
+
+
+# -------------------------------------------------------------------------------------------------- gc
+
+
+@dataclass(frozen=True, slots=True)
+class Garbage:
+    """A folder that no run links, and its size."""
+
+    folder: Path
+    bytes: int
+    reason: str
+
+
+def garbage(workspace: Path) -> list[Garbage]:
+    """Store entries that no run's links point at. A run's links go when its folder under runs/ is removed."""
+    linked = {link.target for run in all_runs(workspace) for link in run.links()}
+    found = []
+    for folder in Store(workspace).all_folders():
+        if folder.resolve() not in linked and not is_running(folder):
+            committed = (folder / MANIFEST).exists()
+            reason = "no run links it" if committed else "unfinished, and no run links it"
+            found.append(Garbage(folder, _bytes(folder), reason))
+    return found
+
+
+def collect(item: Garbage) -> None:
+    """Removes the folder, its manifest first, so that a kill leaves nothing that looks whole."""
+    (item.folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(item.folder)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+# ---------------------------------------------------------------------------------------------- export
+
+
+def export(
+    project: Project, target: Path, *, round_number: int | None, adapter: bool = False
+) -> tuple[int, Path]:
+    """Writes the student of a round (default: the last trained) to `target`; returns the round and the folder.
+
+    A student with a LoRA adapter is merged with the model below, unless `adapter` asks for the adapter alone. Every
+    file is checked against its sha256. Raises RecipeError when there is no such student or the target is
+    not empty.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RecipeError(
+            f"{target}: exists and is not an empty folder", hint="name a folder that is not there yet"
+        )
+    if adapter and project.recipe.student.lora is None:
+        raise RecipeError(
+            "--adapter: the student has none, all its weights are trained", hint="leave --adapter out"
+        )
+    number, folder = _student_folder(project, round_number)
+    if adapter and number == 0:
+        raise RecipeError(
+            "--adapter: student 0 has none, the adapter begins in round 1",
+            hint=f"kdpipe run {project.named}",
+        )
+    draft = target.with_name(f".tmp-{target.name}")
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(draft)
+    if number > 0 and project.recipe.student.lora is not None and not adapter:
+        _merge(project, folder, draft)
+    else:
+        shutil.copytree(folder, draft)
+    if target.exists():
+        target.rmdir()
+    draft.replace(target)
+    return number, target
+
+
+def _merge(project: Project, adapter: Path, target: Path) -> None:
+    """Writes student 0 with the adapter in a folder added to its weights."""
+    from kdpipe.models.devices import resolve_device
+    from kdpipe.models.folder import write_merged
+    from kdpipe.models.prompting import open_tokenizer
+    from kdpipe.models.source import AdapterSource, ModelSource
+
+    student = project.recipe.student
+    _, base = _student_folder(project, 0)
+    source = ModelSource(
+        base, "", student.dtype, student.trust_remote_code, adapter=AdapterSource(adapter, "")
+    )
+    tokenizer = open_tokenizer(base, trust_remote_code=student.trust_remote_code)
+    write_merged(source, tokenizer, target, device=resolve_device(project.recipe.runtime.device))
+
+
+def _student_folder(project: Project, round_number: int | None) -> tuple[int, Path]:
+    candidates: list[Step] = [
+        step
+        for step in project.plan.steps
+        if (step.stage == "train" or (step.stage == "sft" and step.subject == STUDENT))
+        and round_number in (None, step.round)
+    ]
+    for step in reversed(candidates):
+        entry = project.store.entry(step)
+        manifest = entry.manifest()
+        if manifest is None:
+            continue
+        if any(path.startswith("model/") for path in manifest.dropped):
+            if round_number is None:
+                continue
+            raise RecipeError(
+                f"student {round_number}: its weights were dropped by retention",
+                hint=f"train it again from the nearest kept round: --force {step.id}, or raise runtime.keep.weights",
+            )
+        return step.round, entry.opened("model") / "model"
+    if round_number in (None, 0) and project.recipe.student.model is not None:
+        return 0, Sources(project.loaded, project.workspace).fetch()[STUDENT]
+    which = f"student {round_number}" if round_number is not None else "a trained student"
+    raise RecipeError(f"{which} is not there yet", hint=f"kdpipe run {project.named}")

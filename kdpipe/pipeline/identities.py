@@ -1,0 +1,240 @@
+"""Where models and data come from, and what they are: local files by digest, hub repositories by commit.
+
+The only module that talks to the hub. `identities` needs no network: a hub name that was never pinned is
+"unresolved" until the first `run` fetches it and writes its commit to `pins.json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pydantic import JsonValue
+
+from kdpipe.data.tasks import data_files, hub_id
+from kdpipe.errors import ArtifactError, DataError, ModelError, RecipeError, StepError
+from kdpipe.models.model_folder import require_own_files
+from kdpipe.pipeline.plan import UNRESOLVED, Identities
+from kdpipe.recipe.file import LoadedRecipe
+from kdpipe.recipe.roles import STUDENT
+from kdpipe.recipe.schema import Gsm8kTask, Student, Teacher
+from kdpipe.store.durable import file_digest, write_json
+from kdpipe.store.seals import sealed, unsealed
+from kdpipe.store.step import Fields, canonical
+
+TEXT_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".py"}
+MODEL_SUFFIXES = TEXT_SUFFIXES | {".safetensors"}
+Kind = Literal["model", "tokenizer", "dataset"]
+PINS = "memory of hub pins"
+DIGESTS = "memory of file digests"
+HUB_HINT = "check the name and the network, or name a local folder instead"
+
+
+@dataclass(slots=True)
+class Sources:
+    """Finds the models and data of one recipe, with the workspace's memory of digests and pins."""
+
+    loaded: LoadedRecipe
+    workspace: Path
+    _digests: dict[str, JsonValue] = field(default_factory=dict)
+    _pins: dict[str, JsonValue] = field(default_factory=dict)
+    _changed: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            self._digests = _read(self.workspace / "digests.json", kind=DIGESTS)
+        except ArtifactError:  # it only saves reading files again
+            self._digests = {}
+        self._pins = _read(self.workspace / "pins.json", kind=PINS)
+
+    def identities(self) -> Identities:
+        """What the recipe's models and data are; raises RecipeError or DataError when a local one is missing."""
+        models = {name: self._model(model) for name, model in self._models() if _named(model) is not None}
+        task = self.loaded.recipe.task
+        data: dict[str, Fields]
+        if isinstance(task, Gsm8kTask) and (hub := hub_id(task, self.loaded.folder)):
+            identity = self._hub_identity("datasets/" + hub, task.revision)
+            data = {"train": identity, "test": identity}
+        else:
+            files = data_files(task, self.loaded.folder)
+            data = {split: {"digest": self._digest(path)} for split, path in files.items()}
+        if self._changed:
+            with contextlib.suppress(
+                StepError
+            ):  # it only saves reading again: plan and status need not write
+                write_json(self.workspace / "digests.json", sealed(DIGESTS, self._digests))
+            self._changed = False
+        return Identities(models=models, data=data)
+
+    def fetch(self) -> dict[str, Path]:
+        """Folders of every model by role, and of hub data as "data"; downloads and pins what is not here."""
+        folders: dict[str, Path] = {}
+        for name, model in self._models():
+            if (named := _named(model)) is not None:
+                local = _local_folder(named.name, self.loaded.folder)
+                kind: Kind = "model" if named.served is None else "tokenizer"
+                folders[name] = local or self._download(named.name, named.revision, kind=kind)
+        task = self.loaded.recipe.task
+        if isinstance(task, Gsm8kTask) and (hub := hub_id(task, self.loaded.folder)):
+            folders["data"] = self._download(hub, task.revision, kind="dataset")
+        return folders
+
+    def tokenizer_file(self, role: str) -> Path | None:
+        """The tokenizer.json beside a model that the recipe names, where it is on this machine; downloads nothing."""
+        named = next((_named(model) for name, model in self._models() if name == role), None)
+        if named is None:
+            return None
+        if (folder := _local_folder(named.name, self.loaded.folder)) is not None:
+            path = folder / "tokenizer.json"
+            return path if path.is_file() else None
+        commit = self._pinned(_pin_key(named.name, named.revision), named.revision)
+        if commit is None:
+            return None
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(named.name, "tokenizer.json", revision=commit)
+        return Path(found) if isinstance(found, str) else None
+
+    def _models(self) -> list[tuple[str, Student | Teacher]]:
+        recipe = self.loaded.recipe
+        return [(STUDENT, recipe.student), *((teacher.name, teacher) for teacher in recipe.teachers)]
+
+    def _model(self, model: Student | Teacher) -> Fields:
+        named = _named(model)
+        assert named is not None
+        folder = _local_folder(named.name, self.loaded.folder)
+        if named.served is not None:
+            return {"served": named.served, **self._tokenizer(named, folder)}
+        if folder is None:
+            return self._hub_identity(named.name, named.revision)
+        files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_SUFFIXES)
+        if not any(path.name == "config.json" for path in files):
+            raise RecipeError(
+                f"{folder}: not a model folder: config.json is missing",
+                hint="name a folder that transformers' save_pretrained wrote",
+            )
+        require_own_files(folder)
+        return {"digest": self._digest_of(files)}
+
+    def _tokenizer(self, named: _Named, folder: Path | None) -> Fields:
+        """What the tokenizer beside a served model is, and what the recipe calls the weights there."""
+        if folder is None:
+            return self._hub_identity(named.name, named.revision)
+        files = sorted(path for path in folder.iterdir() if path.suffix in TEXT_SUFFIXES)
+        if not any(path.name.startswith("tokenizer") for path in files):
+            raise RecipeError(
+                f"{folder}: no tokenizer: tokenizer.json is missing",
+                hint="name the folder or hub id of the model that the server runs in teachers[].server.tokenizer",
+            )
+        require_own_files(folder)
+        return {"digest": self._digest_of(files), "revision": named.revision}
+
+    def _digest_of(self, files: list[Path]) -> str:
+        parts: JsonValue = [[path.name, self._digest(path)] for path in files]
+        return hashlib.sha256(canonical(parts)).hexdigest()
+
+    def _hub_identity(self, name: str, revision: str | None) -> Fields:
+        return {"hub": name, "revision": self._pinned(_pin_key(name, revision), revision) or UNRESOLVED}
+
+    def _pinned(self, key: str, revision: str | None) -> str | None:
+        """The commit that `revision` is or was pinned to."""
+        if _is_commit(revision):
+            return revision
+        pin = self._pins.get(key)
+        return pin if isinstance(pin, str) else None
+
+    def _digest(self, path: Path) -> str:
+        try:
+            stat = path.stat()
+            stamp: list[JsonValue] = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+            known = self._digests.get(str(path))
+            if isinstance(known, list) and known[:3] == stamp:
+                return str(known[3])
+            digest = file_digest(path)
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be read: {error.strerror}", hint="mend the path in the recipe"
+            ) from error
+        self._digests[str(path)] = [*stamp, digest]
+        self._changed = True
+        return digest
+
+    def _download(self, name: str, revision: str | None, *, kind: Kind) -> Path:
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
+
+        key = _pin_key(("datasets/" if kind == "dataset" else "") + name, revision)
+        repo_type = "dataset" if kind == "dataset" else "model"
+        try:
+            commit = self._pinned(key, revision)
+            if commit is None:
+                commit = HfApi().repo_info(name, revision=revision, repo_type=repo_type).sha
+                assert commit is not None
+                self._pins[key] = commit
+                self.workspace.mkdir(parents=True, exist_ok=True)
+                write_json(self.workspace / "pins.json", sealed(PINS, self._pins))
+            suffixes = TEXT_SUFFIXES if kind == "tokenizer" else MODEL_SUFFIXES
+            patterns = ["main/*.parquet"] if kind == "dataset" else [f"*{suffix}" for suffix in suffixes]
+            return Path(
+                snapshot_download(name, revision=commit, repo_type=repo_type, allow_patterns=patterns)
+            )
+        except (HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            where = f"{kind} {name}" + (f" at {revision}" if revision else "")
+            error_type = DataError if kind == "dataset" else ModelError
+            raise error_type(f"{where}: cannot be fetched from the hub: {reason}", hint=HUB_HINT) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A repository or folder that a model's section names; `served` is what the server that runs it calls it."""
+
+    name: str
+    revision: str | None
+    served: str | None = None
+
+
+def _named(model: Student | Teacher) -> _Named | None:
+    """What the section of a model names; None where a step or the student makes it."""
+    if isinstance(model, Teacher) and model.server is not None:
+        return _Named(model.server.tokenizer, model.server.revision, model.server.model)
+    return None if model.model is None else _Named(model.model, model.revision)
+
+
+def _local_folder(name: str, folder: Path) -> Path | None:
+    """The local folder that `name` means, or None for a hub id."""
+    path = (folder / Path(name).expanduser()).resolve()
+    if path.is_dir():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise RecipeError(
+            f"{path}: no such model folder",
+            hint="mend student.model, teachers[].model or teachers[].server.tokenizer in the recipe",
+        )
+    return None
+
+
+def _is_commit(revision: str | None) -> bool:
+    return revision is not None and len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
+
+
+def _pin_key(name: str, revision: str | None) -> str:
+    return f"{name}@{revision or 'main'}"
+
+
+def _read(path: Path, *, kind: str) -> dict[str, JsonValue]:
+    """What the workspace remembers in `path`; raises ArtifactError when that is damaged."""
+    try:
+        value = unsealed(path, path.read_bytes(), kind=kind)
+    except FileNotFoundError:
+        return {}
+    except ArtifactError as error:
+        raise ArtifactError(
+            error.message,
+            hint="put back a copy of it; without one remove it, and the next run pins hub names anew: to what they "
+            "mean by then",
+        ) from None
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,165 @@
+"""Which steps are done, which are not, and why. Reads manifests; opens no artifact, imports nothing heavy."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kdpipe.errors import ArtifactError
+from kdpipe.pipeline.plan import Plan
+from kdpipe.pipeline.runs import RunFolder, all_runs, run_folder
+from kdpipe.recipe.schema import Recipe
+from kdpipe.store.artifacts import Store
+from kdpipe.store.step import Step
+
+Verdict = Literal["done", "stale", "to do", "damaged"]
+MAX_REASONS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What is known of one step: its verdict, why, and the payload digest it has now (None: none).
+
+    `hint` says what to do where it is damaged, if that is not to force it.
+    """
+
+    step: Step
+    verdict: Verdict
+    why: str
+    digest: str | None
+    dropped: frozenset[str]
+    hint: str = ""
+
+    @property
+    def done(self) -> bool:
+        """Whether the step need not run."""
+        return self.verdict == "done"
+
+
+def inspect(store: Store, step: Step, digests: Mapping[str, str | None]) -> State:
+    """The state of one step, given the payload digests that its inputs have now."""
+    entry = store.entry(step)
+    try:
+        manifest = entry.manifest()
+    except ArtifactError as error:
+        return State(step, "damaged", error.message, None, frozenset(), error.hint)
+    if manifest is None:
+        return State(step, "to do", "", None, frozenset())
+    if problem := entry.problem(manifest):
+        return State(step, "damaged", problem, manifest.payload_digest, frozenset())
+    dropped = frozenset(path.partition("/")[0] for path in manifest.dropped)
+    for role, source in step.inputs.items():
+        now = digests.get(source.step_id)
+        if now is None:
+            why = f"needs {source.step_id}, which is not there"
+            return State(step, "to do", why, manifest.payload_digest, dropped)
+        if manifest.inputs.get(role) != now:
+            why = f"{source.step_id} was made again and differs"
+            return State(step, "stale", why, manifest.payload_digest, dropped)
+    return State(step, "done", "", manifest.payload_digest, dropped)
+
+
+def survey(plan: Plan, store: Store, recipe: Recipe) -> list[State]:
+    """The state of every step, with the reason where it is not done."""
+    digests: dict[str, str | None] = {}
+    states = []
+    history = _History(store.workspace, recipe)
+    for step in plan.steps:
+        state = inspect(store, step, digests)
+        if state.verdict == "to do" and not state.why:
+            state = _explained(state, history, store)
+        digests[step.id] = state.digest if state.done else None
+        states.append(state)
+    return states
+
+
+def must_restore(states: Sequence[State], pending: set[str]) -> set[str]:
+    """Done steps whose dropped files a pending step opens: they are performed again first."""
+    by_id = {state.step.id: state for state in states}
+    restore: set[str] = set()
+    for state in reversed(states):
+        if state.step.id not in pending and state.step.id not in restore:
+            continue
+        for source in state.step.inputs.values():
+            origin = by_id.get(source.step_id)
+            if origin is not None and origin.done and origin.dropped & set(source.opens):
+                restore.add(source.step_id)
+    return restore
+
+
+# ------------------------------------------------------------------------------------------- reasons
+
+
+class _History:
+    """The fingerprint documents of earlier versions of a step, from runs of the same name."""
+
+    def __init__(self, workspace: Path, recipe: Recipe) -> None:
+        own = run_folder(workspace, recipe)
+        others = [run for run in all_runs(workspace) if run.path != own.path]
+        named = [run for run in others if run.name.rpartition("-")[0] == recipe.name]
+        self.runs: list[RunFolder] = [own, *named]
+
+    def earlier(self, step: Step) -> dict[str, Any] | None:
+        for run in self.runs:
+            document = run.linked_document(step)
+            if document is not None and document.get("fingerprint") != step.fingerprint:
+                return document
+        return None
+
+
+def _explained(state: State, history: _History, store: Store) -> State:
+    step = state.step
+    folder = store.entry(step).folder
+    begun = folder.exists()
+    parts = len(list((folder / "parts").glob("*.parquet"))) if begun else 0
+    checkpoints = sorted((folder / "checkpoints").glob("step-*")) if begun else []
+    if parts:
+        return State(step, "to do", f"goes on after {parts} finished parts", None, frozenset())
+    if checkpoints:
+        number = int(checkpoints[-1].name.removeprefix("step-"))
+        return State(step, "to do", f"goes on from optimizer step {number}", None, frozenset())
+    earlier = history.earlier(step)
+    if earlier is None:
+        return state
+    return State(step, "stale", _difference(earlier, step), None, frozenset())
+
+
+def _difference(earlier: Mapping[str, Any], step: Step) -> str:
+    """What differs between two fingerprint documents: fields first, else the inputs that changed."""
+    old, new = dict(_leaves(earlier.get("fields", {}))), dict(_leaves(step.document["fields"]))
+    reasons = [
+        f"{name}: {_short(old.get(name))} -> {_short(new.get(name))}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    reasons += [
+        f"{name}: {earlier.get(name)} -> {step.document[name]}"
+        for name in ("format", "seed")
+        if earlier.get(name) != step.document[name]
+    ]
+    if not reasons:
+        old_inputs, new_inputs = earlier.get("inputs", {}), step.document["inputs"]
+        assert isinstance(new_inputs, dict)
+        changed = [role for role in step.inputs if old_inputs.get(role) != new_inputs.get(role)]
+        reasons = [f"{step.inputs[role].step_id} changes" for role in changed]
+    more = f" (+{len(reasons) - MAX_REASONS} more)" if len(reasons) > MAX_REASONS else ""
+    return "; ".join(reasons[:MAX_REASONS]) + more
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
+
+
+def _short(value: Any) -> str:
+    with contextlib.suppress(TypeError, ValueError):
+        value = json.dumps(value)
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,136 @@
+"""A recipe's file: read as YAML (`yaml_source.py`), changed by `--set`, validated; every error with its line."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from kdpipe.errors import RecipeError
+from kdpipe.recipe.schema import Recipe
+from kdpipe.recipe.yaml_source import Document, read_yaml
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRecipe:
+    """A validated recipe with the text it came from; relative paths in it start from `folder`."""
+
+    recipe: Recipe
+    text: str
+    path: Path
+    overrides: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths in the recipe start from."""
+        return self.path.parent
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> LoadedRecipe:
+    """The recipe in `path` with `a.b=c` overrides applied; raises RecipeError naming every bad field."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe", hint="kdpipe recipes  lists the shipped ones") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    recipe = read_recipe(text, str(path), overrides)
+    return LoadedRecipe(recipe=recipe, text=text, path=path.resolve(), overrides=overrides)
+
+
+def read_recipe(text: str, name: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """The recipe that `text` means with `overrides` applied; errors say the line and call the text `name`."""
+    document = read_yaml(text, name)
+    for override in overrides:
+        document = _apply_override(document, override)
+    try:
+        return Recipe.model_validate_json(json.dumps(document.value), strict=True)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(document, item) for item in error.errors())) from None
+
+
+def _apply_override(document: Document, override: str) -> Document:
+    key, equals, text = override.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
+        raise RecipeError(
+            f"--set {override}: not of the form a.b=c",
+            hint="for example: --set train.optimizer.learning_rate=3e-5",
+        )
+    return document.with_value(tuple(key.split(".")), text, f"--set {override}")
+
+
+def _explain(document: Document, item: Any) -> str:
+    """One pydantic error as `file:line: field: what, expected`."""
+    # pydantic puts the names of union members into the location; the document's own keys have none.
+    path = document.own_path(item["loc"])
+    dotted = ".".join(str(part) for part in path)
+    where = f"{document.where(path)}: {dotted}: " if dotted else f"{document.where(path)}: "
+    found = document.spelling(path)
+    match item["type"]:
+        case "extra_forbidden":
+            known = _known_keys(item["loc"])
+            near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
+            return f"{where}unknown key" + (
+                f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+            )
+        case "missing":
+            return f"{where}is required and missing"
+        case "string_type" if isinstance(item["input"], bool):
+            return f"{where}{found} without quotes is YAML for {str(item['input']).lower()}; write '{found}' in quotes"
+        case _:
+            message = item["msg"].removeprefix("Value error, ")
+            message = message[0].lower() + message[1:]
+            is_leaf = not isinstance(item["input"], (dict, list))
+            return f"{where}{message}" + (f" (found {found})" if is_leaf and found else "")
+
+
+@functools.cache
+def _json_schema() -> dict[str, Any]:
+    return Recipe.model_json_schema(by_alias=True)
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """The keys allowed beside the unknown one at `location`, read from the JSON Schema."""
+    schema = _json_schema()
+    candidates: list[Any] = [schema]
+    for part in location[:-1]:
+        candidates = [found for node in candidates for found in _descend(schema, node, part)] or candidates
+    keys = {
+        key for node in candidates for leaf in _expand(schema, node) for key in leaf.get("properties", {})
+    }
+    return sorted(keys)
+
+
+def _descend(schema: dict[str, Any], node: dict[str, Any], part: int | str) -> list[dict[str, Any]]:
+    found = []
+    for leaf in _expand(schema, node):
+        if isinstance(part, int) and "items" in leaf:
+            found.append(leaf["items"])
+        elif part in leaf.get("properties", {}):
+            found.append(leaf["properties"][part])
+    if not found:  # the tag of a union member, as pydantic writes it
+        found = [
+            leaf
+            for leaf in _expand(schema, node)
+            if any(
+                part in (value.get("const"), leaf.get("title"))
+                for value in leaf.get("properties", {}).values()
+            )
+        ]
+    return found
+
+
+def _expand(schema: dict[str, Any], node: dict[str, Any]) -> list[dict[str, Any]]:
+    """`node` with references and unions resolved to the object schemas they stand for."""
+    if "$ref" in node:
+        return _expand(schema, schema["$defs"][node["$ref"].rsplit("/", 1)[1]])
+    for union in ("anyOf", "oneOf", "allOf"):
+        if union in node:
+            return [leaf for member in node[union] for leaf in _expand(schema, member)]
+    return [node]

@@ -1,0 +1,145 @@
+"""The recipe's schema with a sentence for every field, as JSON Schema and as the page docs/recipe.md."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from kdpipe.recipe.schema import Recipe
+from kdpipe.recipe.words import WORDS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Schema = dict[str, Any]
+SCALARS = {
+    "integer": "whole number",
+    "number": "number",
+    "string": "text",
+    "boolean": "`true`, `false`",
+    "null": "null",
+    "object": "mapping",
+}
+TITLE = """# Every field of a recipe
+
+Made by `kdpipe schema --markdown` from the schema itself. `--set a.b=c` changes any field from the command line;
+`kdpipe check RECIPE` tells what is wrong with one, and `kdpipe schema` prints the JSON Schema that editors complete
+from. A field without a default must be given. Everything but `runtime` and `tracking` is part of the fingerprint of
+some step.
+"""
+
+
+def described_schema() -> Schema:
+    """The JSON Schema of a recipe, each field with its sentence as `description`."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    for section, properties in _sections(schema).items():
+        for field, value in properties.get("properties", {}).items():
+            value["description"] = sentence(section, field)
+            value.pop("title", None)  # pydantic's own is the field's name in capitals
+    return schema
+
+
+def sentence(section: str, field: str) -> str:
+    """What the field means, by `Section.field` or else by its name alone."""
+    return WORDS.get(f"{section}.{field}") or WORDS[field]
+
+
+def reference() -> str:
+    """docs/recipe.md: a table for each section, in the order in which a reader of a recipe meets them."""
+    sections = _sections(described_schema())
+    pages = [TITLE]
+    for name, place in _in_reading_order(sections):
+        pages.append(f"## {place}\n\n{_plain(sections[name])}\n\n{_table(sections[name], sections)}\n")
+    return "\n".join(pages)
+
+
+def _sections(schema: Schema) -> dict[str, Schema]:
+    """Every section by the name of its class."""
+    objects = {name: each for name, each in schema["$defs"].items() if each.get("type") == "object"}
+    return {"Recipe": schema, **objects}
+
+
+def _in_reading_order(sections: dict[str, Schema]) -> Iterator[tuple[str, str]]:
+    """Each section once with the place where it is first met, depth first."""
+    seen: set[str] = set()
+
+    def walk(name: str, place: str) -> Iterator[tuple[str, str]]:
+        if name in seen:
+            return
+        seen.add(name)
+        yield name, place
+        for field, value in sections[name].get("properties", {}).items():
+            inside = [each for each in _references(value) if each in sections]
+            for each in inside:
+                path = field if name == "Recipe" else f"{place.partition(' ')[0]}.{field}"
+                path += "[]" if value.get("type") == "array" else ""
+                kind = _discriminator(sections[each])
+                yield from walk(each, f"{path} ({kind})" if kind and len(inside) > 1 else path)
+
+    yield from walk("Recipe", "The recipe")
+
+
+def _references(value: Any) -> list[str]:
+    """The sections that a field may hold, in order."""
+    if isinstance(value, dict):
+        found = [value["$ref"].rpartition("/")[2]] if "$ref" in value else []
+        return found + [
+            each for key, part in value.items() if key != "discriminator" for each in _references(part)
+        ]
+    return [each for part in value for each in _references(part)] if isinstance(value, list) else []
+
+
+def _discriminator(section: Schema) -> str | None:
+    """The value of `kind` or `term` that chooses this section among several."""
+    properties = section.get("properties", {})
+    return next(
+        (properties[key]["const"] for key in ("kind", "term") if "const" in properties.get(key, {})), None
+    )
+
+
+def _plain(section: Schema) -> str:
+    return str(section["description"]).strip()
+
+
+def _table(section: Schema, sections: dict[str, Schema]) -> str:
+    rows = ["| field | value | default | what it is |", "|---|---|---|---|"]
+    required = section.get("required", [])
+    for field, value in section["properties"].items():
+        default = "" if field in required else f"`{_literal(value.get('default'))}`"
+        if any(name in sections for name in _references(value)) and value.get("default") not in (None, []):
+            default = "" if isinstance(value["default"], dict) else default
+        cells = (f"`{field}`", _kind(value, sections), default, value["description"])
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows)
+
+
+def _literal(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value)
+
+
+def _kind(value: Schema, sections: dict[str, Schema]) -> str:
+    """The values that a field takes, in words."""
+    match value:
+        case {"$ref": reference}:
+            return "section" if reference.rpartition("/")[2] in sections else "any"
+        case {"const": only}:
+            words = f"`{only}`"
+        case {"enum": choices}:
+            words = ", ".join(f"`{choice}`" for choice in choices)
+        case {"anyOf": choices} | {"oneOf": choices}:
+            words = " or ".join(dict.fromkeys(_kind(choice, sections) for choice in choices))
+        case {"type": "array", "prefixItems": items}:
+            words = f"{len(items)} numbers"
+        case {"type": "array", "items": item}:
+            words = f"list of: {_kind(item, sections)}"
+        case {"type": name}:
+            words = SCALARS[name] + _bounds(value)
+        case _:
+            words = "any"
+    return words
+
+
+def _bounds(value: Schema) -> str:
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    told = [f"{sign} {value[key]:g}" for key, sign in signs.items() if key in value and value[key] != 2**31]
+    return f" {', '.join(told)}" if told else ""

@@ -1,0 +1,102 @@
+"""The recipe: the only schema and the only defaults. Never imports torch.
+
+`recipe_file.py` reads one from YAML. `runtime` and `tracking` cannot change results beyond floating-point rounding;
+every other field is part of some step's fingerprint (`plan.py`), which a test enforces leaf by leaf.
+"""
+
+from pydantic import JsonValue, model_validator
+
+from kdpipe.recipe.checks import check_fields
+from kdpipe.recipe.fields import RecipeFields
+from kdpipe.recipe.models import (
+    PROMPT_PIECE,
+    Lora,
+    Optimizer,
+    Scratch,
+    Server,
+    Sft,
+    SftOptimizer,
+    Student,
+    Teacher,
+)
+from kdpipe.recipe.objective import (
+    BehaviourControl,
+    DecoupledControl,
+    DistillSchedule,
+    DistributionTerm,
+    JsdTerm,
+    K1LossTerm,
+    K2Term,
+    K3Term,
+    KdTerm,
+    Objective,
+    RatioControl,
+    RklTerm,
+    SampledTerm,
+    SkewKlTerm,
+    SkewRklTerm,
+    Support,
+)
+from kdpipe.recipe.runtime import Placement, Runtime, ServerRuntime, Tracking, Vllm
+from kdpipe.recipe.section import EngineName, Section
+from kdpipe.recipe.stages import Keeping
+from kdpipe.recipe.task import ArithmeticTask, Gsm8kTask, JsonlTask
+
+__all__ = [
+    "PROMPT_PIECE",
+    "ArithmeticTask",
+    "BehaviourControl",
+    "DecoupledControl",
+    "DistillSchedule",
+    "DistributionTerm",
+    "EngineName",
+    "Gsm8kTask",
+    "JsdTerm",
+    "JsonlTask",
+    "K1LossTerm",
+    "K2Term",
+    "K3Term",
+    "KdTerm",
+    "Keeping",
+    "Lora",
+    "Objective",
+    "Optimizer",
+    "Placement",
+    "RatioControl",
+    "Recipe",
+    "RklTerm",
+    "Runtime",
+    "SampledTerm",
+    "Scratch",
+    "Section",
+    "Server",
+    "ServerRuntime",
+    "Sft",
+    "SftOptimizer",
+    "SkewKlTerm",
+    "SkewRklTerm",
+    "Student",
+    "Support",
+    "Teacher",
+    "Tracking",
+    "Vllm",
+    "resolved",
+]
+
+
+class Recipe(RecipeFields):
+    """One experiment: a task, a student, its teachers, and how the student learns from them.
+
+    `reproduce` lets an objective run that check-loss fails, to reproduce what others did.
+    """
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> "Recipe":
+        check_fields(self)
+        return self
+
+
+def resolved(recipe: Recipe) -> dict[str, JsonValue]:
+    """Every field of the recipe with defaults filled in, as JSON."""
+    value: dict[str, JsonValue] = recipe.model_dump(mode="json", by_alias=True)
+    return value

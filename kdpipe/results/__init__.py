@@ -1,0 +1,1 @@
+"""What a run measured: measures, verdict, completions, comparison and studies."""

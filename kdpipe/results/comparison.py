@@ -1,0 +1,319 @@
+"""Runs held against one another: accuracy, paired differences to the first, several seeds as one, and what each cost.
+
+The unit is the problem, and where a recipe was run with several seeds also the seed. Both are random: another seed
+would train another student, other problems would be other questions. `pooled` takes both into account.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtrit
+
+from kdpipe.data.tables import GRADES, read_rows
+from kdpipe.errors import ArtifactError, DataError
+from kdpipe.method import statistics
+from kdpipe.method.statistics import Interval
+from kdpipe.pipeline.runs import RunFolder
+from kdpipe.recipe.roles import STUDENT
+from kdpipe.recipe.schema import resolved
+from kdpipe.results.measures import cost_of
+from kdpipe.store.artifacts import METRICS, linked_entry
+from kdpipe.store.durable import read_lines
+
+BOOTSTRAP_SEED = 0
+HEADLINE = "task.headline"
+MAX_FIELDS = 4  # of a label
+SEEDLESS = ("name", "seed", "tracking", "runtime")
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """The last evaluated student of one run, and what the run cost.
+
+    `correct` is the fraction of right samples of each problem, `settings` the recipe's fields, flat, without its name,
+    seed, tracking and runtime; a student's dtype of auto stands there with what it was, as machines differ in it.
+    `seconds` and `tokens` are by stage; a reused step costs what it took where it was made.
+    """
+
+    run: str
+    seed: int
+    round: int
+    samples: int
+    correct: Mapping[str, float]
+    settings: Mapping[str, str]
+    seconds: Mapping[str, float]
+    tokens: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One recipe in the table: its runs, mean accuracy, and difference to the first row's, in shares of problems.
+
+    `p_value` is McNemar's exact one, for one run on each side with one sample per problem. `is_paired` is false where
+    the problems are not the same, and `difference` is then that of two independent groups.
+    """
+
+    label: str
+    contenders: tuple[Contender, ...]
+    accuracy: Interval
+    difference: Interval | None
+    p_value: float | None
+    is_paired: bool
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of a run, the mean over its seeds."""
+        return sum(sum(one.seconds.values()) for one in self.contenders) / len(self.contenders)
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of a run that engines and trainer read and wrote, the mean over its seeds."""
+        return sum(sum(one.tokens.values()) for one in self.contenders) / len(self.contenders)
+
+
+def compare(contenders: Sequence[Contender]) -> list[Row]:
+    """A row for each recipe, in the order given; runs that differ only in their seed are one row.
+
+    Raises DataError where answers are not graded by the same rule: such accuracies are not of one kind.
+    """
+    headlines = {one.settings.get(HEADLINE): one.run for one in contenders}
+    if len(headlines) > 1:
+        told = ", ".join(f"{run} by {headline}" for headline, run in headlines.items())
+        raise DataError(
+            f"accuracies of different headlines: {told}",
+            hint=f"run one of them again with --set {HEADLINE}=... of the other",
+        )
+    groups: dict[tuple[tuple[str, str], ...], list[Contender]] = {}
+    for one in contenders:
+        groups.setdefault(tuple(sorted(one.settings.items())), []).append(one)
+    labels = _labels([dict(key) for key in groups])
+    first, *_ = groups.values()
+    return [
+        _row(label, group, None if group is first else first)
+        for label, group in zip(labels, groups.values(), strict=True)
+    ]
+
+
+def _labels(settings: Sequence[Mapping[str, str]]) -> list[str]:
+    """What tells the recipes apart: fields that differ, first those that tell most of them apart.
+
+    No two labels are the same. A number stands for further fields that differ; those that only some recipes have, and
+    that are not needed to tell them apart, follow from the others.
+    """
+    keys = sorted(set().union(*settings))
+    differing = [key for key in keys if len({one.get(key) for one in settings}) > 1]
+    told = _telling(settings, differing)
+    others = [key for key in differing if key not in told and all(key in one for one in settings)]
+    room = max(0, MAX_FIELDS - len(told))
+    told += others[:room]
+    tail = f" and {len(others) - room} more" if len(others) > room else ""
+    return [
+        (", ".join(f"{key}={one.get(key, 'none')}" for key in told) or "the recipe") + tail
+        for one in settings
+    ]
+
+
+def _telling(settings: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list[str]:
+    """A few of `keys` that tell all settings apart; fields that all of them have come before those that some lack."""
+    told: list[str] = []
+
+    def distinct(key: str) -> tuple[int, bool]:
+        count = len({tuple(one.get(each) for each in (*told, key)) for one in settings})
+        return count, all(key in one for one in settings)
+
+    while len({tuple(one.get(key) for key in told) for one in settings}) < len(settings):
+        told.append(max(keys, key=distinct))
+    return told
+
+
+def _row(label: str, group: Sequence[Contender], first: Sequence[Contender] | None) -> Row:
+    accuracy = _accuracy(group)
+    if first is None:
+        return Row(label, tuple(group), accuracy, None, None, is_paired=True)
+    difference, is_paired = _difference(group, first)
+    return Row(
+        label, tuple(group), accuracy, difference, _mcnemar(group, first) if is_paired else None, is_paired
+    )
+
+
+def _accuracy(group: Sequence[Contender]) -> Interval:
+    """Wilson's interval for one run; for several seeds of the same problems, that of `pooled`."""
+    matrix = _matrix(group)
+    if len(group) == 1 or matrix is None:
+        fractions = [value for one in group for value in one.correct.values()]
+        return statistics.wilson(math.fsum(fractions), len(fractions))
+    found = pooled(matrix)
+    return Interval(found.estimate, max(0.0, found.low), min(1.0, found.high))
+
+
+def _difference(group: Sequence[Contender], first: Sequence[Contender]) -> tuple[Interval, bool]:
+    mine, theirs = _matrix(group), _matrix(first)
+    same = mine is not None and theirs is not None and group[0].correct.keys() == first[0].correct.keys()
+    if not same or mine is None or theirs is None:
+        return _unpaired(_accuracy(group), _accuracy(first)), False
+    seeds = [one.seed for one in group], [one.seed for one in first]
+    if len(group) == len(first) == 1:
+        return statistics.paired_bootstrap(list(mine[0]), list(theirs[0]), seed=BOOTSTRAP_SEED), True
+    if sorted(seeds[0]) == sorted(seeds[1]):
+        order = [np.argsort(numbers, kind="stable") for numbers in seeds]
+        return pooled(mine[order[0]] - theirs[order[1]]), True
+    # Other seeds on each side: their variances add, and the problems stay paired.
+    return pooled_difference(mine, theirs), True
+
+
+def _matrix(group: Sequence[Contender]) -> statistics.Floats | None:
+    """Correctness [seeds, problems] in one order of problems; None where the runs have not the same ones."""
+    keys = sorted(group[0].correct)
+    if any(one.correct.keys() != group[0].correct.keys() for one in group):
+        return None
+    return np.array([[one.correct[key] for key in keys] for one in group], dtype=np.float64)
+
+
+def _mcnemar(group: Sequence[Contender], first: Sequence[Contender]) -> float | None:
+    if len(group) != 1 or len(first) != 1 or {group[0].samples, first[0].samples} != {1}:
+        return None
+    mine, theirs = group[0].correct, first[0].correct
+    gained = sum(mine[key] > theirs[key] for key in mine)
+    return statistics.mcnemar(gained, sum(mine[key] < theirs[key] for key in mine))
+
+
+def _unpaired(mine: Interval, theirs: Interval) -> Interval:
+    """Newcombe's interval (1998, method 10) of a difference of independent proportions, from their Wilson bounds."""
+    low = math.hypot(mine.estimate - mine.low, theirs.high - theirs.estimate)
+    high = math.hypot(mine.high - mine.estimate, theirs.estimate - theirs.low)
+    difference = mine.estimate - theirs.estimate
+    return Interval(difference, difference - low, difference + high)
+
+
+def pooled(values_SP: statistics.Floats, *, confidence: float = 0.95) -> Interval:
+    """The mean over S seeds and P problems, for other seeds and other problems: Student's t around it.
+
+    Two crossed random effects (Searle, Casella and McCulloch, Variance Components, 1992, ch. 4): with mean squares of
+    seeds, problems and residual, the variance of the mean is (MS_seeds + MS_problems - MS_residual) / (S P); degrees of
+    freedom after Satterthwaite (1946). With one seed only problems vary. Of simulated 95 % intervals of three seeds
+    94 to 96 % hold the truth (tests/results/test_comparison.py).
+    """
+    variance, freedom = _variance(values_SP)
+    return _around(float(values_SP.mean()), variance, freedom, confidence)
+
+
+def pooled_difference(
+    first_SP: statistics.Floats, second_SP: statistics.Floats, *, confidence: float = 0.95
+) -> Interval:
+    """The difference of two such means over the same problems, the seeds of the two being unrelated."""
+    num_problems = first_SP.shape[1]
+    by_problem = first_SP.mean(axis=0) - second_SP.mean(axis=0)
+    parts = [(float(by_problem.var(ddof=1)) / num_problems, num_problems - 1)]
+    parts += [
+        (max(0.0, float(values.mean(axis=1).var(ddof=1)) / len(values)), len(values) - 1)
+        for values in (first_SP, second_SP)
+        if len(values) > 1
+    ]
+    variance = sum(part for part, _ in parts)
+    freedom = _satterthwaite(variance, parts)
+    return _around(float(by_problem.mean()), variance, freedom, confidence)
+
+
+def _variance(values_SP: statistics.Floats) -> tuple[float, float]:
+    """Of the mean, and its degrees of freedom."""
+    num_seeds, num_problems = values_SP.shape
+    if num_problems < 2:
+        raise DataError(f"{num_problems} problem in common: an interval needs two or more")
+    if num_seeds == 1:
+        return float(values_SP[0].var(ddof=1)) / num_problems, num_problems - 1
+    mean = values_SP.mean()
+    seeds, problems = values_SP.mean(axis=1), values_SP.mean(axis=0)
+    residual = values_SP - seeds[:, None] - problems[None, :] + mean
+    freedoms = (num_seeds - 1, num_problems - 1, (num_seeds - 1) * (num_problems - 1))
+    squares = (
+        num_problems * float(((seeds - mean) ** 2).sum()) / freedoms[0],
+        num_seeds * float(((problems - mean) ** 2).sum()) / freedoms[1],
+        float((residual**2).sum()) / freedoms[2],
+    )
+    count = num_seeds * num_problems
+    # An effect's own variance is not below 0, although its estimate may be.
+    total = max(squares[0] + squares[1] - squares[2], squares[0], squares[1]) / count
+    parts = [(square / count, freedom) for square, freedom in zip(squares, freedoms, strict=True)]
+    return total, _satterthwaite(total, parts)
+
+
+def _satterthwaite(total: float, parts: Sequence[tuple[float, float]]) -> float:
+    spread = sum(part**2 / freedom for part, freedom in parts)
+    return total**2 / spread if spread > 0 else math.inf
+
+
+def _around(estimate: float, variance: float, freedom: float, confidence: float) -> Interval:
+    if variance == 0:
+        return Interval(estimate, estimate, estimate)
+    reach = float(stdtrit(freedom, 0.5 + confidence / 2)) * math.sqrt(variance)
+    return Interval(estimate, estimate - reach, estimate + reach)
+
+
+# ------------------------------------------------------------------------------------------------ reading runs
+
+
+def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contender:
+    """The run's last evaluated student, from its folder alone; every table is checked by its digest before it is read.
+
+    With `last_round` as if the run had ended there: 0 is the student before training, and what it cost to get there.
+    Raises DataError where no student was evaluated, and ArtifactError where a table is damaged.
+    """
+    try:
+        recipe = run.recipe()
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ArtifactError(
+            f"{run.path}: its resolved.json is missing or damaged", hint="repeat the run: it is written again"
+        ) from None
+    links = [link for link in run.links() if last_round is None or link.round <= last_round]
+    evaluated = [link for link in links if link.name == f"evaluate-{STUDENT}"]
+    seconds, tokens, dtypes = dict[str, float](), dict[str, float](), set[str]()
+    found: tuple[int, dict[str, list[bool]]] | None = None
+    for link in links:
+        entry, document = linked_entry(link.target)
+        if (manifest := entry.manifest()) is None:
+            continue
+        stage = str(document["stage"])
+        if stage == "train" or link in evaluated:
+            dtypes.add(str(manifest.provenance.get("dtype")))
+        took, read = cost_of(read_lines(entry.opened(METRICS) / METRICS))
+        seconds[stage] = seconds.get(stage, 0.0) + took
+        tokens[stage] = tokens.get(stage, 0.0) + read
+        if link in evaluated:
+            rows = read_rows(
+                entry.opened("grades.parquet") / "grades.parquet", GRADES, columns=["prompt_id", "correct"]
+            )
+            grades: dict[str, list[bool]] = {}
+            for row in rows:
+                grades.setdefault(row["prompt_id"], []).append(row["correct"])
+            found = (link.round, grades)
+    if found is None:
+        raise DataError(f"{run.name}: no student was evaluated yet", hint=f"kdpipe run {run.name}")
+    number, grades = found
+    settings = dict(_flat({key: value for key, value in resolved(recipe).items() if key not in SEEDLESS}))
+    if recipe.student.dtype == "auto":
+        settings["student.dtype"] = f"auto ({', '.join(sorted(dtypes))})"
+    return Contender(
+        run=run.name,
+        seed=recipe.seed,
+        round=number,
+        samples=max(map(len, grades.values())),
+        correct={key: sum(values) / len(values) for key, values in grades.items()},
+        settings=settings,
+        seconds=seconds,
+        tokens=tokens,
+    )
+
+
+def _flat(value: Any, place: str = "") -> list[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        return [
+            pair for key, part in value.items() for pair in _flat(part, f"{place}.{key}" if place else key)
+        ]
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        return [pair for number, part in enumerate(value) for pair in _flat(part, f"{place}.{number}")]
+    return [(place, "null" if value is None else str(value))]

@@ -1,0 +1,275 @@
+"""What a run's numbers say, in words: did it work, how sure is that, and what should be known before believing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from kdpipe.method.statistics import Interval
+from kdpipe.recipe.roles import STUDENT
+from kdpipe.results.measures import Difference, Evaluation, Measures, last
+
+Tone = Literal["good", "bad", "open"]
+FEW_PROBLEMS = 100
+MUCH_TRUNCATION = 0.1
+MUCH_MISMATCH_NATS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The verdict: a headline, the sentences that carry it, and whether it is good."""
+
+    tone: Tone
+    headline: str
+    sentences: tuple[str, ...]
+
+
+def percent(value: float) -> str:
+    """A share, to a tenth of a percent."""
+    return f"{100 * value:.1f}%"
+
+
+def points(value: float) -> str:
+    """A difference of shares in signed percentage points."""
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def nats(value: float) -> str:
+    """A log-prob or a divergence, to a thousandth."""
+    return f"{value:.3f}".replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """A difference in nats, to a thousandth."""
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def p_text(value: float | None) -> str:
+    """McNemar's p-value as it is read."""
+    if value is None:
+        return ""
+    return f", McNemar p = {value:.2g}"
+
+
+def verdict(measures: Measures) -> Verdict:
+    """Whether the student gained anything on held-out problems, and whether chance would explain it."""
+    before, after = measures.before, measures.after
+    if after is None:
+        told = "No trained student was evaluated yet, so nothing can be said about what it gained."
+        closer = _training_sentence(measures)
+        return Verdict("open", "No verdict yet.", (told, *filter(None, [closer])))
+    if before is None or (change := after.accuracy_change) is None:
+        return Verdict(
+            "open",
+            f"The student answers {percent(after.accuracy.estimate)} of the held-out problems.",
+            ("Student 0 was not evaluated, so it cannot be said what of that was gained.",),
+        )
+    sentences = [_accuracy_sentence(before, after, change)]
+    sentences += filter(
+        None,
+        [
+            _flip_sentence(measures, before, after),
+            _gap_sentence(measures, after),
+            _divergence_sentence(after),
+        ],
+    )
+    tone, headline = effect(change, after.reverse_kl_change)
+    return Verdict(tone, headline, tuple(sentences))
+
+
+def effect(accuracy_change: Interval, reverse_kl_change: Interval | None) -> tuple[Tone, str]:
+    """What paired differences to student 0 say, in a sentence, and whether that is good."""
+    if accuracy_change.low > 0:
+        return "good", f"It worked: the student gained {100 * accuracy_change.estimate:.1f} points."
+    if accuracy_change.high < 0:
+        return "bad", f"It did harm: the student lost {-100 * accuracy_change.estimate:.1f} points."
+    if reverse_kl_change is not None and reverse_kl_change.high < 0:
+        return "open", "Closer to the teacher, but no clear change in accuracy."
+    return "open", "No clear effect."
+
+
+def _accuracy_sentence(before: Evaluation, after: Evaluation, change: Interval) -> str:
+    problems = after.summary["problems"]
+    crosses = change.low <= 0 <= change.high
+    chance = "chance alone would explain it" if crosses else "chance does not explain it"
+    return (
+        f"On the same {problems} held-out problems accuracy went from {percent(before.accuracy.estimate)} to "
+        f"{percent(after.accuracy.estimate)} by round {after.step.round}: {points(change.estimate)} points, "
+        f"paired 95% interval {points(change.low)} to {points(change.high)}"
+        f"{p_text(after.summary.get('accuracy_change_p_value'))}; {chance}."
+    )
+
+
+def _flip_sentence(measures: Measures, before: Evaluation, after: Evaluation) -> str | None:
+    """How many problems the student got right or wrong anew, where each was answered once."""
+    found = measures.difference(after, before)
+    if found is None or found.p_value is None:
+        return None
+    return (
+        f"{found.only_first} problems are right now that were wrong, {found.only_second} the other way round."
+    )
+
+
+def _gap_sentence(measures: Measures, after: Evaluation) -> str | None:
+    """What is left to the teacher, for one teacher that is clearly better than student 0."""
+    teachers, before = measures.teachers, measures.before
+    if len(teachers) != 1 or before is None:
+        return None
+    teacher = teachers[0]
+    left = measures.difference(teacher, after)
+    had = measures.difference(teacher, before)
+    if left is None or had is None or had.change.low <= 0:
+        return None
+    closed = 1 - left.change.estimate / had.change.estimate
+    if left.change.low > 0:
+        rest = f"the teacher is still {100 * left.change.estimate:.1f} points ahead ({_interval(left)})"
+    elif left.change.high < 0:
+        rest = f"the student is now ahead of the teacher ({_interval(left)})"
+    else:
+        rest = f"the teacher is not clearly ahead any more ({_interval(left)})"
+    share = (
+        f"That closes {closed:.0%} of the gap to the teacher" if 0 < closed <= 1 else "Against the teacher"
+    )
+    return f"{share}: {rest}."
+
+
+def _interval(difference: Difference) -> str:
+    low, high = difference.change.low, difference.change.high
+    return f"paired 95% interval {points(low)} to {points(high)}"
+
+
+def _divergence_sentence(after: Evaluation) -> str | None:
+    change, now = after.reverse_kl_change, after.reverse_kl
+    if change is None or now is None:
+        return None
+    size = nats(abs(change.estimate))
+    moved = (
+        f"fell by {size}"
+        if change.high < 0
+        else f"rose by {size}"
+        if change.low > 0
+        else "did not clearly change: it went"
+    )
+    return (
+        f"Held-out reverse KL {moved} to {nats(now.estimate)} nats a token "
+        f"(paired 95% interval of the change {signed(change.low)} to {signed(change.high)})."
+    )
+
+
+def _training_sentence(measures: Measures) -> str | None:
+    values = measures.by_round("score/reverse_kl_nats")
+    if len(values) < 2:
+        return None
+    first, final = values[min(values)], values[max(values)]
+    return (
+        f"On its own training samples the reverse KL went from {nats(first)} to {nats(final)} nats a token, "
+        f"rounds {min(values)} to {max(values)}."
+    )
+
+
+# -------------------------------------------------------------------------------------------- warnings
+
+
+def warnings(measures: Measures) -> list[str]:
+    """What weakens the result, each in a sentence or two."""
+    return [
+        *_unfinished(measures),
+        *_evaluation(measures),
+        *_headroom(measures),
+        *_sampling(measures),
+        *_engines(measures),
+    ]
+
+
+def _unfinished(measures: Measures) -> Iterator[str]:
+    left = [state for state in measures.states if not state.done]
+    damaged = [state.step.id for state in left if state.verdict == "damaged"]
+    if left:
+        rounds = measures.project.recipe.rounds
+        yield (
+            f"The run is not finished: {len(left)} of {len(measures.states)} steps are not done, "
+            f"{measures.rounds_done} of {rounds} rounds are trained; next is {left[0].step.id}."
+        )
+    if damaged:
+        force = " ".join(f"--force {name}" for name in damaged)
+        yield f"Damaged: {', '.join(damaged)}. Nothing here is read from there; kdpipe run {force} rebuilds it."
+
+
+def _evaluation(measures: Measures) -> Iterator[str]:
+    after = measures.after
+    if not measures.evaluations:
+        yield "Nothing was evaluated: there is no accuracy and no held-out reverse KL."
+        return
+    if after is None:
+        return
+    if after.step.round < measures.rounds_done:
+        yield (
+            f"The last evaluation is of round {after.step.round}, and {measures.rounds_done} rounds are trained: "
+            "set evaluate.every so that the last one is evaluated."
+        )
+    problems = after.summary["problems"]
+    if problems < FEW_PROBLEMS:
+        width = 100 * (after.accuracy.high - after.accuracy.low)
+        yield f"Only {problems} problems were evaluated: the interval of the accuracy is {width:.0f} points wide."
+    truncated = after.summary["truncated_fraction"]
+    if truncated > MUCH_TRUNCATION:
+        yield (
+            f"{percent(truncated)} of the held-out answers were cut at the length limit and could not end: "
+            "raise max_new_tokens before comparing accuracies."
+        )
+
+
+def _headroom(measures: Measures) -> Iterator[str]:
+    for headroom in measures.headrooms:
+        if headroom.low <= 0:
+            exempt = "" if headroom.exempt is None else f" It need not be: {headroom.exempt}."
+            yield (
+                f"Weak headroom: {_called(headroom.teacher)} is not clearly better than the untrained student "
+                f"({points(headroom.change)} points, {points(headroom.low)} to {points(headroom.high)}).{exempt}"
+            )
+
+
+def _called(name: str) -> str:
+    return "the teacher" if name == "teacher" else f"teacher {name}"
+
+
+def _sampling(measures: Measures) -> Iterator[str]:
+    truncated = last(measures.by_round("rollout/truncated_fraction")) or 0.0
+    if truncated > MUCH_TRUNCATION:
+        yield f"{percent(truncated)} of the last round's samples were cut at the length limit."
+    kept = last(measures.by_round("rollout/kept_mass_mean"))
+    if kept is not None:
+        yield f"Top-p or top-k cut sampling: {percent(kept)} of the mass was kept, so importance ratios are biased."
+    unscorable = sum(measures.by_round("score/unscorable_tokens").values())
+    if unscorable:
+        yield f"{unscorable:,.0f} sampled tokens have no counterpart in the teacher's vocabulary and were not scored."
+    if measures.project.recipe.reproduce:
+        yield "The recipe says reproduce: true: an objective that fails check-loss may have been run."
+
+
+def _engines(measures: Measures) -> Iterator[str]:
+    p99 = measures.by_round("train/mismatch_nats_p99")
+    if p99 and max(p99.values()) > MUCH_MISMATCH_NATS:
+        worst = max(p99, key=lambda number: p99[number])
+        yield (
+            f"Sampler and trainer disagree about the same weights: p99 of {p99[worst]:.2g} nats in round {worst}. "
+            "kdpipe doctor finds out why."
+        )
+    for name in ("kdpipe", "git_commit", "torch", "transformers", "vllm", "device", "dtype"):
+        values = measures.provenance().get(name, [])
+        if len(values) > 1:
+            yield f"Steps were made with different values of {name}: {', '.join(values)}."
+
+
+def model_name(measures: Measures, role: str) -> str:
+    """What the recipe says that a model is."""
+    recipe = measures.project.recipe
+    if role == STUDENT:
+        return recipe.student.model or "from scratch"
+    teacher = next(teacher for teacher in recipe.teachers if teacher.name == role)
+    if teacher.server is not None:
+        return f"{teacher.server.model}, behind a server"
+    if teacher.self_ is not None:
+        return f"the student itself ({teacher.self_})"
+    return teacher.model or "from scratch"

@@ -1,0 +1,174 @@
+"""What every stage is handed: the recipe, the round and seed, the problems, and a draft to write to."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from kdpipe.data.seeds import derive_seed
+from kdpipe.data.tables import merge, write_rows
+from kdpipe.data.tasks.answers import grade
+from kdpipe.engines.protocol import SampleRequest, Sampling
+from kdpipe.errors import EngineError, StepError
+from kdpipe.models.prompting import (
+    PromptStyle,
+    Tokenizer,
+    completion_text,
+    end_ids,
+    num_ids_in_use,
+    open_tokenizer,
+    prompt_style,
+    render_prompt,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pydantic import JsonValue
+
+    from kdpipe.data.rows import Graded, Problem
+    from kdpipe.recipe.schema import Recipe
+    from kdpipe.store.artifacts import Draft
+    from kdpipe.workers.pulse import Pulse
+
+Item = TypeVar("Item")
+NOTHING_PUBLISHED = (
+    "nothing of this step was published, and all steps before it are kept; what makes the number is mended first, "
+    "then the same command continues"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One step's work. `train` and `test` are the task's problems."""
+
+    recipe: Recipe
+    round: int
+    seed: int
+    train: Sequence[Problem]
+    test: Sequence[Problem]
+    draft: Draft
+    pulse: Pulse
+
+    def in_parts(
+        self,
+        name: str,
+        items: Sequence[Item],
+        *,
+        rows_per_item: int,
+        build: Callable[[Sequence[Item]], Sequence[Any]],
+        schema: pa.Schema,
+        first: int = 0,
+        part_schema: pa.Schema | None = None,
+        finish: Callable[[Sequence[Path]], None] = lambda _: None,
+        rows_of: Callable[[Item], int] | None = None,
+    ) -> int:
+        """Writes payload table `name` from the rows that `build` makes of the items, part by part.
+
+        Parts hold whole items, are cut from the recipe alone and numbered from `first`, so that a resumed step
+        repeats the same batches; those that an earlier attempt finished are not built again. Parts may have
+        columns (`part_schema`) that the table has not: `finish` sees their files before. An item has at most
+        `rows_per_item` rows, and so many unless `rows_of` says less. Returns the number of the next free part.
+        """
+        size = max(1, self.recipe.runtime.part_rows // rows_per_item)
+        paths: list[Path] = []
+        counts = [rows_per_item if rows_of is None else rows_of(item) for item in items]
+        self.pulse.start("completions", sum(counts))
+        for start in range(0, len(items), size):
+            piece = items[start : start + size]
+            path = self.draft.part(
+                first + len(paths),
+                lambda path: write_rows(path, build(piece), part_schema or schema),  # noqa: B023
+            )
+            paths.append(path)
+            self.pulse.advance(sum(counts[start : start + size]))
+            self.pulse.safe_point()
+        finish(paths)
+        self.draft.write(name, lambda path: merge(paths, path, schema))
+        return first + len(paths)
+
+    @contextlib.contextmanager
+    def asking(self, prompt_ids: Sequence[str]) -> Iterator[None]:
+        """Makes an engine's error, while this is open, name the round and the prompt instead of the request."""
+        try:
+            yield
+        except EngineError as error:
+            if error.request is None:
+                raise
+            where = f"round {self.round}, prompt {prompt_ids[error.request]}"
+            hint = f"{error.hint}; {NOTHING_PUBLISHED}" if error.hint else NOTHING_PUBLISHED
+            raise type(error)(f"{where}: {error.what}", hint=hint) from None
+
+    def require_finite(self, prompt_ids: Sequence[str], values: Sequence[Any], what: str) -> None:
+        """Raises StepError naming round, prompt and token unless every number [n] of every completion is finite."""
+        for prompt_id, row in zip(prompt_ids, values, strict=True):
+            bad = ~np.isfinite(np.asarray(row, np.float64))
+            if bad.any():
+                token = int(bad.argmax())
+                where = f"round {self.round}, prompt {prompt_id}, token {token}"
+                raise StepError(f"{where}: {what} is {row[token]}", hint=NOTHING_PUBLISHED)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A model's side of the text: tokenizer, prompts, end ids, and the number of ids in use."""
+
+    tokenizer: Tokenizer
+    style: PromptStyle
+    end_ids: tuple[int, ...]
+    num_ids: int
+
+    @property
+    def end_id(self) -> int:
+        """The end id that reference completions are taught with: the tokenizer's own."""
+        own: int | None = self.tokenizer.eos_token_id
+        return self.end_ids[0] if own is None else own
+
+    def prompt(self, problem: Problem) -> list[int]:
+        """The prompt's token ids."""
+        return render_prompt(self.tokenizer, self.style, problem)
+
+
+def open_text(
+    folder: Path, recipe: Recipe, train: Sequence[Problem], *, template: dict[str, JsonValue], trust: bool
+) -> Text:
+    """The text side of the model in `folder`."""
+    tokenizer = open_tokenizer(folder, trust_remote_code=trust)
+    style = prompt_style(recipe.task, train, template)
+    return Text(tokenizer, style, end_ids(folder, tokenizer), num_ids_in_use(tokenizer))
+
+
+def sampling_of(recipe: Recipe, text: Text, *, temperature: float, max_new_tokens: int) -> Sampling:
+    """Settings for sampling; top-p and top-k are the rollout's, and greedy decoding ignores them."""
+    rollout = recipe.rollout
+    return Sampling(
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        end_ids=text.end_ids,
+        num_ids=text.num_ids,
+        top_p=rollout.top_p if temperature else 1.0,
+        top_k=rollout.top_k if temperature else 0,
+        stop=tuple(rollout.stop),
+    )
+
+
+def request_for(prompt: list[int], samples: int, *seed: str | int) -> SampleRequest:
+    """A request whose seeds depend on `seed` and the sample's number."""
+    return SampleRequest(prompt, tuple(derive_seed(*seed, sample) for sample in range(samples)))
+
+
+def read_completion(
+    recipe: Recipe, text: Text, problem: Problem, token_ids: Sequence[int]
+) -> tuple[str, Graded]:
+    """A completion's text and its grade."""
+    string = completion_text(text.tokenizer, token_ids, end_ids=text.end_ids, stop=recipe.rollout.stop)
+    return string, grade(string, problem.expected, headline=recipe.task.headline)
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean; 0 of nothing."""
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,1 @@
+"""What lies on disk: durable writes, locks, artifacts, sealed documents, and the identity of a step."""

@@ -1,0 +1,513 @@
+"""The store: entries on disk that are either whole or not there. The only module that knows names in it.
+
+Every durable write is made beside its place, flushed, fsynced, renamed, and its directory fsynced; the
+manifest comes last and makes the entry *done*. A killed step leaves parts or checkpoints, which the next
+attempt uses. Locks are flock (they go with their process), never PID files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import JsonValue
+
+from kdpipe.errors import ArtifactError, KdpipeError
+from kdpipe.store.durable import (
+    TEMPORARY,
+    file_digest,
+    files_below,
+    read_lines,
+    remove,
+    write_durably,
+    write_json,
+    write_lines,
+    writing,
+)
+from kdpipe.store.locks import file_lock
+from kdpipe.store.seals import digest_of, sealed, unsealed
+from kdpipe.store.step import Step, canonical, step_id_of
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+FINGERPRINT = "fingerprint.json"
+METRICS = "metrics.jsonl"
+PARTS = "parts"
+CHECKPOINTS = "checkpoints"
+SEAL = "seal.json"
+FINGERPRINT_KEY = "fingerprint"
+PIECE = "finished piece"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One file of an entry, of its payload or its metrics: the path inside the entry, size and sha256."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a done entry holds; `dropped` names files that retention removed."""
+
+    fingerprint: str
+    files: tuple[StoredFile, ...]
+    inputs: Mapping[str, str]
+    payload_digest: str
+    dropped: tuple[str, ...]
+    provenance: Mapping[str, JsonValue]
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """The manifest as written, with the digest of itself."""
+        document: dict[str, JsonValue] = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "files": [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in self.files],
+            "inputs": dict(self.inputs),
+            "payload_digest": self.payload_digest,
+            "dropped": list(self.dropped),
+            "provenance": dict(self.provenance),
+        }
+        return {**document, "self_sha256": hashlib.sha256(canonical(document)).hexdigest()}
+
+
+def _parse_manifest(path: Path, text: str, fingerprint: str) -> Manifest:
+    try:
+        document = json.loads(text)
+        own = document.pop("self_sha256")
+        if document["format"] != FORMAT:
+            raise ArtifactError(
+                f"{path}: format {document['format']}, and this kdpipe reads format {FORMAT}",
+                hint="use another --workspace, or the kdpipe that wrote this one",
+            )
+        if own != hashlib.sha256(canonical(document)).hexdigest():
+            raise ValueError("its own sha256 does not match")
+        if document["fingerprint"] != fingerprint:
+            raise ValueError("it belongs to another step")
+        for name in (*(f["path"] for f in document["files"]), *document["dropped"]):
+            _require_inside(name)
+        if not all(type(f["bytes"]) is int and type(f["sha256"]) is str for f in document["files"]):
+            raise ValueError("sizes and digests of its files are not numbers and texts")
+        if not all(type(document[name]) is dict for name in ("inputs", "provenance")):
+            raise ValueError("its inputs or its provenance are no mapping")
+        return Manifest(
+            fingerprint=document["fingerprint"],
+            files=tuple(StoredFile(f["path"], f["bytes"], f["sha256"]) for f in document["files"]),
+            inputs=document["inputs"],
+            payload_digest=str(document["payload_digest"]),
+            dropped=tuple(document["dropped"]),
+            provenance=document["provenance"],
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"{path}: damaged manifest: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The place of one step's artifacts: `store/<stage>/<fingerprint16>`."""
+
+    folder: Path
+    step_id: str
+    fingerprint: str
+
+    def manifest(self) -> Manifest | None:
+        """The manifest, or None when the entry is not committed; raises ArtifactError when damaged."""
+        path = self.folder / MANIFEST
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise self._damage(f"{path}: cannot be read: {error}") from error
+        try:
+            return _parse_manifest(path, text, self.fingerprint)
+        except ArtifactError as error:
+            raise error if error.hint else self._damage(error.message) from None
+
+    def problem(self, manifest: Manifest) -> str | None:
+        """What is wrong with the files of a committed entry by their sizes, or None."""
+        for file in manifest.files:
+            if file.path in manifest.dropped:
+                continue
+            try:
+                size = (self.folder / file.path).stat().st_size
+            except FileNotFoundError:
+                return f"{self.folder / file.path}: is missing"
+            if size != file.bytes:
+                return f"{self.folder / file.path}: {size} bytes, its manifest says {file.bytes}"
+        return None
+
+    def opened(self, *prefixes: str) -> Path:
+        """The entry's folder, after the sha256 of every file below `prefixes` was checked."""
+        manifest = self.manifest()
+        if manifest is None:
+            raise ArtifactError(f"{self.folder}: {self.step_id} is not there", hint="repeat the run")
+        for file in manifest.files:
+            if any(file.path == prefix or file.path.startswith(f"{prefix}/") for prefix in prefixes):
+                self.check(file)
+        self._require_nothing_else(manifest, {prefix.partition("/")[0] for prefix in prefixes})
+        return self.folder
+
+    def _require_nothing_else(self, manifest: Manifest, names: set[str]) -> None:
+        """Raises ArtifactError where payload folders hold other files, or links: libraries read what they find."""
+        known = {file.path for file in manifest.files}
+        for path in (found for name in names for found in (self.folder / name).rglob("*")):
+            if path.is_symlink():
+                raise self._damage(f"{path}: is a link, expected plain files")
+            is_ours = path.relative_to(self.folder).as_posix() in known or path.name.startswith(TEMPORARY)
+            if not is_ours and not path.is_dir():
+                raise self._damage(f"{path}: is not in the entry's manifest")
+
+    def check(self, file: StoredFile) -> None:
+        """Raises ArtifactError unless `file` is there with its sha256."""
+        path = self.folder / file.path
+        if path.is_symlink():  # what it leads to could be changed at any time
+            raise self._damage(f"{path}: is a link, expected a plain file")
+        try:
+            found = file_digest(path)
+        except OSError as error:
+            raise self._damage(f"{path}: cannot be read: {error.strerror}") from error
+        if found != file.sha256:
+            raise self._damage(f"{path}: sha256 {found[:16]}..., its manifest says {file.sha256[:16]}...")
+
+    def read_json(self, name: str) -> Any:
+        """The JSON of payload file `name`, after its sha256 was checked."""
+        return json.loads((self.opened(name) / name).read_bytes())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl, after its sha256 was checked; none while the entry is not committed."""
+        return [] if self.manifest() is None else read_lines(self.opened(METRICS) / METRICS)
+
+    def describe(self, step: Step) -> None:
+        """Makes fingerprint.json tell what was hashed, unless it does: it follows from the recipe."""
+        with contextlib.suppress(ArtifactError):
+            if read_document(self.folder)[FINGERPRINT_KEY] == step.fingerprint:
+                return
+        write_json(self.folder / FINGERPRINT, {**step.document, FINGERPRINT_KEY: step.fingerprint})
+
+    def part(self, index: int) -> Piece:
+        """The place of part `index`."""
+        path = self.folder / PARTS / f"part-{index:05d}.parquet"
+        return Piece(path, path.with_suffix(".json"), self.fingerprint)
+
+    def checkpoint(self, name: str) -> Piece:
+        """The place of the checkpoint called `name`."""
+        path = self.folder / CHECKPOINTS / name
+        return Piece(path, path / SEAL, self.fingerprint)
+
+    def pieces(self) -> list[Piece]:
+        """What earlier attempts have finished of a step that is not done."""
+        parts = sorted((self.folder / PARTS).glob("part-*.parquet"))
+        checkpoints = sorted((self.folder / CHECKPOINTS).glob("step-*"))
+        return [
+            *(Piece(path, path.with_suffix(".json"), self.fingerprint) for path in parts),
+            *(self.checkpoint(path.name) for path in checkpoints),
+        ]
+
+    def discard(self) -> None:
+        """Forgets everything of the entry, so that the step is performed from nothing."""
+        remove(self.folder / MANIFEST)
+        for child in self.folder.iterdir() if self.folder.is_dir() else ():
+            if child.name != ".lock":
+                remove(child)
+
+    def drop(self, prefix: str) -> int:
+        """Removes the files below `prefix` and says so in the manifest; returns the bytes freed."""
+        manifest = self.manifest()
+        if manifest is None:
+            return 0
+        gone = [
+            f for f in manifest.files if f.path.startswith(f"{prefix}/") and f.path not in manifest.dropped
+        ]
+        if not gone:
+            return 0
+        dropped = tuple(sorted({*manifest.dropped, *(f.path for f in gone)}))
+        changed = Manifest(
+            manifest.fingerprint,
+            manifest.files,
+            manifest.inputs,
+            manifest.payload_digest,
+            dropped,
+            manifest.provenance,
+        )
+        write_json(self.folder / MANIFEST, changed.to_json())
+        remove(self.folder / prefix)
+        return sum(f.bytes for f in gone)
+
+    @contextlib.contextmanager
+    def locked(self, waiting: Callable[[], None]) -> Iterator[None]:
+        """Holds the entry; calls `waiting` once when another run has it, and waits for that run."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = file_lock(self.folder / ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except TimeoutError:
+                waiting()
+                lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _damage(self, message: str) -> ArtifactError:
+        return ArtifactError(
+            message, hint=f"rebuild it and what depends on it: repeat the run with --force {self.step_id}"
+        )
+
+
+def read_document(folder: Path) -> dict[str, Any]:
+    """The fingerprint.json of an entry's folder; raises ArtifactError unless it hashes to what the folder is called."""
+    path = folder / FINGERPRINT
+    try:
+        document = json.loads(path.read_bytes())
+        hashed = {name: value for name, value in document.items() if name != FINGERPRINT_KEY}
+        found = str(document[FINGERPRINT_KEY])
+        if found != digest_of(hashed) or found[:16] != folder.name:
+            raise ArtifactError(f"{path}: damaged: it does not hash to the fingerprint of its folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"{path}: cannot be read: {error}") from None
+    return dict(document)
+
+
+def linked_entry(folder: Path) -> tuple[Entry, dict[str, Any]]:
+    """The entry in `folder`, and its fingerprint document; raises ArtifactError when that is damaged."""
+    document = read_document(folder)
+    stage, subject, number = (document.get(name) for name in ("stage", "subject", "round"))
+    step_id = step_id_of(f"{stage}", subject, -1 if number is None else number)
+    return Entry(folder, step_id, document[FINGERPRINT_KEY]), document
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A finished part (a file) or checkpoint (a folder) of a step that is not done, and what vouches for it.
+
+    The seal is written last and names the step, so that neither half a piece nor one of another step is ever used.
+    """
+
+    path: Path
+    seal: Path
+    fingerprint: str
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is a piece with a seal."""
+        return self.seal.exists() and self.path.exists()
+
+    def document(self, path: Path) -> dict[str, JsonValue]:
+        """The seal of the piece, which still stands at `path`."""
+        files: list[JsonValue] = [
+            [_below(path, file), file.stat().st_size, file_digest(file)]
+            for file in files_below(path)
+            if file.name != SEAL
+        ]
+        return sealed(PIECE, {"step": self.fingerprint, "name": self.path.name, "files": files})
+
+    def problem(self, *, full: bool = True) -> str | None:
+        """What is wrong with a finished piece, by sha256 or by sizes only, or None."""
+        try:
+            value: Any = unsealed(self.seal, self.seal.read_bytes(), kind=PIECE)
+            if (value["step"], value["name"]) != (self.fingerprint, self.path.name):
+                return f"{self.path}: its seal is of another step or piece"
+            known = {name: (size, digest) for name, size, digest in value["files"]}
+            found = {_below(self.path, file): file for file in files_below(self.path) if file.name != SEAL}
+            if wrong := sorted(known.keys() ^ found.keys()):
+                missing = wrong[0] not in found
+                return f"{self.path / wrong[0]}: {'is missing' if missing else 'is not in its seal'}"
+            for name, file in found.items():
+                size, digest = known[name]
+                if file.stat().st_size != size or (full and file_digest(file) != digest):
+                    return f"{file}: is not what its seal says"
+        except ArtifactError as error:
+            return error.message
+        except OSError as error:
+            return f"{error.filename}: cannot be read: {error.strerror}"
+        return None
+
+
+def _below(root: Path, file: Path) -> str:
+    return file.name if file == root else file.relative_to(root).as_posix()
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """The workspace's entries, shared by all its runs."""
+
+    workspace: Path
+
+    def entry(self, step: Step) -> Entry:
+        """The place of `step`'s artifacts."""
+        return self.entry_of(step.stage, step.fingerprint, step.id)
+
+    def entry_of(self, stage: str, fingerprint: str, step_id: str) -> Entry:
+        """The place of a step's artifacts by its parts."""
+        return Entry(Path(f"{self.workspace}/store/{stage}/{fingerprint[:16]}"), step_id, fingerprint)
+
+    def all_folders(self) -> list[Path]:
+        """Every entry's folder, committed or not."""
+        root = self.workspace / "store"
+        return sorted(path for stage in root.glob("*") for path in stage.glob("*") if path.is_dir())
+
+
+class Draft:
+    """What a stage writes to. Nothing in it counts before `commit`, but parts and checkpoints survive a kill."""
+
+    def __init__(
+        self, entry: Entry, step: Step, *, note: Callable[[str, Mapping[str, JsonValue]], None]
+    ) -> None:
+        self.folder = entry.folder
+        self.round = step.round
+        self._entry = entry
+        self._step = step
+        self._note = note
+        self._metrics: list[dict[str, JsonValue]] = []
+        self._payload: list[str] = []
+        for leftover in self.folder.rglob(f"{TEMPORARY}*"):
+            remove(leftover)
+        entry.describe(step)
+
+    # payload
+
+    def write(self, name: str, writer: Callable[[Path], None]) -> None:
+        """Durably writes the payload file or folder `name` through `writer(temporary path)`."""
+        write_durably(self.folder / _inside(name), writer)
+        self._payload.append(name)
+
+    def write_json(self, name: str, value: JsonValue) -> None:
+        """Durably writes the payload file `name` as JSON."""
+        write_json(self.folder / _inside(name), value)
+        self._payload.append(name)
+
+    def metric(self, name: str, value: float, *, optimizer_step: int | None = None) -> None:
+        """One row of metrics.jsonl; it is durable at the next checkpoint, or at commit."""
+        row: dict[str, JsonValue] = {"round": self.round, "name": name, "value": float(value)}
+        self._metrics.append({**row, "optimizer_step": optimizer_step})
+
+    # parts: finished pieces of a step that handles rows
+
+    def part(self, index: int, writer: Callable[[Path], None]) -> Path:
+        """The path of part `index`, written through `writer` unless an earlier attempt finished it."""
+        piece = self._entry.part(index)
+        if not self._is_whole(piece):
+            self._note("part started", {"part": index})
+            write_durably(piece.path, writer)
+            write_json(piece.seal, piece.document(piece.path))
+            self._note("part done", {"part": index})
+        return piece.path
+
+    def _is_whole(self, piece: Piece) -> bool:
+        """Whether a piece can be used; notes what is wrong with a finished one."""
+        if not piece.is_finished:
+            return False
+        problem = piece.problem()
+        if problem is not None:
+            self._note("damaged", {"piece": piece.path.name, "problem": problem})
+        return problem is None
+
+    # checkpoints: finished states inside a step that trains
+
+    def checkpoint(self) -> tuple[int, Path] | None:
+        """The newest whole checkpoint as (optimizer step, folder), with the metrics of the steps before it."""
+        for folder in sorted((self.folder / CHECKPOINTS).glob("step-*"), reverse=True):
+            if self._is_whole(self._entry.checkpoint(folder.name)):
+                self._metrics = read_lines(folder / METRICS)
+                return int(folder.name.removeprefix("step-")), folder
+            remove(folder)
+        return None
+
+    def write_checkpoint(self, optimizer_step: int, writer: Callable[[Path], None]) -> None:
+        """Durably writes a checkpoint folder through `writer`, then removes the older ones."""
+
+        def write(path: Path) -> None:
+            path.mkdir()
+            writer(path)
+            write_lines(path / METRICS, self._metrics)
+            (path / SEAL).write_text(json.dumps(piece.document(path), sort_keys=True, indent=1))
+
+        folder = self.folder / CHECKPOINTS
+        name = f"step-{optimizer_step:06d}"
+        piece = self._entry.checkpoint(name)
+        write_durably(folder / name, write)
+        self._note("checkpoint", {"optimizer_step": optimizer_step})
+        for older in folder.glob("step-*"):
+            if older.name < name:
+                remove(older)
+
+    # commit
+
+    def commit(self, *, inputs: Mapping[str, str], provenance: Mapping[str, JsonValue]) -> Manifest:
+        """Writes metrics and, last, the manifest; then parts and checkpoints go."""
+        write_durably(self.folder / METRICS, lambda path: write_lines(path, self._metrics))
+        files = [
+            StoredFile(path.relative_to(self.folder).as_posix(), path.stat().st_size, file_digest(path))
+            for name in (*self._payload, METRICS)
+            for path in files_below(self.folder / name)
+        ]
+        files.sort(key=lambda file: file.path)
+        payload: JsonValue = [[file.path, file.sha256] for file in files if file.path != METRICS]
+        digest = digest_of(payload)
+        manifest = Manifest(
+            self._entry.fingerprint,
+            tuple(files),
+            dict(inputs),
+            digest,
+            (),
+            {**provenance, "step": self._step.id},
+        )
+        write_json(self.folder / MANIFEST, manifest.to_json())
+        tidy(self._entry, manifest)
+        return manifest
+
+
+def tidy(entry: Entry, manifest: Manifest) -> None:
+    """Removes what a kill after a commit, or in the middle of a drop, left beside the payload, from an entry held."""
+    for leftover in _leftovers(entry, manifest):
+        remove(leftover)
+
+
+def tidy_if_free(entry: Entry, manifest: Manifest) -> None:
+    """The same for who does not hold the entry: nothing where another process does, which is about to do it itself."""
+    try:
+        if not _leftovers(entry, manifest):
+            return
+    except FileNotFoundError:  # it vanishes while it is looked at
+        return
+    lock = file_lock(entry.folder / ".lock")
+    with writing(entry.folder):
+        try:
+            lock.acquire(timeout=0)
+        except TimeoutError:
+            return
+    try:
+        if entry.manifest() == manifest:  # else it was begun anew, and its parts are not left over
+            tidy(entry, manifest)
+    finally:
+        lock.release()
+
+
+def _leftovers(entry: Entry, manifest: Manifest) -> list[Path]:
+    names = (PARTS, CHECKPOINTS, *sorted({path.partition("/")[0] for path in manifest.dropped}))
+    found = [entry.folder / name for name in names]
+    return [*(path for path in found if path.exists()), *entry.folder.rglob(f"{TEMPORARY}*")]
+
+
+def _inside(name: str) -> str:
+    try:
+        _require_inside(name)
+    except ValueError as error:
+        raise KdpipeError(str(error)) from None
+    return name
+
+
+def _require_inside(name: str) -> None:
+    """Raises ValueError, or TypeError, unless `name` is a path to something below its folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+        raise ValueError(f"{name!r} leads out of its folder")

@@ -1,0 +1,132 @@
+"""Durable writes: made beside their place, flushed, fsynced, renamed. What is read is whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue
+
+from kdpipe.errors import machine_fault
+
+TEMPORARY = ".tmp-"
+
+
+def write_durably(path: Path, writer: Callable[[Path], None]) -> None:
+    """Makes `path` (file or folder) hold what `writer` writes, wholly or not at all."""
+    draft = path.parent / f"{TEMPORARY}{path.name}"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(draft)
+        writer(draft)
+        for file in files_below(draft):
+            _fsync(file)
+        for folder in folders_below(draft):
+            _fsync(folder)
+        if path.is_dir():
+            remove(path)
+        draft.replace(path)
+        _fsync(path.parent)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises StepError that names `path` for what the system refuses while this is open."""
+    try:
+        yield
+    except OSError as error:
+        raise machine_fault(error, path) from error
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """`write_durably` of bytes."""
+
+    def write(draft: Path) -> None:
+        draft.write_bytes(data)
+
+    write_durably(path, write)
+
+
+def write_json(path: Path, value: JsonValue) -> None:
+    """`write_durably` of JSON with sorted keys."""
+    write_bytes(path, (json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n").encode())
+
+
+def append_line(path: Path, value: Mapping[str, JsonValue]) -> None:
+    """Appends one JSON line in one write, on a line of its own though the last one was cut short."""
+    line = json.dumps(value, sort_keys=True, allow_nan=False) + "\n"
+    with writing(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+            data = ("\n" + line if is_torn else line).encode()
+            if os.write(descriptor, data) < len(data):  # what a disk does that is about to be full
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of `path` ([] when it is missing); a line that is cut short, or no mapping, is left out."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                row = parse_json(line)
+                if isinstance(row, dict):
+                    rows.append(row)
+    return rows
+
+
+def parse_json(data: bytes) -> Any:
+    """The JSON value in a file's bytes; raises ValueError on whatever is none, also on endless nesting."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def files_below(path: Path) -> list[Path]:
+    """All files below a folder, sorted; the path itself where it is a file."""
+    return [path] if path.is_file() else sorted(found for found in path.rglob("*") if found.is_file())
+
+
+def folders_below(path: Path) -> list[Path]:
+    """A folder and all folders below it; none where the path is a file."""
+    return [path, *(found for found in path.rglob("*") if found.is_dir())] if path.is_dir() else []
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder with all below it; nothing where it is missing. A link goes, not what it leads to."""
+    with writing(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def write_lines(path: Path, rows: list[dict[str, JsonValue]]) -> None:
+    """Writes rows as JSON lines; not durable by itself."""
+    path.write_text("".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows))

@@ -1,0 +1,71 @@
+"""A step's identity: its stage, round and subject, what was hashed, and the fingerprint of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import JsonValue
+
+Stage = Literal["sft", "rollout", "teacher-score", "train", "evaluate"]
+Fields = dict[str, JsonValue]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """An input of a step: which step makes it, and which folders of its payload are opened."""
+
+    step_id: str
+    opens: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One stage in one round. `document` is all that was hashed into `fingerprint`, readable."""
+
+    id: str
+    stage: Stage
+    round: int
+    subject: str
+    seed: int
+    inputs: Mapping[str, Input]
+    document: Fields
+    fingerprint: str
+
+    @property
+    def link_name(self) -> str:
+        """The name of this step's link in its round's folder of the run."""
+        return link_name_of(self.stage, self.subject)
+
+
+def step_id_of(stage: str, subject: str | None, number: int) -> str:
+    """What a step is called: `rollout@3`, `evaluate:student@3`."""
+    return f"{stage}:{subject}@{number}" if subject else f"{stage}@{number}"
+
+
+def link_name_of(stage: str, subject: str | None) -> str:
+    """What a run calls its link to a step's entry: `rollout`, `evaluate-student`."""
+    return f"{stage}-{subject}" if subject else stage
+
+
+def canonical(value: JsonValue) -> bytes:
+    """`value` as JSON bytes, equal for equal values; raises on a type or number that JSON cannot hold."""
+    _require_text_keys(value)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _require_text_keys(value: JsonValue) -> None:
+    """Raises TypeError on keys that JSON would turn into text, making two documents one."""
+    pending: list[Any] = [value]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, dict):
+            for key in node:
+                if not isinstance(key, str):
+                    raise TypeError(f"key {key!r} is not text")
+            node = node.values()
+        elif not isinstance(node, list | tuple):
+            continue
+        pending += [item for item in node if isinstance(item, (dict, list, tuple))]

@@ -1,0 +1,66 @@
+"""The moving average of the students, which a teacher may be: read, moved by a round, and written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from kdpipe.errors import ArtifactError
+from kdpipe.models.folder import open_model, write_model
+from kdpipe.training.state import read_trainer, write_trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MASTERS = "masters"
+
+
+@dataclass(frozen=True, slots=True)
+class Average:
+    """The running average of the students, over float32 weights; `folder` holds it as it was before this round.
+
+    Before round 1 that is the folder of the student itself.
+    """
+
+    decay: float
+    folder: Path
+    device: torch.device
+    trust_remote_code: bool
+
+    def write_next(
+        self,
+        student: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+    ) -> None:
+        """Writes a Hugging Face folder in `dtype`: `decay` of the average before, the rest of the student's.
+
+        Where `dtype` is narrower than float32, the average's own weights stand beside, in `masters/`.
+        """
+        model = self._open()
+        students = dict(student.named_parameters())
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.mul_(self.decay).add_(students[name], alpha=1 - self.decay)
+        write_model(model, tokenizer, folder, dtype=dtype)
+        if dtype != torch.float32:
+            masters = {f"master.{name}": weight for name, weight in model.named_parameters()}
+            write_trainer(folder / MASTERS, tensors=masters, state={})
+
+    def _open(self) -> PreTrainedModel:
+        model = open_model(
+            self.folder, dtype=torch.float32, device=self.device, trust_remote_code=self.trust_remote_code
+        )
+        if (self.folder / MASTERS).is_dir():
+            masters, _ = read_trainer(self.folder / MASTERS)
+            with torch.no_grad():
+                for name, weight in model.named_parameters():
+                    if (master := masters.get(f"master.{name}")) is None:
+                        raise ArtifactError(f"{self.folder / MASTERS}: no master weight of {name}")
+                    weight.copy_(master)
+        return model

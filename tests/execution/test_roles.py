@@ -1,0 +1,369 @@
+"""Which engine runs a role and where: placement, processes of their own, turns on one device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import kdpipe.execution.placement
+from kdpipe.engines.protocol import SampleRequest, Sampling
+from kdpipe.engines.remote import Hosting, WorkerEngine, pack, unpack
+from kdpipe.errors import ArtifactError, EngineError, RecipeError, StepError
+from kdpipe.execution.placement import InTurns, Roles, Turns, seen_alone
+from kdpipe.models.cache import ModelShelf
+from kdpipe.models.source import ModelSource
+from kdpipe.recipe.roles import STUDENT
+from kdpipe.recipe.schema import Recipe, Runtime
+from tests.fakes import FakeEngine
+from tests.worlds import Watcher, events_of, load_tiny, payload_digests, run_near, tiny_recipe
+
+CPU = torch.device("cpu")
+TWO_TEACHERS = [{"name": name, "model": "org/model"} for name in ("ada", "bob")]
+ALL_OWN = {"own_process": ["sampler", "teacher"]}
+
+
+def recipe_of(**changes: Any) -> Recipe:
+    return Recipe.model_validate_json(json.dumps(tiny_recipe(**changes)), strict=True)
+
+
+# --------------------------------------------------------------------------------------------- placement
+
+
+def test_hf_engines_on_the_trainers_device_are_one_and_no_process_is_started(tmp_path: Path) -> None:
+    roles = Roles(recipe_of(), ModelShelf(CPU), logs=tmp_path)
+    told: list[str] = []
+    assert roles.engine("hf", STUDENT, tell=told.append) is roles.engine("hf", "teacher", tell=told.append)
+    assert told == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("role", ["sampler", "teacher"])
+def test_a_role_that_wants_a_process_of_its_own_gets_one_and_the_other_shares(
+    tmp_path: Path, role: str
+) -> None:
+    roles = Roles(recipe_of(runtime__placement={"own_process": [role]}), ModelShelf(CPU), logs=tmp_path)
+    told: list[str] = []
+    engines = {
+        "sampler": roles.engine("hf", STUDENT, tell=told.append),
+        "teacher": roles.engine("hf", "teacher", tell=told.append),
+    }
+    name = {"sampler": "sampler", "teacher": "teacher-teacher"}[role]
+    assert told == [f"{name}: hf on cpu in a process of its own, which logs to logs/{name}.log"]
+    assert [key for key, engine in engines.items() if isinstance(engine, WorkerEngine)] == [role]
+    again = roles.engine("hf", STUDENT if role == "sampler" else "teacher", tell=told.append)
+    assert again is engines[role]
+    assert len(told) == 1
+
+
+def test_an_engine_other_than_hf_has_a_process_of_its_own_and_each_teacher_its_own(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "teachers": TWO_TEACHERS,
+        "rollout__engine": "vllm",
+        "teacher_score__engine": "vllm",
+    }
+    roles = Roles(recipe_of(**changes), ModelShelf(CPU), logs=tmp_path)
+    engines = [roles.engine("vllm", role) for role in (STUDENT, "teacher:ada", "teacher:bob")]
+    assert all(isinstance(engine, WorkerEngine) for engine in engines)
+    assert len({id(engine) for engine in engines}) == 3
+
+
+def test_a_device_that_is_not_there_is_refused_by_its_field() -> None:
+    for placement, field in (
+        ({"sampler": "cuda:99"}, "runtime.placement.sampler"),
+        ({"teacher": "cuda:99"}, "runtime.placement.teacher"),
+        ({"teacher": {"teacher": "nonsense"}}, "runtime.placement.teacher"),
+    ):
+        with pytest.raises(RecipeError, match=field) as caught:
+            Roles(recipe_of(runtime__placement=placement), ModelShelf(CPU), logs=Path("nowhere"))
+        assert "cpu" in caught.value.hint
+
+
+def test_a_device_for_a_teacher_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="names 'eve', and no teacher is called so: ada, bob"):
+        load_tiny(tmp_path, teachers=TWO_TEACHERS, runtime__placement={"teacher": {"eve": "cpu"}})
+
+
+@pytest.mark.parametrize(
+    ("numbers", "visible", "expected"),
+    [([1], None, "1"), ([1], "2,5", "5"), ([0], "GPU-ab, GPU-cd", "GPU-ab"), ([1, 2], "4,5,6", "5,6")],
+)
+def test_a_process_sees_no_cuda_devices_but_its_own(
+    numbers: list[int], visible: str | None, expected: str
+) -> None:
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    devices = [torch.device("cuda", number) for number in numbers]
+    assert seen_alone(devices, environment) == ("cuda:0", {"CUDA_VISIBLE_DEVICES": expected})
+    assert seen_alone([CPU], environment) == ("cpu", {})
+
+
+def test_more_devices_than_there_are_to_be_seen_are_refused() -> None:
+    devices = [torch.device("cuda", number) for number in (1, 2)]
+    with pytest.raises(RecipeError, match="cuda:2: CUDA_VISIBLE_DEVICES lets kdpipe see 2"):
+        seen_alone(devices, {"CUDA_VISIBLE_DEVICES": "6,7"})
+
+
+# ------------------------------------------------------------------------------------------------- turns
+
+
+class Sleeper(FakeEngine):
+    """Writes down when it loads and sleeps."""
+
+    def __init__(self, name: str, diary: list[str]) -> None:
+        super().__init__()
+        self.name, self.diary = name, diary
+
+    def load(self, source: ModelSource) -> None:
+        super().load(source)
+        self.diary.append(f"{self.name} loads")
+
+    def sleep(self) -> None:
+        super().sleep()
+        self.diary.append(f"{self.name} sleeps")
+
+
+def test_of_the_engines_on_a_device_one_is_awake_at_a_time(tmp_path: Path) -> None:
+    diary: list[str] = []
+    turns, source = Turns(), ModelSource(tmp_path, "a")
+    sampler, teacher = (InTurns(Sleeper(name, diary), [turns]) for name in ("sampler", "teacher"))
+    for engine in (sampler, sampler, teacher, sampler):
+        engine.load(source)
+    assert diary == [
+        "sampler loads",
+        "sampler loads",
+        "sampler sleeps",
+        "teacher loads",
+        "teacher sleeps",
+        "sampler loads",
+    ]
+
+
+@pytest.fixture
+def with_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Roles, list[str]]]:
+    """Roles on devices that are not there, whose engines write a diary."""
+
+    def make(placement: dict[str, Any], device: str = "cuda:0", **runtime: Any) -> tuple[Roles, list[str]]:
+        diary: list[str] = []
+        names = iter(("trainer", "sampler", "teacher"))
+        monkeypatch.setattr(kdpipe.execution.placement, "resolve_device", torch.device)
+        monkeypatch.setattr(kdpipe.execution.placement, "hf_engine", lambda *_: Sleeper(next(names), diary))
+        monkeypatch.setattr(Roles, "_started", lambda _self, _name, place, _log: Sleeper(place.name, diary))
+        more = {f"runtime__{name}": value for name, value in runtime.items()}
+        recipe = recipe_of(runtime__device=device, runtime__placement=placement, **more)
+        return Roles(recipe, ModelShelf(torch.device(device)), logs=Path("nowhere")), diary
+
+    return make
+
+
+def test_on_one_gpu_roles_sleep_while_others_work_and_before_training(
+    with_cuda: Callable[..., tuple[Roles, list[str]]], tmp_path: Path
+) -> None:
+    roles, diary = with_cuda({"own_process": ["sampler"]}, "cuda")
+    source = ModelSource(tmp_path, "a")
+    for _ in range(2):
+        roles.engine("hf", STUDENT).load(source)
+        roles.engine("hf", "teacher").load(source)  # which shares the trainer's process
+        roles.make_room()
+    assert diary == [
+        "sampler loads",
+        "sampler sleeps",
+        "trainer loads",
+        "trainer sleeps",
+        "sampler loads",
+        "sampler sleeps",
+        "trainer loads",
+    ]
+    roles.engine("hf", STUDENT).load(source)
+    roles.make_room()
+    assert diary[-2:] == ["sampler loads", "sampler sleeps"]
+
+
+def test_on_gpus_of_their_own_roles_do_not_sleep(
+    with_cuda: Callable[..., tuple[Roles, list[str]]], tmp_path: Path
+) -> None:
+    roles, diary = with_cuda({"sampler": "cuda:1", "teacher": "cuda:2"})
+    source = ModelSource(tmp_path, "a")
+    for _ in range(2):
+        roles.engine("hf", STUDENT).load(source)
+        roles.engine("hf", "teacher").load(source)
+        roles.make_room()
+    assert diary == ["sampler loads", "teacher-teacher loads"] * 2
+
+
+def test_a_model_that_is_spread_over_two_gpus_waits_for_both(
+    with_cuda: Callable[..., tuple[Roles, list[str]]], tmp_path: Path
+) -> None:
+    roles, diary = with_cuda({"sampler": "cuda:1", "teacher": "cuda:2"}, vllm={"tensor_parallel_size": 2})
+    source = ModelSource(tmp_path, "a")
+    roles.engine("hf", "teacher").load(source)
+    roles.engine("vllm", STUDENT).load(source)  # on cuda:1 and cuda:2
+    roles.engine("hf", "teacher").load(source)
+    assert diary == [
+        "teacher-teacher loads",
+        "teacher-teacher sleeps",
+        "sampler loads",
+        "sampler sleeps",
+        "teacher-teacher loads",
+    ]
+
+
+def test_on_the_cpu_nothing_sleeps(with_cuda: Callable[..., tuple[Roles, list[str]]], tmp_path: Path) -> None:
+    roles, diary = with_cuda(ALL_OWN, "cpu")
+    source = ModelSource(tmp_path, "a")
+    roles.engine("hf", STUDENT).load(source)
+    roles.engine("hf", "teacher").load(source)
+    roles.make_room()
+    assert diary == ["sampler loads", "teacher-teacher loads"]
+
+
+# -------------------------------------------------------------------------------------------- what crosses
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32])
+def test_arrays_cross_bit_for_bit(dtype: Any) -> None:
+    random = np.random.default_rng(1).bytes(24 * np.dtype(dtype).itemsize)
+    array = np.frombuffer(random, dtype).reshape(2, 3, 4)  # any bits: nan with payloads, denormals, -0.0
+    found = unpack(json.loads(json.dumps(pack(array))))
+    assert found.dtype == array.dtype
+    assert found.shape == array.shape
+    assert found.tobytes() == array.tobytes()
+    found[...] = 0  # who gets it may write to it
+    special = np.array([-0.0, np.inf, -np.inf, 1e-45], np.float32)
+    assert unpack(pack(special[::-1])).tobytes() == special[::-1].tobytes()
+    assert unpack(pack(np.zeros((0, 5), np.int32))).shape == (0, 5)
+
+
+def test_an_array_of_another_type_does_not_cross() -> None:
+    with pytest.raises(TypeError, match="int64"):
+        pack(np.zeros(1, np.int64))
+    with pytest.raises(TypeError, match="O"):
+        unpack({"type": "|O", "shape": [1], "base64": ""})
+
+
+@pytest.fixture
+def hosted(tmp_path: Path) -> Iterator[WorkerEngine]:
+    hosting = Hosting("hf", "cpu", Runtime(threads=1))
+    environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    target = "tests.worker_targets:fake_host"
+    engine = WorkerEngine(hosting, log=tmp_path / "logs" / "x.log", environment=environment, target=target)
+    yield engine
+    engine.close()
+
+
+def test_an_engine_in_a_process_of_its_own_is_the_engine_it_hosts(
+    hosted: WorkerEngine, tmp_path: Path
+) -> None:
+    near, source = FakeEngine(), ModelSource(tmp_path, "a", dtype="float32")
+    hosted.sleep()
+    assert hosted.pid is None  # nothing to put to sleep, and nothing started for it
+    assert hosted.abilities == near.abilities
+    pid = hosted.pid
+    for engine in (near, hosted):
+        engine.load(source)
+    assert hosted.holds(source)
+    assert not hosted.holds(ModelSource(tmp_path, "b", dtype="float32"))
+    sampling = Sampling(temperature=0.7, max_new_tokens=9, end_ids=(1,), num_ids=12)
+    requests = [SampleRequest([2, 3], (2**63 - 1, 5)), SampleRequest([4], ())]
+    counts: list[int] = []
+    drawn = [engine.sample(requests, sampling, progress=counts.append) for engine in (near, hosted)]
+    assert drawn[0] == drawn[1]
+    assert len(counts) == 2
+    with pytest.raises(EngineError, match=r"request 0: .* the context holds 64 .*x\.log") as caught:
+        hosted.sample([SampleRequest([2] * 60, (1,))], sampling, progress=counts.append)
+    assert caught.value.request == 0
+    assert hosted.pid == pid
+    hosted.load(source)
+    hosted.sleep()
+    assert not hosted.holds(source)
+    hosted.load(source)
+    hosted._worker._process.kill()  # type: ignore[union-attr]
+    with pytest.raises(StepError, match=r"SIGKILL.*x\.log"):
+        hosted.score([], temperature=1, num_ids=12, top_k=0, progress=counts.append)
+    assert not hosted.holds(source)
+    hosted.load(source)  # in a new process
+    assert hosted.pid not in (None, pid)
+    hosted.close()
+    assert hosted.pid is None
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+
+DISTRIBUTIONS: dict[str, dict[str, Any]] = {
+    "vocabulary": {"kind": "kd", "kd": {"term": "jsd", "beta": 1.0, "support": "vocabulary"}},
+    "union": {"kind": "kd", "kd": {"term": "jsd", "beta": 0.5, "support": {"union_top_k": 4}}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("support", DISTRIBUTIONS)
+def test_roles_in_processes_of_their_own_end_with_the_digests_of_a_shared_one(
+    tmp_path: Path, support: str
+) -> None:
+    """With hidden states, or ids that the student chooses, over rounds that start no process again."""
+    changes: dict[str, Any] = {"rounds": 2, "train__objective": DISTRIBUTIONS[support]}
+    run_near(load_tiny(tmp_path, **changes), tmp_path / "shared")
+    notes: list[str] = []
+
+    def note(_step: str, event: dict[str, Any]) -> None:
+        if event["kind"] == "note":
+            notes.append(event["text"])
+
+    watcher = Watcher()
+    watcher.on_event = note
+    run_near(load_tiny(tmp_path, **changes, runtime__placement=ALL_OWN), tmp_path / "own", watcher=watcher)
+    assert payload_digests(tmp_path / "own") == payload_digests(tmp_path / "shared")
+    assert sum("process of its own" in text for text in notes) == 2, notes
+    logs = {path.name for path in (tmp_path / "own").glob("runs/*/logs/*")}
+    assert logs == {"sampler.log", "teacher-teacher.log"}
+
+
+@pytest.mark.slow
+def test_processes_of_roles_stay_over_rounds_and_end_with_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids: list[tuple[str, int | None]] = []
+    load = WorkerEngine.load
+
+    def noted(self: WorkerEngine, source: ModelSource) -> None:
+        load(self, source)
+        pids.append((self._worker.log.name, self.pid))
+
+    monkeypatch.setattr(WorkerEngine, "load", noted)
+    run_near(load_tiny(tmp_path, rounds=3, runtime__placement={"own_process": ["sampler"]}), tmp_path / "out")
+    assert len(pids) > 6
+    [(name, pid)] = set(pids)
+    assert name == "sampler.log"
+    assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.slow
+def test_weights_that_another_process_opens_are_checked_though_the_trainer_holds_them(tmp_path: Path) -> None:
+    loaded = load_tiny(tmp_path, rounds=2, evaluate__every=2, runtime__placement={"own_process": ["sampler"]})
+    watcher = Watcher()
+
+    def damage(step: str, event: dict[str, Any]) -> None:
+        done = [e["step"] for e in events_of(tmp_path / "out") if e["event"] == "step done"]
+        if "train@1" in done and not damaged:
+            [path] = (tmp_path / "out").glob("store/train/*/model/model.safetensors")
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 1
+            path.write_bytes(data)
+            damaged.append(step)
+
+    damaged: list[str] = []
+    begins = watcher.step_begins
+
+    def step_begins(step: Any) -> None:
+        begins(step)
+        damage(step.id, {})
+
+    watcher.step_begins = step_begins  # type: ignore[method-assign]
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: sha256"):
+        run_near(loaded, tmp_path / "out", watcher=watcher)
+    assert damaged == ["rollout@2"]

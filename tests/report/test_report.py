@@ -1,0 +1,746 @@
+"""The report: its numbers are those of the artifacts, its text is inert, its size bounded; it says what lacks."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from typer.testing import CliRunner
+
+from kdpipe.cli.app import app
+from kdpipe.data.tables import SCORES, read_lists, read_scores, write_rows
+from kdpipe.method.statistics import Interval
+from kdpipe.pipeline.project import Project
+from kdpipe.report.figure import Chart, Point, Series, chart_svg, thinned
+from kdpipe.report.headline import verdict_section
+from kdpipe.report.markup import Html, element, embedded, visible
+from kdpipe.report.page import MAX_BYTES, render
+from kdpipe.report.sets import titled_batches
+from kdpipe.report.stamp import is_current, stamp
+from kdpipe.report.tokens_data import UNITS, Titled, token_data
+from kdpipe.report.writing import renew_report, report_path, write_report
+from kdpipe.results.alternatives import KeptStates
+from kdpipe.results.comparison import Contender, compare, read_contender
+from kdpipe.results.comparison_lines import cells_of
+from kdpipe.results.completions import Reader
+from kdpipe.results.measures import Difference, Evaluation, Measures
+from kdpipe.results.pieces import Piece, Pieces
+from kdpipe.results.verdict import verdict, warnings
+from tests.reports import NASTY, page_of, story
+from tests.worlds import load_tiny, run_near
+
+WHOLE = {"kind": "kd", "kd": {"term": "jsd", "beta": 1.0, "support": "vocabulary"}}
+TOP = {"kind": "kd", "kd": {"term": "jsd", "beta": 1.0, "support": {"teacher_top_k": 6}}}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A finished run of two rounds that keeps the teacher's hidden states."""
+    folder = tmp_path_factory.mktemp("report")
+    return run_near(load_tiny(folder, rounds=2, train__objective=WHOLE), folder / "out")
+
+
+@pytest.fixture(scope="module")
+def page(project: Project, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    size = write_report(project, path, commands=["kdpipe run recipe.yaml"])
+    text = path.read_text(encoding="utf-8")
+    assert size == len(text.encode()) < MAX_BYTES
+    return text
+
+
+def test_a_report_in_the_runs_own_place_has_its_charts_beside_it(
+    project: Project, page: str, tmp_path: Path
+) -> None:
+    folder = project.run.path / "figures"
+    write_report(project, tmp_path / "elsewhere.html", commands=[])
+    assert not folder.exists()
+    write_report(project, report_path(project), commands=[])
+    shown = re.findall(r'data-chart="([a-z0-9-]+)"', page)
+    assert {"accuracy", "reverse-kl"} < set(shown)
+    assert sorted(path.stem for path in folder.iterdir()) == sorted(shown)
+
+
+class Outline(HTMLParser):
+    """Every element of a page with its attributes, and the text of each script, style and paragraph."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self._open = [""]
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self._open:
+            while self._open.pop() != tag:
+                pass
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self._open[-1], data))
+
+    def of(self, tag: str) -> list[str]:
+        return [text for name, text in self.texts if name == tag]
+
+
+def data_of(page: str, name: str) -> Any:
+    found = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', page, re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def table(project: Project, step_id: str, name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(
+        project.store.entry(project.plan.step(step_id)).folder / name
+    ).to_pylist()
+    return rows
+
+
+# ------------------------------------------------------------------------------------------- its numbers
+
+
+def test_the_headline_table_shows_the_summaries(project: Project, page: str) -> None:
+    for step_id in ("evaluate:student@0", "evaluate:student@2", "evaluate:teacher@0"):
+        folder = project.store.entry(project.plan.step(step_id)).folder
+        summary = json.loads((folder / "summary.json").read_text())
+        low, high = 100 * summary["accuracy_low"], 100 * summary["accuracy_high"]
+        assert f"{low:.1f}% to {high:.1f}%" in page
+        if "reverse_kl_exact_nats" in summary:
+            assert f">{summary['reverse_kl_exact_nats']:.3f}<" in page
+
+
+def test_the_token_view_holds_the_numbers_of_the_tables(project: Project, page: str) -> None:
+    data = data_of(page, "token-data")
+    by_key = {one["key"]: one for one in data["sets"]}
+    assert set(by_key) == {"held-out-2", "rollout-2", "held-out-0", "answers-2"}
+    rollouts = table(project, "rollout@2", "rollouts.parquet")
+    scores = table(project, "teacher-score@2", "scores.parquet")
+    assert len(by_key["rollout-2"]["items"]) == len(rollouts) == 16
+    for item in by_key["rollout-2"]["items"]:
+        row, score = rollouts[item["i"]], scores[item["i"]]
+        assert item["id"] == row["prompt_id"]
+        assert item["ok"] == row["correct"]
+        np.testing.assert_allclose(np.divide(item["s"], UNITS), row["sampler_logprobs"], atol=0.5001 / UNITS)
+        np.testing.assert_allclose(
+            np.divide(item["t"], UNITS), score["teacher_logprobs"], atol=0.5001 / UNITS
+        )
+    rows = table(project, "evaluate:student@2", "reverse_kl.parquet")
+    for item in by_key["held-out-2"]["items"]:
+        expected = rows[item["i"]]["reverse_kl_nats"]
+        np.testing.assert_allclose(np.divide(item["d"], UNITS), expected, atol=0.5001 / UNITS)
+
+
+def test_every_curve_has_the_values_of_its_metrics(project: Project, page: str) -> None:
+    readouts = data_of(page, "chart-data")
+    assert {
+        "reverse-kl",
+        "accuracy",
+        "reward",
+        "length",
+        "truncated",
+        "gradient",
+        "mismatch",
+        "stage-seconds",
+        "speed",
+    } == set(readouts)
+    [[label, rounds, shown]] = readouts["length"]
+    assert (label, rounds) == ("", [1, 2])
+    for number, text in zip(rounds, shown, strict=True):
+        lengths = [
+            len(row["completion_token_ids"])
+            for row in table(project, f"rollout@{number}", "rollouts.parquet")
+        ]
+        assert float(text) == pytest.approx(np.mean(lengths), rel=5e-3)
+
+
+def test_gradient_norms_are_those_of_the_optimizer_steps_of_a_round(project: Project) -> None:
+    found = Measures(project).over_optimizer_steps("train/grad_norm")
+    path = project.store.entry(project.plan.step("train@1")).folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    values = [row["value"] for row in rows if row["name"] == "train/grad_norm"]
+    assert len(values) == 4
+    assert (found[1].low, found[1].high) == (min(values), max(values))
+    assert found[1].mean == pytest.approx(np.mean(values))
+
+
+def test_tokens_of_a_stage_are_those_of_its_rows(project: Project) -> None:
+    costs = {cost.stage: cost for cost in Measures(project).costs()}
+    sampled = sum(
+        len(row["completion_token_ids"])
+        for number in (1, 2)
+        for row in table(project, f"rollout@{number}", "rollouts.parquet")
+    )
+    assert costs["rollout"].tokens == pytest.approx(sampled)
+    assert costs["teacher-score"].tokens == pytest.approx(sampled)
+    assert costs["rollout"].steps == 2
+
+
+def test_a_paired_difference_counts_the_problems_that_one_of_the_two_got_right(project: Project) -> None:
+    measures = Measures(project)
+    assert measures.before is not None
+    found = measures.difference(measures.teachers[0], measures.before)
+    teacher = table(project, "evaluate:teacher@0", "grades.parquet")
+    student = {
+        row["prompt_id"]: row["correct"] for row in table(project, "evaluate:student@0", "grades.parquet")
+    }
+    assert found is not None
+    assert found.problems == len(teacher) == 8
+    assert found.only_first == sum(row["correct"] and not student[row["prompt_id"]] for row in teacher)
+    assert found.change.estimate == pytest.approx((found.only_first - found.only_second) / 8)
+
+
+def test_several_samples_show_pass_and_majority_with_intervals(project: Project) -> None:
+    measures = Measures(project)
+    more = {}
+    for name, value in (("maj_at_2", 0.375), ("pass_at_16", 0.75), ("pass_at_2", 0.5)):
+        more |= {name: value, f"{name}_low": 0.125, f"{name}_high": 0.875}
+    measures.evaluations = [replace(one, summary={**one.summary, **more}) for one in measures.evaluations]
+    shown = verdict_section(measures).text
+    assert re.search(r"pass@2</th><th[^>]*>pass@16</th><th[^>]*>maj@2</th>", shown)
+    assert shown.count("50.0% (12.5% to 87.5%)") == 3
+    assert "pass@" not in verdict_section(Measures(project)).text
+
+
+def test_a_paired_difference_is_the_first_less_the_second(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fractions = {
+        "teacher": {"a": 1.0, "b": 1.0, "c": 0.0, "d": 1.0},
+        "student": {"b": 1.0, "c": 1.0, "a": 0.0, "d": 0.0},
+    }
+    monkeypatch.setattr(Measures, "_fractions", lambda _self, one: fractions[one.step.subject])
+    measures = Measures(project)
+    assert measures.before is not None
+    found = measures.difference(measures.teachers[0], measures.before)
+    assert found is not None
+    assert (found.problems, found.only_first, found.only_second) == (4, 2, 1)
+    assert found.change.estimate == 0.25
+    assert found.p_value == 1.0
+    fractions["teacher"]["a"] = 0.5
+    several = measures.difference(measures.teachers[0], measures.before)
+    assert several is not None
+    assert several.p_value is None  # McNemar's test is of single answers
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(
+        st.none()
+        | st.lists(st.tuples(st.floats(width=32, allow_nan=False), st.integers(-9, 9), st.booleans())),
+        max_size=6,
+    )
+)
+def test_lists_are_read_as_they_were_written(rows: list[Any]) -> None:
+    kinds = (pa.float32(), pa.int32(), pa.bool_())
+    columns = [[None if row is None else [cell[at] for cell in row] for row in rows] for at in range(3)]
+    schema = pa.schema([(str(at), pa.list_(kind)) for at, kind in enumerate(kinds)])
+    arrays = [pa.array(column, pa.list_(kind)) for column, kind in zip(columns, kinds, strict=True)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lists.parquet"
+        pq.write_table(pa.Table.from_arrays(arrays, schema=schema), path)
+        for at, column in enumerate(columns):
+            found = read_lists(path, schema, str(at))
+            assert [None if values is None else values.tolist() for values in found] == column
+
+
+@settings(deadline=None)
+@given(masks=st.lists(st.lists(st.booleans(), min_size=1, max_size=11), min_size=1, max_size=6))
+def test_each_score_has_its_own_rows_mask_and_numbers(masks: list[list[bool]]) -> None:
+    rows = [
+        {
+            "prompt_id": str(index),
+            "sample": index,
+            "teacher": "t",
+            "teacher_prompt_token_ids": [1],
+            "teacher_logprobs": [-float(place + 100 * index) for place in range(len(mask))],
+            "scorable": mask,
+        }
+        for index, mask in enumerate(masks)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "scores.parquet"
+        write_rows(path, rows, SCORES)
+        for row, score in zip(rows, read_scores(path), strict=True):
+            assert score.scorable.tolist() == row["scorable"]
+            assert score.teacher_logprobs.tolist() == row["teacher_logprobs"]
+
+
+# ---------------------------------------------------------------------------------------- alternatives
+
+
+def test_alternatives_from_hidden_states_are_those_that_the_engine_would_keep(
+    project: Project, tmp_path: Path
+) -> None:
+    reader = Reader(project, project.plan.steps)
+    batch = reader.rollout(1)
+    assert batch.states is not None
+    kept = run_near(load_tiny(tmp_path, rounds=1, train__objective=TOP), tmp_path / "out")
+    other = Reader(kept, kept.plan.steps).rollout(1)
+    compared = 0
+    for index in range(len(batch)):
+        ours = batch.completion(index, headline="strict").tokens
+        theirs = other.completion(index, headline="strict").tokens
+        assert [token.piece for token in ours] == [token.piece for token in theirs]
+        for one, two in zip(ours, theirs, strict=True):
+            assert len(one.alternatives) == 5
+            np.testing.assert_allclose(
+                [logprob for _, logprob in one.alternatives],
+                [logprob for _, logprob in two.alternatives],
+                atol=1e-4,
+            )
+            compared += one.alternatives[0][0] == two.alternatives[0][0]
+    assert compared == sum(len(values) for values in batch.columns.ids)
+
+
+def test_states_that_contradict_the_stored_scores_show_nothing(project: Project) -> None:
+    batch = Reader(project, project.plan.steps).rollout(1)
+    assert batch.states is not None
+    ids, stored = batch.columns.ids[0], batch.scores[0].teacher_logprobs
+    assert batch.states.of(0, ids, stored) is not None
+    stale = KeptStates(batch.states.states, batch.states.offsets, batch.states.head_VH[::-1], 1.0)
+    assert stale.of(0, ids, stored) is None
+    hotter = KeptStates(batch.states.states, batch.states.offsets, batch.states.head_VH, 2.0)
+    assert hotter.of(0, ids, stored) is None
+
+
+# ----------------------------------------------------------------------------------------------- pieces
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE of single bytes and few merges, with a special token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|end|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["hello world hello there"] * 3, trainer)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+@settings(deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_the_pieces_of_any_text_are_that_text(bytes_tokenizer: Path, text: str) -> None:
+    ids = Tokenizer.from_file(str(bytes_tokenizer)).encode(text).ids
+    pieces = Pieces(bytes_tokenizer).of(ids)
+    assert len(pieces) == len(ids)
+    assert "".join(piece.text for piece in pieces) == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece.text for piece in pieces)
+
+
+def test_a_token_that_is_part_of_a_character_has_no_text_and_the_last_part_has_it(
+    bytes_tokenizer: Path,
+) -> None:
+    ids = Tokenizer.from_file(str(bytes_tokenizer)).encode("a🎉b").ids
+    pieces = Pieces(bytes_tokenizer).of(ids)
+    part = Piece("", "part")
+    assert pieces == [Piece("a", "text"), part, part, part, Piece("🎉", "text"), Piece("b", "text")]
+
+
+def test_a_character_that_is_cut_at_the_end_shows_as_one_mark(bytes_tokenizer: Path) -> None:
+    ids = Tokenizer.from_file(str(bytes_tokenizer)).encode("a🎉").ids[:-1]
+    assert [piece.text for piece in Pieces(bytes_tokenizer).of(ids)] == ["a", "", "", "\ufffd"]
+
+
+def test_special_tokens_are_told_apart_and_interrupt_no_character(bytes_tokenizer: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(bytes_tokenizer))
+    ids = tokenizer.encode("é").ids
+    end = tokenizer.token_to_id("<|end|>")
+    pieces = Pieces(bytes_tokenizer).of([ids[0], end, ids[1], end])
+    assert pieces == [
+        Piece("", "part"),
+        Piece("<|end|>", "special"),
+        Piece("é", "text"),
+        Piece("<|end|>", "special"),
+    ]
+
+
+def test_an_alternative_is_what_it_would_have_added_there(bytes_tokenizer: Path) -> None:
+    pieces, tokenizer = Pieces(bytes_tokenizer), Tokenizer.from_file(str(bytes_tokenizer))
+    ids = tokenizer.encode("hello world").ids
+    assert pieces.after(ids[:1], ids[1]) == pieces.of(ids)[1].text
+    assert pieces.after([], tokenizer.token_to_id("<|end|>")) == "<|end|>"
+    first_byte = tokenizer.encode("é").ids[0]
+    assert pieces.after(ids, first_byte) == tokenizer.id_to_token(first_byte)
+
+
+def test_without_a_tokenizer_ids_stand_for_themselves() -> None:
+    assert Pieces(None).of([7, 11]) == [Piece("[7]", "id"), Piece("[11]", "id")]
+
+
+# ----------------------------------------------------------------------------------------- inert, and safe
+
+
+def test_nothing_but_its_own_scripts_and_style_may_run_and_nothing_is_loaded(page: str) -> None:
+    outline = Outline(page)
+    [policy] = [
+        attributes["content"]
+        for tag, attributes in outline.elements
+        if tag == "meta" and attributes.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert policy is not None
+    rules = dict(part.strip().split(" ", 1) for part in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    assert "unsafe" not in policy
+    script = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    style = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
+    assert len(script) == len(style) == 1
+    for text, rule in ((script[0], rules["script-src"]), (style[0], rules["style-src"])):
+        assert rule == f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    assert not any(
+        name in attributes
+        for _, attributes in outline.elements
+        for name in ("src", "style", "onclick", "srcset")
+    )
+    links = [attributes.get("href") for tag, attributes in outline.elements if tag in ("a", "link")]
+    assert links == ["#main"]
+    assert not re.search(
+        r"@import|url\(|innerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function", page
+    )
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_text_in_markup_and_in_embedded_json_is_inert(text: str) -> None:
+    shown = element("p", {"title": text}, text).text
+    assert [tag for tag, _ in Outline(shown).elements] == ["p"]
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", shown)
+    inside = embedded({"text": visible(text)})
+    assert not re.search("[<>&\u2028\u2029]", inside)
+    assert json.loads(inside) == {"text": visible(text)}
+    visible(text).encode("utf-8")
+
+
+def test_nasty_texts_make_no_element_of_the_page(project: Project, page: str) -> None:
+    nasty = page_of(project, story())
+    kinds = {tag for tag, _ in Outline(page).elements}
+    assert {tag for tag, _ in Outline(nasty).elements} == kinds
+    assert Outline(nasty).of("script")[-1] == Outline(page).of("script")[-1]
+    items = [item for one in data_of(nasty, "token-data")["sets"] for item in one["items"]]
+    assert {item["q"] for item in items} == {visible(text) for text in NASTY}
+
+
+# --------------------------------------------------------------------------------------------- its bound
+
+
+def test_the_token_view_keeps_to_its_bytes_and_takes_the_worst_of_each_kind_first(project: Project) -> None:
+    batches = titled_batches(Reader(project, project.plan.steps))
+    whole = token_data(batches, headline="strict", max_bytes=10**7)
+    assert [len(one["items"]) for one in whole["sets"]] == [len(titled.batch) for titled in batches]
+    for max_bytes in (6_000, 20_000):
+        data = token_data(batches, headline="strict", max_bytes=max_bytes)
+        assert len(embedded(data).encode()) <= max_bytes
+        assert 0 < sum(len(one["items"]) for one in data["sets"]) < 40
+        used = {place for one in data["sets"] for item in one["items"] for place in item["p"]}
+        assert max(used) < len(data["pieces"])
+    rollouts = next(one for one in data["sets"] if one["key"] == "rollout-2")
+    batch = next(titled.batch for titled in batches if titled.key == "rollout-2")
+    groups = {True: [], False: []}  # type: ignore[var-annotated]
+    for index in sorted(range(len(batch)), key=batch.worst, reverse=True):
+        groups[batch.rows[index]["finish_reason"] == "length"].append(index)
+    first = {item["i"] for item in rollouts["items"][:2]}
+    assert first == {groups[True][0], groups[False][0]}
+
+
+def test_a_page_of_very_many_completions_stays_below_its_bound(project: Project) -> None:
+    many = [Titled(one.key + str(n), one.title, one.note, one.batch) for n in range(120) for one in story()]
+    text = page_of(project, many)
+    assert 2_000_000 < len(text.encode()) < MAX_BYTES
+    sets = data_of(text, "token-data")["sets"]
+    assert any(len(one["items"]) < one["total"] for one in sets)
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def chart(points: list[Point], **changes: Any) -> Chart:
+    return Chart("key", "Title", "unit", [Series("", points)], lambda value: f"{value:g}", **changes)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30))
+def test_a_line_stays_inside_its_axes(values: list[float]) -> None:
+    svg = chart_svg(chart([Point(n, value) for n, value in enumerate(values)]), (0, max(1, len(values) - 1)))
+    [points] = re.findall(r'<polyline class="line s0" points="([^"]*)"', svg.text)
+    for pair in points.split():
+        x, y = map(float, pair.split(","))
+        assert 45.9 <= x <= 330.1
+        assert 9.9 <= y <= 152.1
+
+
+def test_values_lie_where_their_ticks_say() -> None:
+    svg = chart_svg(chart([Point(0, 0.0), Point(10, 1.0)]), (0, 10)).text
+    ticks = {float(text): float(y) - 3.5 for y, text in re.findall(r'x="40" y="([\d.]+)">([\d.]+)<', svg)}
+    assert {0.0, 1.0} <= ticks.keys()
+    assert 'points="46.0,152.0 330.0,10.0"' in svg
+    assert (ticks[0.0], ticks[1.0]) == (152.0, 10.0)
+
+
+def test_long_runs_are_thinned_to_means_whose_bounds_hold_all() -> None:
+    points = [Point(number, float(number % 7)) for number in range(5000)]
+    found = thinned(points)
+    assert len(found) <= 240
+    assert (found[0].low, found[0].high) == (0.0, 6.0)
+    assert sum(point.value for point in found) / len(found) == pytest.approx(3, abs=0.02)
+    assert thinned(points[:200]) == points[:200]
+
+
+def test_a_figure_tells_in_words_where_its_line_begins_and_ends() -> None:
+    svg = chart_svg(chart([Point(1, 0.5), Point(9, 0.25)]), (0, 9)).text
+    assert "Title: 0.5 in round 1, 0.25 in round 9." in svg
+    assert "<title" in svg
+
+
+def test_an_attribute_cannot_be_left() -> None:
+    assert element("p", {"title": '"><script>'}, Html("<b>ours</b>"), "<i>").text == (
+        '<p title="&quot;&gt;&lt;script&gt;"><b>ours</b>&lt;i&gt;</p>'
+    )
+
+
+# ------------------------------------------------------------------------------------------------ verdict
+
+
+class Told:
+    """Measures with known evaluations."""
+
+    def __init__(self, change: tuple[float, float, float], kl: tuple[float, float, float]) -> None:
+        summary = {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "problems": 200, "samples": 1}
+        after = dict(
+            zip(("accuracy_change", "accuracy_change_low", "accuracy_change_high"), change, strict=True)
+        )
+        after |= {"accuracy_change_p_value": 0.03, "reverse_kl_nats": 0.1, "reverse_kl_low": 0.0}
+        after |= {"reverse_kl_high": 0.2, "truncated_fraction": 0.0}
+        names = ("reverse_kl_change_nats", "reverse_kl_change_low", "reverse_kl_change_high")
+        after |= dict(zip(names, kl, strict=True))
+        step: Any = type("Step", (), {"round": 4, "subject": "student"})()
+        self.before = Evaluation("student before", step, summary)
+        self.after = Evaluation("student after", step, {**summary, **after})
+        self.teachers: list[Evaluation] = []
+
+    def difference(self, _first: Evaluation, _second: Evaluation) -> Difference:
+        return Difference(200, Interval(0.1, 0.0, 0.2), 0.03, 30, 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "kl", "tone", "headline"),
+    [
+        ((0.1, 0.02, 0.2), (-0.1, -0.2, -0.05), "good", "It worked: the student gained 10.0 points."),
+        ((-0.1, -0.2, -0.02), (-0.1, -0.2, -0.05), "bad", "It did harm: the student lost 10.0 points."),
+        (
+            (0.1, -0.02, 0.2),
+            (-0.1, -0.2, -0.05),
+            "open",
+            "Closer to the teacher, but no clear change in accuracy.",
+        ),
+        ((0.1, 0.0, 0.2), (-0.1, -0.2, 0.05), "open", "No clear effect."),
+    ],
+)
+def test_the_verdict_goes_by_the_paired_interval(
+    change: tuple[float, float, float], kl: tuple[float, float, float], tone: str, headline: str
+) -> None:
+    told: Any = Told(change, kl)
+    found = verdict(told)
+    assert (found.tone, found.headline) == (tone, headline)
+    crosses = change[1] <= 0 <= change[2]
+    assert ("chance alone would explain it" in found.sentences[0]) == crosses
+    assert "McNemar p = 0.03" in found.sentences[0]
+    assert found.sentences[1] == "30 problems are right now that were wrong, 10 the other way round."
+
+
+# --------------------------------------------------------------------------------------- what is not there
+
+
+@pytest.fixture
+def copied(project: Project, tmp_path: Path) -> Project:
+    """A copy of the finished run."""
+    shutil.copytree(project.workspace, tmp_path / "copy", symlinks=True)
+    return Project(project.loaded, tmp_path / "copy", project.identities, project.plan)
+
+
+def undo(project: Project, *stages: str, since: int) -> None:
+    for step in project.plan.steps:
+        if step.stage in stages and step.round >= since:
+            (project.store.entry(step).folder / "manifest.json").unlink()
+
+
+def text_of(project: Project, path: Path) -> str:
+    write_report(project, path, commands=[])
+    return path.read_text(encoding="utf-8")
+
+
+def test_an_unfinished_run_gives_what_there_is_and_says_what_lacks(copied: Project, tmp_path: Path) -> None:
+    undo(copied, "teacher-score", "train", "evaluate", since=2)
+    page = text_of(copied, tmp_path / "r.html")
+    assert "The run is not finished: 3 of 12 steps are not done, 1 of 2 rounds are trained; next is" in page
+    keys = [one["key"] for one in data_of(page, "token-data")["sets"]]
+    assert keys == ["held-out-1", "rollout-1", "held-out-0", "answers-1"]  # the newest that is scored
+    assert "by round 1" in page
+
+
+def test_a_run_without_evaluations_says_so(copied: Project, tmp_path: Path) -> None:
+    undo(copied, "evaluate", since=0)
+    page = text_of(copied, tmp_path / "r.html")
+    assert "No verdict yet." in page
+    assert "Nothing was evaluated: there is no accuracy and no held-out reverse KL." in page
+    assert "On its own training samples the reverse KL went from" in page
+    assert [one["key"] for one in data_of(page, "token-data")["sets"]] == ["rollout-2"]
+
+
+def test_a_run_that_has_hardly_begun_has_a_report(copied: Project, tmp_path: Path) -> None:
+    undo(copied, "rollout", "teacher-score", "train", "evaluate", since=0)
+    page = text_of(copied, tmp_path / "r.html")
+    assert "Nothing was sampled yet." in page
+    assert "No teacher is evaluated yet." in page
+    undo(copied, "sft", since=0)
+    assert "No step is done yet." in text_of(copied, tmp_path / "r.html")
+
+
+def test_headroom_says_how_the_gate_went(page: str) -> None:
+    # The tiny teacher is no better than the tiny student, and the recipe lets it.
+    assert "headroom +" in page
+    assert re.search(
+        r"on 8 problems\. It (passed the gate|did not pass the gate before round 1; runtime)", page
+    )
+
+
+def test_warnings_tell_a_wide_interval_and_truncation(project: Project) -> None:
+    told = " ".join(warnings(Measures(project)))
+    assert "Only 8 problems were evaluated" in told
+    assert re.search(r"\d% of the held-out answers were cut at the length limit", told)
+    assert "not finished" not in told
+
+
+def contender(project: Project, run: str, **settings: str) -> Contender:
+    found = read_contender(project.run)
+    flipped = {key: 1 - value for key, value in found.correct.items()}
+    return replace(found, run=run, correct=flipped, settings={**found.settings, **settings})
+
+
+def test_the_run_is_held_against_others_with_the_numbers_of_compare(project: Project) -> None:
+    rows = compare(
+        [read_contender(project.run), contender(project, "other-00000000", **{"student.x": "<b>"})]
+    )
+    page = render(Measures(project), [], stamp="0", commands=[], against=rows)
+    [found] = re.findall(r'<section id="against".*?</section>', page, re.DOTALL)
+    assert f"{project.run.name} · round 2" in found
+    assert "other-00000000 · round 2" in found
+    assert "student.x=&lt;b&gt;" in found
+    for row in rows:
+        assert all(f">{cell}<" in found for cell in cells_of(row)[3:])
+    assert rows[1].difference is not None
+    assert 'id="against"' not in render(Measures(project), [], stamp="0", commands=[])
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+def invoke(*args: str, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, list(args))
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_the_command_writes_where_it_is_told_or_into_the_run(project: Project, tmp_path: Path) -> None:
+    place = [str(project.loaded.path), "--workspace", str(project.workspace)]
+    told = json.loads(invoke("report", *place, "--json").stdout)
+    assert Path(told["report"]) == report_path(project)
+    assert report_path(project).stat().st_size == told["bytes"]
+    target = tmp_path / "mine.html"
+    assert invoke("report", *place, "-o", str(target)).stdout.startswith(str(target))
+    assert target.read_bytes() == report_path(project).read_bytes()
+    assert invoke("report", *place, "-o", str(tmp_path), code=2).stderr.count("is a folder") == 1
+    never = [str(project.loaded.path), "--workspace", str(tmp_path / "never")]
+    assert "nothing was run yet" in invoke("report", *never, code=2).stderr
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_damaged_table_stops_the_command_with_5_and_is_named(copied: Project) -> None:
+    path = copied.store.entry(copied.plan.step("rollout@2")).folder / "rollouts.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(bytes(data))
+    result = invoke("report", str(copied.loaded.path), "--workspace", str(copied.workspace), code=5)
+    assert "rollouts.parquet" in result.stderr
+    assert "--force rollout@2" in result.stderr
+    assert not report_path(copied).with_name(".tmp-report.html").exists()
+
+
+@pytest.fixture
+def unwritten(copied: Project) -> Project:
+    report_path(copied).unlink(missing_ok=True)
+    return copied
+
+
+def test_a_report_is_written_again_only_when_something_changed(unwritten: Project) -> None:
+    digests = {state.step.id: state.digest for state in unwritten.survey()}
+    said: list[str] = []
+    renew_report(unwritten, digests, commands=[], warn=said.append)
+    path = report_path(unwritten)
+    assert is_current(path, digests)
+    written = path.stat().st_mtime_ns
+    renew_report(unwritten, digests, commands=[], warn=said.append)
+    assert path.stat().st_mtime_ns == written
+    assert not is_current(path, {**digests, "train@2": "other"})
+    assert stamp(digests) != stamp({**digests, "train@2": None})
+    assert said == []
+
+
+def test_a_report_that_cannot_be_written_is_told_and_stops_nothing(unwritten: Project) -> None:
+    said: list[str] = []
+    report_path(unwritten).mkdir()
+    (report_path(unwritten) / "in the way").touch()
+    path = unwritten.store.entry(unwritten.plan.step("rollout@2")).folder / "rollouts.parquet"
+    path.write_bytes(b"x" * path.stat().st_size)
+    renew_report(unwritten, {}, commands=[], warn=said.append)
+    [message] = said
+    assert "the report could not be written: ArtifactError" in message
+    assert "kdpipe report tries again" in message
+
+
+def test_report_and_samples_import_no_model_library(project: Project, tmp_path: Path) -> None:
+    script = (
+        "import atexit, json, sys\n"
+        "heavy = ('torch', 'transformers', 'mlflow', 'vllm', 'pandas')\n"
+        "atexit.register(lambda: print(json.dumps([m for m in heavy if m in sys.modules]), file=sys.stderr))\n"
+        "from kdpipe.cli.app import main\n"
+        "main()\n"
+    )
+    place = [str(project.loaded.path), "--workspace", str(project.workspace)]
+    for command in (["report", *place, "-o", str(tmp_path / "r.html")], ["samples", *place]):
+        result = subprocess.run(
+            [sys.executable, "-c", script, *command], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stderr.splitlines()[-1]) == []
+
+
+def test_the_page_of_a_measured_project_can_be_rendered_without_batches(project: Project) -> None:
+    text = render(Measures(project), [], stamp="0", commands=[])
+    assert 'id="token-data"' not in text

@@ -1,0 +1,357 @@
+"""Control arms: whose scores a shuffled teacher gives, by enumeration; what arms share; their table from real runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import kdpipe.pipeline.runner
+from kdpipe.cli.app import app
+from kdpipe.data.rows import Rollout
+from kdpipe.data.tables import Scores
+from kdpipe.errors import RecipeError, StepError
+from kdpipe.method.mixture import RoundScores, TeacherScores, donors_of, shuffled
+from kdpipe.method.objective import TokenBatch, token_loss
+from kdpipe.pipeline.plan import run_hash
+from kdpipe.pipeline.project import Project, open_project
+from kdpipe.recipe.file import load_recipe
+from kdpipe.recipe.schema import Objective
+from kdpipe.results.arms import ARMS, arm_rows, arm_runs, forecast, parse_arms
+from kdpipe.results.comparison import Contender
+from tests.worlds import NearWorker, SilentMirror, tiny_recipe, write_recipe
+
+FEW = {"rounds": 1, "rollout__prompts": 4, "rollout__samples": 2, "train__minibatches": 2}
+
+
+# ------------------------------------------------------------------------------------------ shuffled scores
+
+
+def rollout(prompt: str, sample: int, length: int) -> Rollout:
+    ids, logprobs = list(range(length)), [-1.0] * length
+    return Rollout(
+        prompt, sample, "", "", [1], ids, logprobs, "student", "stop", "", None, None, correct=False, reward=0
+    )
+
+
+def scores(row: Rollout, number: int) -> Scores:
+    """Scores in which every value says whose it is and where it stood: 100 * completion + position."""
+    tags = 100 * number + np.arange(len(row.completion_token_ids))
+    return Scores(
+        row.prompt_id,
+        row.sample,
+        "teacher",
+        [1],
+        -tags.astype(np.float32),
+        tags % 2 == 0,
+        np.stack([tags, tags], -1).astype(np.int32),
+        -np.stack([tags, tags], -1).astype(np.float32),
+        -tags.astype(np.float32),
+    )
+
+
+def test_position_t_takes_all_that_position_t_wrapped_of_another_prompts_completion_has() -> None:
+    """Every way to give 1 to 3 tokens to two samples of two prompts and one of a third."""
+    for lengths in itertools.product((1, 2, 3), repeat=5):
+        keys = [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("c", 0)]
+        rows = [rollout(*key, length) for key, length in zip(keys, lengths, strict=True)]
+        own = [scores(row, number) for number, row in enumerate(rows)]
+        found = shuffled(RoundScores(own, [], [], None), rows, seed=3, round_number=2)
+        for row, mine, taken in zip(rows, own, found.rows, strict=True):
+            assert (taken.prompt_id, taken.sample) == (mine.prompt_id, mine.sample)
+            tags = -taken.teacher_logprobs
+            donor = int(tags[0]) // 100
+            assert rows[donor].prompt_id != row.prompt_id
+            wanted = [100 * donor + t % lengths[donor] for t in range(len(row.completion_token_ids))]
+            assert tags.tolist() == wanted
+            assert taken.scorable.tolist() == [tag % 2 == 0 for tag in wanted]
+            assert taken.topk_ids is not None
+            assert taken.topk_logprobs is not None
+            assert taken.tail_logprobs is not None
+            assert taken.topk_ids.tolist() == [[tag, tag] for tag in wanted]
+            assert taken.topk_logprobs.tolist() == [[-tag, -tag] for tag in wanted]
+            assert taken.tail_logprobs.tolist() == [-tag for tag in wanted]
+
+
+def test_donors_depend_on_seed_and_round_and_not_on_the_order_of_the_rows() -> None:
+    prompts = [f"p{number}" for number in range(12)]
+
+    def givers(names: list[str], **draw: int) -> dict[str, str]:
+        found = donors_of(names, [2] * len(names), **{"seed": 1, "round_number": 1, **draw})
+        return {name: names[donor.number] for name, donor in zip(names, found, strict=True)}
+
+    assert givers(prompts) == givers(prompts[::-1]) == givers(prompts)
+    assert givers(prompts) != givers(prompts, seed=2)
+    assert givers(prompts) != givers(prompts, round_number=2)
+    assert sorted(givers(prompts).values()) == sorted(prompts)  # each prompt gives once
+
+
+def test_an_empty_completion_gives_no_scores_and_takes_none() -> None:
+    found = donors_of(["a", "b", "c"], [2, 0, 1], seed=1, round_number=1)
+    assert (found[0].number, found[2].number) == (2, 0)
+    assert len(found[1].positions) == 0
+    with pytest.raises(StepError, match="no prompt but a has a completion with tokens"):
+        donors_of(["a", "b"], [2, 0], seed=1, round_number=1)
+
+
+class States:
+    """The hidden states of a scored round, as the file gives them: each holds its row and position."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = lengths
+
+    def rows(self, indices: list[int]) -> torch.Tensor:
+        return torch.tensor([[row, t] for row in indices for t in range(self.lengths[row])]).reshape(-1, 2)
+
+
+def test_hidden_states_are_taken_from_the_same_donors_and_positions() -> None:
+    lengths = [2, 3, 1, 4]
+    rows = [rollout(name, 0, length) for name, length in zip("abcd", lengths, strict=True)]
+    place = {0: 3, 1: 2, 2: 1, 3: 0}  # where the rows stand in the teacher's table
+    hidden: Any = type("Hidden", (), {"file": States(lengths[::-1]), "head": None, "temperature": 0.5})
+    own = [scores(row, number) for number, row in enumerate(rows)]
+    given = RoundScores(own, [TeacherScores("teacher", [], hidden)], [place], None)
+    found = shuffled(given, rows, seed=1, round_number=1)
+    distribution: Any = found.distribution([2, 0, 3], top_k=7, device=torch.device("cpu"))
+    tags = np.concatenate([-found.rows[number].teacher_logprobs for number in (2, 0, 3)])
+    wanted = [[place[int(tag) // 100], int(tag) % 100] for tag in tags]
+    assert distribution.hidden_NG.tolist() == wanted
+    assert (distribution.temperature, distribution.top_k) == (0.5, 7)
+
+
+def test_shuffled_sampled_token_scores_make_the_student_less_sure_in_expectation() -> None:
+    """q no longer depends on the token, so E[(s - q) grad s] = E[s grad s], the gradient of minus the entropy."""
+    logits = torch.tensor([0.7, -0.3, 0.1, 1.2], dtype=torch.float64, requires_grad=True)
+    student = logits.log_softmax(-1)
+    probabilities = student.exp()
+    donated = [-0.4, -2.0, -1.1]  # what another prompt's tokens may have got, whatever is sampled here
+    total = torch.zeros((), dtype=torch.float64)
+    for token, q in itertools.product(range(4), donated):
+        column = torch.ones(1, dtype=torch.float64)
+        s = student[token : token + 1]
+        batch = TokenBatch(
+            behaviour=s.detach(),
+            proximal=s.detach(),
+            advantage=0 * column,
+            kept=column.bool(),
+            scorable=column.bool(),
+            kd_open=column.bool(),
+            share=column * probabilities[token].detach() / len(donated),
+            lengths=[1],
+            teacher=q * column,
+        )
+        total = total + token_loss(Objective.model_validate({"kind": "kd", "kd": "rkl"}), batch, s)[0]
+    [found] = torch.autograd.grad(total, [logits], retain_graph=True)
+    [wanted] = torch.autograd.grad((probabilities * student).sum(), [logits])
+    assert found.tolist() == pytest.approx(wanted.tolist(), abs=1e-12)
+    assert max(map(abs, wanted.tolist())) > 0.01
+
+
+# ------------------------------------------------------------------------------------------------- planning
+
+
+def projects(folder: Path, **changes: Any) -> dict[tuple[str, int], Project]:
+    path = write_recipe(folder, **{**FEW, **changes})
+    runs = arm_runs(load_recipe(path).recipe, ARMS, seeds=2)
+    return {
+        (run.arm, run.seed): open_project(load_recipe(path, run.overrides), folder / "out") for run in runs
+    }
+
+
+def prints(project: Project) -> dict[str, str]:
+    return {step.id: step.fingerprint for step in project.plan.steps}
+
+
+def test_arms_of_a_seed_share_student_0_teacher_and_the_first_rollouts_and_seeds_share_the_teacher(
+    tmp_path: Path,
+) -> None:
+    found = {key: prints(project) for key, project in projects(tmp_path).items()}
+    assert len({json.dumps(steps, sort_keys=True) for steps in found.values()}) == 10
+    for seed in (1, 2):
+        for step in ("sft:student@0", "rollout@1"):
+            assert len({found[arm, seed][step] for arm in ARMS}) == 1
+        taught = [arm for arm in ARMS if arm != "self-teacher"]
+        for step in ("sft:teacher@0", "evaluate:student@0", "evaluate:teacher@0"):
+            assert len({found[arm, seed][step] for arm in taught}) == 1
+        scored = {found[arm, seed]["teacher-score@1"] for arm in ("kd", "kdrl", "shuffled-teacher")}
+        assert len(scored) == 1
+        assert "teacher-score@1" not in found["rl", seed]
+        assert len({found[arm, seed]["train@1"] for arm in ARMS}) == 5
+    assert found["kd", 1]["sft:teacher@0"] == found["kd", 2]["sft:teacher@0"]
+    assert found["kd", 1]["sft:student@0"] != found["kd", 2]["sft:student@0"]
+
+
+def test_the_arm_that_the_recipe_is_has_the_steps_of_the_recipes_own_run(tmp_path: Path) -> None:
+    plain = open_project(load_recipe(write_recipe(tmp_path, **FEW)), tmp_path / "out")
+    assert prints(projects(tmp_path)["kd", 1]) == prints(plain)
+
+
+def test_a_recipe_without_a_control_is_named_as_if_there_were_none() -> None:
+    """The hash of the document as it was before the field; with a control it is another one."""
+    import hashlib
+
+    from kdpipe.recipe.schema import Recipe
+    from kdpipe.store.step import canonical
+
+    recipe = Recipe.model_validate(tiny_recipe())
+    document = recipe.model_dump(mode="json", by_alias=True, exclude={"rounds", "runtime", "tracking"})
+    del document["train"]["control"]
+    assert run_hash(recipe) == hashlib.sha256(canonical(document)).hexdigest()[:8]
+    other = Recipe.model_validate(tiny_recipe(train__control="shuffled_teacher"))
+    assert run_hash(other) != run_hash(recipe)
+
+
+def test_the_forecast_counts_each_shared_step_once(tmp_path: Path) -> None:
+    found = list(projects(tmp_path).values())
+    needs = forecast(found, rounds=None)
+    distinct = {f"{step.stage}/{step.fingerprint}" for project in found for step in project.plan.steps}
+    assert sum(one.todo - one.shared for one in needs) == len(distinct)
+    assert [one.steps for one in needs] == [len(project.plan.steps) for project in found]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout__samples": 1}, "arm rl: rollout.samples is 1"),
+        (
+            {"student__sft": {"steps": 2, "text": "teacher"}},
+            "arm self-teacher: the teacher also writes text",
+        ),
+    ],
+)
+def test_an_arm_that_the_recipe_cannot_have_is_refused_with_what_to_do(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, **changes)).recipe
+    with pytest.raises(RecipeError, match=message) as caught:
+        arm_runs(recipe, ARMS, seeds=1)
+    assert "--arms" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.control=self_teacher"], "self_teacher needs teachers"),
+        (["train.control=shuffled_teacher", "rollout.prompts=1"], "rollout.prompts of 2 or more"),
+        (["train.control=shuffled_teacher", "train.objective.kind=grpo"], "an objective with a KD term"),
+        (
+            ["train.control=shuffled_teacher", "teachers=[{self: initial}, {name: b, self: initial}]"],
+            "single",
+        ),
+        (["train.control=none", "teachers=[{self: current}]"], "the very student that samples"),
+    ],
+)
+def test_a_control_that_means_nothing_is_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write_recipe(tmp_path, train__minibatches=1), tuple(overrides))
+
+
+def test_unknown_arms_are_named() -> None:
+    assert parse_arms("rl, kd,rl") == ("rl", "kd")
+    with pytest.raises(RecipeError, match="'dk' is no arm"):
+        parse_arms("kd,dk")
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def test_each_arm_stands_against_the_student_before_training() -> None:
+    def run(name: str, seed: int, right: list[float]) -> Contender:
+        return Contender(name, seed, 1, 1, {str(n): v for n, v in enumerate(right)}, {"x": name}, {}, {})
+
+    before = [run("kd-1", 1, [0, 0, 1, 0]), run("kd-2", 2, [0, 1, 0, 0])]
+    found = arm_rows(
+        [
+            ("kd", run("kd-1", 1, [1, 1, 1, 0])),
+            ("kd", run("kd-2", 2, [1, 1, 1, 1])),
+            ("rl", run("rl-1", 1, [0, 1, 1, 0])),
+            ("rl", run("rl-2", 2, [0, 1, 1, 0])),
+        ],
+        before,
+    )
+    assert [row.label for row in found] == ["before training", "kd", "rl"]
+    assert [row.accuracy.estimate for row in found] == [0.25, 0.875, 0.5]
+    gains = [row.difference.estimate for row in found if row.difference is not None]
+    assert gains == [0.625, 0.25]
+
+
+def test_a_study_runs_resumes_and_survives_an_arm_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One command: five arms of one seed, the comparison, and the numbers again from the tables of the runs."""
+    monkeypatch.setattr(kdpipe.pipeline.runner, "Worker", NearWorker)
+    monkeypatch.setattr("kdpipe.tracking.open_mirror", lambda _project: SilentMirror())
+    threads = torch.get_num_threads()
+    path = write_recipe(
+        tmp_path,
+        **FEW,
+        train__objective={"kind": "kd", "kd": {"term": "jsd", "beta": 1.0, "support": "vocabulary"}},
+    )
+    command = ["arms", str(path), "--seeds", "1", "--workspace", str(tmp_path / "out"), "--json"]
+    refuse = NearWorker.call
+
+    def failing(self: Any, request: Any, **rest: Any) -> Any:
+        if request["recipe"]["train"]["objective"]["kind"] == "grpo" and request["step"]["stage"] == "train":
+            raise StepError("train@1: out of luck")
+        return refuse(self, request, **rest)
+
+    try:
+        monkeypatch.setattr(NearWorker, "call", failing)
+        broken = CliRunner().invoke(app, command)
+        assert broken.exit_code == 1, broken.output
+        assert "1 of 5 runs failed: rl, seed 1" in broken.output
+        monkeypatch.setattr(NearWorker, "call", refuse)
+        began = NearWorker.started
+        done = CliRunner().invoke(app, command)
+    finally:
+        torch.set_num_threads(threads)
+    assert done.exit_code == 0, done.output
+    assert NearWorker.started == began + 1  # the other four were finished
+    table = json.loads(next(line for line in done.stdout.splitlines() if '"comparison"' in line))["rows"]
+    assert [row["label"] for row in table] == ["before training", *ARMS]
+    for row in table:
+        [run] = row["runs"]
+        place = tmp_path / "out" / "runs" / run["run"] / f"round-{run['round']:03d}" / "evaluate-student"
+        correct = pq.read_table(place / "grades.parquet")["correct"].to_pylist()
+        assert math.isclose(row["accuracy"]["estimate"], sum(correct) / len(correct))
+    runs = {row["label"]: tmp_path / "out" / "runs" / row["runs"][0]["run"] for row in table[1:]}
+    # Nothing to learn until the first update:
+    assert first_step(runs["self-teacher"], "grad_norm") < 1e-4 * first_step(runs["kd"], "grad_norm")
+    # The scores were shuffled where they are read, and in that arm only:
+    for arm in ("kd", "shuffled-teacher"):
+        wanted = first_reverse_kl(runs[arm], is_shuffled=arm != "kd")
+        assert first_step(runs[arm], "kd_reverse_kl_nats") == pytest.approx(wanted, abs=1e-5)
+
+
+def first_step(run: Path, name: str) -> float:
+    lines = (run / "round-001" / "train" / "metrics.jsonl").read_text().splitlines()
+    return next(float(row["value"]) for row in map(json.loads, lines) if row["name"] == f"train/{name}")
+
+
+def first_reverse_kl(run: Path, *, is_shuffled: bool) -> float:
+    """The mean of s - q over the tokens of the first optimizer step, from the tables; s is p before any update."""
+    place = run / "round-001"
+    rows = pq.read_table(place / "rollout" / "rollouts.parquet").to_pylist()
+    scored = pq.read_table(place / "teacher-score" / "scores.parquet").to_pylist()
+    trained = pq.read_table(place / "train" / "completions.parquet").to_pylist()
+    teacher = {(row["prompt_id"], row["sample"]): row["teacher_logprobs"] for row in scored}
+    lengths = [len(row["completion_token_ids"]) for row in rows]
+    donors = donors_of([row["prompt_id"] for row in rows], lengths, seed=1, round_number=1)
+    differences: list[float] = []
+    for row, donor in zip(rows, donors, strict=True):
+        key = row["prompt_id"], row["sample"]
+        [found] = [one for one in trained if (one["prompt_id"], one["sample"]) == key]
+        giver = rows[donor.number]
+        given = teacher[giver["prompt_id"], giver["sample"]]
+        q = [given[t] for t in donor.positions] if is_shuffled else teacher[key]
+        if found["optimizer_step"] == 1:
+            differences += [s - t for s, t in zip(found["proximal_logprobs"], q, strict=True)]
+    return sum(differences) / len(differences)

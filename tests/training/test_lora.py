@@ -1,0 +1,600 @@
+"""LoRA students: what is trained, kept, shared in memory and exported, against peft's and transformers' own reading."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kdpipe.models.cache
+import kdpipe.pipeline.runner
+from kdpipe.engines.hf.decoding import is_llama_like
+from kdpipe.engines.hf.engine import HfEngine
+from kdpipe.engines.protocol import SampleRequest, Sampling
+from kdpipe.errors import ArtifactError, Interrupted, ModelError, StepError
+from kdpipe.models.adapters import (
+    is_adapted,
+    read_adapter,
+    start_adapter,
+    switch_adapter,
+    target_names,
+    write_adapter,
+)
+from kdpipe.models.batching import make_batch
+from kdpipe.models.cache import ModelShelf
+from kdpipe.models.folder import open_model, write_model
+from kdpipe.models.logprobs import head_of, hidden_states, token_logprobs
+from kdpipe.models.source import AdapterSource, ModelSource
+from kdpipe.pipeline.housekeeping import export
+from kdpipe.pipeline.project import Project, open_project
+from kdpipe.recipe.schema import Lora, Optimizer
+from kdpipe.training.state import read_trainer
+from kdpipe.training.trainer import Trainer
+from tests.tiny_models import CONFIGS, FAST, ROWS, tiny_model, tiny_tokenizer
+from tests.worlds import NearWorker, Watcher, load_tiny, payload_digests, run_near
+
+CPU = torch.device("cpu")
+LORA = Lora(rank=3, alpha=6)
+ADAPTER_FILES = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+CHANGES: dict[str, Any] = {
+    "rounds": 2,
+    "student__lora": {"rank": 4, "alpha": 8},
+    "teachers": [{"name": "shown", "self": "initial", "prompt": "{question}\n{solution}\n{question}\n"}],
+    "train__optimizer": {"learning_rate": 0.03},
+    "runtime__keep": {"weights": 1, "optimizer": 1},
+}
+
+
+# --------------------------------------------------------------------------------------- a whole run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Two rounds in one warm process; student and teacher are one network in memory."""
+    folder = tmp_path_factory.mktemp("lora")
+    return run_near(load_tiny(folder, **CHANGES), folder / "out")
+
+
+@pytest.fixture
+def forgetful() -> Iterator[None]:
+    NearWorker.forgetful = True
+    yield
+    NearWorker.forgetful = False
+
+
+def entry(project: Project, step_id: str) -> Path:
+    return project.store.entry(project.plan.step(step_id)).folder
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return found
+
+
+def logprobs_of(model: Any, prompt: list[int], completion: list[int]) -> list[float]:
+    """By one unbatched forward pass."""
+    with torch.no_grad():
+        logprobs = model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0].log_softmax(-1)
+    return [float(logprobs[len(prompt) - 1 + t, token]) for t, token in enumerate(completion)]
+
+
+def student_0(project: Project) -> Any:
+    folder = entry(project, "sft:student@0") / "model"
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+
+
+def test_a_trained_student_is_its_adapter_and_the_optimizer_of_that(finished: Project) -> None:
+    folder = entry(finished, "train@2")
+    assert {path.name for path in (folder / "model").iterdir()} == ADAPTER_FILES
+    adapter = load_file(folder / "model" / "adapter_model.safetensors")
+    layers = 7  # of the one block: four of attention, three of the MLP
+    assert len(adapter) == 2 * layers
+    tensors, _ = read_trainer(folder / "trainer")
+    assert len(tensors) == 2 * len(adapter)
+    assert all(".lora_" in name and name.startswith("exp_avg") for name in tensors)
+    assert all(weight.dtype == torch.float32 for weight in (*adapter.values(), *tensors.values()))
+    assert sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors")) < 8000
+
+
+def test_the_adapter_says_nothing_of_where_it_was_made(finished: Project) -> None:
+    config = (entry(finished, "train@2") / "model" / "adapter_config.json").read_text()
+    assert json.loads(config)["base_model_name_or_path"] is None
+    for path in entry(finished, "train@2").rglob("*"):
+        if path.is_file() and path.name != "manifest.json":
+            assert str(finished.workspace.parent).encode() not in path.read_bytes(), path.name
+
+
+def test_self_initial_scores_are_student_0s_while_the_adapter_is_somewhere_else(finished: Project) -> None:
+    plain = student_0(finished)
+    moved = PeftModel.from_pretrained(student_0(finished), entry(finished, "train@2") / "model")
+    distances = []
+    for rollout, score in zip(
+        rows(entry(finished, "rollout@2") / "rollouts.parquet"),
+        rows(entry(finished, "teacher-score@2") / "scores.parquet"),
+        strict=True,
+    ):
+        prompt, completion = score["teacher_prompt_token_ids"], rollout["completion_token_ids"]
+        assert score["teacher_logprobs"] == pytest.approx(logprobs_of(plain, prompt, completion), abs=1e-5)
+        elsewhere = logprobs_of(moved, prompt, completion)
+        distances += [abs(a - b) for a, b in zip(score["teacher_logprobs"], elsewhere, strict=True)]
+    assert max(distances) > 0.05
+
+
+@pytest.mark.parametrize(("number", "made_by"), [(1, None), (2, "train@1")])
+def test_a_round_samples_from_student_0_with_the_adapter_of_the_round_before(
+    finished: Project, number: int, made_by: str | None, tmp_path: Path, forgetful: None
+) -> None:
+    model = student_0(finished)
+    if made_by is not None:  # its weights were dropped since, and are trained again alike
+        shutil.copytree(finished.workspace.parent, tmp_path / "copy", symlinks=True)
+        loaded = load_tiny(tmp_path / "copy", **CHANGES, runtime__keep__weights=2)
+        watcher = Watcher()
+        project = run_near(
+            loaded, tmp_path / "copy" / "out", watcher=watcher, force=("evaluate:student@1",), rounds=1
+        )
+        assert watcher.performed == [made_by, "evaluate:student@1"]
+        model = PeftModel.from_pretrained(model, entry(project, made_by) / "model")
+    for rollout in rows(entry(finished, f"rollout@{number}") / "rollouts.parquet"):
+        expected = logprobs_of(model, rollout["prompt_token_ids"], rollout["completion_token_ids"])
+        assert rollout["sampler_logprobs"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("round_number", "copies"), [(1, 1), (2, 0)])
+def test_a_train_step_asks_for_no_more_space_than_an_adapter_takes(
+    finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, round_number: int, copies: int
+) -> None:
+    """Round 1 for one copy of the model, as no adapter is there to judge by, later rounds for five adapters."""
+    shutil.copytree(finished.workspace.parent, tmp_path / "copy", symlinks=True)
+    model = entry(finished, "sft:student@0") / "model" / "model.safetensors"
+    monkeypatch.setattr(kdpipe.pipeline.runner, "FREE_BYTES_FLOOR", 0)
+    adapter = entry(finished, "train@2") / "model" / "adapter_model.safetensors"
+    need = model.stat().st_size if copies else 5 * adapter.stat().st_size
+    loaded = load_tiny(tmp_path / "copy", **CHANGES, runtime__keep__weights=2)
+    force = (f"train@{round_number}",)
+    for free, fits in ((need - 1, False), (need, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path, free=free: SimpleNamespace(free=free))
+        if fits:
+            run_near(loaded, tmp_path / "copy" / "out", force=force, rounds=round_number)
+        else:
+            with pytest.raises(StepError, match=f"train@{round_number} may need"):
+                run_near(loaded, tmp_path / "copy" / "out", force=force, rounds=round_number)
+
+
+def test_an_adapter_on_a_named_model_is_the_one_on_a_model_that_a_step_made(
+    finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(entry(finished, "sft:student@0") / "model", tmp_path / "model")
+    changes = {
+        **CHANGES,
+        "student": {"model": "./model", "dtype": "float32", "lora": CHANGES["student__lora"]},
+    }
+    del changes["student__lora"]
+    project = run_near(load_tiny(tmp_path, **changes), tmp_path / "out")
+    expected = payload_digests(finished.workspace)
+    del expected["sft:student@0"]
+    assert payload_digests(tmp_path / "out") == expected
+    assert digests(export(project, tmp_path / "named", round_number=2)[1]) == digests(
+        export(finished, tmp_path / "made", round_number=2)[1]
+    )
+    # Nor does the model's size count for free space, once an adapter is there to judge by.
+    room = 5 * (entry(project, "train@2") / "model" / "adapter_model.safetensors").stat().st_size
+    monkeypatch.setattr(kdpipe.pipeline.runner, "FREE_BYTES_FLOOR", 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=room))
+    run_near(load_tiny(tmp_path, **changes), tmp_path / "out", force=("train@2",))
+
+
+def test_retention_drops_old_adapters_and_never_the_model_below(finished: Project) -> None:
+    manifests = {
+        name: finished.store.entry(finished.plan.step(name)).manifest()
+        for name in ("sft:student@0", "train@1")
+    }
+    dropped = {name: {path.partition("/")[0] for path in m.dropped} for name, m in manifests.items() if m}
+    assert dropped == {"sft:student@0": set(), "train@1": {"model", "trainer"}}
+
+
+@pytest.mark.slow
+def test_cold_steps_elsewhere_and_warm_ones_in_another_order_end_with_the_same_digests(
+    finished: Project, tmp_path: Path, forgetful: None
+) -> None:
+    changes = {**CHANGES, "rounds": 3}
+    run_near(load_tiny(tmp_path, **changes), tmp_path / "elsewhere")
+    cold = payload_digests(tmp_path / "elsewhere")
+    assert payload_digests(finished.workspace).items() < cold.items()
+    # In one process: adapter 1 is trained again and evaluated, and training goes on with adapter 2.
+    NearWorker.forgetful = False
+    shutil.copytree(finished.workspace.parent, tmp_path / "copy", symlinks=True)
+    watcher = Watcher()
+    run_near(
+        load_tiny(tmp_path / "copy", **changes),
+        tmp_path / "copy" / "out",
+        watcher=watcher,
+        force=("evaluate:student@1",),
+    )
+    assert [step for step in watcher.performed if step.startswith("train")] == ["train@1", "train@3"]
+    assert payload_digests(tmp_path / "copy" / "out") == cold
+
+
+def test_a_signal_in_training_leaves_a_checkpoint_of_the_adapter_and_equal_digests(
+    finished: Project, tmp_path: Path
+) -> None:
+    workspace, watcher = tmp_path / "out", Watcher()
+
+    def on_event(step: str, event: dict[str, Any]) -> None:
+        if step == "train@2" and event.get("unit") == "optimizer steps" and event["done"] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher.on_event = on_event
+    loaded = load_tiny(tmp_path, **CHANGES)
+    with pytest.raises(Interrupted):
+        run_near(loaded, workspace, watcher=watcher)
+    checkpoint = entry(open_project(loaded, workspace), "train@2") / "checkpoints" / "step-000001"
+    assert {path.name for path in (checkpoint / "model").iterdir()} == ADAPTER_FILES
+    watcher = Watcher()
+    run_near(loaded, workspace, watcher=watcher)
+    assert watcher.performed == ["train@2", "evaluate:student@2"]
+    assert payload_digests(workspace) == payload_digests(finished.workspace)
+
+
+def test_a_narrow_model_stays_narrow_and_its_adapter_wide(tmp_path: Path, forgetful: None) -> None:
+    little = {"reverse_kl_problems": 0, "problems": 2, "teacher": False, "every": 2}
+    changes = {**CHANGES, "student__dtype": "bfloat16", "evaluate": little}
+    cold = run_near(load_tiny(tmp_path, **changes), tmp_path / "cold")
+    NearWorker.forgetful = False
+    run_near(load_tiny(tmp_path, **changes), tmp_path / "warm")
+    assert payload_digests(tmp_path / "cold") == payload_digests(tmp_path / "warm")
+    folder = entry(cold, "train@2")
+    assert {w.dtype for w in load_file(folder / "model/adapter_model.safetensors").values()} == {
+        torch.float32
+    }
+    assert {
+        w.dtype for w in load_file(entry(cold, "sft:student@0") / "model/model.safetensors").values()
+    } == {torch.bfloat16}
+    assert not [name for name in read_trainer(folder / "trainer")[0] if not name.startswith("exp_avg")]
+
+
+def test_self_current_scores_are_those_of_the_adapter_that_sampled(tmp_path: Path) -> None:
+    teacher = {**CHANGES["teachers"][0], "self": "current"}
+    keep = {"weights": 2, "optimizer": 2}
+    changes = {**CHANGES, "teachers": [teacher], "runtime__keep": keep}
+    project = run_near(load_tiny(tmp_path, **changes), tmp_path / "out")
+    model = PeftModel.from_pretrained(student_0(project), entry(project, "train@1") / "model")
+    for rollout, score in zip(
+        rows(entry(project, "rollout@2") / "rollouts.parquet"),
+        rows(entry(project, "teacher-score@2") / "scores.parquet"),
+        strict=True,
+    ):
+        expected = logprobs_of(model, score["teacher_prompt_token_ids"], rollout["completion_token_ids"])
+        assert score["teacher_logprobs"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_other_teachers_do_not_drop_the_network_that_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = {
+        "name": "other",
+        "dtype": "float32",
+        "scratch": {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_layers": 1,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+        },
+        "sft": {"steps": 2, "batch": 4},
+    }
+    changes = {**CHANGES, "teachers": [*CHANGES["teachers"], other]}
+    run_near(load_tiny(tmp_path, **changes), tmp_path / "out", rounds=0)
+    opened = list[Path]()
+
+    def noted(folder: Path, **settings: Any) -> Any:
+        opened.append(folder)
+        return open_model(folder, **settings)
+
+    monkeypatch.setattr(kdpipe.models.cache, "open_model", noted)
+    project = run_near(load_tiny(tmp_path, **changes), tmp_path / "out")
+    assert opened.count(entry(project, "sft:student@0") / "model") == 1
+    assert entry(project, "sft:other@0") / "model" in opened
+
+
+# -------------------------------------------------------------------------------------------- export
+
+
+def test_a_merged_export_is_a_plain_model_equal_to_the_adapter_on_its_base(
+    finished: Project, tmp_path: Path
+) -> None:
+    number, folder = export(finished, tmp_path / "merged", round_number=None)
+    assert number == 2
+    assert not [path for path in folder.iterdir() if "adapter" in path.name]
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    _, adapter = export(finished, tmp_path / "adapter", round_number=2, adapter=True)
+    base = AutoModelForCausalLM.from_pretrained(
+        entry(finished, "sft:student@0") / "model", dtype=torch.float32
+    )
+    ids = torch.arange(3, 33)[None]
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+        expected = PeftModel.from_pretrained(base, adapter)(input_ids=ids).logits
+        found = merged(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert (found - before).abs().max() > 0.05
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (
+        tokenizer("Tom has 7")["input_ids"]
+        == AutoTokenizer.from_pretrained(adapter)("Tom has 7")["input_ids"]
+    )
+
+
+def test_an_exported_student_0_is_the_model_below(finished: Project, tmp_path: Path) -> None:
+    _, folder = export(finished, tmp_path / "first", round_number=0)
+    original = entry(finished, "sft:student@0") / "model"
+    assert digests(folder) == digests(original)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+# --------------------------------------------------------------------------------- one network in memory
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> dict[str, ModelSource]:
+    """A model, and two adapters on it."""
+    model = tiny_model("llama")
+    write_model(model, tiny_tokenizer(), tmp_path / "base")
+    found = {"base": ModelSource(tmp_path / "base", "b", dtype="float32")}
+    for number in (1, 2):
+        adapted(model, seed=number)
+        write_adapter(model, tmp_path / f"{number}")
+        adapter = AdapterSource(tmp_path / f"{number}", f"a{number}")
+        found[f"{number}"] = ModelSource(tmp_path / "base", "b", dtype="float32", adapter=adapter)
+    return found
+
+
+def adapted(model: Any, *, seed: int = 0) -> Any:
+    """The model with an adapter that changes what it computes."""
+    start_adapter(model, LORA, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".lora_B." in name:
+                weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=torch.arange(2, 12)[None]).logits
+    return found
+
+
+def test_the_shelf_has_one_network_for_a_model_and_the_adapters_on_it(
+    sources: dict[str, ModelSource],
+) -> None:
+    shelf = ModelShelf(CPU)
+    assert not shelf.holds(sources["1"])
+    network = shelf.get(sources["1"])
+    with_first = logits(network)
+    assert shelf.holds(sources["1"])
+    assert shelf.holds(sources["base"])
+    pointers = {name: weight.data_ptr() for name, weight in network.named_parameters()}
+    assert shelf.get(sources["base"]) is network
+    assert torch.equal(
+        logits(network), logits(open_model(sources["base"].folder, dtype=torch.float32, device=CPU))
+    )
+    assert shelf.get(sources["2"]) is network
+    assert not shelf.holds(sources["1"])
+    assert not torch.equal(logits(network), with_first)
+    assert torch.equal(logits(shelf.get(sources["1"])), with_first)
+    assert {name: weight.data_ptr() for name, weight in network.named_parameters()} == pointers
+
+
+def test_a_trained_adapter_survives_that_an_older_one_is_asked_for(
+    sources: dict[str, ModelSource], tmp_path: Path
+) -> None:
+    shelf = ModelShelf(CPU)
+    network = shelf.get(sources["1"])
+    shelf.forget(network)
+    with torch.no_grad():
+        for weight in network.parameters():
+            if weight.requires_grad:
+                weight.add_(0.01)
+    assert not shelf.holds(sources["1"]), "what is in memory is no longer what is on disk"
+    assert shelf.holds(sources["base"])
+    write_adapter(network, tmp_path / "3")
+    third = ModelSource(tmp_path / "base", "b", dtype="float32", adapter=AdapterSource(tmp_path / "3", "a3"))
+    shelf.put_adapter("a3", network)
+    trained = logits(network)
+    shelf.get(sources["1"])
+    assert torch.equal(logits(shelf.get(third)), trained)
+
+
+def test_switching_the_adapter_off_keeps_its_weights_from_training_until_it_is_on_again() -> None:
+    model = adapted(tiny_model("llama"))
+    wanted = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert wanted
+    assert all(".lora_" in name for name in wanted)
+    switch_adapter(model, on=False)
+    assert not any(weight.requires_grad for weight in model.parameters())
+    switch_adapter(model, on=True)
+    assert [name for name, weight in model.named_parameters() if weight.requires_grad] == wanted
+
+
+# --------------------------------------------------------------------------------------------- engine
+
+
+def sample(model: Any) -> list[tuple[list[int], list[int], list[float]]]:
+    shelf = ModelShelf(CPU)
+    shelf.put("a", torch.float32, model)
+    source = ModelSource(Path("/not/read"), "a", dtype="float32")
+    if is_adapted(model) and any(weight.requires_grad for weight in model.parameters()):
+        shelf.put_adapter("on", model)
+        source = ModelSource(source.folder, "a", dtype="float32", adapter=AdapterSource(source.folder, "on"))
+    engine = HfEngine(shelf, sample_tokens=400, score_tokens=60, head_chunk_tokens=5)
+    engine.load(source)
+    prompts = [[2], [3, 4, 5], [6] * 17, [5, 4, 3, 2, 11, 10]]
+    settings = Sampling(temperature=1.0, max_new_tokens=10, end_ids=(1,), num_ids=ROWS)
+    requests = [SampleRequest(prompt, (10 * i, 10 * i + 1)) for i, prompt in enumerate(prompts)]
+    drawn = engine.sample(requests, settings, progress=lambda _: None)
+    return [
+        (prompt, found.token_ids, found.logprobs)
+        for prompt, completions in zip(prompts, drawn, strict=True)
+        for found in completions
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "gpt2"])
+def test_sampled_logprobs_are_those_of_a_plain_forward_with_the_adapter_on_and_off(name: str) -> None:
+    plain = tiny_model(name)
+    model = adapted(copy.deepcopy(plain))
+    assert is_llama_like(model) == (name in FAST)
+    with_adapter = sample(model)
+    for prompt, ids, logprobs in with_adapter:
+        assert logprobs == pytest.approx(logprobs_of(copy.deepcopy(model).double(), prompt, ids), abs=1e-5)
+    switch_adapter(model, on=False)
+    assert sample(model) == sample(plain) != with_adapter
+
+
+# ------------------------------------------------------------------------------------------- training
+
+
+def gradients(model: Any, *, checkpointing: bool) -> tuple[Trainer, dict[str, torch.Tensor]]:
+    trainer = Trainer(model, Optimizer(learning_rate=1e-2), horizon=4, gradient_checkpointing=checkpointing)
+    trainer.begin()
+    batch = make_batch([[2, 3], [4, 5, 6]], [[7, 8, 9, 1], [3, 1]], device=CPU)
+    logprobs, _ = token_logprobs(
+        hidden_states(model, batch),
+        head_of(model, num_ids=ROWS),
+        batch.target_ids_N,
+        temperature=1.0,
+        chunk=64,
+    )
+    (-logprobs.mean()).backward()
+    return trainer, {name: w.grad.clone() for name, w in model.named_parameters() if w.grad is not None}
+
+
+def test_recomputing_in_the_backward_pass_gives_the_same_gradients_to_the_adapter_only() -> None:
+    model = adapted(tiny_model("llama"))
+    _, plain = gradients(copy.deepcopy(model), checkpointing=False)
+    _, recomputed = gradients(model, checkpointing=True)
+    assert plain.keys() == recomputed.keys()
+    assert all(".lora_" in name and gradient.abs().max() > 0 for name, gradient in plain.items())
+    assert len(plain) == 2 * 7 * 2
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient)
+
+
+def test_an_optimizer_step_leaves_the_model_below_bit_for_bit() -> None:
+    model = tiny_model("llama")
+    before = copy.deepcopy(model)
+    adapted(model)
+    trainer, _ = gradients(model, checkpointing=False)
+    with_adapter = logits(model)
+    trainer.apply()
+    trainer.end()
+    assert not torch.equal(logits(model), with_adapter)
+    assert all(".lora_" in name for name in trainer.tensors(masters=True))
+    switch_adapter(model, on=False)
+    assert torch.equal(logits(model), logits(before))
+
+
+def test_frozen_narrow_weights_compute_in_their_own_dtype_as_the_sampler_does() -> None:
+    narrow = adapted(tiny_model("llama").bfloat16())
+    assert {weight.dtype for weight in narrow.parameters() if weight.requires_grad} == {torch.float32}
+    for model, casts in ((narrow, False), (tiny_model("llama"), True)):
+        with Trainer(model, Optimizer(), horizon=1, compute=torch.bfloat16).computing():
+            assert torch.is_autocast_enabled("cpu") == casts
+
+
+def test_a_fresh_adapter_changes_nothing_and_comes_from_its_seed_alone() -> None:
+    model = tiny_model("qwen2")
+    plain = logits(model)
+    state = torch.random.get_rng_state()
+    start_adapter(model, LORA, seed=5)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(logits(model), plain)
+    first = {name: weight.clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    adapted(model, seed=6)
+    other = dict(model.named_parameters())
+    assert all(not torch.equal(weight, other[name]) for name, weight in first.items())
+    torch.manual_seed(99)
+    start_adapter(model, LORA, seed=5)
+    assert all(torch.equal(weight, other[name]) for name, weight in first.items())
+
+
+# -------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "message"),
+    [
+        ("llama", ["lm_head"], "'lm_head' names lm_head, which is the output head"),
+        ("llama-tied-biased", ["q_proj", "embed_tokens"], r"names model\.embed_tokens, which is Embedding"),
+        ("qwen3", ["q_norm"], "which is Qwen3RMSNorm, expected linear layers"),
+        ("llama", ["q_proj", "w_proj"], "no layer called 'w_proj'"),
+        ("gpt2", "all-linear", "has no linear layers"),
+    ],
+)
+def test_targets_that_cannot_have_an_adapter_are_refused(name: str, targets: Any, message: str) -> None:
+    model = tiny_model(name)
+    with pytest.raises(ModelError, match=message):
+        start_adapter(model, Lora(targets=targets), seed=0)
+    assert not is_adapted(model)
+
+
+@pytest.mark.parametrize("kind", ["scratch", "model"])
+def test_targets_are_looked_at_before_anything_is_trained_or_sampled(
+    finished: Project, tmp_path: Path, kind: str
+) -> None:
+    changes: dict[str, Any] = {**CHANGES, "student__lora": {"targets": ["c_attn"]}}
+    if kind == "model":
+        named = {"model": str(entry(finished, "sft:student@0") / "model"), "dtype": "float32"}
+        changes |= {"student": {**named, "lora": changes.pop("student__lora")}}
+    with pytest.raises(ModelError, match="no layer called 'c_attn'"):
+        run_near(load_tiny(tmp_path, **changes), tmp_path / "out")
+    assert payload_digests(tmp_path / "out") == {}
+
+
+def test_targets_are_the_named_layers_and_no_others() -> None:
+    model = tiny_model("llama")
+    start_adapter(model, Lora(targets=["v_proj", "q_proj"]), seed=0)
+    names = {
+        name.split(".lora_")[0].rpartition(".")[2] for name, w in model.named_parameters() if w.requires_grad
+    }
+    assert names == {"q_proj", "v_proj"}
+    assert "lm_head" not in target_names(tiny_model("llama"), Lora())
+
+
+def test_an_adapter_that_is_damaged_or_of_another_shape_is_refused(tmp_path: Path) -> None:
+    write_adapter(adapted(tiny_model("llama")), tmp_path)
+    other = tiny_model("llama")
+    start_adapter(other, Lora(rank=2, alpha=6), seed=0)
+    with pytest.raises(ArtifactError, match="of other layers or another rank"):
+        read_adapter(other, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ArtifactError, match="of other layers"):
+        read_adapter(tiny_model("llama"), tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        read_adapter(tiny_model("llama"), tmp_path)
