@@ -20,7 +20,7 @@ from study import commit
 from kdpipe.engines.hf.engine import HfEngine
 from kdpipe.engines.protocol import Engine, SampleRequest, Sampling, ScoreRequest
 from kdpipe.engines.vllm.engine import VllmEngine
-from kdpipe.models.cache import ModelShelf
+from kdpipe.models.cache import ModelCache
 from kdpipe.models.devices import dtype_name, resolve_device, resolve_dtype
 from kdpipe.models.folder import read_architecture
 from kdpipe.models.source import ModelSource
@@ -46,7 +46,7 @@ def main() -> None:
             score_tokens=8192,
             threads=arguments.threads,
         ),
-        "hf": HfEngine(ModelShelf(device), sample_tokens=65536, score_tokens=8192, head_chunk_tokens=512),
+        "hf": HfEngine(ModelCache(device), sample_tokens=65536, score_tokens=8192, head_chunk_tokens=512),
     }
     results: dict[str, object] = {
         "benchmark": "engines",

@@ -24,7 +24,7 @@ from kdpipe.engines.hf.engine import HfEngine
 from kdpipe.engines.protocol import ScoreRequest
 from kdpipe.models.adapters import start_adapter
 from kdpipe.models.batching import make_batch
-from kdpipe.models.cache import ModelShelf
+from kdpipe.models.cache import ModelCache
 from kdpipe.models.folder import open_model, scratch_model, write_model
 from kdpipe.models.logprobs import head_of, hidden_states, token_logprobs
 from kdpipe.models.prompting import arithmetic_tokenizer, open_tokenizer
@@ -104,10 +104,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     shape = (arguments.sequences, arguments.tokens)
     rows = torch.randint(NUM_IDS, shape, generator=generator).tolist()
     pairs = [(ids[:8], ids[8:]) for ids in rows]
-    shelf = ModelShelf(CPU)
+    cache = ModelCache(CPU)
     source = ModelSource(arguments.folder / "base", "base", dtype="float32")
     if arguments.teacher:
-        engine = HfEngine(shelf, sample_tokens=65536, score_tokens=8192, head_chunk_tokens=512)
+        engine = HfEngine(cache, sample_tokens=65536, score_tokens=8192, head_chunk_tokens=512)
         engine.load(source)
         engine.score(
             [ScoreRequest(*pair) for pair in pairs],
@@ -117,7 +117,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
             progress=lambda _: None,
         )
     if arguments.measure == "lora":
-        model = shelf.get(source)
+        model = cache.get(source)
         start_adapter(model, Lora(rank=arguments.rank), seed=0)
     else:
         model = open_model(source.folder, dtype=torch.float32, device=CPU)

@@ -15,7 +15,7 @@ import torch
 
 from kdpipe.engines.hf.engine import HfEngine
 from kdpipe.engines.protocol import Completion, SampleRequest, Sampling, ScoreRequest
-from kdpipe.models.cache import ModelShelf
+from kdpipe.models.cache import ModelCache
 from kdpipe.models.devices import resolve_device
 from kdpipe.models.source import ModelSource
 
@@ -25,11 +25,11 @@ def main() -> None:
     device = resolve_device("cpu")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    shelf = ModelShelf(device)
-    engine = HfEngine(shelf, sample_tokens=65536, score_tokens=8192, head_chunk_tokens=512)
+    cache = ModelCache(device)
+    engine = HfEngine(cache, sample_tokens=65536, score_tokens=8192, head_chunk_tokens=512)
     source = ModelSource(arguments.model, "benchmark", dtype="float32")
     engine.load(source)
-    model = shelf.get(source)
+    model = cache.get(source)
     num_ids = model.get_output_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     shape = (arguments.prompts, arguments.prompt_tokens)

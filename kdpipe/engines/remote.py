@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kdpipe.models.cache import ModelShelf
+    from kdpipe.models.cache import ModelCache
 
 HOST = "kdpipe.engines.remote:Host"
 ARRAY_TYPES = ("<f4", "<f8", "<i4")
@@ -72,12 +72,12 @@ def open_engine(hosting: Hosting) -> Engine:
     runtime, device = hosting.runtime, torch.device(hosting.device)
     match hosting.engine:
         case "hf":
-            from kdpipe.models.cache import ModelShelf
+            from kdpipe.models.cache import ModelCache
 
             if runtime.threads is not None:
                 torch.set_num_threads(runtime.threads)
             torch.use_deterministic_algorithms(mode=True, warn_only=True)
-            return hf_engine(ModelShelf(device, limit=hosting.num_models), runtime)
+            return hf_engine(ModelCache(device, limit=hosting.num_models), runtime)
         case "vllm":
             from kdpipe.engines.vllm.engine import VllmEngine
 
@@ -86,12 +86,12 @@ def open_engine(hosting: Hosting) -> Engine:
             )
 
 
-def hf_engine(shelf: ModelShelf, runtime: Runtime) -> Engine:
-    """The engine that runs the models of `shelf` in this process."""
+def hf_engine(cache: ModelCache, runtime: Runtime) -> Engine:
+    """The engine that runs the models of `cache` in this process."""
     from kdpipe.engines.hf.engine import HfEngine
 
     return HfEngine(
-        shelf,
+        cache,
         sample_tokens=runtime.sample_tokens,
         score_tokens=runtime.score_tokens,
         head_chunk_tokens=runtime.head_chunk_tokens,

@@ -26,7 +26,7 @@ from kdpipe.execution.trainers import Training
 from kdpipe.execution.warm import Warm
 from kdpipe.method.mixture import HiddenTeacher, RoundScores, TeacherScores, join_scores
 from kdpipe.models.adapters import target_names
-from kdpipe.models.cache import ModelShelf
+from kdpipe.models.cache import ModelCache
 from kdpipe.models.devices import dtype_name, resolve_device, resolve_dtype
 from kdpipe.models.folder import head_digest
 from kdpipe.recipe.roles import STUDENT, teacher_role
@@ -87,9 +87,9 @@ class Performer:
                 recipe.task, Path(request["folder"]), hub_folder=Path(hub) if hub else None
             )
             check_records(recipe, *problems)
-            shelf = ModelShelf(device)
-            roles = Roles(recipe, shelf, logs=Path(request["run"]) / "logs")
-            self._warm = Warm(recipe, device, shelf, *problems, roles)
+            cache = ModelCache(device)
+            roles = Roles(recipe, cache, logs=Path(request["run"]) / "logs")
+            self._warm = Warm(recipe, device, cache, *problems, roles)
         return self._warm
 
 
@@ -234,7 +234,7 @@ class _Task:
         scores = self._round_scores(job, rows) if self._has_scores() else None
         resumed = job.draft.checkpoint()
         trainer = self.training.student_trainer(resumed[1] if resumed else None)
-        self.warm.shelf.forget(trainer.model)  # its weights are about to change
+        self.warm.cache.forget(trainer.model)  # its weights are about to change
         dtype, _ = resolve_dtype(self.recipe.student.dtype, self.warm.device)
         train(
             job,

@@ -124,7 +124,7 @@ class Inputs:
             # The student itself as teacher is the network that samples and is trained: it is not dropped for others.
             is_one_of_several &= settings.self_ is None
         if role != STUDENT and is_one_of_several and source.digest != self._weights_digest(STUDENT):
-            self.warm.shelf.take_turns(source.digest)
+            self.warm.cache.take_turns(source.digest)
         return source
 
     def _weights_digest(self, role: str) -> str | None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         ScoreRequest,
         TokenScores,
     )
-    from kdpipe.models.cache import ModelShelf
+    from kdpipe.models.cache import ModelCache
     from kdpipe.models.source import ModelSource
     from kdpipe.recipe.schema import EngineName, Recipe
 
@@ -57,13 +57,13 @@ class Roles:
     Raises RecipeError on a device that is not there.
     """
 
-    def __init__(self, recipe: Recipe, shelf: ModelShelf, *, logs: Path) -> None:
+    def __init__(self, recipe: Recipe, cache: ModelCache, *, logs: Path) -> None:
         self._runtime = recipe.runtime
-        self._shelf = shelf
+        self._cache = cache
         self._logs = logs
-        self._device = _numbered(shelf.device)
+        self._device = _numbered(cache.device)
         self._places = _places(recipe)
-        self._shared = hf_engine(shelf, recipe.runtime)
+        self._shared = hf_engine(cache, recipe.runtime)
         self._engines: dict[str, WorkerEngine] = {}
         self._turns: dict[torch.device, Turns] = {}
 
@@ -89,7 +89,7 @@ class Roles:
             case WorkerEngine():
                 return engine.holds(source)
             case _:
-                return self._shelf.holds(source)
+                return self._cache.holds(source)
 
     def make_room(self) -> None:
         """Puts to sleep what has its model on the trainer's device, but for the engine that shares its weights."""

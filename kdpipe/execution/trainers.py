@@ -61,7 +61,7 @@ class Training:
     def _adapter_trainer(self, lora: Lora, checkpoint: Path | None) -> Trainer:
         """The student's adapter with its optimizer, on the network that also samples: nothing is there twice."""
         source, entry = self.inputs.source(STUDENT), self.inputs.adapter(STUDENT)
-        model = self.warm.shelf.get(source)
+        model = self.warm.cache.get(source)
         warm, self.warm.trainer = self.warm.trainer, None
         if (
             checkpoint is None
@@ -134,8 +134,8 @@ class Training:
         if self.step.stage == "sft":
             trainer.model.requires_grad_(False)  # from here on it is only asked
         if self.step.stage == "train" and self.recipe.student.lora is not None:
-            self.warm.shelf.put_adapter(digest, trainer.model)
+            self.warm.cache.put_adapter(digest, trainer.model)
         elif dtype == trainer.model.dtype:
-            self.warm.shelf.put(digest, dtype, trainer.model)
+            self.warm.cache.put(digest, dtype, trainer.model)
         if self.step.stage == "train":
             self.warm.trainer = (digest, trainer)

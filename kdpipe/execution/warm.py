@@ -9,7 +9,7 @@ import torch
 from kdpipe.data.rows import Problem
 from kdpipe.engines.server.engine import ServerEngine
 from kdpipe.execution.placement import Roles
-from kdpipe.models.cache import ModelShelf
+from kdpipe.models.cache import ModelCache
 from kdpipe.recipe.schema import Recipe
 from kdpipe.stages.job import Text
 from kdpipe.training.trainer import Trainer
@@ -21,7 +21,7 @@ class Warm:
 
     recipe: Recipe
     device: torch.device
-    shelf: ModelShelf
+    cache: ModelCache
     train: list[Problem]
     test: list[Problem]
     roles: Roles

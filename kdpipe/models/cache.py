@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Held:
-    """A network on the shelf; `adapter` is the digest of the one in it, None where none is known."""
+    """A network in the cache; `adapter` is the digest of the one in it, None where none is known."""
 
     network: PreTrainedModel
     adapter: str | None = None
 
 
-class ModelShelf:
+class ModelCache:
     """Loaded models by digest and dtype, the least recently used dropped beyond `limit`.
 
     A trainer puts its in-memory model here under the digest of what it has just saved, so that sampling

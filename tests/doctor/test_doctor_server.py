@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kdpipe.engines.hf.engine import HfEngine
-from kdpipe.models.cache import ModelShelf
+from kdpipe.models.cache import ModelCache
 from kdpipe.models.source import ModelSource
 from tests import clinic
 from tests.clinic import Findings, examined, load_world, verdicts, write_world
@@ -35,8 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(folder: Path) -> Iterator[Served]:
     with clinic.one_thread():
         torch.set_num_threads(1)
-        shelf = ModelShelf(torch.device("cpu"))
-        engine = HfEngine(shelf, sample_tokens=4096, score_tokens=4096, head_chunk_tokens=512)
+        cache = ModelCache(torch.device("cpu"))
+        engine = HfEngine(cache, sample_tokens=4096, score_tokens=4096, head_chunk_tokens=512)
         engine.load(ModelSource(folder / "teacher", "teacher", dtype="float32"))
         with serve(engine, rows=clinic.NUM_IDS, context=clinic.CONTEXT) as found:
             yield found

@@ -15,7 +15,7 @@ from kdpipe.engines.protocol import Completion, Engine, SampleRequest, Sampling,
 from kdpipe.engines.remote import Hosting, WorkerEngine
 from kdpipe.engines.server.engine import ServerEngine
 from kdpipe.errors import EngineError
-from kdpipe.models.cache import ModelShelf
+from kdpipe.models.cache import ModelCache
 from kdpipe.models.folder import write_model
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.schema import Runtime, Server, ServerRuntime, Vllm
@@ -96,7 +96,7 @@ def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Subject]
     else:
         write_model(tiny_model("llama"), tiny_tokenizer(), tmp_path)
         engine = HfEngine(
-            ModelShelf(torch.device("cpu")), sample_tokens=400, score_tokens=100, head_chunk_tokens=7
+            ModelCache(torch.device("cpu")), sample_tokens=400, score_tokens=100, head_chunk_tokens=7
         )
     source = ModelSource(tmp_path, "a", dtype="float32")
     engine.load(source)

@@ -13,7 +13,7 @@ from kdpipe.engines.hf import engine as hf
 from kdpipe.engines.hf.decoding import GenericDecoder, LlamaDecoder, is_llama_like, make_decoder
 from kdpipe.engines.protocol import SampleRequest, Sampling, ScoreRequest
 from kdpipe.errors import EngineError
-from kdpipe.models.cache import ModelShelf
+from kdpipe.models.cache import ModelCache
 from kdpipe.models.folder import write_model
 from kdpipe.models.source import ModelSource
 from tests.tiny_models import CONFIGS, FAST, ROWS, in_float64, plain_logprobs, tiny_model, tiny_tokenizer
@@ -24,9 +24,9 @@ SAMPLING = Sampling(temperature=1.0, max_new_tokens=12, end_ids=(1, 7), num_ids=
 
 
 def engine_of(model, *, sample_tokens=10_000, score_tokens=120, digest="a"):
-    shelf = ModelShelf(torch.device("cpu"))
-    shelf.put(digest, torch.float32, model)
-    engine = hf.HfEngine(shelf, sample_tokens=sample_tokens, score_tokens=score_tokens, head_chunk_tokens=5)
+    cache = ModelCache(torch.device("cpu"))
+    cache.put(digest, torch.float32, model)
+    engine = hf.HfEngine(cache, sample_tokens=sample_tokens, score_tokens=score_tokens, head_chunk_tokens=5)
     engine.load(ModelSource(Path("/not/read"), digest, dtype="float32"))
     return engine
 
@@ -165,15 +165,15 @@ def test_scores_are_those_of_a_plain_float64_forward(name, top_k):
 def test_a_model_trained_in_memory_is_what_its_new_digest_samples_from(tmp_path):
     model = tiny_model("llama")
     write_model(model, tiny_tokenizer(), tmp_path)
-    shelf = ModelShelf(torch.device("cpu"))
-    shelf.put("before", torch.float32, model)
-    engine = hf.HfEngine(shelf, sample_tokens=500, score_tokens=500, head_chunk_tokens=50)
+    cache = ModelCache(torch.device("cpu"))
+    cache.put("before", torch.float32, model)
+    engine = hf.HfEngine(cache, sample_tokens=500, score_tokens=500, head_chunk_tokens=50)
     engine.load(ModelSource(tmp_path, "before", dtype="float32"))
     before = sample(engine)
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(1.1)
         model.lm_head.weight.add_(torch.linspace(-1, 1, 24))
-    shelf.put("after", torch.float32, model)
+    cache.put("after", torch.float32, model)
     engine.load(ModelSource(Path("/not/read"), "after", dtype="float32"))
     after = sample(engine)
     check_against_plain(model, after, SAMPLING)
@@ -283,7 +283,7 @@ def test_stop_strings_that_cross_tokens_of_a_long_completion_are_found(tmp_path)
     model = tiny_model("llama")
     write_model(model, tiny_tokenizer(), tmp_path)
     engine = hf.HfEngine(
-        ModelShelf(torch.device("cpu")), sample_tokens=9999, score_tokens=99, head_chunk_tokens=9
+        ModelCache(torch.device("cpu")), sample_tokens=9999, score_tokens=99, head_chunk_tokens=9
     )
     engine.load(ModelSource(tmp_path, "a", dtype="float32"))
     free = sample(engine, replace(SAMPLING, end_ids=(), max_new_tokens=40))

@@ -16,7 +16,7 @@ from kdpipe.engines.protocol import SampleRequest, Sampling
 from kdpipe.engines.remote import Hosting, WorkerEngine, pack, unpack
 from kdpipe.errors import ArtifactError, EngineError, RecipeError, StepError
 from kdpipe.execution.placement import InTurns, Roles, Turns, seen_alone
-from kdpipe.models.cache import ModelShelf
+from kdpipe.models.cache import ModelCache
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import Recipe, Runtime
@@ -36,7 +36,7 @@ def recipe_of(**changes: Any) -> Recipe:
 
 
 def test_hf_engines_on_the_trainers_device_are_one_and_no_process_is_started(tmp_path: Path) -> None:
-    roles = Roles(recipe_of(), ModelShelf(CPU), logs=tmp_path)
+    roles = Roles(recipe_of(), ModelCache(CPU), logs=tmp_path)
     told: list[str] = []
     assert roles.engine("hf", STUDENT, tell=told.append) is roles.engine("hf", "teacher", tell=told.append)
     assert told == []
@@ -47,7 +47,7 @@ def test_hf_engines_on_the_trainers_device_are_one_and_no_process_is_started(tmp
 def test_a_role_that_wants_a_process_of_its_own_gets_one_and_the_other_shares(
     tmp_path: Path, role: str
 ) -> None:
-    roles = Roles(recipe_of(runtime__placement={"own_process": [role]}), ModelShelf(CPU), logs=tmp_path)
+    roles = Roles(recipe_of(runtime__placement={"own_process": [role]}), ModelCache(CPU), logs=tmp_path)
     told: list[str] = []
     engines = {
         "sampler": roles.engine("hf", STUDENT, tell=told.append),
@@ -67,7 +67,7 @@ def test_an_engine_other_than_hf_has_a_process_of_its_own_and_each_teacher_its_o
         "rollout__engine": "vllm",
         "teacher_score__engine": "vllm",
     }
-    roles = Roles(recipe_of(**changes), ModelShelf(CPU), logs=tmp_path)
+    roles = Roles(recipe_of(**changes), ModelCache(CPU), logs=tmp_path)
     engines = [roles.engine("vllm", role) for role in (STUDENT, "teacher:ada", "teacher:bob")]
     assert all(isinstance(engine, WorkerEngine) for engine in engines)
     assert len({id(engine) for engine in engines}) == 3
@@ -80,7 +80,7 @@ def test_a_device_that_is_not_there_is_refused_by_its_field() -> None:
         ({"teacher": {"teacher": "nonsense"}}, "runtime.placement.teacher"),
     ):
         with pytest.raises(RecipeError, match=field) as caught:
-            Roles(recipe_of(runtime__placement=placement), ModelShelf(CPU), logs=Path("nowhere"))
+            Roles(recipe_of(runtime__placement=placement), ModelCache(CPU), logs=Path("nowhere"))
         assert "cpu" in caught.value.hint
 
 
@@ -155,7 +155,7 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Roles, lis
         monkeypatch.setattr(Roles, "_started", lambda _self, _name, place, _log: Sleeper(place.name, diary))
         more = {f"runtime__{name}": value for name, value in runtime.items()}
         recipe = recipe_of(runtime__device=device, runtime__placement=placement, **more)
-        return Roles(recipe, ModelShelf(torch.device(device)), logs=Path("nowhere")), diary
+        return Roles(recipe, ModelCache(torch.device(device)), logs=Path("nowhere")), diary
 
     return make
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, PreTrainedTokenizerFast
 
 from kdpipe.errors import ArtifactError, EngineError, ModelError, RecipeError
-from kdpipe.models.cache import ModelShelf
+from kdpipe.models.cache import ModelCache
 from kdpipe.models.devices import resolve_device, resolve_dtype
 from kdpipe.models.folder import head_digest, open_model, read_head, scratch_model, write_model
 from kdpipe.models.logprobs import head_of
@@ -224,12 +224,12 @@ def test_damaged_trainer_state_is_refused(tmp_path):
         read_trainer(tmp_path)
 
 
-def test_the_shelf_opens_once_and_drops_the_least_recently_used(tmp_path):
+def test_the_cache_opens_once_and_drops_the_least_recently_used(tmp_path):
     write_model(tiny_model("llama"), tiny_tokenizer(), tmp_path)
-    shelf = ModelShelf(CPU, limit=2)
+    cache = ModelCache(CPU, limit=2)
 
     def get(digest):
-        return shelf.get(ModelSource(tmp_path, digest, dtype="float32"))
+        return cache.get(ModelSource(tmp_path, digest, dtype="float32"))
 
     a, b = get("a"), get("b")
     assert get("a") is a
@@ -238,21 +238,21 @@ def test_the_shelf_opens_once_and_drops_the_least_recently_used(tmp_path):
     get("c")
     assert get("a") is a
     assert get("b") is not b
-    assert shelf.get(ModelSource(tmp_path, "b", dtype="bfloat16")).dtype == torch.bfloat16
+    assert cache.get(ModelSource(tmp_path, "b", dtype="bfloat16")).dtype == torch.bfloat16
     kept = get("b")
-    shelf.drop("b")
+    cache.drop("b")
     assert get("b") is not kept
 
 
 def test_a_model_put_again_is_forgotten_under_its_former_digest(tmp_path):
     model = tiny_model("llama").train()
-    shelf = ModelShelf(CPU)
-    shelf.put("before", torch.float32, model)
-    shelf.put("after", torch.float32, model)
-    assert shelf.get(ModelSource(tmp_path, "after", dtype="float32")) is model
+    cache = ModelCache(CPU)
+    cache.put("before", torch.float32, model)
+    cache.put("after", torch.float32, model)
+    assert cache.get(ModelSource(tmp_path, "after", dtype="float32")) is model
     assert not model.training
     with pytest.raises(EngineError):
-        shelf.get(ModelSource(tmp_path, "before", dtype="float32"))
-    shelf.forget(model)
+        cache.get(ModelSource(tmp_path, "before", dtype="float32"))
+    cache.forget(model)
     with pytest.raises(EngineError):
-        shelf.get(ModelSource(tmp_path, "after", dtype="float32"))
+        cache.get(ModelSource(tmp_path, "after", dtype="float32"))

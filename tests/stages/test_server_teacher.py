@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from kdpipe.data.tasks.arithmetic import words
 from kdpipe.engines.hf.engine import HfEngine
 from kdpipe.errors import EngineError, ModelError, PreflightError, RecipeError
-from kdpipe.models.cache import ModelShelf
+from kdpipe.models.cache import ModelCache
 from kdpipe.models.folder import scratch_model, write_model
 from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.models.source import ModelSource
@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def served(model: Path) -> Iterator[Served]:
     engine = HfEngine(
-        ModelShelf(torch.device("cpu")), sample_tokens=4096, score_tokens=4096, head_chunk_tokens=512
+        ModelCache(torch.device("cpu")), sample_tokens=4096, score_tokens=4096, head_chunk_tokens=512
     )
     engine.load(ModelSource(model, "teacher", dtype="float32"))
     with serve(engine, rows=NUM_IDS, context=256) as found:

@@ -28,7 +28,7 @@ from kdpipe.data.rows import Rollout
 from kdpipe.data.tables import Scores
 from kdpipe.errors import ArtifactError, Interrupted, PreflightError
 from kdpipe.method.mixture import TeacherScores, join_scores
-from kdpipe.models.cache import ModelShelf
+from kdpipe.models.cache import ModelCache
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.file import LoadedRecipe, load_recipe
 from kdpipe.stages.job import Job
@@ -451,16 +451,16 @@ def test_supports_of_routed_teachers_are_made_equally_wide() -> None:
 def test_of_several_teachers_one_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe(tmp_path, "mixed", OBJECTIVES["token"])
     held: list[set[str]] = []
-    get = ModelShelf.get
+    get = ModelCache.get
 
-    def watched(shelf: ModelShelf, source: ModelSource) -> Any:
-        model = get(shelf, source)
-        held.append({digest for digest, _ in shelf._models} & shelf._turns)
-        if source.digest in shelf._turns:
+    def watched(cache: ModelCache, source: ModelSource) -> Any:
+        model = get(cache, source)
+        held.append({digest for digest, _ in cache._models} & cache._turns)
+        if source.digest in cache._turns:
             assert not any(weight.requires_grad or weight.grad is not None for weight in model.parameters())
         return model
 
-    monkeypatch.setattr(ModelShelf, "get", watched)
+    monkeypatch.setattr(ModelCache, "get", watched)
     run_near(recipe(tmp_path, "mixed", OBJECTIVES["token"]), tmp_path / "out")
     assert len(set().union(*held)) == 2
     assert max(map(len, held)) == 1

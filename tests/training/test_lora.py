@@ -35,7 +35,7 @@ from kdpipe.models.adapters import (
     write_adapter,
 )
 from kdpipe.models.batching import make_batch
-from kdpipe.models.cache import ModelShelf
+from kdpipe.models.cache import ModelCache
 from kdpipe.models.folder import open_model, write_model
 from kdpipe.models.logprobs import head_of, hidden_states, token_logprobs
 from kdpipe.models.source import AdapterSource, ModelSource
@@ -387,45 +387,45 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-def test_the_shelf_has_one_network_for_a_model_and_the_adapters_on_it(
+def test_the_cache_has_one_network_for_a_model_and_the_adapters_on_it(
     sources: dict[str, ModelSource],
 ) -> None:
-    shelf = ModelShelf(CPU)
-    assert not shelf.holds(sources["1"])
-    network = shelf.get(sources["1"])
+    cache = ModelCache(CPU)
+    assert not cache.holds(sources["1"])
+    network = cache.get(sources["1"])
     with_first = logits(network)
-    assert shelf.holds(sources["1"])
-    assert shelf.holds(sources["base"])
+    assert cache.holds(sources["1"])
+    assert cache.holds(sources["base"])
     pointers = {name: weight.data_ptr() for name, weight in network.named_parameters()}
-    assert shelf.get(sources["base"]) is network
+    assert cache.get(sources["base"]) is network
     assert torch.equal(
         logits(network), logits(open_model(sources["base"].folder, dtype=torch.float32, device=CPU))
     )
-    assert shelf.get(sources["2"]) is network
-    assert not shelf.holds(sources["1"])
+    assert cache.get(sources["2"]) is network
+    assert not cache.holds(sources["1"])
     assert not torch.equal(logits(network), with_first)
-    assert torch.equal(logits(shelf.get(sources["1"])), with_first)
+    assert torch.equal(logits(cache.get(sources["1"])), with_first)
     assert {name: weight.data_ptr() for name, weight in network.named_parameters()} == pointers
 
 
 def test_a_trained_adapter_survives_that_an_older_one_is_asked_for(
     sources: dict[str, ModelSource], tmp_path: Path
 ) -> None:
-    shelf = ModelShelf(CPU)
-    network = shelf.get(sources["1"])
-    shelf.forget(network)
+    cache = ModelCache(CPU)
+    network = cache.get(sources["1"])
+    cache.forget(network)
     with torch.no_grad():
         for weight in network.parameters():
             if weight.requires_grad:
                 weight.add_(0.01)
-    assert not shelf.holds(sources["1"]), "what is in memory is no longer what is on disk"
-    assert shelf.holds(sources["base"])
+    assert not cache.holds(sources["1"]), "what is in memory is no longer what is on disk"
+    assert cache.holds(sources["base"])
     write_adapter(network, tmp_path / "3")
     third = ModelSource(tmp_path / "base", "b", dtype="float32", adapter=AdapterSource(tmp_path / "3", "a3"))
-    shelf.put_adapter("a3", network)
+    cache.put_adapter("a3", network)
     trained = logits(network)
-    shelf.get(sources["1"])
-    assert torch.equal(logits(shelf.get(third)), trained)
+    cache.get(sources["1"])
+    assert torch.equal(logits(cache.get(third)), trained)
 
 
 def test_switching_the_adapter_off_keeps_its_weights_from_training_until_it_is_on_again() -> None:
@@ -443,13 +443,13 @@ def test_switching_the_adapter_off_keeps_its_weights_from_training_until_it_is_o
 
 
 def sample(model: Any) -> list[tuple[list[int], list[int], list[float]]]:
-    shelf = ModelShelf(CPU)
-    shelf.put("a", torch.float32, model)
+    cache = ModelCache(CPU)
+    cache.put("a", torch.float32, model)
     source = ModelSource(Path("/not/read"), "a", dtype="float32")
     if is_adapted(model) and any(weight.requires_grad for weight in model.parameters()):
-        shelf.put_adapter("on", model)
+        cache.put_adapter("on", model)
         source = ModelSource(source.folder, "a", dtype="float32", adapter=AdapterSource(source.folder, "on"))
-    engine = HfEngine(shelf, sample_tokens=400, score_tokens=60, head_chunk_tokens=5)
+    engine = HfEngine(cache, sample_tokens=400, score_tokens=60, head_chunk_tokens=5)
     engine.load(source)
     prompts = [[2], [3, 4, 5], [6] * 17, [5, 4, 3, 2, 11, 10]]
     settings = Sampling(temperature=1.0, max_new_tokens=10, end_ids=(1,), num_ids=ROWS)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from kdpipe.errors import Interrupted
-from kdpipe.models.cache import ModelShelf
+from kdpipe.models.cache import ModelCache
 from kdpipe.models.source import ModelSource
 from kdpipe.pipeline.project import open_project
 from kdpipe.training.trainer import Trainer
@@ -208,10 +208,10 @@ def test_a_teacher_holds_no_gradient_and_no_second_copy_of_the_student(
 ) -> None:
     trainers: list[Trainer] = []
     scored: list[tuple[Any, bool]] = []
-    get, init = ModelShelf.get, Trainer.__init__
+    get, init = ModelCache.get, Trainer.__init__
 
-    def watched(shelf: ModelShelf, source: ModelSource) -> Any:
-        model = get(shelf, source)
+    def watched(cache: ModelCache, source: ModelSource) -> Any:
+        model = get(cache, source)
         of_trainer = bool(trainers) and model is trainers[-1].model
         scored.append((model, of_trainer))
         assert all(weight.grad is None for weight in model.parameters())
@@ -222,7 +222,7 @@ def test_a_teacher_holds_no_gradient_and_no_second_copy_of_the_student(
         init(self, *args, **kwargs)
         trainers.append(self)
 
-    monkeypatch.setattr(ModelShelf, "get", watched)
+    monkeypatch.setattr(ModelCache, "get", watched)
     monkeypatch.setattr(Trainer, "__init__", begun)
     for kind in ("current", "ema", "another model"):
         trainers.clear()
@@ -241,14 +241,14 @@ def test_initial_is_the_very_model_that_the_cold_start_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Path] = []
-    real = ModelShelf.get
+    real = ModelCache.get
 
-    def watched(shelf: ModelShelf, source: ModelSource) -> Any:
-        if not shelf.holds(source):
+    def watched(cache: ModelCache, source: ModelSource) -> Any:
+        if not cache.holds(source):
             opened.append(source.folder)
-        return real(shelf, source)
+        return real(cache, source)
 
-    monkeypatch.setattr(ModelShelf, "get", watched)
+    monkeypatch.setattr(ModelCache, "get", watched)
     teachers = [{"name": "shown", "self": "initial", "prompt": PROMPT}]
     run_near(load_tiny(tmp_path, teachers=teachers, rounds=2), tmp_path / "out")
     assert opened == []

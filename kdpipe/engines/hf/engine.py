@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kdpipe.engines.protocol import Ability, Progress, SampleRequest, Sampling, ScoreRequest
-    from kdpipe.models.cache import ModelShelf
+    from kdpipe.models.cache import ModelCache
     from kdpipe.models.source import ModelSource
 
 _PROGRESS_STEPS = 32
@@ -45,7 +45,7 @@ class _Row:
 
 
 class HfEngine:
-    """Samples and scores with the models of a shelf, on the shelf's device.
+    """Samples and scores with the models of a cache, on the cache's device.
 
     `sample_tokens` bounds the tokens of one sampling batch, prompts and new ones; `score_tokens` those of
     one forward pass; `head_chunk_tokens` those whose logits exist at once.
@@ -54,7 +54,7 @@ class HfEngine:
     abilities: frozenset[Ability] = frozenset({"support", "hidden"})
 
     def __init__(
-        self, models: ModelShelf, *, sample_tokens: int, score_tokens: int, head_chunk_tokens: int
+        self, models: ModelCache, *, sample_tokens: int, score_tokens: int, head_chunk_tokens: int
     ) -> None:
         self._models = models
         self._sample_tokens = sample_tokens
@@ -64,8 +64,8 @@ class HfEngine:
         self._source: ModelSource | None = None
 
     def load(self, source: ModelSource) -> None:
-        """See Engine. Asks the shelf every time: a model in memory may have been trained since."""
-        self._model = None  # so that the shelf can let go of it before it opens another
+        """See Engine. Asks the cache every time: a model in memory may have been trained since."""
+        self._model = None  # so that the cache can let go of it before it opens another
         self._model = self._models.get(source)
         self._source = source
 
