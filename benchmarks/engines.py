@@ -18,7 +18,7 @@ import torch
 from study import commit
 
 from kdpipe.engines.hf.engine import HfEngine
-from kdpipe.engines.protocol import Engine, SampleRequest, Sampling, ScoreRequest
+from kdpipe.engines.protocol import Engine, SampleRequest, Sampling, ScoreRequest, Scoring
 from kdpipe.engines.vllm.engine import VllmEngine
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.devices import dtype_name, resolve_device, resolve_dtype
@@ -80,7 +80,7 @@ def measure(
     tokens = sum(len(pair.completion_token_ids) for pair in pairs)
     score = timed(
         lambda: engine.score(
-            pairs, temperature=1.0, num_ids=sampling.num_ids, top_k=0, progress=lambda _: None
+            pairs, Scoring(temperature=1.0, num_ids=sampling.num_ids), progress=lambda _: None
         )
     )
     engine.close()

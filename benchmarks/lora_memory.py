@@ -21,7 +21,7 @@ from study import ROOT, commit
 
 from kdpipe.data.tasks.arithmetic import words
 from kdpipe.engines.hf.engine import HfEngine
-from kdpipe.engines.protocol import ScoreRequest
+from kdpipe.engines.protocol import ScoreRequest, Scoring
 from kdpipe.models.adapters import start_adapter
 from kdpipe.models.batching import make_batch
 from kdpipe.models.cache import ModelCache
@@ -111,9 +111,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         engine.load(source)
         engine.score(
             [ScoreRequest(*pair) for pair in pairs],
-            temperature=1.0,
-            num_ids=NUM_IDS,
-            top_k=0,
+            Scoring(temperature=1.0, num_ids=NUM_IDS),
             progress=lambda _: None,
         )
     if arguments.measure == "lora":

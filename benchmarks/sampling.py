@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from kdpipe.engines.hf.engine import HfEngine
-from kdpipe.engines.protocol import Completion, SampleRequest, Sampling, ScoreRequest
+from kdpipe.engines.protocol import Completion, SampleRequest, Sampling, ScoreRequest, Scoring
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.devices import resolve_device
 from kdpipe.models.source import ModelSource
@@ -58,7 +58,7 @@ def main() -> None:
         ScoreRequest(request.prompt_token_ids, row[0].token_ids)
         for request, row in zip(requests, drawn, strict=True)
     ]
-    score = timed(lambda: engine.score(pairs, temperature=1.0, num_ids=num_ids, top_k=0, progress=nothing))
+    score = timed(lambda: engine.score(pairs, Scoring(temperature=1.0, num_ids=num_ids), progress=nothing))
     tokens = arguments.prompts * arguments.new_tokens
     steps = max(arguments.new_tokens - 1, 1)
     results |= {

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import kdpipe.execution.inputs
-from kdpipe.engines.protocol import Ability, Completion, Engine, ScoreRequest, TokenScores
+from kdpipe.engines.protocol import Ability, Completion, Engine, ScoreRequest, Scoring, TokenScores
 from kdpipe.execution.executor import Performer
 from kdpipe.models.prompting import arithmetic_tokenizer
 from kdpipe.models.source import ModelSource
@@ -188,8 +188,10 @@ class Wire:
     def sample(self, requests: Any, sampling: Any, *, progress: Any) -> list[list[Completion]]:
         return self.inner.sample(requests, sampling, progress=progress)
 
-    def score(self, requests: Sequence[ScoreRequest], **settings: Any) -> list[TokenScores]:
-        return [self.spoil(score) for score in self.inner.score(requests, **settings)]
+    def score(
+        self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Any
+    ) -> list[TokenScores]:
+        return [self.spoil(score) for score in self.inner.score(requests, scoring, progress=progress)]
 
     def spoil(self, score: TokenScores) -> TokenScores:
         return score
@@ -204,35 +206,48 @@ class Wire:
 class Late(Wire):
     """Scores come one position late: the first is of the prompt's last token, as where an empty first entry is cut."""
 
-    def score(self, requests: Sequence[ScoreRequest], **settings: Any) -> list[TokenScores]:
+    def score(
+        self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Any
+    ) -> list[TokenScores]:
         moved = []
         for request in requests:
             ids = [*request.prompt_token_ids, *request.completion_token_ids]
             start = len(request.prompt_token_ids) - 1
             moved.append(ScoreRequest(ids[:start], ids[start:-1]))
-        return super().score(moved, **settings)
+        return super().score(moved, scoring, progress=progress)
 
 
 class Early(Wire):
     """Scores come one position early: the last is of a token that was generated after the completion."""
 
-    def score(self, requests: Sequence[ScoreRequest], **settings: Any) -> list[TokenScores]:
+    def score(
+        self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Any
+    ) -> list[TokenScores]:
         longer = [ScoreRequest(r.prompt_token_ids, [*r.completion_token_ids, 1]) for r in requests]
-        return [replace(score, logprobs=score.logprobs[1:]) for score in super().score(longer, **settings)]
+        return [
+            replace(score, logprobs=score.logprobs[1:])
+            for score in super().score(longer, scoring, progress=progress)
+        ]
 
 
 class Hot(Wire):
     """The temperature is applied twice."""
 
-    def score(self, requests: Sequence[ScoreRequest], **settings: Any) -> list[TokenScores]:
-        return super().score(requests, **{**settings, "temperature": settings["temperature"] ** 2})
+    def score(
+        self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Any
+    ) -> list[TokenScores]:
+        return super().score(
+            requests, replace(scoring, temperature=scoring.temperature**2), progress=progress
+        )
 
 
 class Cold(Wire):
     """The temperature is not applied to scores."""
 
-    def score(self, requests: Sequence[ScoreRequest], **settings: Any) -> list[TokenScores]:
-        return super().score(requests, **{**settings, "temperature": 1.0})
+    def score(
+        self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Any
+    ) -> list[TokenScores]:
+        return super().score(requests, replace(scoring, temperature=1.0), progress=progress)
 
 
 class RawSamples(Wire):
@@ -243,7 +258,7 @@ class RawSamples(Wire):
         asked = [
             ScoreRequest(r.prompt_token_ids, one.token_ids) for r, [one] in zip(requests, drawn, strict=True)
         ]
-        raw = self.inner.score(asked, temperature=1.0, num_ids=sampling.num_ids, top_k=0, progress=progress)
+        raw = self.inner.score(asked, Scoring(temperature=1.0, num_ids=sampling.num_ids), progress=progress)
         return [
             [replace(one, logprobs=score.logprobs.tolist())] for [one], score in zip(drawn, raw, strict=True)
         ]
@@ -254,17 +269,21 @@ class Drifting(Wire):
 
     calls = 0
 
-    def score(self, requests: Sequence[ScoreRequest], **settings: Any) -> list[TokenScores]:
+    def score(
+        self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Any
+    ) -> list[TokenScores]:
         self.calls += 1
-        found = super().score(requests, **settings)
+        found = super().score(requests, scoring, progress=progress)
         return [replace(score, logprobs=score.logprobs + np.float32(0.01 * self.calls)) for score in found]
 
 
 class Crowded(Wire):
     """Scores depend on how many requests come together."""
 
-    def score(self, requests: Sequence[ScoreRequest], **settings: Any) -> list[TokenScores]:
-        found = super().score(requests, **settings)
+    def score(
+        self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Any
+    ) -> list[TokenScores]:
+        found = super().score(requests, scoring, progress=progress)
         more = np.float32(0.01 * len(requests))
         return [replace(score, logprobs=score.logprobs + more) for score in found]
 
@@ -313,7 +332,9 @@ class OtherModel(Wire):
 class Breaking(Wire):
     """What runs the model raises an error that is nobody's own."""
 
-    def score(self, requests: Sequence[ScoreRequest], **settings: Any) -> list[TokenScores]:
+    def score(
+        self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Any
+    ) -> list[TokenScores]:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 

@@ -15,6 +15,7 @@ from kdpipe.engines.protocol import (
     SampleRequest,
     Sampling,
     ScoreRequest,
+    Scoring,
     TokenScores,
 )
 from kdpipe.errors import EngineError
@@ -58,16 +59,10 @@ class FakeEngine:
         return results
 
     def score(
-        self,
-        requests: Sequence[ScoreRequest],
-        *,
-        temperature: float,
-        num_ids: int,
-        top_k: int,
-        progress: Progress,
-        hidden: bool = False,
+        self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Progress
     ) -> list[TokenScores]:
-        if hidden:
+        temperature, num_ids, top_k = scoring.temperature, scoring.num_ids, scoring.top_k
+        if scoring.hidden:
             raise EngineError("a table has no hidden states")
         results = []
         for index, request in enumerate(requests):

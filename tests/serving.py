@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from typing import Any, Literal
 
-from kdpipe.engines.protocol import Engine, SampleRequest, Sampling, ScoreRequest
+from kdpipe.engines.protocol import Engine, SampleRequest, Sampling, ScoreRequest, Scoring
 from kdpipe.engines.server.engine import SEQUENCE
 
 MODEL = "served"
@@ -86,9 +86,7 @@ class Served:
     def _prompt_logprobs(self, ids: Sequence[int], k: int) -> list[dict[str, Any] | None]:
         [scores] = self.engine.score(
             [ScoreRequest(ids[:1], ids[1:])],
-            temperature=1.0,
-            num_ids=self.rows,
-            top_k=self.rows,
+            Scoring(temperature=1.0, num_ids=self.rows, top_k=self.rows),
             progress=lambda _: None,
         )
         assert scores.topk_ids is not None

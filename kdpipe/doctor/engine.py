@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kdpipe.doctor.finding import Measure, Outcome, failed
-from kdpipe.engines.protocol import ScoreRequest
+from kdpipe.engines.protocol import ScoreRequest, Scoring
 from kdpipe.errors import EngineError
 
 if TYPE_CHECKING:
@@ -68,11 +68,8 @@ class Scorer:
         self.engine.load(self.source)
         return self.engine.score(
             [ScoreRequest(prompt, completion) for prompt, completion in pairs],
-            temperature=self.temperature,
-            num_ids=self.num_ids,
-            top_k=top_k,
+            Scoring(temperature=self.temperature, num_ids=self.num_ids, top_k=top_k, hidden=hidden),
             progress=lambda _: None,
-            hidden=hidden,
         )
 
     def logprobs(self, pairs: Sequence[Pair]) -> Logprobs:

@@ -82,6 +82,19 @@ class ScoreRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Scoring:
+    """How to score: log-probs at `temperature` (over 0), over the first `num_ids` ids.
+
+    `top_k` asks for so many of the most probable ids of each token, `hidden` for its hidden state.
+    """
+
+    temperature: float
+    num_ids: int
+    top_k: int = 0
+    hidden: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class TokenScores:
     """Log-probs in nats at the asked temperature, over the first `num_ids` ids, for n completion tokens.
 
@@ -135,14 +148,7 @@ class Engine(Protocol):
         """
 
     def score(
-        self,
-        requests: Sequence[ScoreRequest],
-        *,
-        temperature: float,
-        num_ids: int,
-        top_k: int,
-        progress: Progress,
-        hidden: bool = False,
+        self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Progress
     ) -> list[TokenScores]:
         """Scores, in the order of `requests`; an empty completion gets arrays of length 0.
 

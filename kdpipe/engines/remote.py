@@ -26,6 +26,7 @@ from kdpipe.engines.protocol import (
     SampleRequest,
     Sampling,
     ScoreRequest,
+    Scoring,
     TokenScores,
 )
 from kdpipe.errors import EngineError, KdpipeError
@@ -45,6 +46,7 @@ HOST = "kdpipe.engines.remote:Host"
 ARRAY_TYPES = ("<f4", "<f8", "<i4")
 _SOURCE = TypeAdapter(ModelSource)
 _SAMPLING = TypeAdapter(Sampling)
+_SCORING = TypeAdapter(Scoring)
 _SAMPLE_REQUESTS = TypeAdapter(list[SampleRequest])
 
 
@@ -154,24 +156,14 @@ class WorkerEngine:
         return [[_completion(packed) for packed in row] for row in answer["completions"]]
 
     def score(
-        self,
-        requests: Sequence[ScoreRequest],
-        *,
-        temperature: float,
-        num_ids: int,
-        top_k: int,
-        progress: Progress,
-        hidden: bool = False,
+        self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Progress
     ) -> list[TokenScores]:
         """See Engine."""
         answer = self._call(
             "score",
             progress=progress,
             requests=[_packed_request(request) for request in requests],
-            temperature=temperature,
-            num_ids=num_ids,
-            top_k=top_k,
-            hidden=hidden,
+            scoring=_SCORING.dump_python(scoring, mode="json"),
         )
         return [_scores(packed) for packed in answer["scores"]]
 
@@ -256,11 +248,8 @@ def _sample(engine: Engine, asked: dict[str, Any], report: Report) -> Message:
 def _score(engine: Engine, asked: dict[str, Any], report: Report) -> Message:
     scores = engine.score(
         [_request(packed) for packed in asked["requests"]],
-        temperature=asked["temperature"],
-        num_ids=asked["num_ids"],
-        top_k=asked["top_k"],
+        _SCORING.validate_python(asked["scoring"]),
         progress=lambda count: report.event(tokens=count),
-        hidden=asked["hidden"],
     )
     return {"scores": [_packed_scores(score) for score in scores]}
 

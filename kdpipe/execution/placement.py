@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         SampleRequest,
         Sampling,
         ScoreRequest,
+        Scoring,
         TokenScores,
     )
     from kdpipe.models.cache import ModelCache
@@ -205,24 +206,10 @@ class InTurns:
         return self.engine.sample(requests, sampling, progress=progress)
 
     def score(
-        self,
-        requests: Sequence[ScoreRequest],
-        *,
-        temperature: float,
-        num_ids: int,
-        top_k: int,
-        progress: Progress,
-        hidden: bool = False,
+        self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Progress
     ) -> list[TokenScores]:
         """See Engine."""
-        return self.engine.score(
-            requests,
-            temperature=temperature,
-            num_ids=num_ids,
-            top_k=top_k,
-            progress=progress,
-            hidden=hidden,
-        )
+        return self.engine.score(requests, scoring, progress=progress)
 
     def sleep(self) -> None:
         """See Engine."""

@@ -47,7 +47,7 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class HeadScores:
     """Log-probs of the completion's ids, of S ids that support a distribution, and of all others together.
 
     `finite_N` is False where a logit is not finite. Rows of the support as in `engine.TokenScores`.
@@ -127,7 +127,7 @@ def score_tokens(
     top_k: int,
     chunk: int,
     support_ids_NS: torch.Tensor | None = None,
-) -> Scores:
+) -> HeadScores:
     """Log-probs of `ids_N`, and of the `top_k` most probable ids and `support_ids_NS`, without gradients."""
     results = []
     for part in token_slices(len(ids_N), chunk_tokens(chunk, head)):
@@ -137,7 +137,7 @@ def score_tokens(
         token_C = logprobs_CV.gather(-1, ids_N[part, None]).squeeze(-1)
         given_CS = None if support_ids_NS is None else support_ids_NS[part].long()
         results.append((token_C, finite_C, *support_of(logprobs_CV, top_k, given_CS)))
-    return Scores(*(torch.cat(column) for column in zip(*results, strict=True)))
+    return HeadScores(*(torch.cat(column) for column in zip(*results, strict=True)))
 
 
 def support_of(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kdpipe.engines.protocol import ScoreRequest
+from kdpipe.engines.protocol import ScoreRequest, Scoring
 from kdpipe.method.exact_kl import reverse_kl
 from kdpipe.method.micro_batch import TeacherHidden, TeacherMixture, TeacherPart
 from kdpipe.method.mixture import mixed_logprobs
@@ -122,11 +122,10 @@ class Exact:
         """Hidden states [n, H] of each completion; the engine holds the student."""
         scores = self._engine.score(
             [ScoreRequest(prompt, completion) for _, prompt, completion in triples],
-            temperature=self._job.recipe.rollout.temperature,
-            num_ids=self._text.num_ids,
-            top_k=0,
+            Scoring(
+                temperature=self._job.recipe.rollout.temperature, num_ids=self._text.num_ids, hidden=True
+            ),
             progress=lambda _: None,  # these tokens were counted when they were sampled
-            hidden=True,
         )
         return [score.hidden for score in scores]
 

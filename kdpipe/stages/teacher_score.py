@@ -16,7 +16,7 @@ import torch
 from kdpipe.data.hidden import FILE as HIDDEN_FILE
 from kdpipe.data.hidden import to_bytes, write_hidden
 from kdpipe.data.tables import HIDDEN_PART, SCORES, Scores, read_scores, topk_schema
-from kdpipe.engines.protocol import ScoreRequest, TokenScores
+from kdpipe.engines.protocol import ScoreRequest, Scoring, TokenScores
 from kdpipe.errors import PreflightError
 from kdpipe.models.devices import resolve_device, resolve_dtype
 from kdpipe.models.folder import head_digest, read_head
@@ -254,11 +254,8 @@ def score_completions(
     with job.asking(ids):
         scores = engine.score(
             requests,
-            temperature=teacher.temperature,
-            num_ids=teacher.num_ids,
-            top_k=top_k,
+            Scoring(temperature=teacher.temperature, num_ids=teacher.num_ids, top_k=top_k, hidden=hidden),
             progress=job.pulse.tokens,
-            hidden=hidden,
         )
     job.require_finite(ids, [score.logprobs for score in scores], f"the log-prob of teacher {teacher.name!r}")
     if swap is not None:  # what stands at one id of the teacher is told of the other
@@ -309,9 +306,11 @@ def _most_probable(
     with job.asking([problem.prompt_id for problem, _, _ in rows]):
         scores = engine.score(
             [ScoreRequest(prompt, completion) for _, prompt, completion in rows],
-            temperature=job.recipe.rollout.temperature,
-            num_ids=num_ids,
-            top_k=job.recipe.keep.student_top_k,
+            Scoring(
+                temperature=job.recipe.rollout.temperature,
+                num_ids=num_ids,
+                top_k=job.recipe.keep.student_top_k,
+            ),
             progress=lambda _: None,
         )
     return [score.topk_ids for score in scores if score.topk_ids is not None]

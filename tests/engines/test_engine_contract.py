@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from kdpipe.engines.hf.engine import HfEngine
-from kdpipe.engines.protocol import Completion, Engine, SampleRequest, Sampling, ScoreRequest, TokenScores
+from kdpipe.engines.protocol import (
+    Completion,
+    Engine,
+    SampleRequest,
+    Sampling,
+    ScoreRequest,
+    Scoring,
+    TokenScores,
+)
 from kdpipe.engines.remote import Hosting, WorkerEngine
 from kdpipe.engines.server.engine import ServerEngine
 from kdpipe.errors import EngineError
@@ -142,9 +150,7 @@ def score(
     given = [None] * len(pairs) if supports is None else supports
     return subject.engine.score(
         [ScoreRequest(*pair, support) for pair, support in zip(pairs, given, strict=True)],
-        temperature=temperature,
-        num_ids=NUM_IDS,
-        top_k=top_k,
+        Scoring(temperature=temperature, num_ids=NUM_IDS, top_k=top_k),
         progress=lambda _: None,
     )
 
@@ -336,9 +342,7 @@ def test_progress_counts_every_completion_token(subject):
     counts.clear()
     subject.engine.score(
         [ScoreRequest([2], [3, 4]), ScoreRequest([2], [3])],
-        temperature=1.0,
-        num_ids=NUM_IDS,
-        top_k=0,
+        Scoring(temperature=1.0, num_ids=NUM_IDS),
         progress=counts.append,
     )
     assert sum(counts) == 3
@@ -373,7 +377,9 @@ def test_other_ids_than_those_read_can_be_scored(subject: Subject) -> None:
 
     def score(request: ScoreRequest, top_k: int) -> TokenScores:
         [found] = subject.engine.score(
-            [request], temperature=subject.at(0.7), num_ids=NUM_IDS, top_k=top_k, progress=lambda _: None
+            [request],
+            Scoring(temperature=subject.at(0.7), num_ids=NUM_IDS, top_k=top_k),
+            progress=lambda _: None,
         )
         return found
 
@@ -394,11 +400,8 @@ def test_hidden_states_are_given_or_refused_as_the_abilities_say(subject: Subjec
     def score() -> list[TokenScores]:
         return subject.engine.score(
             [ScoreRequest([4, 6], [3, 1])],
-            temperature=1.0,
-            num_ids=NUM_IDS,
-            top_k=0,
+            Scoring(temperature=1.0, num_ids=NUM_IDS, hidden=True),
             progress=lambda _: None,
-            hidden=True,
         )
 
     if "hidden" in subject.engine.abilities:

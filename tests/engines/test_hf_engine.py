@@ -11,7 +11,7 @@ import torch
 
 from kdpipe.engines.hf import engine as hf
 from kdpipe.engines.hf.decoding import GenericDecoder, LlamaDecoder, is_llama_like, make_decoder
-from kdpipe.engines.protocol import SampleRequest, Sampling, ScoreRequest
+from kdpipe.engines.protocol import SampleRequest, Sampling, ScoreRequest, Scoring
 from kdpipe.errors import EngineError
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.folder import write_model
@@ -145,9 +145,7 @@ def test_scores_are_those_of_a_plain_float64_forward(name, top_k):
     pairs = [(PROMPTS[0], [3, 12, 1]), (PROMPTS[2], [5]), (PROMPTS[4], [2] * 20), (PROMPTS[1], [])]
     scores = engine_of(model, score_tokens=50).score(
         [ScoreRequest(*pair) for pair in pairs],
-        temperature=0.7,
-        num_ids=NUM_IDS,
-        top_k=top_k,
+        Scoring(temperature=0.7, num_ids=NUM_IDS, top_k=top_k),
         progress=lambda _: None,
     )
     wide = in_float64(model)
@@ -201,9 +199,7 @@ def test_scores_that_are_not_finite_are_refused_by_request_and_token(monkeypatch
     with pytest.raises(EngineError, match=r"request 1: .* token 1 "):
         engine_of(tiny_model("llama")).score(
             [ScoreRequest([2], [4, 6]), ScoreRequest([2, 2], [3, 5, 4])][::-1],
-            temperature=1.0,
-            num_ids=NUM_IDS,
-            top_k=0,
+            Scoring(temperature=1.0, num_ids=NUM_IDS),
             progress=lambda _: None,
         )
 

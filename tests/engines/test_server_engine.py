@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdpipe.engines.protocol import SampleRequest, Sampling, ScoreRequest, TokenScores
+from kdpipe.engines.protocol import SampleRequest, Sampling, ScoreRequest, Scoring, TokenScores
 from kdpipe.engines.server.engine import SEQUENCE, ServerEngine
 from kdpipe.engines.server.http import MAX_RETRY_AFTER_SECONDS
 from kdpipe.engines.server.replies import TAIL_FLOOR
@@ -64,9 +64,7 @@ class Asker:
     def score(self, *completions: list[int], top_k: int = 0, num_ids: int = NUM_IDS) -> list[TokenScores]:
         return self.engine.score(
             [ScoreRequest(PROMPT, completion) for completion in completions or (COMPLETION,)],
-            temperature=1.0,
-            num_ids=num_ids,
-            top_k=top_k,
+            Scoring(temperature=1.0, num_ids=num_ids, top_k=top_k),
             progress=lambda _: None,
         )
 
@@ -80,9 +78,7 @@ class Asker:
 def truth(folder: Path, *completions: list[int], top_k: int = 0) -> list[TokenScores]:
     return behind(folder).score(
         [ScoreRequest(PROMPT, completion) for completion in completions or (COMPLETION,)],
-        temperature=1.0,
-        num_ids=NUM_IDS,
-        top_k=top_k,
+        Scoring(temperature=1.0, num_ids=NUM_IDS, top_k=top_k),
         progress=lambda _: None,
     )
 
@@ -536,9 +532,7 @@ def test_servers_of_other_weights_under_one_name_are_refused(served: Served, tmp
             behind(tmp_path)
             .score(
                 [ScoreRequest(SEQUENCE[:1], SEQUENCE[1:])],
-                temperature=1.0,
-                num_ids=NUM_IDS,
-                top_k=0,
+                Scoring(temperature=1.0, num_ids=NUM_IDS),
                 progress=lambda _: None,
             )[0]
             .logprobs.tolist()
@@ -566,10 +560,14 @@ def test_other_temperatures_than_1_are_refused_where_they_would_be_ignored(
     asker = Asker(tmp_path, served.url).load()
     request = [ScoreRequest(PROMPT, COMPLETION)]
     with pytest.raises(ModelError, match=r"at temperature 1, asked for was 0\.7"):
-        asker.engine.score(request, temperature=0.7, num_ids=NUM_IDS, top_k=top_k, progress=lambda _: None)
+        asker.engine.score(
+            request, Scoring(temperature=0.7, num_ids=NUM_IDS, top_k=top_k), progress=lambda _: None
+        )
     with pytest.raises(EngineError, match="no hidden states"):
         asker.engine.score(
-            request, temperature=1, num_ids=NUM_IDS, top_k=top_k, progress=lambda _: None, hidden=True
+            request,
+            Scoring(temperature=1, num_ids=NUM_IDS, top_k=top_k, hidden=True),
+            progress=lambda _: None,
         )
     with pytest.raises(ModelError, match=r"asked for was temperature 0\.7"):
         asker.sample(temperature=0.7)

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kdpipe.data.tasks.arithmetic import words
-from kdpipe.engines.protocol import SampleRequest, Sampling, ScoreRequest
+from kdpipe.engines.protocol import SampleRequest, Sampling, ScoreRequest, Scoring
 from kdpipe.engines.server.engine import ServerEngine
 from kdpipe.errors import EngineError
 from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
@@ -162,7 +162,9 @@ def test_scores_and_top_k_are_those_of_transformers(real: Real, every: bool) -> 
     ]
     k = real.num_ids if every else 6
     tokens, top = (
-        engine.score(requests, temperature=1, num_ids=real.num_ids, top_k=asked, progress=lambda _: None)
+        engine.score(
+            requests, Scoring(temperature=1, num_ids=real.num_ids, top_k=asked), progress=lambda _: None
+        )
         for asked in (0, k)
     )
     for request, plain, full in zip(requests, tokens, top, strict=True):
@@ -187,9 +189,7 @@ def test_the_first_score_that_moves_is_the_changed_tokens_own(real: Real) -> Non
     def score(completion: list[int]) -> np.ndarray:
         [found] = engine.score(
             [ScoreRequest(prompt, completion)],
-            temperature=1,
-            num_ids=real.num_ids,
-            top_k=0,
+            Scoring(temperature=1, num_ids=real.num_ids),
             progress=lambda _: None,
         )
         return found.logprobs
@@ -237,7 +237,9 @@ def test_stop_strings_end_a_completion_with_the_token_that_completes_them(real: 
 def test_what_the_server_does_not_allow_is_told_in_its_words(real: Real) -> None:
     engine = real.engine()
     with pytest.raises(EngineError, match=r"HTTP 400: .*greater than max allowed: 50") as caught:
-        engine.score([ScoreRequest([7], [8])], temperature=1, num_ids=90, top_k=51, progress=lambda _: None)
+        engine.score(
+            [ScoreRequest([7], [8])], Scoring(temperature=1, num_ids=90, top_k=51), progress=lambda _: None
+        )
     assert "--max-logprobs" in caught.value.hint
     other = ServerEngine(Server(urls=[real.url], model="other", tokenizer="unused"), ServerRuntime())
     with pytest.raises(EngineError, match=f"serves {NAME}, not 'other'"):

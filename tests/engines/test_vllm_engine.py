@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kdpipe.engines.protocol import SampleRequest, Sampling, ScoreRequest
+from kdpipe.engines.protocol import SampleRequest, Sampling, ScoreRequest, Scoring
 from kdpipe.engines.vllm.engine import VllmEngine
 from kdpipe.engines.vllm.process import VllmProcess
 from kdpipe.errors import EngineError, ModelError
@@ -93,9 +93,7 @@ def score(
 ) -> list[np.ndarray]:
     found = engine.score(
         [ScoreRequest(*pair) for pair in pairs],
-        temperature=temperature,
-        num_ids=NUM_IDS,
-        top_k=0,
+        Scoring(temperature=temperature, num_ids=NUM_IDS),
         progress=lambda _: None,
     )
     return [scores.logprobs for scores in found]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdpipe.engines.protocol import SampleRequest, Sampling, ScoreRequest
+from kdpipe.engines.protocol import SampleRequest, Sampling, ScoreRequest, Scoring
 from kdpipe.engines.vllm import guard as vllm_guard
 from kdpipe.engines.vllm import process as vllm_process
 from kdpipe.engines.vllm import worker as vllm_worker
@@ -289,7 +289,7 @@ def test_a_load_that_fails_ends_vllm_and_is_told(tmp_path: Path, monkeypatch: py
         engine.load(source_of(tmp_path, seed=1))
     assert vllm.engine_core.was_shut_down
     with pytest.raises(EngineError, match="no model is loaded"):
-        engine.score([], temperature=1.0, num_ids=4, top_k=0, progress=lambda _: None)
+        engine.score([], Scoring(temperature=1.0, num_ids=4), progress=lambda _: None)
 
 
 def test_it_sleeps_where_it_is_asked_to_and_can(tmp_path: Path) -> None:
@@ -345,9 +345,7 @@ def test_scores_are_found_by_token_id_and_ties_go_to_the_lower_one(tmp_path: Pat
     pairs = [([2], [3]), ([3, 4], []), ([5] * 20, [4, 4, 1]), ([6] * 20, [7] * 5)]
     scores = engine.score(
         [ScoreRequest(*pair) for pair in pairs],
-        temperature=0.8,
-        num_ids=12,
-        top_k=top_k,
+        Scoring(temperature=0.8, num_ids=12, top_k=top_k),
         progress=lambda _: None,
     )
     assert len(SEEN) == 3  # an empty completion asks for nothing

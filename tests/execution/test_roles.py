@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import kdpipe.execution.placement
-from kdpipe.engines.protocol import SampleRequest, Sampling
+from kdpipe.engines.protocol import SampleRequest, Sampling, Scoring
 from kdpipe.engines.remote import Hosting, WorkerEngine, pack, unpack
 from kdpipe.errors import ArtifactError, EngineError, RecipeError, StepError
 from kdpipe.execution.placement import InTurns, Roles, Turns, seen_alone
@@ -283,7 +283,7 @@ def test_an_engine_in_a_process_of_its_own_is_the_engine_it_hosts(
     hosted.load(source)
     hosted._worker._process.kill()  # type: ignore[union-attr]
     with pytest.raises(StepError, match=r"SIGKILL.*x\.log"):
-        hosted.score([], temperature=1, num_ids=12, top_k=0, progress=counts.append)
+        hosted.score([], Scoring(temperature=1, num_ids=12), progress=counts.append)
     assert not hosted.holds(source)
     hosted.load(source)  # in a new process
     assert hosted.pid not in (None, pid)

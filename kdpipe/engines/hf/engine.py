@@ -21,13 +21,13 @@ from kdpipe.engines.protocol import Completion, TokenScores, about
 from kdpipe.engines.sampling import draw, uniforms
 from kdpipe.errors import EngineError, ModelError
 from kdpipe.models.batching import batches_by_tokens, make_batch
-from kdpipe.models.logprobs import Head, Scores, head_of, hidden_states, score_tokens
+from kdpipe.models.logprobs import Head, HeadScores, head_of, hidden_states, score_tokens
 from kdpipe.models.prompting import open_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kdpipe.engines.protocol import Ability, Progress, SampleRequest, Sampling, ScoreRequest
+    from kdpipe.engines.protocol import Ability, Progress, SampleRequest, Sampling, ScoreRequest, Scoring
     from kdpipe.models.cache import ModelCache
     from kdpipe.models.source import ModelSource
 
@@ -36,7 +36,7 @@ _COMPACT_BELOW = 0.75
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class _Draw:
     """One completion to sample: the request and the place in it, and its seed."""
 
     request: int
@@ -92,14 +92,7 @@ class HfEngine:
 
     @torch.inference_mode()
     def score(
-        self,
-        requests: Sequence[ScoreRequest],
-        *,
-        temperature: float,
-        num_ids: int,
-        top_k: int,
-        progress: Progress,
-        hidden: bool = False,
+        self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Progress
     ) -> list[TokenScores]:
         """See Engine."""
         model, _ = self._loaded()
@@ -109,8 +102,8 @@ class HfEngine:
                 _require_fit(model, request.prompt_token_ids, new_tokens=len(completion))
                 _require_known(model, completion)
                 _require_known(model, request.scored_ids)
-                _require_support(request, num_ids)
-        head = head_of(model, num_ids=_require_ids(model, num_ids, top_k=top_k))
+                _require_support(request, scoring.num_ids)
+        head = head_of(model, num_ids=_require_ids(model, scoring.num_ids, top_k=scoring.top_k))
         lengths = [
             len(request.prompt_token_ids) + len(request.completion_token_ids) - 1 for request in requests
         ]
@@ -127,12 +120,12 @@ class HfEngine:
                 hidden_NH,
                 head,
                 torch.tensor(scored, dtype=torch.long, device=self._models.device),
-                temperature=temperature,
-                top_k=top_k,
+                temperature=scoring.temperature,
+                top_k=scoring.top_k,
                 chunk=self._head_chunk_tokens,
                 support_ids_NS=self._supports([requests[index] for index in indexes]),
             )
-            kept_NH = hidden_NH if hidden else None
+            kept_NH = hidden_NH if scoring.hidden else None
             results |= zip(indexes, _split(scores, kept_NH, batch.counts, indexes), strict=True)
             progress(len(batch.target_ids_N))
         return [results[index] for index in range(len(requests))]
@@ -158,11 +151,11 @@ class HfEngine:
             raise EngineError("no model is loaded: call load first, also after sleep")
         return self._model, self._source
 
-    def _sample_batches(self, requests: Sequence[SampleRequest], *, max_new_tokens: int) -> list[list[_Row]]:
+    def _sample_batches(self, requests: Sequence[SampleRequest], *, max_new_tokens: int) -> list[list[_Draw]]:
         """Rows in batches within the token budget, longest prompts first, a request's rows side by side."""
         model, _ = self._loaded()
         rows = [
-            _Row(index, sample, seed)
+            _Draw(index, sample, seed)
             for index, request in enumerate(requests)
             for sample, seed in enumerate(request.seeds)
         ]
@@ -173,14 +166,14 @@ class HfEngine:
         if is_llama_like(model):
             return batches
 
-        def prompt_tokens(row: _Row) -> int:
+        def prompt_tokens(row: _Draw) -> int:
             return len(requests[row.request].prompt_token_ids)
 
         return [list(group) for batch in batches for _, group in groupby(batch, key=prompt_tokens)]
 
     def _sample_rows(
         self,
-        rows: Sequence[_Row],
+        rows: Sequence[_Draw],
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         *,
@@ -220,7 +213,7 @@ class _Ledger:
     all rows of the batch.
     """
 
-    def __init__(self, rows: Sequence[_Row], sampling: Sampling, *, device: torch.device) -> None:
+    def __init__(self, rows: Sequence[_Draw], sampling: Sampling, *, device: torch.device) -> None:
         shape = (len(rows), sampling.max_new_tokens)
         self._rows = rows
         self.owner_B = torch.arange(len(rows), device=device)
@@ -319,7 +312,7 @@ class _Ends:
         return reached_B | torch.tensor(hits, device=ids_B.device)
 
 
-def _runs(rows: Sequence[_Row]) -> list[tuple[int, int]]:
+def _runs(rows: Sequence[_Draw]) -> list[tuple[int, int]]:
     """Requests of the rows, in order, with the number of rows of each."""
     return [(request, len(list(group))) for request, group in groupby(rows, key=lambda row: row.request)]
 
@@ -334,7 +327,7 @@ def _logits(hidden_HB: torch.Tensor, head: Head) -> torch.Tensor:
 
 
 def _split(
-    scores: Scores, hidden_NH: torch.Tensor | None, counts: Sequence[int], indexes: Sequence[int]
+    scores: HeadScores, hidden_NH: torch.Tensor | None, counts: Sequence[int], indexes: Sequence[int]
 ) -> list[TokenScores]:
     """Scores of a batch, cut into those of its sequences; raises EngineError on non-finite logits."""
     finite = torch.split(scores.finite_N, list(counts))

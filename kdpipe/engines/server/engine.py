@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import threading
     from pathlib import Path
 
-    from kdpipe.engines.protocol import Ability, Progress, SampleRequest, Sampling, ScoreRequest
+    from kdpipe.engines.protocol import Ability, Progress, SampleRequest, Sampling, ScoreRequest, Scoring
     from kdpipe.models.source import ModelSource
     from kdpipe.recipe.schema import Server, ServerRuntime
 
@@ -107,26 +107,19 @@ class ServerEngine:
         return [[next(drawn) for _ in request.seeds] for request in requests]
 
     def score(
-        self,
-        requests: Sequence[ScoreRequest],
-        *,
-        temperature: float,
-        num_ids: int,
-        top_k: int,
-        progress: Progress,
-        hidden: bool = False,
+        self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Progress
     ) -> list[TokenScores]:
         """See Engine. At temperature 1 only."""
         self._require_loaded()
-        if temperature != 1:
+        if scoring.temperature != 1:
             raise ModelError(
-                f"a server's scores are at temperature 1, asked for was {temperature:g}",
+                f"a server's scores are at temperature 1, asked for was {scoring.temperature:g}",
                 hint="write temperature: 1 for this teacher; equal weights then do not mean a KL of 0",
             )
-        if hidden:
+        if scoring.hidden:
             raise EngineError("a server gives no hidden states")
-        if not 0 <= top_k <= num_ids:
-            raise EngineError(f"top_k is {top_k}, but there are {num_ids} ids in use")
+        if not 0 <= scoring.top_k <= scoring.num_ids:
+            raise EngineError(f"top_k is {scoring.top_k}, but there are {scoring.num_ids} ids in use")
         for index, request in enumerate(requests):
             completion = request.completion_token_ids
             with about(index):
@@ -135,7 +128,7 @@ class ServerEngine:
                 self._require_fit([*request.prompt_token_ids, *completion], new_tokens=int(bool(completion)))
 
         def work(index: int, halt: threading.Event) -> TokenScores:
-            return self._score(index, requests[index], top_k=top_k, num_ids=num_ids, halt=halt)
+            return self._score(index, requests[index], scoring, halt=halt)
 
         return self._each(len(requests), work, lambda done: progress(len(done.logprobs)))
 
@@ -161,12 +154,12 @@ class ServerEngine:
         return names[self._model]
 
     def _score(
-        self, index: int, request: ScoreRequest, *, top_k: int, num_ids: int, halt: threading.Event
+        self, index: int, request: ScoreRequest, scoring: Scoring, *, halt: threading.Event
     ) -> TokenScores:
         prompt, completion = list(request.prompt_token_ids), list(request.completion_token_ids)
         if not completion:
-            return _empty(top_k)
-        ids, asked = [*prompt, *completion], top_k
+            return _empty(scoring.top_k)
+        ids, asked = [*prompt, *completion], scoring.top_k
 
         def read(answer: dict[str, Any], url: str) -> TokenScores:
             with about(index):
@@ -175,8 +168,8 @@ class ServerEngine:
                     ids,
                     start=len(prompt),
                     asked=asked,
-                    top_k=top_k,
-                    num_ids=num_ids,
+                    top_k=scoring.top_k,
+                    num_ids=scoring.num_ids,
                     model=self._model,
                     where=url,
                 )

@@ -37,7 +37,7 @@ class MoreIdsNeeded(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class _RankedLogprob:
     """What a reply says of one id at one position."""
 
     token: int
@@ -97,7 +97,9 @@ def read_scores(
     return _with_top_k(found, top_k=top_k, num_ids=num_ids)
 
 
-def _position(row: dict[str, Any], token: int, *, asked: int, where: str) -> tuple[_Entry, list[_Entry]]:
+def _position(
+    row: dict[str, Any], token: int, *, asked: int, where: str
+) -> tuple[_RankedLogprob, list[_RankedLogprob]]:
     """The entry of the position's own id, and the `asked` most probable ones, best first."""
     entries = [_entry(key, value, where=where) for key, value in row.items()]
     own = next(entry for entry in entries if entry.token == token)
@@ -117,13 +119,13 @@ def _position(row: dict[str, Any], token: int, *, asked: int, where: str) -> tup
     return own, top
 
 
-def _entry(key: str, value: Any, *, where: str) -> _Entry:
+def _entry(key: str, value: Any, *, where: str) -> _RankedLogprob:
     if not isinstance(value, dict) or not (len(key) < 10 and key.isdecimal() and str(int(key)) == key):
         raise EngineError(f"{where}: an entry that is no id with its log-prob")
     logprob, rank = value.get("logprob"), value.get("rank")
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank < MAX_RANK:
         raise EngineError(f"{where}: id {key} has no rank of 1 or more")
-    return _Entry(int(key), _logprob(logprob, where=f"{where}: id {key}"), rank)
+    return _RankedLogprob(int(key), _logprob(logprob, where=f"{where}: id {key}"), rank)
 
 
 def _logprob(value: Any, *, where: str) -> float:
@@ -138,7 +140,9 @@ def _logprob(value: Any, *, where: str) -> float:
     return min(float(value), 0.0)
 
 
-def _with_top_k(found: Sequence[tuple[_Entry, list[_Entry]]], *, top_k: int, num_ids: int) -> TokenScores:
+def _with_top_k(
+    found: Sequence[tuple[_RankedLogprob, list[_RankedLogprob]]], *, top_k: int, num_ids: int
+) -> TokenScores:
     shape = (len(found), top_k)
     ids, logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float64)
     for t, (_, top) in enumerate(found):

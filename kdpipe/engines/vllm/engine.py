@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         SampleRequest,
         Sampling,
         ScoreRequest,
+        Scoring,
         TokenScores,
     )
     from kdpipe.models.folder import Architecture
@@ -257,18 +258,11 @@ class VllmEngine:
         return [[next(drawn) for _ in request.seeds] for request in requests]
 
     def score(
-        self,
-        requests: Sequence[ScoreRequest],
-        *,
-        temperature: float,
-        num_ids: int,
-        top_k: int,
-        progress: Progress,
-        hidden: bool = False,
+        self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Progress
     ) -> list[TokenScores]:
         """See Engine."""
         started = self._loaded()
-        if hidden:
+        if scoring.hidden:
             raise EngineError("engine vllm gives no hidden states", hint="set teacher_score.engine to hf")
         jobs = []
         for index, request in enumerate(requests):
@@ -280,14 +274,14 @@ class VllmEngine:
                         hint="set teacher_score.engine to hf",
                     )
                 self._require_fit(started, request.prompt_token_ids, new_tokens=len(completion))
-                _require_known(completion, rows=num_ids)
+                _require_known(completion, rows=scoring.num_ids)
             jobs.append(([*request.prompt_token_ids, *completion], len(completion)))
-        _require_ids(started, num_ids)
-        if not 0 <= top_k <= num_ids:
-            raise EngineError(f"top_k is {top_k}, but there are {num_ids} ids in use")
-        self._shape_logits(started, num_ids, temperature)
-        scores = self._score(started, jobs, top_k=top_k, progress=progress)
-        return [without_tail(score) if 0 < top_k == num_ids else score for score in scores]
+        _require_ids(started, scoring.num_ids)
+        if not 0 <= scoring.top_k <= scoring.num_ids:
+            raise EngineError(f"top_k is {scoring.top_k}, but there are {scoring.num_ids} ids in use")
+        self._shape_logits(started, scoring.num_ids, scoring.temperature)
+        scores = self._score(started, jobs, top_k=scoring.top_k, progress=progress)
+        return [without_tail(score) if 0 < scoring.top_k == scoring.num_ids else score for score in scores]
 
     def _score(
         self, started: _Started, jobs: Sequence[tuple[list[int], int]], *, top_k: int, progress: Progress
