@@ -25,8 +25,8 @@ from kdpipe.models.prompting import reference_completion
 from kdpipe.models.reference import Pair, logprobs_of, perturb, plain_logprobs
 from kdpipe.models.source import AdapterSource
 from kdpipe.recipe.schema import Optimizer
-from kdpipe.stages.job import request_for, sampling_of
 from kdpipe.stages.routing import teaches
+from kdpipe.stages.sampling import request_for, sampling_of
 from kdpipe.training.trainer import Trainer
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from kdpipe.models.folder import read_head
 from kdpipe.models.prompting import render_teacher_prompt
 from kdpipe.models.reference import Pair, plain_logprobs
 from kdpipe.stages.routing import teaches
-from kdpipe.stages.teacher_score import TeacherSide, teacher_side
+from kdpipe.stages.scoring import TeacherSide, teacher_side
 
 if TYPE_CHECKING:
     import numpy as np

@@ -36,8 +36,9 @@ from kdpipe.stages.held_out import Against
 from kdpipe.stages.job import Job
 from kdpipe.stages.rollout import rollout
 from kdpipe.stages.routing import check_records, teaches
+from kdpipe.stages.scoring import output_head, swapped_head
 from kdpipe.stages.sft import sft
-from kdpipe.stages.teacher_score import output_head, swapped_head, teacher_score
+from kdpipe.stages.teacher_score import teacher_score
 from kdpipe.stages.teacher_text import write_texts
 from kdpipe.stages.train import train
 from kdpipe.store.artifacts import Draft

@@ -24,7 +24,7 @@ from kdpipe.models.source import AdapterSource, ModelSource
 from kdpipe.recipe.roles import BASE, STUDENT, teacher_role
 from kdpipe.recipe.schema import EngineName, Server, Student, Teacher
 from kdpipe.stages.job import Job, Text, open_text
-from kdpipe.stages.teacher_score import TeacherSide, teacher_side
+from kdpipe.stages.scoring import TeacherSide, teacher_side
 from kdpipe.store.artifacts import Draft, Entry, Store
 from kdpipe.store.step import Input, Step
 from kdpipe.workers.pulse import Pulse

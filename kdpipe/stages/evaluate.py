@@ -24,9 +24,9 @@ from kdpipe.data.tasks.answers import grade, parse_number
 from kdpipe.errors import DataError
 from kdpipe.method import statistics
 from kdpipe.stages.held_out import Against, Exact, has_exact, verdicts
-from kdpipe.stages.job import Job, Text, mean, read_completion, request_for, sampling_of
-from kdpipe.stages.rollout import sample_all
+from kdpipe.stages.job import Job, Text, mean
 from kdpipe.stages.routing import teaches
+from kdpipe.stages.sampling import read_completion, request_for, sample_all, sampling_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

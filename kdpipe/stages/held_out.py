@@ -19,7 +19,7 @@ from kdpipe.method.micro_batch import TeacherHidden, TeacherMixture, TeacherPart
 from kdpipe.method.mixture import mixed_logprobs
 from kdpipe.models.devices import resolve_device
 from kdpipe.stages.routing import teaches
-from kdpipe.stages.teacher_score import TeacherSide, output_head, score_completions, swapped_head
+from kdpipe.stages.scoring import TeacherSide, output_head, score_completions, swapped_head
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kdpipe.models.logprobs import Head
     from kdpipe.models.source import ModelSource
     from kdpipe.stages.job import Job, Text
-    from kdpipe.stages.teacher_score import Scored, Triple
+    from kdpipe.stages.scoring import Scored, Triple
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,15 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from kdpipe.data.seeds import derive_seed
 from kdpipe.data.tables import merge, write_rows
-from kdpipe.data.tasks.answers import grade
-from kdpipe.engines.protocol import SampleRequest, Sampling
 from kdpipe.errors import EngineError, StepError
 from kdpipe.models.prompting import (
     PromptStyle,
     Tokenizer,
-    completion_text,
     end_ids,
     num_ids_in_use,
     open_tokenizer,
@@ -30,7 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from pydantic import JsonValue
 
-    from kdpipe.data.rows import Graded, Problem
+    from kdpipe.data.rows import Problem
     from kdpipe.recipe.schema import Recipe
     from kdpipe.store.artifacts import Draft
     from kdpipe.workers.pulse import Pulse
@@ -140,33 +136,6 @@ def open_text(
     tokenizer = open_tokenizer(folder, trust_remote_code=trust)
     style = prompt_style(recipe.task, train, template)
     return Text(tokenizer, style, end_ids(folder, tokenizer), num_ids_in_use(tokenizer))
-
-
-def sampling_of(recipe: Recipe, text: Text, *, temperature: float, max_new_tokens: int) -> Sampling:
-    """Settings for sampling; top-p and top-k are the rollout's, and greedy decoding ignores them."""
-    rollout = recipe.rollout
-    return Sampling(
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        end_ids=text.end_ids,
-        num_ids=text.num_ids,
-        top_p=rollout.top_p if temperature else 1.0,
-        top_k=rollout.top_k if temperature else 0,
-        stop=tuple(rollout.stop),
-    )
-
-
-def request_for(prompt: list[int], samples: int, *seed: str | int) -> SampleRequest:
-    """A request whose seeds depend on `seed` and the sample's number."""
-    return SampleRequest(prompt, tuple(derive_seed(*seed, sample) for sample in range(samples)))
-
-
-def read_completion(
-    recipe: Recipe, text: Text, problem: Problem, token_ids: Sequence[int]
-) -> tuple[str, Graded]:
-    """A completion's text and its grade."""
-    string = completion_text(text.tokenizer, token_ids, end_ids=text.end_ids, stop=recipe.rollout.stop)
-    return string, grade(string, problem.expected, headline=recipe.task.headline)
 
 
 def mean(values: Sequence[float]) -> float:

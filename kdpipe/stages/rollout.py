@@ -12,17 +12,23 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kdpipe.data.rows import Rollout
-from kdpipe.data.seeds import chosen_ids, round_indices
 from kdpipe.data.tables import ROLLOUTS, read_rollouts
-from kdpipe.errors import DataError
 from kdpipe.models.prompting import reference_completion
-from kdpipe.stages.job import Job, Text, mean, read_completion, request_for, sampling_of
+from kdpipe.stages.job import Job, Text, mean
+from kdpipe.stages.sampling import (
+    graded_row,
+    request_for,
+    round_problems,
+    sample_all,
+    sampled_ids,
+    sampling_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kdpipe.data.rows import Problem
-    from kdpipe.engines.protocol import Completion, Engine, SampleRequest, Sampling
+    from kdpipe.engines.protocol import Completion, Engine, SampleRequest
     from kdpipe.models.source import ModelSource
 
 
@@ -78,29 +84,6 @@ def rollout(
     _write_metrics(job, read_rollouts(job.draft.folder / name))
 
 
-def sample_all(
-    job: Job, prompt_ids: Sequence[str], requests: Sequence[SampleRequest], sampling: Sampling, engine: Engine
-) -> list[list[Completion]]:
-    """The completions of each request; raises with the prompt and the token where a log-prob is not finite."""
-    if not requests:
-        return []
-    with job.asking(prompt_ids):
-        found = engine.sample(requests, sampling, progress=job.pulse.tokens)
-    for prompt_id, row in zip(prompt_ids, found, strict=True):
-        job.require_finite([prompt_id] * len(row), [each.logprobs for each in row], "the sampler's log-prob")
-    return found
-
-
-def sampled_ids(job: Job, problems: Sequence[Problem]) -> frozenset[str]:
-    """Which of the round's problems the student samples for."""
-    return chosen_ids(
-        [problem.prompt_id for problem in problems],
-        count=job.recipe.rollout.on_policy_prompts,
-        round_number=job.round,
-        seed=job.seed,
-    )
-
-
 def _sample(
     job: Job, text: Text, problem: Problem, request: SampleRequest, number: int, completion: Completion
 ) -> Rollout:
@@ -117,27 +100,6 @@ def _reference(job: Job, text: Text, problem: Problem) -> Rollout:
     return replace(graded_row(job, text, problem, text.prompt(problem), solution), source="reference")
 
 
-def graded_row(job: Job, text: Text, problem: Problem, prompt: list[int], completion: list[int]) -> Rollout:
-    """The row of a completion that ended, with its grade."""
-    string, graded = read_completion(job.recipe, text, problem, completion)
-    return Rollout(
-        prompt_id=problem.prompt_id,
-        sample=0,
-        question=problem.question,
-        expected=problem.expected,
-        prompt_token_ids=prompt,
-        completion_token_ids=completion,
-        sampler_logprobs=None,
-        source="student",
-        finish_reason="stop",
-        text=string,
-        answer_strict=graded.answer_strict,
-        answer_flexible=graded.answer_flexible,
-        correct=graded.correct,
-        reward=float(graded.correct),
-    )
-
-
 def _write_metrics(job: Job, rows: Sequence[Rollout]) -> None:
     """What the student's own samples are like, and for which share of the prompts there are some."""
     own = [row for row in rows if row.source == "student"]
@@ -148,16 +110,3 @@ def _write_metrics(job: Job, rows: Sequence[Rollout]) -> None:
         metric("rollout/completion_tokens_mean", mean([len(row.completion_token_ids) for row in own]))
         metric("rollout/truncated_fraction", mean([row.finish_reason == "length" for row in own]))
         metric("rollout/reward_mean", mean([row.reward for row in own]))
-
-
-def round_problems(job: Job) -> list[Problem]:
-    """The train problems of the round, none twice."""
-    ids = [problem.prompt_id for problem in job.train]
-    prompts = job.recipe.rollout.prompts
-    try:
-        chosen = round_indices(ids, prompts=prompts, round_number=job.round, seed=job.seed)
-    except ValueError as error:
-        raise DataError(
-            f"rollout.prompts: {error}", hint=f"set rollout.prompts to {len(ids)} or fewer"
-        ) from None
-    return [job.train[index] for index in chosen]

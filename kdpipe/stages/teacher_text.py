@@ -11,9 +11,16 @@ from typing import TYPE_CHECKING
 
 from kdpipe.data.tables import ROLLOUTS, read_rollouts
 from kdpipe.errors import PreflightError
-from kdpipe.stages.job import Job, Text, mean, request_for, sampling_of
-from kdpipe.stages.rollout import graded_row, round_problems, sample_all, sampled_ids
+from kdpipe.stages.job import Job, Text, mean
 from kdpipe.stages.routing import teaches
+from kdpipe.stages.sampling import (
+    graded_row,
+    request_for,
+    round_problems,
+    sample_all,
+    sampled_ids,
+    sampling_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +28,7 @@ if TYPE_CHECKING:
     from kdpipe.data.rows import Problem, Rollout
     from kdpipe.engines.protocol import Completion, Engine
     from kdpipe.models.source import ModelSource
-    from kdpipe.stages.teacher_score import TeacherSide
+    from kdpipe.stages.scoring import TeacherSide
 
 
 def write_texts(

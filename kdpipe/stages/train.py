@@ -35,8 +35,8 @@ from kdpipe.models.folder import write_model
 from kdpipe.models.logprobs import head_of, hidden_states, score_tokens
 from kdpipe.recipe.schema import Objective, SampledTerm
 from kdpipe.stages.job import NOTHING_PUBLISHED, Job, Text, mean
+from kdpipe.stages.scoring import check_scorable, score_metrics
 from kdpipe.stages.sft import apply_gradient, write_state
-from kdpipe.stages.teacher_score import check_scorable, score_metrics
 from kdpipe.training.state import write_trainer
 
 if TYPE_CHECKING:

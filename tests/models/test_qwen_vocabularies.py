@@ -15,7 +15,7 @@ from kdpipe.models.prompting import prompt_style, render_prompt
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.file import load_recipe
 from kdpipe.stages.job import Job, Text
-from kdpipe.stages.teacher_score import TeacherSide, check_scorable, score_completions, teacher_side
+from kdpipe.stages.scoring import TeacherSide, check_scorable, score_completions, teacher_side
 from tests.fakes import FakeEngine
 from tests.models.test_prompting import CHAT, byte_tokenizer
 

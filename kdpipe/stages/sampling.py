@@ -1,0 +1,108 @@
+"""Completions sampled for problems: which problems a round has, the requests, and the graded rows.
+
+Every prompt and seed is derived from (seed, round, prompt id, sample), so that any part can be sampled
+again by itself with the same result.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kdpipe.data.rows import Rollout
+from kdpipe.data.seeds import chosen_ids, derive_seed, round_indices
+from kdpipe.data.tasks.answers import grade
+from kdpipe.engines.protocol import SampleRequest, Sampling
+from kdpipe.errors import DataError
+from kdpipe.models.prompting import completion_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kdpipe.data.rows import Graded, Problem
+    from kdpipe.engines.protocol import Completion, Engine
+    from kdpipe.recipe.schema import Recipe
+    from kdpipe.stages.job import Job, Text
+
+
+def round_problems(job: Job) -> list[Problem]:
+    """The train problems of the round, none twice."""
+    ids = [problem.prompt_id for problem in job.train]
+    prompts = job.recipe.rollout.prompts
+    try:
+        chosen = round_indices(ids, prompts=prompts, round_number=job.round, seed=job.seed)
+    except ValueError as error:
+        raise DataError(
+            f"rollout.prompts: {error}", hint=f"set rollout.prompts to {len(ids)} or fewer"
+        ) from None
+    return [job.train[index] for index in chosen]
+
+
+def sampled_ids(job: Job, problems: Sequence[Problem]) -> frozenset[str]:
+    """Which of the round's problems the student samples for."""
+    return chosen_ids(
+        [problem.prompt_id for problem in problems],
+        count=job.recipe.rollout.on_policy_prompts,
+        round_number=job.round,
+        seed=job.seed,
+    )
+
+
+def request_for(prompt: list[int], samples: int, *seed: str | int) -> SampleRequest:
+    """A request whose seeds depend on `seed` and the sample's number."""
+    return SampleRequest(prompt, tuple(derive_seed(*seed, sample) for sample in range(samples)))
+
+
+def sampling_of(recipe: Recipe, text: Text, *, temperature: float, max_new_tokens: int) -> Sampling:
+    """Settings for sampling; top-p and top-k are the rollout's, and greedy decoding ignores them."""
+    rollout = recipe.rollout
+    return Sampling(
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        end_ids=text.end_ids,
+        num_ids=text.num_ids,
+        top_p=rollout.top_p if temperature else 1.0,
+        top_k=rollout.top_k if temperature else 0,
+        stop=tuple(rollout.stop),
+    )
+
+
+def sample_all(
+    job: Job, prompt_ids: Sequence[str], requests: Sequence[SampleRequest], sampling: Sampling, engine: Engine
+) -> list[list[Completion]]:
+    """The completions of each request; raises with the prompt and the token where a log-prob is not finite."""
+    if not requests:
+        return []
+    with job.asking(prompt_ids):
+        found = engine.sample(requests, sampling, progress=job.pulse.tokens)
+    for prompt_id, row in zip(prompt_ids, found, strict=True):
+        job.require_finite([prompt_id] * len(row), [each.logprobs for each in row], "the sampler's log-prob")
+    return found
+
+
+def graded_row(job: Job, text: Text, problem: Problem, prompt: list[int], completion: list[int]) -> Rollout:
+    """The row of a completion that ended, with its grade."""
+    string, graded = read_completion(job.recipe, text, problem, completion)
+    return Rollout(
+        prompt_id=problem.prompt_id,
+        sample=0,
+        question=problem.question,
+        expected=problem.expected,
+        prompt_token_ids=prompt,
+        completion_token_ids=completion,
+        sampler_logprobs=None,
+        source="student",
+        finish_reason="stop",
+        text=string,
+        answer_strict=graded.answer_strict,
+        answer_flexible=graded.answer_flexible,
+        correct=graded.correct,
+        reward=float(graded.correct),
+    )
+
+
+def read_completion(
+    recipe: Recipe, text: Text, problem: Problem, token_ids: Sequence[int]
+) -> tuple[str, Graded]:
+    """A completion's text and its grade."""
+    string = completion_text(text.tokenizer, token_ids, end_ids=text.end_ids, stop=recipe.rollout.stop)
+    return string, grade(string, problem.expected, headline=recipe.task.headline)
