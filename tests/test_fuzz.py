@@ -27,7 +27,7 @@ from kdpipe.data.tasks.answers import extract_expected, flexible_answer, grade, 
 from kdpipe.engines.protocol import Sampling
 from kdpipe.engines.server.http import HttpClient, Limits
 from kdpipe.engines.server.replies import MoreIdsNeeded, read_completion, read_scores, served_models
-from kdpipe.engines.signatures import require_same
+from kdpipe.engines.server.signature import require_same
 from kdpipe.errors import ArtifactError, DataError, EngineError, KdpipeError
 from kdpipe.pipeline.project import open_project
 from kdpipe.pipeline.status import inspect

@@ -15,7 +15,7 @@ from kdpipe.data.tables import read_rollouts
 from kdpipe.data.tasks.arithmetic import words
 from kdpipe.engines.protocol import Engine
 from kdpipe.engines.server.engine import ServerEngine
-from kdpipe.engines.signatures import require_same
+from kdpipe.engines.server.signature import require_same
 from kdpipe.errors import StepError
 from kdpipe.execution.warm import Warm
 from kdpipe.models.folder import require_targets

@@ -12,7 +12,7 @@ import yaml
 
 from kdpipe.engines.server.http import FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS, MAX_RETRY_AFTER_SECONDS
 from kdpipe.engines.server.replies import TAIL_FLOOR
-from kdpipe.engines.signatures import SAME_NATS
+from kdpipe.engines.server.signature import SAME_NATS
 from kdpipe.recipe.schema import Recipe, Section, Server, ServerRuntime, Teacher
 from tests.docs.test_objectives_doc import study
 from tests.worlds import load_tiny

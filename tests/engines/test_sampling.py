@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from kdpipe.engines import sampling as sampling_module
+from kdpipe.engines.hf.sampling import LAST_BELOW_ONE, draw, truncated, uniforms
 from kdpipe.engines.protocol import Sampling
-from kdpipe.engines.sampling import LAST_BELOW_ONE, draw, truncated, uniforms
 
 PLAIN = Sampling(temperature=1.0, max_new_tokens=1, end_ids=(), num_ids=6)
 

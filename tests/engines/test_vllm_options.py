@@ -20,8 +20,7 @@ from kdpipe.engines.protocol import SampleRequest, Sampling, ScoreRequest, Scori
 from kdpipe.engines.vllm import guard as vllm_guard
 from kdpipe.engines.vllm import process as vllm_process
 from kdpipe.engines.vllm import worker as vllm_worker
-from kdpipe.engines.vllm.engine import VllmEngine
-from kdpipe.engines.vllm.output import scores_of
+from kdpipe.engines.vllm.engine import VllmEngine, scores_of
 from kdpipe.errors import EngineError, RecipeError
 from kdpipe.models.folder import open_model, read_architecture, write_model
 from kdpipe.models.source import ModelSource

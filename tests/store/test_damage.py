@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import kdpipe.pipeline.plan
 from kdpipe.cli.app import app
-from kdpipe.engines.signatures import require_same
+from kdpipe.engines.server.signature import require_same
 from kdpipe.errors import ArtifactError, Interrupted
 from kdpipe.pipeline.housekeeping import verify
 from kdpipe.pipeline.project import Project, headrooms, open_project, round_metrics

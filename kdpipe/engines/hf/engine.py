@@ -17,8 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from kdpipe.engines.hf.decoding import is_llama_like, make_decoder
+from kdpipe.engines.hf.sampling import draw, uniforms
 from kdpipe.engines.protocol import Completion, TokenScores, about
-from kdpipe.engines.sampling import draw, uniforms
 from kdpipe.errors import EngineError, ModelError
 from kdpipe.models.batching import batches_by_tokens, make_batch
 from kdpipe.models.logprobs import Head, HeadScores, head_of, hidden_states, score_tokens

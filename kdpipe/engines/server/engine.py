@@ -15,7 +15,7 @@ import numpy as np
 from kdpipe.engines.protocol import Completion, TokenScores, about
 from kdpipe.engines.server.http import Halted, HttpClient, Limits
 from kdpipe.engines.server.replies import MoreIdsNeeded, read_completion, read_scores, served_models
-from kdpipe.engines.signatures import SAME_NATS, distance
+from kdpipe.engines.server.signature import SAME_NATS, distance
 from kdpipe.errors import EngineError, ModelError
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import urllib3
-from urllib3.exceptions import HTTPError, SSLError
+from urllib3.exceptions import HTTPError, InvalidHeader, SSLError
+from urllib3.util import Retry
 
 from kdpipe import __version__
 from kdpipe.errors import EngineError
@@ -331,14 +331,9 @@ def _retry_after(value: str | None) -> float:
     if value is None:
         return 0.0
     try:
-        seconds = (
-            float(value)
-            if value.strip().isdigit()
-            else parsedate_to_datetime(value).timestamp() - time.time()
-        )
-    except (ValueError, TypeError, OverflowError):
+        return min(Retry().parse_retry_after(value), MAX_RETRY_AFTER_SECONDS)
+    except (InvalidHeader, ValueError, OverflowError):
         return 0.0
-    return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS)
 
 
 def _message(data: bytes) -> str:

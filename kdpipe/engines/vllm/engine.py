@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kdpipe.engines.protocol import about
-from kdpipe.engines.vllm.output import completion_of, no_scores, scores_of, without_tail
+from kdpipe.engines.protocol import Completion, TokenScores, about
 from kdpipe.engines.vllm.process import VllmProcess, sampling_params, scoring_params
 from kdpipe.errors import EngineError, ModelError
 from kdpipe.models.batching import batches_by_tokens
@@ -35,13 +34,11 @@ if TYPE_CHECKING:
 
     from kdpipe.engines.protocol import (
         Ability,
-        Completion,
         Progress,
         SampleRequest,
         Sampling,
         ScoreRequest,
         Scoring,
-        TokenScores,
     )
     from kdpipe.models.folder import Architecture
     from kdpipe.models.source import ModelSource
@@ -51,6 +48,8 @@ _CPU_KV_CACHE_GIB = 2.0
 _PROBE_TOKENS = 12
 _PROBE_TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.4}
 """Nats by which a log-prob may differ from that of transformers' float32 forward, by dtype."""
+_TAIL_FLOOR = 1e-7
+"""The least tail mass: what float32 log-probs leave undecided when their sum is taken from 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,3 +362,63 @@ def _require_ids(started: _Started, num_ids: int) -> None:
         raise EngineError(
             f"{num_ids} ids in use, but the model's output head has {started.architecture.rows} rows"
         )
+
+
+# ------------------------------------------------------------------------------------------ what vLLM answers
+
+
+def completion_of(output: Any) -> Completion:
+    """The completion in a request's output, with the log-prob that stands at each token's own id."""
+    [found] = output.outputs
+    ids = list(found.token_ids)
+    logprobs = _at_tokens(found.logprobs, ids, width=1)[:, 0]
+    if found.finish_reason not in ("stop", "length"):
+        raise EngineError(f"vLLM ended it for the reason {found.finish_reason!r}")
+    return Completion(ids, logprobs.tolist(), found.finish_reason)
+
+
+def scores_of(output: Any, ids: Sequence[int], *, count: int, top_k: int) -> TokenScores:
+    """The scores of the last `count` of the `ids` that a request read; the tail is what its support leaves of 1."""
+    flat = output.prompt_logprobs[1:]  # nothing predicts the first token
+    logprobs = _at_tokens(flat, ids[1:], width=1 + top_k)[-count:]
+    token = logprobs[:, 0].astype(np.float32)
+    if not top_k:
+        return TokenScores(token)
+    found = np.array(flat.token_ids, np.int32).reshape(-1, 1 + top_k)[-count:, 1:]
+    order = np.lexsort((found, -logprobs[:, 1:]))  # by falling log-prob, then by id
+    support = np.take_along_axis(logprobs[:, 1:], order, axis=1)
+    tail = np.log(np.maximum(1 - np.exp(support).sum(axis=1), _TAIL_FLOOR))
+    return TokenScores(
+        token,
+        np.take_along_axis(found, order, axis=1),
+        support.astype(np.float32),
+        tail.astype(np.float32),
+    )
+
+
+def no_scores(top_k: int) -> TokenScores:
+    """The scores of an empty completion."""
+    none = np.zeros(0, np.float32)
+    if not top_k:
+        return TokenScores(none)
+    return TokenScores(none, np.zeros((0, top_k), np.int32), np.zeros((0, top_k), np.float32), none)
+
+
+def without_tail(score: TokenScores) -> TokenScores:
+    """The scores of a support that holds all ids: nothing is outside it."""
+    tail = np.full(len(score.logprobs), -np.inf, np.float32)
+    return TokenScores(score.logprobs, score.topk_ids, score.topk_logprobs, tail)
+
+
+def _at_tokens(flat: Any, ids: Sequence[int], *, width: int) -> npt.NDArray[np.float64]:
+    """Log-probs [n, width] at n tokens, the token's own first; raises EngineError where it is not, or not finite."""
+    if flat.token_ids[::width] != list(ids):
+        raise EngineError("vLLM gives log-probs of other tokens than those that were read or drawn")
+    logprobs = np.array(flat.logprobs, np.float64).reshape(len(ids), width)
+    bad = ~np.isfinite(logprobs).all(axis=1)
+    if bad.any():
+        raise EngineError(
+            f"log-probs at token {int(bad.argmax())} are not finite",
+            hint="the weights hold nan, inf or values too large for the dtype; try dtype: float32",
+        )
+    return logprobs
