@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdpipe.engines import sampling as sampling_module
+from kdpipe.engines.hf import sampling as sampling_module
 from kdpipe.engines.hf.sampling import LAST_BELOW_ONE, draw, truncated, uniforms
 from kdpipe.engines.protocol import Sampling
 
