@@ -25,8 +25,8 @@ from kdpipe.execution.executor import Performer
 from kdpipe.models.prompting import arithmetic_tokenizer
 from kdpipe.models.source import ModelSource
 from kdpipe.pipeline.identities import Sources
+from kdpipe.pipeline.preflight import examination
 from kdpipe.pipeline.project import open_project
-from kdpipe.pipeline.runner import examination
 from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.workers.worker import Report
 from tests.worlds import load_tiny

@@ -185,10 +185,10 @@ def run_near(
     **request: Any,
 ) -> Project:
     """Runs the recipe without starting a process; every call begins as cold as a new command."""
-    import kdpipe.pipeline.runner
+    import kdpipe.pipeline.request
 
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    real, kdpipe.pipeline.runner.Worker = kdpipe.pipeline.runner.Worker, NearWorker
+    real, kdpipe.pipeline.request.Worker = kdpipe.pipeline.request.Worker, NearWorker
     try:
         return run(
             loaded,
@@ -198,7 +198,7 @@ def run_near(
             open_mirror=lambda _project: mirror or SilentMirror(),
         )
     finally:
-        kdpipe.pipeline.runner.Worker = real
+        kdpipe.pipeline.request.Worker = real
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(mode=deterministic)
 

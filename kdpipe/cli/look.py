@@ -75,7 +75,7 @@ def _not_mirrored(project: "Project") -> int:
 def _status_json(project: "Project", found: "Overview") -> dict[str, Any]:
     from dataclasses import asdict
 
-    from kdpipe.pipeline.project import headrooms
+    from kdpipe.pipeline.requirements import headrooms
 
     left = [state for state in found.states if not state.done]
     return {
@@ -94,7 +94,8 @@ def _status_json(project: "Project", found: "Overview") -> dict[str, Any]:
 def _status_lines(project: "Project", found: "Overview", paint: "Paint") -> list[str]:
     from kdpipe.cli.overview import grid_lines, progress_line
     from kdpipe.cli.terminal import inert, round_line
-    from kdpipe.pipeline.project import headrooms, round_metrics
+    from kdpipe.pipeline.project import round_metrics
+    from kdpipe.pipeline.requirements import headrooms
     from kdpipe.tracking import waiting
 
     states, rounds_done = found.states, _rounds_done(found)

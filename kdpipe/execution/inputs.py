@@ -21,12 +21,12 @@ from kdpipe.execution.warm import Warm
 from kdpipe.models.folder import require_targets
 from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use, prompt_style
 from kdpipe.models.source import AdapterSource, ModelSource
+from kdpipe.pipeline.request import read_step
 from kdpipe.recipe.roles import BASE, STUDENT, teacher_role
 from kdpipe.recipe.schema import EngineName, Server, Student, Teacher
 from kdpipe.stages.job import Job, Text, open_text
 from kdpipe.stages.scoring import TeacherSide, teacher_side
 from kdpipe.store.artifacts import Draft, Entry, Store
-from kdpipe.store.step import Input, Step
 from kdpipe.workers.pulse import Pulse
 from kdpipe.workers.worker import Report
 
@@ -39,9 +39,9 @@ class Inputs:
         self.report = report
         self.warm = warm
         self.recipe = warm.recipe
-        self.step = _step(request["step"])
+        self.step = read_step(request["step"])
         self.store = Store(Path(request["workspace"]))
-        self.steps = {role: _step(value) for role, value in request["inputs"].items()}
+        self.steps = {role: read_step(value) for role, value in request["inputs"].items()}
 
     def job(self, draft: Draft, pulse: Pulse) -> Job:
         """The step's work as its stage is handed it."""
@@ -234,17 +234,3 @@ class Inputs:
             require_same(self.store.workspace, source.digest, who=who, scores=engine.signature)
             self.warm.servers[role] = engine
         return self.warm.servers[role]
-
-
-def _step(value: Mapping[str, Any]) -> Step:
-    inputs = {role: Input(found["step_id"], tuple(found["opens"])) for role, found in value["inputs"].items()}
-    return Step(
-        value["id"],
-        value["stage"],
-        value["round"],
-        value["subject"],
-        value["seed"],
-        inputs,
-        value["document"],
-        value["fingerprint"],
-    )

@@ -1,16 +1,22 @@
-"""`kdpipe doctor RECIPE` as the command line calls it: from a recipe to findings, in a worker. Never imports torch."""
+"""The models of a round, examined before it starts, and for `kdpipe doctor RECIPE`. Never imports torch."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import JsonValue
+
+from kdpipe.errors import PreflightError
 from kdpipe.pipeline.identities import Sources
-from kdpipe.pipeline.project import open_project
-from kdpipe.pipeline.runner import PERFORMER, examination, open_worker
+from kdpipe.pipeline.project import Project, open_project
+from kdpipe.pipeline.request import PERFORMER, open_worker, request_for
 from kdpipe.recipe.file import LoadedRecipe
-from kdpipe.workers.worker import CLOSE
+from kdpipe.recipe.roles import BASE, STUDENT, teacher_role
+from kdpipe.store.step import Input, Step
+from kdpipe.workers.worker import CLOSE, Message
 
 
 def examine_recipe(loaded: LoadedRecipe, workspace: Path) -> dict[str, Any]:
@@ -36,3 +42,63 @@ def examine_recipe(loaded: LoadedRecipe, workspace: Path) -> dict[str, Any]:
         "estimate": result["estimate"],
         "free_disk_bytes": shutil.disk_usage(workspace).free,
     }
+
+
+def examine_round(
+    project: Project,
+    folders: Mapping[str, Path],
+    number: int,
+    *,
+    call: Callable[[Message], Message],
+    warn: Callable[[str], None],
+) -> None:
+    """Examines the student and teachers of round `number` quickly; raises PreflightError where one is unfit.
+
+    Examines nothing while one of them is not made yet, nor a student without teachers.
+    """
+    request = examination(project, folders, number, depth="quick")
+    if request["missing"] or len(request["roles"]) == 1:  # type: ignore[arg-type]
+        return
+    findings: Any = call(request)["findings"]
+    for finding in findings:
+        if finding["verdict"] == "warning":
+            warn(_sentence(finding))
+    broken = [_sentence(finding) for finding in findings if finding["verdict"] == "FAILED"]
+    if broken:
+        more = "".join(f"\n  {line}" for line in broken[1:])
+        raise PreflightError(
+            f"preflight of round {number}: {broken[0]}{more}",
+            hint="kdpipe doctor shows the numbers; done steps are kept; --set runtime.preflight=false goes on",
+        )
+
+
+def examination(
+    project: Project, folders: Mapping[str, Path], number: int, *, depth: Literal["full", "quick"]
+) -> dict[str, JsonValue]:
+    """The request to examine the models of round `number`; `missing` has the roles that no step has made yet."""
+    recipe = project.recipe
+    teachers = recipe.teachers if recipe.train.objective.in_round(number).has_kd else []
+    roles = [STUDENT, *(teacher_role(recipe, teacher) for teacher in teachers)]
+    models = {*roles, BASE}
+    found: dict[str, Input] = {}
+    for step in project.plan.steps:
+        if step.round == number and step.stage in ("rollout", "teacher-score"):
+            found |= {role: source for role, source in step.inputs.items() if role in models}
+    there = {state.step.id: state for state in project.survey() if state.done}
+    missing: dict[str, JsonValue] = {
+        role: source.step_id
+        for role, source in found.items()
+        if source.step_id not in there or there[source.step_id].dropped & set(source.opens)
+    }
+    inputs = {role: source for role, source in found.items() if role not in missing}
+    step = Step(f"preflight@{number}", "evaluate", number, STUDENT, recipe.seed, inputs, {}, "")
+    return {
+        **request_for(project, folders, step),
+        "examine": depth,
+        "roles": list[JsonValue](roles),
+        "missing": missing,
+    }
+
+
+def _sentence(finding: Mapping[str, Any]) -> str:
+    return f"{finding['probe']} ({finding['about']}): {finding['said']}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from kdpipe.pipeline.plan import Identities, Plan, make_plan
 from kdpipe.pipeline.runs import RunFolder, named_run, run_folder
 from kdpipe.pipeline.status import State, survey
 from kdpipe.recipe.file import LoadedRecipe
-from kdpipe.recipe.schema import Recipe, Teacher
+from kdpipe.recipe.schema import Recipe
 from kdpipe.store.artifacts import Store
 
 
@@ -65,66 +64,6 @@ def summary_of(project: Project, step_id: str) -> dict[str, Any] | None:
                 summary: dict[str, Any] = entry.read_json("summary.json")
                 return summary
     return None
-
-
-@dataclass(frozen=True, slots=True)
-class Headroom:
-    """How much better a teacher is than student 0 on the same problems: the paired difference of their accuracies.
-
-    `low` and `high` are its 95 % interval, `p_value` McNemar's, None where problems have several samples. `exempt` says
-    why the teacher need not be better; None: a run stops before round 1 when it is not.
-    """
-
-    teacher: str
-    problems: int
-    is_routed: bool
-    accuracy: float
-    change: float
-    low: float
-    high: float
-    p_value: float | None
-    exempt: str | None
-
-    @property
-    def stops(self) -> bool:
-        """Whether the teacher should be better and is not."""
-        return self.exempt is None and self.change <= 0
-
-    def sentence(self) -> str:
-        """All of it, for people."""
-        p = "" if self.p_value is None else f", McNemar p = {self.p_value:.2g}"
-        interval = f"paired 95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}{p}"
-        where = (
-            f"the {self.problems} problems that it teaches" if self.is_routed else f"{self.problems} problems"
-        )
-        exempt = "" if self.exempt is None else f"; it need not be better: {self.exempt}"
-        return f"accuracy {self.accuracy:.1%}, headroom {100 * self.change:+.1f} points ({interval}) on {where}{exempt}"
-
-
-def headroom_of(teacher: Teacher, summary: Mapping[str, Any]) -> Headroom:
-    """The headroom that the summary of a teacher's evaluation tells."""
-    reasons = ["the student itself"] if teacher.self_ is not None else []
-    if teacher.is_privileged:
-        reasons.append("privileged (its prompt shows more than the question)")
-    return Headroom(
-        teacher.name,
-        summary["problems"],
-        teacher.only is not None,
-        summary["accuracy"],
-        summary["accuracy_change"],
-        summary["accuracy_change_low"],
-        summary["accuracy_change_high"],
-        summary.get("accuracy_change_p_value"),
-        " and ".join(reasons) or None,
-    )
-
-
-def headrooms(project: Project) -> list[Headroom]:
-    """Those of the teachers whose evaluation is done, in the order of the recipe."""
-    found = [
-        (teacher, summary_of(project, f"evaluate:{teacher.name}@0")) for teacher in project.recipe.teachers
-    ]
-    return [headroom_of(teacher, summary) for teacher, summary in found if summary is not None]
 
 
 def round_metrics(project: Project, number: int) -> dict[str, float]:

@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 from kdpipe.data.tables import GRADES, read_rows
 from kdpipe.method import statistics
 from kdpipe.method.statistics import Interval
-from kdpipe.pipeline.project import Headroom, Project, headroom_of, summary_of
+from kdpipe.pipeline.project import Project, summary_of
+from kdpipe.pipeline.requirements import Headroom, headroom_of
 from kdpipe.pipeline.status import State
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.store.artifacts import METRICS, Manifest

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdpipe.method.statistics import Interval
-from kdpipe.pipeline.project import headroom_of
+from kdpipe.pipeline.requirements import headroom_of
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import Recipe
 from kdpipe.results.measures import accuracy_of, interval_of, reverse_kl_change_of, reverse_kl_of

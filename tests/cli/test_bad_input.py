@@ -13,7 +13,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import kdpipe.pipeline.runner
+import kdpipe.pipeline.request
+import kdpipe.pipeline.requirements
 from kdpipe.cli.app import app
 from kdpipe.data.tasks.arithmetic import words as arithmetic_words
 from kdpipe.models.folder import scratch_model, write_model
@@ -633,7 +634,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def near(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers in this process."""
-    monkeypatch.setattr(kdpipe.pipeline.runner, "Worker", NearWorker)
+    monkeypatch.setattr(kdpipe.pipeline.request, "Worker", NearWorker)
     monkeypatch.setattr(sys, "argv", ["kdpipe", "run", "recipe.yaml"])
 
 
@@ -690,7 +691,9 @@ def test_a_mistake_gets_one_clear_message_and_its_exit_code(
 def test_adapters_without_peft_stop_a_run_before_its_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kdpipe.pipeline.runner, "find_spec", lambda name: None if name == "peft" else name)
+    monkeypatch.setattr(
+        kdpipe.pipeline.requirements, "find_spec", lambda name: None if name == "peft" else name
+    )
     recipe = write_recipe(tmp_path, student__lora={})
     args = ["run", str(recipe), "--workspace", str(tmp_path / "out")]
     result = CliRunner().invoke(app, args)

@@ -20,7 +20,7 @@ import typer
 from typer.testing import CliRunner
 
 import kdpipe
-import kdpipe.pipeline.runner
+import kdpipe.pipeline.request
 from kdpipe.cli.app import app
 from tests.worlds import NearWorker, write_recipe
 
@@ -35,7 +35,7 @@ STORY = ("run", "rollout", "sft", "teacher-score", "train", "evaluate")
 def near() -> Iterator[None]:
     """Workers in this process: what is tested here is the command line."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kdpipe.pipeline.runner, "Worker", NearWorker)
+        patch.setattr(kdpipe.pipeline.request, "Worker", NearWorker)
         patch.setattr(sys, "argv", ["kdpipe", "run", "recipe.yaml"])
         yield
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import kdpipe.pipeline.runner
+import kdpipe.pipeline.request
 from kdpipe.cli.app import app
 from tests.worlds import NearWorker, write_recipe
 
@@ -32,7 +32,7 @@ def test_there_are_ten_tasks_and_more_each_with_a_command() -> None:
 def test_every_command_of_the_cookbook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_recipe(tmp_path, rounds=2, rollout__samples=2)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kdpipe.pipeline.runner, "Worker", NearWorker)
+    monkeypatch.setattr(kdpipe.pipeline.request, "Worker", NearWorker)
     monkeypatch.setattr(sys, "argv", ["kdpipe", "run", "recipe.yaml"])
     for command in commands():
         _, *args = shlex.split(command)

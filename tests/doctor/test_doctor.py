@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-import kdpipe.pipeline.runner
+import kdpipe.pipeline.preflight
+import kdpipe.pipeline.request
 from kdpipe.cli.app import app
 from kdpipe.doctor.finding import CATCHES, Measure, Outcome, found
 from kdpipe.engines.protocol import Engine
@@ -398,7 +399,7 @@ def test_a_number_that_is_none_never_passes() -> None:
 @pytest.fixture
 def near(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers in this process."""
-    monkeypatch.setattr(kdpipe.pipeline.runner, "Worker", NearWorker)
+    monkeypatch.setattr(kdpipe.pipeline.request, "Worker", NearWorker)
     monkeypatch.setattr(sys, "argv", ["kdpipe", "doctor", "recipe.yaml"])
 
 
@@ -463,13 +464,13 @@ def test_a_healthy_run_is_examined_once_a_command_and_told_of_warnings(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    real = kdpipe.pipeline.runner.examination
+    real = kdpipe.pipeline.preflight.examination
 
     def counted(*args: Any, **settings: Any) -> Any:
         asked.append(args[2])
         return real(*args, **settings)
 
-    monkeypatch.setattr(kdpipe.pipeline.runner, "examination", counted)
+    monkeypatch.setattr(kdpipe.pipeline.preflight, "examination", counted)
     clinic.set_template(copied / "student", TURN)
     clinic.set_template(copied / "teacher", "Tom has " + TURN)
     task = {"kind": "jsonl", "train": "train.jsonl", "test": "test.jsonl", "instruction": ""}
@@ -486,13 +487,13 @@ def test_where_teachers_write_the_models_are_examined_when_all_of_them_are_there
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    real = kdpipe.pipeline.runner.examination
+    real = kdpipe.pipeline.preflight.examination
 
     def seen(*args: Any, **settings: Any) -> Any:
         asked.append(real(*args, **settings))
         return asked[-1]
 
-    monkeypatch.setattr(kdpipe.pipeline.runner, "examination", seen)
+    monkeypatch.setattr(kdpipe.pipeline.preflight, "examination", seen)
     student = {"model": "./student", "dtype": "float32", "sft": {"steps": 2, "batch": 4, "text": "teacher"}}
     loaded = load_world(copied, student=student, runtime__preflight=True)
     watcher = Watcher()

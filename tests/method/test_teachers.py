@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdpipe.pipeline.project import headroom_of
+from kdpipe.pipeline.requirements import headroom_of
 from kdpipe.recipe.schema import Recipe
 from tests.worlds import load_tiny, run_near
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import kdpipe.pipeline.runner
+import kdpipe.pipeline.request
 from kdpipe.cli.app import app
 from kdpipe.errors import RecipeError
 from kdpipe.recipe.sweep import points
@@ -40,7 +40,7 @@ def test_a_sweep_without_values_or_with_one_twice_is_refused(sweeps: list[str]) 
 
 @pytest.fixture
 def near(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kdpipe.pipeline.runner, "Worker", NearWorker)
+    monkeypatch.setattr(kdpipe.pipeline.request, "Worker", NearWorker)
     monkeypatch.setattr(sys, "argv", ["kdpipe", "run", "recipe.yaml"])
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import kdpipe.pipeline.runner
+import kdpipe.pipeline.request
 from kdpipe.cli.app import app
 from kdpipe.data.rows import Rollout
 from kdpipe.data.tables import Scores
@@ -287,7 +287,7 @@ def test_a_study_runs_resumes_and_survives_an_arm_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One command: five arms of one seed, the comparison, and the numbers again from the tables of the runs."""
-    monkeypatch.setattr(kdpipe.pipeline.runner, "Worker", NearWorker)
+    monkeypatch.setattr(kdpipe.pipeline.request, "Worker", NearWorker)
     monkeypatch.setattr("kdpipe.tracking.open_mirror", lambda _project: SilentMirror())
     threads = torch.get_num_threads()
     path = write_recipe(

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import kdpipe.execution.executor
-import kdpipe.pipeline.runner
+import kdpipe.pipeline.request
 import kdpipe.stages.sft
 from kdpipe.cli.app import app
 from kdpipe.data.rows import Rollout
@@ -281,7 +281,7 @@ def test_each_teacher_is_evaluated_on_what_it_teaches(files: Run) -> None:
 def test_the_commands_know_of_every_teacher(files: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     place = ["recipe.yaml", "--workspace", "out"]
     monkeypatch.chdir(files.folder)
-    monkeypatch.setattr(kdpipe.pipeline.runner, "Worker", NearWorker)
+    monkeypatch.setattr(kdpipe.pipeline.request, "Worker", NearWorker)
 
     def said(command: str, *more: str) -> str:
         result = CliRunner().invoke(app, [command, *place, *more])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-import kdpipe.pipeline.runner
+import kdpipe.pipeline.request
 from kdpipe.cli.app import app
 from kdpipe.pipeline.project import Project, open_project
 from kdpipe.pipeline.runner import Request, run
@@ -118,7 +118,7 @@ def wait_until(met: Callable[[], bool]) -> None:
 @pytest.fixture(autouse=True)
 def near(monkeypatch: pytest.MonkeyPatch) -> None:
     """The run's own worker is in this process; the mirror's is not."""
-    monkeypatch.setattr(kdpipe.pipeline.runner, "Worker", NearWorker)
+    monkeypatch.setattr(kdpipe.pipeline.request, "Worker", NearWorker)
 
 
 def require_everything_once(world: World, server: Server) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kdpipe.models.cache
-import kdpipe.pipeline.runner
+import kdpipe.pipeline.requirements
 from kdpipe.engines.hf.decoding import is_llama_like
 from kdpipe.engines.hf.engine import HfEngine
 from kdpipe.engines.protocol import SampleRequest, Sampling
@@ -165,7 +165,7 @@ def test_a_train_step_asks_for_no_more_space_than_an_adapter_takes(
     """Round 1 for one copy of the model, as no adapter is there to judge by, later rounds for five adapters."""
     shutil.copytree(finished.workspace.parent, tmp_path / "copy", symlinks=True)
     model = entry(finished, "sft:student@0") / "model" / "model.safetensors"
-    monkeypatch.setattr(kdpipe.pipeline.runner, "FREE_BYTES_FLOOR", 0)
+    monkeypatch.setattr(kdpipe.pipeline.requirements, "FREE_BYTES_FLOOR", 0)
     adapter = entry(finished, "train@2") / "model" / "adapter_model.safetensors"
     need = model.stat().st_size if copies else 5 * adapter.stat().st_size
     loaded = load_tiny(tmp_path / "copy", **CHANGES, runtime__keep__weights=2)
@@ -197,7 +197,7 @@ def test_an_adapter_on_a_named_model_is_the_one_on_a_model_that_a_step_made(
     )
     # Nor does the model's size count for free space, once an adapter is there to judge by.
     room = 5 * (entry(project, "train@2") / "model" / "adapter_model.safetensors").stat().st_size
-    monkeypatch.setattr(kdpipe.pipeline.runner, "FREE_BYTES_FLOOR", 0)
+    monkeypatch.setattr(kdpipe.pipeline.requirements, "FREE_BYTES_FLOOR", 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=room))
     run_near(load_tiny(tmp_path, **changes), tmp_path / "out", force=("train@2",))
 
