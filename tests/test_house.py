@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 
 import kdpipe
+from kdpipe.data import payload
+from kdpipe.store.step import Stage
 
 PACKAGE = Path(kdpipe.__file__).parent
 
@@ -240,6 +243,34 @@ def imported_with(name: str) -> set[str]:
 def test_what_doctor_asks_of_torch_waits_for_no_library_of_models() -> None:
     assert not {"models.folder", "engines.hf.engine"} & imported_with("doctor.machine")
     assert "models.folder" in imported_with("execution.executor"), "and yet those are found that do wait"
+
+
+def texts(name: str) -> Iterator[tuple[str, int]]:
+    """Every string constant of a module, with its line."""
+    for node in ast.walk(MODULES[name]):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value, node.lineno
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"data.payload"}))
+def test_the_name_of_a_payload_file_is_spelled_in_one_module(name: str) -> None:
+    known = {value for key, value in vars(payload).items() if key.endswith("_FILE")}
+    assert [(text, line) for text, line in texts(name) if text in known] == []
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"store.step"}))
+def test_nothing_is_compared_with_a_stage_or_a_step_by_its_spelling(name: str) -> None:
+    for node in ast.walk(MODULES[name]):
+        if isinstance(node, ast.match_case):
+            compared: list[ast.AST] = [node.pattern]
+        elif isinstance(node, ast.Compare) and "stage" in ast.unparse(node):
+            compared = [node.left, *node.comparators]
+        else:
+            continue
+        found = [each.value for part in compared for each in ast.walk(part) if isinstance(each, ast.Constant)]
+        assert not set(found) & set(Stage), f"{name}, line {compared[0].lineno}"  # type: ignore[attr-defined]
+    step_ids = re.compile(rf"({'|'.join(Stage)})[:@]")  # `rollout@3`, `evaluate:student@3`
+    assert [(text, line) for text, line in texts(name) if step_ids.match(text)] == []
 
 
 def test_only_the_command_line_and_the_terminal_print() -> None:

@@ -20,6 +20,7 @@ from kdpipe.cli.parameters import (
 )
 from kdpipe.cli.printing import print_json, shown
 from kdpipe.errors import PreflightError, RecipeError
+from kdpipe.store.step import Stage
 
 if TYPE_CHECKING:
     from kdpipe.cli.overview import Overview
@@ -63,7 +64,7 @@ def status(
 
 
 def _rounds_done(found: "Overview") -> int:
-    return max((s.step.round for s in found.states if s.step.stage == "train" and s.done), default=0)
+    return max((s.step.round for s in found.states if s.step.stage == Stage.TRAIN and s.done), default=0)
 
 
 def _not_mirrored(project: "Project") -> int:

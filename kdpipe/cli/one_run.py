@@ -78,11 +78,12 @@ def _outcome(project: "Project") -> dict[str, Any]:
 def _evaluations(project: "Project") -> list[tuple[str, dict[str, Any] | None]]:
     from kdpipe.pipeline.project import summary_of
     from kdpipe.recipe.roles import STUDENT
+    from kdpipe.store.step import Stage
 
     done = [
         (step, summary)
         for step in project.plan.steps
-        if step.stage == "evaluate" and (summary := summary_of(project, step.id)) is not None
+        if step.stage == Stage.EVALUATE and (summary := summary_of(project, step.id)) is not None
     ]
     of_student = [(step, summary) for step, summary in done if step.subject == STUDENT]
     rows: list[tuple[str, dict[str, Any] | None]]

@@ -16,6 +16,7 @@ from kdpipe.cli.parameters import (
 )
 from kdpipe.cli.several_runs import run_study
 from kdpipe.errors import RecipeError
+from kdpipe.store.step import Stage
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.project import Project
@@ -89,7 +90,7 @@ def sft(
 
     Example: kdpipe sft recipes/quickstart.yaml
     """
-    _one_step("sft", recipe, None, overrides, workspace, as_json)
+    _one_step(Stage.SFT, recipe, None, overrides, workspace, as_json)
 
 
 def rollout(
@@ -103,7 +104,7 @@ def rollout(
 
     Example: kdpipe rollout recipes/quickstart.yaml --round 1
     """
-    _one_step("rollout", recipe, round_number, overrides, workspace, as_json)
+    _one_step(Stage.ROLLOUT, recipe, round_number, overrides, workspace, as_json)
 
 
 def teacher_score(
@@ -117,7 +118,7 @@ def teacher_score(
 
     Example: kdpipe teacher-score recipes/quickstart.yaml --round 1
     """
-    _one_step("teacher-score", recipe, round_number, overrides, workspace, as_json)
+    _one_step(Stage.TEACHER_SCORE, recipe, round_number, overrides, workspace, as_json)
 
 
 def train(
@@ -131,7 +132,7 @@ def train(
 
     Example: kdpipe train recipes/quickstart.yaml --round 1
     """
-    _one_step("train", recipe, round_number, overrides, workspace, as_json)
+    _one_step(Stage.TRAIN, recipe, round_number, overrides, workspace, as_json)
 
 
 def evaluate(
@@ -145,11 +146,11 @@ def evaluate(
 
     Example: kdpipe evaluate recipes/quickstart.yaml --round 0
     """
-    _one_step("evaluate", recipe, round_number, overrides, workspace, as_json)
+    _one_step(Stage.EVALUATE, recipe, round_number, overrides, workspace, as_json)
 
 
 def _one_step(
-    stage: str,
+    stage: Stage,
     recipe: str,
     round_number: int | None,
     overrides: list[str] | None,
@@ -165,7 +166,7 @@ def _one_step(
             for state in project.survey()
             if state.step.stage == stage and round_number in (None, state.step.round)
             # A round has one rollout; what teachers write for it is among what that needs.
-            if not (stage == "rollout" and state.step.subject)
+            if not (stage == Stage.ROLLOUT and state.step.subject)
         ]
         if not states:
             where = f" in round {round_number}" if round_number is not None else ""

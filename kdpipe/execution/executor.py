@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from pydantic import JsonValue
 
-from kdpipe.data.hidden import FILE as HIDDEN_FILE
 from kdpipe.data.hidden import HiddenFile
+from kdpipe.data.payload import GRADES_FILE, HIDDEN_FILE, REVERSE_KL_FILE, ROLLOUTS_FILE, SCORES_FILE
 from kdpipe.data.rows import Problem, Rollout
 from kdpipe.data.tables import read_rollouts, read_scores
 from kdpipe.data.tasks import read_problems
@@ -29,7 +29,15 @@ from kdpipe.models.adapters import target_names
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.devices import dtype_name, resolve_device, resolve_dtype
 from kdpipe.models.folder import head_digest
-from kdpipe.recipe.roles import STUDENT, teacher_role
+from kdpipe.recipe.roles import (
+    BASELINE_ROLE,
+    ROLLOUT_ROLE,
+    STUDENT,
+    STUDENT_ROLE,
+    Role,
+    RoleKind,
+    teacher_role,
+)
 from kdpipe.recipe.schema import Recipe, Sft, Teacher
 from kdpipe.stages.evaluate import evaluate, graded_problems
 from kdpipe.stages.held_out import Against
@@ -44,6 +52,7 @@ from kdpipe.stages.train import train
 from kdpipe.store.artifacts import Draft
 from kdpipe.store.durable import append_line
 from kdpipe.store.environment import environment
+from kdpipe.store.step import Stage
 from kdpipe.training.state import read_trainer
 from kdpipe.training.trainer import Trainer
 from kdpipe.workers.pulse import Pulse
@@ -158,9 +167,9 @@ class _Task:
 
     def _perform(self, job: Job) -> Trainer | None:
         match self.step.stage:
-            case "sft":
+            case Stage.SFT:
                 return self._sft(job)
-            case "rollout" if self.step.subject:
+            case Stage.ROLLOUT if self.step.subject:
                 role = self.inputs.own_role()
                 engine = self.inputs.engine(self.recipe.rollout.engine, role)
                 write_texts(
@@ -168,19 +177,19 @@ class _Task:
                     teacher=self.inputs.teacher_side(job, role),
                     source=self.inputs.source(role, engine),
                     engine=engine,
-                    student=self.inputs.text(STUDENT),
+                    student=self.inputs.text(STUDENT_ROLE),
                 )
-            case "rollout":
-                engine = self.inputs.engine(self.recipe.rollout.engine, STUDENT)
+            case Stage.ROLLOUT:
+                engine = self.inputs.engine(self.recipe.rollout.engine, STUDENT_ROLE)
                 rollout(
                     job,
-                    text=self.inputs.text(STUDENT),
-                    student=self.inputs.source(STUDENT, engine),
+                    text=self.inputs.text(STUDENT_ROLE),
+                    student=self.inputs.source(STUDENT_ROLE, engine),
                     engine=engine,
                     given=self.inputs.texts(),
                 )
-            case "teacher-score":
-                rows = read_rollouts(self.inputs.opened("rollout", "rollouts.parquet"))
+            case Stage.TEACHER_SCORE:
+                rows = read_rollouts(self.inputs.opened(ROLLOUT_ROLE, ROLLOUTS_FILE))
                 role = self.inputs.own_role()
                 engine = self.inputs.engine(self.recipe.teacher_score.engine, role)
                 teacher_score(
@@ -189,11 +198,13 @@ class _Task:
                     teacher=self.inputs.teacher_side(job, role),
                     source=self.inputs.source(role, engine),
                     engine=engine,
-                    student=self.inputs.source(STUDENT, engine) if self.recipe.keep.student_top_k else None,
+                    student=self.inputs.source(STUDENT_ROLE, engine)
+                    if self.recipe.keep.student_top_k
+                    else None,
                 )
-            case "train":
+            case Stage.TRAIN:
                 return self._train(job)
-            case "evaluate":
+            case Stage.EVALUATE:
                 self._evaluate(job)
         return None
 
@@ -231,7 +242,7 @@ class _Task:
 
     def _train(self, job: Job) -> Trainer:
         self.warm.roles.make_room()
-        rows = read_rollouts(self.inputs.opened("rollout", "rollouts.parquet"))
+        rows = read_rollouts(self.inputs.opened(ROLLOUT_ROLE, ROLLOUTS_FILE))
         scores = self._round_scores(job, rows) if self._has_scores() else None
         resumed = job.draft.checkpoint()
         trainer = self.training.student_trainer(resumed[1] if resumed else None)
@@ -241,7 +252,7 @@ class _Task:
             job,
             rollouts=rows,
             scores=scores,
-            text=self.inputs.text(STUDENT),
+            text=self.inputs.text(STUDENT_ROLE),
             trainer=trainer,
             dtype=dtype,
             resumed=resumed,
@@ -250,21 +261,21 @@ class _Task:
         return trainer
 
     def _has_scores(self) -> bool:
-        return any(role.partition(":")[0] == "scores" for role in self.inputs.steps)
+        return any(role.kind is RoleKind.SCORES for role in self.inputs.steps)
 
     def _round_scores(self, job: Job, rollouts: list[Rollout]) -> RoundScores:
         """What every teacher scored, in the order of their names, so that a mixture is summed in one order."""
         found = []
         for teacher in sorted(self.recipe.teachers, key=lambda teacher: teacher.name):
             role = teacher_role(self.recipe, teacher)
-            scored = role.replace("teacher", "scores", 1)
-            rows = read_scores(self.inputs.opened(scored, "scores.parquet"))
+            scored = role.as_kind(RoleKind.SCORES)
+            rows = read_scores(self.inputs.opened(scored, SCORES_FILE))
             hidden = self._hidden_teacher(job, role, scored) if self.recipe.keep.hidden else None
             found.append(TeacherScores(teacher.name, rows, hidden))
         weights = self.recipe.weights if self.recipe.is_mixed else None
         return join_scores(rollouts, found, weights=weights, round_number=self.step.round)
 
-    def _hidden_teacher(self, job: Job, role: str, scored: str) -> HiddenTeacher:
+    def _hidden_teacher(self, job: Job, role: Role, scored: Role) -> HiddenTeacher:
         """The teacher's kept states with its output head, which is all that is read of its weights."""
         side = self.inputs.teacher_side(job, role)
         head = output_head(job, self.inputs.source(role), num_ids=side.num_ids)
@@ -273,13 +284,13 @@ class _Task:
 
     def _evaluate(self, job: Job) -> None:
         baseline = None
-        if "baseline" in self.inputs.steps:
-            baseline = self.inputs.opened("baseline", "grades.parquet", "reverse_kl.parquet", folder=True)
+        if BASELINE_ROLE in self.inputs.steps:
+            baseline = self.inputs.opened(BASELINE_ROLE, GRADES_FILE, REVERSE_KL_FILE, folder=True)
         role = self.inputs.own_role()
         engine = self.inputs.engine(self.recipe.evaluate.engine or self.recipe.rollout.engine, role)
         text, source, teacher = self.inputs.text(role), self.inputs.source(role, engine), None
         against, prompt = list[Against](), text.prompt
-        if role == STUDENT:
+        if role == STUDENT_ROLE:
             if self.recipe.evaluate.reverse_kl_problems:
                 roles = [teacher_role(self.recipe, teacher) for teacher in self.recipe.teachers]
                 scorer = self.recipe.teacher_score.engine
@@ -295,7 +306,7 @@ class _Task:
             text, teacher = side.text, side.settings
 
             def prompt(problem: Problem) -> list[int]:
-                return side.prompt_ids(problem, self.inputs.text(STUDENT).prompt(problem))
+                return side.prompt_ids(problem, self.inputs.text(STUDENT_ROLE).prompt(problem))
 
         evaluate(
             job,
@@ -340,7 +351,7 @@ class _Task:
     def _write_speed(self, draft: Draft, pulse: Pulse, seconds: float) -> None:
         name = self.step.stage.replace("-", "_")
         if (
-            self.step.stage in ("rollout", "teacher-score") and self.step.subject
+            self.step.stage in (Stage.ROLLOUT, Stage.TEACHER_SCORE) and self.step.subject
         ):  # one of several in the round
             name += f"/{self.step.subject}"
         draft.metric(f"time/{name}_seconds", seconds)

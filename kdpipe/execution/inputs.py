@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from kdpipe.data.payload import ROLLOUTS_FILE
 from kdpipe.data.rows import Rollout
 from kdpipe.data.tables import read_rollouts
 from kdpipe.data.tasks.arithmetic import words
@@ -22,11 +23,12 @@ from kdpipe.models.folder import require_targets
 from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use, prompt_style
 from kdpipe.models.source import AdapterSource, ModelSource
 from kdpipe.pipeline.request import read_step
-from kdpipe.recipe.roles import BASE, STUDENT, teacher_role
+from kdpipe.recipe.roles import BASE_ROLE, STUDENT, STUDENT_ROLE, Role, RoleKind, teacher_role
 from kdpipe.recipe.schema import EngineName, Server, Student, Teacher
 from kdpipe.stages.job import Job, Text, open_text
 from kdpipe.stages.scoring import TeacherSide, teacher_side
 from kdpipe.store.artifacts import Draft, Entry, Store
+from kdpipe.store.step import Stage
 from kdpipe.workers.pulse import Pulse
 from kdpipe.workers.worker import Report
 
@@ -41,7 +43,7 @@ class Inputs:
         self.recipe = warm.recipe
         self.step = read_step(request["step"])
         self.store = Store(Path(request["workspace"]))
-        self.steps = {role: read_step(value) for role, value in request["inputs"].items()}
+        self.steps = {Role.parse(role): read_step(value) for role, value in request["inputs"].items()}
 
     def job(self, draft: Draft, pulse: Pulse) -> Job:
         """The step's work as its stage is handed it."""
@@ -56,61 +58,61 @@ class Inputs:
             manifest = self.store.entry(step).manifest()
             if manifest is None:
                 raise StepError(f"{self.step.id} needs {step.id}, which is not there", hint="repeat the run")
-            digests[role] = manifest.payload_digest
+            digests[str(role)] = manifest.payload_digest
         return digests
 
-    def opened(self, role: str, *names: str, folder: bool = False) -> Path:
+    def opened(self, role: Role, *names: str, folder: bool = False) -> Path:
         """The file of an input entry (or its folder), after its sha256 was checked."""
         root = self.store.entry(self.steps[role]).opened(*names)
         return root if folder else root / names[0]
 
     def texts(self) -> list[Rollout]:
         """What the teachers wrote for this step to read."""
-        roles = [role for role in self.steps if role.partition(":")[0] == "text"]
-        return [row for role in roles for row in read_rollouts(self.opened(role, "rollouts.parquet"))]
+        roles = [role for role in self.steps if role.kind is RoleKind.TEXT]
+        return [row for role in roles for row in read_rollouts(self.opened(role, ROLLOUTS_FILE))]
 
     def base_folder(self, name: str) -> Path | None:
         """The folder of a model that no step made: local, or downloaded."""
         found = self.request["folders"].get(name)
         return None if found is None else Path(found)
 
-    def adapter(self, role: str) -> Entry | None:
+    def adapter(self, role: Role) -> Entry | None:
         """The entry of the student's adapter; None where the role's weights are whole."""
-        is_trained = role in self.steps and self.steps[role].stage == "train"
+        is_trained = role in self.steps and self.steps[role].stage == Stage.TRAIN
         if self.recipe.student.lora is None or not is_trained:
             return None
         return self.store.entry(self.steps[role])
 
-    def origin(self, role: str) -> tuple[Entry | None, str]:
+    def origin(self, role: Role) -> tuple[Entry | None, str]:
         """Where whole weights of the student or a teacher are: an entry, or the folder of a named model.
 
         Of a student with an adapter they are those below it.
         """
         if self.adapter(role) is not None:
-            return (self.store.entry(self.steps[BASE]) if BASE in self.steps else None), STUDENT
+            return (self.store.entry(self.steps[BASE_ROLE]) if BASE_ROLE in self.steps else None), STUDENT
         if role in self.steps:
             return self.store.entry(self.steps[role]), ""
         model = self.settings(role)
         return None, model.name if isinstance(model, Teacher) and model.self_ is None else STUDENT
 
-    def own_role(self) -> str:
+    def own_role(self) -> Role:
         """The role of the model that the step is about."""
         if self.step.subject == STUDENT:
-            return STUDENT
+            return STUDENT_ROLE
         teachers = self.recipe.teachers
         return next(
             (teacher_role(self.recipe, teacher) for teacher in teachers if teacher.name == self.step.subject),
-            "teacher",
+            Role(RoleKind.TEACHER),
         )
 
-    def settings(self, role: str) -> Student | Teacher:
+    def settings(self, role: Role) -> Student | Teacher:
         """What the recipe says of the student or a teacher."""
         for teacher in self.recipe.teachers:
             if role == teacher_role(self.recipe, teacher):
                 return teacher
         return self.recipe.student
 
-    def source(self, role: str, engine: Engine | None = None) -> ModelSource:
+    def source(self, role: Role, engine: Engine | None = None) -> ModelSource:
         """The student or a teacher as an engine loads it; checks weights from the store that it does not hold.
 
         Without an engine it is this process that opens them.
@@ -123,11 +125,11 @@ class Inputs:
         if self.recipe.student.lora is not None and isinstance(settings, Teacher):
             # The student itself as teacher is the network that samples and is trained: it is not dropped for others.
             is_one_of_several &= settings.self_ is None
-        if role != STUDENT and is_one_of_several and source.digest != self._weights_digest(STUDENT):
+        if role != STUDENT_ROLE and is_one_of_several and source.digest != self._weights_digest(STUDENT_ROLE):
             self.warm.cache.take_turns(source.digest)
         return source
 
-    def _weights_digest(self, role: str) -> str | None:
+    def _weights_digest(self, role: Role) -> str | None:
         """What identifies a model's weights; None for a student from nothing that the step does not open."""
         entry, name = self.origin(role)
         if entry is None:
@@ -138,11 +140,11 @@ class Inputs:
             return None
         return manifest.payload_digest if kind == "model" else f"{manifest.payload_digest}/{kind}"
 
-    def _weights_folder(self, role: str) -> str:
+    def _weights_folder(self, role: Role) -> str:
         """Which folder of its entry holds the weights: a teacher may be the average beside the student."""
         return "ema" if "ema" in self.step.inputs[role].opens else "model"
 
-    def _found_source(self, role: str, engine: Engine | None) -> ModelSource:
+    def _found_source(self, role: Role, engine: Engine | None) -> ModelSource:
         settings = self.settings(role)
         entry, name = self.origin(role)
         dtype, trust = settings.dtype, settings.trust_remote_code
@@ -168,12 +170,12 @@ class Inputs:
             if adapter is not None:
                 adapter.opened("model")
         lora = self.recipe.student.lora
-        if role == STUDENT and lora is not None and not self.warm.lora_fits:
+        if role == STUDENT_ROLE and lora is not None and not self.warm.lora_fits:
             require_targets(source.folder, lora, trust_remote_code=trust)  # before anything is sampled
             self.warm.lora_fits = True
         return source
 
-    def text(self, role: str) -> Text:
+    def text(self, role: Role) -> Text:
         """The text side of the student or a teacher; kept, since a round changes no tokenizer."""
         settings = self.settings(role)
         entry, name = self.origin(role)
@@ -205,13 +207,13 @@ class Inputs:
         style = prompt_style(self.recipe.task, self.warm.train, template)
         return Text(tokenizer, style, (tokenizer.eos_token_id,), num_ids_in_use(tokenizer))
 
-    def teacher_side(self, job: Job, role: str) -> TeacherSide:
+    def teacher_side(self, job: Job, role: Role) -> TeacherSide:
         """The teacher in `role` as the scoring sees it, held against the student."""
         settings = self.settings(role)
         assert isinstance(settings, Teacher)
-        return teacher_side(job, settings, student=self.text(STUDENT), teacher=self.text(role))
+        return teacher_side(job, settings, student=self.text(STUDENT_ROLE), teacher=self.text(role))
 
-    def engine(self, name: EngineName, role: str) -> Engine:
+    def engine(self, name: EngineName, role: Role) -> Engine:
         """The engine `name` for the model in `role`, kept warm between steps and rounds.
 
         A teacher behind a server has that for its engine, whatever the others have.
@@ -221,7 +223,7 @@ class Inputs:
             return self._server_engine(settings, settings.server, role)
         return self.warm.roles.engine(name, role, tell=lambda text: self.report.event(kind="note", text=text))
 
-    def _server_engine(self, teacher: Teacher, server: Server, role: str) -> Engine:
+    def _server_engine(self, teacher: Teacher, server: Server, role: Role) -> Engine:
         if role not in self.warm.servers:
             settings = self.recipe.runtime.server
             bundle = (

@@ -17,7 +17,7 @@ from kdpipe.execution.inputs import Inputs
 from kdpipe.execution.trainers import Training
 from kdpipe.models.folder import write_model
 from kdpipe.models.prompting import arithmetic_tokenizer
-from kdpipe.recipe.roles import STUDENT
+from kdpipe.recipe.roles import SERVER, STUDENT, STUDENT_ROLE, Role
 from kdpipe.recipe.schema import EngineName, Teacher
 from kdpipe.store.artifacts import Draft, Entry
 from kdpipe.workers.pulse import Pulse
@@ -28,17 +28,17 @@ def examine_patients(inputs: Inputs) -> Message:
     """The doctor's findings on the models that the step opens, and with a full examination the estimate."""
     with tempfile.TemporaryDirectory(prefix="kdpipe-doctor-") as folder:
         place = Path(folder)
-        stand_ins = {role: _stand_in(inputs, role, place) for role in inputs.request["missing"]}
+        stand_ins = {role: _stand_in(inputs, Role.parse(role), place) for role in inputs.request["missing"]}
         entry = Entry(place / "step", inputs.step.id, inputs.step.fingerprint)
         draft = Draft(entry, inputs.step, note=lambda _kind, _fields: None)
         job = inputs.job(draft, Pulse(lambda _fields: None, inputs.report.stopping.is_set))
-        roles = [role for role in inputs.request["roles"] if role != STUDENT]
+        roles = [role for role in map(Role.parse, inputs.request["roles"]) if role != STUDENT_ROLE]
         engine = inputs.recipe.teacher_score.engine
         teachers = [(inputs.settings(role), _examined(inputs, role, engine, stand_ins)) for role in roles]
         case = Case(
             job=job,
             device=inputs.warm.device,
-            student=_examined(inputs, STUDENT, inputs.recipe.rollout.engine, stand_ins),
+            student=_examined(inputs, STUDENT_ROLE, inputs.recipe.rollout.engine, stand_ins),
             teachers=[(settings, model) for settings, model in teachers if isinstance(settings, Teacher)],
             depth=inputs.request["examine"],
         )
@@ -51,7 +51,7 @@ def examine_patients(inputs: Inputs) -> Message:
             return {"findings": findings, "estimate": {"problem": error.message}}
 
 
-def _examined(inputs: Inputs, role: str, engine: EngineName, stand_ins: Mapping[str, str]) -> Patient:
+def _examined(inputs: Inputs, role: Role, engine: EngineName, stand_ins: Mapping[str, str]) -> Patient:
     """The student or a teacher as the doctor sees it; its engine is opened when it is first asked."""
     settings, source = inputs.settings(role), inputs.source(role)
     is_here = not (isinstance(settings, Teacher) and settings.server is not None)
@@ -60,15 +60,15 @@ def _examined(inputs: Inputs, role: str, engine: EngineName, stand_ins: Mapping[
         source=source,
         text=inputs.text(role),
         open_engine=lambda: inputs.engine(engine, role),
-        engine_name=engine if is_here else "server",
+        engine_name=engine if is_here else SERVER,
         is_here=is_here,
-        stand_in=stand_ins.get(role, ""),
+        stand_in=stand_ins.get(str(role), ""),
     )
 
 
-def _stand_in(inputs: Inputs, role: str, place: Path) -> str:
+def _stand_in(inputs: Inputs, role: Role, place: Path) -> str:
     """Puts other weights in the place of those that a step has not made yet; returns what they are."""
-    settings, step_id = inputs.settings(role), inputs.request["missing"][role]
+    settings, step_id = inputs.settings(role), inputs.request["missing"][str(role)]
     is_own = isinstance(settings, Teacher) and settings.self_ is None
     name = settings.name if isinstance(settings, Teacher) and is_own else STUDENT
     origin = settings if is_own else inputs.recipe.student

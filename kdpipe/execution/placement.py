@@ -15,7 +15,7 @@ import torch
 from kdpipe.engines.remote import Hosting, WorkerEngine, hf_engine
 from kdpipe.errors import RecipeError
 from kdpipe.models.devices import resolve_device
-from kdpipe.recipe.roles import STUDENT, teacher_role
+from kdpipe.recipe.roles import STUDENT_ROLE, Role, teacher_role
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -68,7 +68,7 @@ class Roles:
         self._engines: dict[str, WorkerEngine] = {}
         self._turns: dict[torch.device, Turns] = {}
 
-    def engine(self, name: EngineName, role: str, *, tell: Callable[[str], None] = lambda _: None) -> Engine:
+    def engine(self, name: EngineName, role: Role, *, tell: Callable[[str], None] = lambda _: None) -> Engine:
         """The engine `name` for the model in `role`; `tell` is told of a process that is made for it."""
         place = self._places[role]
         if name == "hf" and place.device == self._device and not place.has_own_process:
@@ -125,7 +125,7 @@ class Roles:
         return self._turns.setdefault(device, Turns())
 
 
-def _places(recipe: Recipe) -> dict[str, Place]:
+def _places(recipe: Recipe) -> dict[Role, Place]:
     """Where each role's engine runs, by role."""
     placement, default = recipe.runtime.placement, recipe.runtime.device
 
@@ -136,7 +136,7 @@ def _places(recipe: Recipe) -> dict[str, Place]:
             raise RecipeError(f"runtime.{field}: {error.message}", hint=error.hint) from None
 
     sampler = resolve(placement.sampler, "placement.sampler" if placement.sampler else "device")
-    places = {STUDENT: Place(sampler, "sampler" in placement.own_process, "sampler", 1)}
+    places = {STUDENT_ROLE: Place(sampler, "sampler" in placement.own_process, "sampler", 1)}
     for teacher in recipe.teachers:
         named = placement.of_teacher(teacher.name)
         device = resolve(named, "placement.teacher" if named else "device")

@@ -14,8 +14,9 @@ from kdpipe.models.adapters import read_adapter, start_adapter
 from kdpipe.models.devices import resolve_dtype
 from kdpipe.models.folder import open_model, scratch_model
 from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
-from kdpipe.recipe.roles import STUDENT
+from kdpipe.recipe.roles import EMA_ROLE, STUDENT_ROLE
 from kdpipe.recipe.schema import Lora, Student, Teacher
+from kdpipe.store.step import Stage
 from kdpipe.training.ema import Average
 from kdpipe.training.state import read_trainer
 from kdpipe.training.trainer import Trainer
@@ -35,7 +36,7 @@ class Training:
         recipe = self.recipe
         if recipe.student.lora is not None:
             return self._adapter_trainer(recipe.student.lora, checkpoint)
-        entry, name = self.inputs.origin(STUDENT)
+        entry, name = self.inputs.origin(STUDENT_ROLE)
         manifest = entry.manifest() if entry else None
         warm, self.warm.trainer = self.warm.trainer, None
         if (
@@ -45,7 +46,7 @@ class Training:
             and warm[0] == manifest.payload_digest
         ):
             return warm[1]
-        opens = self.step.inputs[STUDENT].opens if entry else ()
+        opens = self.step.inputs[STUDENT_ROLE].opens if entry else ()
         if entry is not None:
             entry.opened(*opens)
         folder = entry.folder if entry else self.inputs.base_folder(name)
@@ -60,7 +61,7 @@ class Training:
 
     def _adapter_trainer(self, lora: Lora, checkpoint: Path | None) -> Trainer:
         """The student's adapter with its optimizer, on the network that also samples: nothing is there twice."""
-        source, entry = self.inputs.source(STUDENT), self.inputs.adapter(STUDENT)
+        source, entry = self.inputs.source(STUDENT_ROLE), self.inputs.adapter(STUDENT_ROLE)
         model = self.warm.cache.get(source)
         warm, self.warm.trainer = self.warm.trainer, None
         if (
@@ -119,7 +120,7 @@ class Training:
         decay = self.recipe.ema_decay
         if decay is None:
             return None
-        role, kind = ("ema", "ema") if "ema" in self.inputs.steps else (STUDENT, "model")
+        role, kind = (EMA_ROLE, "ema") if EMA_ROLE in self.inputs.steps else (STUDENT_ROLE, "model")
         entry, name = self.inputs.origin(role)
         folder = entry.opened(kind) / kind if entry else self.inputs.base_folder(name)
         assert folder is not None
@@ -131,11 +132,11 @@ class Training:
             self.recipe.student if self.step.subject == "" else self.inputs.settings(self.inputs.own_role())
         )
         dtype, _ = resolve_dtype(settings.dtype, self.warm.device)
-        if self.step.stage == "sft":
+        if self.step.stage == Stage.SFT:
             trainer.model.requires_grad_(False)  # from here on it is only asked
-        if self.step.stage == "train" and self.recipe.student.lora is not None:
+        if self.step.stage == Stage.TRAIN and self.recipe.student.lora is not None:
             self.warm.cache.put_adapter(digest, trainer.model)
         elif dtype == trainer.model.dtype:
             self.warm.cache.put(digest, dtype, trainer.model)
-        if self.step.stage == "train":
+        if self.step.stage == Stage.TRAIN:
             self.warm.trainer = (digest, trainer)

@@ -10,6 +10,7 @@ from kdpipe.data.rows import Problem
 from kdpipe.engines.server.engine import ServerEngine
 from kdpipe.execution.placement import Roles
 from kdpipe.models.cache import ModelCache
+from kdpipe.recipe.roles import Role
 from kdpipe.recipe.schema import Recipe
 from kdpipe.stages.job import Text
 from kdpipe.training.trainer import Trainer
@@ -25,8 +26,8 @@ class Warm:
     train: list[Problem]
     test: list[Problem]
     roles: Roles
-    servers: dict[str, ServerEngine] = field(default_factory=dict)
-    texts: dict[tuple[str, str], Text] = field(default_factory=dict)
+    servers: dict[Role, ServerEngine] = field(default_factory=dict)
+    texts: dict[tuple[Role, str], Text] = field(default_factory=dict)
     trainer: tuple[str, Trainer] | None = None
     lora_fits: bool = False
     dtypes_told: bool = False

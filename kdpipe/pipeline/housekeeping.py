@@ -15,7 +15,7 @@ from kdpipe.pipeline.runs import all_runs
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.store.artifacts import MANIFEST, Entry, Manifest, Store, read_document
 from kdpipe.store.locks import is_running
-from kdpipe.store.step import Step
+from kdpipe.store.step import Stage, Step
 
 # ---------------------------------------------------------------------------------------------- verify
 
@@ -149,7 +149,7 @@ def _student_folder(project: Project, round_number: int | None) -> tuple[int, Pa
     candidates: list[Step] = [
         step
         for step in project.plan.steps
-        if (step.stage == "train" or (step.stage == "sft" and step.subject == STUDENT))
+        if (step.stage == Stage.TRAIN or (step.stage == Stage.SFT and step.subject == STUDENT))
         and round_number in (None, step.round)
     ]
     for step in reversed(candidates):

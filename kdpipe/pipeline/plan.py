@@ -15,11 +15,28 @@ from typing import Any
 from pydantic import JsonValue
 
 from kdpipe.errors import RecipeError
-from kdpipe.recipe.roles import BASE, SERVER, STUDENT, teacher_role
+from kdpipe.recipe.roles import (
+    BASE_ROLE,
+    BASELINE_ROLE,
+    EMA_ROLE,
+    ROLLOUT_ROLE,
+    SERVER,
+    STUDENT,
+    STUDENT_ROLE,
+    Role,
+    RoleKind,
+    teacher_role,
+)
 from kdpipe.recipe.schema import Gsm8kTask, JsonlTask, Recipe, Sft, Student, Teacher, resolved
 from kdpipe.store.step import Fields, Input, Stage, Step, canonical, step_id_of
 
-FORMATS: dict[Stage, int] = {"sft": 1, "rollout": 1, "teacher-score": 2, "train": 3, "evaluate": 3}
+FORMATS: dict[Stage, int] = {
+    Stage.SFT: 1,
+    Stage.ROLLOUT: 1,
+    Stage.TEACHER_SCORE: 2,
+    Stage.TRAIN: 3,
+    Stage.EVALUATE: 3,
+}
 UNRESOLVED = "unresolved"
 
 
@@ -157,7 +174,7 @@ class _Planner:
         if isinstance(model, Teacher) and model.only is not None:  # a specialist learns what it teaches
             fields[f"{where}.only"] = _routes(model)
         inputs = self._texts(0) if name == STUDENT and _reads_teacher(model.sft) else {}
-        self._add("sft", 0, name, self._seed(seed), fields, inputs)
+        self._add(Stage.SFT, 0, name, self._seed(seed), fields, inputs)
 
     def _teacher_texts(self, number: int) -> None:
         """What each teacher writes: for the student's cold start, or where it does not sample in a round."""
@@ -181,13 +198,13 @@ class _Planner:
                 sft = self._dumped(STUDENT)["sft"]
                 fields["student.sft"] = {name: sft[name] for name in ("problems", "samples", "temperature")}
             inputs = self._teacher_model(teacher, max(0, number - 1))
-            self._add("rollout", number, teacher.name, self._seed(recipe.rollout.seed), fields, inputs)
+            self._add(Stage.ROLLOUT, number, teacher.name, self._seed(recipe.rollout.seed), fields, inputs)
 
-    def _texts(self, number: int) -> dict[str, Input]:
+    def _texts(self, number: int) -> dict[Role, Input]:
         """The inputs of a step that reads what the teachers wrote."""
         return {
-            teacher_role(self.recipe, teacher).replace("teacher", "text", 1): Input(
-                f"rollout:{teacher.name}@{number}", ()
+            teacher_role(self.recipe, teacher).as_kind(RoleKind.TEXT): _input(
+                Stage.ROLLOUT, number, teacher.name
             )
             for teacher in self.recipe.teachers
         }
@@ -202,7 +219,7 @@ class _Planner:
         inputs = self._student_model(number - 1)
         if self.recipe.rollout.off_policy_text == "teacher":
             inputs |= self._texts(number)
-        self._add("rollout", number, "", seed, fields, inputs)
+        self._add(Stage.ROLLOUT, number, "", seed, fields, inputs)
 
     def _teacher_score(self, number: int, teacher: Teacher) -> None:
         recipe = self.recipe
@@ -217,12 +234,15 @@ class _Planner:
             "student.template": recipe.student.template,
         }
         fields |= self._alias()
-        inputs = {"rollout": Input(f"rollout@{number}", ()), **self._teacher_model(teacher, number - 1)}
+        inputs = {
+            ROLLOUT_ROLE: _input(Stage.ROLLOUT, number),
+            **self._teacher_model(teacher, number - 1),
+        }
         if recipe.keep.student_top_k:  # the student that sampled chooses ids too
             fields |= self._student_fields(number - 1)
             inputs |= self._student_model(number - 1)
         subject = "" if len(recipe.teachers) == 1 else teacher.name
-        self._add("teacher-score", number, subject, recipe.seed, fields, inputs)
+        self._add(Stage.TEACHER_SCORE, number, subject, recipe.seed, fields, inputs)
 
     def _train(self, number: int) -> None:
         recipe = self.recipe
@@ -247,20 +267,22 @@ class _Planner:
             fields["student.lora"] = {**lora.model_dump(mode="json"), "seed": self._seed(lora.seed)}
         if objective.normalization == "fixed" and objective.fixed_length is None:
             fields["rollout.max_new_tokens"] = recipe.rollout.max_new_tokens
-        inputs = {"rollout": Input(f"rollout@{number}", ()), **self._student_model(number - 1, trainer=True)}
+        inputs = {
+            ROLLOUT_ROLE: _input(Stage.ROLLOUT, number),
+            **self._student_model(number - 1, trainer=True),
+        }
         if objective.has_kd:
             for teacher in recipe.teachers:
                 role = teacher_role(recipe, teacher)
-                step_id = f"teacher-score{role.removeprefix('teacher')}@{number}"
-                inputs[role.replace("teacher", "scores", 1)] = Input(step_id, ())
+                inputs[role.as_kind(RoleKind.SCORES)] = _input(Stage.TEACHER_SCORE, number, role.name)
                 if recipe.keep.hidden:  # its output head turns hidden states into distributions
                     inputs |= self._teacher_model(teacher, number - 1)
             fields |= self._mixture()
         if recipe.ema_decay is not None:
             fields["ema.decay"] = recipe.ema_decay
             if number > 1:
-                inputs["ema"] = Input(f"train@{number - 1}", ("ema",))
-        self._add("train", number, "", self._seed(recipe.train.seed), fields, inputs)
+                inputs[EMA_ROLE] = _input(Stage.TRAIN, number - 1, opens=("ema",))
+        self._add(Stage.TRAIN, number, "", self._seed(recipe.train.seed), fields, inputs)
 
     def _evaluate_student(self, number: int) -> None:
         recipe, section = self.recipe, self.recipe.evaluate
@@ -281,8 +303,8 @@ class _Planner:
                 fields |= self._teacher_fields(teacher, number)
                 inputs |= self._teacher_model(teacher, number)
         if number > 0:
-            inputs["baseline"] = Input(f"evaluate:{STUDENT}@0", ())
-        self._add("evaluate", number, STUDENT, self._seed(section.seed), fields, inputs)
+            inputs[BASELINE_ROLE] = _input(Stage.EVALUATE, 0, STUDENT)
+        self._add(Stage.EVALUATE, number, STUDENT, self._seed(section.seed), fields, inputs)
 
     def _evaluate_teacher(self, teacher: Teacher) -> None:
         recipe = self.recipe
@@ -294,8 +316,11 @@ class _Planner:
         }
         if teacher.server is not None:
             fields["evaluate.engine"] = SERVER
-        inputs = {**self._teacher_model(teacher, 0), "baseline": Input(f"evaluate:{STUDENT}@0", ())}
-        self._add("evaluate", 0, teacher.name, self._seed(recipe.evaluate.seed), fields, inputs)
+        inputs = {
+            **self._teacher_model(teacher, 0),
+            BASELINE_ROLE: _input(Stage.EVALUATE, 0, STUDENT),
+        }
+        self._add(Stage.EVALUATE, 0, teacher.name, self._seed(recipe.evaluate.seed), fields, inputs)
 
     # What several stages read.
 
@@ -337,26 +362,30 @@ class _Planner:
             "student.template": student.template,
         }
 
-    def _student_model(self, number: int, *, trainer: bool = False) -> dict[str, Input]:
+    def _student_model(self, number: int, *, trainer: bool = False) -> dict[Role, Input]:
         if number > 0:
-            inputs = {STUDENT: Input(f"train@{number}", ("model", "trainer") if trainer else ("model",))}
+            inputs = {
+                STUDENT_ROLE: Input(
+                    step_id_of(Stage.TRAIN, None, number), ("model", "trainer") if trainer else ("model",)
+                )
+            }
             if self.recipe.student.lora is not None and (below := self._student_model(0)):
-                inputs[BASE] = below[STUDENT]
+                inputs[BASE_ROLE] = below[STUDENT_ROLE]
             return inputs
         if _has_cold_start(self.recipe.student):
-            return {"student": Input(f"sft:{STUDENT}@0", ("model",))}
+            return {STUDENT_ROLE: _input(Stage.SFT, 0, STUDENT, opens=("model",))}
         return {}
 
-    def _teacher_model(self, teacher: Teacher, number: int) -> dict[str, Input]:
+    def _teacher_model(self, teacher: Teacher, number: int) -> dict[Role, Input]:
         """The teacher that goes with student `number`: only one that is the student itself moves with it."""
         role = teacher_role(self.recipe, teacher)
         if teacher.self_ == "ema" and number > 0:
-            return {role: Input(f"train@{number}", ("ema",))}
+            return {role: _input(Stage.TRAIN, number, opens=("ema",))}
         if teacher.self_ is not None:
             found = self._student_model(number if teacher.self_ == "current" else 0)
-            return {role if name == STUDENT else name: source for name, source in found.items()}
+            return {role if name == STUDENT_ROLE else name: source for name, source in found.items()}
         if _has_cold_start(teacher):
-            return {role: Input(f"sft:{teacher.name}@0", ("model",))}
+            return {role: _input(Stage.SFT, 0, teacher.name, opens=("model",))}
         return {}
 
     def _teacher_fields(self, teacher: Teacher, number: int) -> Fields:
@@ -366,7 +395,7 @@ class _Planner:
         is_adapter = teacher.self_ is not None and self.recipe.student.lora is not None
         made = self._student_model(0) if is_adapter else self._teacher_model(teacher, number)
         fields: Fields = {
-            role: _without(self._dumped(teacher.name), *own),
+            str(role): _without(self._dumped(teacher.name), *own),
             f"{role}.model": None if made else identity,
         }
         return fields if teacher.only is None else {**fields, f"{role}.only": _routes(teacher)}
@@ -403,7 +432,7 @@ class _Planner:
         }
 
     def _add(
-        self, stage: Stage, number: int, subject: str, seed: int, fields: Fields, inputs: dict[str, Input]
+        self, stage: Stage, number: int, subject: str, seed: int, fields: Fields, inputs: dict[Role, Input]
     ) -> None:
         step_id = step_id_of(stage, subject, number)
         document: Fields = {
@@ -413,10 +442,14 @@ class _Planner:
             "subject": subject,
             "seed": seed,
             "fields": fields,
-            "inputs": {role: self.steps[source.step_id].fingerprint for role, source in inputs.items()},
+            "inputs": {str(role): self.steps[source.step_id].fingerprint for role, source in inputs.items()},
         }
         fingerprint = hashlib.sha256(canonical(document)).hexdigest()
         self.steps[step_id] = Step(step_id, stage, number, subject, seed, inputs, document, fingerprint)
+
+
+def _input(stage: Stage, number: int, subject: str = "", opens: tuple[str, ...] = ()) -> Input:
+    return Input(step_id_of(stage, subject, number), opens)
 
 
 def _without(section: dict[str, Any], *names: str) -> dict[str, Any]:

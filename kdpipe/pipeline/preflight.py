@@ -14,8 +14,8 @@ from kdpipe.pipeline.identities import Sources
 from kdpipe.pipeline.project import Project, open_project
 from kdpipe.pipeline.request import PERFORMER, open_worker, request_for
 from kdpipe.recipe.file import LoadedRecipe
-from kdpipe.recipe.roles import BASE, STUDENT, teacher_role
-from kdpipe.store.step import Input, Step
+from kdpipe.recipe.roles import BASE_ROLE, STUDENT, STUDENT_ROLE, Role, teacher_role
+from kdpipe.store.step import Input, Stage, Step
 from kdpipe.workers.worker import CLOSE, Message
 
 
@@ -78,25 +78,25 @@ def examination(
     """The request to examine the models of round `number`; `missing` has the roles that no step has made yet."""
     recipe = project.recipe
     teachers = recipe.teachers if recipe.train.objective.in_round(number).has_kd else []
-    roles = [STUDENT, *(teacher_role(recipe, teacher) for teacher in teachers)]
-    models = {*roles, BASE}
-    found: dict[str, Input] = {}
+    roles = [STUDENT_ROLE, *(teacher_role(recipe, teacher) for teacher in teachers)]
+    models = {*roles, BASE_ROLE}
+    found: dict[Role, Input] = {}
     for step in project.plan.steps:
-        if step.round == number and step.stage in ("rollout", "teacher-score"):
+        if step.round == number and step.stage in (Stage.ROLLOUT, Stage.TEACHER_SCORE):
             found |= {role: source for role, source in step.inputs.items() if role in models}
     there = {state.step.id: state for state in project.survey() if state.done}
-    missing: dict[str, JsonValue] = {
+    missing = {
         role: source.step_id
         for role, source in found.items()
         if source.step_id not in there or there[source.step_id].dropped & set(source.opens)
     }
     inputs = {role: source for role, source in found.items() if role not in missing}
-    step = Step(f"preflight@{number}", "evaluate", number, STUDENT, recipe.seed, inputs, {}, "")
+    step = Step(f"preflight@{number}", Stage.EVALUATE, number, STUDENT, recipe.seed, inputs, {}, "")
     return {
         **request_for(project, folders, step),
         "examine": depth,
-        "roles": list[JsonValue](roles),
-        "missing": missing,
+        "roles": [str(role) for role in roles],
+        "missing": {str(role): step_id for role, step_id in missing.items()},
     }
 
 

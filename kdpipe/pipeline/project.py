@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdpipe.data.payload import SUMMARY_FILE
 from kdpipe.pipeline.identities import Sources
 from kdpipe.pipeline.plan import Identities, Plan, make_plan
 from kdpipe.pipeline.runs import RunFolder, named_run, run_folder
@@ -61,7 +62,7 @@ def summary_of(project: Project, step_id: str) -> dict[str, Any] | None:
         if step.id == step_id:
             entry = project.store.entry(step)
             if entry.manifest() is not None:
-                summary: dict[str, Any] = entry.read_json("summary.json")
+                summary: dict[str, Any] = entry.read_json(SUMMARY_FILE)
                 return summary
     return None
 

@@ -11,8 +11,9 @@ from typing import Any
 from pydantic import JsonValue
 
 from kdpipe.pipeline.project import Project
+from kdpipe.recipe.roles import Role
 from kdpipe.recipe.schema import resolved
-from kdpipe.store.step import Input, Step, canonical
+from kdpipe.store.step import Input, Stage, Step, canonical
 from kdpipe.workers.worker import Worker
 
 PERFORMER = "kdpipe.execution.executor:Performer"
@@ -41,7 +42,7 @@ def request_for(project: Project, folders: Mapping[str, Path], step: Step) -> di
         "folder": str(project.loaded.folder),
         "run": str(project.run.path),
         "step": _write_step(step),
-        "inputs": {role: _write_step(project.plan.step(s.step_id)) for role, s in step.inputs.items()},
+        "inputs": {str(role): _write_step(project.plan.step(s.step_id)) for role, s in step.inputs.items()},
         "folders": {name: str(folder) for name, folder in folders.items()},
         # One string for each model, for engines that keep models loaded.
         "digests": {
@@ -58,7 +59,9 @@ def _write_step(step: Step) -> dict[str, JsonValue]:
         "round": step.round,
         "subject": step.subject,
         "seed": step.seed,
-        "inputs": {role: {"step_id": s.step_id, "opens": list(s.opens)} for role, s in step.inputs.items()},
+        "inputs": {
+            str(role): {"step_id": s.step_id, "opens": list(s.opens)} for role, s in step.inputs.items()
+        },
         "document": step.document,
         "fingerprint": step.fingerprint,
     }
@@ -66,10 +69,13 @@ def _write_step(step: Step) -> dict[str, JsonValue]:
 
 def read_step(value: Mapping[str, Any]) -> Step:
     """The step in a request, as the worker reads it."""
-    inputs = {role: Input(found["step_id"], tuple(found["opens"])) for role, found in value["inputs"].items()}
+    inputs = {
+        Role.parse(role): Input(found["step_id"], tuple(found["opens"]))
+        for role, found in value["inputs"].items()
+    }
     return Step(
         value["id"],
-        value["stage"],
+        Stage(value["stage"]),
         value["round"],
         value["subject"],
         value["seed"],

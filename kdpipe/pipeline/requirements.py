@@ -13,9 +13,9 @@ from typing import Any
 
 from kdpipe.errors import PreflightError, StepError
 from kdpipe.pipeline.project import Project, summary_of
-from kdpipe.recipe.roles import STUDENT
+from kdpipe.recipe.roles import STUDENT, STUDENT_ROLE
 from kdpipe.recipe.schema import Recipe, Teacher
-from kdpipe.store.step import Step
+from kdpipe.store.step import Stage, Step, step_id_of
 
 FREE_BYTES_FLOOR = 64 << 20
 PEFT = "peft>=0.21"  # as the extra `lora` says
@@ -106,7 +106,8 @@ def headroom_of(teacher: Teacher, summary: Mapping[str, Any]) -> Headroom:
 def headrooms(project: Project) -> list[Headroom]:
     """Those of the teachers whose evaluation is done, in the order of the recipe."""
     found = [
-        (teacher, summary_of(project, f"evaluate:{teacher.name}@0")) for teacher in project.recipe.teachers
+        (teacher, summary_of(project, step_id_of(Stage.EVALUATE, teacher.name, 0)))
+        for teacher in project.recipe.teachers
     ]
     return [headroom_of(teacher, summary) for teacher, summary in found if summary is not None]
 
@@ -131,7 +132,7 @@ def require_headroom(project: Project) -> None:
 def require_space(project: Project, folders: Mapping[str, Path], step: Step) -> None:
     """Raises StepError when the disk cannot hold what the step is likely to write."""
     need = FREE_BYTES_FLOOR
-    if step.stage in ("train", "sft"):
+    if step.stage in (Stage.TRAIN, Stage.SFT):
         copies = 5 if project.recipe.ema_decay is None else 7
         if step.round == 1 and project.recipe.student.lora is not None:
             copies = 1  # no adapter is there yet to judge by; all that one writes is less than the model
@@ -145,7 +146,7 @@ def require_space(project: Project, folders: Mapping[str, Path], step: Step) -> 
 
 
 def _model_folders(project: Project, folders: Mapping[str, Path], step: Step) -> Iterator[Path]:
-    if (source := step.inputs.get(STUDENT)) is not None:
+    if (source := step.inputs.get(STUDENT_ROLE)) is not None:
         yield project.store.entry(project.plan.step(source.step_id)).folder / "model"
     has_adapter = step.round > 1 and project.recipe.student.lora is not None
     if (name := step.subject or STUDENT) in folders and not has_adapter:

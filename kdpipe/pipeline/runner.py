@@ -24,7 +24,7 @@ from kdpipe.pipeline.status import inspect, must_restore
 from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.store.artifacts import Entry, linked_entry, tidy_if_free
 from kdpipe.store.locks import run_lock
-from kdpipe.store.step import Input, Step
+from kdpipe.store.step import Input, Stage, Step
 from kdpipe.workers.worker import CLOSE, Message, Worker
 
 
@@ -159,7 +159,7 @@ class _Run:
                 self._preflight(step)
                 self._perform(step, entry, anew=step.id in again or state.verdict == "stale")
                 again.discard(step.id)
-                if step.stage in ("train", "evaluate"):  # only these change what is kept
+                if step.stage in (Stage.TRAIN, Stage.EVALUATE):  # only these change what is kept
                     self._retain()
                 mirror.nudge()
             self.digests[step.id] = inspect(project.store, step, self.digests).digest
@@ -190,7 +190,7 @@ class _Run:
 
     def _preflight(self, step: Step) -> None:
         """Examines student and teachers, quickly and once per command, before a round samples or scores."""
-        is_due = step.round > 0 and step.stage in ("rollout", "teacher-score")
+        is_due = step.round > 0 and step.stage in (Stage.ROLLOUT, Stage.TEACHER_SCORE)
         if self.examined or not is_due or not self.project.recipe.runtime.preflight:
             return
         self.examined = True

@@ -19,15 +19,18 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from kdpipe.data.payload import SUMMARY_FILE
 from kdpipe.errors import ArtifactError
 from kdpipe.pipeline.plan import run_hash
 from kdpipe.recipe.file import LoadedRecipe, read_recipe
+from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import Recipe, resolved
 from kdpipe.store.artifacts import Entry, linked_entry, read_document
 from kdpipe.store.durable import append_line, parse_json, read_lines, write_bytes, write_json, writing
 from kdpipe.store.environment import environment
-from kdpipe.store.step import Fields, Step
+from kdpipe.store.step import Fields, Stage, Step, link_name_of
 
+RUNS = "runs"
 ROUND = re.compile(r"round-(\d+)$")
 PAYLOADS = ("model", "trainer", "ema")
 """The folders of a train entry that retention may drop."""
@@ -132,22 +135,27 @@ class RunFolder:
         return read_lines(self.events_path)
 
 
+def run_at(workspace: Path, name: str) -> RunFolder:
+    """The folder of the run called `name`, whether it is there or not."""
+    return RunFolder(workspace / RUNS / name)
+
+
 def run_folder(workspace: Path, recipe: Recipe) -> RunFolder:
     """The folder of the run that `recipe` means."""
-    return RunFolder(workspace / "runs" / f"{recipe.name}-{run_hash(recipe)}")
+    return run_at(workspace, f"{recipe.name}-{run_hash(recipe)}")
 
 
 def named_run(workspace: Path, name: str) -> RunFolder | None:
     """The run of this name, or None where the workspace has none."""
-    place = workspace / "runs" / name
-    is_there = "/" not in name and (place / "resolved.json").exists()
-    return RunFolder(place) if is_there else None
+    run = run_at(workspace, name)
+    is_there = "/" not in name and (run.path / "resolved.json").exists()
+    return run if is_there else None
 
 
 def all_runs(workspace: Path) -> list[RunFolder]:
     """Every run of the workspace, the one changed last first; one that lost its recipe still has its links."""
     found: list[tuple[float, Path]] = []
-    for path in (workspace / "runs").glob("*"):
+    for path in (workspace / RUNS).glob("*"):
         recipe = path / "resolved.json"
         if recipe.exists():
             found.append((recipe.stat().st_mtime, path))
@@ -166,7 +174,7 @@ def retained(run: RunFolder) -> dict[Path, set[str]]:
     best and of the last evaluated round.
     """
     links = list(run.links())
-    trained = {link.round: link.target for link in links if link.name == "train"}
+    trained = {link.round: link.target for link in links if link.name == Stage.TRAIN}
     try:
         recipe = run.recipe()
     except (
@@ -184,7 +192,8 @@ def retained(run: RunFolder) -> dict[Path, set[str]]:
     scores = {
         link.round: accuracy
         for link in links
-        if link.name == "evaluate-student" and (accuracy := _accuracy(link.target)) is not None
+        if link.name == link_name_of(Stage.EVALUATE, STUDENT)
+        and (accuracy := _accuracy(link.target)) is not None
     }
     readable = {number: accuracy for number, accuracy in scores.items() if accuracy < math.inf}
     wanted = set(scores) - set(readable)  # may be the best
@@ -222,7 +231,7 @@ def _is_whole(folder: Path, kind: str) -> bool:
 def droppable(run: RunFolder, workspace: Path) -> list[tuple[Path, str]]:
     """(train entry, folder of its payload) of `run` that neither it nor any other run keeps."""
     kept: dict[Path, set[str]] = {}
-    linked = {link.target for link in run.links() if link.name == "train"}
+    linked = {link.target for link in run.links() if link.name == Stage.TRAIN}
     for other in all_runs(workspace):
         for target, kinds in retained(other).items():
             kept.setdefault(target, set()).update(kinds)
@@ -240,6 +249,6 @@ def _accuracy(folder: Path) -> float | None:
         return None
     try:
         entry, _ = linked_entry(folder)
-        return None if entry.manifest() is None else float(entry.read_json("summary.json")["accuracy"])
+        return None if entry.manifest() is None else float(entry.read_json(SUMMARY_FILE)["accuracy"])
     except (ArtifactError, ValueError, KeyError, TypeError):
         return math.inf

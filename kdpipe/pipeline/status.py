@@ -13,7 +13,7 @@ from kdpipe.errors import ArtifactError
 from kdpipe.pipeline.plan import Plan
 from kdpipe.pipeline.runs import RunFolder, all_runs, run_folder
 from kdpipe.recipe.schema import Recipe
-from kdpipe.store.artifacts import Store
+from kdpipe.store.artifacts import CHECKPOINT, Store
 from kdpipe.store.step import Step
 
 Verdict = Literal["done", "stale", "to do", "damaged"]
@@ -57,7 +57,7 @@ def inspect(store: Store, step: Step, digests: Mapping[str, str | None]) -> Stat
         if now is None:
             why = f"needs {source.step_id}, which is not there"
             return State(step, "to do", why, manifest.payload_digest, dropped)
-        if manifest.inputs.get(role) != now:
+        if manifest.inputs.get(str(role)) != now:
             why = f"{source.step_id} was made again and differs"
             return State(step, "stale", why, manifest.payload_digest, dropped)
     return State(step, "done", "", manifest.payload_digest, dropped)
@@ -113,14 +113,12 @@ class _History:
 
 def _explained(state: State, history: _History, store: Store) -> State:
     step = state.step
-    folder = store.entry(step).folder
-    begun = folder.exists()
-    parts = len(list((folder / "parts").glob("*.parquet"))) if begun else 0
-    checkpoints = sorted((folder / "checkpoints").glob("step-*")) if begun else []
-    if parts:
+    names = [piece.path.name for piece in store.entry(step).pieces()]
+    checkpoints = [name for name in names if name.startswith(CHECKPOINT)]
+    if parts := len(names) - len(checkpoints):
         return State(step, "to do", f"goes on after {parts} finished parts", None, frozenset())
     if checkpoints:
-        number = int(checkpoints[-1].name.removeprefix("step-"))
+        number = int(checkpoints[-1].removeprefix(CHECKPOINT))
         return State(step, "to do", f"goes on from optimizer step {number}", None, frozenset())
     earlier = history.earlier(step)
     if earlier is None:
@@ -144,7 +142,7 @@ def _difference(earlier: Mapping[str, Any], step: Step) -> str:
     if not reasons:
         old_inputs, new_inputs = earlier.get("inputs", {}), step.document["inputs"]
         assert isinstance(new_inputs, dict)
-        changed = [role for role in step.inputs if old_inputs.get(role) != new_inputs.get(role)]
+        changed = [role for role in step.inputs if old_inputs.get(str(role)) != new_inputs.get(str(role))]
         reasons = [f"{step.inputs[role].step_id} changes" for role in changed]
     more = f" (+{len(reasons) - MAX_REASONS} more)" if len(reasons) > MAX_REASONS else ""
     return "; ".join(reasons[:MAX_REASONS]) + more

@@ -1,14 +1,62 @@
-"""The names of the roles: which model of a recipe is meant."""
+"""Roles: which model or which earlier result a step reads. Printed as `student`, or `teacher:NAME` of several."""
 
 from __future__ import annotations
 
-from kdpipe.recipe.schema import Recipe, Teacher
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kdpipe.recipe.schema import Recipe, Teacher
 
 STUDENT = "student"
+"""The student's name where teachers have theirs: the subject of its steps, the key of its model."""
 SERVER = "server"
-BASE = "base"  # the role of the model below the student's adapter, where a step made it
 
 
-def teacher_role(recipe: Recipe, teacher: Teacher) -> str:
-    """What a teacher is called among a step's inputs and fields: `teacher`, or `teacher:NAME` of several."""
-    return "teacher" if len(recipe.teachers) == 1 else f"teacher:{teacher.name}"
+class RoleKind(StrEnum):
+    """What an input is to a step."""
+
+    STUDENT = "student"
+    BASE = "base"  # the model below the student's adapter, where a step made it
+    EMA = "ema"  # the average of the students so far
+    TEACHER = "teacher"
+    ROLLOUT = "rollout"
+    TEXT = "text"  # completions that a teacher wrote
+    SCORES = "scores"  # a teacher's scores of the rollout
+    BASELINE = "baseline"  # the evaluation of student 0
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """An input's kind, and whose it is: the name of a teacher that is one of several, else nothing."""
+
+    kind: RoleKind
+    name: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Role:
+        """The role that prints as `text`; raises ValueError when none does."""
+        kind, colon, name = text.partition(":")
+        if bool(colon) != bool(name):
+            raise ValueError(f"role {text!r}: expected KIND or KIND:NAME")
+        return cls(RoleKind(kind), name)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.name}" if self.name else str(self.kind)
+
+    def as_kind(self, kind: RoleKind) -> Role:
+        """What is of this kind and of the same teacher."""
+        return Role(kind, self.name)
+
+
+STUDENT_ROLE = Role(RoleKind.STUDENT)
+BASE_ROLE = Role(RoleKind.BASE)
+EMA_ROLE = Role(RoleKind.EMA)
+ROLLOUT_ROLE = Role(RoleKind.ROLLOUT)
+BASELINE_ROLE = Role(RoleKind.BASELINE)
+
+
+def teacher_role(recipe: Recipe, teacher: Teacher) -> Role:
+    """The role of one of the recipe's teachers, which has its name where there are several."""
+    return Role(RoleKind.TEACHER, "" if len(recipe.teachers) == 1 else teacher.name)

@@ -10,13 +10,7 @@ from kdpipe.report.figure import Chart, Point, Series
 from kdpipe.results.measures import Evaluation, Measures
 from kdpipe.store.step import Stage
 
-STAGES_SHOWN: tuple[Stage, ...] = ("rollout", "teacher-score", "train", "evaluate")
-SHORT: dict[Stage, str] = {
-    "rollout": "rollout",
-    "teacher-score": "score",
-    "train": "train",
-    "evaluate": "evaluate",
-}
+STAGES_SHOWN = (Stage.ROLLOUT, Stage.TEACHER_SCORE, Stage.TRAIN, Stage.EVALUATE)
 
 
 def charts(measures: Measures) -> list[Chart]:
@@ -108,10 +102,14 @@ def _mismatch(measures: Measures) -> Chart:
     return Chart("mismatch", "Sampler against trainer", "nats, log scale", series, _power, scale="log")
 
 
+def _short(stage: Stage) -> str:
+    return stage.removeprefix("teacher-")
+
+
 def _by_stage(measures: Measures, what: str, title: str, unit: str, show: Callable[[float], str]) -> Chart:
     series = [
         Series(
-            SHORT[stage],
+            _short(stage),
             _points({number: value for number, value in found.items() if number > 0}),
             style=style,
         )
@@ -119,7 +117,7 @@ def _by_stage(measures: Measures, what: str, title: str, unit: str, show: Callab
         if (found := measures.summed_by_round(stage, what))
     ]
     series = [
-        Series(one.label, one.points, one.style, marked=one.label == "evaluate" and len(one.points) < 12)
+        Series(one.label, one.points, one.style, marked=one.label == Stage.EVALUATE and len(one.points) < 12)
         for one in series
     ]
     return Chart(f"stage-{what}", title, unit, series, show)
@@ -135,7 +133,7 @@ def _speed(measures: Measures) -> Chart:
             for number in seconds
             if seconds[number] and tokens[number]
         }
-        series.append(Series(SHORT[stage], _points(rates), style=style))
+        series.append(Series(_short(stage), _points(rates), style=style))
     return Chart("speed", "Speed", "tokens a second", series, _count)
 
 

@@ -12,7 +12,13 @@ from kdpipe.results.verdict import percent
 from kdpipe.store.step import Stage
 
 MAX_RECIPE_CHARACTERS = 60_000
-COLOURS: dict[Stage, int] = {"rollout": 0, "teacher-score": 1, "train": 2, "evaluate": 3, "sft": 4}
+COLOURS: dict[Stage, int] = {
+    Stage.ROLLOUT: 0,
+    Stage.TEACHER_SCORE: 1,
+    Stage.TRAIN: 2,
+    Stage.EVALUATE: 3,
+    Stage.SFT: 4,
+}
 """As in the charts."""
 
 

@@ -17,6 +17,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from kdpipe.data.payload import HIDDEN_FILE
 from kdpipe.data.tables import Scores
 from kdpipe.errors import ArtifactError
 
@@ -24,7 +25,6 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 Ranked: TypeAlias = "list[tuple[int, float]]"
 """Ids with their log-probs, the most probable first."""
 
-HIDDEN_FILE = "hidden.safetensors"
 SHOWN = 5
 MAX_HEAD_BYTES = 64 << 20
 MAX_HEADER_BYTES = 100 << 20  # what safetensors itself allows

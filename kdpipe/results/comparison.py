@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
+from kdpipe.data.payload import GRADES_FILE
 from kdpipe.data.tables import GRADES, read_rows
 from kdpipe.errors import ArtifactError, DataError
 from kdpipe.method import statistics
@@ -24,6 +25,7 @@ from kdpipe.recipe.schema import resolved
 from kdpipe.results.measures import cost_of
 from kdpipe.store.artifacts import METRICS, linked_entry
 from kdpipe.store.durable import read_lines
+from kdpipe.store.step import Stage, link_name_of
 
 BOOTSTRAP_SEED = 0
 HEADLINE = "task.headline"
@@ -270,7 +272,7 @@ def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contende
             f"{run.path}: its resolved.json is missing or damaged", hint="repeat the run: it is written again"
         ) from None
     links = [link for link in run.links() if last_round is None or link.round <= last_round]
-    evaluated = [link for link in links if link.name == f"evaluate-{STUDENT}"]
+    evaluated = [link for link in links if link.name == link_name_of(Stage.EVALUATE, STUDENT)]
     seconds, tokens, dtypes = dict[str, float](), dict[str, float](), set[str]()
     found: tuple[int, dict[str, list[bool]]] | None = None
     for link in links:
@@ -278,14 +280,14 @@ def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contende
         if (manifest := entry.manifest()) is None:
             continue
         stage = str(document["stage"])
-        if stage == "train" or link in evaluated:
+        if stage == Stage.TRAIN or link in evaluated:
             dtypes.add(str(manifest.provenance.get("dtype")))
         took, read = cost_of(read_lines(entry.opened(METRICS) / METRICS))
         seconds[stage] = seconds.get(stage, 0.0) + took
         tokens[stage] = tokens.get(stage, 0.0) + read
         if link in evaluated:
             rows = read_rows(
-                entry.opened("grades.parquet") / "grades.parquet", GRADES, columns=["prompt_id", "correct"]
+                entry.opened(GRADES_FILE) / GRADES_FILE, GRADES, columns=["prompt_id", "correct"]
             )
             grades: dict[str, list[bool]] = {}
             for row in rows:

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from kdpipe.data.payload import GRADES_FILE, REVERSE_KL_FILE, ROLLOUTS_FILE, SCORES_FILE
 from kdpipe.data.tables import (
     GRADES,
     REVERSE_KL,
@@ -32,7 +33,7 @@ from kdpipe.pipeline.project import Project
 from kdpipe.recipe.roles import STUDENT, teacher_role
 from kdpipe.results.alternatives import KeptStates, Ranked, of_support, open_states
 from kdpipe.results.pieces import Piece, Pieces
-from kdpipe.store.step import Step
+from kdpipe.store.step import Stage, Step, step_id_of
 
 Kind = Literal["rollout", "held-out", "answers"]
 """What was sampled to train on; held-out samples that the teacher scored; the held-out answers that were graded."""
@@ -231,12 +232,16 @@ class Reader:
 
     def rollout_rounds(self) -> list[int]:
         """Rounds whose rollouts are there."""
-        return [step.round for step in self._done.values() if step.stage == "rollout" and not step.subject]
+        return [
+            step.round for step in self._done.values() if step.stage == Stage.ROLLOUT and not step.subject
+        ]
 
     def evaluated_rounds(self) -> list[int]:
         """Rounds whose student was evaluated."""
         return [
-            step.round for step in self._done.values() if step.stage == "evaluate" and step.subject == STUDENT
+            step.round
+            for step in self._done.values()
+            if step.stage == Stage.EVALUATE and step.subject == STUDENT
         ]
 
     def scored_round(self) -> int | None:
@@ -247,8 +252,8 @@ class Reader:
 
     def rollout(self, number: int) -> Batch:
         """What was sampled to train round `number`, with the teachers' scores where they are there."""
-        step = self._step(f"rollout@{number}")
-        path = self._file(step, "rollouts.parquet")
+        step = self._step(step_id_of(Stage.ROLLOUT, None, number))
+        path = self._file(step, ROLLOUTS_FILE)
         rows = read_rows(path, ROLLOUTS, columns=[*PLAIN, "source"])
         student = _floats(read_lists(path, ROLLOUTS, "sampler_logprobs"))
         teacher, scores, places, states = self._teachers(number, rows)
@@ -258,10 +263,10 @@ class Reader:
 
     def held_out(self, number: int) -> Batch | None:
         """The held-out samples of student `number` that the teacher scored; None where none were."""
-        step = self._step(f"evaluate:{STUDENT}@{number}")
-        if not (self._folder(step) / "reverse_kl.parquet").exists():
+        step = self._step(step_id_of(Stage.EVALUATE, STUDENT, number))
+        if not (self._folder(step) / REVERSE_KL_FILE).exists():
             return None
-        path = self._file(step, "reverse_kl.parquet")
+        path = self._file(step, REVERSE_KL_FILE)
         schema = REVERSE_KL if len(self.project.recipe.teachers) == 1 else REVERSE_KL_OF_SEVERAL
         rows = read_rows(path, schema, columns=["prompt_id", "sample"])
         ids = [values for values in read_lists(path, schema, "completion_token_ids") if values is not None]
@@ -287,8 +292,8 @@ class Reader:
 
     def answers(self, number: int) -> Batch:
         """The graded held-out answers of student `number`; the teacher did not score these."""
-        step = self._step(f"evaluate:{STUDENT}@{number}")
-        path = self._file(step, "grades.parquet")
+        step = self._step(step_id_of(Stage.EVALUATE, STUDENT, number))
+        path = self._file(step, GRADES_FILE)
         rows = self._grades(number)
         ids = [values for values in read_lists(path, GRADES, "completion_token_ids") if values is not None]
         nothing: list[Floats | None] = [None] * len(rows)
@@ -315,13 +320,15 @@ class Reader:
     def _score_steps(self, number: int) -> list[Step]:
         """The steps that scored a round, or none unless all are done."""
         steps = [
-            step for step in self.project.plan.steps if step.stage == "teacher-score" and step.round == number
+            step
+            for step in self.project.plan.steps
+            if step.stage == Stage.TEACHER_SCORE and step.round == number
         ]
         return steps if all(step.id in self._done for step in steps) else []
 
     def _grades(self, number: int) -> list[dict[str, Any]]:
-        step = self._step(f"evaluate:{STUDENT}@{number}")
-        return read_rows(self._file(step, "grades.parquet"), GRADES, columns=list(PLAIN))
+        step = self._step(step_id_of(Stage.EVALUATE, STUDENT, number))
+        return read_rows(self._file(step, GRADES_FILE), GRADES, columns=list(PLAIN))
 
     def _changes(self, number: int) -> dict[tuple[str, int], Change]:
         """By problem and sample; evaluations sample a problem alike in every round, so that they are pairs."""
@@ -368,7 +375,7 @@ class Reader:
         places: dict[int, int] = {}
         steps = self._score_steps(number)
         for step in steps:
-            for place, row in enumerate(read_scores(self._file(step, "scores.parquet"))):
+            for place, row in enumerate(read_scores(self._file(step, SCORES_FILE))):
                 index = numbers[row.prompt_id, row.sample]
                 weight = math.log(recipe.weights[row.teacher]) if recipe.is_mixed else 0.0
                 logprobs = _masked(row.teacher_logprobs, row.scorable)
@@ -407,7 +414,7 @@ def _tokenizer_file(project: Project, done: dict[str, Step]) -> Path | None:
     made = [
         step
         for step in done.values()
-        if step.stage == "train" or (step.stage == "sft" and step.subject == STUDENT)
+        if step.stage == Stage.TRAIN or (step.stage == Stage.SFT and step.subject == STUDENT)
     ]
     for step in reversed(made):
         entry = project.store.entry(step)

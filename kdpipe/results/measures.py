@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
+from kdpipe.data.payload import GRADES_FILE
 from kdpipe.data.tables import GRADES, read_rows
 from kdpipe.method import statistics
 from kdpipe.method.statistics import Interval
@@ -20,7 +21,6 @@ from kdpipe.store.durable import read_lines
 from kdpipe.store.step import Stage, Step
 
 BOOTSTRAP_SEED = 0
-STAGES: tuple[Stage, ...] = ("sft", "rollout", "teacher-score", "train", "evaluate")
 Values: TypeAlias = "dict[int, float]"
 
 
@@ -137,7 +137,7 @@ class Measures:
     @property
     def rounds_done(self) -> int:
         """The last round whose training is done."""
-        return max((step.round for step in self.done if step.stage == "train"), default=0)
+        return max((step.round for step in self.done if step.stage == Stage.TRAIN), default=0)
 
     # evaluations
 
@@ -154,7 +154,7 @@ class Measures:
                 summary,
             )
             for step in self.done
-            if step.stage == "evaluate" and (summary := summary_of(self.project, step.id)) is not None
+            if step.stage == Stage.EVALUATE and (summary := summary_of(self.project, step.id)) is not None
         ]
 
     @property
@@ -198,7 +198,7 @@ class Measures:
 
     def _fractions(self, evaluation: Evaluation) -> dict[str, float]:
         """The fraction of right samples of each problem."""
-        name = "grades.parquet"
+        name = GRADES_FILE
         path = self.project.store.entry(evaluation.step).opened(name) / name
         found: dict[str, list[bool]] = defaultdict(list)
         for row in read_rows(path, GRADES, columns=["prompt_id", "correct"]):
@@ -221,7 +221,7 @@ class Measures:
         """A metric of the optimizer steps, summarised by round."""
         found: dict[int, list[float]] = defaultdict(list)
         for step in self.done:
-            if step.stage == "train":
+            if step.stage == Stage.TRAIN:
                 found[step.round] += [row["value"] for row in self.rows[step.id] if row["name"] == name]
         return {
             number: Spread(sum(values) / len(values), min(values), max(values))
@@ -243,7 +243,7 @@ class Measures:
         """What each stage took, in the order of the stages; reused steps cost what they took where they were made."""
         return [
             Cost(stage, len(took), sum(one.seconds for one in took), sum(one.tokens for one in took))
-            for stage in STAGES
+            for stage in Stage
             if (took := [self._took(step) for step in self.done if step.stage == stage])
         ]
 

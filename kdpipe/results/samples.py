@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from kdpipe.data.payload import COMPLETIONS_FILE
 from kdpipe.data.tables import COMPLETIONS, read_lists, read_rows
 from kdpipe.errors import RecipeError
 from kdpipe.method.mismatch import acted, ledger, mismatch
 from kdpipe.pipeline.project import Project
 from kdpipe.results.completions import Batch, Completion, Reader, Token
+from kdpipe.store.step import Stage, step_id_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +100,10 @@ def _batch(reader: Reader, choice: Choice) -> Batch:
 def _ledgers(project: Project, batch: Batch) -> dict[int, dict[str, float]]:
     """What the sampler and the trainer disagree about, of each row that was trained on."""
     number = batch.step.round
-    entry = project.store.entry(project.plan.step(f"train@{number}"))
+    entry = project.store.entry(project.plan.step(step_id_of(Stage.TRAIN, None, number)))
     if entry.manifest() is None:
         return {}
-    path = entry.opened("completions.parquet") / "completions.parquet"
+    path = entry.opened(COMPLETIONS_FILE) / COMPLETIONS_FILE
     keys = read_rows(path, COMPLETIONS, columns=["prompt_id", "sample"])
     values = read_lists(path, COMPLETIONS, "proximal_logprobs")
     proximal = {(row["prompt_id"], row["sample"]): found for row, found in zip(keys, values, strict=True)}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from kdpipe.data.payload import GRADES_FILE, REVERSE_KL_FILE, SUMMARY_FILE
 from kdpipe.data.seeds import permutation
 from kdpipe.data.tables import GRADES, REVERSE_KL, REVERSE_KL_OF_SEVERAL, read_rows
 from kdpipe.data.tasks.answers import grade, parse_number
@@ -27,6 +28,7 @@ from kdpipe.stages.held_out import Against, Exact, has_exact, verdicts
 from kdpipe.stages.job import Job, Text, mean
 from kdpipe.stages.routing import teaches
 from kdpipe.stages.sampling import read_completion, request_for, sample_all, sampling_of
+from kdpipe.store.step import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -64,14 +66,14 @@ def evaluate(
     grades, free = _grades(job, text, model, engine, prompt, problems)
     summary: dict[str, JsonValue] = {"model": subject, "round": job.round, **_accuracy(job, grades)}
     if baseline is not None:
-        summary |= _accuracy_change(grades, read_rows(baseline / "grades.parquet", GRADES))
+        summary |= _accuracy_change(grades, read_rows(baseline / GRADES_FILE, GRADES))
     if against:
         rows = _reverse_kl_rows(job, text, model, engine, against, first_part=free)
         summary |= _reverse_kl(rows)
         if baseline is not None:
             schema = _reverse_kl_schema(against)
-            summary |= _reverse_kl_change(rows, read_rows(baseline / "reverse_kl.parquet", schema))
-    job.draft.write_json("summary.json", summary)
+            summary |= _reverse_kl_change(rows, read_rows(baseline / REVERSE_KL_FILE, schema))
+    job.draft.write_json(SUMMARY_FILE, summary)
     for name, value in summary.items():
         if isinstance(value, int | float) and name != "round":
             job.draft.metric(f"evaluate/{name}", value)
@@ -79,7 +81,7 @@ def evaluate(
 
 def subset(problems: Sequence[Problem], count: int | None) -> list[Problem]:
     """The first `count` test problems of an order that depends on nothing but their ids; None: all."""
-    order = permutation([problem.prompt_id for problem in problems], "evaluate")
+    order = permutation([problem.prompt_id for problem in problems], Stage.EVALUATE.value)
     return [problems[index] for index in order[:count]]
 
 
@@ -123,10 +125,8 @@ def _grades(
             for sampled in _sample(job, problems, prompt, sampling, engine, settings.samples, purpose="grade")
         ]
 
-    free = job.in_parts(
-        "grades.parquet", problems, rows_per_item=settings.samples, build=build, schema=GRADES
-    )
-    return read_rows(job.draft.folder / "grades.parquet", GRADES), free
+    free = job.in_parts(GRADES_FILE, problems, rows_per_item=settings.samples, build=build, schema=GRADES)
+    return read_rows(job.draft.folder / GRADES_FILE, GRADES), free
 
 
 def _sample(
@@ -140,7 +140,7 @@ def _sample(
     purpose: str,
 ) -> list[tuple[Problem, int, list[int], Completion]]:
     requests = [
-        request_for(prompt(problem), samples, job.seed, "evaluate", purpose, problem.prompt_id)
+        request_for(prompt(problem), samples, job.seed, Stage.EVALUATE.value, purpose, problem.prompt_id)
         for problem in problems
     ]
     answers = sample_all(job, [problem.prompt_id for problem in problems], requests, sampling, engine)
@@ -284,7 +284,7 @@ def _reverse_kl_rows(
         ]
 
     problems = subset(job.test, job.recipe.evaluate.reverse_kl_problems)
-    name, schema = "reverse_kl.parquet", _reverse_kl_schema(against)
+    name, schema = REVERSE_KL_FILE, _reverse_kl_schema(against)
     job.in_parts(name, problems, rows_per_item=1, build=build, schema=schema, first=first_part)
     return read_rows(job.draft.folder / name, schema)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from kdpipe.data.payload import ROLLOUTS_FILE
 from kdpipe.data.rows import Rollout
 from kdpipe.data.tables import ROLLOUTS, read_rollouts
 from kdpipe.models.prompting import reference_completion
@@ -23,6 +24,7 @@ from kdpipe.stages.sampling import (
     sampled_ids,
     sampling_of,
 )
+from kdpipe.store.step import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,7 +54,12 @@ def rollout(
     def build(problems: Sequence[Problem]) -> list[Rollout]:
         requests = {
             problem.prompt_id: request_for(
-                text.prompt(problem), settings.samples, job.seed, "rollout", job.round, problem.prompt_id
+                text.prompt(problem),
+                settings.samples,
+                job.seed,
+                Stage.ROLLOUT.value,
+                job.round,
+                problem.prompt_id,
             )
             for problem in problems
             if problem.prompt_id in sampled
@@ -72,7 +79,7 @@ def rollout(
                 rows.append(_sample(job, text, problem, requests[problem.prompt_id], number, completion))
         return rows
 
-    name = "rollouts.parquet"
+    name = ROLLOUTS_FILE
     job.in_parts(
         name,
         problems,

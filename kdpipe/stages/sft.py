@@ -18,6 +18,7 @@ from kdpipe.models.folder import write_model
 from kdpipe.models.logprobs import head_of, hidden_states, token_logprobs
 from kdpipe.models.prompting import reference_completion
 from kdpipe.stages.job import NOTHING_PUBLISHED, Job, Text
+from kdpipe.store.step import Stage
 from kdpipe.training.state import write_trainer
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def _batch_indices(ids: tuple[str, ...], *, step: int, size: int, seed: int) -> 
 
 @functools.lru_cache(maxsize=2)
 def _epoch_order(ids: tuple[str, ...], epoch: int, seed: int) -> list[int]:
-    return permutation(ids, seed, "sft", epoch)
+    return permutation(ids, seed, Stage.SFT.value, epoch)
 
 
 def _gradient(trainer: Trainer, examples: Sequence[Example], *, text: Text, job: Job) -> tuple[float, int]:

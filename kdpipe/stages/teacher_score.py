@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdpipe.data.hidden import FILE as HIDDEN_FILE
 from kdpipe.data.hidden import to_bytes, write_hidden
+from kdpipe.data.payload import HIDDEN_FILE, SCORES_FILE
 from kdpipe.data.tables import HIDDEN_PART, SCORES, Scores, read_scores, topk_schema
 from kdpipe.engines.protocol import ScoreRequest, Scoring
 from kdpipe.models.folder import head_digest
@@ -76,7 +76,7 @@ def teacher_score(
         )
         return [_score(row, teacher, found, head) for row, found in zip(rows, scored, strict=True)]
 
-    name = "scores.parquet"
+    name = SCORES_FILE
     has_support = keep.teacher_top_k or keep.student_top_k
     job.in_parts(
         name,

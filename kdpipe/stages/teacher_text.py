@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from kdpipe.data.payload import ROLLOUTS_FILE
 from kdpipe.data.tables import ROLLOUTS, read_rollouts
 from kdpipe.errors import PreflightError
 from kdpipe.stages.job import Job, Text, mean
@@ -77,7 +78,7 @@ def write_texts(
                 rows.append(replace(row, sample=number, source="teacher", finish_reason=reason))
         return rows
 
-    name = "rollouts.parquet"
+    name = ROLLOUTS_FILE
     job.in_parts(name, problems, rows_per_item=samples, build=build, schema=ROLLOUTS)
     _write_metrics(job, teacher.name, read_rollouts(job.draft.folder / name))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from kdpipe.data.payload import COMPLETIONS_FILE
 from kdpipe.data.seeds import permutation
 from kdpipe.data.tables import COMPLETIONS, write_rows
 from kdpipe.errors import StepError
@@ -37,6 +38,7 @@ from kdpipe.recipe.schema import Objective, SampledTerm
 from kdpipe.stages.job import NOTHING_PUBLISHED, Job, Text, mean
 from kdpipe.stages.scoring import check_scorable, score_metrics
 from kdpipe.stages.sft import apply_gradient, write_state
+from kdpipe.store.step import Stage
 from kdpipe.training.state import write_trainer
 
 if TYPE_CHECKING:
@@ -150,7 +152,7 @@ def minibatches(job: Job, rows: Sequence[Row]) -> list[tuple[int, list[int]]]:
     ids = [f"{row.rollout.prompt_id}/{row.rollout.sample}" for row in rows]
     plan = []
     for epoch in range(settings.epochs):
-        order = permutation(ids, job.seed, "train", job.round, epoch)
+        order = permutation(ids, job.seed, Stage.TRAIN.value, job.round, epoch)
         for number in range(settings.minibatches):
             start, end = (len(order) * place // settings.minibatches for place in (number, number + 1))
             plan.append((epoch, order[start:end]))
@@ -447,7 +449,7 @@ def _write(
         for number, (epoch, indices) in enumerate(plan)
         for index in indices
     ]
-    job.draft.write("completions.parquet", lambda path: write_rows(path, completions, COMPLETIONS))
+    job.draft.write(COMPLETIONS_FILE, lambda path: write_rows(path, completions, COMPLETIONS))
     job.draft.write("model", lambda folder: write_model(trainer.model, text.tokenizer, folder, dtype=dtype))
     # Frozen weights are as narrow as they are written, and the adapter on them is written as wide as it is.
     masters = trainer.model.dtype != dtype

@@ -39,6 +39,7 @@ FINGERPRINT = "fingerprint.json"
 METRICS = "metrics.jsonl"
 PARTS = "parts"
 CHECKPOINTS = "checkpoints"
+CHECKPOINT = "step-"  # what the names of checkpoints begin with, before the optimizer step
 SEAL = "seal.json"
 FINGERPRINT_KEY = "fingerprint"
 PIECE = "finished piece"
@@ -205,7 +206,7 @@ class Entry:
     def pieces(self) -> list[Piece]:
         """What earlier attempts have finished of a step that is not done."""
         parts = sorted((self.folder / PARTS).glob("part-*.parquet"))
-        checkpoints = sorted((self.folder / CHECKPOINTS).glob("step-*"))
+        checkpoints = sorted((self.folder / CHECKPOINTS).glob(f"{CHECKPOINT}*"))
         return [
             *(Piece(path, path.with_suffix(".json"), self.fingerprint) for path in parts),
             *(self.checkpoint(path.name) for path in checkpoints),
@@ -415,10 +416,10 @@ class Draft:
 
     def checkpoint(self) -> tuple[int, Path] | None:
         """The newest whole checkpoint as (optimizer step, folder), with the metrics of the steps before it."""
-        for folder in sorted((self.folder / CHECKPOINTS).glob("step-*"), reverse=True):
+        for folder in sorted((self.folder / CHECKPOINTS).glob(f"{CHECKPOINT}*"), reverse=True):
             if self._is_whole(self._entry.checkpoint(folder.name)):
                 self._metrics = read_lines(folder / METRICS)
-                return int(folder.name.removeprefix("step-")), folder
+                return int(folder.name.removeprefix(CHECKPOINT)), folder
             remove(folder)
         return None
 
@@ -432,11 +433,11 @@ class Draft:
             (path / SEAL).write_text(json.dumps(piece.document(path), sort_keys=True, indent=1))
 
         folder = self.folder / CHECKPOINTS
-        name = f"step-{optimizer_step:06d}"
+        name = f"{CHECKPOINT}{optimizer_step:06d}"
         piece = self._entry.checkpoint(name)
         write_durably(folder / name, write)
         self._note("checkpoint", {"optimizer_step": optimizer_step})
-        for older in folder.glob("step-*"):
+        for older in folder.glob(f"{CHECKPOINT}*"):
             if older.name < name:
                 remove(older)
 

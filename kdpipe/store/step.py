@@ -5,12 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from pydantic import JsonValue
+from kdpipe.recipe.roles import Role
 
-Stage = Literal["sft", "rollout", "teacher-score", "train", "evaluate"]
-Fields = dict[str, JsonValue]
+if TYPE_CHECKING:  # the commands name the stages, and start without pydantic
+    from pydantic import JsonValue
+
+Fields: TypeAlias = "dict[str, JsonValue]"
+
+
+class Stage(StrEnum):
+    """The kinds of steps, in the order of their first one."""
+
+    SFT = "sft"
+    ROLLOUT = "rollout"
+    TEACHER_SCORE = "teacher-score"
+    TRAIN = "train"
+    EVALUATE = "evaluate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +43,7 @@ class Step:
     round: int
     subject: str
     seed: int
-    inputs: Mapping[str, Input]
+    inputs: Mapping[Role, Input]
     document: Fields
     fingerprint: str
 

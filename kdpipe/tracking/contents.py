@@ -14,15 +14,15 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from kdpipe.data.payload import SUMMARY_FILE
 from kdpipe.errors import ArtifactError
 from kdpipe.pipeline.runs import RunFolder
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.results.studies import COMPARISON, TABLE
 from kdpipe.store.artifacts import METRICS, Entry, linked_entry
 from kdpipe.store.durable import TEMPORARY
-from kdpipe.store.step import canonical, link_name_of
+from kdpipe.store.step import Stage, canonical, link_name_of
 
-SUMMARY = "summary.json"
 MAX_METRICS = 1000  # what a server takes in one batch
 MAX_NAME = 250
 MAX_VALUE = 500
@@ -83,7 +83,7 @@ def whole_steps(steps: Iterable[DoneStep]) -> tuple[list[DoneStep], ArtifactErro
     whole, damage = list[DoneStep](), None
     for step in steps:
         try:
-            step.entry.opened(METRICS, SUMMARY)
+            step.entry.opened(METRICS, SUMMARY_FILE)
         except ArtifactError as error:
             damage = damage or error
         else:
@@ -102,13 +102,13 @@ def metric_name(name: str, *, stage: str, subject: str, per_step: bool, several:
     """The name in MLflow of a metrics.jsonl row: student and each teacher, steps and rounds stay apart."""
     owner = STUDENT if subject == STUDENT else f"teacher/{subject}" if several else "teacher"
     match stage:
-        case "train" if per_step:
+        case Stage.TRAIN if per_step:
             return f"train_step/{name.removeprefix('train/')}"
-        case "sft" if name.startswith("sft/"):
+        case Stage.SFT if name.startswith("sft/"):
             return name.replace("sft/", f"sft/{owner}/", 1)
-        case "sft":
+        case Stage.SFT:
             return name.replace("sft", f"sft_{owner}", 1)
-        case "evaluate" if owner != STUDENT:
+        case Stage.EVALUATE if owner != STUDENT:
             return name.replace("evaluate", f"evaluate_{owner}", 1)
         case _:
             return name
@@ -148,9 +148,9 @@ def data_sets(recipe: Mapping[str, Any], steps: Sequence[DoneStep]) -> dict[str,
     found: dict[str, tuple[str, str]] = {}
     for step in steps:
         fields, stage = step.document["fields"], step.document["stage"]
-        if stage not in ("rollout", "evaluate"):
+        if stage not in (Stage.ROLLOUT, Stage.EVALUATE):
             continue
-        made = {"train" if stage == "rollout" else "test": {"task": fields["task"]}}  # by the task itself
+        made = {"train" if stage == Stage.ROLLOUT else "test": {"task": fields["task"]}}  # by the task itself
         for split, identity in (fields["task.data"] or made).items():
             digest = hashlib.sha256(canonical(identity)).hexdigest()
             digest = identity.get("digest", identity.get("revision", digest))
@@ -167,9 +167,9 @@ def artifacts(run_folder: Path, steps: Sequence[DoneStep]) -> Iterator[tuple[str
         (f"figures/{path.name}", path, None) for path in figures if not path.name.startswith(TEMPORARY)
     )
     for step in steps:
-        if step.document["stage"] == "evaluate":
+        if step.document["stage"] == Stage.EVALUATE:
             name = f"evaluate/round-{step.round:03d}-{step.document['subject']}.json"
-            yield name, step.entry.folder / SUMMARY, step.entry
+            yield name, step.entry.folder / SUMMARY_FILE, step.entry
 
 
 def study_artifacts(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -182,15 +182,15 @@ def tables(steps: Sequence[DoneStep]) -> Iterator[tuple[str, DoneStep, str]]:
     for step in steps:
         subject, mark = step.document["subject"], f"{TABLE_FORMAT} {step.mark}"
         match step.document["stage"]:
-            case "evaluate" if subject == STUDENT:
+            case Stage.EVALUATE if subject == STUDENT:
                 yield f"tables/evaluate-round-{step.round:03d}.json", step, mark
-            case "rollout" if not subject:
+            case Stage.ROLLOUT if not subject:
                 yield f"tables/samples-round-{step.round:03d}.json", step, mark
 
 
 def newest_model(steps: Sequence[DoneStep]) -> tuple[str, DoneStep, str] | None:
     """(name in MLflow, step, what changes with it) of the last trained student, or None before there is one."""
-    trained = [step for step in steps if step.document["stage"] == "train"]
+    trained = [step for step in steps if step.document["stage"] == Stage.TRAIN]
     if not trained:
         return None
     last = max(trained, key=lambda step: step.round)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.errors import ArtifactError
+from kdpipe.pipeline.runs import run_at
 from kdpipe.recipe.schema import Tracking
 from kdpipe.results.studies import COMPARISON, TABLE, Study, all_studies, read_study
 from kdpipe.tracking.contents import (
@@ -97,7 +98,7 @@ def _adopt(study: Study, run: MlflowRun, workspace: Path) -> None:
     """Tells the study's runs whose children they are, those that are mirrored already."""
     known = run.record.mirrored
     for name in study.runs:
-        child = read_record(workspace / "runs" / name)
+        child = read_record(run_at(workspace, name).path)
         if child is None or child.run_id is None or known.get(name) == child.run_id:
             continue
         if (child.uri, child.experiment) == (run.record.uri, run.record.experiment) and run.adopt(

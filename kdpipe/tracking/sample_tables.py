@@ -10,8 +10,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from kdpipe.data.payload import GRADES_FILE, ROLLOUTS_FILE
 from kdpipe.data.tables import GRADES, ROLLOUTS, read_rows
 from kdpipe.report.markup import visible
+from kdpipe.store.step import Stage
 from kdpipe.tracking.contents import DoneStep
 
 MAX_GRADES = 500
@@ -33,10 +35,10 @@ class Table:
 def table_of(step: DoneStep, headline: str) -> Table:
     """The table of a step that has one; `headline` says which answer is graded. Raises ArtifactError on damage."""
     answer = f"answer_{headline}"
-    if step.document["stage"] == "evaluate":
-        file, schema, limit, more = "grades.parquet", GRADES, MAX_GRADES, [answer]
+    if step.document["stage"] == Stage.EVALUATE:
+        file, schema, limit, more = GRADES_FILE, GRADES, MAX_GRADES, [answer]
     else:
-        file, schema, limit, more = "rollouts.parquet", ROLLOUTS, MAX_SAMPLES, [answer, "reward", "source"]
+        file, schema, limit, more = ROLLOUTS_FILE, ROLLOUTS, MAX_SAMPLES, [answer, "reward", "source"]
     columns = [*FIRST, *more, *LAST]
     rows = read_rows(step.entry.opened(file) / file, schema, columns=columns)
     shown = [[_cell(row[name]) for name in columns] for row in rows[:limit]]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from kdpipe.pipeline.runs import all_runs
+from kdpipe.pipeline.runs import all_runs, run_at
 from kdpipe.recipe.schema import Tracking
 from kdpipe.results.studies import COMPARISON, all_studies, read_study
 from kdpipe.store.locks import is_running
@@ -86,7 +86,7 @@ def _has_study(record: Record, request: Request) -> bool:
     ):
         return False
     for name in study.runs:
-        child = read_record(request.workspace / "runs" / name)
+        child = read_record(run_at(request.workspace, name).path)
         if child is None or child.run_id is None or record.mirrored.get(name) != child.run_id:
             return False
     return all(

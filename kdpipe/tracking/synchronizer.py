@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdpipe.data.payload import SUMMARY_FILE
 from kdpipe.errors import ArtifactError
 from kdpipe.pipeline.runs import RunFolder
 from kdpipe.recipe.schema import Tracking
+from kdpipe.store.step import Stage
 from kdpipe.tracking.contents import (
     MAX_METRICS,
-    SUMMARY,
     DoneStep,
     MetricRow,
     artifacts,
@@ -108,7 +109,7 @@ class _MirroredRun:
             self._save()
         steps = list(done_steps(self.folder))
         new, damage = whole_steps(step for step in steps if record.mirrored.get(step.name) != step.mark)
-        if not self._has_told or any(step.document["stage"] == "evaluate" for step in new):
+        if not self._has_told or any(step.document["stage"] == Stage.EVALUATE for step in new):
             self._tell_findings(steps)
             self._has_told = True
         count = self._log_metrics(new)
@@ -156,10 +157,10 @@ class _MirroredRun:
         """Tags the run with what its evaluations came to, and says it in its description."""
         summaries = []
         for step in steps:
-            if step.document["stage"] == "evaluate":
+            if step.document["stage"] == Stage.EVALUATE:
                 with contextlib.suppress(ArtifactError):
-                    step.entry.opened(SUMMARY)
-                    summaries.append(step.entry.read_json(SUMMARY))
+                    step.entry.opened(SUMMARY_FILE)
+                    summaries.append(step.entry.read_json(SUMMARY_FILE))
         if not summaries:
             return
         findings, recipe = Findings.of(summaries), RunFolder(self.folder).recipe()

@@ -17,6 +17,7 @@ from pydantic import BaseModel, JsonValue, ValidationError
 from kdpipe.errors import RecipeError
 from kdpipe.pipeline.plan import Identities, Plan, make_plan, run_hash
 from kdpipe.pipeline.status import _leaves
+from kdpipe.recipe.roles import Role
 from kdpipe.recipe.schema import Recipe
 from kdpipe.store.step import canonical
 
@@ -269,7 +270,7 @@ def test_a_moving_teacher_is_the_student_before_the_round_or_the_average_kept_wi
     current, ema = plan_of({**DISTILL, "teachers": [shown]}), plan_of(EMA)
 
     def teacher(plan: Plan, step_id: str) -> tuple[str, tuple[str, ...]]:
-        source = plan.step(step_id).inputs["teacher"]
+        source = plan.step(step_id).inputs[Role.parse("teacher")]
         return source.step_id, source.opens
 
     for plan, opens in ((current, "model"), (ema, "ema")):
@@ -278,9 +279,9 @@ def test_a_moving_teacher_is_the_student_before_the_round_or_the_average_kept_wi
         assert teacher(plan, "evaluate:student@0") == ("sft:student@0", ("model",))
         assert teacher(plan, "evaluate:student@2") == ("train@2", (opens,))
         assert teacher(plan, "evaluate:teacher@0") == ("sft:student@0", ("model",))
-    assert "ema" not in ema.step("train@1").inputs
-    assert ema.step("train@2").inputs["ema"].opens == ("ema",)
-    assert all("ema" not in step.inputs for step in current.steps)
+    assert Role.parse("ema") not in ema.step("train@1").inputs
+    assert ema.step("train@2").inputs[Role.parse("ema")].opens == ("ema",)
+    assert all(Role.parse("ema") not in step.inputs for step in current.steps)
 
 
 def test_the_decay_changes_what_is_kept_and_all_that_follows() -> None:
@@ -310,7 +311,7 @@ def test_several_teachers_are_steps_of_their_own() -> None:
         "evaluate:student@1",
     ]
     assert plan.step("teacher-score:adds@1").link_name == "teacher-score-adds"
-    roles = {role: source.step_id for role, source in plan.step("train@1").inputs.items()}
+    roles = {str(role): source.step_id for role, source in plan.step("train@1").inputs.items()}
     assert roles == {
         "rollout": "rollout@1",
         "student": "sft:student@0",
@@ -385,31 +386,37 @@ def test_a_train_step_is_fingerprinted_with_the_objective_of_its_round() -> None
 
 def test_round_r_samples_from_student_r_minus_1() -> None:
     plan = plan_of(DISTILL)
-    assert plan.step("rollout@1").inputs["student"].step_id == "sft:student@0"
-    assert plan.step("rollout@3").inputs["student"].step_id == "train@2"
-    assert plan.step("train@3").inputs["student"].opens == ("model", "trainer")
-    assert plan.step("train@1").inputs["student"].opens == ("model",)
-    assert plan.step("evaluate@3").inputs["student"].step_id == "train@3"
+    assert plan.step("rollout@1").inputs[Role.parse("student")].step_id == "sft:student@0"
+    assert plan.step("rollout@3").inputs[Role.parse("student")].step_id == "train@2"
+    assert plan.step("train@3").inputs[Role.parse("student")].opens == ("model", "trainer")
+    assert plan.step("train@1").inputs[Role.parse("student")].opens == ("model",)
+    assert plan.step("evaluate@3").inputs[Role.parse("student")].step_id == "train@3"
 
 
 def test_an_adapter_goes_with_the_model_below_it() -> None:
     plan = plan_of(LORA)
     for step_id in ("rollout@1", "train@1", "evaluate@0"):
-        assert plan.step(step_id).inputs["student"].step_id == "sft:student@0"
-        assert "base" not in plan.step(step_id).inputs
+        assert plan.step(step_id).inputs[Role.parse("student")].step_id == "sft:student@0"
+        assert Role.parse("base") not in plan.step(step_id).inputs
     for step_id in ("rollout@2", "train@2", "evaluate@1"):
         inputs = plan.step(step_id).inputs
-        assert (inputs["student"].step_id, inputs["base"].step_id) == ("train@1", "sft:student@0")
-        assert inputs["base"].opens == ("model",)
-    assert plan.step("teacher-score@2").inputs["teacher"].step_id == "sft:student@0"
+        assert (inputs[Role.parse("student")].step_id, inputs[Role.parse("base")].step_id) == (
+            "train@1",
+            "sft:student@0",
+        )
+        assert inputs[Role.parse("base")].opens == ("model",)
+    assert plan.step("teacher-score@2").inputs[Role.parse("teacher")].step_id == "sft:student@0"
 
 
 def test_a_teacher_that_is_the_student_as_it_samples_goes_with_the_model_below_its_adapter() -> None:
     teacher = {"self": "current", "prompt": "{question} {solution}"}
     plan = plan_of({**LORA, "teachers": [teacher]})
     inputs = plan.step("teacher-score@2").inputs
-    assert (inputs["teacher"].step_id, inputs["base"].step_id) == ("train@1", "sft:student@0")
-    assert set(plan.step("teacher-score@1").inputs) == {"rollout", "teacher"}
+    assert (inputs[Role.parse("teacher")].step_id, inputs[Role.parse("base")].step_id) == (
+        "train@1",
+        "sft:student@0",
+    )
+    assert {*map(str, plan.step("teacher-score@1").inputs)} == {"rollout", "teacher"}
     recipe = recipe_of({**GSM8K, "student": {"model": "org/student", "lora": {}}, "teachers": [teacher]})
     named = make_plan(recipe, identities_of(recipe)).step("teacher-score@2")
     assert named.document["fields"]["teacher.model"] == {"hub": "org/student", "revision": "pinned"}  # type: ignore[index, call-overload]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kdpipe.data.rows import Problem
 from kdpipe.data.tasks.answers import MARK, extract_expected, parse_number
-from kdpipe.data.tasks.jsonl import Record, read_records
+from kdpipe.data.tasks.jsonl import DataRecord, read_records
 from kdpipe.errors import DataError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _check_complete(shards: list[Path]) -> None:
         )
 
 
-def _problem(record: Record, prompt_id: str) -> Problem:
+def _problem(record: DataRecord, prompt_id: str) -> Problem:
     solution = record.text("answer")
     expected = extract_expected(solution)
     if expected is None or parse_number(expected) is None:

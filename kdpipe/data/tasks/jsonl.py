@@ -24,7 +24,7 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class DataRecord:
     """One record of a data file; `place` says where it stands, as messages show it."""
 
     place: str
@@ -94,7 +94,7 @@ def read_problems(task: JsonlTask, files: dict[str, Path]) -> tuple[list[Problem
     return train, test
 
 
-def _problem(task: JsonlTask, record: Record, prompt_id: str, seen: dict[str, str]) -> Problem:
+def _problem(task: JsonlTask, record: DataRecord, prompt_id: str, seen: dict[str, str]) -> Problem:
     if task.id_field is not None:
         prompt_id = record.identity(task.id_field)
         if prompt_id in seen:
@@ -115,7 +115,7 @@ def _problem(task: JsonlTask, record: Record, prompt_id: str, seen: dict[str, st
     return Problem(prompt_id, record.text(task.question_field), expected, solution, others)
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path) -> list[DataRecord]:
     """The records of a parquet file (by its suffix) or of a JSONL file; at least one."""
     try:
         records = list(_read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path))
@@ -128,7 +128,7 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def _read_jsonl(path: Path) -> Iterator[Record]:
+def _read_jsonl(path: Path) -> Iterator[DataRecord]:
     content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
@@ -144,10 +144,10 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
             raise DataError(f"{place}: not valid JSON: {error}", hint="one JSON object a line") from None
         if not isinstance(value, dict):
             raise DataError(f"{place}: {_kind(value)}, expected a JSON object", hint="one JSON object a line")
-        yield Record(place, value)
+        yield DataRecord(place, value)
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
+def _read_parquet(path: Path) -> Iterator[DataRecord]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -156,7 +156,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
             rows: list[dict[str, object]] = pq.read_table(file).to_pylist()
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: not a parquet file that can be read: {error}") from None
-    yield from (Record(f"{path}: row {row}", fields) for row, fields in enumerate(rows))
+    yield from (DataRecord(f"{path}: row {row}", fields) for row, fields in enumerate(rows))
 
 
 def _kind(value: object) -> str:
