@@ -20,6 +20,7 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import kdpipe.execution.inputs
+from kdpipe.engines.handle import ModelHandle
 from kdpipe.engines.protocol import Ability, Completion, Engine, ScoreRequest, Scoring, TokenScores
 from kdpipe.execution.executor import Performer
 from kdpipe.models.prompting import arithmetic_tokenizer
@@ -130,22 +131,27 @@ def examined(
     request = examination(open_project(loaded, workspace), folders, 1, depth=depth)  # type: ignore[arg-type]
     with one_thread(), pytest.MonkeyPatch.context() as patch:
         if wire is not None:
-            patch.setattr(kdpipe.execution.inputs.Inputs, "engine", _behind(wire))
+            patch.setattr(kdpipe.execution.inputs.Inputs, "open", _behind(wire))
         answer: Any = Performer()(json.loads(json.dumps(request)), Report(lambda _message: None))
     findings = json.loads(json.dumps(answer["findings"]))
     return {(one["probe"], one["about"]): one for one in findings}
 
 
-def _behind(wire: Callable[[Engine], Engine]) -> Callable[[Any, Any, str], Engine]:
-    """What a step opens its engines by, each behind a wire of its own that stays."""
-    opened = kdpipe.execution.inputs.Inputs.engine
+def _behind(wire: Callable[[Engine], Engine]) -> Callable[..., ModelHandle]:
+    """What a step opens its models by, each engine behind a wire of its own that stays."""
+    opened = kdpipe.execution.inputs.Inputs.open
     wires: dict[int, Engine] = {}
 
-    def engine(inputs: Any, name: Any, role: str) -> Engine:
-        real = opened(inputs, name, role)
-        return wires.setdefault(id(real), wire(real))
+    def open_wired(inputs: Any, *role: Any, **place: Any) -> ModelHandle:
+        handle = opened(inputs, *role, **place)
 
-    return engine
+        def open_engine() -> Engine:
+            real = handle.open_engine()
+            return wires.setdefault(id(real), wire(real))
+
+        return replace(handle, open_engine=open_engine)
+
+    return open_wired
 
 
 @contextmanager

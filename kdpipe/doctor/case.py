@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -13,11 +13,11 @@ from kdpipe.doctor.engine import TOLERANCES, Tolerance
 from kdpipe.doctor.finding import Outcome
 from kdpipe.errors import EngineError
 from kdpipe.models.devices import dtype_name, resolve_dtype
-from kdpipe.stages.job import Job, Text
+from kdpipe.stages.job import Job
 
 if TYPE_CHECKING:
     from kdpipe.data.rows import Problem
-    from kdpipe.engines.protocol import Engine
+    from kdpipe.engines.handle import ModelHandle
     from kdpipe.models.source import ModelSource
     from kdpipe.recipe.schema import Recipe, Teacher
 
@@ -29,38 +29,17 @@ LONGEST = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """The student or a teacher as it is examined.
-
-    `open_engine` gives the engine that will run it, and may fail. `is_here` is false where a server has the weights.
-    `stand_in` says what the weights are where they are not yet those that a run would use.
-    """
-
-    name: str
-    source: ModelSource
-    text: Text
-    open_engine: Callable[[], Engine]
-    engine_name: str
-    is_here: bool = True
-    stand_in: str = ""
-
-    def dtype(self, device: torch.device) -> torch.dtype:
-        """The dtype that it computes in: a server's is not known, and taken to be the coarsest."""
-        return resolve_dtype(self.source.dtype, device)[0] if self.is_here else torch.bfloat16
-
-    def tolerance(self, device: torch.device) -> Tolerance:
-        """How far two passes over it may be apart."""
-        return TOLERANCES[dtype_name(self.dtype(device))]
-
-
-@dataclass(frozen=True, slots=True)
 class Case:
-    """What is examined: a recipe with its student, what samples from it, and its teachers with their settings."""
+    """What is examined: a recipe with its student, what samples from it, and its teachers with their settings.
+
+    `stand_ins` says of each model, by its name, what its weights are where they are not yet those of a run.
+    """
 
     job: Job
     device: torch.device
-    student: Model
-    teachers: Sequence[tuple[Teacher, Model]]
+    student: ModelHandle
+    teachers: Sequence[tuple[Teacher, ModelHandle]]
+    stand_ins: Mapping[str, str]
     depth: Depth
 
     @property
@@ -68,16 +47,24 @@ class Case:
         """The recipe."""
         return self.job.recipe
 
-    def rest(self, model: Model, engine: Engine) -> None:
+    def dtype(self, model: ModelHandle) -> torch.dtype:
+        """The dtype that a model computes in: a server's is not known, and taken to be the coarsest."""
+        return torch.bfloat16 if model.is_served else resolve_dtype(model.source.dtype, self.device)[0]
+
+    def tolerance(self, model: ModelHandle) -> Tolerance:
+        """How far two passes over a model may be apart."""
+        return TOLERANCES[dtype_name(self.dtype(model))]
+
+    def load(self, model: ModelHandle) -> Outcome:
+        """Whether a model's engine starts and takes it."""
+        model.load()
+        stand_in = self.stand_ins.get(model.name)
+        return Outcome(f"engine {model.engine_name}" + (f", {stand_in}" if stand_in else ""))
+
+    def rest(self, model: ModelHandle) -> None:
         """Lets an engine with memory of its own free it for a forward pass made elsewhere on the same GPU."""
-        if self.device.type == "cuda" and model.engine_name != "hf" and model.is_here:
-            engine.sleep()
-
-
-def load(model: Model) -> Outcome:
-    """Whether the model's engine starts and takes the model."""
-    model.open_engine().load(model.source)
-    return Outcome(f"engine {model.engine_name}" + (f", {model.stand_in}" if model.stand_in else ""))
+        if self.device.type == "cuda" and model.engine_name == "vllm":
+            model.sleep()
 
 
 def longest_problems(job: Job) -> list[Problem]:

@@ -21,7 +21,8 @@ from kdpipe.errors import EngineError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from kdpipe.engines.protocol import Engine, TokenScores
+    from kdpipe.engines.handle import ModelHandle
+    from kdpipe.engines.protocol import TokenScores
     from kdpipe.models.reference import Pair
     from kdpipe.models.source import ModelSource
 
@@ -55,18 +56,16 @@ _ALTERNATIVES = 3
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """An engine and how it is asked: which model, at which temperature, over how many ids."""
+    """A model and how it is asked: at which temperature, over how many ids."""
 
-    engine: Engine
-    source: ModelSource
+    model: ModelHandle
     temperature: float
     num_ids: int
     tolerance: Tolerance
 
     def scores(self, pairs: Sequence[Pair], *, top_k: int = 0, hidden: bool = False) -> list[TokenScores]:
-        """What the engine says of the completions, the model loaded anew."""
-        self.engine.load(self.source)
-        return self.engine.score(
+        """What the engine says of the completions."""
+        return self.model.score(
             [ScoreRequest(prompt, completion) for prompt, completion in pairs],
             Scoring(temperature=self.temperature, num_ids=self.num_ids, top_k=top_k, hidden=hidden),
             progress=lambda _: None,
@@ -216,7 +215,7 @@ def reload(
 ) -> Outcome:
     """Whether loading A, B and A again gives the scores of A, B and A; B has A's sizes and other weights."""
     first = scorer.logprobs(pairs)
-    between = replace(scorer, source=other).logprobs(pairs)
+    between = replace(scorer, model=replace(scorer.model, source=other)).logprobs(pairs)
     again = scorer.logprobs(pairs)
     tolerance, temperature = scorer.tolerance, scorer.temperature
     wanted, wanted_other = forward(pairs, temperature), of_other(pairs, temperature)

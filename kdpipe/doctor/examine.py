@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kdpipe.doctor.case import LONGEST, Case, Model
+from kdpipe.doctor.case import LONGEST, Case
 from kdpipe.doctor.estimate import Estimate, Sized, estimate
 from kdpipe.doctor.student import ExaminedStudent
 from kdpipe.doctor.teacher import ExaminedTeacher
@@ -23,6 +23,7 @@ from kdpipe.models.reference import adapter_parameters, shape_of
 
 if TYPE_CHECKING:
     from kdpipe.doctor.finding import Finding
+    from kdpipe.engines.handle import ModelHandle
 
 
 def examine(case: Case) -> list[Finding]:
@@ -49,13 +50,17 @@ def sizes(case: Case) -> Estimate:
         adapter = adapter_parameters(source.folder, rank=lora.rank, targets=targets)
     student = _sized(case, case.student, adapter=adapter)
     teachers = {
-        model.name: student if settings.self_ is not None else _sized(case, model) if model.is_here else None
+        model.name: student
+        if settings.self_ is not None
+        else None
+        if model.is_served
+        else _sized(case, model)
         for settings, model in case.teachers
     }
     mean = sum(map(len, prompts)) / len(prompts)
     return estimate(recipe, student, teachers, prompt_tokens=round(mean))
 
 
-def _sized(case: Case, model: Model, *, adapter: int = 0) -> Sized:
+def _sized(case: Case, model: ModelHandle, *, adapter: int = 0) -> Sized:
     shape = shape_of(model.source.folder, trust_remote_code=model.source.trust_remote_code)
-    return Sized(model.name, shape, dtype_name(model.dtype(case.device)), adapter)
+    return Sized(model.name, shape, dtype_name(case.dtype(model)), adapter)

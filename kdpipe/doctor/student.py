@@ -14,7 +14,7 @@ import torch
 from kdpipe.data.seeds import permutation
 from kdpipe.doctor import engine as engines
 from kdpipe.doctor import text as texts
-from kdpipe.doctor.case import NEW_TOKENS, PROMPTS, Case, context_of, load, longest_problems
+from kdpipe.doctor.case import NEW_TOKENS, PROMPTS, Case, context_of, longest_problems
 from kdpipe.doctor.engine import Scorer
 from kdpipe.doctor.finding import Finding, Outcome, found
 from kdpipe.models.adapters import read_adapter, start_adapter, write_adapter
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kdpipe.data.rows import Problem
-    from kdpipe.engines.protocol import Completion, Engine
+    from kdpipe.engines.handle import ModelHandle
+    from kdpipe.engines.protocol import Completion
     from kdpipe.models.source import ModelSource
 
 _REFERENCE_TOKENS = 32
@@ -46,8 +47,8 @@ class ExaminedStudent:
         self.case = case
         self.model = case.student
         self._scratch = scratch
-        self.dtype = self.model.dtype(case.device)
-        self.tolerance = self.model.tolerance(case.device)
+        self.dtype = case.dtype(self.model)
+        self.tolerance = case.tolerance(self.model)
 
     @cached_property
     def problems(self) -> list[Problem]:
@@ -71,11 +72,10 @@ class ExaminedStudent:
             request_for(text.prompt(problem), 1, self.case.job.seed, "doctor", problem.prompt_id)
             for problem in self.problems
         ]
-        engine = self.model.open_engine()
-        engine.load(self.model.source)
         # Truncated, b would be of another distribution than the trainer's: that is not what is asked here.
-        drawn = engine.sample(requests, replace(settings, top_p=1.0, top_k=0), progress=lambda _: None)
-        self.case.rest(self.model, engine)
+        whole = replace(settings, top_p=1.0, top_k=0)
+        drawn = self.model.sample(requests, whole, progress=lambda _: None)
+        self.case.rest(self.model)
         return {problem.prompt_id: one for problem, [one] in zip(self.problems, drawn, strict=True)}
 
     def pairs(self, problems: Sequence[Problem]) -> list[Pair]:
@@ -132,7 +132,7 @@ class ExaminedStudent:
             return texts.context(prompts, max_new_tokens=tokens, limit=limit, whose="the student")
 
         yield found("context", name, context)
-        yield found("load", name, lambda: load(model))
+        yield found("load", name, lambda: self.case.load(model))
         yield found("sampler", name, self._sampler)
         if self.case.depth == "full":
             yield found("reload", name, self._reload)
@@ -144,14 +144,15 @@ class ExaminedStudent:
         return engines.sampler(drawn, wanted, temperature=temperature, tolerance=self.tolerance)
 
     def _reload(self) -> Outcome:
-        scorer = self.scorer(self.model.open_engine(), temperature=1.0)
+        scorer = self.scorer(self.model, temperature=1.0)
         pairs = self.references(self.problems[:2])
         other, of_other = self._other()
         return engines.reload(scorer, other, pairs, forward=self._plain(self.model.source), of_other=of_other)
 
-    def scorer(self, engine: Engine, *, temperature: float) -> Scorer:
-        """The student as `engine` scores it."""
-        return Scorer(engine, self.model.source, temperature, self.model.text.num_ids, self.tolerance)
+    def scorer(self, model: ModelHandle, *, temperature: float) -> Scorer:
+        """The student in the place of `model`: as its engine scores it."""
+        own = replace(model, source=self.model.source)
+        return Scorer(own, temperature, self.model.text.num_ids, self.tolerance)
 
     def references(self, problems: Sequence[Problem]) -> list[Pair]:
         """The student's prompts of the problems with the beginning of their reference solutions."""

@@ -10,7 +10,7 @@ import torch
 
 from kdpipe.doctor import engine as engines
 from kdpipe.doctor import text as texts
-from kdpipe.doctor.case import Case, Model, context_of, load, longest_problems, sizes_of
+from kdpipe.doctor.case import Case, context_of, longest_problems, sizes_of
 from kdpipe.doctor.engine import Scorer
 from kdpipe.doctor.finding import Finding, Outcome, Probe, found, skipped
 from kdpipe.errors import KdpipeError
@@ -18,7 +18,7 @@ from kdpipe.models.folder import read_head
 from kdpipe.models.prompting import render_teacher_prompt
 from kdpipe.models.reference import Pair, plain_logprobs
 from kdpipe.stages.routing import teaches
-from kdpipe.stages.scoring import TeacherSide, teacher_side
+from kdpipe.stages.scoring import TeacherHandle, as_teacher
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from kdpipe.data.rows import Problem
     from kdpipe.doctor.student import ExaminedStudent
+    from kdpipe.engines.handle import ModelHandle
+    from kdpipe.models.text import Text
     from kdpipe.recipe.schema import Teacher
-    from kdpipe.stages.job import Text
 
 _WITHOUT_SHARED_IDS = ("special tokens", "template", "end of sequence", "load", "null test")
 
@@ -35,20 +36,19 @@ _WITHOUT_SHARED_IDS = ("special tokens", "template", "end of sequence", "load", 
 class ExaminedTeacher:
     """One teacher, examined beside the student."""
 
-    def __init__(self, case: Case, settings: Teacher, model: Model, student: ExaminedStudent) -> None:
+    def __init__(self, case: Case, settings: Teacher, model: ModelHandle, student: ExaminedStudent) -> None:
         self.case = case
         self.settings = settings
         self.model = model
         self.student = student
-        self.dtype = model.dtype(case.device)
-        self.tolerance = model.tolerance(case.device)
+        self.dtype = case.dtype(model)
+        self.tolerance = case.tolerance(model)
         self.problems = [problem for problem in student.problems if teaches(settings, problem)]
 
     @cached_property
-    def side(self) -> TeacherSide:
+    def handle(self) -> TeacherHandle:
         """The teacher as teacher-score sees it; raises PreflightError where its vocabulary does not fit."""
-        texts_of = {"student": self.student.model.text, "teacher": self.model.text}
-        return teacher_side(self.case.job, self.settings, **texts_of)
+        return as_teacher(self.case.recipe, self.settings, self.model, student=self.student.model.text)
 
     @property
     def temperature(self) -> float:
@@ -69,7 +69,7 @@ class ExaminedTeacher:
 
     def _vocabulary(self) -> Outcome:
         outcome = texts.vocabulary(self.student.model.text, self.model.text, name=self.model.name)
-        assert self.side is not None  # what else has to fit between the two, raises
+        assert self.handle is not None  # what else has to fit between the two, raises
         return outcome
 
     def _quick(self) -> dict[Probe, Callable[[], Outcome]]:
@@ -79,7 +79,7 @@ class ExaminedTeacher:
             "template": self._template,
             "end of sequence": lambda: texts.end_of_sequence(student, text, self.case.recipe.train.objective),
             "context": self._context,
-            "load": lambda: load(self.model),
+            "load": lambda: self.case.load(self.model),
             "null test": self._null_test,
         }
 
@@ -114,7 +114,7 @@ class ExaminedTeacher:
     def _own_text(self) -> Text:
         """Its text with the template arguments that its template knows, as teacher-score renders it."""
         try:
-            return self.side.text
+            return self.handle.text
         except KdpipeError:  # another probe says why; its template can be shown all the same
             return self.model.text
 
@@ -124,25 +124,23 @@ class ExaminedTeacher:
         return texts.context(
             prompts,
             max_new_tokens=self.case.recipe.rollout.max_new_tokens,
-            limit=context_of(self.model.source) if self.model.is_here else None,
+            limit=context_of(self.model.source) if not self.model.is_served else None,
             whose=f"teacher {self.model.name!r}",
         )
 
     def _prompt(self, problem: Problem) -> list[int]:
         """What it reads before a completion."""
-        return self.side.prompt_ids(problem, self.student.model.text.prompt(problem))
+        return self.handle.prompt_ids(problem, self.student.model.text.prompt(problem))
 
     # engine
 
     def _scorer(self) -> Scorer:
         """This teacher on its engine, as teacher-score asks it."""
-        return Scorer(
-            self.model.open_engine(), self.model.source, self.temperature, self.side.num_ids, self.tolerance
-        )
+        return Scorer(self.model, self.temperature, self.handle.num_ids, self.tolerance)
 
     def _references(self) -> list[Pair]:
         """What it reads, with the beginning of reference solutions, without ids that it lacks."""
-        lacking = self.side.vocabulary.unscorable
+        lacking = self.handle.vocabulary.unscorable
         pairs = self.student.references(self.problems[:4])
         return [
             (self._prompt(problem), [token for token in completion if token not in lacking])
@@ -168,15 +166,15 @@ class ExaminedTeacher:
         """The student's weights in this teacher's place, after these prompts."""
         drawn = [completion for _, completion in self.student.pairs(self.problems)]
         pairs = list(zip(prompts, drawn, strict=True))
-        scorer = self.student.scorer(self.model.open_engine(), temperature=self.temperature)
+        scorer = self.student.scorer(self.model, temperature=self.temperature)
         scored = scorer.logprobs(pairs)
-        self.case.rest(self.model, scorer.engine)
+        self.case.rest(self.model)
         whose = "the trainer's forward"
         return engines.agrees(scorer, pairs, self.student.forward, whose=whose, scored=scored)
 
     def _cannot_hold_the_student(self) -> str | None:
         """Why the student's weights do not get into this teacher's engine, or None when they do."""
-        if not self.model.is_here:
+        if self.model.is_served:
             return "a server has its weights, and does not load the student's"
         if self.case.depth == "full" or self.model.engine_name == "hf":
             return None
@@ -196,7 +194,7 @@ class ExaminedTeacher:
         source, device, temperature = self.model.source, self.case.device, self.temperature
         head = read_head(
             source.folder,
-            num_ids=self.side.num_ids,
+            num_ids=self.handle.num_ids,
             dtype=self.dtype,
             device=device,
             trust_remote_code=source.trust_remote_code,
@@ -214,20 +212,20 @@ class ExaminedTeacher:
         return engines.hidden_states(self._scorer(), self._references(), turn)
 
     def _own_weights(self) -> Outcome:
-        if not self.model.is_here:
+        if self.model.is_served:
             return skipped("a server has its weights: there is no folder to compare with")
         if self.settings.quantization is not None:
             return skipped("quantization is asked for: the engine's weights are not those of the folder")
         scorer, pairs = self._scorer(), self._references()[:2]
         scored = scorer.logprobs(pairs)
-        self.case.rest(self.model, scorer.engine)
+        self.case.rest(self.model)
 
         def forward(pairs: Sequence[Pair], temperature: float) -> list[npt.NDArray[np.float64]]:
             return plain_logprobs(
                 self.model.source,
                 pairs,
                 temperature=temperature,
-                num_ids=self.side.num_ids,
+                num_ids=self.handle.num_ids,
                 dtype=self.dtype,
                 device=self.case.device,
             )
@@ -236,12 +234,12 @@ class ExaminedTeacher:
         return engines.agrees(scorer, pairs, forward, whose=whose, scored=scored)
 
     def _knows_the_task(self) -> Outcome:
-        if self.model.stand_in:
-            return skipped(self.model.stand_in)
+        if (stand_in := self.case.stand_ins.get(self.model.name)) is not None:
+            return skipped(stand_in)
         pairs = [(prompt, completion[:-1] or completion) for prompt, completion in self._references()]
         own = None
         if not self._reads_own():
-            text = self.side.text
+            text = self.handle.text
             try:
                 prompts = [
                     render_teacher_prompt(text.tokenizer, text.style, problem, None)

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kdpipe.data.rows import Problem
+    from kdpipe.models.text import Text
     from kdpipe.recipe.schema import Objective, Teacher
-    from kdpipe.stages.job import Text
 
 SPECIAL = ("bos", "eos", "pad", "unk")
 _SHOWN = 60

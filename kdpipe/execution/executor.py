@@ -40,11 +40,10 @@ from kdpipe.recipe.roles import (
 )
 from kdpipe.recipe.schema import Recipe, Sft, Teacher
 from kdpipe.stages.evaluate import evaluate, graded_problems
-from kdpipe.stages.held_out import Against
 from kdpipe.stages.job import Job
 from kdpipe.stages.rollout import rollout
 from kdpipe.stages.routing import check_records, teaches
-from kdpipe.stages.scoring import output_head, swapped_head
+from kdpipe.stages.scoring import TeacherHandle, output_head, swapped_head
 from kdpipe.stages.sft import sft
 from kdpipe.stages.teacher_score import teacher_score
 from kdpipe.stages.teacher_text import write_texts
@@ -170,43 +169,26 @@ class _Task:
             case Stage.SFT:
                 return self._sft(job)
             case Stage.ROLLOUT if self.step.subject:
-                role = self.inputs.own_role()
-                engine = self.inputs.engine(self.recipe.rollout.engine, role)
-                write_texts(
-                    job,
-                    teacher=self.inputs.teacher_side(job, role),
-                    source=self.inputs.source(role, engine),
-                    engine=engine,
-                    student=self.inputs.text(STUDENT_ROLE),
-                )
+                teacher = self.inputs.teacher(self.inputs.own_role(), self.recipe.rollout.engine)
+                write_texts(job, teacher=teacher, student=self.inputs.text(STUDENT_ROLE))
             case Stage.ROLLOUT:
-                engine = self.inputs.engine(self.recipe.rollout.engine, STUDENT_ROLE)
-                rollout(
-                    job,
-                    text=self.inputs.text(STUDENT_ROLE),
-                    student=self.inputs.source(STUDENT_ROLE, engine),
-                    engine=engine,
-                    given=self.inputs.texts(),
-                )
+                student = self.inputs.open(STUDENT_ROLE, self.recipe.rollout.engine)
+                rollout(job, student=student, given=self.inputs.texts())
             case Stage.TEACHER_SCORE:
-                rows = read_rollouts(self.inputs.opened(ROLLOUT_ROLE, ROLLOUTS_FILE))
-                role = self.inputs.own_role()
-                engine = self.inputs.engine(self.recipe.teacher_score.engine, role)
-                teacher_score(
-                    job,
-                    rollouts=rows,
-                    teacher=self.inputs.teacher_side(job, role),
-                    source=self.inputs.source(role, engine),
-                    engine=engine,
-                    student=self.inputs.source(STUDENT_ROLE, engine)
-                    if self.recipe.keep.student_top_k
-                    else None,
-                )
+                self._teacher_score(job)
             case Stage.TRAIN:
                 return self._train(job)
             case Stage.EVALUATE:
                 self._evaluate(job)
         return None
+
+    def _teacher_score(self, job: Job) -> None:
+        rows = read_rollouts(self.inputs.opened(ROLLOUT_ROLE, ROLLOUTS_FILE))
+        role, engine, student = self.inputs.own_role(), self.recipe.teacher_score.engine, None
+        teacher = self.inputs.teacher(role, engine)
+        if self.recipe.keep.student_top_k:
+            student = self.inputs.open(STUDENT_ROLE, engine, at=role)
+        teacher_score(job, rollouts=rows, teacher=teacher, student=student)
 
     def _sft(self, job: Job) -> Trainer:
         self.warm.roles.make_room()
@@ -277,45 +259,37 @@ class _Task:
 
     def _hidden_teacher(self, job: Job, role: Role, scored: Role) -> HiddenTeacher:
         """The teacher's kept states with its output head, which is all that is read of its weights."""
-        side = self.inputs.teacher_side(job, role)
-        head = output_head(job, self.inputs.source(role), num_ids=side.num_ids)
+        teacher = self.inputs.teacher(role, self.recipe.teacher_score.engine)
+        head = output_head(job, teacher.model.source, num_ids=teacher.num_ids)
         file = HiddenFile(self.inputs.opened(scored, HIDDEN_FILE), head_sha256=head_digest(head))
-        return HiddenTeacher(file, swapped_head(head, side.swap), side.temperature)
+        return HiddenTeacher(file, swapped_head(head, teacher.swap), teacher.temperature)
 
     def _evaluate(self, job: Job) -> None:
         baseline = None
         if BASELINE_ROLE in self.inputs.steps:
             baseline = self.inputs.opened(BASELINE_ROLE, GRADES_FILE, REVERSE_KL_FILE, folder=True)
-        role = self.inputs.own_role()
-        engine = self.inputs.engine(self.recipe.evaluate.engine or self.recipe.rollout.engine, role)
-        text, source, teacher = self.inputs.text(role), self.inputs.source(role, engine), None
-        against, prompt = list[Against](), text.prompt
+        role, settings = self.inputs.own_role(), self.recipe.evaluate
+        engine, against = settings.engine or self.recipe.rollout.engine, list[TeacherHandle]()
         if role == STUDENT_ROLE:
-            if self.recipe.evaluate.reverse_kl_problems:
-                roles = [teacher_role(self.recipe, teacher) for teacher in self.recipe.teachers]
+            model, problems = self.inputs.open(STUDENT_ROLE, engine), graded_problems(job, None)
+            prompt = model.text.prompt
+            if settings.reverse_kl_problems:
                 scorer = self.recipe.teacher_score.engine
-                for role in roles:
-                    scoring = self.inputs.engine(scorer, role)
-                    against.append(
-                        Against(
-                            self.inputs.teacher_side(job, role), self.inputs.source(role, scoring), scoring
-                        )
-                    )
+                roles = [teacher_role(self.recipe, teacher) for teacher in self.recipe.teachers]
+                against = [self.inputs.teacher(role, scorer) for role in roles]
         else:
-            side = self.inputs.teacher_side(job, role)
-            text, teacher = side.text, side.settings
+            teacher, student = self.inputs.teacher(role, engine), self.inputs.text(STUDENT_ROLE)
+            model, problems = teacher.model, graded_problems(job, teacher.settings)
 
             def prompt(problem: Problem) -> list[int]:
-                return side.prompt_ids(problem, self.inputs.text(STUDENT_ROLE).prompt(problem))
+                return teacher.prompt_ids(problem, student.prompt(problem))
 
         evaluate(
             job,
             subject=self.step.subject,
-            text=text,
-            model=source,
-            engine=engine,
+            model=model,
             prompt=prompt,
-            problems=graded_problems(job, teacher),
+            problems=problems,
             against=against,
             baseline=baseline,
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,21 @@ from pydantic import JsonValue
 from kdpipe.data.payload import ROLLOUTS_FILE
 from kdpipe.data.rows import Rollout
 from kdpipe.data.tables import read_rollouts
-from kdpipe.data.tasks.arithmetic import words
+from kdpipe.engines.handle import ModelHandle
 from kdpipe.engines.protocol import Engine
 from kdpipe.engines.server.engine import ServerEngine
 from kdpipe.engines.server.signature import require_same
 from kdpipe.errors import StepError
 from kdpipe.execution.warm import Warm
 from kdpipe.models.folder import require_targets
-from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use, prompt_style
+from kdpipe.models.prompting import prompt_style
 from kdpipe.models.source import AdapterSource, ModelSource
+from kdpipe.models.text import Text, open_text
 from kdpipe.pipeline.request import read_step
 from kdpipe.recipe.roles import BASE_ROLE, STUDENT, STUDENT_ROLE, Role, RoleKind, teacher_role
 from kdpipe.recipe.schema import EngineName, Server, Student, Teacher
-from kdpipe.stages.job import Job, Text, open_text
-from kdpipe.stages.scoring import TeacherSide, teacher_side
+from kdpipe.stages.job import Job
+from kdpipe.stages.scoring import TeacherHandle, as_teacher
 from kdpipe.store.artifacts import Draft, Entry, Store
 from kdpipe.store.step import Stage
 from kdpipe.workers.pulse import Pulse
@@ -112,12 +114,29 @@ class Inputs:
                 return teacher
         return self.recipe.student
 
-    def source(self, role: Role, engine: Engine | None = None) -> ModelSource:
-        """The student or a teacher as an engine loads it; checks weights from the store that it does not hold.
+    def open(self, role: Role, engine: EngineName, *, at: Role | None = None) -> ModelHandle:
+        """The student or a teacher, run by `engine`, or by the engine of another role `at`.
 
-        Without an engine it is this process that opens them.
+        A teacher behind a server has that for its engine, whatever the others have.
         """
-        source = self._found_source(role, engine)
+        settings, place = self.settings(role), at or role
+        name = settings.name if isinstance(settings, Teacher) else STUDENT
+        if isinstance(settings, Teacher) and settings.server is not None:
+            serve = partial(self._server_engine, settings, settings.server, role)
+            return ModelHandle(name, self.source(role), self.text(role), "server", serve)
+        source = self.source(role, lambda source: self.warm.roles.holds(engine, place, source))
+        turns = self.warm.roles.turns(engine, place)
+        return ModelHandle(name, source, self.text(role), engine, partial(self.engine, engine, place), turns)
+
+    def teacher(self, role: Role, engine: EngineName) -> TeacherHandle:
+        """The teacher in `role`, run by `engine`; raises PreflightError where it does not fit the student."""
+        settings = self.settings(role)
+        assert isinstance(settings, Teacher)
+        return as_teacher(self.recipe, settings, self.open(role, engine), student=self.text(STUDENT_ROLE))
+
+    def source(self, role: Role, is_held: Callable[[ModelSource], bool] | None = None) -> ModelSource:
+        """Where the weights of the student or a teacher are, checked unless `is_held`: by this process, if not said."""
+        source = self._found_source(role, is_held or self.warm.cache.holds)
         settings = self.settings(role)
         if isinstance(settings, Teacher) and settings.server is not None:
             return source  # its weights are not here
@@ -144,7 +163,7 @@ class Inputs:
         """Which folder of its entry holds the weights: a teacher may be the average beside the student."""
         return "ema" if "ema" in self.step.inputs[role].opens else "model"
 
-    def _found_source(self, role: Role, engine: Engine | None) -> ModelSource:
+    def _found_source(self, role: Role, is_held: Callable[[ModelSource], bool]) -> ModelSource:
         settings = self.settings(role)
         entry, name = self.origin(role)
         dtype, trust = settings.dtype, settings.trust_remote_code
@@ -164,7 +183,7 @@ class Inputs:
             source = replace(source, adapter=made)
         if isinstance(settings, Teacher):
             source = replace(source, quantization=settings.quantization)
-        if not self.warm.roles.holds(engine, source):
+        if not is_held(source):
             if entry is not None:
                 entry.opened(source.folder.name)
             if adapter is not None:
@@ -201,26 +220,10 @@ class Inputs:
 
     def open_text(self, folder: Path | None, template: dict[str, JsonValue], *, trust: bool) -> Text:
         """The text side of the model in `folder`; None is a scratch model, with the task's own tokenizer."""
-        if folder is not None:
-            return open_text(folder, self.recipe, self.warm.train, template=template, trust=trust)
-        tokenizer = arithmetic_tokenizer(words())
-        style = prompt_style(self.recipe.task, self.warm.train, template)
-        return Text(tokenizer, style, (tokenizer.eos_token_id,), num_ids_in_use(tokenizer))
-
-    def teacher_side(self, job: Job, role: Role) -> TeacherSide:
-        """The teacher in `role` as the scoring sees it, held against the student."""
-        settings = self.settings(role)
-        assert isinstance(settings, Teacher)
-        return teacher_side(job, settings, student=self.text(STUDENT_ROLE), teacher=self.text(role))
+        return open_text(folder, prompt_style(self.recipe.task, self.warm.train, template), trust=trust)
 
     def engine(self, name: EngineName, role: Role) -> Engine:
-        """The engine `name` for the model in `role`, kept warm between steps and rounds.
-
-        A teacher behind a server has that for its engine, whatever the others have.
-        """
-        settings = self.settings(role)
-        if isinstance(settings, Teacher) and settings.server is not None:
-            return self._server_engine(settings, settings.server, role)
+        """The engine `name` for the model in `role`, kept warm between steps and rounds."""
         return self.warm.roles.engine(name, role, tell=lambda text: self.report.event(kind="note", text=text))
 
     def _server_engine(self, teacher: Teacher, server: Server, role: Role) -> Engine:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kdpipe.engines.handle import Turns
 from kdpipe.engines.remote import Hosting, WorkerEngine, hf_engine
 from kdpipe.errors import RecipeError
 from kdpipe.models.devices import resolve_device
@@ -21,17 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from kdpipe.engines.protocol import (
-        Ability,
-        Completion,
-        Engine,
-        Progress,
-        SampleRequest,
-        Sampling,
-        ScoreRequest,
-        Scoring,
-        TokenScores,
-    )
+    from kdpipe.engines.protocol import Engine
     from kdpipe.models.cache import ModelCache
     from kdpipe.models.source import ModelSource
     from kdpipe.recipe.schema import EngineName, Recipe
@@ -70,27 +61,28 @@ class Roles:
 
     def engine(self, name: EngineName, role: Role, *, tell: Callable[[str], None] = lambda _: None) -> Engine:
         """The engine `name` for the model in `role`; `tell` is told of a process that is made for it."""
-        place = self._places[role]
-        if name == "hf" and place.device == self._device and not place.has_own_process:
-            return self._in_turns(self._shared, [place.device])
-        key = f"{name} {role}"
+        if self._is_shared(name, role):
+            return self._shared
+        place, key = self._places[role], f"{name} {role}"
         if key not in self._engines:
             log = self._logs / f"{place.name}.log"
             self._engines[key] = self._started(name, place, log)
             tell(
                 f"{place.name}: {name} on {place.device} in a process of its own, which logs to logs/{log.name}"
             )
-        return self._in_turns(self._engines[key], self._devices_of(name, place))
+        return self._engines[key]
 
-    def holds(self, engine: Engine | None, source: ModelSource) -> bool:
-        """Whether `engine` would open nothing to load `source`; None stands for the trainer."""
-        match engine:
-            case InTurns():
-                return self.holds(engine.engine, source)
-            case WorkerEngine():
-                return engine.holds(source)
-            case _:
-                return self._cache.holds(source)
+    def turns(self, name: EngineName, role: Role) -> list[Turns]:
+        """The turns that this engine takes: one for each CUDA device that it has its model on."""
+        devices = self._devices_of(name, self._places[role])
+        return [self._turns_on(device) for device in devices if device.type == "cuda"]
+
+    def holds(self, name: EngineName, role: Role, source: ModelSource) -> bool:
+        """Whether that engine would open nothing to load `source`."""
+        if self._is_shared(name, role):
+            return self._cache.holds(source)
+        engine = self._engines.get(f"{name} {role}")
+        return engine is not None and engine.holds(source)
 
     def make_room(self) -> None:
         """Puts to sleep what has its model on the trainer's device, but for the engine that shares its weights."""
@@ -104,6 +96,11 @@ class Roles:
         self._engines.clear()
         self._shared.close()
 
+    def _is_shared(self, name: EngineName, role: Role) -> bool:
+        """Whether it is the engine of this process, whose models the trainer has too."""
+        place = self._places[role]
+        return name == "hf" and place.device == self._device and not place.has_own_process
+
     def _started(self, name: EngineName, place: Place, log: Path) -> WorkerEngine:
         device, environment = seen_alone(self._devices_of(name, place), os.environ)
         hosting = Hosting(name, device, self._runtime, place.num_models)
@@ -115,11 +112,6 @@ class Roles:
             return [place.device]
         count = self._runtime.vllm.tensor_parallel_size
         return [torch.device("cuda", place.device.index + number) for number in range(count)]
-
-    def _in_turns(self, engine: Engine, devices: Sequence[torch.device]) -> Engine:
-        if devices[0].type != "cuda":
-            return engine
-        return InTurns(engine, [self._turns_on(device) for device in devices])
 
     def _turns_on(self, device: torch.device) -> Turns:
         return self._turns.setdefault(device, Turns())
@@ -166,55 +158,3 @@ def seen_alone(devices: Sequence[torch.device], environment: Mapping[str, str]) 
             hint="lower runtime.vllm.tensor_parallel_size, or place the role on a lower number",
         )
     return "cuda:0", {VISIBLE: ",".join(visible[number] if visible else str(number) for number in numbers)}
-
-
-class Turns:
-    """Of the engines on one device, at most one is awake."""
-
-    def __init__(self) -> None:
-        self._awake: Engine | None = None
-
-    def take(self, engine: Engine) -> None:
-        """Makes it the turn of `engine`: whose turn it was goes to sleep before."""
-        if self._awake is not None and self._awake is not engine:
-            self._awake.sleep()
-        self._awake = engine
-
-
-class InTurns:
-    """An engine that waits with its load until the others on its devices are asleep."""
-
-    def __init__(self, engine: Engine, turns: Sequence[Turns]) -> None:
-        self.engine = engine
-        self._turns = turns
-
-    @property
-    def abilities(self) -> frozenset[Ability]:
-        """See Engine."""
-        return self.engine.abilities
-
-    def load(self, source: ModelSource) -> None:
-        """See Engine."""
-        for turns in self._turns:
-            turns.take(self.engine)
-        self.engine.load(source)
-
-    def sample(
-        self, requests: Sequence[SampleRequest], sampling: Sampling, *, progress: Progress
-    ) -> list[list[Completion]]:
-        """See Engine."""
-        return self.engine.sample(requests, sampling, progress=progress)
-
-    def score(
-        self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Progress
-    ) -> list[TokenScores]:
-        """See Engine."""
-        return self.engine.score(requests, scoring, progress=progress)
-
-    def sleep(self) -> None:
-        """See Engine."""
-        self.engine.sleep()
-
-    def close(self) -> None:
-        """See Engine."""
-        self.engine.close()

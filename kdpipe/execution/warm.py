@@ -10,9 +10,9 @@ from kdpipe.data.rows import Problem
 from kdpipe.engines.server.engine import ServerEngine
 from kdpipe.execution.placement import Roles
 from kdpipe.models.cache import ModelCache
+from kdpipe.models.text import Text
 from kdpipe.recipe.roles import Role
 from kdpipe.recipe.schema import Recipe
-from kdpipe.stages.job import Text
 from kdpipe.training.trainer import Trainer
 
 

@@ -24,8 +24,9 @@ from kdpipe.data.tables import GRADES, REVERSE_KL, REVERSE_KL_OF_SEVERAL, read_r
 from kdpipe.data.tasks.answers import grade, parse_number
 from kdpipe.errors import DataError
 from kdpipe.method import statistics
-from kdpipe.stages.held_out import Against, Exact, has_exact, verdicts
-from kdpipe.stages.job import Job, Text, mean
+from kdpipe.models.text import Text
+from kdpipe.stages.held_out import Exact, has_exact, verdicts
+from kdpipe.stages.job import Job, mean
 from kdpipe.stages.routing import teaches
 from kdpipe.stages.sampling import read_completion, request_for, sample_all, sampling_of
 from kdpipe.store.step import Stage
@@ -38,9 +39,10 @@ if TYPE_CHECKING:
     from pydantic import JsonValue
 
     from kdpipe.data.rows import Problem
-    from kdpipe.engines.protocol import Completion, Engine
-    from kdpipe.models.source import ModelSource
+    from kdpipe.engines.handle import ModelHandle
+    from kdpipe.engines.protocol import Completion, Sampling
     from kdpipe.recipe.schema import Teacher
+    from kdpipe.stages.scoring import TeacherHandle
 
 BOOTSTRAP_SEED = 0
 Rows = list[dict[str, Any]]
@@ -50,12 +52,10 @@ def evaluate(
     job: Job,
     *,
     subject: str,
-    text: Text,
-    model: ModelSource,
-    engine: Engine,
+    model: ModelHandle,
     prompt: Callable[[Problem], list[int]],
     problems: Sequence[Problem],
-    against: Sequence[Against],
+    against: Sequence[TeacherHandle],
     baseline: Path | None,
 ) -> None:
     """Writes `grades.parquet`, `summary.json` and, with `against`, `reverse_kl.parquet`.
@@ -63,12 +63,12 @@ def evaluate(
     `problems` are those that are graded, `against` all teachers. `baseline` is the folder of student 0's
     evaluation, with which this one is compared problem by problem.
     """
-    grades, free = _grades(job, text, model, engine, prompt, problems)
+    grades, free = _grades(job, model, prompt, problems)
     summary: dict[str, JsonValue] = {"model": subject, "round": job.round, **_accuracy(job, grades)}
     if baseline is not None:
         summary |= _accuracy_change(grades, read_rows(baseline / GRADES_FILE, GRADES))
     if against:
-        rows = _reverse_kl_rows(job, text, model, engine, against, first_part=free)
+        rows = _reverse_kl_rows(job, model, against, first_part=free)
         summary |= _reverse_kl(rows)
         if baseline is not None:
             schema = _reverse_kl_schema(against)
@@ -104,25 +104,22 @@ def graded_problems(job: Job, teacher: Teacher | None) -> list[Problem]:
 
 def _grades(
     job: Job,
-    text: Text,
-    model: ModelSource,
-    engine: Engine,
+    model: ModelHandle,
     prompt: Callable[[Problem], list[int]],
     problems: Sequence[Problem],
 ) -> tuple[Rows, int]:
     settings = job.recipe.evaluate
     sampling = sampling_of(
         job.recipe,
-        text,
+        model.text,
         temperature=settings.temperature,
         max_new_tokens=settings.max_new_tokens or job.recipe.rollout.max_new_tokens,
     )
-    engine.load(model)
 
     def build(problems: Sequence[Problem]) -> Rows:
         return [
-            _grade_row(job, text, *sampled)
-            for sampled in _sample(job, problems, prompt, sampling, engine, settings.samples, purpose="grade")
+            _grade_row(job, model.text, *sampled)
+            for sampled in _sample(job, model, problems, prompt, sampling, settings.samples, purpose="grade")
         ]
 
     free = job.in_parts(GRADES_FILE, problems, rows_per_item=settings.samples, build=build, schema=GRADES)
@@ -131,10 +128,10 @@ def _grades(
 
 def _sample(
     job: Job,
+    model: ModelHandle,
     problems: Sequence[Problem],
     prompt: Callable[[Problem], list[int]],
-    sampling: Any,
-    engine: Engine,
+    sampling: Sampling,
     samples: int,
     *,
     purpose: str,
@@ -143,7 +140,7 @@ def _sample(
         request_for(prompt(problem), samples, job.seed, Stage.EVALUATE.value, purpose, problem.prompt_id)
         for problem in problems
     ]
-    answers = sample_all(job, [problem.prompt_id for problem in problems], requests, sampling, engine)
+    answers = sample_all(job, [problem.prompt_id for problem in problems], requests, sampling, model)
     return [
         (problem, number, list(request.prompt_token_ids), completion)
         for problem, request, completions in zip(problems, requests, answers, strict=True)
@@ -249,18 +246,17 @@ def _by_problem(rows: Rows) -> dict[str, Rows]:
 
 
 def _reverse_kl_rows(
-    job: Job, text: Text, model: ModelSource, engine: Engine, against: Sequence[Against], *, first_part: int
+    job: Job, model: ModelHandle, against: Sequence[TeacherHandle], *, first_part: int
 ) -> Rows:
     """Held-out prompts sampled at the rollout temperature, scored by the teachers after their own prompts."""
     rollout = job.recipe.rollout
     sampling = sampling_of(
-        job.recipe, text, temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens
+        job.recipe, model.text, temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens
     )
-    exact = Exact(job, text, model, engine, against) if has_exact(engine, against) else None
+    exact = Exact(job, model, against) if has_exact(model, against) else None
 
     def build(problems: Sequence[Problem]) -> Rows:
-        engine.load(model)
-        sampled = _sample(job, problems, text.prompt, sampling, engine, 1, purpose="reverse KL")
+        sampled = _sample(job, model, problems, model.text.prompt, sampling, 1, purpose="reverse KL")
         triples = [
             (problem, prompt_ids, completion.token_ids) for problem, _, prompt_ids, completion in sampled
         ]
@@ -289,7 +285,7 @@ def _reverse_kl_rows(
     return read_rows(job.draft.folder / name, schema)
 
 
-def _reverse_kl_schema(against: Sequence[Against]) -> pa.Schema:
+def _reverse_kl_schema(against: Sequence[TeacherHandle]) -> pa.Schema:
     return REVERSE_KL if len(against) == 1 else REVERSE_KL_OF_SEVERAL
 
 

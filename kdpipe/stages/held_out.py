@@ -19,26 +19,16 @@ from kdpipe.method.micro_batch import TeacherHidden, TeacherMixture, TeacherPart
 from kdpipe.method.mixture import mixed_logprobs
 from kdpipe.models.devices import resolve_device
 from kdpipe.stages.routing import teaches
-from kdpipe.stages.scoring import TeacherSide, output_head, score_completions, swapped_head
+from kdpipe.stages.scoring import output_head, score_completions, swapped_head
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kdpipe.engines.protocol import Engine
+    from kdpipe.engines.handle import ModelHandle
     from kdpipe.method.exact_kl import Side
     from kdpipe.models.logprobs import Head
-    from kdpipe.models.source import ModelSource
-    from kdpipe.stages.job import Job, Text
-    from kdpipe.stages.scoring import Scored, Triple
-
-
-@dataclass(frozen=True, slots=True)
-class Against:
-    """A teacher that reverse KL is measured against, where its weights are, and what runs them."""
-
-    teacher: TeacherSide
-    source: ModelSource
-    engine: Engine
+    from kdpipe.stages.job import Job
+    from kdpipe.stages.scoring import Scored, TeacherHandle, Triple
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +48,19 @@ class Verdict:
 def verdicts(
     job: Job,
     triples: Sequence[Triple],
-    against: Sequence[Against],
+    against: Sequence[TeacherHandle],
     exact: Exact | None,
     student_hidden: Sequence[Any],
 ) -> list[Verdict]:
     """What each completion's teacher, or the mixture of all, thinks of it; teachers are loaded one after another."""
     scored: list[list[tuple[str, Scored]]] = [[] for _ in triples]
-    for one in against:
-        own = [
-            index for index, (problem, _, _) in enumerate(triples) if teaches(one.teacher.settings, problem)
-        ]
+    for teacher in against:
+        own = [index for index, (problem, _, _) in enumerate(triples) if teaches(teacher.settings, problem)]
         if not own:
             continue
-        one.engine.load(one.source)
-        found = score_completions(
-            job, [triples[i] for i in own], teacher=one.teacher, engine=one.engine, hidden=exact is not None
-        )
+        found = score_completions(job, [triples[i] for i in own], teacher=teacher, hidden=exact is not None)
         for index, scores in zip(own, found, strict=True):
-            scored[index].append((one.teacher.name, scores))
+            scored[index].append((teacher.name, scores))
     divergences = exact.divergences(student_hidden, scored) if exact else [None] * len(triples)
     if exact:
         ids = [problem.prompt_id for problem, _, _ in triples]
@@ -96,35 +81,32 @@ def _verdict(job: Job, rows: Sequence[tuple[str, Scored]], divergence: Any) -> V
     return Verdict(names, [prompt for _, (prompt, _, _) in rows], logprobs, scorable, divergence)
 
 
-def has_exact(engine: Engine, against: Sequence[Against]) -> bool:
+def has_exact(student: ModelHandle, against: Sequence[TeacherHandle]) -> bool:
     """Whether all distributions are at hand; a teacher that lacks ids gives them no probability at all."""
-    gives_hidden = all("hidden" in each.abilities for each in (engine, *(one.engine for one in against)))
-    return gives_hidden and not any(one.teacher.vocabulary.unscorable for one in against)
+    models = (student, *(teacher.model for teacher in against))
+    gives_hidden = all("hidden" in model.abilities for model in models)
+    return gives_hidden and not any(teacher.vocabulary.unscorable for teacher in against)
 
 
 class Exact:
     """The whole distributions of student and teachers at each position of the sampled completions."""
 
-    def __init__(
-        self, job: Job, text: Text, model: ModelSource, engine: Engine, against: Sequence[Against]
-    ) -> None:
+    def __init__(self, job: Job, student: ModelHandle, against: Sequence[TeacherHandle]) -> None:
         self._job = job
-        self._engine = engine
-        self._text = text
+        self._student = student
+        self._num_ids = student.text.num_ids
         self._device = resolve_device(job.recipe.runtime.device)
-        self._head = output_head(job, model, num_ids=text.num_ids)
+        self._head = output_head(job, student.source, num_ids=self._num_ids)
         self._teachers = {}
-        for one in against:
-            head = swapped_head(output_head(job, one.source, num_ids=text.num_ids), one.teacher.swap)
-            self._teachers[one.teacher.name] = (head, one.teacher.temperature)
+        for teacher in against:
+            head = output_head(job, teacher.model.source, num_ids=self._num_ids)
+            self._teachers[teacher.name] = (swapped_head(head, teacher.swap), teacher.temperature)
 
     def student_hidden(self, triples: Sequence[Triple]) -> list[Any]:
-        """Hidden states [n, H] of each completion; the engine holds the student."""
-        scores = self._engine.score(
+        """Hidden states [n, H] of each completion."""
+        scores = self._student.score(
             [ScoreRequest(prompt, completion) for _, prompt, completion in triples],
-            Scoring(
-                temperature=self._job.recipe.rollout.temperature, num_ids=self._text.num_ids, hidden=True
-            ),
+            Scoring(temperature=self._job.recipe.rollout.temperature, num_ids=self._num_ids, hidden=True),
             progress=lambda _: None,  # these tokens were counted when they were sampled
         )
         return [score.hidden for score in scores]
@@ -162,7 +144,7 @@ class Exact:
             states = self._tensor([row[1].hidden for row in own if row is not None], head)
             weight = self._job.recipe.weights[name] if self._job.recipe.is_mixed else 1.0
             parts.append(TeacherPart(TeacherHidden(states, head, temperature), place_N, math.log(weight)))
-        return TeacherMixture(parts, self._text.num_ids)
+        return TeacherMixture(parts, self._num_ids)
 
     def _tensor(self, hidden: Sequence[Any], head: Head) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(hidden)).to(self._device, head.weight_VH.dtype)

@@ -12,19 +12,9 @@ import numpy as np
 
 from kdpipe.data.tables import merge, write_rows
 from kdpipe.errors import EngineError, StepError
-from kdpipe.models.prompting import (
-    PromptStyle,
-    Tokenizer,
-    end_ids,
-    num_ids_in_use,
-    open_tokenizer,
-    prompt_style,
-    render_prompt,
-)
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from pydantic import JsonValue
 
     from kdpipe.data.rows import Problem
     from kdpipe.recipe.schema import Recipe
@@ -107,35 +97,6 @@ class Job:
                 token = int(bad.argmax())
                 where = f"round {self.round}, prompt {prompt_id}, token {token}"
                 raise StepError(f"{where}: {what} is {row[token]}", hint=NOTHING_PUBLISHED)
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A model's side of the text: tokenizer, prompts, end ids, and the number of ids in use."""
-
-    tokenizer: Tokenizer
-    style: PromptStyle
-    end_ids: tuple[int, ...]
-    num_ids: int
-
-    @property
-    def end_id(self) -> int:
-        """The end id that reference completions are taught with: the tokenizer's own."""
-        own: int | None = self.tokenizer.eos_token_id
-        return self.end_ids[0] if own is None else own
-
-    def prompt(self, problem: Problem) -> list[int]:
-        """The prompt's token ids."""
-        return render_prompt(self.tokenizer, self.style, problem)
-
-
-def open_text(
-    folder: Path, recipe: Recipe, train: Sequence[Problem], *, template: dict[str, JsonValue], trust: bool
-) -> Text:
-    """The text side of the model in `folder`."""
-    tokenizer = open_tokenizer(folder, trust_remote_code=trust)
-    style = prompt_style(recipe.task, train, template)
-    return Text(tokenizer, style, end_ids(folder, tokenizer), num_ids_in_use(tokenizer))
 
 
 def mean(values: Sequence[float]) -> float:

@@ -15,7 +15,7 @@ from kdpipe.data.payload import ROLLOUTS_FILE
 from kdpipe.data.rows import Rollout
 from kdpipe.data.tables import ROLLOUTS, read_rollouts
 from kdpipe.models.prompting import reference_completion
-from kdpipe.stages.job import Job, Text, mean
+from kdpipe.stages.job import Job, mean
 from kdpipe.stages.sampling import (
     graded_row,
     request_for,
@@ -30,26 +30,23 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kdpipe.data.rows import Problem
-    from kdpipe.engines.protocol import Completion, Engine, SampleRequest
-    from kdpipe.models.source import ModelSource
+    from kdpipe.engines.handle import ModelHandle
+    from kdpipe.engines.protocol import Completion, SampleRequest
+    from kdpipe.models.text import Text
 
 
-def rollout(
-    job: Job, *, text: Text, student: ModelSource, engine: Engine, given: Sequence[Rollout] = ()
-) -> None:
+def rollout(job: Job, *, student: ModelHandle, given: Sequence[Rollout] = ()) -> None:
     """Writes `rollouts.parquet`: for each of the round's prompts `rollout.samples` completions, or one text.
 
     `given` is what teachers wrote for the prompts that are not sampled for; without any they give their references.
     """
-    settings = job.recipe.rollout
+    settings, text = job.recipe.rollout, student.text
     written = {row.prompt_id: row for row in given}
     sampling = sampling_of(
         job.recipe, text, temperature=settings.temperature, max_new_tokens=settings.max_new_tokens
     )
     problems = round_problems(job)
     sampled = sampled_ids(job, problems)
-    if sampled:
-        engine.load(student)
 
     def build(problems: Sequence[Problem]) -> list[Rollout]:
         requests = {
@@ -64,7 +61,7 @@ def rollout(
             for problem in problems
             if problem.prompt_id in sampled
         }
-        found = sample_all(job, list(requests), list(requests.values()), sampling, engine)
+        found = sample_all(job, list(requests), list(requests.values()), sampling, student)
         answers = dict(zip(requests, found, strict=True))
         rows = []
         for problem in problems:

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kdpipe.data.rows import Graded, Problem
-    from kdpipe.engines.protocol import Completion, Engine
+    from kdpipe.engines.handle import ModelHandle
+    from kdpipe.engines.protocol import Completion
+    from kdpipe.models.text import Text
     from kdpipe.recipe.schema import Recipe
-    from kdpipe.stages.job import Job, Text
+    from kdpipe.stages.job import Job
 
 
 def round_problems(job: Job) -> list[Problem]:
@@ -67,13 +69,17 @@ def sampling_of(recipe: Recipe, text: Text, *, temperature: float, max_new_token
 
 
 def sample_all(
-    job: Job, prompt_ids: Sequence[str], requests: Sequence[SampleRequest], sampling: Sampling, engine: Engine
+    job: Job,
+    prompt_ids: Sequence[str],
+    requests: Sequence[SampleRequest],
+    sampling: Sampling,
+    model: ModelHandle,
 ) -> list[list[Completion]]:
     """The completions of each request; raises with the prompt and the token where a log-prob is not finite."""
     if not requests:
         return []
     with job.asking(prompt_ids):
-        found = engine.sample(requests, sampling, progress=job.pulse.tokens)
+        found = model.sample(requests, sampling, progress=job.pulse.tokens)
     for prompt_id, row in zip(prompt_ids, found, strict=True):
         job.require_finite([prompt_id] * len(row), [each.logprobs for each in row], "the sampler's log-prob")
     return found

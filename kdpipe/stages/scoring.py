@@ -18,7 +18,8 @@ from kdpipe.models.devices import resolve_device, resolve_dtype
 from kdpipe.models.folder import read_head
 from kdpipe.models.logprobs import Head
 from kdpipe.models.prompting import Vocabulary, compare_vocabularies, render_teacher_prompt, used_arguments
-from kdpipe.stages.job import Job, Text
+from kdpipe.models.text import Text
+from kdpipe.stages.job import Job
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from kdpipe.data.rows import Problem, Rollout
     from kdpipe.data.tables import Scores
-    from kdpipe.engines.protocol import Engine
+    from kdpipe.engines.handle import ModelHandle
     from kdpipe.models.source import ModelSource
     from kdpipe.recipe.schema import Recipe, Teacher
 
@@ -40,14 +41,14 @@ Number = TypeVar("Number", bound=np.generic)
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherSide:
-    """A teacher as the scoring sees it: its text, what it shares with the student, and how it is asked.
+class TeacherHandle:
+    """A teacher's model, what it shares with the student, and how it is asked: its prompt, ids and temperature.
 
     `swap` are two ids that trade places in all of its distributions: its own end of a turn and the student's.
     """
 
+    model: ModelHandle
     settings: Teacher
-    text: Text
     vocabulary: Vocabulary
     has_own_template: bool
     temperature: float
@@ -57,6 +58,11 @@ class TeacherSide:
     def name(self) -> str:
         """The teacher's name."""
         return self.settings.name
+
+    @property
+    def text(self) -> Text:
+        """Its side of the text."""
+        return self.model.text
 
     @property
     def num_ids(self) -> int:
@@ -71,9 +77,9 @@ class TeacherSide:
         return render_teacher_prompt(self.text.tokenizer, self.text.style, problem, self.settings.prompt)
 
 
-def teacher_side(job: Job, settings: Teacher, *, student: Text, teacher: Text) -> TeacherSide:
-    """That teacher of the recipe, after comparing vocabularies; raises PreflightError when they do not fit."""
-    recipe = job.recipe
+def as_teacher(recipe: Recipe, settings: Teacher, model: ModelHandle, *, student: Text) -> TeacherHandle:
+    """`model` as the student's teacher, after comparing vocabularies; raises PreflightError when they do not fit."""
+    teacher = model.text
     names = ("the student", f"teacher {settings.name!r}")
     vocabulary = compare_vocabularies(student.tokenizer, teacher.tokenizer, names=names)
     num_ids = min(vocabulary.student_ids, vocabulary.teacher_ids)
@@ -92,9 +98,9 @@ def teacher_side(job: Job, settings: Teacher, *, student: Text, teacher: Text) -
     if not settings.template:  # the student's arguments, as far as another family's template knows them
         known = used_arguments(teacher.tokenizer, teacher.style.template_arguments)
         teacher = replace(teacher, style=replace(teacher.style, template_arguments=known))
-    return TeacherSide(
+    return TeacherHandle(
+        model=replace(model, text=teacher),
         settings=settings,
-        text=teacher,
         vocabulary=vocabulary,
         has_own_template=settings.template != recipe.student.template and bool(settings.template),
         temperature=settings.temperature or recipe.rollout.temperature,
@@ -126,15 +132,14 @@ def score_completions(
     job: Job,
     rows: Sequence[Triple],
     *,
-    teacher: TeacherSide,
-    engine: Engine,
+    teacher: TeacherHandle,
     top_k: int = 0,
     hidden: bool = False,
     supports: Sequence[npt.NDArray[np.int32]] | None = None,
 ) -> list[Scored]:
     """Teacher prompt ids, scores and scorable [n] of each (problem, student prompt, completion).
 
-    `engine` holds the teacher; `supports` [n, S] are ids to score at each token besides its `top_k`. Where a
+    `supports` [n, S] are ids to score at each token besides its `top_k`. Where a
     token is not scorable its log-probs are 0 and its ids 0.
     """
     lacking, swap = teacher.vocabulary.unscorable, teacher.swap
@@ -152,7 +157,7 @@ def score_completions(
         requests.append(ScoreRequest(prompt, read, support, wanted))
     ids = [problem.prompt_id for problem, _, _ in rows]
     with job.asking(ids):
-        scores = engine.score(
+        scores = teacher.model.score(
             requests,
             Scoring(temperature=teacher.temperature, num_ids=teacher.num_ids, top_k=top_k, hidden=hidden),
             progress=job.pulse.tokens,

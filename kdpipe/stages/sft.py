@@ -17,7 +17,8 @@ from kdpipe.models.batching import batches_by_tokens, make_batch
 from kdpipe.models.folder import write_model
 from kdpipe.models.logprobs import head_of, hidden_states, token_logprobs
 from kdpipe.models.prompting import reference_completion
-from kdpipe.stages.job import NOTHING_PUBLISHED, Job, Text
+from kdpipe.models.text import Text
+from kdpipe.stages.job import NOTHING_PUBLISHED, Job
 from kdpipe.store.step import Stage
 from kdpipe.training.state import write_trainer
 

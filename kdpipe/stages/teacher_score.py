@@ -21,7 +21,7 @@ from kdpipe.stages.job import Job
 from kdpipe.stages.routing import teaches
 from kdpipe.stages.scoring import (
     Scored,
-    TeacherSide,
+    TeacherHandle,
     Triple,
     check_scorable,
     output_head,
@@ -36,18 +36,15 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kdpipe.data.rows import Rollout
-    from kdpipe.engines.protocol import Engine
-    from kdpipe.models.source import ModelSource
+    from kdpipe.engines.handle import ModelHandle
 
 
 def teacher_score(
     job: Job,
     *,
     rollouts: Sequence[Rollout],
-    teacher: TeacherSide,
-    source: ModelSource,
-    engine: Engine,
-    student: ModelSource | None = None,
+    teacher: TeacherHandle,
+    student: ModelHandle | None = None,
 ) -> None:
     """Writes `scores.parquet`, and `hidden.safetensors` where kept: a row for each rollout that it teaches, in order.
 
@@ -56,20 +53,17 @@ def teacher_score(
     problems = {problem.prompt_id: problem for problem in job.train}
     rollouts = [row for row in rollouts if teaches(teacher.settings, problems[row.prompt_id])]
     keep = job.recipe.keep
-    head = output_head(job, source, num_ids=teacher.num_ids) if keep.hidden else None
+    head = output_head(job, teacher.model.source, num_ids=teacher.num_ids) if keep.hidden else None
 
     def build(rows: Sequence[Rollout]) -> list[Scores]:
         triples = [(problems[row.prompt_id], row.prompt_token_ids, row.completion_token_ids) for row in rows]
         supports = None
         if student is not None and keep.student_top_k:
-            engine.load(student)
-            supports = _most_probable(job, triples, num_ids=teacher.num_ids, engine=engine)
-        engine.load(source)
+            supports = _most_probable(job, triples, student, num_ids=teacher.num_ids)
         scored = score_completions(
             job,
             triples,
             teacher=teacher,
-            engine=engine,
             top_k=keep.teacher_top_k,
             hidden=keep.hidden,
             supports=supports,
@@ -105,7 +99,7 @@ def _keep_hidden(job: Job, parts: Sequence[Path], head: Head | None) -> None:
     )
 
 
-def _score(row: Rollout, teacher: TeacherSide, scored: Scored, head: Head | None) -> Scores:
+def _score(row: Rollout, teacher: TeacherHandle, scored: Scored, head: Head | None) -> Scores:
     """The row of `scores.parquet` of one rollout, with its hidden states where `head` says that they are kept."""
     prompt, score, scorable = scored
     hidden = None if head is None or score.hidden is None else to_bytes(score.hidden, head.weight_VH.dtype)
@@ -124,11 +118,11 @@ def _score(row: Rollout, teacher: TeacherSide, scored: Scored, head: Head | None
 
 
 def _most_probable(
-    job: Job, rows: Sequence[Triple], *, num_ids: int, engine: Engine
+    job: Job, rows: Sequence[Triple], student: ModelHandle, *, num_ids: int
 ) -> list[npt.NDArray[np.int32]]:
-    """The student's most probable ids [n, k] at each token, at the rollout temperature; `engine` holds it."""
+    """The student's most probable ids [n, k] at each token, at the rollout temperature."""
     with job.asking([problem.prompt_id for problem, _, _ in rows]):
-        scores = engine.score(
+        scores = student.score(
             [ScoreRequest(prompt, completion) for _, prompt, completion in rows],
             Scoring(
                 temperature=job.recipe.rollout.temperature,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from kdpipe.data.payload import ROLLOUTS_FILE
 from kdpipe.data.tables import ROLLOUTS, read_rollouts
 from kdpipe.errors import PreflightError
-from kdpipe.stages.job import Job, Text, mean
+from kdpipe.models.text import Text
+from kdpipe.stages.job import Job, mean
 from kdpipe.stages.routing import teaches
 from kdpipe.stages.sampling import (
     graded_row,
@@ -27,14 +28,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kdpipe.data.rows import Problem, Rollout
-    from kdpipe.engines.protocol import Completion, Engine
-    from kdpipe.models.source import ModelSource
-    from kdpipe.stages.scoring import TeacherSide
+    from kdpipe.engines.protocol import Completion
+    from kdpipe.stages.scoring import TeacherHandle
 
 
-def write_texts(
-    job: Job, *, teacher: TeacherSide, source: ModelSource, engine: Engine, student: Text
-) -> None:
+def write_texts(job: Job, *, teacher: TeacherHandle, student: Text) -> None:
     """Writes `rollouts.parquet`: what `teacher` samples for those of the problems that it teaches.
 
     In round 0 the problems are those of the student's cold start, else those of the round that the student does not
@@ -55,8 +53,6 @@ def write_texts(
     _require_end(teacher)
     known = frozenset(student.tokenizer.get_vocab().values())
     problems = [problem for problem in _problems(job) if teaches(teacher.settings, problem)]
-    if problems:
-        engine.load(source)
 
     def build(problems: Sequence[Problem]) -> list[Rollout]:
         requests = [
@@ -67,7 +63,9 @@ def write_texts(
             )
             for problem in problems
         ]
-        found = sample_all(job, [problem.prompt_id for problem in problems], requests, sampling, engine)
+        found = sample_all(
+            job, [problem.prompt_id for problem in problems], requests, sampling, teacher.model
+        )
         rows = []
         for problem, request, completions in zip(problems, requests, found, strict=True):
             for number, completion in enumerate(completions):
@@ -95,7 +93,7 @@ def _write_metrics(job: Job, name: str, rows: Sequence[Rollout]) -> None:
         job.draft.metric(f"rollout/{name}/{metric}", value)
 
 
-def _settings(job: Job, teacher: TeacherSide) -> tuple[int, float]:
+def _settings(job: Job, teacher: TeacherHandle) -> tuple[int, float]:
     """Completions a problem, and the temperature: the cold start's own, or in a round one at the teacher's."""
     sft = job.recipe.student.sft
     if job.round == 0 and sft is not None:
@@ -112,14 +110,14 @@ def _problems(job: Job) -> list[Problem]:
     return [problem for problem in problems if problem.prompt_id not in sampled]
 
 
-def _for_student(completion: Completion, teacher: TeacherSide, student: Text) -> list[int]:
+def _for_student(completion: Completion, teacher: TeacherHandle, student: Text) -> list[int]:
     """The ids of a completion, ending as the student ends its turns where the teacher ended its own."""
     *ids, last = completion.token_ids
     is_foreign = last in teacher.text.end_ids and last not in student.end_ids
     return [*ids, student.end_id if is_foreign and completion.finish_reason == "stop" else last]
 
 
-def _require_end(teacher: TeacherSide) -> None:
+def _require_end(teacher: TeacherHandle) -> None:
     if not any(token < teacher.num_ids for token in teacher.text.end_ids):
         raise PreflightError(
             f"teacher {teacher.name!r} ends its turns with {', '.join(map(str, teacher.text.end_ids))}, ids that the "
@@ -128,7 +126,9 @@ def _require_end(teacher: TeacherSide) -> None:
         )
 
 
-def _require_known(ids: Sequence[int], known: frozenset[int], teacher: TeacherSide, problem: Problem) -> None:
+def _require_known(
+    ids: Sequence[int], known: frozenset[int], teacher: TeacherHandle, problem: Problem
+) -> None:
     if foreign := sorted({*ids} - known):
         raise PreflightError(
             f"teacher {teacher.name!r} wrote id {foreign[0]} for {problem.prompt_id}: the student's tokenizer lacks it",

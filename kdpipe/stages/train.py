@@ -34,8 +34,9 @@ from kdpipe.method.objective import (
 from kdpipe.models.batching import Batch, batches_by_tokens, make_batch
 from kdpipe.models.folder import write_model
 from kdpipe.models.logprobs import head_of, hidden_states, score_tokens
+from kdpipe.models.text import Text
 from kdpipe.recipe.schema import Objective, SampledTerm
-from kdpipe.stages.job import NOTHING_PUBLISHED, Job, Text, mean
+from kdpipe.stages.job import NOTHING_PUBLISHED, Job, mean
 from kdpipe.stages.scoring import check_scorable, score_metrics
 from kdpipe.stages.sft import apply_gradient, write_state
 from kdpipe.store.step import Stage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,21 @@ import pytest
 import torch
 
 import kdpipe.execution.placement
+from kdpipe.engines.handle import ModelHandle, Turns
 from kdpipe.engines.protocol import SampleRequest, Sampling, Scoring
 from kdpipe.engines.remote import Hosting, WorkerEngine, pack, unpack
 from kdpipe.errors import ArtifactError, EngineError, RecipeError, StepError
-from kdpipe.execution.placement import InTurns, Roles, Turns, seen_alone
+from kdpipe.execution.placement import Roles, seen_alone
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.source import ModelSource
-from kdpipe.recipe.roles import STUDENT
+from kdpipe.recipe.roles import STUDENT_ROLE, Role
 from kdpipe.recipe.schema import Recipe, Runtime
 from tests.fakes import FakeEngine
 from tests.worlds import Watcher, events_of, load_tiny, payload_digests, run_near, tiny_recipe
 
 CPU = torch.device("cpu")
+NO_TEXT: Any = None
+TEACHER = Role.parse("teacher")
 TWO_TEACHERS = [{"name": name, "model": "org/model"} for name in ("ada", "bob")]
 ALL_OWN = {"own_process": ["sampler", "teacher"]}
 
@@ -38,7 +42,7 @@ def recipe_of(**changes: Any) -> Recipe:
 def test_hf_engines_on_the_trainers_device_are_one_and_no_process_is_started(tmp_path: Path) -> None:
     roles = Roles(recipe_of(), ModelCache(CPU), logs=tmp_path)
     told: list[str] = []
-    assert roles.engine("hf", STUDENT, tell=told.append) is roles.engine("hf", "teacher", tell=told.append)
+    assert roles.engine("hf", STUDENT_ROLE, tell=told.append) is roles.engine("hf", TEACHER, tell=told.append)
     assert told == []
     assert list(tmp_path.iterdir()) == []
 
@@ -50,13 +54,13 @@ def test_a_role_that_wants_a_process_of_its_own_gets_one_and_the_other_shares(
     roles = Roles(recipe_of(runtime__placement={"own_process": [role]}), ModelCache(CPU), logs=tmp_path)
     told: list[str] = []
     engines = {
-        "sampler": roles.engine("hf", STUDENT, tell=told.append),
-        "teacher": roles.engine("hf", "teacher", tell=told.append),
+        "sampler": roles.engine("hf", STUDENT_ROLE, tell=told.append),
+        "teacher": roles.engine("hf", TEACHER, tell=told.append),
     }
     name = {"sampler": "sampler", "teacher": "teacher-teacher"}[role]
     assert told == [f"{name}: hf on cpu in a process of its own, which logs to logs/{name}.log"]
     assert [key for key, engine in engines.items() if isinstance(engine, WorkerEngine)] == [role]
-    again = roles.engine("hf", STUDENT if role == "sampler" else "teacher", tell=told.append)
+    again = roles.engine("hf", STUDENT_ROLE if role == "sampler" else TEACHER, tell=told.append)
     assert again is engines[role]
     assert len(told) == 1
 
@@ -68,7 +72,10 @@ def test_an_engine_other_than_hf_has_a_process_of_its_own_and_each_teacher_its_o
         "teacher_score__engine": "vllm",
     }
     roles = Roles(recipe_of(**changes), ModelCache(CPU), logs=tmp_path)
-    engines = [roles.engine("vllm", role) for role in (STUDENT, "teacher:ada", "teacher:bob")]
+    engines = [
+        roles.engine("vllm", role)
+        for role in (STUDENT_ROLE, Role.parse("teacher:ada"), Role.parse("teacher:bob"))
+    ]
     assert all(isinstance(engine, WorkerEngine) for engine in engines)
     assert len({id(engine) for engine in engines}) == 3
 
@@ -127,12 +134,22 @@ class Sleeper(FakeEngine):
         self.diary.append(f"{self.name} sleeps")
 
 
+def handle(roles: Roles, engine: Any, role: Role, source: ModelSource) -> ModelHandle:
+    """A model in a role, as a step opens it."""
+    turns = roles.turns(engine, role)
+    return ModelHandle(str(role), source, NO_TEXT, engine, partial(roles.engine, engine, role), turns)
+
+
 def test_of_the_engines_on_a_device_one_is_awake_at_a_time(tmp_path: Path) -> None:
     diary: list[str] = []
     turns, source = Turns(), ModelSource(tmp_path, "a")
-    sampler, teacher = (InTurns(Sleeper(name, diary), [turns]) for name in ("sampler", "teacher"))
-    for engine in (sampler, sampler, teacher, sampler):
-        engine.load(source)
+    engines = {name: Sleeper(name, diary) for name in ("sampler", "teacher")}
+    sampler, teacher = (
+        ModelHandle(name, source, NO_TEXT, "hf", partial(engines.__getitem__, name), [turns])
+        for name in engines
+    )
+    for model in (sampler, sampler, teacher, sampler):
+        model.load()
     assert diary == [
         "sampler loads",
         "sampler loads",
@@ -166,8 +183,8 @@ def test_on_one_gpu_roles_sleep_while_others_work_and_before_training(
     roles, diary = with_cuda({"own_process": ["sampler"]}, "cuda")
     source = ModelSource(tmp_path, "a")
     for _ in range(2):
-        roles.engine("hf", STUDENT).load(source)
-        roles.engine("hf", "teacher").load(source)  # which shares the trainer's process
+        handle(roles, "hf", STUDENT_ROLE, source).load()
+        handle(roles, "hf", TEACHER, source).load()  # which shares the trainer's process
         roles.make_room()
     assert diary == [
         "sampler loads",
@@ -178,7 +195,7 @@ def test_on_one_gpu_roles_sleep_while_others_work_and_before_training(
         "sampler sleeps",
         "trainer loads",
     ]
-    roles.engine("hf", STUDENT).load(source)
+    handle(roles, "hf", STUDENT_ROLE, source).load()
     roles.make_room()
     assert diary[-2:] == ["sampler loads", "sampler sleeps"]
 
@@ -189,8 +206,8 @@ def test_on_gpus_of_their_own_roles_do_not_sleep(
     roles, diary = with_cuda({"sampler": "cuda:1", "teacher": "cuda:2"})
     source = ModelSource(tmp_path, "a")
     for _ in range(2):
-        roles.engine("hf", STUDENT).load(source)
-        roles.engine("hf", "teacher").load(source)
+        handle(roles, "hf", STUDENT_ROLE, source).load()
+        handle(roles, "hf", TEACHER, source).load()
         roles.make_room()
     assert diary == ["sampler loads", "teacher-teacher loads"] * 2
 
@@ -200,9 +217,9 @@ def test_a_model_that_is_spread_over_two_gpus_waits_for_both(
 ) -> None:
     roles, diary = with_cuda({"sampler": "cuda:1", "teacher": "cuda:2"}, vllm={"tensor_parallel_size": 2})
     source = ModelSource(tmp_path, "a")
-    roles.engine("hf", "teacher").load(source)
-    roles.engine("vllm", STUDENT).load(source)  # on cuda:1 and cuda:2
-    roles.engine("hf", "teacher").load(source)
+    handle(roles, "hf", TEACHER, source).load()
+    handle(roles, "vllm", STUDENT_ROLE, source).load()  # on cuda:1 and cuda:2
+    handle(roles, "hf", TEACHER, source).load()
     assert diary == [
         "teacher-teacher loads",
         "teacher-teacher sleeps",
@@ -215,8 +232,8 @@ def test_a_model_that_is_spread_over_two_gpus_waits_for_both(
 def test_on_the_cpu_nothing_sleeps(with_cuda: Callable[..., tuple[Roles, list[str]]], tmp_path: Path) -> None:
     roles, diary = with_cuda(ALL_OWN, "cpu")
     source = ModelSource(tmp_path, "a")
-    roles.engine("hf", STUDENT).load(source)
-    roles.engine("hf", "teacher").load(source)
+    handle(roles, "hf", STUDENT_ROLE, source).load()
+    handle(roles, "hf", TEACHER, source).load()
     roles.make_room()
     assert diary == ["sampler loads", "teacher-teacher loads"]
 

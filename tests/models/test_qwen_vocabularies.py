@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 from kdpipe.data.rows import Problem
+from kdpipe.engines.handle import ModelHandle
 from kdpipe.engines.protocol import TokenScores
 from kdpipe.errors import PreflightError
 from kdpipe.models.prompting import prompt_style, render_prompt
 from kdpipe.models.source import ModelSource
+from kdpipe.models.text import Text
 from kdpipe.recipe.file import load_recipe
-from kdpipe.stages.job import Job, Text
-from kdpipe.stages.scoring import TeacherSide, check_scorable, score_completions, teacher_side
+from kdpipe.stages.job import Job
+from kdpipe.stages.scoring import TeacherHandle, as_teacher, check_scorable, score_completions
 from tests.fakes import FakeEngine
 from tests.models.test_prompting import CHAT, byte_tokenizer
 
@@ -36,7 +38,7 @@ class Pulse:
     def tokens(self, count: int) -> None: ...
 
 
-def sides(folder: Path, **teacher: Any) -> tuple[Job, Text, TeacherSide]:
+def sides(folder: Path, **teacher: Any) -> tuple[Job, Text, TeacherHandle]:
     """A student with thinking switched off by four ids of its own, and a teacher that never had them."""
     (folder / "recipe.yaml").write_text(RECIPE)
     sets = [f"teachers.0.{name}={value}" for name, value in teacher.items()]
@@ -46,8 +48,10 @@ def sides(folder: Path, **teacher: Any) -> tuple[Job, Text, TeacherSide]:
     qwen2 = byte_tokenizer(*SHARED, chat_template=CHAT)
     arguments = recipe.student.template
     student = Text(qwen3, prompt_style(recipe.task, [], arguments), (qwen3.eos_token_id,), 266)
+    engine = FakeEngine(num_rows=266)
     its = Text(qwen2, prompt_style(recipe.task, [], arguments), (qwen2.eos_token_id,), 262)
-    return job, student, teacher_side(job, recipe.teacher, student=student, teacher=its)
+    model = ModelHandle("teacher", ModelSource(folder, "a"), its, "hf", lambda: engine)
+    return job, student, as_teacher(recipe, recipe.teacher, model, student=student)
 
 
 def test_a_teacher_that_lacks_ids_of_the_students_prompt_reads_its_own_template(tmp_path: Path) -> None:
@@ -68,12 +72,10 @@ def test_it_reads_the_students_prompt_where_it_has_all_of_its_ids(tmp_path: Path
 def test_tokens_that_it_lacks_are_cut_from_what_it_reads_and_get_no_score(tmp_path: Path) -> None:
     job, student, side = sides(tmp_path)
     assert (side.num_ids, side.vocabulary.unscorable) == (262, {262, 263, 264, 265})
-    engine = FakeEngine(num_rows=266)
-    engine.load(ModelSource(tmp_path, "teacher"))
     with_own, without = [264, 70, 265, 71, 260, 72], [70, 71, 260, 72]
     prompt = student.prompt(PROBLEM)
     scored = score_completions(
-        job, [(PROBLEM, prompt, with_own), (PROBLEM, prompt, without)], teacher=side, engine=engine, top_k=3
+        job, [(PROBLEM, prompt, with_own), (PROBLEM, prompt, without)], teacher=side, top_k=3
     )
     (_, whole, mask), (_, cut, every) = scored
     assert mask.tolist() == [False, True, False, True, True, True]

@@ -1,0 +1,89 @@
+"""A model in its role, as stages ask it: one handle that samples and scores, and loads its weights by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from kdpipe.engines.protocol import (
+        Ability,
+        Completion,
+        Engine,
+        Progress,
+        SampleRequest,
+        Sampling,
+        ScoreRequest,
+        Scoring,
+        TokenScores,
+    )
+    from kdpipe.models.source import ModelSource
+    from kdpipe.models.text import Text
+    from kdpipe.recipe.schema import EngineName
+
+    Runs: TypeAlias = EngineName | Literal["server"]
+
+
+class Turns:
+    """Of the engines on one device, at most one is awake."""
+
+    def __init__(self) -> None:
+        self._awake: Engine | None = None
+
+    def take(self, engine: Engine) -> None:
+        """Makes it the turn of `engine`: whose turn it was goes to sleep before."""
+        if self._awake is not None and self._awake is not engine:
+            self._awake.sleep()
+        self._awake = engine
+
+
+@dataclass(frozen=True, slots=True)
+class ModelHandle:
+    """The student or a teacher: what it is, its text, and the engine that samples from it and scores under it.
+
+    Handles may share an engine, and engines a device: before each call a handle takes its turn on its devices and
+    makes its own weights the loaded ones, which is free where they are. `open_engine` opens the engine at the
+    first call and gives the same one after.
+    """
+
+    name: str
+    source: ModelSource
+    text: Text
+    engine_name: Runs
+    open_engine: Callable[[], Engine]
+    turns: Sequence[Turns] = ()
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a server has its weights: its folder then holds a tokenizer and nothing else."""
+        return self.engine_name == "server"
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        """What its engine scores beyond a completion's own ids and the most probable ones."""
+        return self.open_engine().abilities
+
+    def sample(
+        self, requests: Sequence[SampleRequest], sampling: Sampling, *, progress: Progress
+    ) -> list[list[Completion]]:
+        """Completions in the order of `requests`, one for each seed (see `Engine.sample`)."""
+        return self.load().sample(requests, sampling, progress=progress)
+
+    def score(
+        self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Progress
+    ) -> list[TokenScores]:
+        """Scores in the order of `requests` (see `Engine.score`)."""
+        return self.load().score(requests, scoring, progress=progress)
+
+    def load(self) -> Engine:
+        """The engine with this model loaded; raises EngineError where it cannot run it."""
+        engine = self.open_engine()
+        for turns in self.turns:
+            turns.take(engine)
+        engine.load(self.source)
+        return engine
+
+    def sleep(self) -> None:
+        """Frees the engine's device memory until the next call."""
+        self.open_engine().sleep()
