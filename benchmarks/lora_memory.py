@@ -26,12 +26,11 @@ from kdpipe.models.adapters import start_adapter
 from kdpipe.models.batching import make_batch
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.folder import open_model, scratch_model, write_model
-from kdpipe.models.logprobs import head_of, hidden_states, token_logprobs
+from kdpipe.models.logprobs import Head, token_logprobs
 from kdpipe.models.prompting import arithmetic_tokenizer, open_tokenizer
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.schema import Lora, Optimizer, Scratch
-from kdpipe.training.state import write_trainer
-from kdpipe.training.trainer import Trainer
+from kdpipe.training.local import LocalTrainer
 
 NUM_IDS = 4096
 CPU = torch.device("cpu")
@@ -121,23 +120,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         model = open_model(source.folder, dtype=torch.float32, device=CPU)
     at_load = resident("VmHWM")
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew from here
-    trainer = Trainer(model, Optimizer(learning_rate=1e-4), horizon=1)
-    trainer.begin()
+    trainer = LocalTrainer(model, Optimizer(learning_rate=1e-4), num_ids=NUM_IDS, horizon=1)
     batch = make_batch([prompt for prompt, _ in pairs], [rest for _, rest in pairs], device=CPU)
-    logprobs, _ = token_logprobs(
-        hidden_states(model, batch),
-        head_of(model, num_ids=NUM_IDS),
-        batch.target_ids_N,
-        temperature=1.0,
-        chunk=512,
-    )
-    (-logprobs.mean()).backward()  # type: ignore[no-untyped-call]
+
+    def loss(hidden_NH: torch.Tensor, head: Head) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        logprobs_N, _ = token_logprobs(hidden_NH, head, batch.target_ids_N, temperature=1.0, chunk=512)
+        return -logprobs_N.mean(), {}
+
+    trainer.begin()
+    trainer.accumulate(batch, loss)
     trainer.apply()
     trainer.end()
     in_step = resident("VmHWM")
     folder = arguments.folder / f"{arguments.measure}-{arguments.teacher}"
-    write_model(model, open_tokenizer(source.folder, trust_remote_code=False), folder / "model")
-    write_trainer(folder / "trainer", tensors=trainer.tensors(masters=False), state=trainer.state())
+    trainer.write_checkpoint(folder, open_tokenizer(source.folder, trust_remote_code=False))
     return {
         "trained_parameters": sum(w.numel() for w in model.parameters() if w.requires_grad),
         "imports_mib": round(before, 1),

@@ -38,10 +38,10 @@ from kdpipe.store.artifacts import Manifest, Store, canonical
 from kdpipe.store.durable import read_lines
 from kdpipe.store.seals import sealed, unsealed
 from kdpipe.store.step import Step
-from kdpipe.training.state import read_trainer, write_trainer
-from kdpipe.training.trainer import Trainer
+from kdpipe.training.local import LocalTrainer
+from kdpipe.training.state import write_trainer
 from tests.nasty_texts import texts
-from tests.tiny_models import tiny_model
+from tests.tiny_models import ROWS, tiny_model
 from tests.worlds import tiny_recipe
 
 EXAMPLES, RANDOM = "KDPIPE_FUZZ_EXAMPLES", "KDPIPE_FUZZ_RANDOM"
@@ -466,11 +466,10 @@ def test_any_trainer_state_is_taken_or_damaged(state: Any, raw: bytes | None, tm
     data = json.dumps(state).encode() if raw is None else raw
     (tmp_path / "trainer" / "trainer.json").write_bytes(data)
     with contextlib.suppress(ArtifactError):
-        tensors, found = read_trainer(tmp_path / "trainer")
-        TRAINER.restore(tensors, found)
+        TRAINER.restore(tmp_path / "trainer")
 
 
-TRAINER = Trainer(tiny_model("llama"), SftOptimizer(), horizon=9, compute=torch.float32)
+TRAINER = LocalTrainer(tiny_model("llama"), SftOptimizer(), num_ids=ROWS, horizon=9)
 
 
 @fuzzed

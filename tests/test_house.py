@@ -73,7 +73,7 @@ DOORS = {
     "scipy": {"results.comparison"},
     "multiprocessing": {"engines.vllm.process"},  # only asks which of the processes that vLLM starts live
 }
-TYPES_ONLY = {("training.trainer", "transformers"), ("models.adapters", "transformers")}
+TYPES_ONLY = {("training.local", "transformers"), ("models.adapters", "transformers")}
 FORBIDDEN_CALLS = {
     "eval",
     "exec",

@@ -20,14 +20,13 @@ from kdpipe.doctor.finding import Finding, Outcome, found
 from kdpipe.models.adapters import read_adapter, start_adapter, write_adapter
 from kdpipe.models.batching import make_batch
 from kdpipe.models.folder import open_model
-from kdpipe.models.logprobs import head_of, hidden_states, score_tokens
 from kdpipe.models.prompting import reference_completion
 from kdpipe.models.reference import Pair, logprobs_of, perturb, plain_logprobs
 from kdpipe.models.source import AdapterSource
 from kdpipe.recipe.schema import Optimizer
 from kdpipe.stages.routing import teaches
 from kdpipe.stages.sampling import request_for, sampling_of
-from kdpipe.training.trainer import Trainer
+from kdpipe.training.local import LocalTrainer
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -100,23 +99,17 @@ class ExaminedStudent:
         )
         if source.adapter is not None:
             read_adapter(network, source.adapter.folder)
-        trainer = Trainer(network, Optimizer(), horizon=1, compute=self.dtype)
-        head = head_of(network, num_ids=self.model.text.num_ids)
+        num_ids = self.model.text.num_ids
+        trainer = LocalTrainer(network, Optimizer(), num_ids=num_ids, horizon=1, compute=self.dtype)
 
         def forward(pairs: Sequence[Pair], temperature: float) -> list[npt.NDArray[np.float64]]:
             results = []
             for prompt, completion in pairs:
                 batch = make_batch([prompt], [completion], device=device)
-                with torch.no_grad(), trainer.computing():
-                    scores = score_tokens(
-                        hidden_states(network, batch),
-                        head,
-                        batch.target_ids_N,
-                        temperature=temperature,
-                        top_k=0,
-                        chunk=self.case.recipe.runtime.head_chunk_tokens,
-                    )
-                results.append(scores.logprobs_N.double().cpu().numpy())
+                logprobs_N = trainer.logprobs(
+                    batch, temperature=temperature, chunk=self.case.recipe.runtime.head_chunk_tokens
+                )
+                results.append(logprobs_N.double().numpy())
             return results
 
         return forward

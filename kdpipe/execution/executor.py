@@ -52,8 +52,7 @@ from kdpipe.store.artifacts import Draft
 from kdpipe.store.durable import append_line
 from kdpipe.store.environment import environment
 from kdpipe.store.step import Stage
-from kdpipe.training.state import read_trainer
-from kdpipe.training.trainer import Trainer
+from kdpipe.training.local import LocalTrainer
 from kdpipe.workers.pulse import Pulse
 from kdpipe.workers.worker import CLOSE, Message, Report
 
@@ -164,7 +163,7 @@ class _Task:
             tokens = pulse.all_tokens
             return {"reused": False, "digest": manifest.payload_digest, "seconds": seconds, "tokens": tokens}
 
-    def _perform(self, job: Job) -> Trainer | None:
+    def _perform(self, job: Job) -> LocalTrainer | None:
         match self.step.stage:
             case Stage.SFT:
                 return self._sft(job)
@@ -190,7 +189,7 @@ class _Task:
             student = self.inputs.open(STUDENT_ROLE, engine, at=role)
         teacher_score(job, rollouts=rows, teacher=teacher, student=student)
 
-    def _sft(self, job: Job) -> Trainer:
+    def _sft(self, job: Job) -> LocalTrainer:
         self.warm.roles.make_room()
         model = self.inputs.settings(self.inputs.own_role())
         if isinstance(model, Teacher):
@@ -208,35 +207,34 @@ class _Task:
         if self.step.subject == STUDENT and self.recipe.student.lora is not None:
             target_names(network, self.recipe.student.lora)  # before it is trained for nothing
         text = self.inputs.open_text(folder, model.template, trust=model.trust_remote_code)
-        trainer = Trainer(
+        trainer = LocalTrainer(
             network,
             (settings or Sft(steps=1)).optimizer,
+            num_ids=text.num_ids,
             horizon=settings.steps if settings else 1,
             compute=dtype,
             gradient_checkpointing=self.recipe.runtime.gradient_checkpointing,
         )
         if resumed is not None:
-            trainer.restore(*read_trainer(resumed[1] / "trainer"))
+            trainer.restore(resumed[1] / "trainer")
         done = resumed[0] if resumed else 0
         written = self.inputs.texts() if settings is not None and settings.text == "teacher" else None
-        sft(job, settings=settings, text=text, trainer=trainer, dtype=dtype, resumed=done, written=written)
+        sft(job, settings=settings, text=text, trainer=trainer, resumed=done, written=written)
         return trainer
 
-    def _train(self, job: Job) -> Trainer:
+    def _train(self, job: Job) -> LocalTrainer:
         self.warm.roles.make_room()
         rows = read_rollouts(self.inputs.opened(ROLLOUT_ROLE, ROLLOUTS_FILE))
         scores = self._round_scores(job, rows) if self._has_scores() else None
         resumed = job.draft.checkpoint()
         trainer = self.training.student_trainer(resumed[1] if resumed else None)
         self.warm.cache.forget(trainer.model)  # its weights are about to change
-        dtype, _ = resolve_dtype(self.recipe.student.dtype, self.warm.device)
         train(
             job,
             rollouts=rows,
             scores=scores,
             text=self.inputs.text(STUDENT_ROLE),
             trainer=trainer,
-            dtype=dtype,
             resumed=resumed,
             average=self.training.average(),
         )

@@ -18,8 +18,7 @@ from kdpipe.recipe.roles import EMA_ROLE, STUDENT_ROLE
 from kdpipe.recipe.schema import Lora, Student, Teacher
 from kdpipe.store.step import Stage
 from kdpipe.training.ema import Average
-from kdpipe.training.state import read_trainer
-from kdpipe.training.trainer import Trainer
+from kdpipe.training.local import LocalTrainer
 
 
 class Training:
@@ -31,7 +30,7 @@ class Training:
         self.step = inputs.step
         self.warm = inputs.warm
 
-    def student_trainer(self, checkpoint: Path | None) -> Trainer:
+    def student_trainer(self, checkpoint: Path | None) -> LocalTrainer:
         """The student with its optimizer: warm from the last round, from a checkpoint, or from disk."""
         recipe = self.recipe
         if recipe.student.lora is not None:
@@ -54,12 +53,12 @@ class Training:
         weights = checkpoint / "model" if checkpoint else folder / "model" if entry else folder
         trainer = self._trainer(self.network(weights, trust=recipe.student.trust_remote_code))
         if checkpoint is not None:
-            trainer.restore(*read_trainer(checkpoint / "trainer"))
+            trainer.restore(checkpoint / "trainer")
         elif "trainer" in opens:
-            trainer.restore(*read_trainer(folder / "trainer"))
+            trainer.restore(folder / "trainer")
         return trainer
 
-    def _adapter_trainer(self, lora: Lora, checkpoint: Path | None) -> Trainer:
+    def _adapter_trainer(self, lora: Lora, checkpoint: Path | None) -> LocalTrainer:
         """The student's adapter with its optimizer, on the network that also samples: nothing is there twice."""
         source, entry = self.inputs.source(STUDENT_ROLE), self.inputs.adapter(STUDENT_ROLE)
         model = self.warm.cache.get(source)
@@ -79,19 +78,20 @@ class Training:
             read_adapter(model, checkpoint / "model")
         trainer = self._trainer(model)
         if checkpoint is not None:
-            trainer.restore(*read_trainer(checkpoint / "trainer"))
+            trainer.restore(checkpoint / "trainer")
         elif entry is not None:
-            trainer.restore(*read_trainer(entry.opened("trainer") / "trainer"))
+            trainer.restore(entry.opened("trainer") / "trainer")
         return trainer
 
-    def _trainer(self, model: Any) -> Trainer:
+    def _trainer(self, model: Any) -> LocalTrainer:
         """A student of the recipe with a fresh optimizer."""
         recipe, settings = self.recipe, self.recipe.train
         dtype, _ = resolve_dtype(recipe.student.dtype, self.warm.device)
         steps = settings.minibatches * settings.epochs
-        return Trainer(
+        return LocalTrainer(
             model,
             settings.optimizer,
+            num_ids=self.inputs.text(STUDENT).num_ids,
             horizon=(settings.optimizer.schedule_rounds or recipe.rounds) * steps,
             compute=dtype,
             gradient_checkpointing=recipe.runtime.gradient_checkpointing,
@@ -124,9 +124,10 @@ class Training:
         entry, name = self.inputs.origin(role)
         folder = entry.opened(kind) / kind if entry else self.inputs.base_folder(name)
         assert folder is not None
-        return Average(decay, folder, self.warm.device, self.recipe.student.trust_remote_code)
+        dtype, _ = resolve_dtype(self.recipe.student.dtype, self.warm.device)
+        return Average(decay, folder, self.warm.device, dtype, self.recipe.student.trust_remote_code)
 
-    def keep_warm(self, trainer: Trainer, digest: str) -> None:
+    def keep_warm(self, trainer: LocalTrainer, digest: str) -> None:
         """Keeps what was trained for the steps that ask it or go on with it; `digest` is its entry's."""
         settings = (
             self.recipe.student if self.step.subject == "" else self.inputs.settings(self.inputs.own_role())

@@ -13,7 +13,7 @@ from kdpipe.models.cache import ModelCache
 from kdpipe.models.text import Text
 from kdpipe.recipe.roles import Role
 from kdpipe.recipe.schema import Recipe
-from kdpipe.training.trainer import Trainer
+from kdpipe.training.local import LocalTrainer
 
 
 @dataclass(slots=True)
@@ -28,6 +28,6 @@ class Warm:
     roles: Roles
     servers: dict[Role, ServerEngine] = field(default_factory=dict)
     texts: dict[tuple[Role, str], Text] = field(default_factory=dict)
-    trainer: tuple[str, Trainer] | None = None
+    trainer: tuple[str, LocalTrainer] | None = None
     lora_fits: bool = False
     dtypes_told: bool = False

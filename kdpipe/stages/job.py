@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kdpipe.workers.pulse import Pulse
 
 Item = TypeVar("Item")
+NAMED_PROMPTS = 8
 NOTHING_PUBLISHED = (
     "nothing of this step was published, and all steps before it are kept; what makes the number is mended first, "
     "then the same command continues"
@@ -88,6 +89,28 @@ class Job:
             where = f"round {self.round}, prompt {prompt_ids[error.request]}"
             hint = f"{error.hint}; {NOTHING_PUBLISHED}" if error.hint else NOTHING_PUBLISHED
             raise type(error)(f"{where}: {error.what}", hint=hint) from None
+
+    @contextlib.contextmanager
+    def updating(self, prompt_ids: Sequence[str]) -> Iterator[None]:
+        """Makes a trainer's StepError, while this is open, name the round and the prompts."""
+        try:
+            yield
+        except StepError as error:
+            names = sorted(set(prompt_ids))
+            more = f" and {len(names) - NAMED_PROMPTS} more" if len(names) > NAMED_PROMPTS else ""
+            about = f"round {self.round}, prompts {', '.join(names[:NAMED_PROMPTS])}{more}"
+            raise StepError(f"{about}: {error.message}", hint=f"{error.hint}; {NOTHING_PUBLISHED}") from None
+
+    def end_optimizer_step(self, done: int, *, of: int, write: Callable[[Path], None]) -> None:
+        """Counts an optimizer step, writes a checkpoint where one is due, and lets the step be stopped here.
+
+        `done` of `of` optimizer steps are taken. After the last none is written: what follows is the payload.
+        """
+        self.pulse.advance()
+        is_due = done % self.recipe.runtime.checkpoint_steps == 0
+        if (is_due or self.pulse.stopping) and done < of:
+            self.draft.write_checkpoint(done, write)
+        self.pulse.safe_point()
 
     def require_finite(self, prompt_ids: Sequence[str], values: Sequence[Any], what: str) -> None:
         """Raises StepError naming round, prompt and token unless every number [n] of every completion is finite."""

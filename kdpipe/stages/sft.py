@@ -9,29 +9,25 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-import torch
-
 from kdpipe.data.seeds import permutation
-from kdpipe.errors import StepError
 from kdpipe.models.batching import batches_by_tokens, make_batch
-from kdpipe.models.folder import write_model
-from kdpipe.models.logprobs import head_of, hidden_states, token_logprobs
+from kdpipe.models.logprobs import token_logprobs
 from kdpipe.models.prompting import reference_completion
-from kdpipe.models.text import Text
-from kdpipe.stages.job import NOTHING_PUBLISHED, Job
 from kdpipe.store.step import Stage
-from kdpipe.training.state import write_trainer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
+
+    import torch
 
     from kdpipe.data.rows import Problem, Rollout
+    from kdpipe.models.logprobs import Head
+    from kdpipe.models.text import Text
     from kdpipe.recipe.schema import Sft
-    from kdpipe.training.trainer import Trainer
+    from kdpipe.stages.job import Job
+    from kdpipe.training.protocol import Trainer
 
 METRIC_EVERY = 20
-NAMED_PROMPTS = 8
 Example = tuple[list[int], list[int]]
 
 
@@ -41,7 +37,6 @@ def sft(
     settings: Sft | None,
     text: Text,
     trainer: Trainer,
-    dtype: torch.dtype,
     resumed: int,
     written: Sequence[Rollout] | None = None,
 ) -> None:
@@ -50,44 +45,33 @@ def sft(
     `written` is what teachers wrote for the problems, which it reads in place of the reference solutions.
     """
     if settings is not None:
-        found = _examples(text, job.train[: settings.problems], written)
-        ids, examples = tuple(found), list(found.values())
-        job.pulse.start("optimizer steps", settings.steps)
-        job.pulse.advance(resumed)
-        trainer.begin()
-        for step in range(resumed, settings.steps):
-            chosen = _batch_indices(ids, step=step, size=settings.batch, seed=job.seed)
-            loss, tokens = _gradient(trainer, [examples[i] for i in chosen], text=text, job=job)
-            norm = apply_gradient(job, trainer, [ids[i] for i in chosen])
-            if (step + 1) % METRIC_EVERY == 0 or step + 1 == settings.steps:
-                job.draft.metric("sft/loss", loss, optimizer_step=step + 1)
-                job.draft.metric("sft/grad_norm", norm, optimizer_step=step + 1)
-            job.pulse.tokens(tokens)
-            job.pulse.advance()
-            is_due = (step + 1) % job.recipe.runtime.checkpoint_steps == 0
-            if (is_due or job.pulse.stopping) and step + 1 < settings.steps:
-                job.draft.write_checkpoint(
-                    step + 1, lambda folder: write_state(folder, trainer, text, torch.float32)
-                )
-            job.pulse.safe_point()
-        trainer.end()
-    job.draft.write("model", lambda folder: write_model(trainer.model, text.tokenizer, folder, dtype=dtype))
-    masters = dtype != torch.float32
-    job.draft.write(
-        "trainer",
-        lambda folder: write_trainer(folder, tensors=trainer.tensors(masters=masters), state=trainer.state()),
-    )
+        _train(
+            job, settings, _examples(text, job.train[: settings.problems], written), text, trainer, resumed
+        )
+    job.draft.write("model", lambda folder: trainer.write_weights(folder, text.tokenizer))
+    job.draft.write("trainer", trainer.write_state)
 
 
-def apply_gradient(job: Job, trainer: Trainer, prompt_ids: Sequence[str]) -> float:
-    """One optimizer step; returns the gradient's norm. Raises StepError that names the prompts unless it is finite."""
-    try:
-        return trainer.apply()
-    except StepError as error:
-        names = sorted(set(prompt_ids))
-        more = f" and {len(names) - NAMED_PROMPTS} more" if len(names) > NAMED_PROMPTS else ""
-        about = f"round {job.round}, prompts {', '.join(names[:NAMED_PROMPTS])}{more}"
-        raise StepError(f"{about}: {error.message}", hint=f"{error.hint}; {NOTHING_PUBLISHED}") from None
+def _train(
+    job: Job, settings: Sft, examples: Mapping[str, Example], text: Text, trainer: Trainer, resumed: int
+) -> None:
+    ids = tuple(examples)
+    job.pulse.start("optimizer steps", settings.steps)
+    job.pulse.advance(resumed)
+    trainer.begin()
+    for step in range(resumed, settings.steps):
+        chosen = [ids[i] for i in _batch_indices(ids, step=step, size=settings.batch, seed=job.seed)]
+        loss, tokens = _gradient(job, trainer, [examples[name] for name in chosen])
+        with job.updating(chosen):
+            update = trainer.apply()
+        if (step + 1) % METRIC_EVERY == 0 or step + 1 == settings.steps:
+            job.draft.metric("sft/loss", loss, optimizer_step=step + 1)
+            job.draft.metric("sft/grad_norm", update.gradient_norm, optimizer_step=step + 1)
+        job.pulse.tokens(tokens)
+        job.end_optimizer_step(
+            step + 1, of=settings.steps, write=lambda folder: trainer.write_checkpoint(folder, text.tokenizer)
+        )
+    trainer.end()
 
 
 def _examples(
@@ -105,12 +89,6 @@ def _examples(
     }
 
 
-def write_state(folder: Path, trainer: Trainer, text: Text, dtype: torch.dtype) -> None:
-    """Everything that continues a step in the middle: weights at full width and the optimizer."""
-    write_model(trainer.model, text.tokenizer, folder / "model", dtype=dtype)
-    write_trainer(folder / "trainer", tensors=trainer.tensors(masters=False), state=trainer.state())
-
-
 def _batch_indices(ids: tuple[str, ...], *, step: int, size: int, seed: int) -> list[int]:
     """The examples of one optimizer step: consecutive pieces of seeded permutations, epoch after epoch."""
     indices: list[int] = []
@@ -125,22 +103,25 @@ def _epoch_order(ids: tuple[str, ...], epoch: int, seed: int) -> list[int]:
     return permutation(ids, seed, Stage.SFT.value, epoch)
 
 
-def _gradient(trainer: Trainer, examples: Sequence[Example], *, text: Text, job: Job) -> tuple[float, int]:
+def _gradient(job: Job, trainer: Trainer, examples: Sequence[Example]) -> tuple[float, int]:
     """Adds the gradient of the token-mean cross-entropy; returns the loss and the number of its tokens."""
+    runtime = job.recipe.runtime
     tokens = sum(len(completion) for _, completion in examples)
     lengths = [len(prompt) + len(completion) for prompt, completion in examples]
     total = 0.0
-    head = head_of(trainer.model, num_ids=text.num_ids)
-    for indices in batches_by_tokens(lengths, job.recipe.runtime.train_tokens):
-        batch = make_batch(
-            [examples[i][0] for i in indices], [examples[i][1] for i in indices], device=trainer.model.device
+    for indices in batches_by_tokens(lengths, runtime.train_tokens):
+        prompts, completions = zip(*(examples[i] for i in indices), strict=True)
+        batch = make_batch(prompts, completions, device=trainer.device)
+        loss = functools.partial(
+            _cross_entropy, batch.target_ids_N, num_tokens=tokens, chunk=runtime.head_chunk_tokens
         )
-        with trainer.computing():
-            hidden = hidden_states(trainer.model, batch)
-            logprobs, _ = token_logprobs(
-                hidden, head, batch.target_ids_N, temperature=1.0, chunk=job.recipe.runtime.head_chunk_tokens
-            )
-        loss = -logprobs.sum() / tokens
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
+        total += trainer.accumulate(batch, loss)["loss"]
     return total, tokens
+
+
+def _cross_entropy(
+    ids_N: torch.Tensor, hidden_NH: torch.Tensor, head: Head, *, num_tokens: int, chunk: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The share of these tokens in the mean over the step's `num_tokens`."""
+    logprobs_N, _ = token_logprobs(hidden_NH, head, ids_N, temperature=1.0, chunk=chunk)
+    return -logprobs_N.sum() / num_tokens, {}

@@ -13,6 +13,8 @@ from kdpipe.models.folder import open_model, write_model
 from kdpipe.training.state import read_trainer, write_trainer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MASTERS = "masters"
@@ -22,33 +24,28 @@ MASTERS = "masters"
 class Average:
     """The running average of the students, over float32 weights; `folder` holds it as it was before this round.
 
-    Before round 1 that is the folder of the student itself.
+    Before round 1 that is the folder of the student itself. `dtype` is that of the weights that are written.
     """
 
     decay: float
     folder: Path
     device: torch.device
+    dtype: torch.dtype
     trust_remote_code: bool
 
     def write_next(
-        self,
-        student: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        folder: Path,
-        *,
-        dtype: torch.dtype,
+        self, students: Mapping[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
     ) -> None:
-        """Writes a Hugging Face folder in `dtype`: `decay` of the average before, the rest of the student's.
+        """Writes a Hugging Face folder in `dtype`: `decay` of the average before, the rest of the student's weights.
 
         Where `dtype` is narrower than float32, the average's own weights stand beside, in `masters/`.
         """
         model = self._open()
-        students = dict(student.named_parameters())
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 weight.mul_(self.decay).add_(students[name], alpha=1 - self.decay)
-        write_model(model, tokenizer, folder, dtype=dtype)
-        if dtype != torch.float32:
+        write_model(model, tokenizer, folder, dtype=self.dtype)
+        if self.dtype != torch.float32:
             masters = {f"master.{name}": weight for name, weight in model.named_parameters()}
             write_trainer(folder / MASTERS, tensors=masters, state={})
 

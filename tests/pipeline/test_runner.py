@@ -15,13 +15,13 @@ import pytest
 
 import kdpipe.execution.executor
 import kdpipe.models.devices
+import kdpipe.training.local
 from kdpipe.engines.hf.engine import HfEngine
 from kdpipe.engines.protocol import TokenScores
 from kdpipe.errors import ArtifactError, Interrupted, LockError, PreflightError, RecipeError
 from kdpipe.pipeline.project import Project, open_project
 from kdpipe.results.comparison import read_contender
 from kdpipe.store.locks import run_lock
-from kdpipe.training.trainer import Trainer
 from tests.worlds import (
     SMALLEST,
     NearWorker,
@@ -214,7 +214,7 @@ def test_a_forced_step_that_differs_makes_all_that_follows_stale(
 ) -> None:
     """Each step is as cold as a new process, so weights that retention dropped too early would be missed."""
     before = world.digests()
-    monkeypatch.setattr(Trainer, "learning_rate", lambda _self: 3e-3)
+    monkeypatch.setattr(kdpipe.training.local, "learning_rate", lambda *_, **__: 3e-3)
     performed = world.run(force=("sft:teacher@0",))
     monkeypatch.undo()
     teacher_free = {"sft:student@0", "rollout@1"}

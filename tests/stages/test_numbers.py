@@ -23,7 +23,7 @@ from kdpipe.errors import EngineError, KdpipeError, ModelError, StepError
 from kdpipe.pipeline.project import Project, open_project, round_metrics
 from kdpipe.stages.job import Job
 from kdpipe.store.artifacts import Entry
-from kdpipe.training.trainer import Trainer
+from kdpipe.training.local import LocalTrainer
 from tests.worlds import SMALLEST, Watcher, load_tiny, run_near
 
 SIZES = SMALLEST | {"rounds": 1}
@@ -176,13 +176,13 @@ def test_a_state_that_is_not_finite_stops_the_training_with_round_prompt_sample_
 def test_a_gradient_that_is_not_finite_stops_the_training_with_round_and_prompts(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = Trainer.begin
+    begin = LocalTrainer.begin
 
-    def wrong(self: Trainer) -> None:
+    def wrong(self: LocalTrainer) -> None:
         begin(self)
         next(self.model.parameters()).register_hook(lambda gradient: gradient * math.nan)
 
-    monkeypatch.setattr(Trainer, "begin", wrong)
+    monkeypatch.setattr(LocalTrainer, "begin", wrong)
     where = r"round 1, prompts arithmetic/train/\S+.*: optimizer step 1: the gradient norm is nan"
     with pytest.raises(StepError, match=where) as caught:
         world.run()

@@ -491,7 +491,6 @@ def test_a_mixture_of_which_too_much_is_not_scorable_stops_before_it_trains(tmp_
             scores=scores,
             text=nothing,
             trainer=nothing,
-            dtype=torch.float32,
             resumed=None,
         )
 

@@ -37,13 +37,14 @@ from kdpipe.models.adapters import (
 from kdpipe.models.batching import make_batch
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.folder import open_model, write_model
-from kdpipe.models.logprobs import head_of, hidden_states, token_logprobs
+from kdpipe.models.logprobs import Head, token_logprobs
 from kdpipe.models.source import AdapterSource, ModelSource
 from kdpipe.pipeline.housekeeping import export
 from kdpipe.pipeline.project import Project, open_project
 from kdpipe.recipe.schema import Lora, Optimizer
+from kdpipe.training.local import LocalTrainer
+from kdpipe.training.protocol import Trainer
 from kdpipe.training.state import read_trainer
-from kdpipe.training.trainer import Trainer
 from tests.tiny_models import CONFIGS, FAST, ROWS, tiny_model, tiny_tokenizer
 from tests.worlds import NearWorker, Watcher, load_tiny, payload_digests, run_near
 
@@ -477,25 +478,31 @@ def test_sampled_logprobs_are_those_of_a_plain_forward_with_the_adapter_on_and_o
 # ------------------------------------------------------------------------------------------- training
 
 
-def gradients(model: Any, *, checkpointing: bool) -> tuple[Trainer, dict[str, torch.Tensor]]:
-    trainer = Trainer(model, Optimizer(learning_rate=1e-2), horizon=4, gradient_checkpointing=checkpointing)
+def lora_trainer(model: Any, *, compute: torch.dtype = torch.float32, checkpointing: bool = False) -> Trainer:
+    settings = Optimizer(learning_rate=1e-2)
+    return LocalTrainer(
+        model, settings, num_ids=ROWS, horizon=4, compute=compute, gradient_checkpointing=checkpointing
+    )
+
+
+def gradients(trainer: Trainer, *, casts: bool = False) -> dict[str, torch.Tensor]:
+    """Those of a batch; the forward pass is under autocast if `casts`."""
     trainer.begin()
     batch = make_batch([[2, 3], [4, 5, 6]], [[7, 8, 9, 1], [3, 1]], device=CPU)
-    logprobs, _ = token_logprobs(
-        hidden_states(model, batch),
-        head_of(model, num_ids=ROWS),
-        batch.target_ids_N,
-        temperature=1.0,
-        chunk=64,
-    )
-    (-logprobs.mean()).backward()
-    return trainer, {name: w.grad.clone() for name, w in model.named_parameters() if w.grad is not None}
+
+    def loss(hidden_NH: torch.Tensor, head: Head) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        logprobs_N, _ = token_logprobs(hidden_NH, head, batch.target_ids_N, temperature=1.0, chunk=64)
+        assert torch.is_autocast_enabled("cpu") == casts
+        return -logprobs_N.mean(), {}
+
+    trainer.accumulate(batch, loss)
+    return {name: w.grad.clone() for name, w in trainer.weights().items() if w.grad is not None}
 
 
 def test_recomputing_in_the_backward_pass_gives_the_same_gradients_to_the_adapter_only() -> None:
     model = adapted(tiny_model("llama"))
-    _, plain = gradients(copy.deepcopy(model), checkpointing=False)
-    _, recomputed = gradients(model, checkpointing=True)
+    plain = gradients(lora_trainer(copy.deepcopy(model)))
+    recomputed = gradients(lora_trainer(model, checkpointing=True))
     assert plain.keys() == recomputed.keys()
     assert all(".lora_" in name and gradient.abs().max() > 0 for name, gradient in plain.items())
     assert len(plain) == 2 * 7 * 2
@@ -503,16 +510,18 @@ def test_recomputing_in_the_backward_pass_gives_the_same_gradients_to_the_adapte
         torch.testing.assert_close(recomputed[name], gradient)
 
 
-def test_an_optimizer_step_leaves_the_model_below_bit_for_bit() -> None:
+def test_an_optimizer_step_leaves_the_model_below_bit_for_bit(tmp_path: Path) -> None:
     model = tiny_model("llama")
     before = copy.deepcopy(model)
     adapted(model)
-    trainer, _ = gradients(model, checkpointing=False)
+    trainer = lora_trainer(model)
+    gradients(trainer)
     with_adapter = logits(model)
     trainer.apply()
     trainer.end()
     assert not torch.equal(logits(model), with_adapter)
-    assert all(".lora_" in name for name in trainer.tensors(masters=True))
+    trainer.write_state(tmp_path)
+    assert all(".lora_" in name for name in read_trainer(tmp_path)[0])
     switch_adapter(model, on=False)
     assert torch.equal(logits(model), logits(before))
 
@@ -521,8 +530,7 @@ def test_frozen_narrow_weights_compute_in_their_own_dtype_as_the_sampler_does() 
     narrow = adapted(tiny_model("llama").bfloat16())
     assert {weight.dtype for weight in narrow.parameters() if weight.requires_grad} == {torch.float32}
     for model, casts in ((narrow, False), (tiny_model("llama"), True)):
-        with Trainer(model, Optimizer(), horizon=1, compute=torch.bfloat16).computing():
-            assert torch.is_autocast_enabled("cpu") == casts
+        gradients(lora_trainer(model, compute=torch.bfloat16), casts=casts)
 
 
 def test_a_fresh_adapter_changes_nothing_and_comes_from_its_seed_alone() -> None:

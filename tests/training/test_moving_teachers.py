@@ -19,7 +19,7 @@ from kdpipe.errors import Interrupted
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.source import ModelSource
 from kdpipe.pipeline.project import open_project
-from kdpipe.training.trainer import Trainer
+from kdpipe.training.local import LocalTrainer
 from tests.worlds import NearWorker, Watcher, load_tiny, payload_digests, run_near
 
 DECAY = 0.75
@@ -206,9 +206,9 @@ def test_old_averages_are_dropped_and_made_again_when_they_are_needed(
 def test_a_teacher_holds_no_gradient_and_no_second_copy_of_the_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainers: list[Trainer] = []
+    trainers: list[LocalTrainer] = []
     scored: list[tuple[Any, bool]] = []
-    get, init = ModelCache.get, Trainer.__init__
+    get, init = ModelCache.get, LocalTrainer.__init__
 
     def watched(cache: ModelCache, source: ModelSource) -> Any:
         model = get(cache, source)
@@ -218,12 +218,12 @@ def test_a_teacher_holds_no_gradient_and_no_second_copy_of_the_student(
         assert of_trainer or not any(weight.requires_grad for weight in model.parameters())
         return model
 
-    def begun(self: Trainer, *args: Any, **kwargs: Any) -> None:
+    def begun(self: LocalTrainer, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         trainers.append(self)
 
     monkeypatch.setattr(ModelCache, "get", watched)
-    monkeypatch.setattr(Trainer, "__init__", begun)
+    monkeypatch.setattr(LocalTrainer, "__init__", begun)
     for kind in ("current", "ema", "another model"):
         trainers.clear()
         scored.clear()

@@ -1,0 +1,82 @@
+"""A model being trained, as the stages see it: gradients, optimizer steps, state on disk, published weights.
+
+Weights that stages know before a step (each token's share of the step's loss) make gradients sums: however a step is
+cut into micro-batches, and whoever computes them, adding up their gradients gives that of the whole step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from kdpipe.models.logprobs import Head
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
+
+    from kdpipe.models.batching import Batch
+
+Loss = Callable[[torch.Tensor, Head], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
+"""From hidden states [N, H] and output head to the micro-batch's share of the step's loss, and metrics as sums."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What an optimizer step did: the gradient's norm before clipping, the rate, and whether it was skipped."""
+
+    gradient_norm: float
+    learning_rate: float
+    is_skipped: bool = False
+
+
+class Trainer(Protocol):
+    """Adds up gradients and takes optimizer steps on one model.
+
+    Between `begin` and `end`, a step is one `accumulate` for each micro-batch and then `apply`.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """Where micro-batches are expected."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken since the model's start; skipped ones are not counted."""
+
+    def logprobs(self, batch: Batch, *, temperature: float, chunk: int) -> torch.Tensor:
+        """Log-probs [N] of the completion tokens, float32 on the CPU, without gradient; `chunk` is in tokens."""
+
+    def begin(self) -> None:
+        """Prepares for gradients."""
+
+    def accumulate(self, batch: Batch, loss: Loss) -> dict[str, float]:
+        """Adds the gradient of a micro-batch's share of the step; returns its `loss` and its metrics as sums."""
+
+    def apply(self) -> Update:
+        """Clips the sum of the gradients, takes one optimizer step and drops them.
+
+        Raises StepError when their norm is not finite; the weights are then unchanged.
+        """
+
+    def end(self) -> None:
+        """Leaves the model in eval mode, without gradients."""
+
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """The present weights by parameter name, whole and as wide as they are trained."""
+
+    def write_weights(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Writes what engines load, as wide as the model computes."""
+
+    def write_state(self, folder: Path) -> None:
+        """Writes what goes on from `write_weights`: moments, counters, and masters where those weights are narrower."""
+
+    def write_checkpoint(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Writes what goes on in the middle of a step: `model/` in full width and `trainer/`."""
+
+    def restore(self, folder: Path) -> None:
+        """Goes on from a folder of `write_state`; raises ArtifactError when it is damaged or of another model."""

@@ -1,0 +1,106 @@
+"""What every trainer promises; a new one is one more maker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdpipe.errors import StepError
+from kdpipe.models.folder import open_model
+from kdpipe.recipe.schema import Optimizer
+from kdpipe.training.local import LocalTrainer
+from kdpipe.training.protocol import Trainer
+from kdpipe.training.state import read_trainer
+from tests.tiny_models import tiny_tokenizer
+from tests.training.steps import NUM_IDS, WHOLE, batch_of, copied, cross_entropy, equal, take_step, tiny_llama
+
+Make = Callable[..., Trainer]
+CPU = torch.device("cpu")
+CUTS = [[[0], [1], [2], [3]], [[3, 1], [0, 2]], [[0, 1, 2], [3]]]
+
+
+def local(model: Any, **settings: Any) -> Trainer:
+    optimizer = Optimizer.model_validate({"learning_rate": 1e-2, **settings})
+    return LocalTrainer(model, optimizer, num_ids=NUM_IDS, horizon=10, compute=model.dtype)
+
+
+@pytest.fixture(params=[local])
+def make(request: pytest.FixtureRequest) -> Make:
+    found: Make = request.param
+    return found
+
+
+def state_of(trainer: Trainer, folder: Path) -> tuple[dict[str, torch.Tensor], Any]:
+    trainer.write_state(folder)
+    return read_trainer(folder)
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_gradients_of_micro_batches_add_up_to_that_of_one_batch(
+    make: Make, cut: list[list[int]], tmp_path: Path
+) -> None:
+    whole, pieces = make(tiny_llama().double()), make(tiny_llama().double())
+    for _ in range(3):
+        one, sum_of_them = take_step(whole, WHOLE), take_step(pieces, cut)
+        assert sum_of_them.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-12)
+    expected, _ = state_of(whole, tmp_path / "whole")
+    found, _ = state_of(pieces, tmp_path / "pieces")
+    for name, moment in expected.items():
+        torch.testing.assert_close(found[name], moment, rtol=1e-10, atol=1e-15)
+    for name, weight in whole.weights().items():
+        torch.testing.assert_close(pieces.weights()[name], weight, rtol=1e-10, atol=1e-12)
+
+
+def test_a_micro_batch_reports_its_share_of_the_loss_and_its_metrics(make: Make) -> None:
+    trainer = make(tiny_llama().double())
+    trainer.begin()
+    reports = []
+    for indices in [*CUTS[0], *WHOLE]:
+        batch = batch_of(indices)
+        reports.append(trainer.accumulate(batch, cross_entropy(batch)))
+    assert [report["tokens"] for report in reports] == [4, 5, 1, 3, 13]
+    assert sum(report["loss"] for report in reports[:-1]) == pytest.approx(reports[-1]["loss"], rel=1e-12)
+    logprobs = trainer.logprobs(batch, temperature=1.0, chunk=64)
+    assert reports[-1]["loss"] == pytest.approx(-float(logprobs.mean()), rel=1e-6)
+
+
+def test_an_update_reports_the_gradient_before_clipping_and_the_rate(make: Make) -> None:
+    loose, tight = make(tiny_llama(), max_grad_norm=1e9), make(tiny_llama(), max_grad_norm=1e-3)
+    first = take_step(tight)
+    assert first == take_step(loose)
+    assert first.gradient_norm > 1e-2
+    assert (first.learning_rate, first.is_skipped) == (1e-2, False)
+    assert take_step(make(tiny_llama(), warmup_steps=4)).learning_rate == pytest.approx(2.5e-3)
+
+
+@pytest.mark.parametrize("settings", [{}, {"schedule": "linear", "weight_decay": 0.1, "warmup_steps": 3}])
+def test_a_trainer_goes_on_from_a_checkpoint_bit_for_bit(
+    make: Make, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    unbroken = make(tiny_llama(), **settings)
+    for _ in range(2):
+        take_step(unbroken, CUTS[1])
+    unbroken.write_checkpoint(tmp_path, tiny_tokenizer())
+    model = open_model(tmp_path / "model", dtype=torch.float32, device=CPU, trust_remote_code=False)
+    resumed = make(model, **settings)
+    resumed.restore(tmp_path / "trainer")
+    assert resumed.step == unbroken.step == 2
+    for _ in range(2):
+        assert take_step(resumed, CUTS[1]) == take_step(unbroken, CUTS[1])
+    assert equal(resumed.weights(), unbroken.weights())
+    found, expected = state_of(resumed, tmp_path / "a"), state_of(unbroken, tmp_path / "b")
+    assert found[1] == expected[1]
+    assert equal(found[0], expected[0])
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights(make: Make) -> None:
+    trainer = make(tiny_llama())
+    before = copied(trainer)
+    with pytest.raises(StepError, match="optimizer step 1: the gradient norm is nan"):
+        take_step(trainer, factor=float("nan"))
+    assert equal(copied(trainer), before)
+    assert trainer.step == 0
