@@ -91,7 +91,7 @@ class Training:
         return LocalTrainer(
             model,
             settings.optimizer,
-            num_ids=self.inputs.text(STUDENT).num_ids,
+            num_ids=self.inputs.text(STUDENT_ROLE).num_ids,
             horizon=(settings.optimizer.schedule_rounds or recipe.rounds) * steps,
             compute=dtype,
             gradient_checkpointing=recipe.runtime.gradient_checkpointing,

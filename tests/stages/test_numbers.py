@@ -155,17 +155,17 @@ def test_an_error_names_the_prompt_of_the_request_that_it_is_about_whatever_its_
 def test_a_state_that_is_not_finite_stops_the_training_with_round_prompt_sample_and_token(
     world: World, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    hidden_states, counts = kdpipe.stages.train.hidden_states, list[list[int]]()
+    real, counts = kdpipe.stages.train.micro_batch_loss, list[list[int]]()
 
-    def wrong(model: Any, batch: Any) -> torch.Tensor:
-        hidden_NH = hidden_states(model, batch)
-        if torch.is_grad_enabled():
-            counts.append(batch.counts)
-            hidden_NH = hidden_NH.clone()
-            hidden_NH[batch.counts[0] + 1] = value
-        return hidden_NH
+    def wrong(
+        objective: Any, batch: Any, ids_N: Any, hidden_NH: torch.Tensor, *rest: Any, **more: Any
+    ) -> Any:
+        counts.append(batch.lengths)
+        hidden_NH = hidden_NH.clone()
+        hidden_NH[batch.lengths[0] + 1] = value
+        return real(objective, batch, ids_N, hidden_NH, *rest, **more)
 
-    monkeypatch.setattr(kdpipe.stages.train, "hidden_states", wrong)
+    monkeypatch.setattr(kdpipe.stages.train, "micro_batch_loss", wrong)
     where = r"round 1, prompt \S+, sample \d, token 1: the student's log-prob is nan"
     with pytest.raises(StepError, match=where) as caught:
         world.run()
