@@ -21,7 +21,7 @@ from kdpipe.errors import PreflightError
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.status import State
-    from kdpipe.recipe.schema import Recipe
+    from kdpipe.recipe.schema import Recipe, Teacher
 
 
 def check(
@@ -129,13 +129,26 @@ def _horizon(recipe: "Recipe") -> str:
     )
 
 
+def _hidden_size(recipe: "Recipe", teacher: "Teacher") -> int | None:
+    """The width of a teacher's hidden states, where the recipe says it."""
+    from kdpipe.recipe.schema import ScratchTeacher, SelfTeacher
+
+    match teacher:
+        case ScratchTeacher(scratch=scratch):
+            return scratch.hidden_size
+        case SelfTeacher() if recipe.student.scratch is not None:
+            return recipe.student.scratch.hidden_size
+    return None
+
+
 def _kept_bytes(recipe: "Recipe") -> list[str]:
     """What teacher-score stores for a completion token, and what the other choices would take."""
     keep = recipe.keep
-    origins = [recipe.student if teacher.self_ else teacher for teacher in recipe.teachers]
-    widths = {origin.scratch.hidden_size if origin.scratch else None for origin in origins}
+    widths = {_hidden_size(recipe, teacher) for teacher in recipe.teachers}
     width = widths.pop() if len(widths) == 1 else None
-    whose = "the teacher" if len(origins) == 1 else "its teacher" if recipe.is_routed else "each teacher"
+    whose = (
+        "the teacher" if len(recipe.teachers) == 1 else "its teacher" if recipe.is_routed else "each teacher"
+    )
     ids = keep.teacher_top_k + keep.student_top_k or 64
     support = 8 + ids * (6 if recipe.teacher_score.logprobs == "float16" else 8)
     choices = {

@@ -20,6 +20,7 @@ from kdpipe.doctor.student import ExaminedStudent
 from kdpipe.doctor.teacher import ExaminedTeacher
 from kdpipe.models.devices import dtype_name
 from kdpipe.models.reference import adapter_parameters, shape_of
+from kdpipe.recipe.schema import SelfTeacher
 
 if TYPE_CHECKING:
     from kdpipe.doctor.finding import Finding
@@ -51,7 +52,7 @@ def sizes(case: Case) -> Estimate:
     student = _sized(case, case.student, adapter=adapter)
     teachers = {
         model.name: student
-        if settings.self_ is not None
+        if isinstance(settings, SelfTeacher)
         else None
         if model.is_served
         else _sized(case, model)

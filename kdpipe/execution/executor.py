@@ -38,7 +38,7 @@ from kdpipe.recipe.roles import (
     RoleKind,
     teacher_role,
 )
-from kdpipe.recipe.schema import Recipe, Sft, Teacher
+from kdpipe.recipe.schema import ModelTeacher, Recipe, SelfTeacher, ServedTeacher, Sft, Student
 from kdpipe.stages.evaluate import evaluate, graded_problems
 from kdpipe.stages.job import Job
 from kdpipe.stages.rollout import rollout
@@ -192,7 +192,8 @@ class _Task:
     def _sft(self, job: Job) -> LocalTrainer:
         self.warm.roles.make_room()
         model = self.inputs.settings(self.inputs.own_role())
-        if isinstance(model, Teacher):
+        assert not isinstance(model, SelfTeacher | ServedTeacher)
+        if not isinstance(model, Student):
             job = replace(job, train=[problem for problem in job.train if teaches(model, problem)])
         resumed = job.draft.checkpoint()
         folder = self.inputs.base_folder(self.step.subject)
@@ -203,7 +204,9 @@ class _Task:
         elif folder is not None:
             network = self.training.network(folder, trust=model.trust_remote_code)
         else:
-            network = self.training.scratch(model)
+            assert not isinstance(model, ModelTeacher)
+            assert model.scratch is not None
+            network = self.training.scratch(model.scratch)
         if self.step.subject == STUDENT and self.recipe.student.lora is not None:
             target_names(network, self.recipe.student.lora)  # before it is trained for nothing
         text = self.inputs.open_text(folder, model.template, trust=model.trust_remote_code)

@@ -26,7 +26,7 @@ from kdpipe.models.source import AdapterSource, ModelSource
 from kdpipe.models.text import Text, open_text
 from kdpipe.pipeline.request import read_step
 from kdpipe.recipe.roles import BASE_ROLE, STUDENT, STUDENT_ROLE, Role, RoleKind, teacher_role
-from kdpipe.recipe.schema import EngineName, Server, Student, Teacher
+from kdpipe.recipe.schema import EngineName, SelfTeacher, ServedTeacher, Student, Teacher
 from kdpipe.stages.job import Job
 from kdpipe.stages.scoring import TeacherHandle, as_teacher
 from kdpipe.store.artifacts import Draft, Entry, Store
@@ -95,7 +95,7 @@ class Inputs:
         if role in self.steps:
             return self.store.entry(self.steps[role]), ""
         model = self.settings(role)
-        return None, model.name if isinstance(model, Teacher) and model.self_ is None else STUDENT
+        return None, STUDENT if isinstance(model, SelfTeacher) else model.name
 
     def own_role(self) -> Role:
         """The role of the model that the step is about."""
@@ -120,30 +120,30 @@ class Inputs:
         A teacher behind a server has that for its engine, whatever the others have.
         """
         settings, place = self.settings(role), at or role
-        name = settings.name if isinstance(settings, Teacher) else STUDENT
-        if isinstance(settings, Teacher) and settings.server is not None:
-            serve = partial(self._server_engine, settings, settings.server, role)
-            return ModelHandle(name, self.source(role), self.text(role), "server", serve)
+        if isinstance(settings, ServedTeacher):
+            serve = partial(self._server_engine, settings, role)
+            return ModelHandle(settings.name, self.source(role), self.text(role), "server", serve)
         source = self.source(role, lambda source: self.warm.roles.holds(engine, place, source))
         turns = self.warm.roles.turns(engine, place)
-        return ModelHandle(name, source, self.text(role), engine, partial(self.engine, engine, place), turns)
+        return ModelHandle(
+            settings.name, source, self.text(role), engine, partial(self.engine, engine, place), turns
+        )
 
     def teacher(self, role: Role, engine: EngineName) -> TeacherHandle:
         """The teacher in `role`, run by `engine`; raises PreflightError where it does not fit the student."""
         settings = self.settings(role)
-        assert isinstance(settings, Teacher)
+        assert not isinstance(settings, Student)
         return as_teacher(self.recipe, settings, self.open(role, engine), student=self.text(STUDENT_ROLE))
 
     def source(self, role: Role, is_held: Callable[[ModelSource], bool] | None = None) -> ModelSource:
         """Where the weights of the student or a teacher are, checked unless `is_held`: by this process, if not said."""
         source = self._found_source(role, is_held or self.warm.cache.holds)
         settings = self.settings(role)
-        if isinstance(settings, Teacher) and settings.server is not None:
+        if isinstance(settings, ServedTeacher):
             return source  # its weights are not here
         is_one_of_several = len(self.recipe.teachers) > 1 or source.folder.name == "ema"
-        if self.recipe.student.lora is not None and isinstance(settings, Teacher):
-            # The student itself as teacher is the network that samples and is trained: it is not dropped for others.
-            is_one_of_several &= settings.self_ is None
+        if self.recipe.student.lora is not None and isinstance(settings, SelfTeacher):
+            is_one_of_several = False  # it is the network that samples and is trained: not dropped for others
         if role != STUDENT_ROLE and is_one_of_several and source.digest != self._weights_digest(STUDENT_ROLE):
             self.warm.cache.take_turns(source.digest)
         return source
@@ -170,19 +170,21 @@ class Inputs:
         if entry is None:
             folder = self.base_folder(name)
             assert folder is not None
-            source = ModelSource(folder, self.request["digests"][name], dtype, trust)
+            source = ModelSource(
+                folder, self.request["digests"][name], dtype, trust, quantization=settings.quantization
+            )
         else:
             digest, kind = self._weights_digest(role), self._weights_folder(role)
             assert digest is not None
-            source = ModelSource(entry.folder / kind, digest, dtype, trust)
+            source = ModelSource(
+                entry.folder / kind, digest, dtype, trust, quantization=settings.quantization
+            )
         adapter = self.adapter(role)
         if adapter is not None:
             manifest = adapter.manifest()
             assert manifest is not None
             made = AdapterSource(adapter.folder / "model", manifest.payload_digest)
             source = replace(source, adapter=made)
-        if isinstance(settings, Teacher):
-            source = replace(source, quantization=settings.quantization)
         if not is_held(source):
             if entry is not None:
                 entry.opened(source.folder.name)
@@ -226,13 +228,13 @@ class Inputs:
         """The engine `name` for the model in `role`, kept warm between steps and rounds."""
         return self.warm.roles.engine(name, role, tell=lambda text: self.report.event(kind="note", text=text))
 
-    def _server_engine(self, teacher: Teacher, server: Server, role: Role) -> Engine:
+    def _server_engine(self, teacher: ServedTeacher, role: Role) -> Engine:
         if role not in self.warm.servers:
             settings = self.recipe.runtime.server
             bundle = (
                 settings.ca_bundle and Path(self.request["folder"]) / Path(settings.ca_bundle).expanduser()
             )
-            engine = ServerEngine(server, settings, ca_bundle=bundle or None)
+            engine = ServerEngine(teacher.server, settings, ca_bundle=bundle or None)
             source = self.source(role)
             engine.load(source)
             who = f"teacher {teacher.name!r}"

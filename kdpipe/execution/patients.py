@@ -15,8 +15,8 @@ from kdpipe.execution.inputs import Inputs
 from kdpipe.execution.trainers import Training
 from kdpipe.models.folder import write_model
 from kdpipe.models.prompting import arithmetic_tokenizer
-from kdpipe.recipe.roles import STUDENT, STUDENT_ROLE, Role
-from kdpipe.recipe.schema import Teacher
+from kdpipe.recipe.roles import STUDENT_ROLE, Role
+from kdpipe.recipe.schema import ModelTeacher, OwnTeacher, Student
 from kdpipe.store.artifacts import Draft, Entry
 from kdpipe.workers.pulse import Pulse
 from kdpipe.workers.worker import Message
@@ -37,7 +37,7 @@ def examine_patients(inputs: Inputs) -> Message:
             job=job,
             device=inputs.warm.device,
             student=inputs.open(STUDENT_ROLE, inputs.recipe.rollout.engine),
-            teachers=[(settings, model) for settings, model in teachers if isinstance(settings, Teacher)],
+            teachers=[(settings, model) for settings, model in teachers if not isinstance(settings, Student)],
             stand_ins=dict(stand_ins),
             depth=inputs.request["examine"],
         )
@@ -53,14 +53,13 @@ def examine_patients(inputs: Inputs) -> Message:
 def _stand_in(inputs: Inputs, role: Role, place: Path) -> tuple[str, str]:
     """Puts other weights in the place of those that a step has not made yet; returns whose, and what they are."""
     settings, step_id = inputs.settings(role), inputs.request["missing"][str(role)]
-    name = settings.name if isinstance(settings, Teacher) else STUDENT
-    is_own = isinstance(settings, Teacher) and settings.self_ is None
-    origin, weights = (settings, name) if is_own else (inputs.recipe.student, STUDENT)
-    if origin.scratch is None:
-        return name, f"its weights before {step_id}, which is not done"
+    origin = settings if isinstance(settings, OwnTeacher) else inputs.recipe.student
+    if isinstance(origin, ModelTeacher) or origin.scratch is None:
+        return settings.name, f"its weights before {step_id}, which is not done"
+    weights = origin.name
     if weights not in inputs.request["folders"]:
         folder = place / weights
-        write_model(Training(inputs).scratch(origin), arithmetic_tokenizer(words()), folder)
+        write_model(Training(inputs).scratch(origin.scratch), arithmetic_tokenizer(words()), folder)
         inputs.request["folders"][weights] = str(folder)
         inputs.request["digests"][weights] = f"untrained {weights}"
-    return name, f"untrained weights: {step_id} is not done"
+    return settings.name, f"untrained weights: {step_id} is not done"

@@ -15,7 +15,7 @@ from kdpipe.models.devices import resolve_dtype
 from kdpipe.models.folder import open_model, scratch_model
 from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.recipe.roles import EMA_ROLE, STUDENT_ROLE
-from kdpipe.recipe.schema import Lora, Student, Teacher
+from kdpipe.recipe.schema import Lora, Scratch
 from kdpipe.store.step import Stage
 from kdpipe.training.ema import Average
 from kdpipe.training.local import LocalTrainer
@@ -101,13 +101,12 @@ class Training:
         """A model to train: float32 masters, whatever it computes in."""
         return open_model(folder, dtype=torch.float32, device=self.warm.device, trust_remote_code=trust)
 
-    def scratch(self, model: Student | Teacher) -> Any:
+    def scratch(self, settings: Scratch) -> Any:
         """A model initialised from the recipe's seed, or the step's, with the task's own tokenizer."""
-        assert model.scratch is not None
         tokenizer = arithmetic_tokenizer(words())
-        seed = self.step.seed if model.scratch.seed is None else model.scratch.seed
+        seed = self.step.seed if settings.seed is None else settings.seed
         network = scratch_model(
-            model.scratch,
+            settings,
             num_ids=num_ids_in_use(tokenizer),
             eos_id=tokenizer.eos_token_id,
             pad_id=tokenizer.pad_token_id,

@@ -20,7 +20,7 @@ from kdpipe.models.model_folder import require_own_files
 from kdpipe.pipeline.plan import UNRESOLVED, Identities
 from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.recipe.roles import STUDENT
-from kdpipe.recipe.schema import Gsm8kTask, Student, Teacher
+from kdpipe.recipe.schema import Gsm8kTask, ModelTeacher, ServedTeacher, Student, Teacher
 from kdpipe.store.durable import file_digest, write_json
 from kdpipe.store.seals import sealed, unsealed
 from kdpipe.store.step import Fields, canonical
@@ -199,9 +199,12 @@ class _Named:
 
 def _named(model: Student | Teacher) -> _Named | None:
     """What the section of a model names; None where a step or the student makes it."""
-    if isinstance(model, Teacher) and model.server is not None:
-        return _Named(model.server.tokenizer, model.server.revision, model.server.model)
-    return None if model.model is None else _Named(model.model, model.revision)
+    match model:
+        case ServedTeacher(server=server):
+            return _Named(server.tokenizer, server.revision, server.model)
+        case ModelTeacher(model=name) | Student(model=str(name)):
+            return _Named(name, model.revision)
+    return None
 
 
 def _local_folder(name: str, folder: Path) -> Path | None:

@@ -27,7 +27,17 @@ from kdpipe.recipe.roles import (
     RoleKind,
     teacher_role,
 )
-from kdpipe.recipe.schema import Gsm8kTask, JsonlTask, Recipe, Sft, Student, Teacher, resolved
+from kdpipe.recipe.schema import (
+    Gsm8kTask,
+    JsonlTask,
+    Recipe,
+    SelfTeacher,
+    ServedTeacher,
+    Sft,
+    Student,
+    Teacher,
+    resolved,
+)
 from kdpipe.store.step import Fields, Input, Stage, Step, canonical, step_id_of
 
 FORMATS: dict[Stage, int] = {
@@ -96,7 +106,7 @@ def _is_unresolved(fields: Fields) -> bool:
 
 def run_hash(recipe: Recipe) -> str:
     """Eight hex digits that name a run: the resolved recipe without rounds, runtime and tracking."""
-    document = recipe.model_dump(mode="json", by_alias=True, exclude={"rounds", "runtime", "tracking"})
+    document: dict[str, Any] = _without(resolved(recipe), "rounds", "runtime", "tracking")
     document["train"] = _train_settings(document["train"])
     for teacher in document["teachers"]:
         if teacher["server"] is not None:  # where a server is and how it lets one in do not name a run
@@ -140,7 +150,7 @@ class _Planner:
         for name, model in models:
             if name == STUDENT and _reads_teacher(recipe.student.sft):
                 self._teacher_texts(0)
-            if _has_cold_start(model):
+            if model.has_cold_start:
                 self._sft(name, model)
         self._evaluate_student(0)
         for teacher in recipe.teachers if recipe.evaluate.teacher else ():
@@ -171,7 +181,7 @@ class _Planner:
             f"{where}.template": model.template,
             f"{where}.sft": _without(dumped["sft"], "seed") if dumped["sft"] else None,
         }
-        if isinstance(model, Teacher) and model.only is not None:  # a specialist learns what it teaches
+        if not isinstance(model, Student) and model.only is not None:  # a specialist learns what it teaches
             fields[f"{where}.only"] = _routes(model)
         inputs = self._texts(0) if name == STUDENT and _reads_teacher(model.sft) else {}
         self._add(Stage.SFT, 0, name, self._seed(seed), fields, inputs)
@@ -192,7 +202,7 @@ class _Planner:
                 "student.model": self._identity(STUDENT),  # whose prompt is answered, in its ids
                 "rollout": _without(self.sections["rollout"], *own),
             }
-            if teacher.server is not None:
+            if isinstance(teacher, ServedTeacher):
                 fields["rollout"] = {**_without(self.sections["rollout"], *own), "engine": SERVER}
             if number == 0:
                 sft = self._dumped(STUDENT)["sft"]
@@ -314,7 +324,7 @@ class _Planner:
             **self._evaluate_settings(),
             "student.template": recipe.student.template,
         }
-        if teacher.server is not None:
+        if isinstance(teacher, ServedTeacher):
             fields["evaluate.engine"] = SERVER
         inputs = {
             **self._teacher_model(teacher, 0),
@@ -372,27 +382,29 @@ class _Planner:
             if self.recipe.student.lora is not None and (below := self._student_model(0)):
                 inputs[BASE_ROLE] = below[STUDENT_ROLE]
             return inputs
-        if _has_cold_start(self.recipe.student):
+        if self.recipe.student.has_cold_start:
             return {STUDENT_ROLE: _input(Stage.SFT, 0, STUDENT, opens=("model",))}
         return {}
 
     def _teacher_model(self, teacher: Teacher, number: int) -> dict[Role, Input]:
         """The teacher that goes with student `number`: only one that is the student itself moves with it."""
         role = teacher_role(self.recipe, teacher)
-        if teacher.self_ == "ema" and number > 0:
-            return {role: _input(Stage.TRAIN, number, opens=("ema",))}
-        if teacher.self_ is not None:
-            found = self._student_model(number if teacher.self_ == "current" else 0)
-            return {role if name == STUDENT_ROLE else name: source for name, source in found.items()}
-        if _has_cold_start(teacher):
-            return {role: _input(Stage.SFT, 0, teacher.name, opens=("model",))}
+        match teacher:
+            case SelfTeacher(self_="ema") if number > 0:
+                return {role: _input(Stage.TRAIN, number, opens=("ema",))}
+            case SelfTeacher(self_=which):
+                found = self._student_model(number if which == "current" else 0)
+                return {role if name == STUDENT_ROLE else name: source for name, source in found.items()}
+            case _ if teacher.has_cold_start:
+                return {role: _input(Stage.SFT, 0, teacher.name, opens=("model",))}
         return {}
 
     def _teacher_fields(self, teacher: Teacher, number: int) -> Fields:
-        identity = self._identity(STUDENT if teacher.self_ is not None else teacher.name)
+        is_student = isinstance(teacher, SelfTeacher)
+        identity = self._identity(STUDENT if is_student else teacher.name)
         own = ("model", "revision", "scratch", "sft", "only", "weight", "decay", "server")
         role = teacher_role(self.recipe, teacher)
-        is_adapter = teacher.self_ is not None and self.recipe.student.lora is not None
+        is_adapter = is_student and self.recipe.student.lora is not None
         made = self._student_model(0) if is_adapter else self._teacher_model(teacher, number)
         fields: Fields = {
             str(role): _without(self._dumped(teacher.name), *own),
@@ -402,7 +414,7 @@ class _Planner:
 
     def _scorer(self, teacher: Teacher) -> str:
         """What scores for a teacher: the engine that the recipe names, or the teacher's own server."""
-        return self.recipe.teacher_score.engine if teacher.server is None else SERVER
+        return SERVER if isinstance(teacher, ServedTeacher) else self.recipe.teacher_score.engine
 
     def _alias(self) -> Fields:
         """Only where it is asked for: `mask` and `keep` change nothing of what the teacher says."""
@@ -468,8 +480,3 @@ def _routes(teacher: Teacher) -> JsonValue:
 def _reads_teacher(sft: Sft | None) -> bool:
     """Whether a cold start is on what teachers write."""
     return sft is not None and sft.text == "teacher"
-
-
-def _has_cold_start(model: Student | Teacher) -> bool:
-    """Whether an sft step makes the model: it has an `sft`, or it starts from scratch."""
-    return model.sft is not None or model.scratch is not None

@@ -14,7 +14,7 @@ from typing import Any
 from kdpipe.errors import PreflightError, StepError
 from kdpipe.pipeline.project import Project, summary_of
 from kdpipe.recipe.roles import STUDENT, STUDENT_ROLE
-from kdpipe.recipe.schema import Recipe, Teacher
+from kdpipe.recipe.schema import Recipe, SelfTeacher, ServedTeacher, Teacher
 from kdpipe.store.step import Stage, Step, step_id_of
 
 FREE_BYTES_FLOOR = 64 << 20
@@ -35,7 +35,7 @@ def require(recipe: Recipe, warn: Callable[[str], None]) -> None:
             "or say --set rollout.engine=hf --set teacher_score.engine=hf",
         )
     for teacher in recipe.teachers:
-        name = teacher.server and teacher.server.api_key_env
+        name = teacher.server.api_key_env if isinstance(teacher, ServedTeacher) else None
         if name and not os.environ.get(name):
             raise PreflightError(
                 f"teacher {teacher.name!r}: {name}, which is to hold the key of its server, is not set",
@@ -87,7 +87,7 @@ class Headroom:
 
 def headroom_of(teacher: Teacher, summary: Mapping[str, Any]) -> Headroom:
     """The headroom in the summary of a teacher's evaluation."""
-    reasons = ["the student itself"] if teacher.self_ is not None else []
+    reasons = ["the student itself"] if isinstance(teacher, SelfTeacher) else []
     if teacher.is_privileged:
         reasons.append("privileged (its prompt shows more than the question)")
     return Headroom(

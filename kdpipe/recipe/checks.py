@@ -1,10 +1,10 @@
 """What the sections of a recipe ask of each other, one function for each concern; each says what to write instead."""
 
 from kdpipe.recipe.fields import RecipeFields
-from kdpipe.recipe.models import Student, Teacher
 from kdpipe.recipe.objective import Support
 from kdpipe.recipe.stages import KeepTopK
 from kdpipe.recipe.task import ArithmeticTask
+from kdpipe.recipe.teacher import ScratchTeacher, SelfTeacher, ServedTeacher, Teacher
 
 ENGINE_ABILITIES: dict[str, frozenset[str]] = {"hf": frozenset({"support", "hidden"}), "vllm": frozenset()}
 """What each engine scores beyond sampled tokens and the teacher's top k (see engine.py)."""
@@ -69,11 +69,12 @@ def _spelled(keep: str | KeepTopK) -> str:
 
 def _check_round(recipe: RecipeFields) -> None:
     arithmetic = isinstance(recipe.task, ArithmeticTask)
-    models: list[tuple[str, Student | Teacher]] = [("student", recipe.student)]
-    models += [(f"teacher {teacher.name!r}", teacher) for teacher in recipe.teachers]
-    for where, model in models:
-        if model.scratch is not None and not arithmetic:
-            raise ValueError(f"{where}: scratch needs a task with its own tokenizer (arithmetic)")
+    made = ["student"] if recipe.student.scratch is not None else []
+    made += [
+        f"teacher {teacher.name!r}" for teacher in recipe.teachers if isinstance(teacher, ScratchTeacher)
+    ]
+    if made and not arithmetic:
+        raise ValueError(f"{made[0]}: scratch needs a task with its own tokenizer (arithmetic)")
     if recipe.train.objective.has_rl and recipe.rollout.samples == 1:
         raise ValueError("an RL term needs rollout.samples of 2 or more: a group of one has no advantage")
     if recipe.train.minibatches > recipe.rollout.rows:
@@ -89,10 +90,6 @@ def _check_vllm(recipe: RecipeFields) -> None:
     for teacher in recipe.teachers:
         if teacher.quantization is None:
             continue
-        if teacher.self_ is not None:
-            raise ValueError(
-                f"teacher {teacher.name!r}: quantization goes with a teacher of its own, not with the student"
-            )
         engines = {recipe.teacher_score.engine, *([evaluator] if recipe.evaluate.teacher else [])}
         if "hf" in engines:
             raise ValueError(
@@ -127,11 +124,11 @@ def _check_off_policy_text(recipe: RecipeFields) -> None:
 
 def _check_servers(recipe: RecipeFields) -> None:
     for teacher in recipe.teachers:
-        if teacher.server is not None and (trouble := _beyond_a_server(recipe, teacher)):
+        if isinstance(teacher, ServedTeacher) and (trouble := _beyond_a_server(recipe, teacher)):
             raise ValueError(f"teacher {teacher.name!r} is behind a server, {trouble}")
 
 
-def _beyond_a_server(recipe: RecipeFields, teacher: Teacher) -> str | None:
+def _beyond_a_server(recipe: RecipeFields, teacher: ServedTeacher) -> str | None:
     """What the recipe asks of a server that it cannot give, and what to write instead; None if nothing."""
     rollout, section, objective = recipe.rollout, recipe.evaluate, recipe.train.objective
     if (teacher.temperature or rollout.temperature) != 1:
@@ -177,7 +174,7 @@ def _check_teacher_text(recipe: RecipeFields) -> None:
             "a mixture of teachers scores text and writes none: give each teacher the problems that it writes for "
             "by only, or take text: reference"
         )
-    selves = [teacher for teacher in recipe.teachers if teacher.self_ is not None]
+    selves = [teacher for teacher in recipe.teachers if isinstance(teacher, SelfTeacher)]
     if selves and recipe.student.sft is not None and recipe.student.sft.text == "teacher":
         raise ValueError(
             f"student.sft.text: teacher {selves[0].name!r} is the student that this cold start makes: "
@@ -221,7 +218,8 @@ def _check_teachers(recipe: RecipeFields) -> None:
         )
     if not recipe.is_mixed and any(teacher.weight is not None for teacher in recipe.teachers):
         raise ValueError("weight goes with several teachers without only, which are mixed by it")
-    if len({teacher.decay for teacher in recipe.teachers if teacher.decay is not None}) > 1:
+    decays = {teacher.decay for teacher in recipe.teachers if isinstance(teacher, SelfTeacher)}
+    if len(decays - {None}) > 1:
         raise ValueError(
             "teachers with self: ema have different decays: one average is kept, give them the same"
         )
@@ -252,4 +250,7 @@ def _is_the_sampler(recipe: RecipeFields, teacher: Teacher) -> bool:
         bool(teacher.template) and teacher.template != recipe.student.template,
         teacher.temperature not in (None, recipe.rollout.temperature),
     )
-    return (teacher.self_ == "current" or teacher.decay == 0) and not any(own)
+    match teacher:
+        case SelfTeacher(self_="current") | SelfTeacher(decay=0):
+            return not any(own)
+    return False

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from kdpipe.recipe.models import Student, Teacher
+from kdpipe.recipe.models import Student
 from kdpipe.recipe.runtime import Runtime, Tracking
 from kdpipe.recipe.section import NAME, Count, EngineName, Section, Seed
 from kdpipe.recipe.stages import (
@@ -16,6 +16,7 @@ from kdpipe.recipe.stages import (
     TrainSection,
 )
 from kdpipe.recipe.task import Task
+from kdpipe.recipe.teacher import SelfTeacher, ServedTeacher, Teacher
 
 
 class RecipeFields(Section):
@@ -48,13 +49,13 @@ class RecipeFields(Section):
         own = {"dtype": student.dtype}
         return [
             teacher.model_copy(update=own)
-            if teacher.self_ is not None and teacher.dtype == "auto"
+            if isinstance(teacher, SelfTeacher) and teacher.dtype == "auto"
             else teacher
             for teacher in teachers
         ]
 
     @property
-    def teacher(self) -> "Teacher":
+    def teacher(self) -> Teacher:
         """The teacher, or the first of several."""
         return self.teachers[0]
 
@@ -71,7 +72,7 @@ class RecipeFields(Section):
     @property
     def is_served(self) -> bool:
         """Whether every teacher is behind a server, so that `teacher_score.engine` scores none."""
-        return all(teacher.server is not None for teacher in self.teachers)
+        return all(isinstance(teacher, ServedTeacher) for teacher in self.teachers)
 
     @property
     def engines(self) -> set[EngineName]:
@@ -106,7 +107,8 @@ class RecipeFields(Section):
     @property
     def ema_decay(self) -> float | None:
         """The decay of the average that each round's train step keeps; None where no teacher is it."""
-        return next((teacher.decay for teacher in self.teachers if teacher.decay is not None), None)
+        decays = (teacher.decay for teacher in self.teachers if isinstance(teacher, SelfTeacher))
+        return next((decay for decay in decays if decay is not None), None)
 
     @property
     def distill_horizon(self) -> int:

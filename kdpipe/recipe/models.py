@@ -1,22 +1,26 @@
-"""The models of a recipe, student and teachers: where each comes from, and its cold start."""
+"""The student of a recipe, and what models share: weights from scratch, the cold start, optimizers."""
 
-import re
-from typing import Annotated, Literal
-from urllib.parse import urlsplit
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
-from kdpipe.recipe.section import NAME, Count, DtypeName, Positive, Section, Seed, TextSource
+from kdpipe.recipe.section import Count, DtypeName, Positive, Section, Seed, TextSource
 
-PROMPT_PIECE = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
-"""What a teacher's prompt holds beside plain text: a literal brace, or the name of a field of the record."""
+
+def _as_tuple(value: Any) -> Any:
+    """A list as the tuple that strict validation asks for."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[tuple[Beta, Beta], BeforeValidator(_as_tuple)]
 
 
 class Optimizer(Section):
     """AdamW. `schedule_rounds` is the horizon of a schedule that is not constant (default: `rounds`)."""
 
     learning_rate: Positive = 1e-5
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -29,7 +33,7 @@ class SftOptimizer(Section):
     """AdamW for a cold start; a schedule that is not constant runs over `steps`."""
 
     learning_rate: Positive = 1e-3
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -104,6 +108,9 @@ class Student(Section):
     The cold start trains all weights, also with `lora`: the adapter begins in round 1, on what it left.
     """
 
+    name: ClassVar = "student"
+    quantization: ClassVar[None] = None
+
     model: str | None = None
     revision: str | None = None
     scratch: Scratch | None = None
@@ -121,114 +128,7 @@ class Student(Section):
             raise ValueError("revision goes with model")
         return self
 
-
-FieldValue = Annotated[str, Field(min_length=1)] | int | float
-
-
-class Server(Section):
-    """A model behind HTTP: base URLs of servers that hold the same weights, and the name under which they serve it.
-
-    `tokenizer` is a hub id or local folder, `revision` that of the hub; `api_key_env` names the environment variable
-    that holds the key. Where it is does not count; `model`, `revision` and what the tokenizer holds say what it is.
-    """
-
-    urls: Annotated[list[str], Field(min_length=1)]
-    model: Annotated[str, Field(min_length=1)]
-    tokenizer: Annotated[str, Field(min_length=1)]
-    revision: str | None = None
-    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
-
-    @model_validator(mode="after")
-    def _urls_are_bases(self) -> "Server":
-        for number, url in enumerate(self.urls):
-            if trouble := _trouble_of(url):  # the URL itself is not repeated: it may hold a password
-                raise ValueError(f"urls.{number} {trouble}; write it as http://host:8000/v1")
-        return self
-
-
-def _trouble_of(url: str) -> str | None:
-    """Why this is no base URL that a path can be put behind; None when it is one."""
-    try:
-        parts = urlsplit(url)
-        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        known = False
-    if not known or not url.isprintable() or " " in url:
-        return "is no http or https URL with a host"
-    if "@" in parts.netloc:
-        return "holds a user or password: name the variable of the key in api_key_env"
-    if parts.query or parts.fragment:
-        return "holds a query or fragment"
-    return None
-
-
-class Teacher(Section):
-    """A model that scores: `model`, `scratch` with `sft`, `self`, the student itself, or one behind a `server`.
-
-    `self: initial` is the student before round 1, `current` the one that sampled the round, `ema` the average of the
-    students so far, of which each round keeps `decay` and adds the rest of the new one.
-
-    `prompt` is the teacher's own prompt text, with {question} and, privileged, {solution} or any other field of
-    the record; null means the student's prompt. `temperature` null means the rollout temperature. Of several
-    teachers, each teaches the problems whose record has the values in `only`; without `only` all score every
-    completion and are mixed by `weight`. `quantization` is the method, by vLLM's name, by which that engine
-    stores the teacher's weights in fewer bits.
-    """
-
-    name: Annotated[str, Field(pattern=NAME)] = "teacher"
-    model: str | None = None
-    revision: str | None = None
-    scratch: Scratch | None = None
-    self_: Annotated[Literal["initial", "current", "ema"] | None, Field(alias="self")] = None
-    decay: Annotated[float, Field(ge=0, lt=1)] | None = None
-    server: Server | None = None
-    dtype: DtypeName = "auto"
-    trust_remote_code: bool = False
-    template: dict[str, JsonValue] = {}
-    prompt: str | None = None
-    temperature: Positive | None = None
-    quantization: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")] | None = None
-    only: (
-        Annotated[
-            dict[str, FieldValue | Annotated[list[FieldValue], Field(min_length=1)]], Field(min_length=1)
-        ]
-        | None
-    ) = None
-    weight: Positive | None = None
-    sft: Sft | None = None
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> "Teacher":
-        origins = (self.model, self.scratch, self.self_, self.server)
-        if sum(origin is not None for origin in origins) != 1:
-            raise ValueError("give exactly one of: model, scratch, self, server")
-        if self.revision is not None and self.model is None:
-            raise ValueError("revision goes with model")
-        if self.server is not None and self.sft is not None:
-            raise ValueError("a teacher behind a server is not trained here: it has no sft")
-        if self.server is not None and self.quantization is not None:
-            raise ValueError(
-                "a teacher behind a server has the server's own quantization: leave quantization out"
-            )
-        if self.server is not None and self.dtype != "auto":
-            raise ValueError("a teacher behind a server computes in the server's dtype: leave dtype out")
-        if self.self_ is not None and self.sft is not None:
-            raise ValueError("a teacher that is the student itself has no sft of its own")
-        if (self.decay is not None) != (self.self_ == "ema"):
-            raise ValueError("decay goes with self: ema, which needs it")
-        if self.name == "student":
-            raise ValueError("a teacher cannot be called 'student'")
-        if self.prompt is not None and "question" not in self.prompt_fields:
-            raise ValueError("prompt must contain {question}")
-        return self
-
     @property
-    def prompt_fields(self) -> tuple[str, ...]:
-        """The names that the teacher's own prompt is filled in with, in the order of the text."""
-        names = (match[1] for match in PROMPT_PIECE.finditer(self.prompt or ""))
-        return tuple(dict.fromkeys(name for name in names if name))
-
-    @property
-    def is_privileged(self) -> bool:
-        """Whether it is shown more of the record than the question."""
-        return bool({*self.prompt_fields} - {"question"})
+    def has_cold_start(self) -> bool:
+        """Whether an sft step makes its weights of round 0."""
+        return self.sft is not None or self.scratch is not None

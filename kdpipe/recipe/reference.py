@@ -90,11 +90,10 @@ def _references(value: Any) -> list[str]:
 
 
 def _discriminator(section: Schema) -> str | None:
-    """The value of `kind` or `term` that chooses this section among several."""
-    properties = section.get("properties", {})
-    return next(
-        (properties[key]["const"] for key in ("kind", "term") if "const" in properties.get(key, {})), None
-    )
+    """What chooses this section among several: the value of `kind` or `term`, or the one field that it must have."""
+    properties, required = section.get("properties", {}), section.get("required", [])
+    consts = (properties[key]["const"] for key in ("kind", "term") if "const" in properties.get(key, {}))
+    return next(consts, required[0] if len(required) == 1 else None)
 
 
 def _plain(section: Schema) -> str:

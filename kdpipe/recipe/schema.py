@@ -4,20 +4,19 @@
 every other field is part of some step's fingerprint (`plan.py`), which a test enforces leaf by leaf.
 """
 
+from typing import Any
+
 from pydantic import JsonValue, model_validator
 
 from kdpipe.recipe.checks import check_fields
 from kdpipe.recipe.fields import RecipeFields
 from kdpipe.recipe.models import (
-    PROMPT_PIECE,
     Lora,
     Optimizer,
     Scratch,
-    Server,
     Sft,
     SftOptimizer,
     Student,
-    Teacher,
 )
 from kdpipe.recipe.objective import (
     BehaviourControl,
@@ -41,6 +40,17 @@ from kdpipe.recipe.runtime import Placement, Runtime, ServerRuntime, Tracking, V
 from kdpipe.recipe.section import EngineName, Section
 from kdpipe.recipe.stages import Keeping
 from kdpipe.recipe.task import ArithmeticTask, Gsm8kTask, JsonlTask
+from kdpipe.recipe.teacher import (
+    ABSENT,
+    PROMPT_PIECE,
+    ModelTeacher,
+    OwnTeacher,
+    ScratchTeacher,
+    SelfTeacher,
+    ServedTeacher,
+    Server,
+    Teacher,
+)
 
 __all__ = [
     "PROMPT_PIECE",
@@ -59,8 +69,10 @@ __all__ = [
     "KdTerm",
     "Keeping",
     "Lora",
+    "ModelTeacher",
     "Objective",
     "Optimizer",
+    "OwnTeacher",
     "Placement",
     "RatioControl",
     "Recipe",
@@ -68,7 +80,10 @@ __all__ = [
     "Runtime",
     "SampledTerm",
     "Scratch",
+    "ScratchTeacher",
     "Section",
+    "SelfTeacher",
+    "ServedTeacher",
     "Server",
     "ServerRuntime",
     "Sft",
@@ -97,6 +112,7 @@ class Recipe(RecipeFields):
 
 
 def resolved(recipe: Recipe) -> dict[str, JsonValue]:
-    """Every field of the recipe with defaults filled in, as JSON."""
-    value: dict[str, JsonValue] = recipe.model_dump(mode="json", by_alias=True)
+    """Every field of the recipe with defaults filled in, as JSON; a teacher has the fields of every kind."""
+    value: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True)
+    value["teachers"] = [{**ABSENT, **teacher} for teacher in value["teachers"]]
     return value

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from kdpipe.errors import RecipeError
 from kdpipe.pipeline.project import Project
-from kdpipe.recipe.schema import Recipe
+from kdpipe.recipe.schema import Recipe, ScratchTeacher
 from kdpipe.results.comparison import Contender, Row, compare
 
 ArmName = Literal["kd", "rl", "kdrl", "shuffled-teacher", "self-teacher"]
@@ -112,7 +112,7 @@ def _teacher_seeds(recipe: Recipe) -> list[str]:
         if teacher.sft is not None:
             seed = recipe.seed if teacher.sft.seed is None else teacher.sft.seed
             found.append(f"{place}.sft.seed={seed}")
-        elif teacher.scratch is not None:
+        elif isinstance(teacher, ScratchTeacher):
             seed = recipe.seed if teacher.scratch.seed is None else teacher.scratch.seed
             found.append(f"{place}.scratch.seed={seed}")
     return found

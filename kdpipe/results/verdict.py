@@ -8,6 +8,7 @@ from typing import Literal
 
 from kdpipe.method.statistics import Interval
 from kdpipe.recipe.roles import STUDENT
+from kdpipe.recipe.schema import ModelTeacher, ScratchTeacher, SelfTeacher, ServedTeacher
 from kdpipe.results.measures import Difference, Evaluation, Measures, last
 
 Tone = Literal["good", "bad", "open"]
@@ -268,8 +269,12 @@ def model_name(measures: Measures, role: str) -> str:
     if role == STUDENT:
         return recipe.student.model or "from scratch"
     teacher = next(teacher for teacher in recipe.teachers if teacher.name == role)
-    if teacher.server is not None:
-        return f"{teacher.server.model}, behind a server"
-    if teacher.self_ is not None:
-        return f"the student itself ({teacher.self_})"
-    return teacher.model or "from scratch"
+    match teacher:
+        case ModelTeacher(model=model):
+            return model
+        case ScratchTeacher():
+            return "from scratch"
+        case SelfTeacher(self_=which):
+            return f"the student itself ({which})"
+        case ServedTeacher(server=server):
+            return f"{server.model}, behind a server"

@@ -177,10 +177,12 @@ RECIPES = {
         ("api_key_env", "pattern"),
     ),
     "a cold start behind a server": Bad(
-        (f"teachers=[{{{SERVER}, sft: {{steps: 1}}}}]",), ("behind a server is not trained here",)
+        (f"teachers=[{{{SERVER}, sft: {{steps: 1}}}}]",),
+        ("teachers.0.sft: goes with model or scratch", "behind a server"),
     ),
     "a dtype behind a server": Bad(
-        (f"teachers=[{{{SERVER}, dtype: float32}}]",), ("the server's dtype: leave dtype out",)
+        (f"teachers=[{{{SERVER}, dtype: float32}}]",),
+        ("teachers.0.dtype: goes with model, scratch or self", "behind a server"),
     ),
     "a server at the rollout temperature": Bad(
         (f"teachers=[{{{SERVER}}}]", "rollout.temperature=0.7"),
@@ -225,7 +227,10 @@ RECIPES = {
     "model and scratch": Bad(("student.model=./m",), ("student", "exactly one of: model, scratch")),
     "neither model nor scratch": Bad(("student={}",), ("student", "exactly one of")),
     "revision without model": Bad(("student.revision=abc",), ("student", "revision goes with model")),
-    "self with sft": Bad(("teachers.0={self: initial, sft: {steps: 1}}",), ("no sft of its own",)),
+    "self with sft": Bad(
+        ("teachers.0={self: initial, sft: {steps: 1}}",),
+        ("teachers.0.sft: goes with model or scratch", "the student itself: remove it"),
+    ),
     "prompt without question": Bad(("teachers.0.prompt=Think.",), ("prompt must contain {question}",)),
     "all weights zero": Bad(
         ("train.objective={kind: kdrl, rl_weight: 0, distill_weight: 0}",),

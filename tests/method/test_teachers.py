@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdpipe.pipeline.requirements import headroom_of
-from kdpipe.recipe.schema import Recipe
+from kdpipe.recipe.schema import ModelTeacher, Recipe
 from tests.worlds import load_tiny, run_near
 
 PROMPT = "{question}\n{solution}\n{question}\n"
@@ -72,7 +72,8 @@ def test_it_does_not_gate_the_run_and_its_evaluation_says_whose_it_is(run_folder
         "on 8 problems; it need not be better: the student itself and privileged "
         "(its prompt shows more than the question)"
     )
-    assert headroom_of(teacher.model_copy(update={"self_": None, "prompt": None}), {**summary, **worse}).stops
-    shown = headroom_of(teacher.model_copy(update={"self_": None}), {**summary, **worse})
+    plain, privileged = (ModelTeacher(model="m", prompt=prompt) for prompt in (None, teacher.prompt))
+    assert headroom_of(plain, {**summary, **worse}).stops
+    shown = headroom_of(privileged, {**summary, **worse})
     assert not shown.stops
     assert "need not be better: privileged" in shown.sentence()

@@ -18,7 +18,7 @@ from kdpipe.errors import RecipeError
 from kdpipe.pipeline.plan import Identities, Plan, make_plan, run_hash
 from kdpipe.pipeline.status import _leaves
 from kdpipe.recipe.roles import Role
-from kdpipe.recipe.schema import Recipe
+from kdpipe.recipe.schema import ModelTeacher, Recipe, ServedTeacher, Student
 from kdpipe.store.step import canonical
 
 Document = dict[str, Any]
@@ -173,20 +173,14 @@ def recipe_of(document: Document) -> Recipe:
 
 def identities_of(recipe: Recipe) -> Identities:
     """What sources.py finds: models and data by what the recipe names, so that another name is another thing."""
-    models: dict[str, dict[str, JsonValue]] = {
-        name: {"hub": model.model, "revision": model.revision or "pinned"}
-        for name, model in (("student", recipe.student), *((t.name, t) for t in recipe.teachers))
-        if model.model is not None
-    }
-    models |= {
-        teacher.name: {
-            "served": server.model,
-            "hub": server.tokenizer,
-            "revision": server.revision or "pinned",
-        }
-        for teacher in recipe.teachers
-        if (server := teacher.server) is not None
-    }
+    models: dict[str, dict[str, JsonValue]] = {}
+    for name, model in (("student", recipe.student), *((t.name, t) for t in recipe.teachers)):
+        match model:
+            case Student(model=str(named)) | ModelTeacher(model=named):
+                models[name] = {"hub": named, "revision": model.revision or "pinned"}
+            case ServedTeacher(server=server):
+                tokenizer = {"hub": server.tokenizer, "revision": server.revision or "pinned"}
+                models[name] = {"served": server.model, **tokenizer}
     task = recipe.task.model_dump()
     data: dict[str, dict[str, JsonValue]] = {}
     for split in ("train", "test"):
@@ -579,7 +573,7 @@ def without_effect(document: Document, path: Path_) -> str | None:
     scores = document["train"]["objective"]["kind"] != "grpo" or document["evaluate"]["reverse_kl_problems"]
     if path[0] == "teacher_score" and not scores:
         return "rewards alone are trained on, and nothing is scored"
-    if path == ("teacher_score", "engine") and all(teacher["server"] for teacher in document["teachers"]):
+    if path == ("teacher_score", "engine") and all("server" in teacher for teacher in document["teachers"]):
         return "servers score"
     if "server" in path and path[-1] in ("urls", "api_key_env"):
         return "where a server is and how it lets one in"
@@ -625,7 +619,7 @@ def test_together_the_recipes_reach_every_leaf_of_the_schema() -> None:
             ):
                 changed.add((owner(recipe, path), str(path[-1])))
     terms = ("RklTerm", "K2Term", "K3Term", "K1LossTerm", "JsdTerm", "SkewKlTerm", "SkewRklTerm")
-    cannot = {*((term, "term") for term in terms), ("Teacher", "self")}
+    cannot = {*((term, "term") for term in terms), ("SelfTeacher", "self")}
     cannot |= {(task, "kind") for task in ("Gsm8kTask", "ArithmeticTask", "JsonlTask")}
     cannot |= {("Support", "teacher_top_k"), ("KeepTopK", "top_k")}  # only together: test below
     assert schema_leaves(Recipe) - changed - cannot == set()
@@ -634,8 +628,14 @@ def test_together_the_recipes_reach_every_leaf_of_the_schema() -> None:
 def owner(recipe: Recipe, path: Path_) -> str:
     node: Any = recipe
     for part in path[:-1]:
-        node = node[part] if isinstance(part, int) else getattr(node, {"self": "self_"}.get(part, part))
-    return type(node).__name__
+        node = node[part] if isinstance(part, int) else getattr(node, part)
+    return declared_in(type(node), str(path[-1]))
+
+
+def declared_in(section: type[BaseModel], field: str) -> str:
+    """The section that says what the field is: `section` or one that it is derived from."""
+    name = {"self": "self_"}.get(field, field)
+    return next(base.__name__ for base in section.__mro__ if name in base.__annotations__)
 
 
 def schema_leaves(model: type[BaseModel]) -> set[tuple[str, str]]:
@@ -650,7 +650,7 @@ def schema_leaves(model: type[BaseModel]) -> set[tuple[str, str]]:
         if not sections or len(sections) < len(
             {p for p in parts(info.annotation) if p is not types.NoneType}
         ):
-            found.add((model.__name__, info.alias or name))
+            found.add((declared_in(model, name), info.alias or name))
     return found
 
 

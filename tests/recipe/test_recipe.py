@@ -13,7 +13,19 @@ from hypothesis import strategies as st
 
 from kdpipe.errors import RecipeError
 from kdpipe.recipe.file import LoadedRecipe, load_recipe
-from kdpipe.recipe.schema import JsdTerm, K2Term, Keeping, Recipe, RklTerm, resolved
+from kdpipe.recipe.schema import (
+    ABSENT,
+    JsdTerm,
+    K2Term,
+    Keeping,
+    ModelTeacher,
+    Recipe,
+    RklTerm,
+    ScratchTeacher,
+    SelfTeacher,
+    ServedTeacher,
+    resolved,
+)
 from kdpipe.recipe.yaml_source import MAX_DEPTH, parse_value, read_yaml
 
 MINIMAL = """\
@@ -396,6 +408,80 @@ def test_a_wrong_key_in_one_of_several_forms_is_told_with_the_forms(tmp_path: Pa
 def test_all_errors_are_told_at_once_a_line_each(tmp_path: Path) -> None:
     lines = error_of(tmp_path, MINIMAL + "seed: x\nrollout: {samples: 0, prompt: 1}\n").splitlines()
     assert [line.split(": ")[1] for line in lines] == ["seed", "rollout.samples", "rollout.prompt"]
+
+
+# ------------------------------------------------------------------------------------------ teachers
+
+SERVER = "server: {urls: ['http://a/v1'], model: m, tokenizer: t}"
+
+
+@pytest.mark.parametrize(
+    ("written", "kind"),
+    [
+        ("{model: ./m, revision: main}", ModelTeacher),
+        ("{scratch: {}, sft: {steps: 5}}", ScratchTeacher),
+        ("{self: initial}", SelfTeacher),
+        (f"{{{SERVER}}}", ServedTeacher),
+        ("{self: initial, model: null, revision: null, scratch: null, server: null, sft: null}", SelfTeacher),
+        (f"{{{SERVER}, dtype: auto, self: null, decay: null, quantization: null}}", ServedTeacher),
+    ],
+)
+def test_a_teacher_is_of_the_kind_whose_field_it_sets(tmp_path: Path, written: str, kind: type) -> None:
+    recipe = load(tmp_path, MINIMAL, f"teachers=[{written}]").recipe
+    assert type(recipe.teacher) is kind
+    assert Recipe.model_validate_json(json.dumps(resolved(recipe)), strict=True) == recipe
+
+
+def test_what_is_resolved_has_the_same_fields_for_every_kind_of_teacher(tmp_path: Path) -> None:
+    documents = [
+        resolved(load(tmp_path, MINIMAL, f"teachers=[{written}]").recipe)["teachers"]
+        for written in ("{model: ./m}", "{self: initial}", f"{{{SERVER}}}", "{scratch: {}}")
+    ]
+    assert all(set(teacher) == set(ABSENT) for [teacher] in documents)  # type: ignore[misc, arg-type, union-attr]
+
+
+@pytest.mark.parametrize(
+    ("written", "where", "words"),
+    [
+        ("{self: initial, revision: x}", "revision: ", ["goes with model", "is the student itself"]),
+        ("{self: initial, sft: {steps: 1}}", "sft: ", ["goes with model or scratch", "remove it"]),
+        ("{self: initial, quantization: fp8}", "quantization: ", ["goes with model or scratch"]),
+        ("{model: ./m, decay: 0.5}", "decay: ", ["goes with self", "is a model", "found 0.5"]),
+        ("{scratch: {}, revision: x}", "revision: ", ["goes with model", "is made from scratch"]),
+        (f"{{{SERVER}, sft: {{steps: 1}}}}", "sft: ", ["goes with model or scratch", "is behind a server"]),
+        (f"{{{SERVER}, dtype: float32}}", "dtype: ", ["goes with model, scratch or self", "found float32"]),
+        ("{self: initial, promt: x}", "promt: ", ["unknown key; did you mean 'prompt'?"]),
+        ("{self: initial, x: 1}", "x: ", ["known: decay, dtype, name, only, prompt, self, "]),
+        ("{modell: ./m}", "modell: ", ["unknown key; did you mean 'model'?"]),
+    ],
+)
+def test_a_field_of_another_kind_of_teacher_is_refused_with_its_line(
+    tmp_path: Path, written: str, where: str, words: list[str]
+) -> None:
+    lines = written.replace(", ", ",\n      ").splitlines()
+    text = MINIMAL.replace("  - scratch: {}\n    sft: {steps: 5}\n", "  - " + "\n".join(lines))
+    number = next(n for n, line in enumerate(lines, 6) if line.strip(" {").startswith(where))
+    message = error_of(tmp_path, text)
+    assert message.startswith(f"recipe.yaml:{number}: teachers.0.{where}")
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("{model: ./m, self: initial}", "scratch, self, server; this teacher has model and self"),
+        ("{}", "give exactly one of: model, scratch, self, server"),
+        ("{name: a, self: null}", "give exactly one of: model, scratch, self, server"),
+        ("initial", "a teacher is a mapping, as in - {self: initial} (found initial)"),
+    ],
+)
+def test_a_teacher_of_no_kind_or_of_two_is_refused(tmp_path: Path, written: str, words: str) -> None:
+    text = MINIMAL.replace("  - scratch: {}\n    sft: {steps: 5}\n", f"  - {written}\n")
+    message = error_of(tmp_path, text)
+    assert message.startswith("recipe.yaml:6: teachers.0: ")
+    assert message.endswith(words)
 
 
 # ---------------------------------------------------------------------------------------------- fuzz

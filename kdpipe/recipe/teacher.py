@@ -1,0 +1,249 @@
+"""The teachers of a recipe: four kinds, told apart by where a teacher's scores come from."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from kdpipe.recipe.models import Scratch, Sft
+from kdpipe.recipe.section import NAME, DtypeName, Positive, Section
+
+PROMPT_PIECE = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
+"""What a teacher's prompt holds beside plain text: a literal brace, or the name of a field of the record."""
+
+FieldValue = Annotated[str, Field(min_length=1)] | int | float
+Routes = Annotated[
+    dict[str, FieldValue | Annotated[list[FieldValue], Field(min_length=1)]], Field(min_length=1)
+]
+
+
+class Server(Section):
+    """A model behind HTTP: base URLs of servers that hold the same weights, and the name under which they serve it.
+
+    `tokenizer` is a hub id or local folder, `revision` that of the hub; `api_key_env` names the environment variable
+    that holds the key. Where it is does not count; `model`, `revision` and what the tokenizer holds say what it is.
+    """
+
+    urls: Annotated[list[str], Field(min_length=1)]
+    model: Annotated[str, Field(min_length=1)]
+    tokenizer: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+
+    @model_validator(mode="after")
+    def _urls_are_bases(self) -> "Server":
+        for number, url in enumerate(self.urls):
+            if trouble := _trouble_of(url):  # the URL itself is not repeated: it may hold a password
+                raise ValueError(f"urls.{number} {trouble}; write it as http://host:8000/v1")
+        return self
+
+
+def _trouble_of(url: str) -> str | None:
+    """Why this is no base URL that a path can be put behind; None when it is one."""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        known = False
+    if not known or not url.isprintable() or " " in url:
+        return "is no http or https URL with a host"
+    if "@" in parts.netloc:
+        return "holds a user or password: name the variable of the key in api_key_env"
+    if parts.query or parts.fragment:
+        return "holds a query or fragment"
+    return None
+
+
+class TeacherFields(Section):
+    """What every kind of teacher has.
+
+    `prompt` is the teacher's own prompt text, with {question} and, privileged, {solution} or any other field of
+    the record; null means the student's prompt. `temperature` null means the rollout temperature. Of several
+    teachers, each teaches the problems whose record has the values in `only`; without `only` all score every
+    completion and are mixed by `weight`.
+    """
+
+    what: ClassVar[str]
+    """What a teacher of this kind is, in messages."""
+
+    name: Annotated[str, Field(pattern=NAME)] = "teacher"
+    trust_remote_code: bool = False
+    template: dict[str, JsonValue] = {}
+    prompt: str | None = None
+    temperature: Positive | None = None
+    only: Routes | None = None
+    weight: Positive | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fields_are_of_this_kind(cls, value: Any) -> Any:
+        """Leaves out what other kinds have and is at its default; raises for what is set and goes with another."""
+        if not isinstance(value, dict):
+            return value
+        own = {info.alias or name for name, info in cls.model_fields.items()}
+        foreign = [key for key in value if key in ABSENT and key not in own]
+        wrong = [key for key in foreign if value[key] != ABSENT[key]]
+        if wrong:
+            raise ValidationError.from_exception_data(
+                cls.__name__,
+                [_at(key, value[key], f"{_owners(key)}; {cls.what}: remove it") for key in wrong],
+            )
+        return {key: item for key, item in value.items() if key not in foreign}
+
+    @model_validator(mode="after")
+    def _prompt_and_name_are_good(self) -> "TeacherFields":
+        if self.name == "student":
+            raise ValueError("a teacher cannot be called 'student'")
+        if self.prompt is not None and "question" not in self.prompt_fields:
+            raise ValueError("prompt must contain {question}")
+        return self
+
+    @property
+    def prompt_fields(self) -> tuple[str, ...]:
+        """The names that the teacher's own prompt is filled in with, in the order of the text."""
+        names = (match[1] for match in PROMPT_PIECE.finditer(self.prompt or ""))
+        return tuple(dict.fromkeys(name for name in names if name))
+
+    @property
+    def is_privileged(self) -> bool:
+        """Whether it is shown more of the record than the question."""
+        return bool({*self.prompt_fields} - {"question"})
+
+
+class OwnTeacher(TeacherFields):
+    """What a teacher has whose weights are its own, and here.
+
+    `quantization` is the method, by vLLM's name, by which that engine stores the weights in fewer bits.
+    """
+
+    dtype: DtypeName = "auto"
+    quantization: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")] | None = None
+    sft: Sft | None = None
+
+
+class ModelTeacher(OwnTeacher):
+    """A teacher from a hub id or a local folder, with an optional cold start."""
+
+    what = "this teacher is a model"
+
+    model: str
+    revision: str | None = None
+
+    @property
+    def has_cold_start(self) -> bool:
+        """Whether an sft step makes its weights."""
+        return self.sft is not None
+
+
+class ScratchTeacher(OwnTeacher):
+    """A teacher that starts from random weights and learns in its cold start, for tasks with their own tokenizer."""
+
+    what = "this teacher is made from scratch"
+
+    scratch: Scratch
+    has_cold_start: ClassVar = True
+
+
+class SelfTeacher(TeacherFields):
+    """The student itself as teacher.
+
+    `self: initial` is the student before round 1, `current` the one that sampled the round, `ema` the average of the
+    students so far, of which each round keeps `decay` and adds the rest of the new one.
+    """
+
+    what = "this teacher is the student itself"
+
+    self_: Annotated[Literal["initial", "current", "ema"], Field(alias="self")]
+    decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    dtype: DtypeName = "auto"
+    quantization: ClassVar[None] = None
+    sft: ClassVar[None] = None
+    has_cold_start: ClassVar = False
+
+    @model_validator(mode="after")
+    def _decay_is_of_an_average(self) -> "SelfTeacher":
+        if (self.decay is not None) != (self.self_ == "ema"):
+            raise ValueError("decay goes with self: ema, which needs it")
+        return self
+
+
+class ServedTeacher(TeacherFields):
+    """A teacher behind a server, which computes in its own dtype and is not trained here."""
+
+    what = "this teacher is behind a server, which decides that itself"
+
+    server: Server
+    dtype: ClassVar[DtypeName] = "auto"
+    quantization: ClassVar[None] = None
+    sft: ClassVar[None] = None
+    has_cold_start: ClassVar = False
+
+
+KINDS: Mapping[str, type[TeacherFields]] = {
+    "model": ModelTeacher,
+    "scratch": ScratchTeacher,
+    "self": SelfTeacher,
+    "server": ServedTeacher,
+}
+"""The kinds by the one field that only they have, and must have."""
+ABSENT: Mapping[str, JsonValue] = {
+    info.alias or name: None if info.is_required() else info.default
+    for kind in KINDS.values()
+    for name, info in kind.model_fields.items()
+}
+"""Every field of any kind, with the value that says nothing."""
+
+
+def _owners(field: str) -> str:
+    """Which kinds have a field, as `goes with model or scratch`."""
+    *most, last = [key for key, kind in KINDS.items() if field in kind.model_fields]
+    return f"goes with {', '.join(most)}{' or ' if most else ''}{last}"
+
+
+def _at(key: str, value: object, message: str) -> InitErrorDetails:
+    """An error of one field."""
+    return InitErrorDetails(type=PydanticCustomError("field_of_kind", message), loc=(key,), input=value)
+
+
+def _one_kind(value: Any) -> Any:
+    """Raises unless a mapping sets the field of exactly one kind."""
+    if not isinstance(value, dict):
+        return value
+    found = [key for key in KINDS if value.get(key) is not None]
+    if len(found) == 1:
+        return value
+    near = {
+        key: names[0]
+        for key in value
+        if key not in ABSENT and (names := difflib.get_close_matches(key, KINDS, n=1, cutoff=0.5))
+    }
+    if near and not found:
+        details = [_at(key, value[key], f"unknown key; did you mean {name!r}?") for key, name in near.items()]
+        raise ValidationError.from_exception_data("Teacher", details)
+    both = f"; this teacher has {' and '.join(found)}" if found else ""
+    raise ValueError(f"give exactly one of: {', '.join(KINDS)}{both}")
+
+
+def _kind_of(value: Any) -> str | None:
+    """The name of the class that a teacher is read as."""
+    if isinstance(value, dict):
+        return next((kind.__name__ for key, kind in KINDS.items() if value.get(key) is not None), None)
+    return type(value).__name__
+
+
+Teacher = Annotated[
+    Annotated[ModelTeacher, Tag("ModelTeacher")]
+    | Annotated[ScratchTeacher, Tag("ScratchTeacher")]
+    | Annotated[SelfTeacher, Tag("SelfTeacher")]
+    | Annotated[ServedTeacher, Tag("ServedTeacher")],
+    Discriminator(
+        _kind_of,
+        custom_error_type="teacher",
+        custom_error_message="a teacher is a mapping, as in - {self: initial}",
+    ),
+    BeforeValidator(_one_kind),
+]
