@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import importlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -43,6 +45,7 @@ class Echo:
             "start a child": _start_a_child,
             "hang": _hang,
             "hold": _hold,
+            "import queue and random in grandchildren": _import_in_grandchildren,
         }
         actions[str(request.get("do", "nothing"))](request, report)
         return {"calls": self._calls, "pid": os.getpid(), "out": request.get("out")}
@@ -58,6 +61,19 @@ def fake_host() -> Host:
 
 def failing() -> Echo:
     raise ArtifactError("cannot be made", hint="do this")
+
+
+def _origins(_number: int) -> list[str]:
+    return [str(importlib.import_module(name).__file__) for name in ("queue", "random")]
+
+
+def _import_in_grandchildren(request: Message, _report: Report) -> None:
+    """In one that multiprocessing spawns, as vLLM does, and in a plain one."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        [spawned] = pool.map(_origins, [0])
+    script = "import queue, random; print(queue.__file__, random.__file__)"
+    started = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    request["out"] = [*spawned, *started.stdout.split()]
 
 
 def _fill_the_disk(_request: Message, _report: Report) -> None:

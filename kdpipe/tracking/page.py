@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
 from kdpipe.errors import KdpipeError
 from kdpipe.tracking.record import ARTIFACTS, ENVIRONMENT, database_uri
+from kdpipe.workers import child_environment
 
 
 def free_port(host: str, first: int = 5000) -> int:
@@ -32,13 +35,16 @@ def ui_command(workspace: Path, host: str, port: int) -> list[str]:
     artifacts = str(workspace.resolve() / ARTIFACTS)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database_uri(workspace)]
     command += ["--default-artifact-root", artifacts, "--artifacts-destination", artifacts]
+    # uvicorn imports from its app folder before all others; by default that is the working folder.
+    safe_folder = shlex.join(["--app-dir", sysconfig.get_path("stdlib")])
+    command += ["--uvicorn-opts", safe_folder]
     return [*command, "--host", host, "--port", str(port), "--workers", "1"]
 
 
 def serve_ui(workspace: Path, host: str = "127.0.0.1", first_port: int = 5000) -> int:
     """Serves MLflow's page until a signal; returns the server's exit status, 0 after SIGINT or SIGTERM."""
     stopped = False
-    environment = {**os.environ, **ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment = child_environment({**ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
     command = ui_command(workspace, host, free_port(host, first_port))
     process = subprocess.Popen(command, env=environment, start_new_session=True)  # noqa: S603 (our own)
 

@@ -64,6 +64,14 @@ class Serve(Protocol):
 # ---------------------------------------------------------------------------------------- parent's side
 
 
+def child_environment(more: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a Python that kdpipe starts: it, and what it starts, imports nothing from the working folder.
+
+    A `queue.py` or `random.py` there would run in place of Python's own.
+    """
+    return {**os.environ, **more, "PYTHONSAFEPATH": "1"}
+
+
 class Worker:
     """One warm process. Started by the first call.
 
@@ -171,7 +179,7 @@ class Worker:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
-                    env={**os.environ, **self._environment},
+                    env=child_environment(self._environment),
                     process_group=0 if self._leads_group else None,
                 )
         except OSError as error:

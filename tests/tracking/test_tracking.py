@@ -672,8 +672,13 @@ def listeners(port: int) -> set[str]:
 
 
 @pytest.mark.slow
-def test_a_real_server_mirrors_as_the_database_does(world: World) -> None:
+def test_a_real_server_mirrors_as_the_database_does(world: World, tmp_path: Path) -> None:
+    """From a working folder whose modules it must not run."""
     import urllib.request
+
+    trap = tmp_path / "ran"
+    for name in ("queue", "random", "graphene", "fastapi", "mlflow", "colorsys", "this"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(trap)!r}, 'w')\n")
 
     port = serving.free_port("127.0.0.1", 23000)
     program = (
@@ -681,7 +686,8 @@ def test_a_real_server_mirrors_as_the_database_does(world: World) -> None:
         "from kdpipe.tracking import serve_ui\n"
         "sys.exit(serve_ui(pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))\n"
     )
-    server = subprocess.Popen([sys.executable, "-c", program, str(world.workspace), "127.0.0.1", str(port)])
+    command = [sys.executable, "-P", "-c", program, str(world.workspace), "127.0.0.1", str(port)]
+    server = subprocess.Popen(command, cwd=tmp_path)
     try:
         for _ in range(300):
             try:
@@ -704,6 +710,7 @@ def test_a_real_server_mirrors_as_the_database_does(world: World) -> None:
         assert far.sync("FINISHED") == count
         assert far.metrics() == once
         assert "FINISHED" in far.statuses()
+        assert not trap.exists()
     finally:
         server.terminate()
         assert server.wait(timeout=20) == 0

@@ -59,6 +59,23 @@ def test_calls_are_answered_by_one_warm_process(worker: Worker) -> None:
     assert second["out"] == {"deep": [1, None, "é"]}
 
 
+def test_a_worker_and_what_it_starts_run_no_module_of_the_working_folder(
+    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    for name in ("queue", "random", "pydantic", "kdpipe"):
+        (hostile / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.chdir(hostile)
+    result = call(worker, "import queue and random in grandchildren")
+    assert result is not None
+    origins = result["out"]
+    assert isinstance(origins, list)
+    assert len(origins) == 4
+    assert not any(str(origin).startswith(str(hostile)) for origin in origins)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_nothing_starts_before_the_first_call(worker: Worker) -> None:
     worker.stop()
     worker.kill()
