@@ -8,7 +8,7 @@ from pathlib import Path
 from kdpipe.pipeline.project import Project
 from kdpipe.pipeline.runs import RunFolder
 from kdpipe.report.stamp import is_current, stamp
-from kdpipe.store.durable import write_bytes
+from kdpipe.store.durable import write_bytes, write_through
 
 FILE = "report.html"
 FIGURES = "figures"
@@ -41,7 +41,7 @@ def renew_report(
 def write_report(
     project: Project, path: Path, *, commands: Sequence[str], others: Sequence[RunFolder] = ()
 ) -> int:
-    """Writes the report to `path`, wholly or not at all; returns its size in bytes.
+    """Writes the report to `path`; returns its size in bytes. A file is written wholly or not at all.
 
     Where that is the run's own place, its charts are written beside it, each as a file of its own. `commands` are
     shown as what makes the run again; the run is held against `others`. Raises ArtifactError where an artifact that
@@ -70,5 +70,5 @@ def write_report(
         for chart in drawn:
             file = project.run.path / FIGURES / f"{chart.key}.svg"
             write_bytes(file, figure_file(chart, rounds_of(drawn)).encode())
-    write_bytes(path, page)  # last: once it is there, it says that all of this was made
+    write_through(path, page)  # last: once it is there, it says that all of this was made
     return len(page)

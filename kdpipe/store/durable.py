@@ -54,6 +54,15 @@ def write_bytes(path: Path, data: bytes) -> None:
     write_durably(path, write)
 
 
+def write_through(path: Path, data: bytes) -> None:
+    """Writes where `path` leads: to the file behind a link, as `write_bytes`, or into a device or pipe."""
+    if not path.exists() or path.is_file():
+        write_bytes(path.resolve(), data)
+        return
+    with writing(path):
+        path.write_bytes(data)
+
+
 def write_json(path: Path, value: JsonValue) -> None:
     """`write_durably` of JSON with sorted keys."""
     write_bytes(path, (json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n").encode())

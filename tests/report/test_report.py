@@ -5,11 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -679,6 +682,32 @@ def test_the_command_writes_where_it_is_told_or_into_the_run(project: Project, t
     never = [str(project.loaded.path), "--workspace", str(tmp_path / "never")]
     assert "nothing was run yet" in invoke("report", *never, code=2).stderr
     assert not (tmp_path / "never").exists()
+
+
+def test_the_command_writes_through_a_link_and_into_a_pipe(project: Project, tmp_path: Path) -> None:
+    place = [str(project.loaded.path), "--workspace", str(project.workspace)]
+    target, link, pipe = tmp_path / "page.html", tmp_path / "link.html", tmp_path / "pipe"
+    link.symlink_to(target)
+    invoke("report", *place, "-o", str(link))
+    assert link.is_symlink()
+    os.mkfifo(pipe)
+    received: list[bytes] = []
+    reader = threading.Thread(target=lambda: received.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    invoke("report", *place, "-o", str(pipe))
+    assert pipe.is_fifo()
+    reader.join(timeout=20)
+    assert received == [target.read_bytes()]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes devices, and only root could replace one")
+def test_the_command_replaces_no_device(project: Project, tmp_path: Path) -> None:
+    place = [str(project.loaded.path), "--workspace", str(project.workspace)]
+    device = tmp_path / "null"
+    os.mknod(device, stat.S_IFCHR | 0o600, os.makedev(1, 3))  # what /dev/null is
+    invoke("report", *place, "-o", str(device))
+    assert device.is_char_device()
+    assert [path.name for path in tmp_path.iterdir()] == ["null"]
 
 
 def test_a_damaged_table_stops_the_command_with_5_and_is_named(copied: Project) -> None:
