@@ -29,7 +29,7 @@ from kdpipe.models.source import ModelSource
 from kdpipe.recipe.schema import Runtime, Server, ServerRuntime, Vllm
 from tests.fakes import FakeEngine, fake_text
 from tests.serving import MODEL, serve
-from tests.tiny_models import tiny_model, tiny_tokenizer
+from tests.tiny_models import FLOAT32_NATS, tiny_model, tiny_tokenizer
 
 NUM_IDS = 12
 CONTEXT = 64
@@ -191,7 +191,7 @@ def test_a_completion_depends_on_its_prompt_and_seed_only(subject):
     ):
         assert expected.token_ids == one.token_ids == other.token_ids
         assert expected.finish_reason == one.finish_reason == other.finish_reason
-        np.testing.assert_allclose(expected.logprobs, one.logprobs, atol=1e-5)
+        np.testing.assert_allclose(expected.logprobs, one.logprobs, atol=FLOAT32_NATS)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])

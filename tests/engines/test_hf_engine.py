@@ -16,7 +16,16 @@ from kdpipe.errors import EngineError
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.folder import write_model
 from kdpipe.models.source import ModelSource
-from tests.tiny_models import CONFIGS, FAST, ROWS, in_float64, plain_logprobs, tiny_model, tiny_tokenizer
+from tests.tiny_models import (
+    CONFIGS,
+    FAST,
+    FLOAT32_NATS,
+    ROWS,
+    in_float64,
+    plain_logprobs,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 NUM_IDS = 13
 PROMPTS = [[2], [3, 4, 5], [6] * 17, [2, 9, 2, 9, 2, 9, 2], [5, 4, 3, 2, 11, 10, 9, 8, 7, 6, 5, 4], [8, 8, 8]]
@@ -99,7 +108,7 @@ def test_batch_limits_do_not_change_what_is_drawn(name, sample_tokens):
     wide, narrow = sample(engine_of(model)), sample(engine_of(model, sample_tokens=sample_tokens))
     for one, other in zip((c for row in wide for c in row), (c for row in narrow for c in row), strict=True):
         assert one.token_ids == other.token_ids
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=FLOAT32_NATS)
 
 
 def test_batches_stay_within_the_token_budget():
@@ -130,7 +139,7 @@ def test_compaction_does_not_change_what_is_drawn(name, monkeypatch):
             (c for row in drawn[0.0] for c in row), (c for row in drawn[below] for c in row), strict=True
         ):
             assert (one.token_ids, one.finish_reason) == (other.token_ids, other.finish_reason)
-            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=FLOAT32_NATS)
 
 
 def test_equal_calls_give_equal_bits():

@@ -26,7 +26,7 @@ from kdpipe.models.folder import open_model, read_architecture, write_model
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.file import load_recipe
 from kdpipe.recipe.schema import Vllm
-from tests.tiny_models import ROWS, in_float64, plain_logprobs, tiny_model, tiny_tokenizer
+from tests.tiny_models import FLOAT32_NATS, ROWS, in_float64, plain_logprobs, tiny_model, tiny_tokenizer
 from tests.worlds import write_recipe
 
 CPU = torch.device("cpu")
@@ -351,7 +351,9 @@ def test_scores_are_found_by_token_id_and_ties_go_to_the_lower_one(tmp_path: Pat
     model = in_float64(tiny_model("llama"))
     for (prompt, completion), score in zip(pairs, scores, strict=True):
         rows = plain_logprobs(model, prompt, completion, temperature=0.8, num_ids=12).numpy()
-        np.testing.assert_allclose(score.logprobs, rows[np.arange(len(completion)), completion], atol=1e-5)
+        np.testing.assert_allclose(
+            score.logprobs, rows[np.arange(len(completion)), completion], atol=FLOAT32_NATS
+        )
         if not top_k:
             assert score.topk_ids is None
             continue

@@ -45,7 +45,7 @@ from kdpipe.recipe.schema import Lora, Optimizer
 from kdpipe.training.local import LocalTrainer
 from kdpipe.training.protocol import Trainer
 from kdpipe.training.state import read_trainer
-from tests.tiny_models import CONFIGS, FAST, ROWS, tiny_model, tiny_tokenizer
+from tests.tiny_models import CONFIGS, FAST, FLOAT32_NATS, ROWS, tiny_model, tiny_tokenizer
 from tests.worlds import NearWorker, Watcher, load_tiny, payload_digests, run_near
 
 CPU = torch.device("cpu")
@@ -134,7 +134,9 @@ def test_self_initial_scores_are_student_0s_while_the_adapter_is_somewhere_else(
         strict=True,
     ):
         prompt, completion = score["teacher_prompt_token_ids"], rollout["completion_token_ids"]
-        assert score["teacher_logprobs"] == pytest.approx(logprobs_of(plain, prompt, completion), abs=1e-5)
+        assert score["teacher_logprobs"] == pytest.approx(
+            logprobs_of(plain, prompt, completion), abs=FLOAT32_NATS
+        )
         elsewhere = logprobs_of(moved, prompt, completion)
         distances += [abs(a - b) for a, b in zip(score["teacher_logprobs"], elsewhere, strict=True)]
     assert max(distances) > 0.05
@@ -156,7 +158,7 @@ def test_a_round_samples_from_student_0_with_the_adapter_of_the_round_before(
         model = PeftModel.from_pretrained(model, entry(project, made_by) / "model")
     for rollout in rows(entry(finished, f"rollout@{number}") / "rollouts.parquet"):
         expected = logprobs_of(model, rollout["prompt_token_ids"], rollout["completion_token_ids"])
-        assert rollout["sampler_logprobs"] == pytest.approx(expected, abs=1e-5)
+        assert rollout["sampler_logprobs"] == pytest.approx(expected, abs=FLOAT32_NATS)
 
 
 @pytest.mark.parametrize(("round_number", "copies"), [(1, 1), (2, 0)])
@@ -284,7 +286,7 @@ def test_self_current_scores_are_those_of_the_adapter_that_sampled(tmp_path: Pat
         strict=True,
     ):
         expected = logprobs_of(model, score["teacher_prompt_token_ids"], rollout["completion_token_ids"])
-        assert score["teacher_logprobs"] == pytest.approx(expected, abs=1e-5)
+        assert score["teacher_logprobs"] == pytest.approx(expected, abs=FLOAT32_NATS)
 
 
 def test_other_teachers_do_not_drop_the_network_that_is_trained(
@@ -335,7 +337,7 @@ def test_a_merged_export_is_a_plain_model_equal_to_the_adapter_on_its_base(
         before = base(input_ids=ids).logits
         expected = PeftModel.from_pretrained(base, adapter)(input_ids=ids).logits
         found = merged(input_ids=ids).logits
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, expected, atol=FLOAT32_NATS, rtol=0)
     assert (found - before).abs().max() > 0.05
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (
@@ -470,7 +472,9 @@ def test_sampled_logprobs_are_those_of_a_plain_forward_with_the_adapter_on_and_o
     assert is_llama_like(model) == (name in FAST)
     with_adapter = sample(model)
     for prompt, ids, logprobs in with_adapter:
-        assert logprobs == pytest.approx(logprobs_of(copy.deepcopy(model).double(), prompt, ids), abs=1e-5)
+        assert logprobs == pytest.approx(
+            logprobs_of(copy.deepcopy(model).double(), prompt, ids), abs=FLOAT32_NATS
+        )
     switch_adapter(model, on=False)
     assert sample(model) == sample(plain) != with_adapter
 
