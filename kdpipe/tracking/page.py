@@ -16,7 +16,7 @@ from types import FrameType
 
 from kdpipe.errors import KdpipeError
 from kdpipe.tracking.record import ARTIFACTS, ENVIRONMENT, database_uri
-from kdpipe.workers import child_environment
+from kdpipe.workers.worker import child_environment
 
 
 def free_port(host: str, first: int = 5000) -> int:
