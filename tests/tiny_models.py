@@ -21,8 +21,9 @@ from transformers import (
 FLOAT32_NATS = 2**-14
 """How far two float32 computations of one log-prob of a tiny model may lie apart, each on kernels of its own.
 
-Its logits are below 16, where one rounding is at most 2^-21 nats, and it takes some dozens of them, of either sign: 2^-14
-is 128 that all agree. 1.3e-5 was seen (AMX), of 6.1e-5. A wrong token, position, mask or adapter is a thousand times more.
+Its logits are below 16, where one rounding is at most 2^-21 nats, and it takes some dozens of them, of either sign:
+2^-14 is 128 that all agree. 1.3e-5 was seen (AMX), of 6.1e-5. A wrong token, position, mask or adapter is a thousand
+times more.
 """
 ROWS = 16
 COMMON = {

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.test_objectives_doc import ROOT, study
+from tests.docs.test_objectives_doc import ROOT, study
 
 DIGESTS = study("digests")
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("digests-*.json"))
