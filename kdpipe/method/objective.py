@@ -37,6 +37,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STD_EPSILON = 1e-5  # AReaL's
+ROUNDING_NATS = 2**-14
+"""A difference of teacher and student at a token that float32 may have made up.
+
+A log-prob is a logit less a logsumexp. Between 8 and 16 one rounding of either is at most 2^-21 nats, and kernels that
+add in another order differ by some dozens of them: 1.3e-5 nats was seen, of 6.1e-5 here.
+"""
 
 
 class NonFiniteError(StepError):
@@ -333,8 +339,8 @@ def token_loss(
     has a `distribution_support`. Metrics: `kept_tokens`; with an RL term `rl_loss`, `rl_clipped`,
     `rl_behaviour_acted` (divide by `sampled_tokens`); with a KD term `kd_tokens` and, to divide by it, `kd_loss`,
     `kd_reverse_kl_nats` (s - q), `kd_ratio_acted`; with off-policy text `off_policy_tokens` and, to divide by it,
-    `off_policy_loss`. Raises NonFiniteError where a kept token's s, b, p, q or advantage is not finite and a term
-    needs it.
+    `off_policy_loss`; with a KD term those of `_signal_metrics`. Raises NonFiniteError where a kept token's s, b, p, q
+    or advantage is not finite and a term needs it.
     """
     if objective.kind == "then":
         raise ValueError("then is kd or grpo, depending on the round: see Objective.in_round")
@@ -359,7 +365,35 @@ def token_loss(
         parts.append(objective.distill_weight * (batch.share[at] * given_n).sum())
         metrics["off_policy_tokens"] = torch.tensor(len(at), device=at.device)
         metrics["off_policy_loss"] = given_n.detach().sum()
+    if objective.has_kd:
+        metrics |= _signal_metrics(objective, batch, student_N.detach(), distribution_N)
     return torch.stack(parts).sum(), metrics
+
+
+def _signal_metrics(
+    objective: Objective, batch: TokenBatch, student_N: Tensor, distribution_N: Tensor | None
+) -> dict[str, Tensor]:
+    """`signal_tokens`, which have something to teach, and `rounding_tokens`, where teacher and student are one.
+
+    A token counts as the latter if all that the KD term reads there is within ROUNDING_NATS: `q - s`, the divergence
+    or the baseline. `k1_loss` pushes with a constant, cross-entropy and an advantage other than 0 with their own size.
+    """
+    at = batch.compared(objective)
+    is_rounding_N = at & (not isinstance(objective.kd, K1LossTerm))
+    for read_N in (
+        None if batch.teacher is None else batch.teacher - student_N,
+        distribution_N,
+        batch.baseline,
+    ):
+        if read_N is not None:
+            is_rounding_N = is_rounding_N & (read_N.detach().abs() <= ROUNDING_NATS)
+    signal = (at & ~is_rounding_N).sum()
+    if objective.has_rl or objective.kind == "srpo":
+        paid_N = batch.sampled & ~batch.kd_open if objective.kind == "srpo" else batch.sampled
+        signal = signal + (paid_N & (batch.advantage != 0)).sum()
+    if objective.off_policy_loss == "cross_entropy":
+        signal = signal + batch.given(objective).sum()
+    return {"signal_tokens": signal, "rounding_tokens": is_rounding_N.sum()}
 
 
 def _off_policy_term(

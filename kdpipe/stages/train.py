@@ -129,7 +129,7 @@ def minibatches(job: Job, rows: Sequence[Experience]) -> list[tuple[int, list[in
 def _optimizer_step(
     job: Job, rows: Sequence[Experience], trainer: Trainer, scores: RoundScores | None
 ) -> dict[str, float]:
-    """One update from `rows`; returns its metrics. Without any token that counts it is skipped."""
+    """One update from `rows`; returns its metrics. Without any token that counts, or any signal, it is skipped."""
     recipe = job.recipe
     objective = at_step(recipe.train.objective.in_round(job.round), trainer.step, recipe.distill_horizon)
     left = [row for row in rows if row.tokens]
@@ -143,9 +143,12 @@ def _optimizer_step(
         for name, value in _accumulate(job, objective, picked, share, trainer, scores).items():
             sums[name] = sums.get(name, 0.0) + value
         job.pulse.tokens(sum(len(row.rollout.completion_token_ids) for row in picked))
+    signal, rounding = (sums.pop(name, 0.0) for name in ("signal_tokens", "rounding_tokens"))
     with job.updating([row.rollout.prompt_id for row in left]):
-        update = trainer.apply()
+        update = trainer.apply(is_rounding=rounding > 0 and signal == 0)
     found = {"learning_rate": update.learning_rate, "grad_norm": update.gradient_norm}
+    if update.is_skipped:
+        found["skipped"] = 1.0
     if objective.kind in ("kdrl", "srpo"):
         found["distill_weight"] = objective.distill_weight
     return found | _averages(sums)

@@ -97,7 +97,7 @@ class LocalTrainer:
         total.backward()  # type: ignore[no-untyped-call]
         return {name: float(value) for name, value in {"loss": total.detach(), **metrics}.items()}
 
-    def apply(self) -> Update:
+    def apply(self, *, is_rounding: bool = False) -> Update:
         """See Trainer."""
         found = torch.nn.utils.clip_grad_norm_(list(self._trained.values()), self._settings.max_grad_norm)
         norm, rate = float(found), learning_rate(self._settings, self.step, horizon=self._horizon)
@@ -106,12 +106,13 @@ class LocalTrainer:
                 f"optimizer step {self.step + 1}: the gradient norm is {norm}, expected a finite number",
                 hint="lower train.optimizer.learning_rate, or look at the round's rollouts and scores",
             )
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
+        if not is_rounding:
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+            self._optimizer.step()
+            self.step += 1
         self._optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        return Update(norm, rate)
+        return Update(norm, rate, is_skipped=is_rounding)
 
     def end(self) -> None:
         """See Trainer."""

@@ -57,10 +57,12 @@ class Trainer(Protocol):
     def accumulate(self, batch: Batch, loss: Loss) -> dict[str, float]:
         """Adds the gradient of a micro-batch's share of the step; returns its `loss` and its metrics as sums."""
 
-    def apply(self) -> Update:
+    def apply(self, *, is_rounding: bool = False) -> Update:
         """Clips the sum of the gradients, takes one optimizer step and drops them.
 
-        Raises StepError when their norm is not finite; the weights are then unchanged.
+        With `is_rounding` there was no signal: the gradients are what rounding left of an exact 0, which AdamW would
+        scale up to steps of its full rate. The step is skipped; weights, moments, `step` and schedule stay as they are.
+        Raises StepError when the norm is not finite; the weights are then unchanged.
         """
 
     def end(self) -> None:

@@ -1140,3 +1140,83 @@ def test_metrics_are_sums_over_tokens_without_a_graph() -> None:
     assert_equal(metrics["kd_reverse_kl_nats"], -sample.difference.sum(), 1e-14)
     assert_equal((0.5 * metrics["rl_loss"] + 0.25 * metrics["kd_loss"]) / 7, loss.detach(), 1e-14)
     assert not any(value.requires_grad for value in metrics.values())
+
+
+# ------------------------------------------------------------------------------------- signal or rounding
+
+SOLE_KD = {
+    "rkl": {"kd": "rkl"},
+    "rkl, discounted": {"kd": {"term": "rkl", "gamma": 0.9}},
+    "k2": {"kd": "k2"},
+    "k3": {"kd": "k3"},
+    "jsd": {"kd": {"term": "jsd", "beta": 0.5, "support": "vocabulary"}},
+    "kdrl": {"kind": "kdrl", "kd": "rkl"},
+    "srpo": {"kind": "srpo"},
+}
+
+
+def signal_of(settings: Objective, gap: float, *, advantage: float = 0.0) -> tuple[int, int]:
+    """(tokens with a signal, tokens of rounding) of a batch whose teacher is `gap` nats off at one of its tokens."""
+    student = torch.tensor([-0.5, -1.5, -2.5])
+    teacher = student + torch.tensor([0.0, gap, 0.0])
+    yes = torch.ones(3, dtype=torch.bool)
+    batch = TokenBatch(
+        behaviour=student,
+        proximal=student,
+        advantage=torch.full((3,), advantage),
+        kept=yes,
+        scorable=yes,
+        kd_open=yes,
+        share=torch.full((3,), 1 / 3),
+        lengths=[2, 1],
+        teacher=teacher,
+    )
+    _, metrics = token_loss(settings, batch, student.requires_grad_(), torch.zeros(3))
+    return int(metrics["signal_tokens"]), int(metrics["rounding_tokens"])
+
+
+@pytest.mark.parametrize("name", SOLE_KD)
+def test_a_teacher_that_agrees_but_for_rounding_gives_no_signal_and_a_thousandth_of_a_nat_does(
+    name: str,
+) -> None:
+    settings = objective(**SOLE_KD[name])
+    assert signal_of(settings, 0.0) == (0, 3)
+    assert signal_of(settings, 1.3e-5) == (0, 3)
+    assert signal_of(settings, 1e-3) == (1, 2)
+    assert signal_of(settings, -1e-3) == (1, 2)
+
+
+def test_an_advantage_and_k1_loss_are_a_signal_whatever_the_teacher_says() -> None:
+    assert signal_of(objective(kind="kdrl", kd="rkl"), 0.0, advantage=1e-6) == (3, 3)
+    assert signal_of(objective(kd="k1_loss"), 0.0) == (3, 0)
+
+
+def test_a_divergence_is_a_signal_where_the_sampled_tokens_agree() -> None:
+    settings = objective(kd={"term": "jsd", "beta": 1.0, "support": "vocabulary"})
+    student = torch.tensor([-0.5, -0.5])
+    yes = torch.ones(2, dtype=torch.bool)
+    zero = torch.zeros(2)
+    batch = TokenBatch(student, student, zero, yes, yes, yes, zero + 0.5, [2], teacher=student)
+    _, metrics = token_loss(settings, batch, student, torch.tensor([0.0, 1e-3]))
+    assert (int(metrics["signal_tokens"]), int(metrics["rounding_tokens"])) == (1, 1)
+
+
+def test_text_that_is_learned_by_cross_entropy_is_a_signal() -> None:
+    settings = objective(kd="rkl")
+    assert settings.off_policy_loss == "cross_entropy"
+    student = torch.tensor([-0.5, -0.5])
+    yes, zero = torch.ones(2, dtype=torch.bool), torch.zeros(2)
+    batch = TokenBatch(
+        student,
+        student,
+        zero,
+        yes,
+        yes,
+        yes,
+        zero + 0.5,
+        [1, 1],
+        teacher=student,
+        off_policy=torch.tensor([False, True]),
+    )
+    _, metrics = token_loss(settings, batch, student)
+    assert (int(metrics["signal_tokens"]), int(metrics["rounding_tokens"])) == (1, 1)

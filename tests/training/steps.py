@@ -51,13 +51,17 @@ def cross_entropy(batch: Batch, *, factor: float = 1.0) -> Loss:
 
 
 def take_step(
-    trainer: Trainer, micro_batches: Sequence[Sequence[int]] = WHOLE, *, factor: float = 1.0
+    trainer: Trainer,
+    micro_batches: Sequence[Sequence[int]] = WHOLE,
+    *,
+    factor: float = 1.0,
+    is_rounding: bool = False,
 ) -> Update:
     trainer.begin()
     for indices in micro_batches:
         batch = batch_of(indices)
         trainer.accumulate(batch, cross_entropy(batch, factor=factor))
-    update = trainer.apply()
+    update = trainer.apply(is_rounding=is_rounding)
     trainer.end()
     return update
 

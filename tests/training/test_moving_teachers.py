@@ -20,7 +20,7 @@ from kdpipe.models.cache import ModelCache
 from kdpipe.models.source import ModelSource
 from kdpipe.pipeline.project import open_project
 from kdpipe.training.local import LocalTrainer
-from tests.worlds import NearWorker, Watcher, load_tiny, payload_digests, run_near
+from tests.worlds import SMALLEST, NearWorker, Watcher, load_tiny, payload_digests, run_near
 
 DECAY = 0.75
 PROMPT = "{question}\n{solution}\n{question}\n"
@@ -34,9 +34,13 @@ Weights = dict[str, torch.Tensor]
 
 def changes(kind: str, **more: Any) -> dict[str, Any]:
     dtype = "bfloat16" if kind.endswith("bfloat16") else "float32"
-    # Large steps, so that each round's student is another.
-    train = {"optimizer": {"learning_rate": 1e-2}, "minibatches": 2}
-    return {"teachers": [KINDS[kind]], "student__dtype": dtype, "train": train, **more}
+    # Large steps, so that each round's student is another. An average that is the student itself in round 1 teaches it
+    # nothing by q - s: k1_loss pushes all the same.
+    train: dict[str, Any] = {"optimizer": {"learning_rate": 1e-2}, "minibatches": 2}
+    if kind != "current":
+        train["objective"] = {"kd": "k1_loss"}
+    found = {"teachers": [KINDS[kind]], "student__dtype": dtype, "train": train, **more}
+    return found if kind == "current" else {**found, "reproduce": True}
 
 
 @pytest.fixture(
@@ -164,6 +168,35 @@ def stopped(loaded: Any, workspace: Path, step: str) -> None:
     watcher.on_event = on_event
     with pytest.raises(Interrupted, match=f"at {step}"):
         run_near(loaded, workspace, watcher=watcher)
+
+
+@pytest.mark.parametrize(
+    "kd", ["rkl", pytest.param({"term": "jsd", "beta": 1.0, "support": "vocabulary"}, id="jsd")]
+)
+def test_a_teacher_that_is_still_the_student_moves_no_weight_and_every_step_is_counted(
+    tmp_path: Path, kd: Any
+) -> None:
+    sections: dict[str, Any] = {**SMALLEST, **changes("ema", rounds=2)}
+    sections["train"] |= {"objective": {"kd": kd}}
+    project = run_near(load_tiny(tmp_path, **sections), tmp_path / "out")
+    assert skipped_steps(project.run.path) == {1: [1, 2], 2: [3, 4]}
+    before, after = (student_weights(project.run.path, number) for number in (0, 2))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_teacher_of_its_own_has_every_step_taken(tmp_path: Path) -> None:
+    project = run_near(load_tiny(tmp_path, **SMALLEST, rounds=1), tmp_path / "out")
+    assert skipped_steps(project.run.path) == {1: []}
+
+
+def skipped_steps(run: Path) -> dict[int, list[int]]:
+    """The optimizer steps of each round that are counted as skipped."""
+    found = {}
+    for path in sorted(run.glob("round-*/train/metrics.jsonl")):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        steps = [row["optimizer_step"] for row in rows if row["name"] == "train/skipped"]
+        found[int(path.parts[-3].removeprefix("round-"))] = steps
+    return found
 
 
 @pytest.mark.slow

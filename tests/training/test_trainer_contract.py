@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,28 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(make: Make) -> None:
         take_step(trainer, factor=float("nan"))
     assert equal(copied(trainer), before)
     assert trainer.step == 0
+
+
+def test_a_step_without_a_signal_leaves_no_trace_and_the_next_is_as_without_it(
+    make: Make, tmp_path: Path
+) -> None:
+    settings = {"schedule": "linear", "weight_decay": 0.1}
+    plain, skipping = make(tiny_llama(), **settings), make(tiny_llama(), **settings)
+    taken, skipped = [], []
+    for number in range(2):
+        skipped.append(take_step(skipping, is_rounding=True))
+        # A stop after a skipped step is resumed alike, before the first moments too.
+        skipping.write_checkpoint(tmp_path / str(number), tiny_tokenizer())
+        model = open_model(
+            tmp_path / str(number) / "model", dtype=torch.float32, device=CPU, trust_remote_code=False
+        )
+        skipping = make(model, **settings)
+        skipping.restore(tmp_path / str(number) / "trainer")
+        taken.append(take_step(plain))
+        assert take_step(skipping) == taken[-1]
+    assert skipped == [replace(update, is_skipped=True) for update in taken]
+    assert skipping.step == plain.step == 2
+    assert equal(skipping.weights(), plain.weights())
+    found, expected = state_of(skipping, tmp_path / "a"), state_of(plain, tmp_path / "b")
+    assert found[1] == expected[1]
+    assert equal(found[0], expected[0])
