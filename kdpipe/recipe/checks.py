@@ -1,4 +1,4 @@
-"""What the sections of a recipe ask of each other, one function for each concern; each says what to write instead."""
+"""Checks across the sections of a recipe, one function for each concern."""
 
 from kdpipe.recipe.fields import RecipeFields
 from kdpipe.recipe.objective import Support
@@ -244,7 +244,7 @@ def _check_teachers(recipe: RecipeFields) -> None:
 
 
 def _is_the_sampler(recipe: RecipeFields, teacher: Teacher) -> bool:
-    """Whether its distributions are those that the student samples from: equal weights, prompt and temperature."""
+    """Whether it scores what the student samples from: equal weights, prompt and temperature."""
     own = (
         teacher.prompt is not None,
         bool(teacher.template) and teacher.template != recipe.student.template,

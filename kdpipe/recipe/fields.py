@@ -20,21 +20,34 @@ from kdpipe.recipe.teacher import SelfTeacher, ServedTeacher, Teacher
 
 
 class RecipeFields(Section):
-    """A recipe whose sections are good each in itself; that they fit together is what `Recipe` adds."""
+    """A recipe whose sections are valid each by itself; `Recipe` checks that they fit together."""
 
     name: Annotated[str, Field(pattern=NAME)]
+    """Names the run: `<name>-<hash8>`."""
     seed: Seed = 1
+    """Every draw derives from it, by stage, round, problem and sample."""
     reproduce: bool = False
+    """Runs an objective that check-loss fails, to reproduce what others did."""
     rounds: Count
+    """Rounds of rollout, teacher-score and train."""
     task: Task
+    """The problems, and how answers are graded."""
     student: Student
+    """The model that learns."""
     teachers: Annotated[list[Teacher], Field(min_length=1)]
+    """The models that score; several are routed by `only` or mixed by `weight`."""
     rollout: RolloutSection = RolloutSection.model_construct()
+    """How each round samples."""
     teacher_score: TeacherScoreSection = TeacherScoreSection.model_construct()
+    """How the teacher scores and what is kept."""
     train: TrainSection = TrainSection.model_construct()
+    """Objective and optimizer."""
     evaluate: EvaluateSection = EvaluateSection.model_construct()
+    """What is measured, and when. Changes no training."""
     tracking: Tracking = Tracking.model_construct()
+    """MLflow. Not part of any fingerprint."""
     runtime: Runtime = Runtime.model_construct()
+    """Hardware, memory, retention. Not part of any fingerprint."""
 
     @field_validator("teachers")
     @classmethod
@@ -44,7 +57,7 @@ class RecipeFields(Section):
         The same weights in another dtype give other scores, and are a second model in memory.
         """
         student: Student | None = info.data.get("student")
-        if student is None:  # it is wrong itself, which is told
+        if student is None:  # it is wrong itself, which is reported
             return teachers
         own = {"dtype": student.dtype}
         return [

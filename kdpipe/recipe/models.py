@@ -16,46 +16,59 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], BeforeValidator(_as_tuple)]
 
 
-class Optimizer(Section):
-    """AdamW. `schedule_rounds` is the horizon of a schedule that is not constant (default: `rounds`)."""
+class AdamW(Section):
+    """AdamW and how its rate moves."""
 
     learning_rate: Positive = 1e-5
+    """Peak rate."""
     betas: Betas = (0.9, 0.999)
+    """Adam's decays of the first and second moment."""
     eps: Positive = 1e-8
+    """Added to the root of Adam's second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled decay, of all weights."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    schedule_rounds: Count | None = None
+    """How the rate falls after warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps over which the rate rises from 0."""
     max_grad_norm: Positive = 1.0
+    """The gradient's norm is clipped to this."""
 
 
-class SftOptimizer(Section):
-    """AdamW for a cold start; a schedule that is not constant runs over `steps`."""
+class Optimizer(AdamW):
+    """AdamW, for the rounds."""
+
+    schedule_rounds: Count | None = None
+    """Rounds over which a schedule that is not constant runs; null is `rounds`."""
+
+
+class SftOptimizer(AdamW):
+    """AdamW, for a cold start."""
 
     learning_rate: Positive = 1e-3
-    betas: Betas = (0.9, 0.999)
-    eps: Positive = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    max_grad_norm: Positive = 1.0
+    """How the rate falls after warm-up, over `steps`."""
 
 
 class Sft(Section):
-    """Cold start of a model by cross-entropy on the train split: its reference solutions, or what a teacher writes.
-
-    `text: teacher` is for the student (sequence-level KD): for each problem the teacher samples `samples` completions
-    at `temperature`, 0 being greedy.
-    """
+    """Cold start by cross-entropy on reference solutions, or on what a teacher writes."""
 
     steps: Count
+    """Optimizer steps."""
     batch: Count = 32
+    """Solutions of an optimizer step."""
     problems: Count | None = None
+    """How many train problems it sees; null is all."""
     text: TextSource = "reference"
+    """Reference solutions, or what the teacher writes (sequence-level KD, for the student only)."""
     samples: Count = 1
+    """Completions that the teacher writes for each problem."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Temperature at which the teacher writes; 0 is greedy."""
     optimizer: SftOptimizer = SftOptimizer.model_construct()
+    """AdamW of the cold start."""
     seed: Seed | None = None
+    """Replaces the recipe's seed here; null is the recipe's."""
 
     @model_validator(mode="after")
     def _sampling_is_used(self) -> "Sft":
@@ -68,14 +81,23 @@ class Scratch(Section):
     """A Llama model initialised from the seed, for tasks that bring their own tokenizer."""
 
     hidden_size: Count = 96
+    """Width."""
     intermediate_size: Count = 256
+    """Width of the feed-forward layers."""
     num_layers: Count = 2
+    """Layers."""
     num_heads: Count = 3
+    """Attention heads; they divide hidden_size."""
     num_kv_heads: Count = 3
+    """Key-value heads; they divide num_heads."""
     max_positions: Count = 256
+    """Longest sequence."""
     tie_embeddings: bool = True
+    """Whether the output head is the embedding."""
     init_std: Positive = 0.02
+    """Standard deviation of the first weights."""
     seed: Seed | None = None
+    """Seed of the first weights; null is the recipe's."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "Scratch":
@@ -88,37 +110,45 @@ class Scratch(Section):
 
 
 class Lora(Section):
-    """Train low-rank adapters on frozen weights: B A x * alpha / rank, beside the layers in `targets`.
+    """Low-rank adapters on frozen weights: B A x * alpha / rank, beside the layers in `targets`.
 
-    `targets` are last names of layers, or all linear layers below the output head. No dropout: log-probs are
-    taken with it off.
+    No dropout: log-probs are taken with it off.
     """
 
     rank: Count = 16
+    """Rank of the adapters."""
     alpha: Count = 32
+    """The adapters' product is scaled by alpha / rank."""
     targets: (
         Literal["all-linear"] | Annotated[list[Annotated[str, Field(pattern=r"^\w+$")]], Field(min_length=1)]
     ) = "all-linear"
+    """Last names of the layers that get one, or all linear layers below the output head."""
     seed: Seed | None = None
+    """Seed of the adapters' first weights; null is the recipe's."""
 
 
 class Student(Section):
-    """The model that learns: `model` (hub id or local folder) or `scratch`, and its optional cold start.
-
-    The cold start trains all weights, also with `lora`: the adapter begins in round 1, on what it left.
-    """
+    """The model that learns: `model` or `scratch`, and its optional cold start."""
 
     name: ClassVar = "student"
     quantization: ClassVar[None] = None
 
     model: str | None = None
+    """Hub id or local folder."""
     revision: str | None = None
+    """Branch, tag or commit on the hub; null is pinned by the first run."""
     scratch: Scratch | None = None
+    """A Llama model made from the seed, for tasks that bring their tokenizer."""
     dtype: DtypeName = "auto"
+    """Numbers that the model computes in; auto is float32 where bfloat16 would be emulated."""
     trust_remote_code: bool = False
+    """Whether code that comes with the model may run. It is shown when on."""
     template: dict[str, JsonValue] = {}
+    """Arguments of the chat template, such as enable_thinking."""
     sft: Sft | None = None
+    """Cold start before round 1; it trains all weights, also with `lora`."""
     lora: Lora | None = None
+    """Low-rank adapters in place of all weights, from round 1 on."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Student":

@@ -8,15 +8,17 @@ from kdpipe.recipe.section import Count, Fraction, Positive, Section
 
 
 class Support(Section):
-    """The ids on which a distribution is compared, and a tail bucket for all others; exactly one is given.
+    """The ids on which a distribution is compared, and a tail bucket for all others.
 
-    The k most probable ids of the teacher, of the student that sampled, or of either (`union_top_k`). Chosen
-    when the teacher scores, and kept.
+    Exactly one is given. The ids are chosen when the teacher scores, and kept.
     """
 
     teacher_top_k: Count | None = None
+    """The teacher's most probable ids."""
     student_top_k: Count | None = None
+    """The most probable ids of the student that sampled."""
     union_top_k: Count | None = None
+    """The most probable ids of either."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "Support":
@@ -30,12 +32,16 @@ DEFAULT_SUPPORT = Support.model_construct(teacher_top_k=64)
 
 
 class RatioControl(Section):
-    """Weight of off-policy tokens (method: ratio weights). `cap` for truncate, `low`/`high` for mask and clip."""
+    """Weight of off-policy tokens by their importance ratio."""
 
     control: Literal["none", "truncate", "mask", "clip"] = "none"
+    """Nothing, cut at cap, leave out, or clip as PPO does."""
     cap: Annotated[float, Field(ge=1)] | None = None
+    """Largest ratio, for truncate."""
     low: Annotated[float, Field(ge=0)] | None = None
+    """Smallest ratio, for mask and clip."""
     high: Positive | None = None
+    """Largest ratio, for mask and clip."""
 
     @model_validator(mode="after")
     def _parameters_fit(self) -> "RatioControl":
@@ -52,10 +58,12 @@ class RatioControl(Section):
 
 
 class DecoupledControl(Section):
-    """Two weights whose product is w: `update` acts on exp(s - p), `behaviour` on exp(p - b)."""
+    """Two weights whose product is w: one acts on exp(s - p), the other on exp(p - b)."""
 
     update: RatioControl = RatioControl.model_construct()
+    """Control of exp(s - p), the step's own movement."""
     behaviour: RatioControl = RatioControl.model_construct()
+    """Control of exp(p - b), sampler against trainer."""
 
     @model_validator(mode="after")
     def _controls_fit(self) -> "DecoupledControl":
@@ -67,15 +75,15 @@ class DecoupledControl(Section):
 
 
 class SampledTerm(Section):
-    """What the terms by the sampled token share.
-
-    `ratio` weighs by exp(s - b); `decoupled` instead by two ratios through p. `baseline` is subtracted from the
-    signal: its mean over the other completions of the step, or of the group.
-    """
+    """What the terms by the sampled token share."""
 
     ratio: RatioControl = RatioControl.model_construct()
+    """What is done with the importance ratio of a token, exp(s - b)."""
     decoupled: DecoupledControl | None = None
+    """Two ratios through the proximal policy in place of one."""
     baseline: Literal["none", "step", "group", "exact"] = "none"
+    """Subtracted from the signal: its mean over the other completions of the step or of the group, or its expectation
+    given the prefix (exact). The expected gradient stays as it is, and varies less."""
 
     @model_validator(mode="after")
     def _one_weight(self) -> "SampledTerm":
@@ -85,13 +93,10 @@ class SampledTerm(Section):
 
 
 class SampledReverseKl(SampledTerm):
-    """A sampled-token term whose signal is q - s.
-
-    `baseline` may be `exact`: the signal's expectation given the prefix, for which a distribution on `support`
-    (default: the teacher's top 64) is kept.
-    """
+    """A sampled-token term whose signal is q - s."""
 
     support: AnySupport | None = None
+    """The ids that the exact baseline is computed on; null is the teacher's top 64."""
 
     @model_validator(mode="after")
     def _support_is_used(self) -> "SampledReverseKl":
@@ -104,50 +109,65 @@ class RklTerm(SampledReverseKl):
     """Reverse KL by the sampled token (policy-gradient surrogate); `gamma` discounts the future sum."""
 
     term: Literal["rkl"]
+    """This divergence."""
     gamma: Fraction = 0.0
+    """Discount of the future tokens' signal; 0 is each token's own."""
 
 
 class K2Term(SampledReverseKl):
     """Reverse KL by the sampled token, as half the squared log-ratio."""
 
     term: Literal["k2"]
+    """This divergence."""
 
 
 class K3Term(SampledTerm):
     """GRPO's KL estimator as a loss: its gradient is that of the *forward* KL."""
 
     term: Literal["k3"]
+    """This divergence."""
     baseline: Literal["none", "step", "group"] = "none"
+    """Subtracted from the signal: its mean over the other completions of the step, or of the group."""
 
 
 class K1LossTerm(Section):
     """AReaL's joint branch: s - q as a loss, whose expected gradient is zero. For reproducing it only."""
 
     term: Literal["k1_loss"]
+    """This divergence."""
 
 
 class JsdTerm(Section):
     """Generalised Jensen-Shannon divergence; beta 0 is forward KL(P|S), beta 1 reverse KL(S|P)."""
 
     term: Literal["jsd"]
+    """This divergence."""
     beta: Fraction = 0.5
+    """0 is forward KL, 1 reverse KL."""
     support: AnySupport = DEFAULT_SUPPORT
+    """The ids on which distributions are compared; all others are one bucket."""
 
 
 class SkewKlTerm(Section):
     """KL of the teacher against its mixture with the student, `alpha` being the teacher's share."""
 
     term: Literal["skew_kl"]
+    """This divergence."""
     alpha: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """The teacher's share of the mixture."""
     support: AnySupport = DEFAULT_SUPPORT
+    """The ids on which distributions are compared; all others are one bucket."""
 
 
 class SkewRklTerm(Section):
     """KL of the student against its mixture with the teacher, `alpha` being the student's share."""
 
     term: Literal["skew_rkl"]
+    """This divergence."""
     alpha: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """The student's share of the mixture."""
     support: AnySupport = DEFAULT_SUPPORT
+    """The ids on which distributions are compared; all others are one bucket."""
 
 
 DistributionTerm = JsdTerm | SkewKlTerm | SkewRklTerm
@@ -157,10 +177,12 @@ KdTerm = Annotated[
 
 
 class BehaviourControl(Section):
-    """What the RL term does with `v = exp(proximal - behaviour)`: nothing, `truncate` at cap, or `mask` above it."""
+    """What the RL term does with `v = exp(proximal - behaviour)`."""
 
     control: Literal["none", "truncate", "mask"] = "none"
+    """Nothing, cut at cap, or leave out above it."""
     cap: Annotated[float, Field(ge=1)] | None = None
+    """Largest ratio, for truncate and mask."""
 
     @model_validator(mode="after")
     def _parameters_fit(self) -> "BehaviourControl":
@@ -170,11 +192,14 @@ class BehaviourControl(Section):
 
 
 class DistillSchedule(Section):
-    """How `distill_weight` moves to `end` over the optimizer steps of `rounds` (default: all), both ends included."""
+    """How `distill_weight` moves to `end` over optimizer steps, both ends included."""
 
     kind: Literal["constant", "linear", "cosine"] = "constant"
+    """The curve."""
     end: Annotated[float, Field(ge=0)] | None = None
+    """The last weight, for linear and cosine."""
     rounds: Count | None = None
+    """Rounds over which it moves; null is all."""
 
     @model_validator(mode="after")
     def _parameters_fit(self) -> "DistillSchedule":
@@ -186,35 +211,50 @@ class DistillSchedule(Section):
 
 
 class Objective(Section):
-    """What train descends: `kd`, `grpo`, their weighted sum `kdrl`, `srpo`, or `then` (kd first, grpo after).
-
-    `mask` closes the KD term of kdrl where the student is right anyway. `normalization`: what an optimizer step's
-    sum over tokens is divided by. `truncated`: completions cut at max_new_tokens count, are dropped, or
-    get reward 0. `end_token: mask` leaves the end token out; `alias` swaps the teacher's end id with the student's.
-    `off_policy_term`: what text that the student did not sample gets in the place of all this, by `distill_weight`.
-    """
+    """What train descends: a KD term, an RL term, or both."""
 
     kind: Literal["kd", "grpo", "kdrl", "srpo", "then"] = "kd"
+    """kd, grpo, their sum kdrl, srpo, or then (kd first, grpo after)."""
     kd: KdTerm = RklTerm.model_construct(term="rkl")
+    """The KD term: a name, or a mapping with `term`."""
     kd_rounds: Count | None = None
+    """Rounds of kd before grpo, for kind then."""
     rl_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the RL term."""
     distill_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the KD term."""
     distill_schedule: DistillSchedule = DistillSchedule.model_construct()
+    """How that weight moves."""
     mask: Literal["none", "wrong", "all_wrong_groups"] = "none"
+    """Where kdrl leaves the KD term out: nowhere, or where the student is right anyway."""
     reward_scaling: Positive = 1.0
+    """Multiplies the reward after reward_bias is added."""
     reward_bias: float = 0.0
+    """Added to the reward, 0 or 1, before scaling."""
     reward_clip: Positive = 20.0
+    """Scaled rewards are cut to plus and minus this."""
     group_normalization: Literal["mean_std", "mean"] = "mean_std"
+    """Advantages less their group's mean, and divided by its deviation or not."""
     batch_normalization: bool = False
+    """Advantages standardised over the batch as well."""
     clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """PPO's clip: ratios below 1 minus this."""
     clip_high: Positive = 0.2
+    """PPO's clip: ratios above 1 plus this."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bounds the loss where the advantage is negative."""
     behaviour: BehaviourControl = BehaviourControl.model_construct()
+    """What the RL term does with the ratio of the proximal policy to the sampler."""
     normalization: Literal["token", "sequence", "fixed"] = "token"
+    """What an optimizer step's sum over tokens is divided by."""
     fixed_length: Count | None = None
+    """The divisor's length, for normalization fixed; null is max_new_tokens."""
     truncated: Literal["keep", "drop", "no_reward"] = "keep"
+    """Completions cut at max_new_tokens count, are dropped, or get no reward."""
     end_token: Literal["keep", "mask", "alias"] = "keep"  # noqa: S105 (no password)
+    """The end token counts, is left out, or the teacher's end id is swapped with the student's (alias)."""
     off_policy_term: Literal["kd", "cross_entropy"] | None = None
+    """The loss, by distill_weight, of text that the student did not sample, in place of all other terms."""
 
     @model_validator(mode="before")
     @classmethod

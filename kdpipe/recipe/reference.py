@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
+import itertools
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
-from kdpipe.recipe.schema import Recipe
-from kdpipe.recipe.words import WORDS
+from kdpipe.recipe.schema import Recipe, Section
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Schema = dict[str, Any]
+    from pydantic.json_schema import JsonSchemaValue as Schema
+
 SCALARS = {
     "integer": "whole number",
     "number": "number",
@@ -23,25 +28,57 @@ SCALARS = {
 TITLE = """# Every field of a recipe
 
 Made by `kdpipe schema --markdown` from the schema itself. `--set a.b=c` changes any field from the command line;
-`kdpipe check RECIPE` tells what is wrong with one, and `kdpipe schema` prints the JSON Schema that editors complete
+`kdpipe check RECIPE` says what is wrong with one, and `kdpipe schema` prints the JSON Schema that editors complete
 from. A field without a default must be given. Everything but `runtime` and `tracking` is part of the fingerprint of
 some step.
 """
 
 
 def described_schema() -> Schema:
-    """The JSON Schema of a recipe, each field with its sentence as `description`."""
+    """The JSON Schema of a recipe, each field with the text below it in the source as `description`."""
     schema = Recipe.model_json_schema(by_alias=True)
-    for section, properties in _sections(schema).items():
-        for field, value in properties.get("properties", {}).items():
-            value["description"] = sentence(section, field)
+    sections = _sections(schema)
+    for kind in _classes(Section):
+        for field, text in field_texts(kind).items() if kind.__name__ in sections else ():
+            value = sections[kind.__name__]["properties"][field]
+            value["description"] = text
             value.pop("title", None)  # pydantic's own is the field's name in capitals
     return schema
 
 
-def sentence(section: str, field: str) -> str:
-    """What the field means, by `Section.field` or else by its name alone."""
-    return WORDS.get(f"{section}.{field}") or WORDS[field]
+def field_texts(kind: type[Section]) -> dict[str, str]:
+    """What each field of a section means, by its name in a recipe: the text below it in the source.
+
+    Read from the source when asked: pydantic's `use_attribute_docstrings` would cost every command 31 ms.
+    """
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if issubclass(base, Section):
+            texts |= _texts_of_module(base.__module__).get(base.__name__, {})
+    return {info.alias or name: texts[name] for name, info in kind.model_fields.items()}
+
+
+@functools.cache
+def _texts_of_module(module: str) -> dict[str, dict[str, str]]:
+    """The text below each field, by class and field."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: _texts_of_class(node) for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _texts_of_class(node: ast.ClassDef) -> dict[str, str]:
+    texts = {}
+    for pair in itertools.pairwise(node.body):
+        match pair:
+            case ast.AnnAssign(target=ast.Name(id=field)), ast.Expr(value=ast.Constant(value=str(text))):
+                texts[field] = " ".join(text.split())
+    return texts
+
+
+def _classes(kind: type[Section]) -> Iterator[type[Section]]:
+    """The class and all that are derived from it."""
+    yield kind
+    for each in kind.__subclasses__():
+        yield from _classes(each)
 
 
 def reference() -> str:
@@ -90,7 +127,7 @@ def _references(value: Any) -> list[str]:
 
 
 def _discriminator(section: Schema) -> str | None:
-    """What chooses this section among several: the value of `kind` or `term`, or the one field that it must have."""
+    """What chooses this section among several: its `kind` or `term`, or the one field it must have."""
     properties, required = section.get("properties", {}), section.get("required", [])
     consts = (properties[key]["const"] for key in ("kind", "term") if "const" in properties.get(key, {}))
     return next(consts, required[0] if len(required) == 1 else None)
@@ -103,7 +140,7 @@ def _plain(section: Schema) -> str:
 def _table(section: Schema, sections: dict[str, Schema]) -> str:
     rows = ["| field | value | default | what it is |", "|---|---|---|---|"]
     required = section.get("required", [])
-    for field, value in section["properties"].items():
+    for field, value in sorted(section["properties"].items(), key=lambda item: item[0] not in required):
         default = "" if field in required else f"`{_literal(value.get('default'))}`"
         if any(name in sections for name in _references(value)) and value.get("default") not in (None, []):
             default = "" if isinstance(value["default"], dict) else default
@@ -140,5 +177,5 @@ def _kind(value: Schema, sections: dict[str, Schema]) -> str:
 
 def _bounds(value: Schema) -> str:
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    told = [f"{sign} {value[key]:g}" for key, sign in signs.items() if key in value and value[key] != 2**31]
-    return f" {', '.join(told)}" if told else ""
+    bounds = [f"{sign} {value[key]:g}" for key, sign in signs.items() if key in value and value[key] != 2**31]
+    return f" {', '.join(bounds)}" if bounds else ""

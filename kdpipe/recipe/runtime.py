@@ -1,4 +1,4 @@
-"""Where and how a recipe runs and who is told: the two sections that change no result beyond rounding."""
+"""Where and how a recipe runs, and MLflow: the two sections that change no result beyond rounding."""
 
 import re
 from typing import Annotated, Literal
@@ -9,19 +9,21 @@ from kdpipe.recipe.section import Count, Positive, Section
 
 
 class Tracking(Section):
-    """Where MLflow lives; `uri` null is SQLite in the workspace, `experiment` null the recipe's name.
+    """Where MLflow lives, and what it is given.
 
-    With `log_model` the last student of a finished run becomes a logged model, which `mlflow.transformers.load_model`
-    loads: its weights are copied there, and the end of the run waits for that.
-
-    A password is none of a recipe's business, which is kept and mirrored: MLflow reads MLFLOW_TRACKING_USERNAME and
+    A password does not belong into a recipe, which is kept and mirrored: MLflow reads MLFLOW_TRACKING_USERNAME and
     MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN for a server, and libpq PGPASSWORD for PostgreSQL.
     """
 
     enabled: bool = True
+    """Whether anything is mirrored into MLflow."""
     uri: str | None = None
+    """Address of the tracking server; null is SQLite in the workspace."""
     experiment: str | None = None
+    """Name of the experiment; null is the recipe's name."""
     log_model: bool = False
+    """Whether the last student of a finished run becomes a logged model, which `mlflow.transformers.load_model`
+    loads: its weights are copied into MLflow, and the end of the run waits for that."""
 
     @model_validator(mode="after")
     def _uri_holds_no_secret(self) -> "Tracking":
@@ -34,7 +36,7 @@ class Tracking(Section):
 
 
 def _holds_secret(uri: str) -> bool:
-    """Whether an address names a password, or for a web server anything before an `@`, which may be a token."""
+    """Whether an address holds a password, or for a web server anything before an `@`."""
     scheme, _, rest = uri.partition("://")
     user, at, _ = re.split(r"[/?#]", rest, maxsplit=1)[0].rpartition("@")
     in_query = re.search(r"[?&;](password|passwd|pwd|token|sslpassword)=", uri, re.IGNORECASE)
@@ -42,37 +44,42 @@ def _holds_secret(uri: str) -> bool:
 
 
 class Keep(Section):
-    """Retention, in rounds: how many of the latest keep their weights and their optimizer state."""
+    """Retention of weights and optimizer states, in rounds."""
 
     weights: Annotated[int, Field(ge=1)] = 2
+    """Latest rounds that keep their weights; the best and the last evaluated keep theirs too."""
     optimizer: Annotated[int, Field(ge=1)] = 2
+    """Latest rounds that keep the optimizer's state."""
 
 
 class ServerRuntime(Section):
-    """How teachers behind servers are asked: requests at once, the time each may take, and when to give up.
-
-    A failed request is repeated up to `retries` times; `max_failures` in a row, of all requests, end the step.
-    `ca_bundle` is a file with the certificates that are trusted instead of the system's.
-    """
+    """How teachers behind servers are asked, and when to give up."""
 
     concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Requests at once."""
     timeout_seconds: Positive = 120.0
+    """Longest time for one request."""
     retries: Annotated[int, Field(ge=0)] = 8
+    """Times that a failed request is sent again."""
     max_failures: Count = 100
+    """Failures in a row, of all requests, that end the step."""
     ca_bundle: str | None = None
+    """File of the certificates that are trusted in place of the system's."""
 
 
 class Placement(Section):
     """Where the engines of the roles run; null is `runtime.device`, on which the student is trained.
 
-    `sampler` is the student's engine in rollout and evaluate; `teacher` may name a device for each teacher. An hf
-    engine on the trainer's device shares its process and its weights, unless its role is in `own_process`; every
-    other engine has a process of its own.
+    An hf engine on the trainer's device shares its process and its weights, unless its role is in `own_process`;
+    every other engine has a process of its own.
     """
 
     sampler: str | None = None
+    """Device of the student's engine in rollout and evaluate."""
     teacher: str | dict[str, str] | None = None
+    """Device of the teachers' engines, or of each by name."""
     own_process: list[Literal["sampler", "teacher"]] = []
+    """Roles whose hf engine has a process of its own."""
 
     def of_teacher(self, name: str) -> str | None:
         """The device of that teacher's engine, or null."""
@@ -80,23 +87,28 @@ class Placement(Section):
 
 
 class Vllm(Section):
-    """How vLLM runs. `kv_cache_gib` null is 2 GiB on a CPU, and what `gpu_memory_utilization` leaves on a GPU.
-
-    `enforce_eager` null compiles on GPUs only. `max_model_len` null is the model's own context; a shorter one needs
-    less memory. `batch_tokens` are those of one forward pass, whose logits exist at once where they are scored.
-    `sleep` frees the GPU while other engines work. `check_weights` compares each loaded model with transformers.
-    """
+    """How vLLM runs."""
 
     tensor_parallel_size: Count = 1
+    """GPUs that share one model."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of the GPU's memory."""
     kv_cache_gib: Positive | None = None
+    """null is 2 on a CPU, and what gpu_memory_utilization leaves on a GPU."""
     enforce_eager: bool | None = None
+    """null compiles on GPUs only."""
     max_model_len: Count | None = None
+    """null is the model's context; a shorter one needs less memory."""
     max_num_seqs: Count = 256
+    """Sequences at once."""
     batch_tokens: Count = 2048
+    """Tokens of a forward pass, whose logits exist at once where they are scored."""
     prefix_caching: bool = True
+    """Whether prompts that begin alike share their cache."""
     sleep: bool = False
+    """Frees the GPU while other engines work."""
     check_weights: bool = True
+    """Compares each loaded model with transformers."""
 
     @model_validator(mode="after")
     def _batch_holds_sequences(self) -> "Vllm":
@@ -108,23 +120,35 @@ class Vllm(Section):
 
 
 class Runtime(Section):
-    """Hardware, batch sizes and retention; nothing here changes results beyond floating-point rounding.
-
-    `preflight` examines student and teachers, quickly, before the first round that is not done (docs/doctor.md).
-    """
+    """Hardware, batch sizes and retention; nothing here changes results beyond floating-point rounding."""
 
     device: str = "auto"
+    """auto is the first GPU, else the CPU."""
     threads: Count | None = None
+    """CPU threads; null is as many as PyTorch takes."""
     sample_tokens: Count = 65536
+    """Tokens in a batch that is sampled."""
     score_tokens: Count = 8192
+    """Tokens in a batch that is scored."""
     train_tokens: Count = 8192
+    """Tokens in a micro-batch."""
     head_chunk_tokens: Count = 512
+    """Tokens whose logits exist at once."""
     part_rows: Annotated[int, Field(ge=1, le=512)] = 64
+    """Rows of a part of a long step: what a kill can cost."""
     checkpoint_steps: Count = 100
+    """Optimizer steps between checkpoints inside a step."""
     gradient_checkpointing: bool = False
+    """Less memory for a second forward pass."""
     keep: Keep = Keep.model_construct()
+    """What is kept of the weights of past rounds."""
     server: ServerRuntime = ServerRuntime.model_construct()
+    """How servers are asked."""
     placement: Placement = Placement.model_construct()
+    """Devices and processes of the roles."""
     vllm: Vllm = Vllm.model_construct()
+    """How vLLM runs."""
     allow_weak_teacher: bool = False
+    """Goes on although the teacher is not better than the student."""
     preflight: bool = True
+    """Whether run makes the quick probes before the first round that is not done (docs/doctor.md)."""

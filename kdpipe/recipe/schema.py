@@ -1,6 +1,6 @@
 """The recipe: the only schema and the only defaults. Never imports torch.
 
-`recipe_file.py` reads one from YAML. `runtime` and `tracking` cannot change results beyond floating-point rounding;
+`file.py` reads one from YAML. `runtime` and `tracking` cannot change results beyond floating-point rounding;
 every other field is part of some step's fingerprint (`plan.py`), which a test enforces leaf by leaf.
 """
 
@@ -100,10 +100,7 @@ __all__ = [
 
 
 class Recipe(RecipeFields):
-    """One experiment: a task, a student, its teachers, and how the student learns from them.
-
-    `reproduce` lets an objective run that check-loss fails, to reproduce what others did.
-    """
+    """One experiment: a task, a student, its teachers, and how the student learns from them."""
 
     @model_validator(mode="after")
     def _fields_fit(self) -> "Recipe":

@@ -11,23 +11,30 @@ from kdpipe.recipe.section import Count, EngineName, Fraction, Positive, Section
 
 
 class RolloutSection(Section):
-    """How each round samples from the student.
-
-    `on_policy_fraction` is the share of a round's prompts that it samples for; each of the others gives one row, the
-    reference solution or a sample of the teacher (`off_policy_text`), which train takes by `off_policy_term`.
-    """
+    """How each round samples from the student."""
 
     engine: EngineName = "hf"
+    """What runs the model: hf (transformers, exact repeats) or vllm (GPUs)."""
     prompts: Count = 64
+    """Prompts of a round."""
     samples: Count = 1
+    """Completions for each prompt; an RL term needs 2 or more."""
     on_policy_fraction: Fraction = 1.0
+    """Share of a round's prompts for which the student samples; each of the others gives one row."""
     off_policy_text: TextSource = "reference"
+    """Who writes the completions that the student does not sample: the reference solution, or the teacher."""
     temperature: Positive = 1.0
+    """Temperature at which the student samples, and every log-prob is taken."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Samples from the most probable ids that hold this share."""
     top_k: Annotated[int, Field(ge=0)] = 0
+    """Samples from the k most probable ids; 0 is all."""
     max_new_tokens: Count = 256
+    """Longest completion; longer ones are cut and counted."""
     stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Strings that end a completion, for base models."""
     seed: Seed | None = None
+    """Replaces the recipe's seed here; null is the recipe's."""
 
     @property
     def on_policy_prompts(self) -> int:
@@ -44,23 +51,24 @@ class KeepTopK(Section):
     """Keep the teacher's `top_k` most probable ids and a tail bucket."""
 
     top_k: Count
+    """The teacher's most probable ids that are kept."""
 
 
 class TeacherScoreSection(Section):
-    """What is kept of the teacher: `auto` (what the objective needs), `token`, `{top_k: k}`, or `hidden`.
-
-    `hidden` keeps the states before the teacher's output head, from which train computes its whole
-    distribution. `logprobs` is the dtype in which a support's log-probs are stored.
-    """
+    """How the teacher scores, and what is kept of its distribution."""
 
     engine: EngineName = "hf"
+    """What runs the model: hf (transformers, exact repeats) or vllm (GPUs)."""
     keep: Literal["auto", "token", "hidden"] | KeepTopK = "auto"
+    """What is kept beside each token's log-prob: what the objective needs (auto), nothing (token), ids, or the
+    states before the output head (hidden), from which train computes the whole distribution."""
     logprobs: Literal["float32", "float16"] = "float32"
+    """Numbers in which a support's log-probs are stored."""
 
 
 @dataclass(frozen=True, slots=True)
 class Keeping:
-    """What teacher-score keeps for each token: hidden states, or a support of k ids from either model, or neither."""
+    """What teacher-score keeps for each token: hidden states, k ids of either model, or neither."""
 
     teacher_top_k: int = 0
     student_top_k: int = 0
@@ -70,27 +78,42 @@ class Keeping:
 class TrainSection(Section):
     """How a round's rows become optimizer steps: `epochs` passes of `minibatches` steps each.
 
-    `control` makes the recipe a control arm of itself. `shuffled_teacher`: position t of a completion takes the scores
-    of position t, wrapped, of a completion of another prompt. `self_teacher`: the teacher is the student that sampled.
+    The control `shuffled_teacher` gives position t of a completion the scores of position t, wrapped, of a completion
+    of another prompt; with `self_teacher` the teacher is the student that sampled.
     """
 
     objective: Objective = Objective.model_construct()
+    """What is descended."""
     optimizer: Optimizer = Optimizer.model_construct()
+    """AdamW."""
     minibatches: Count = 1
+    """Optimizer steps of a pass over the round."""
     epochs: Count = 1
+    """Passes over the round."""
     control: Literal["none", "shuffled_teacher", "self_teacher"] = "none"
+    """Makes the recipe a control arm: shuffled scores, or the student as its own teacher."""
     seed: Seed | None = None
+    """Replaces the recipe's seed here; null is the recipe's."""
 
 
 class EvaluateSection(Section):
-    """Held-out accuracy and reverse KL. Nulls mean: rollout's engine and length, the whole test split."""
+    """Held-out accuracy and reverse KL."""
 
     engine: EngineName | None = None
+    """What runs the model: hf or vllm; null is rollout's."""
     problems: Count | None = None
+    """How many test problems, of an order that no seed changes; null is all."""
     samples: Count = 1
+    """Answers to each problem; with several, pass@k and maj@k are reported."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Temperature of the answers; 0 is greedy."""
     max_new_tokens: Count | None = None
+    """Longest answer; null is rollout's."""
     every: Count = 1
+    """Rounds between evaluations; the last is always evaluated."""
     teacher: bool = True
+    """Whether the teacher is graded too, for the headroom."""
     reverse_kl_problems: Annotated[int, Field(ge=0)] = 64
+    """Test prompts on which reverse KL is measured; 0 is none."""
     seed: Seed | None = None
+    """Replaces the recipe's seed here; null is the recipe's."""

@@ -11,43 +11,64 @@ DEFAULT_INSTRUCTION = (
 )
 
 
-class Gsm8kTask(Section):
+class QuestionTask(Section):
+    """How questions from files are asked."""
+
+    prompt: Literal["chat", "plain"] = "chat"
+    """chat renders the student's own chat template, plain puts bare text."""
+    instruction: str = DEFAULT_INSTRUCTION
+    """Text before the question that asks for the form of the answer; empty is none."""
+    few_shot: Annotated[int, Field(ge=0, le=64)] = 0
+    """Solved problems of the train split put before the question."""
+    headline: Literal["strict", "flexible"] = "flexible"
+    """Which of the two answers is the reward and the accuracy; both are stored."""
+
+
+class Gsm8kTask(QuestionTask):
     """Grade-school word problems; `data` is a hub id or a local folder with train and test files."""
 
     kind: Literal["gsm8k"]
+    """This task."""
     data: str = "openai/gsm8k"
+    """Hub id, or a local folder with train and test files."""
     revision: str | None = None
-    prompt: Literal["chat", "plain"] = "chat"
-    instruction: str = DEFAULT_INSTRUCTION
-    few_shot: Annotated[int, Field(ge=0, le=64)] = 0
-    headline: Literal["strict", "flexible"] = "flexible"
+    """Branch, tag or commit on the hub; null is pinned by the first run."""
 
 
 class ArithmeticTask(Section):
     """Generated word problems of one or two steps, with a tokenizer of their own; nothing to download."""
 
     kind: Literal["arithmetic"]
+    """This task."""
     steps: Annotated[list[Literal[1, 2]], Field(min_length=1)] = [1, 2]
+    """Numbers of steps that a problem may take."""
     max_operand: Annotated[int, Field(ge=5, le=99)] = 20
+    """Largest number in a problem."""
     train_problems: Count = 4096
+    """Problems to train on."""
     test_problems: Count = 200
+    """Held-out problems."""
     seed: Seed = 0
+    """Seed of the problems; the recipe's seed does not change them."""
     headline: Literal["strict", "flexible"] = "strict"
+    """Which of the two answers is the reward and the accuracy; both are stored."""
 
 
-class JsonlTask(Section):
+class JsonlTask(QuestionTask):
     """A user's own questions and answers: JSONL or parquet files with a question and an answer field."""
 
     kind: Literal["jsonl"]
+    """This task."""
     train: str
+    """JSONL or parquet file, relative to the recipe."""
     test: str
+    """JSONL or parquet file of the held-out problems, relative to the recipe."""
     question_field: str = "question"
+    """Field of the question."""
     answer_field: str = "answer"
+    """Field of the answer: a number, or a solution that ends in `#### N`."""
     id_field: str | None = None
-    prompt: Literal["chat", "plain"] = "chat"
-    instruction: str = DEFAULT_INSTRUCTION
-    few_shot: Annotated[int, Field(ge=0, le=64)] = 0
-    headline: Literal["strict", "flexible"] = "flexible"
+    """Field of a problem's id; null counts rows."""
 
 
 Task = Annotated[Gsm8kTask | ArithmeticTask | JsonlTask, Field(discriminator="kind")]

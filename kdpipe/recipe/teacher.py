@@ -1,4 +1,4 @@
-"""The teachers of a recipe: four kinds, told apart by where a teacher's scores come from."""
+"""The teachers of a recipe: four kinds, distinguished by where a teacher's scores come from."""
 
 import difflib
 import re
@@ -22,17 +22,21 @@ Routes = Annotated[
 
 
 class Server(Section):
-    """A model behind HTTP: base URLs of servers that hold the same weights, and the name under which they serve it.
+    """A model behind HTTP.
 
-    `tokenizer` is a hub id or local folder, `revision` that of the hub; `api_key_env` names the environment variable
-    that holds the key. Where it is does not count; `model`, `revision` and what the tokenizer holds say what it is.
+    Fingerprints hold `model`, `revision` and the content of the tokenizer; where the server is does not count.
     """
 
     urls: Annotated[list[str], Field(min_length=1)]
+    """Base URLs of servers that hold the same weights."""
     model: Annotated[str, Field(min_length=1)]
+    """The name under which they serve it."""
     tokenizer: Annotated[str, Field(min_length=1)]
+    """Hub id or local folder of its tokenizer, to compare vocabularies."""
     revision: str | None = None
+    """Branch, tag or commit of the tokenizer on the hub."""
     api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    """Environment variable that holds the key; the key itself is never written."""
 
     @model_validator(mode="after")
     def _urls_are_bases(self) -> "Server":
@@ -59,29 +63,31 @@ def _trouble_of(url: str) -> str | None:
 
 
 class TeacherFields(Section):
-    """What every kind of teacher has.
-
-    `prompt` is the teacher's own prompt text, with {question} and, privileged, {solution} or any other field of
-    the record; null means the student's prompt. `temperature` null means the rollout temperature. Of several
-    teachers, each teaches the problems whose record has the values in `only`; without `only` all score every
-    completion and are mixed by `weight`.
-    """
+    """What every kind of teacher has."""
 
     what: ClassVar[str]
     """What a teacher of this kind is, in messages."""
 
     name: Annotated[str, Field(pattern=NAME)] = "teacher"
+    """What its steps, tables and messages call it."""
     trust_remote_code: bool = False
+    """Whether code that comes with the model may run. It is shown when on."""
     template: dict[str, JsonValue] = {}
+    """Arguments of the chat template, such as enable_thinking; empty are the student's."""
     prompt: str | None = None
+    """The teacher's own prompt, with {question} and, privileged, {solution} or any other field of the record;
+    null is the student's."""
     temperature: Positive | None = None
+    """Temperature at which it scores; null is the rollout temperature."""
     only: Routes | None = None
+    """Teaches only the problems whose record has these values; without it all teachers score every completion."""
     weight: Positive | None = None
+    """Its share of the mixture, where several score every completion."""
 
     @model_validator(mode="before")
     @classmethod
     def _fields_are_of_this_kind(cls, value: Any) -> Any:
-        """Leaves out what other kinds have and is at its default; raises for what is set and goes with another."""
+        """The fields without those of other kinds at their defaults; raises for those that are set."""
         if not isinstance(value, dict):
             return value
         own = {info.alias or name for name, info in cls.model_fields.items()}
@@ -115,14 +121,14 @@ class TeacherFields(Section):
 
 
 class OwnTeacher(TeacherFields):
-    """What a teacher has whose weights are its own, and here.
-
-    `quantization` is the method, by vLLM's name, by which that engine stores the weights in fewer bits.
-    """
+    """What a teacher has whose weights are its own, and here."""
 
     dtype: DtypeName = "auto"
+    """Numbers that it computes in; auto is float32 where bfloat16 would be emulated."""
     quantization: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")] | None = None
+    """The method, by vLLM's name, by which that engine stores the weights in fewer bits."""
     sft: Sft | None = None
+    """Cold start before round 1, on the reference solutions of the problems that it teaches."""
 
 
 class ModelTeacher(OwnTeacher):
@@ -131,7 +137,9 @@ class ModelTeacher(OwnTeacher):
     what = "this teacher is a model"
 
     model: str
+    """Hub id or local folder."""
     revision: str | None = None
+    """Branch, tag or commit on the hub; null is pinned by the first run."""
 
     @property
     def has_cold_start(self) -> bool:
@@ -140,26 +148,30 @@ class ModelTeacher(OwnTeacher):
 
 
 class ScratchTeacher(OwnTeacher):
-    """A teacher that starts from random weights and learns in its cold start, for tasks with their own tokenizer."""
+    """A teacher made from random weights and its cold start, for tasks with their own tokenizer."""
 
     what = "this teacher is made from scratch"
 
     scratch: Scratch
+    """A Llama model made from the seed, for tasks that bring their tokenizer."""
     has_cold_start: ClassVar = True
 
 
 class SelfTeacher(TeacherFields):
     """The student itself as teacher.
 
-    `self: initial` is the student before round 1, `current` the one that sampled the round, `ema` the average of the
-    students so far, of which each round keeps `decay` and adds the rest of the new one.
+    `initial` is the student before round 1, `current` the one that sampled the round, `ema` the average of the
+    students so far.
     """
 
     what = "this teacher is the student itself"
 
     self_: Annotated[Literal["initial", "current", "ema"], Field(alias="self")]
+    """The student before round 1, the one that sampled the round, or the average of the students so far."""
     decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """With self: ema, the share of the average before that each round keeps; the rest is the new student."""
     dtype: DtypeName = "auto"
+    """Numbers that it computes in; auto is the student's dtype."""
     quantization: ClassVar[None] = None
     sft: ClassVar[None] = None
     has_cold_start: ClassVar = False
@@ -177,6 +189,7 @@ class ServedTeacher(TeacherFields):
     what = "this teacher is behind a server, which decides that itself"
 
     server: Server
+    """Where the server is, the name of the model there, and its tokenizer."""
     dtype: ClassVar[DtypeName] = "auto"
     quantization: ClassVar[None] = None
     sft: ClassVar[None] = None

@@ -24,7 +24,7 @@ MAX_DEPTH = 50
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-5` as a float and refuses aliases, tags, and what is nested deeper than any recipe."""
+    """SafeLoader that reads `1e-5` as a float and refuses aliases, tags and too many levels."""
 
     _depth = 0
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from kdpipe.cli.app import app
-from kdpipe.recipe.reference import described_schema, reference
-from kdpipe.recipe.schema import Recipe, Section
-from kdpipe.recipe.words import WORDS
+from kdpipe.recipe.reference import described_schema, field_texts, reference
+from kdpipe.recipe.schema import Optimizer, Recipe, Section, SelfTeacher, SftOptimizer
 
 PAGE = Path(__file__).parents[2] / "docs/recipe.md"
 
@@ -33,11 +32,20 @@ def fields() -> list[tuple[str, str]]:
     ]
 
 
-def test_every_field_has_a_sentence_and_every_sentence_a_field() -> None:
+def test_every_field_has_a_text_of_whole_sentences() -> None:
     assert len(fields()) > 200
-    used = {f"{section}.{name}" if f"{section}.{name}" in WORDS else name for section, name in fields()}
-    assert used == set(WORDS)
-    assert all(sentence.endswith(".") and len(sentence) < 120 for sentence in WORDS.values())
+    texts = {section.__name__: field_texts(section) for section in sections()}
+    assert {(section, name) for section in texts for name in texts[section]} == set(fields())
+    sentences = [text for section in texts.values() for text in section.values()]
+    assert all(text.endswith(".") and len(text) < 200 for text in sentences)
+
+
+def test_a_field_has_the_text_below_it_or_below_the_field_that_it_is_derived_from() -> None:
+    rounds, cold_start = field_texts(Optimizer), field_texts(SftOptimizer)
+    assert rounds["betas"] == cold_start["betas"] == "Adam's decays of the first and second moment."
+    assert rounds["schedule"] == "How the rate falls after warm-up."
+    assert cold_start["schedule"] == "How the rate falls after warm-up, over `steps`."
+    assert field_texts(SelfTeacher)["self"].startswith("The student before round 1, ")
 
 
 def test_the_page_is_what_the_command_prints() -> None:
