@@ -15,10 +15,70 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kdpipe.recipe.objective import (
+    DistributionTerm,
+    JsdTerm,
+    K2Term,
+    K3Term,
+    RklTerm,
+    SampledTerm,
+    SkewKlTerm,
+    SkewRklTerm,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+
+# ------------------------------------------------------------------------------------- a recipe's terms
+
+
+def divergence(term: DistributionTerm, student_NS: Tensor, teacher_NS: Tensor) -> Tensor:
+    """The term's divergence of each row in nats, [N]."""
+    match term:
+        case JsdTerm(beta=beta):
+            return jsd(student_NS, teacher_NS, beta)
+        case SkewKlTerm(alpha=alpha):
+            return skew_kl(student_NS, teacher_NS, alpha)
+        case SkewRklTerm(alpha=alpha):
+            return skew_rkl(student_NS, teacher_NS, alpha)
+
+
+def signal_of(term: SampledTerm, difference_N: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The term's signal a at each token, [N], from d = q - s, which is 0 at tokens that it does not look at."""
+    match term:
+        case RklTerm(gamma=gamma):
+            return discounted_future_sum(difference_N, lengths, gamma=gamma)
+        case K3Term():
+            return difference_N.expm1()
+        case K2Term():
+            return difference_N
+    raise AssertionError(f"no signal for {term}")
+
+
+def sampled_loss(
+    term: SampledTerm,
+    student_N: Tensor,
+    teacher_N: Tensor,
+    *,
+    signal_N: Tensor,
+    baseline_N: Tensor,
+    weight_N: Tensor,
+) -> Tensor:
+    """The term's loss per token, [N], whose gradient is `-w (a - baseline) grad s`; `signal_N` is a - baseline."""
+    match term:
+        case RklTerm():
+            return rkl_surrogate(student_N, signal_N, weight_N)
+        case K2Term():
+            loss_N = k2(student_N, teacher_N, weight_N)
+        case K3Term():
+            loss_N = k3(student_N, teacher_N, weight_N)
+        case _:
+            raise AssertionError(f"no loss for {term}")
+    # Value 0, and the gradient that the baseline takes off.
+    return loss_N + (weight_N * baseline_N).detach() * (student_N - student_N.detach())
+
 
 # ---------------------------------------------------------------------------------------- distributions
 
@@ -86,11 +146,6 @@ def skew_kl(student_NS: Tensor, teacher_NS: Tensor, alpha: float) -> Tensor:
 def skew_rkl(student_NS: Tensor, teacher_NS: Tensor, alpha: float) -> Tensor:
     """`KL(S‖alpha * S + (1 - alpha) * P)` of each row in nats, [N], in [0, -log alpha]; S carries the gradient."""
     return kl(student_NS, mixture(student_NS, teacher_NS, alpha))
-
-
-def infinite_points(first_NS: Tensor, second_NS: Tensor) -> Tensor:
-    """Bool [N, S]: the support points that make KL(first‖second) infinite."""
-    return (first_NS > -math.inf) & (second_NS == -math.inf)
 
 
 # ---------------------------------------------------------------------------------- sampled-token terms

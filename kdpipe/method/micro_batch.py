@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kdpipe.method.objective import TeacherSupport, distribution_value, token_loss
+from kdpipe.method.objective import distribution_value, token_loss
+from kdpipe.method.token_batch import TeacherSupport
 from kdpipe.models.logprobs import head_logits, support_of, token_logprobs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kdpipe.method.objective import TokenBatch
+    from kdpipe.method.token_batch import TokenBatch
     from kdpipe.models.logprobs import Head
     from kdpipe.recipe.schema import Objective
 

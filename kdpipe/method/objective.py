@@ -1,143 +1,41 @@
-"""A recipe's objective applied to tensors: advantages, baselines, shares, the loss of a micro-batch, its metrics.
+"""A recipe's objective applied to tensors: the weight of each token, the loss of a micro-batch, its metrics.
 
-The trainer and `check-loss` call these same functions. Shapes as in `losses.py`: N flattened completion
-tokens, V ids in use, K ids of a support, S support points; n is the part of N that a term looks at.
+The trainer and `check-loss` call these same functions; what a KD term computes stands in `losses.py`. Shapes as
+there: N flattened completion tokens, V ids in use, S support points; n is the part of N that a term looks at.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
 
-from kdpipe.errors import StepError
 from kdpipe.method import losses
-from kdpipe.recipe.schema import (
+from kdpipe.method.token_batch import NonFiniteError, require_finite
+from kdpipe.recipe.objective import (
     BehaviourControl,
     DistillSchedule,
     DistributionTerm,
-    JsdTerm,
     K1LossTerm,
-    K2Term,
-    K3Term,
-    Objective,
     RatioControl,
-    RklTerm,
     SampledTerm,
-    SkewKlTerm,
-    SkewRklTerm,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
-STD_EPSILON = 1e-5  # AReaL's
+    from kdpipe.method.token_batch import TeacherSupport, TokenBatch
+    from kdpipe.recipe.objective import KdTerm, Objective
+
 ROUNDING_NATS = 2**-14
 """A difference of teacher and student at a token that float32 may have made up.
 
 A log-prob is a logit less a logsumexp. Between 8 and 16 one rounding of either is at most 2^-21 nats, and kernels that
 add in another order differ by some dozens of them: 1.3e-5 nats was seen, of 6.1e-5 here.
 """
-
-
-class NonFiniteError(StepError):
-    """A number that should be finite is not; `index` is its place in the input, for the caller to name."""
-
-    def __init__(self, index: int, found: str) -> None:
-        super().__init__(f"position {index}: {found}")
-        self.index = index
-        self.found = found
-
-
-@dataclass(frozen=True, slots=True)
-class TokenBatch:
-    """What is given about the completion tokens of one micro-batch: [N] tensors, completions one after another.
-
-    `behaviour` b, `proximal` p and `teacher` q are log-probs of the sampled tokens; `advantage` A and
-    `baseline` (of the sampled-token terms) are those of each token's completion. `kept` is False where no term
-    may look, `scorable` where the KD term may not (the teacher lacks the id), `kd_open` where a KD mask closes
-    the completion: whatever stands there is never read. `share` is the weight of each token in the optimizer
-    step's loss (see `shares`). `lengths` are the tokens of each completion, N in all. `off_policy` is True in text
-    that the student did not sample, which has neither b, p, A, baseline nor KD mask: none of them is read there.
-    """
-
-    behaviour: Tensor
-    proximal: Tensor
-    advantage: Tensor
-    kept: Tensor
-    scorable: Tensor
-    kd_open: Tensor
-    share: Tensor
-    lengths: Sequence[int]
-    teacher: Tensor | None = None
-    baseline: Tensor | None = None
-    off_policy: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        shape = (sum(self.lengths),)
-        for field in fields(self):
-            tensor = getattr(self, field.name)
-            if field.name != "lengths" and tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"{field.name} has shape {tuple(tensor.shape)}, but the lengths add up to {shape[0]} tokens"
-                )
-
-    @property
-    def sampled(self) -> Tensor:
-        """Bool [N]: the tokens that count and that the student sampled."""
-        return self.kept if self.off_policy is None else self.kept & ~self.off_policy
-
-    @property
-    def taught(self) -> Tensor:
-        """Bool [N]: the student's own tokens that the KD term looks at."""
-        return self.sampled & self.scorable & self.kd_open
-
-    def given(self, objective: Objective) -> Tensor:
-        """Bool [N]: the off-policy tokens that `off_policy_term` looks at."""
-        if self.off_policy is None:
-            return torch.zeros_like(self.kept)
-        given = self.kept & self.off_policy
-        return given & self.scorable if objective.off_policy_loss == "kd" else given
-
-    def compared(self, objective: Objective) -> Tensor:
-        """Bool [N]: the tokens at which a term looks at two whole distributions."""
-        if objective.off_policy_loss == "kd":
-            return self.taught | self.given(objective)
-        return self.taught
-
-
-@dataclass(frozen=True, slots=True)
-class TeacherSupport:
-    """The teacher's distribution at N positions: on K ids with the log-mass of all others, or on all V ids.
-
-    `ids_NK` (-1 is padding) with `logprobs_NS` [N, K] and `tail_N`; or `logprobs_NS` [N, V] alone.
-    """
-
-    logprobs_NS: Tensor
-    ids_NK: Tensor | None = None
-    tail_N: Tensor | None = None
-
-    def at(self, index: Tensor) -> TeacherSupport:
-        """The positions in `index`."""
-        if self.ids_NK is None or self.tail_N is None:
-            return TeacherSupport(self.logprobs_NS[index])
-        return TeacherSupport(self.logprobs_NS[index], self.ids_NK[index].long(), self.tail_N[index])
-
-    def pair(self, logprobs_NV: Tensor) -> tuple[Tensor, Tensor]:
-        """Student and teacher on the same support points, [N, S] each; `logprobs_NV` are the student's."""
-        if self.ids_NK is None or self.tail_N is None:
-            return logprobs_NV, self.logprobs_NS.to(logprobs_NV.dtype)
-        student_NS = losses.student_support(logprobs_NV, self.ids_NK)
-        teacher_NS = losses.teacher_support(
-            self.logprobs_NS.to(student_NS.dtype), self.tail_N.to(student_NS.dtype)
-        )
-        return student_NS, teacher_NS
-
 
 # ------------------------------------------------------------------------------------ one step of a run
 
@@ -172,100 +70,6 @@ def shares(objective: Objective, kept: Sequence[int | None], *, max_new_tokens: 
             return [1 / (max(1, completions) * (objective.fixed_length or max_new_tokens))] * len(counts)
 
 
-def open_completions(objective: Objective, correct: Sequence[bool], groups: Sequence[Hashable]) -> list[bool]:
-    """Which completions the KD term looks at: all, the wrong ones, or those of groups without a right one."""
-    if objective.kind == "srpo" or objective.mask == "wrong":
-        return [not right for right in correct]
-    if objective.mask == "all_wrong_groups":
-        solved = {group for group, right in zip(groups, correct, strict=True) if right}
-        return [group not in solved for group in groups]
-    return [True] * len(correct)
-
-
-# -------------------------------------------------------------------------------------------- advantages
-
-
-def advantages(objective: Objective, rewards: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
-    """The advantage A of each completion, from raw rewards; call it once with all completions of a round.
-
-    `groups` names the prompt of each completion. A group of one, and one of equal rewards, gets exactly 0.
-    """
-    clipped = []
-    for index, reward in enumerate(rewards):
-        scaled = (reward + objective.reward_bias) * objective.reward_scaling
-        if not abs(scaled) < math.inf:
-            raise NonFiniteError(index, f"reward is {reward}, expected a finite number")
-        clipped.append(min(max(scaled, -objective.reward_clip), objective.reward_clip))
-    members: dict[Hashable, list[float]] = {}
-    for group, reward in zip(groups, clipped, strict=True):
-        members.setdefault(group, []).append(reward)
-    # `statistics` computes exactly, so equal rewards leave no rounding residue for the division to blow up.
-    centres = {group: statistics.mean(values) for group, values in members.items()}
-    scales = dict.fromkeys(members, 1.0)
-    if objective.group_normalization == "mean_std":
-        scales = {group: _sample_std(values) + STD_EPSILON for group, values in members.items()}
-    result = [
-        (reward - centres[group]) / scales[group] for group, reward in zip(groups, clipped, strict=True)
-    ]
-    return _batch_normalized(result) if objective.batch_normalization else result
-
-
-def _batch_normalized(values: Sequence[float]) -> list[float]:
-    """Mean and sample std over *completions*.
-
-    AReaL's `adv_norm` takes them over unmasked tokens, so long completions weigh more and the mean that it
-    subtracts is not 0: where long answers are the bad ones, every token gets a push upwards. Over
-    completions the group means have already made the mean 0, and only the scale changes.
-    """
-    if not values:
-        return []
-    centre, scale = statistics.mean(values), _sample_std(values) + STD_EPSILON
-    return [(value - centre) / scale for value in values]
-
-
-def _sample_std(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-# --------------------------------------------------------------------------------------------- baselines
-
-
-def baselines(
-    kd: SampledTerm, differences: Sequence[Tensor], taught: Sequence[Tensor], scopes: Sequence[Hashable]
-) -> list[float]:
-    """The mean signal of the *other* completions of the same scope, for each completion; 0 without any.
-
-    `differences` are `q_t - p_t` [n] of each completion: with the proximal log-prob in the student's place the
-    baseline is known before the step, so micro-batches need no second pass, and any function of the other
-    completions leaves the expected gradient what it is. `taught` [n] are the tokens that the term looks at.
-    """
-    totals: list[tuple[float, int]] = []
-    for difference, mask in zip(differences, taught, strict=True):
-        clean = torch.zeros_like(difference, dtype=torch.float64)
-        clean[mask] = difference[mask].double()
-        signal = _signal(kd, clean, [len(clean)])
-        totals.append((float(signal[mask].sum()), int(mask.sum())))
-    sums: dict[Hashable, list[float]] = {}
-    for scope, (total, count) in zip(scopes, totals, strict=True):
-        entry = sums.setdefault(scope, [0.0, 0.0])
-        entry[0] += total
-        entry[1] += count
-    return [
-        (sums[scope][0] - total) / (sums[scope][1] - count) if sums[scope][1] > count else 0.0
-        for scope, (total, count) in zip(scopes, totals, strict=True)
-    ]
-
-
-def _signal(kd: SampledTerm, difference_N: Tensor, lengths: Sequence[int]) -> Tensor:
-    """`a_t` of a sampled-token term from `d_t`, which is 0 at tokens that the term does not look at."""
-    match kd:
-        case RklTerm(gamma=gamma):
-            return losses.discounted_future_sum(difference_N, lengths, gamma=gamma)
-        case K3Term():
-            return difference_N.expm1()
-    return difference_N
-
-
 # ----------------------------------------------------------------------------------- distribution terms
 
 
@@ -282,36 +86,28 @@ def distribution_value(
     result_N = logprobs_NV.new_zeros(len(logprobs_NV))
     at = taught_N.nonzero().squeeze(-1)
     student_nS, teacher_nS = support.at(at).pair(logprobs_NV[at])
-    if isinstance(kd, DistributionTerm):
-        values_n = _divergence(kd, student_nS, teacher_nS)
-    else:
-        student_nS = student_nS.detach()
-        values_n = -losses.kl(student_nS, teacher_nS)
+    values_n = _compared(kd, student_nS, teacher_nS)
     if not bool(torch.isfinite(values_n).all()):
         _explain(kd, places_N[at], support.at(at), student_nS.detach(), teacher_nS)
     return result_N.index_put((at,), values_n)
 
 
-def _divergence(kd: DistributionTerm, student_NS: Tensor, teacher_NS: Tensor) -> Tensor:
-    match kd:
-        case JsdTerm(beta=beta):
-            return losses.jsd(student_NS, teacher_NS, beta)
-        case SkewKlTerm(alpha=alpha):
-            return losses.skew_kl(student_NS, teacher_NS, alpha)
-        case SkewRklTerm(alpha=alpha):
-            return losses.skew_rkl(student_NS, teacher_NS, alpha)
+def _compared(kd: KdTerm, student_NS: Tensor, teacher_NS: Tensor) -> Tensor:
+    if isinstance(kd, DistributionTerm):
+        return losses.divergence(kd, student_NS, teacher_NS)
+    return -losses.kl(student_NS.detach(), teacher_NS)
 
 
 def _explain(
-    kd: object, places_N: Tensor, support: TeacherSupport, student_NS: Tensor, teacher_NS: Tensor
+    kd: KdTerm, places_N: Tensor, support: TeacherSupport, student_NS: Tensor, teacher_NS: Tensor
 ) -> None:
     """Raises NonFiniteError for the first row whose divergence is not finite."""
-    forward = isinstance(kd, SkewKlTerm) or (isinstance(kd, JsdTerm) and kd.beta == 0)
-    order = (teacher_NS, student_NS) if forward else (student_NS, teacher_NS)
-    infinite_NS = losses.infinite_points(*order)
-    not_numbers_NS = ~((student_NS < math.inf) & (teacher_NS < math.inf))
     # A bounded divergence is finite whatever has no mass, so that a nan came from what is not a log-prob.
-    bad_NS = not_numbers_NS if bool(not_numbers_NS.any()) else infinite_NS
+    not_numbers_NS = ~((student_NS < math.inf) & (teacher_NS < math.inf))
+    bad_NS = not_numbers_NS
+    if not bool(bad_NS.any()):
+        points = (tensor_NS.reshape(-1, 1) for tensor_NS in (student_NS, teacher_NS))
+        bad_NS = ~torch.isfinite(_compared(kd, *points).reshape(student_NS.shape))
     row, column = bad_NS.nonzero()[0].tolist()
     ids_NK = support.ids_NK
     if ids_NK is None:
@@ -401,11 +197,11 @@ def _off_policy_term(
 ) -> Tensor:
     """The term of the off-policy tokens `at`: their cross-entropy, or the divergence at them."""
     if objective.off_policy_loss == "cross_entropy":
-        _require_finite(at, {"the student's log-prob": student_N[at]})
+        require_finite(at, {"the student's log-prob": student_N[at]})
         return -student_N[at]
     if distribution_N is None:
         raise ValueError("off_policy_term kd needs distribution_N")
-    _require_finite(at, {"the divergence": distribution_N[at]})
+    require_finite(at, {"the divergence": distribution_N[at]})
     return distribution_N[at]
 
 
@@ -419,7 +215,7 @@ def _rl_signal(objective: Objective, batch: TokenBatch, student_N: Tensor, taugh
         return signal_N
     if batch.teacher is None:
         raise ValueError("srpo needs TokenBatch.teacher")
-    _require_finite(
+    require_finite(
         taught,
         {"the student's log-prob": student_N[taught], "the teacher's log-prob": batch.teacher[taught]},
     )
@@ -432,7 +228,7 @@ def _rl_term(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     student, proximal, behaviour = student_N[at], batch.proximal[at], batch.behaviour[at]
     signal = signal_N[at]
-    _require_finite(
+    require_finite(
         at,
         {
             "the student's log-prob": student,
@@ -462,7 +258,7 @@ def _rl_term(
 def _kd_metrics(batch: TokenBatch, student_N: Tensor, at: Tensor) -> dict[str, Tensor]:
     metrics = {"kd_tokens": torch.tensor(len(at), device=at.device)}
     if batch.teacher is not None:
-        _require_finite(
+        require_finite(
             at, {"the student's log-prob": student_N[at], "the teacher's log-prob": batch.teacher[at]}
         )
         metrics["kd_reverse_kl_nats"] = (student_N[at].detach() - batch.teacher[at]).sum()
@@ -470,7 +266,7 @@ def _kd_metrics(batch: TokenBatch, student_N: Tensor, at: Tensor) -> dict[str, T
 
 
 def _kd_term(
-    kd: SampledTerm | K1LossTerm | DistributionTerm,
+    kd: KdTerm,
     batch: TokenBatch,
     student_N: Tensor,
     distribution_N: Tensor | None,
@@ -481,7 +277,7 @@ def _kd_term(
         if distribution_N is None:
             raise ValueError("a distribution term needs distribution_N")
         loss = distribution_N[at]
-        _require_finite(at, {"the divergence": loss})
+        require_finite(at, {"the divergence": loss})
     elif batch.teacher is None:
         raise ValueError("a sampled-token term needs TokenBatch.teacher")
     elif isinstance(kd, K1LossTerm):
@@ -500,18 +296,11 @@ def _sampled_token_term(
     # Tokens that are not looked at keep their place in the discounting and contribute d = 0.
     difference_N = torch.zeros_like(student_N.detach()).index_put((at,), teacher - student.detach())
     baseline = _baseline(kd, batch, distribution_N, at)
-    signal = _signal(kd, difference_N, batch.lengths)[at] - baseline
+    signal = losses.signal_of(kd, difference_N, batch.lengths)[at] - baseline
     weight, acted = _weight(kd, batch, student, signal, at)
-    match kd:
-        case RklTerm():
-            return losses.rkl_surrogate(student, signal, weight), acted
-        case K2Term():
-            loss = losses.k2(student, teacher, weight)
-        case _:
-            loss = losses.k3(student, teacher, weight)
-            _require_finite(at, {"exp(q - s) of the k3 term": loss})
-    # Value 0, and the gradient that the baseline takes off: -w (a - baseline) grad s in all.
-    return loss + (weight * baseline).detach() * (student - student.detach()), acted
+    loss = losses.sampled_loss(kd, student, teacher, signal_N=signal, baseline_N=baseline, weight_N=weight)
+    require_finite(at, {"the KD term": loss})
+    return loss, acted
 
 
 def _baseline(kd: SampledTerm, batch: TokenBatch, distribution_N: Tensor | None, at: Tensor) -> Tensor:
@@ -532,12 +321,12 @@ def _weight(
 ) -> tuple[Tensor, Tensor]:
     """The weight w of each position, and at how many the control acted."""
     behaviour, proximal, now = batch.behaviour[at], batch.proximal[at], student.detach()
-    _require_finite(at, {"the sampler's log-prob": behaviour})
+    require_finite(at, {"the sampler's log-prob": behaviour})
     if kd.decoupled is None:
         ratio = (now - behaviour).exp()
         weight = _ratio_weight(kd.ratio, ratio, signal)
         return weight, (weight != ratio).sum()
-    _require_finite(at, {"the proximal log-prob": proximal})
+    require_finite(at, {"the proximal log-prob": proximal})
     update, before = (now - proximal).exp(), (proximal - behaviour).exp()
     update_weight = _ratio_weight(kd.decoupled.update, update, signal)
     before_weight = _ratio_weight(kd.decoupled.behaviour, before, signal)
@@ -567,12 +356,3 @@ def _behaviour_weight(settings: BehaviourControl, ratio_N: Tensor) -> Tensor:
         case BehaviourControl(control="mask", cap=float(cap)):
             return losses.masked(ratio_N, low=0, high=cap)
     raise AssertionError(f"the recipe lets no such control through: {settings}")
-
-
-def _require_finite(at: Tensor, values: Mapping[str, Tensor]) -> None:
-    for name, tensor in values.items():
-        is_finite = torch.isfinite(tensor)
-        if not bool(is_finite.all()):
-            row = int((~is_finite).nonzero()[0])
-            found = float(tensor[row].detach())
-            raise NonFiniteError(int(at[row]), f"{name} is {found}, expected a finite number")

@@ -9,14 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from kdpipe.method.objective import (
-    TeacherSupport,
-    TokenBatch,
-    advantages,
-    baselines,
-    open_completions,
-    shares,
-)
+from kdpipe.method.advantage import advantages, baselines, open_completions
+from kdpipe.method.objective import shares
+from kdpipe.method.token_batch import TeacherSupport, TokenBatch
 from kdpipe.recipe.schema import Objective, SampledTerm
 
 if TYPE_CHECKING:

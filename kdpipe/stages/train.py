@@ -18,7 +18,8 @@ from kdpipe.errors import StepError
 from kdpipe.method.micro_batch import micro_batch_loss
 from kdpipe.method.mismatch import ledger, mismatch
 from kdpipe.method.mixture import shuffled
-from kdpipe.method.objective import NonFiniteError, at_step
+from kdpipe.method.objective import at_step
+from kdpipe.method.token_batch import NonFiniteError
 from kdpipe.models.batching import Batch, batches_by_tokens, make_batch
 from kdpipe.models.text import Text
 from kdpipe.stages.experience import (

@@ -30,8 +30,8 @@ from kdpipe.cli.app import app
 from kdpipe.cli.before_lines import check_loss_lines
 from kdpipe.doctor.loss import check as module
 from kdpipe.doctor.loss.check import Finding, Phase, cases_of, check_loss, judged, serve, unsound
-from kdpipe.method import losses, micro_batch, objective
-from kdpipe.method.objective import TokenBatch
+from kdpipe.method import advantage, losses, micro_batch, objective
+from kdpipe.method.token_batch import TeacherSupport, TokenBatch
 from kdpipe.models import logprobs as forward
 from kdpipe.models.batching import Batch
 from kdpipe.recipe.file import load_recipe
@@ -118,7 +118,7 @@ def shifted(right: Wrong) -> Wrong:
     """The teacher's distribution of the next token."""
 
     def wrong(self: Any, index: Tensor) -> Any:
-        rows = self.logprobs_NS if isinstance(self, objective.TeacherSupport) else self.hidden_NG
+        rows = self.logprobs_NS if isinstance(self, TeacherSupport) else self.hidden_NG
         return right(self, (index + 1) % len(rows))
 
     return wrong
@@ -270,7 +270,7 @@ MUTANTS: dict[str, Mutant] = {
     "kl: first detached": Mutant(
         losses, "kl", lambda right: lambda first, second: right(first.detach(), second)
     ),
-    "support: shift by one": Mutant(objective.TeacherSupport, "at", shifted),
+    "support: shift by one": Mutant(TeacherSupport, "at", shifted),
     "hidden: shift by one": Mutant(micro_batch.TeacherHidden, "at", shifted),
     "tail dropped": Mutant(
         losses,
@@ -305,13 +305,13 @@ MUTANTS: dict[str, Mutant] = {
         objective, "token_loss", wrong_loss(lambda b: replace(b, scorable=torch.ones_like(b.kept)))
     ),
     "KD mask ignored": Mutant(
-        objective, "open_completions", lambda _: lambda goal, correct, groups: [True] * len(correct)
+        advantage, "open_completions", lambda _: lambda goal, correct, groups: [True] * len(correct)
     ),
     "KD mask inverted": Mutant(
-        objective, "open_completions", lambda right: lambda *args: [not is_open for is_open in right(*args)]
+        advantage, "open_completions", lambda right: lambda *args: [not is_open for is_open in right(*args)]
     ),
     "KD mask of the neighbour": Mutant(
-        objective, "open_completions", lambda right: lambda *args: [right(*args)[-1], *right(*args)[:-1]]
+        advantage, "open_completions", lambda right: lambda *args: [right(*args)[-1], *right(*args)[:-1]]
     ),
     "dropped completions counted": Mutant(objective, "shares", dropped_counted),
     "sampled ids: shift by one": Mutant(
@@ -331,7 +331,7 @@ MUTANTS: dict[str, Mutant] = {
         ),
     ),
     # baselines
-    "baseline: own tokens in the mean": Mutant(objective, "baselines", own_mean),
+    "baseline: own tokens in the mean": Mutant(advantage, "baselines", own_mean),
     "baseline: of the sampled token": Mutant(objective, "_baseline", of_sampled_token),
     "baseline: of the micro-batch": Mutant(objective, "_baseline", mean_of_signals),
 }
@@ -770,12 +770,14 @@ def test_what_no_unbiased_setting_has_is_not_claimed_off_policy() -> None:
     assert names({"kind": "srpo"}) == {"on-policy", "closed completions", "open completions"}
 
 
-def test_a_number_that_is_not_finite_is_a_failure_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_that_is_not_finite_is_a_failure_and_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(case for _, case in cases_of(recipe_of({"kind": "kd", "kd": "k2"})))
-    monkeypatch.setattr(losses, "k2", lambda s, q, w: s * math.nan)
+    monkeypatch.setattr(losses, "k2", lambda s, q, w: (s - s.detach()).abs().sqrt())  # 0, its gradient nan
     found = judged(case, 2)
     assert (found.verdict, found.problem) == ("FAILED", "not finite: on-policy, off-policy, ratio none")
     assert all(math.isfinite(measure.value) for measure in found.measures)
+    monkeypatch.setattr(losses, "k2", lambda s, q, w: s * math.nan)
+    assert judged(case, 2).problem == "the KD term is nan, expected a finite number"
     monkeypatch.undo()
     MUTANTS["mask ignored"].install(monkeypatch)
     assert "expected a finite number" in judged(case, 5).problem

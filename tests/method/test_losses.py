@@ -251,8 +251,6 @@ def test_a_teacher_zero_under_student_mass_is_infinite_for_reverse_kl_only(name:
     student, teacher = logits.log_softmax(-1), logs(1.0, 0.0)
     value = divergence(name, student, teacher, share)
     assert bool(value.isinf()) is ((name, share) in REVERSE)
-    assert losses.infinite_points(student.detach(), teacher).tolist() == [[False, True]]
-    assert not losses.infinite_points(teacher, student.detach()).any()
     if (name, share) not in REVERSE:
         (grad,) = torch.autograd.grad(value.sum(), logits)
         assert grad.isfinite().all()
@@ -264,8 +262,6 @@ def test_a_student_zero_under_teacher_mass_is_infinite_for_forward_kl_only(name:
     student, teacher = logits.log_softmax(-1), logs(0.4, 0.6)
     value = divergence(name, student, teacher, share)
     assert bool(value.isinf()) is ((name, share) in FORWARD)
-    assert losses.infinite_points(teacher, student.detach()).tolist() == [[False, True]]
-    assert not losses.infinite_points(student.detach(), teacher).any()
     if (name, share) not in FORWARD:
         (grad,) = torch.autograd.grad(value.sum(), logits)
         assert grad.isfinite().all()

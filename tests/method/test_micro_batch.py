@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from kdpipe.method.micro_batch import TeacherHidden, micro_batch_loss
-from kdpipe.method.objective import TeacherSupport, TokenBatch, distribution_value, token_loss
+from kdpipe.method.objective import distribution_value, token_loss
+from kdpipe.method.token_batch import TeacherSupport, TokenBatch
 from kdpipe.models import logprobs as forward
 from kdpipe.models.batching import make_batch
 from kdpipe.models.logprobs import Head, head_of, hidden_states, support_of

@@ -15,18 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdpipe.method.objective import (
-    NonFiniteError,
-    TeacherSupport,
-    TokenBatch,
-    advantages,
-    at_step,
-    baselines,
-    distribution_value,
-    open_completions,
-    shares,
-    token_loss,
-)
+from kdpipe.method.advantage import advantages, baselines, open_completions
+from kdpipe.method.objective import at_step, distribution_value, shares, token_loss
+from kdpipe.method.token_batch import NonFiniteError, TeacherSupport, TokenBatch
 from kdpipe.models.logprobs import support_of
 from kdpipe.recipe.schema import Objective, Support
 

@@ -13,7 +13,8 @@ import torch
 
 from kdpipe.method import losses
 from kdpipe.method.micro_batch import micro_batch_loss
-from kdpipe.method.objective import TeacherSupport, TokenBatch, shares
+from kdpipe.method.objective import shares
+from kdpipe.method.token_batch import TeacherSupport, TokenBatch
 from kdpipe.models.logprobs import Head
 from kdpipe.recipe.schema import Objective
 from tests.peer import peer_python

@@ -20,7 +20,8 @@ from kdpipe.data.rows import Rollout
 from kdpipe.data.tables import Scores
 from kdpipe.errors import RecipeError, StepError
 from kdpipe.method.mixture import RoundScores, TeacherScores, donors_of, shuffled
-from kdpipe.method.objective import TokenBatch, token_loss
+from kdpipe.method.objective import token_loss
+from kdpipe.method.token_batch import TokenBatch
 from kdpipe.pipeline.plan import run_hash
 from kdpipe.pipeline.project import Project, open_project
 from kdpipe.recipe.file import load_recipe

@@ -21,14 +21,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from kdpipe.errors import Interrupted
-from kdpipe.method.objective import (
-    NonFiniteError,
-    TeacherSupport,
-    TokenBatch,
-    distribution_value,
-    shares,
-    token_loss,
-)
+from kdpipe.method.objective import distribution_value, shares, token_loss
+from kdpipe.method.token_batch import NonFiniteError, TeacherSupport, TokenBatch
 from kdpipe.recipe.file import load_recipe
 from kdpipe.recipe.schema import Objective
 from tests.stages.test_from_files import forward, of_tokens, write_model, write_problems

@@ -7,7 +7,7 @@ has a completion of that kind.
 What `end_token` and `truncated` mask is decided by train, before the loss, and an expectation over what is left is
 no divergence: properties 1 to 3 are about completions of which everything counts.
 
-Shapes as in `small_world.py`; R completions.
+Shapes as in `enumerated.py`; R completions.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from kdpipe.doctor.loss.enumerated import (
     table_rows,
 )
 from kdpipe.doctor.loss.transformer import transformer
-from kdpipe.method.objective import NonFiniteError
+from kdpipe.method.token_batch import NonFiniteError
 from kdpipe.models.logprobs import Head
 from kdpipe.recipe.schema import DecoupledControl, DistillSchedule, RatioControl, Recipe, SampledTerm
 

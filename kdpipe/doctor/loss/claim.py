@@ -1,7 +1,7 @@
 """What an objective is and what its KD term claims to descend: in words, and as the exact gradient in the small world.
 
 Written out from probabilities, with none of kdpipe's losses: what check-loss compares these with must not share
-their mistakes. Shapes as in `small_world.py`; S support points.
+their mistakes. Shapes as in `enumerated.py`; S support points.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.doctor.loss.enumerated import of_tokens, on_support, prefixes_of, support_in_world
-from kdpipe.recipe.schema import (
+from kdpipe.recipe.objective import (
     DistributionTerm,
     JsdTerm,
     K1LossTerm,

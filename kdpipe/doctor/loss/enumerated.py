@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kdpipe.method.advantage import baselines, open_completions
 from kdpipe.method.micro_batch import TeacherHidden, micro_batch_loss
-from kdpipe.method.objective import TeacherSupport, TokenBatch, baselines, open_completions, shares
+from kdpipe.method.objective import shares
+from kdpipe.method.token_batch import TeacherSupport, TokenBatch
 from kdpipe.models.logprobs import Head, support_of
 from kdpipe.recipe.schema import SampledTerm
 
