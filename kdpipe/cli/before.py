@@ -14,7 +14,6 @@ from kdpipe.cli.parameters import (
     SetOption,
     WorkspaceOption,
     load_given,
-    open_given,
 )
 from kdpipe.cli.printing import print_json
 from kdpipe.errors import PreflightError
@@ -103,8 +102,9 @@ def plan(
     """
     from kdpipe.cli.before_lines import plan_lines
     from kdpipe.cli.terminal import inert, painter
+    from kdpipe.pipeline.project import open_project
 
-    project = open_given(recipe, overrides, workspace)
+    project = open_project(load_given(recipe, overrides, workspace), workspace.resolve())
     states = project.survey()
     unresolved = project.identities.unresolved()
     if as_json:

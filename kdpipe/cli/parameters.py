@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kdpipe.cli.printing import say
 from kdpipe.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -65,10 +66,16 @@ def load_given(recipe: str, overrides: list[str] | None, workspace: Path) -> "Lo
 
 
 def open_given(recipe: str, overrides: list[str] | None, workspace: Path) -> "Project":
-    """The recipe's project in a workspace; nothing is made or fetched. Raises RecipeError."""
-    from kdpipe.pipeline.project import open_project
+    """The recipe's project in a workspace, to read; nothing is made or fetched. Raises RecipeError."""
+    from kdpipe.pipeline.project import read_project
 
-    return open_project(load_given(recipe, overrides, workspace), workspace.resolve())
+    project = read_project(load_given(recipe, overrides, workspace), workspace.resolve())
+    if project.is_older:
+        say(
+            f"{project.run.name}: made by an older kdpipe, and shown as that made it; kdpipe run would perform its "
+            "steps again, under new names in the store"
+        )
+    return project
 
 
 def run_given(run: str, overrides: list[str] | None, workspace: Path) -> "RunFolder":

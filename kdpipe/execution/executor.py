@@ -303,8 +303,8 @@ class _Task:
         for step in self.inputs.steps.values():
             manifest = self.inputs.store.entry(step).manifest()
             fields: Any = step.document["fields"]
-            if (
-                manifest is None or "student.dtype" not in fields
+            if manifest is None or "dtype" not in (
+                fields.get("student") or {}
             ):  # a teacher's may be from another student's run
                 continue
             if (there := manifest.provenance.get("dtype", here)) != here:

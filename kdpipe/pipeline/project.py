@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,19 @@ from kdpipe.pipeline.runs import RunFolder, named_run, run_folder
 from kdpipe.pipeline.status import State, survey
 from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.recipe.schema import Recipe
-from kdpipe.store.artifacts import Store
+from kdpipe.store.artifacts import FINGERPRINT_KEY, Store
+from kdpipe.store.step import Step
 
 
 @dataclass(frozen=True, slots=True)
 class Project:
-    """A recipe in a workspace, with its plan."""
+    """A recipe in a workspace, with its plan; `is_older` says that an older kdpipe made the run and named its steps."""
 
     loaded: LoadedRecipe
     workspace: Path
     identities: Identities
     plan: Plan
+    is_older: bool = False
 
     @property
     def recipe(self) -> Recipe:
@@ -54,6 +56,32 @@ def open_project(loaded: LoadedRecipe, workspace: Path) -> Project:
     """The plan of `loaded` in `workspace`, without network."""
     identities = Sources(loaded, workspace).identities()
     return Project(loaded, workspace, identities, make_plan(loaded.recipe, identities))
+
+
+def read_project(loaded: LoadedRecipe, workspace: Path) -> Project:
+    """The project for who only reads: a run that an older kdpipe made has its steps as that one made them."""
+    project = open_project(loaded, workspace)
+    steps = _older_steps(project)
+    return project if steps is None else replace(project, plan=Plan(steps), is_older=True)
+
+
+def _older_steps(project: Project) -> tuple[Step, ...] | None:
+    """The plan's steps under the fingerprints of an older kdpipe; None where this one has made any, or none is there.
+
+    They are those that the run links: payloads and the names of inputs have not changed since.
+    """
+    steps, is_older = list[Step](), False
+    for step in project.plan.steps:
+        hashed = project.run.linked_document(step)
+        if hashed is None:
+            steps.append(step)
+        elif hashed.get("format") == step.document["format"]:
+            return None
+        else:
+            is_older = True
+            fingerprint = str(hashed.pop(FINGERPRINT_KEY))
+            steps.append(replace(step, document=hashed, fingerprint=fingerprint))
+    return tuple(steps) if is_older else None
 
 
 def summary_of(project: Project, step_id: str) -> dict[str, Any] | None:

@@ -127,18 +127,17 @@ def _explained(state: State, history: _History, store: Store) -> State:
 
 
 def _difference(earlier: Mapping[str, Any], step: Step) -> str:
-    """What differs between two fingerprint documents: fields first, else the inputs that changed."""
+    """What differs between two fingerprint documents: their format, or fields, or else the inputs that changed."""
+    if (old_format := earlier.get("format")) != step.document["format"]:  # its fields have other names
+        return f"format: {old_format} -> {step.document['format']} (made by another version of kdpipe)"
     old, new = dict(_leaves(earlier.get("fields", {}))), dict(_leaves(step.document["fields"]))
     reasons = [
         f"{name}: {_short(old.get(name))} -> {_short(new.get(name))}"
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     ]
-    reasons += [
-        f"{name}: {earlier.get(name)} -> {step.document[name]}"
-        for name in ("format", "seed")
-        if earlier.get(name) != step.document[name]
-    ]
+    if earlier.get("seed") != step.document["seed"]:
+        reasons.append(f"seed: {earlier.get('seed')} -> {step.document['seed']}")
     if not reasons:
         old_inputs, new_inputs = earlier.get("inputs", {}), step.document["inputs"]
         assert isinstance(new_inputs, dict)

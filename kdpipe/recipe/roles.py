@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from kdpipe.recipe.schema import Recipe, Teacher
 
 STUDENT = "student"
 """The student's name where teachers have theirs: the subject of its steps, the key of its model."""
-SERVER = "server"
+SERVER: Literal["server"] = "server"
 
 
 class RoleKind(StrEnum):

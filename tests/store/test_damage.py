@@ -565,7 +565,7 @@ def test_state_of_another_version_of_a_stage_is_stale_and_plan_says_so(
     states = {state.step.id: state for state in world.project().survey()}
     assert (states["train@1"].verdict, states["train@1"].why) == (
         "stale",
-        f"format: {number} -> {number + 1}",
+        f"format: {number} -> {number + 1} (made by another version of kdpipe)",
     )
     assert states["rollout@1"].done
     assert not states["rollout@2"].done

@@ -1,0 +1,1 @@
+"""What each stage reads of a recipe: the plan hashes it, and the stage gets it and no recipe. Loads no torch."""
