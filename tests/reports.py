@@ -10,9 +10,9 @@ from kdpipe.data.tables import Scores
 from kdpipe.pipeline.project import Project
 from kdpipe.report.page import render
 from kdpipe.report.tokens_data import Titled
-from kdpipe.results.completions import Batch, Change, Kind, _Columns
+from kdpipe.results.completions import Change, CompletionRow, CompletionTable, TableKind, TokenColumns
+from kdpipe.results.detokenizer import Detokenizer, TokenText
 from kdpipe.results.measures import Measures
-from kdpipe.results.pieces import Piece, Pieces
 from kdpipe.store.step import Step
 from tests import nasty_texts
 
@@ -28,42 +28,41 @@ HIT = (
 NASTY = (*nasty_texts.NASTY.values(), *HIT)
 
 
-class Words(Pieces):
-    """Pieces that are known by their ids: the nasty texts themselves."""
+class Words(Detokenizer):
+    """Token texts that are known by their ids: the nasty texts themselves."""
 
     def __init__(self) -> None:
         super().__init__(None)
 
-    def of(self, ids: Any) -> list[Piece]:
-        return [Piece(NASTY[number], "text") for number in ids]
+    def of(self, ids: Any) -> list[TokenText]:
+        return [TokenText(NASTY[number], "text") for number in ids]
 
     def after(self, ids: Any, number: int) -> str:
         return NASTY[number]
 
 
-def batch(kind: Kind, *, scored: bool = True, flips: bool = False) -> Batch:
+def completions(kind: TableKind, *, scored: bool = True, flips: bool = False) -> CompletionTable:
     """One completion for each nasty text: every third is right, every fourth cut, every fifth flipped."""
     count = len(NASTY)
     rows = [
-        {
-            "prompt_id": f"p/{index}",
-            "sample": 0,
-            "question": NASTY[index],
-            "expected": str(index),
-            "finish_reason": "length" if index % 4 == 0 else "stop",
-            "text": NASTY[index],
-            "answer_strict": NASTY[index],
-            "answer_flexible": None,
-            "correct": index % 3 == 0,
-            "source": "student",
-        }
+        CompletionRow(
+            prompt_id=f"p/{index}",
+            sample=0,
+            source="student",
+            question=NASTY[index],
+            expected=str(index),
+            text=NASTY[index],
+            answer=NASTY[index],
+            is_right=index % 3 == 0,
+            is_truncated=index % 4 == 0,
+        )
         for index in range(count)
     ]
     ids = [np.array([index, (index + 1) % count, 0]) for index in range(count)]
     student: list[Any] = [np.array([-0.25, -1.5, -0.0625 * index]) for index in range(count)]
     teacher: list[Any] = [np.array([-0.5, -0.5 - index, np.nan]) for index in range(count)]
     nothing: list[Any] = [None] * count
-    columns = _Columns(ids, student if scored else nothing, teacher if scored else nothing, nothing)
+    columns = TokenColumns(ids, student if scored else nothing, teacher if scored else nothing, nothing)
     scores = {index: _scores(index) for index in range(count)} if scored else {}
     changes = {
         (f"p/{index}", 0): Change(index % 5 == 0, False, NASTY[index], NASTY[-index])
@@ -71,7 +70,7 @@ def batch(kind: Kind, *, scored: bool = True, flips: bool = False) -> Batch:
     }
     step = Step("rollout@2", "rollout", 2, "", 0, {}, {}, "")
     places = dict.fromkeys(range(count), 0)
-    return Batch(kind, step, rows, columns, Words(), scores, places, None, changes if flips else {})
+    return CompletionTable(kind, step, rows, columns, Words(), scores, places, None, changes if flips else {})
 
 
 def _scores(index: int) -> Scores:
@@ -83,14 +82,14 @@ def _scores(index: int) -> Scores:
 
 
 def story() -> list[Titled]:
-    """A scored batch with pairs of graded answers, one without, and one that nobody scored."""
+    """A scored table with pairs of graded answers, one without, and one that nobody scored."""
     return [
-        Titled("one", "Held out", "A note.", batch("held-out", flips=True)),
-        Titled("two", "Training", "Another.", batch("rollout")),
-        Titled("three", "Graded", "A third.", batch("answers", scored=False, flips=True)),
+        Titled("one", "Held out", "A note.", completions("held-out", flips=True)),
+        Titled("two", "Training", "Another.", completions("rollout")),
+        Titled("three", "Graded", "A third.", completions("answers", scored=False, flips=True)),
     ]
 
 
-def page_of(project: Project, batches: list[Titled]) -> str:
+def page_of(project: Project, sets: list[Titled]) -> str:
     """The page of a project with these completions in place of its own."""
-    return render(Measures(project), batches, stamp="0", commands=["kdpipe run"])
+    return render(Measures(project), sets, stamp="0", commands=["kdpipe run"])

@@ -54,7 +54,7 @@ DOORS = {
     "typer": {"cli"},
     "click": {"cli.app"},
     "rich": {"cli.terminal"},
-    "tokenizers": {"results.pieces", "models.prompting"},
+    "tokenizers": {"results.detokenizer", "models.prompting"},
     "huggingface_hub": {"pipeline.identities"},
     "yaml": {"recipe.yaml_source"},
     "filelock": {"store.locks", "tracking.mlflow_run"},
@@ -70,7 +70,7 @@ DOORS = {
     "copyreg": set[str](),
     "dbm": set[str](),
     "pandas": set[str](),
-    "scipy": {"results.comparison"},
+    "scipy": {"method.statistics"},
     "multiprocessing": {"engines.vllm.process"},  # only asks which of the processes that vLLM starts live
 }
 TYPES_ONLY = {("training.local", "transformers"), ("models.adapters", "transformers")}

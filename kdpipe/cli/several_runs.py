@@ -13,19 +13,19 @@ from kdpipe.errors import Interrupted, KdpipeError, StepError
 if TYPE_CHECKING:
     from kdpipe.pipeline.runner import Request
     from kdpipe.pipeline.runs import RunFolder
-    from kdpipe.results.comparison import Row
-    from kdpipe.results.studies import Kind
+    from kdpipe.results.comparison import ComparisonRow
+    from kdpipe.results.studies import StudyKind
     from kdpipe.tracking.record import Status
 
 
 def run_study(
-    kind: "Kind",
+    kind: "StudyKind",
     recipe: str,
     runs: "Sequence[tuple[str, list[str]]]",
     workspace: Path,
     request: "Request",
     *,
-    compare: "Callable[[dict[int, RunFolder]], Sequence[Row]]",
+    compare: "Callable[[dict[int, RunFolder]], Sequence[ComparisonRow]]",
     markdown: bool,
     as_json: bool,
 ) -> None:
@@ -33,8 +33,9 @@ def run_study(
 
     `compare` is given their folders by their place. Raises StepError where some failed.
     """
+    from kdpipe.cli.comparison_table import markdown_lines
     from kdpipe.pipeline.runs import run_folder
-    from kdpipe.results.comparison_lines import comparison_json, markdown_lines
+    from kdpipe.results.comparison import comparison_json
     from kdpipe.results.studies import make_study
     from kdpipe.store.locks import run_lock
     from kdpipe.tracking import begin_study, end_study
@@ -89,10 +90,10 @@ def _run_each(
 
 
 def _print_study(
-    rows: "Sequence[Row]", failed: list[str], count: int, *, markdown: bool, as_json: bool
+    rows: "Sequence[ComparisonRow]", failed: list[str], count: int, *, markdown: bool, as_json: bool
 ) -> None:
     """The comparison of the runs that ended; raises StepError where some failed."""
-    from kdpipe.results.comparison_lines import comparison_json
+    from kdpipe.results.comparison import comparison_json
 
     if as_json:
         print(json.dumps({"event": "comparison", "rows": comparison_json(rows)}, sort_keys=True))
@@ -103,10 +104,10 @@ def _print_study(
         raise StepError(f"{len(failed)} of {count} runs failed: {'; '.join(failed)}")
 
 
-def print_rows(rows: "Sequence[Row]", *, markdown: bool) -> None:
+def print_rows(rows: "Sequence[ComparisonRow]", *, markdown: bool) -> None:
     """Prints a comparison as text, or as Markdown."""
+    from kdpipe.cli.comparison_table import markdown_lines, text_lines
     from kdpipe.cli.terminal import inert
-    from kdpipe.results.comparison_lines import markdown_lines, text_lines
 
     lines = markdown_lines(rows) if markdown else text_lines(rows)
     print("\n".join(map(inert, lines)))

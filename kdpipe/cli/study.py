@@ -21,8 +21,8 @@ from kdpipe.cli.several_runs import print_rows, run_study
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.runs import RunFolder
-    from kdpipe.results.arms import ArmRun
-    from kdpipe.results.comparison import Row
+    from kdpipe.results.comparison import ComparisonRow
+    from kdpipe.results.studies import ArmRun
 
 
 def compare(
@@ -47,8 +47,7 @@ def compare(
     Example: kdpipe compare quickstart-b4335f0f quickstart-3f1b2c4d
     """
     from kdpipe.results.comparison import compare as rows_of
-    from kdpipe.results.comparison import read_contender
-    from kdpipe.results.comparison_lines import comparison_json
+    from kdpipe.results.comparison import comparison_json, read_contender
 
     folders = [run_given(run, overrides, workspace) for run in dict.fromkeys(runs)]
     rows = rows_of([read_contender(folder) for folder in folders])
@@ -80,7 +79,7 @@ def arms(
 
     Example: kdpipe arms quickstart --seeds 3 --set rollout.samples=4 --set rollout.prompts=32
     """
-    from kdpipe.results.arms import arm_runs, parse_arms
+    from kdpipe.results.studies import arm_runs, parse_arms
 
     given = tuple(overrides or ())
     study = arm_runs(load_given(recipe, list(given), workspace).recipe, parse_arms(which), seeds=seeds)
@@ -101,7 +100,7 @@ def _print_forecast(
 ) -> None:
     from dataclasses import asdict
 
-    from kdpipe.results.arms import forecast
+    from kdpipe.results.studies import forecast
 
     projects = [open_given(recipe, [*given, *one.overrides], workspace) for one in study]
     found = forecast(projects, rounds=rounds)
@@ -141,12 +140,12 @@ def _run_arms(
     as_json: bool,
 ) -> None:
     from kdpipe.pipeline.runner import Request
-    from kdpipe.results.arms import arm_rows
     from kdpipe.results.comparison import read_contender
+    from kdpipe.results.studies import arm_rows
 
     runs = [(f"{one.arm}, seed {one.seed}", [*given, *one.overrides]) for one in study]
 
-    def table(done: "dict[int, RunFolder]") -> "list[Row]":
+    def table(done: "dict[int, RunFolder]") -> "list[ComparisonRow]":
         """The arms in their order, against the students before training."""
         ended = [(study[number].arm, read_contender(folder)) for number, folder in done.items()]
         order = list(dict.fromkeys(one.arm for one in study))

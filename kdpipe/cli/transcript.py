@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 
 from kdpipe.cli.terminal import COLUMNS, Paint, inert
-from kdpipe.results.completions import Change, Completion, Token
+from kdpipe.results.completions import Change, GradedCompletion, Token
 from kdpipe.results.samples import Sample, Samples
 
 EDGES = (0.1, 0.5, 1.5, 4.0)
@@ -68,7 +68,7 @@ def _sample_lines(sample: Sample, paint: Paint, *, coloured: bool) -> list[str]:
     return lines
 
 
-def _heading(completion: Completion, paint: Paint) -> list[str]:
+def _heading(completion: GradedCompletion, paint: Paint) -> list[str]:
     grade = paint("right", "green") if completion.is_right else paint("wrong", "red")
     which = "reference text" if completion.source == "reference" else f"sample {completion.sample}"
     which += " of the teacher" if completion.source == "teacher" else ""

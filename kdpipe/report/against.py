@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 from kdpipe.report.figure import Bar, interval_svg
 from kdpipe.report.markup import Html, element, joined, paragraph, section
-from kdpipe.results.comparison import Row
-from kdpipe.results.comparison_lines import HEADER, cells_of, notes_on
+from kdpipe.results.comparison import HEADER, ComparisonRow, cells_of, notes_on
 
 LABEL, SEEDS, ROUND, ACCURACY, INTERVAL, DIFFERENCE, P_VALUE, TOKENS, SECONDS = range(len(HEADER))
 
 
-def against_section(rows: Sequence[Row]) -> Html | None:
+def against_section(rows: Sequence[ComparisonRow]) -> Html | None:
     """A line for each recipe, the page's own first; None where there is nothing to hold it against."""
     if not rows:
         return None
@@ -36,7 +35,7 @@ def against_section(rows: Sequence[Row]) -> Html | None:
     )
 
 
-def _line(row: Row, *, is_own: bool) -> Html:
+def _line(row: ComparisonRow, *, is_own: bool) -> Html:
     cells = cells_of(row)
     found = row.accuracy
     spoken = f"{cells[ACCURACY]}, {cells[INTERVAL]}, from 0 to 100 %"

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from kdpipe.results.visible_text import visible
+
 Attributes: TypeAlias = Mapping[str, str | float | bool | None]
 VOID = frozenset({"meta", "input", "br", "path", "line", "circle", "rect", "polyline", "polygon"})
 
@@ -74,20 +76,6 @@ def _markup(child: Child) -> str:
 def _plain(value: str | float | bool) -> str:
     """An attribute's value; coordinates need no more than a hundredth of a pixel."""
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else visible(str(value))
-
-
-def visible(text: str) -> str:
-    """The text with characters that do not print as themselves written out, as bidi controls; newlines stay."""
-    if text.isprintable():
-        return text
-    return "".join(
-        character
-        if character.isprintable() or character in "\n\t"
-        else f"\\x{ord(character):02x}"
-        if ord(character) < 256
-        else f"\\u{ord(character):04x}"
-        for character in text
-    )
 
 
 def embedded(value: Any) -> str:

@@ -23,7 +23,7 @@ from kdpipe.report.markup import Html, element, embedded, paragraph, section, ta
 from kdpipe.report.stamp import NAME as STAMP_NAME
 from kdpipe.report.token_view import tokens_section
 from kdpipe.report.tokens_data import Titled, token_data
-from kdpipe.results.comparison import Row
+from kdpipe.results.comparison import ComparisonRow
 from kdpipe.results.measures import Measures
 from kdpipe.results.verdict import model_name
 
@@ -39,7 +39,7 @@ def render(
     *,
     stamp: str,
     commands: Sequence[str],
-    against: Sequence[Row] = (),
+    against: Sequence[ComparisonRow] = (),
 ) -> str:
     """The whole page, below `MAX_BYTES`; `stamp` says what it was made from, `against` has the run's own row first."""
     drawn = charts(measures)
@@ -48,7 +48,7 @@ def render(
     room = min(MAX_TOKEN_BYTES, MAX_BYTES - MARGIN_BYTES - len(frame.encode()))
     if not batches:
         return frame
-    data = token_data(batches, headline=measures.project.recipe.task.headline, max_bytes=room)
+    data = token_data(batches, max_bytes=room)
     return _document(measures, main, drawn, data, stamp=stamp)
 
 
@@ -57,7 +57,7 @@ def _main(
     drawn: Sequence[Chart],
     batches: Sequence[Titled],
     commands: Sequence[str],
-    against: Sequence[Row],
+    against: Sequence[ComparisonRow],
 ) -> Html:
     return element(
         "main",

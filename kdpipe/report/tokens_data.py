@@ -3,78 +3,134 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat, zip_longest
-from typing import Any
+from typing import TypeAlias
 
-from kdpipe.report.markup import visible
-from kdpipe.results.completions import Batch, Completion, Token
+from kdpipe.results.completions import CompletionTable, GradedCompletion, Token
+from kdpipe.results.reader import Reader
+from kdpipe.results.visible_text import visible
 
 MAX_COMPLETIONS = 300
-"""Of one batch."""
+"""Of one table."""
 MAX_TOKENS = 1500
 """Of one completion: what follows is counted and left out."""
 UNITS = 10_000
 """Log-probs are written as whole numbers of ten-thousandths of a nat."""
+Numbered: TypeAlias = "dict[tuple[str, str], int]"
+"""The text and kind of each token with its number in the document, so that each text stands there once."""
+
+
+# --------------------------------------------------------------------------------- which completions
 
 
 @dataclass(frozen=True, slots=True)
 class Titled:
-    """A batch with what the page says of it."""
+    """Completions with what the page says of them."""
 
     key: str
     title: str
     note: str
-    batch: Batch
+    completions: CompletionTable
 
 
-def token_data(batches: list[Titled], *, headline: str, max_bytes: int) -> dict[str, Any]:
+def titled_completions(reader: Reader) -> list[Titled]:
+    """The newest that a teacher scored, those of before, and the graded answers: the most telling first."""
+    evaluated = sorted(reader.evaluated_rounds())
+    found = []
+    if evaluated and (completions := reader.held_out(evaluated[-1])) is not None:
+        found.append(_held_out(completions))
+    if (number := reader.scored_round()) is not None:
+        found.append(_rollout(reader.rollout(number)))
+    if len(evaluated) > 1 and evaluated[0] == 0 and (completions := reader.held_out(0)) is not None:
+        found.append(_held_out(completions))
+    if evaluated:
+        found.append(_answers(reader.answers(evaluated[-1])))
+    return found
+
+
+def _held_out(completions: CompletionTable) -> Titled:
+    number = completions.step.round
+    who = "student before" if number == 0 else f"student {number}"
+    flips = (
+        " Flipped: its graded answer was right at first and is wrong now, or the other way round."
+        if completions.changes
+        else ""
+    )
+    note = f"Held-out problems, sampled by {who} at the rollout temperature; right or wrong is that sample.{flips}"
+    return Titled(f"held-out-{number}", f"Held out, {who}", note, completions)
+
+
+def _rollout(completions: CompletionTable) -> Titled:
+    number = completions.step.round
+    scored = "" if completions.is_scored else " No teacher scored it."
+    note = f"What student {number - 1} sampled, and student {number} was trained on.{scored}"
+    return Titled(f"rollout-{number}", f"Training, round {number}", note, completions)
+
+
+def _answers(completions: CompletionTable) -> Titled:
+    number = completions.step.round
+    pairs = ", beside the answer before training" if completions.changes else ""
+    note = f"The graded answers of student {number}{pairs}. The teacher did not score these texts."
+    return Titled(f"answers-{number}", f"Graded answers, student {number}", note, completions)
+
+
+# ----------------------------------------------------------------------------------------- the document
+
+
+def token_data(sets: Sequence[Titled], *, max_bytes: int) -> dict[str, object]:
     """The document that the page's script reads, of at most `max_bytes` as JSON.
 
-    Completions are taken from the batches in turn, in each from the wrong, right and truncated ones in turn, those with
+    Completions are taken from the sets in turn, in each from the wrong, right and truncated ones in turn, those with
     the largest disagreement first.
     """
-    table: dict[tuple[str, str], int] = {}
-    sets = [
-        {
-            "key": titled.key,
-            "title": titled.title,
-            "note": titled.note,
-            "scored": titled.batch.is_scored,
-            "flips": bool(titled.batch.changes),
-            "total": len(titled.batch),
-            "items": [],
-        }
-        for titled in batches
-    ]
-    left = max_bytes - len(json.dumps(sets)) - 100
-    orders = [zip(repeat(number), _order(titled.batch)) for number, titled in enumerate(batches)]
+    numbered: Numbered = {}
+    heads = [_head(titled) for titled in sets]
+    items: list[list[dict[str, object]]] = [[] for _ in sets]
+    left = max_bytes - len(json.dumps(heads)) - 100
+    orders = [zip(repeat(number), _order(titled.completions)) for number, titled in enumerate(sets)]
     for number, index in filter(None, chain.from_iterable(zip_longest(*orders))):
-        before = len(table)
-        item = _item(batches[number].batch.completion(index, headline=headline), index, table)
-        added = list(table)[before:]
+        before = len(numbered)
+        item = _item(sets[number].completions.completion(index), index, numbered)
+        added = list(numbered)[before:]
         left -= _size(item) + sum(_size(_piece(*key)) for key in added)
         if left < 0:
             for key in added:
-                del table[key]
+                del numbered[key]
             break
-        sets[number]["items"].append(item)
-    return {"sets": sets, "pieces": [_piece(*key) for key in table]}
+        items[number].append(item)
+    return {
+        "sets": [{**head, "items": own} for head, own in zip(heads, items, strict=True)],
+        "pieces": [_piece(*key) for key in numbered],
+    }
 
 
-def _size(value: Any) -> int:
-    # What `embedded` escapes is longer there: counted as if every such character were in the way.
+def _head(titled: Titled) -> Mapping[str, object]:
+    completions = titled.completions
+    return {
+        "key": titled.key,
+        "title": titled.title,
+        "note": titled.note,
+        "scored": completions.is_scored,
+        "flips": bool(completions.changes),
+        "total": len(completions),
+        "items": [],
+    }
+
+
+def _size(value: object) -> int:
+    # What the page escapes in JSON is longer there: counted as if every such character were in the way.
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
     return len(text.encode()) + 5 * sum(text.count(character) for character in "<>&") + 1
 
 
-def _order(batch: Batch) -> Iterator[int]:
+def _order(completions: CompletionTable) -> Iterator[int]:
     """The rows worth showing, by turns."""
-    ranked = sorted(range(len(batch)), key=batch.worst, reverse=True)
+    ranked = sorted(range(len(completions)), key=completions.worst, reverse=True)
     groups: dict[str, list[int]] = {"flipped": [], "truncated": [], "wrong": [], "right": []}
     for index in ranked:
-        groups[_group(batch, index)].append(index)
+        groups[_group(completions, index)].append(index)
     turns = chain.from_iterable(zip_longest(*groups.values()))
     for count, index in enumerate(index for index in turns if index is not None):
         if count == MAX_COMPLETIONS:
@@ -82,19 +138,20 @@ def _order(batch: Batch) -> Iterator[int]:
         yield index
 
 
-def _group(batch: Batch, index: int) -> str:
-    if batch.flipped(index):
+def _group(completions: CompletionTable, index: int) -> str:
+    row = completions.rows[index]
+    if completions.flipped(index):
         return "flipped"
-    if batch.rows[index]["finish_reason"] == "length":
+    if row.is_truncated:
         return "truncated"
-    return "right" if batch.is_right(index) else "wrong"
+    return "right" if row.is_right else "wrong"
 
 
-def _item(completion: Completion, index: int, table: dict[tuple[str, str], int]) -> dict[str, Any]:
+def _item(completion: GradedCompletion, index: int, numbered: Numbered) -> dict[str, object]:
     """One completion; `index` is its place in the table that it is from."""
     tokens = completion.tokens[:MAX_TOKENS]
     change = completion.change
-    item: dict[str, Any] = {
+    item: dict[str, object] = {
         "i": index,
         "id": visible(completion.prompt_id),
         "n": completion.sample,
@@ -104,36 +161,35 @@ def _item(completion: Completion, index: int, table: dict[tuple[str, str], int])
         "ok": completion.is_right,
         "cut": completion.is_truncated,
         "src": completion.source,
-        "p": [_place(visible(token.piece.text), token.piece.kind, table) for token in tokens],
+        "p": [_number(token.piece.text, token.piece.kind, numbered) for token in tokens],
         "more": len(completion.tokens) - len(tokens),
     }
     if completion.teacher:
         item["by"] = visible(completion.teacher)
-    if any(token.student is not None for token in tokens):
-        item["s"] = [_units(token.student) for token in tokens]
-    if any(token.teacher is not None for token in tokens):
-        item["t"] = [_units(token.teacher) for token in tokens]
-    if any(token.divergence is not None for token in tokens):
-        item["d"] = [_units(token.divergence) for token in tokens]
+    columns = {
+        "s": [token.student for token in tokens],
+        "t": [token.teacher for token in tokens],
+        "d": [token.divergence for token in tokens],
+    }
+    for name, values in columns.items():
+        if any(value is not None for value in values):
+            item[name] = [_units(value) for value in values]
     if any(token.alternatives for token in tokens):
-        item["alt"] = [_alternatives(token, table) for token in tokens]
+        item["alt"] = [_alternatives(token, numbered) for token in tokens]
     if change is not None:
         item |= {"was": change.was_right, "is": change.is_right}
         item |= {"before": visible(change.before), "after": visible(change.after)}
     return item
 
 
-def _alternatives(token: Token, table: dict[tuple[str, str], int]) -> list[int | None]:
-    """Piece and log-prob by turns: half the size of pairs."""
-    return list(
-        chain.from_iterable(
-            (_place(visible(text), "text", table), _units(logprob)) for text, logprob in token.alternatives
-        )
-    )
+def _alternatives(token: Token, numbered: Numbered) -> list[int | None]:
+    """Text and log-prob by turns: half the size of pairs."""
+    pairs = ((_number(text, "text", numbered), _units(logprob)) for text, logprob in token.alternatives)
+    return list(chain.from_iterable(pairs))
 
 
-def _place(text: str, kind: str, table: dict[tuple[str, str], int]) -> int:
-    return table.setdefault((text, kind), len(table))
+def _number(text: str, kind: str, numbered: Numbered) -> int:
+    return numbered.setdefault((visible(text), kind), len(numbered))
 
 
 def _piece(text: str, kind: str) -> str | list[str]:

@@ -51,16 +51,16 @@ def write_report(
     from kdpipe.report.figure import rounds_of
     from kdpipe.report.figure_file import figure_file
     from kdpipe.report.page import render
-    from kdpipe.report.sets import titled_batches
+    from kdpipe.report.tokens_data import titled_completions
     from kdpipe.results.comparison import compare, read_contender
-    from kdpipe.results.completions import Reader
     from kdpipe.results.measures import Measures
+    from kdpipe.results.reader import Reader
 
     measures = Measures(project)
     digests = {state.step.id: state.digest if state.done else None for state in measures.states}
     page = render(
         measures,
-        titled_batches(Reader(project, measures.done)),
+        titled_completions(Reader(project, measures.done)),
         stamp=stamp(digests),
         commands=commands,
         against=compare([read_contender(run) for run in (project.run, *others)]) if others else (),

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
+from pydantic import JsonValue
 
 from kdpipe.data.payload import GRADES_FILE
 from kdpipe.data.tables import GRADES, read_rows
@@ -27,8 +27,19 @@ from kdpipe.store.artifacts import METRICS, linked_entry
 from kdpipe.store.durable import read_lines
 from kdpipe.store.step import Stage, link_name_of
 
-BOOTSTRAP_SEED = 0
 HEADLINE = "task.headline"
+HEADER = (
+    "",
+    "seeds",
+    "round",
+    "accuracy",
+    "95 % interval",
+    "against the first, points",
+    "p",
+    "tokens",
+    "seconds",
+)
+"""What is shown of a row, in the terminal and on the page."""
 MAX_FIELDS = 4  # of a label
 SEEDLESS = ("name", "seed", "tracking", "runtime")
 
@@ -53,7 +64,7 @@ class Contender:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ComparisonRow:
     """One recipe in the table: its runs, mean accuracy, and difference to the first row's, in shares of problems.
 
     `p_value` is McNemar's exact one, for one run on each side with one sample per problem. `is_paired` is false where
@@ -78,7 +89,7 @@ class Row:
         return sum(sum(one.tokens.values()) for one in self.contenders) / len(self.contenders)
 
 
-def compare(contenders: Sequence[Contender]) -> list[Row]:
+def compare(contenders: Sequence[Contender]) -> list[ComparisonRow]:
     """A row for each recipe, in the order given; runs that differ only in their seed are one row.
 
     Raises DataError where answers are not graded by the same rule: such accuracies are not of one kind.
@@ -133,12 +144,12 @@ def _telling(settings: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list
     return told
 
 
-def _row(label: str, group: Sequence[Contender], first: Sequence[Contender] | None) -> Row:
+def _row(label: str, group: Sequence[Contender], first: Sequence[Contender] | None) -> ComparisonRow:
     accuracy = _accuracy(group)
     if first is None:
-        return Row(label, tuple(group), accuracy, None, None, is_paired=True)
+        return ComparisonRow(label, tuple(group), accuracy, None, None, is_paired=True)
     difference, is_paired = _difference(group, first)
-    return Row(
+    return ComparisonRow(
         label, tuple(group), accuracy, difference, _mcnemar(group, first) if is_paired else None, is_paired
     )
 
@@ -149,7 +160,7 @@ def _accuracy(group: Sequence[Contender]) -> Interval:
     if len(group) == 1 or matrix is None:
         fractions = [value for one in group for value in one.correct.values()]
         return statistics.wilson(math.fsum(fractions), len(fractions))
-    found = pooled(matrix)
+    found = statistics.pooled(matrix)
     return Interval(found.estimate, max(0.0, found.low), min(1.0, found.high))
 
 
@@ -157,15 +168,17 @@ def _difference(group: Sequence[Contender], first: Sequence[Contender]) -> tuple
     mine, theirs = _matrix(group), _matrix(first)
     same = mine is not None and theirs is not None and group[0].correct.keys() == first[0].correct.keys()
     if not same or mine is None or theirs is None:
-        return _unpaired(_accuracy(group), _accuracy(first)), False
+        return statistics.unpaired_difference(_accuracy(group), _accuracy(first)), False
     seeds = [one.seed for one in group], [one.seed for one in first]
     if len(group) == len(first) == 1:
-        return statistics.paired_bootstrap(list(mine[0]), list(theirs[0]), seed=BOOTSTRAP_SEED), True
+        return statistics.paired_bootstrap(
+            list(mine[0]), list(theirs[0]), seed=statistics.BOOTSTRAP_SEED
+        ), True
     if sorted(seeds[0]) == sorted(seeds[1]):
         order = [np.argsort(numbers, kind="stable") for numbers in seeds]
-        return pooled(mine[order[0]] - theirs[order[1]]), True
+        return statistics.pooled(mine[order[0]] - theirs[order[1]]), True
     # Other seeds on each side: their variances add, and the problems stay paired.
-    return pooled_difference(mine, theirs), True
+    return statistics.pooled_difference(mine, theirs), True
 
 
 def _matrix(group: Sequence[Contender]) -> statistics.Floats | None:
@@ -182,78 +195,6 @@ def _mcnemar(group: Sequence[Contender], first: Sequence[Contender]) -> float | 
     mine, theirs = group[0].correct, first[0].correct
     gained = sum(mine[key] > theirs[key] for key in mine)
     return statistics.mcnemar(gained, sum(mine[key] < theirs[key] for key in mine))
-
-
-def _unpaired(mine: Interval, theirs: Interval) -> Interval:
-    """Newcombe's interval (1998, method 10) of a difference of independent proportions, from their Wilson bounds."""
-    low = math.hypot(mine.estimate - mine.low, theirs.high - theirs.estimate)
-    high = math.hypot(mine.high - mine.estimate, theirs.estimate - theirs.low)
-    difference = mine.estimate - theirs.estimate
-    return Interval(difference, difference - low, difference + high)
-
-
-def pooled(values_SP: statistics.Floats, *, confidence: float = 0.95) -> Interval:
-    """The mean over S seeds and P problems, for other seeds and other problems: Student's t around it.
-
-    Two crossed random effects (Searle, Casella and McCulloch, Variance Components, 1992, ch. 4): with mean squares of
-    seeds, problems and residual, the variance of the mean is (MS_seeds + MS_problems - MS_residual) / (S P); degrees of
-    freedom after Satterthwaite (1946). With one seed only problems vary. Of simulated 95 % intervals of three seeds
-    94 to 96 % hold the truth (tests/results/test_comparison.py).
-    """
-    variance, freedom = _variance(values_SP)
-    return _around(float(values_SP.mean()), variance, freedom, confidence)
-
-
-def pooled_difference(
-    first_SP: statistics.Floats, second_SP: statistics.Floats, *, confidence: float = 0.95
-) -> Interval:
-    """The difference of two such means over the same problems, the seeds of the two being unrelated."""
-    num_problems = first_SP.shape[1]
-    by_problem = first_SP.mean(axis=0) - second_SP.mean(axis=0)
-    parts = [(float(by_problem.var(ddof=1)) / num_problems, num_problems - 1)]
-    parts += [
-        (max(0.0, float(values.mean(axis=1).var(ddof=1)) / len(values)), len(values) - 1)
-        for values in (first_SP, second_SP)
-        if len(values) > 1
-    ]
-    variance = sum(part for part, _ in parts)
-    freedom = _satterthwaite(variance, parts)
-    return _around(float(by_problem.mean()), variance, freedom, confidence)
-
-
-def _variance(values_SP: statistics.Floats) -> tuple[float, float]:
-    """Of the mean, and its degrees of freedom."""
-    num_seeds, num_problems = values_SP.shape
-    if num_problems < 2:
-        raise DataError(f"{num_problems} problem in common: an interval needs two or more")
-    if num_seeds == 1:
-        return float(values_SP[0].var(ddof=1)) / num_problems, num_problems - 1
-    mean = values_SP.mean()
-    seeds, problems = values_SP.mean(axis=1), values_SP.mean(axis=0)
-    residual = values_SP - seeds[:, None] - problems[None, :] + mean
-    freedoms = (num_seeds - 1, num_problems - 1, (num_seeds - 1) * (num_problems - 1))
-    squares = (
-        num_problems * float(((seeds - mean) ** 2).sum()) / freedoms[0],
-        num_seeds * float(((problems - mean) ** 2).sum()) / freedoms[1],
-        float((residual**2).sum()) / freedoms[2],
-    )
-    count = num_seeds * num_problems
-    # An effect's own variance is not below 0, although its estimate may be.
-    total = max(squares[0] + squares[1] - squares[2], squares[0], squares[1]) / count
-    parts = [(square / count, freedom) for square, freedom in zip(squares, freedoms, strict=True)]
-    return total, _satterthwaite(total, parts)
-
-
-def _satterthwaite(total: float, parts: Sequence[tuple[float, float]]) -> float:
-    spread = sum(part**2 / freedom for part, freedom in parts)
-    return total**2 / spread if spread > 0 else math.inf
-
-
-def _around(estimate: float, variance: float, freedom: float, confidence: float) -> Interval:
-    if variance == 0:
-        return Interval(estimate, estimate, estimate)
-    reach = float(stdtrit(freedom, 0.5 + confidence / 2)) * math.sqrt(variance)
-    return Interval(estimate, estimate - reach, estimate + reach)
 
 
 # ------------------------------------------------------------------------------------------------ reading runs
@@ -319,3 +260,68 @@ def _flat(value: Any, place: str = "") -> list[tuple[str, str]]:
     if isinstance(value, list) and value and isinstance(value[0], Mapping):
         return [pair for number, part in enumerate(value) for pair in _flat(part, f"{place}.{number}")]
     return [(place, "null" if value is None else str(value))]
+
+
+# --------------------------------------------------------------------------------------- what is shown of it
+
+
+def comparison_json(rows: Sequence[ComparisonRow]) -> list[dict[str, JsonValue]]:
+    """Every row with its runs; intervals as {estimate, low, high}."""
+    return [
+        {
+            "label": row.label,
+            "accuracy": asdict(row.accuracy),
+            "difference": None if row.difference is None else asdict(row.difference),
+            "p_value": row.p_value,
+            "paired": row.is_paired,
+            "seconds": row.seconds,
+            "tokens": row.tokens,
+            "runs": [
+                {
+                    "run": one.run,
+                    "seed": one.seed,
+                    "round": one.round,
+                    "problems": len(one.correct),
+                    "accuracy": sum(one.correct.values()) / len(one.correct),
+                    "seconds": dict(one.seconds),
+                    "tokens": dict(one.tokens),
+                }
+                for one in row.contenders
+            ],
+        }
+        for row in rows
+    ]
+
+
+def cells_of(row: ComparisonRow) -> tuple[str, ...]:
+    """What stands under each word of `HEADER`."""
+    rounds = sorted({one.round for one in row.contenders})
+    return (
+        row.label,
+        str(len(row.contenders)),
+        "-".join(str(number) for number in dict.fromkeys((rounds[0], rounds[-1]))),
+        f"{row.accuracy.estimate:.1%}",
+        f"{row.accuracy.low:.1%} to {row.accuracy.high:.1%}",
+        "" if row.difference is None else _points(row.difference) + ("" if row.is_paired else " *"),
+        "" if row.p_value is None else f"{row.p_value:.2g}",
+        f"{row.tokens:,.0f}",
+        f"{row.seconds:,.0f}",
+    )
+
+
+def _points(change: Interval) -> str:
+    return f"{100 * change.estimate:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})"
+
+
+def notes_on(rows: Sequence[ComparisonRow]) -> list[str]:
+    """A sentence for whatever the cells cannot say."""
+    notes = []
+    if any(not row.is_paired for row in rows):
+        notes.append("* other problems than the first row's: two independent groups, not pairs")
+    for field in ("evaluate.temperature", "evaluate.samples"):
+        found = {one.settings.get(field) for row in rows for one in row.contenders}
+        if len(found) > 1:
+            notes.append(f"{field} is not the same in all rows: part of a difference may be that")
+    if any(len(row.contenders) > 1 for row in rows):
+        notes.append("several seeds: mean, with the interval for other seeds and other problems")
+    return notes

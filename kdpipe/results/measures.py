@@ -20,7 +20,6 @@ from kdpipe.store.artifacts import METRICS, Manifest
 from kdpipe.store.durable import read_lines
 from kdpipe.store.step import Stage, Step
 
-BOOTSTRAP_SEED = 0
 Values: TypeAlias = "dict[int, float]"
 
 
@@ -190,7 +189,7 @@ class Measures:
         has_one_sample = {*ones, *others} <= {0.0, 1.0} and first.summary["samples"] == 1
         return Difference(
             len(shared),
-            statistics.paired_bootstrap(ones, others, seed=BOOTSTRAP_SEED),
+            statistics.paired_bootstrap(ones, others, seed=statistics.BOOTSTRAP_SEED),
             statistics.mcnemar(only_first, only_second) if has_one_sample else None,
             only_first,
             only_second,

@@ -11,7 +11,8 @@ from kdpipe.data.tables import COMPLETIONS, read_lists, read_rows
 from kdpipe.errors import RecipeError
 from kdpipe.method.mismatch import acted, ledger, mismatch
 from kdpipe.pipeline.project import Project
-from kdpipe.results.completions import Batch, Completion, Reader, Token
+from kdpipe.results.completions import CompletionTable, GradedCompletion, Token
+from kdpipe.results.reader import Reader
 from kdpipe.store.step import Stage, step_id_of
 
 
@@ -31,7 +32,7 @@ class Choice:
 class Sample:
     """A completion, and what sampler and trainer disagree about once it was trained on (see mismatch.py)."""
 
-    completion: Completion
+    completion: GradedCompletion
     mismatch: dict[str, float]
     num_tokens: int
 
@@ -49,27 +50,24 @@ class Samples:
 def choose_samples(project: Project, choice: Choice) -> Samples:
     """The completions of that choice. Raises RecipeError where there are none to choose from."""
     reader = Reader(project, [step for step in project.plan.steps if project.store.entry(step).manifest()])
-    batch = _batch(reader, choice)
+    table = _table(reader, choice)
     wanted: list[Callable[[int], bool]] = [lambda _index: True]
     if choice.wrong:
-        wanted.append(lambda index: not batch.is_right(index))
+        wanted.append(lambda index: not table.rows[index].is_right)
     if choice.flipped:
-        wanted.append(batch.flipped)
-    found = [index for index in range(len(batch)) if all(test(index) for test in wanted)]
+        wanted.append(table.flipped)
+    found = [index for index in range(len(table)) if all(test(index) for test in wanted)]
     if choice.worst:
-        found.sort(key=batch.worst, reverse=True)
-    headline = project.recipe.task.headline
-    ledgers = _ledgers(project, batch) if batch.kind == "rollout" else {}
+        found.sort(key=table.worst, reverse=True)
+    ledgers = _ledgers(project, table) if table.kind == "rollout" else {}
     shown = [
-        Sample(
-            batch.completion(index, headline=headline), ledgers.get(index, {}), len(batch.columns.ids[index])
-        )
+        Sample(table.completion(index), ledgers.get(index, {}), len(table.columns.ids[index]))
         for index in found[: choice.limit]
     ]
-    return Samples(batch.step.id, len(batch), len(found), shown)
+    return Samples(table.step.id, len(table), len(found), shown)
 
 
-def _batch(reader: Reader, choice: Choice) -> Batch:
+def _table(reader: Reader, choice: Choice) -> CompletionTable:
     """The completions to choose from: held-out ones where they are asked for, and of round 0, which has no others."""
     recipe = reader.project.named
     if not (choice.held_out or choice.flipped or choice.round == 0):
@@ -97,9 +95,9 @@ def _batch(reader: Reader, choice: Choice) -> Batch:
     return held_out or reader.answers(number)
 
 
-def _ledgers(project: Project, batch: Batch) -> dict[int, dict[str, float]]:
+def _ledgers(project: Project, table: CompletionTable) -> dict[int, dict[str, float]]:
     """What the sampler and the trainer disagree about, of each row that was trained on."""
-    number = batch.step.round
+    number = table.step.round
     entry = project.store.entry(project.plan.step(step_id_of(Stage.TRAIN, None, number)))
     if entry.manifest() is None:
         return {}
@@ -109,8 +107,8 @@ def _ledgers(project: Project, batch: Batch) -> dict[int, dict[str, float]]:
     proximal = {(row["prompt_id"], row["sample"]): found for row, found in zip(keys, values, strict=True)}
     objective = project.recipe.train.objective.in_round(number)
     ledgers = {}
-    for index, row in enumerate(batch.rows):
-        known, sampler = proximal.get((row["prompt_id"], row["sample"])), batch.columns.student[index]
+    for index, row in enumerate(table.rows):
+        known, sampler = proximal.get(row.key), table.columns.student[index]
         if known is None or sampler is None:
             continue
         differences = mismatch(sampler, known)

@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from kdpipe.recipe.schema import Teacher
     from kdpipe.stages.scoring import TeacherHandle
 
-BOOTSTRAP_SEED = 0
 Rows = list[dict[str, Any]]
 
 
@@ -222,7 +221,7 @@ def _accuracy_change(grades: Rows, before: Rows) -> dict[str, JsonValue]:
     shared = sorted(now.keys() & then.keys())
     first = [mean([row["correct"] for row in now[key]]) for key in shared]
     second = [mean([row["correct"] for row in then[key]]) for key in shared]
-    change = statistics.paired_bootstrap(first, second, seed=BOOTSTRAP_SEED)
+    change = statistics.paired_bootstrap(first, second, seed=statistics.BOOTSTRAP_SEED)
     summary: dict[str, JsonValue] = {
         "accuracy_change": change.estimate,
         "accuracy_change_low": change.low,
@@ -323,9 +322,9 @@ def _reverse_kl(rows: Rows) -> dict[str, JsonValue]:
     rows = _with_tokens(rows, rows)
     if not rows:
         return {}
-    found = {"reverse_kl": statistics.bootstrap_ratio(*_totals(rows), seed=BOOTSTRAP_SEED)}
+    found = {"reverse_kl": statistics.bootstrap_ratio(*_totals(rows), seed=statistics.BOOTSTRAP_SEED)}
     if (totals := _exact_totals(rows)) is not None:
-        found["reverse_kl_exact"] = statistics.bootstrap_ratio(*totals, seed=BOOTSTRAP_SEED)
+        found["reverse_kl_exact"] = statistics.bootstrap_ratio(*totals, seed=statistics.BOOTSTRAP_SEED)
     return _named(found)
 
 
@@ -335,11 +334,13 @@ def _reverse_kl_change(rows: Rows, before: Rows) -> dict[str, JsonValue]:
     if not rows:
         return {}
     pair = (*_totals(rows), *_totals(before))
-    found = {"reverse_kl_change": statistics.bootstrap_ratio_difference(*pair, seed=BOOTSTRAP_SEED)}
+    found = {
+        "reverse_kl_change": statistics.bootstrap_ratio_difference(*pair, seed=statistics.BOOTSTRAP_SEED)
+    }
     now, then = _exact_totals(rows), _exact_totals(before)
     if now is not None and then is not None:
         found["reverse_kl_exact_change"] = statistics.bootstrap_ratio_difference(
-            *now, *then, seed=BOOTSTRAP_SEED
+            *now, *then, seed=statistics.BOOTSTRAP_SEED
         )
     return _named(found)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -15,8 +16,8 @@ from kdpipe.cli.app import app
 from kdpipe.cli.transcript import EDGES, STUDENT_SURER, TEACHER_SURER, transcript_lines
 from kdpipe.errors import RecipeError
 from kdpipe.pipeline.project import Project
-from kdpipe.results.completions import Change, Completion, Token
-from kdpipe.results.pieces import Piece
+from kdpipe.results.completions import Change, CompletionRow, GradedCompletion, Token
+from kdpipe.results.detokenizer import TokenText
 from kdpipe.results.samples import Choice, Sample, Samples, choose_samples, samples_json
 from tests.worlds import load_tiny, run_near
 
@@ -114,14 +115,14 @@ def test_flipped_answers_are_those_graded_otherwise_than_at_first(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Tiny students answer nothing right: a grade of student 0 is turned round where it is read.
-    from kdpipe.results.completions import Reader
+    from kdpipe.results.reader import Reader
 
     grades = Reader._grades
 
-    def turned(reader: Reader, number: int) -> list[dict[str, Any]]:
+    def turned(reader: Reader, number: int) -> list[CompletionRow]:
         rows = grades(reader, number)
         if number == 0:
-            rows[3]["correct"] = not rows[3]["correct"]
+            rows[3] = replace(rows[3], is_right=not rows[3].is_right)
         return rows
 
     before = choose_samples(project, choice(flipped=True)).shown
@@ -159,12 +160,13 @@ def test_json_has_every_token_with_its_numbers(project: Project) -> None:
 
 def tokens(*pairs: tuple[str, float | None]) -> tuple[Token, ...]:
     return tuple(
-        Token(Piece(text, "text"), -0.5, None if gap is None else -0.5 - gap, None, ()) for text, gap in pairs
+        Token(TokenText(text, "text"), -0.5, None if gap is None else -0.5 - gap, None, ())
+        for text, gap in pairs
     )
 
 
-def completion(**changes: Any) -> Completion:
-    return Completion(
+def completion(**changes: Any) -> GradedCompletion:
+    return GradedCompletion(
         **{
             "prompt_id": "a/0",
             "sample": 0,
@@ -183,7 +185,7 @@ def completion(**changes: Any) -> Completion:
     )
 
 
-def lines_of(one: Completion, *, coloured: bool = False, **mismatch: float) -> list[str]:
+def lines_of(one: GradedCompletion, *, coloured: bool = False, **mismatch: float) -> list[str]:
     found = Samples("rollout@1", 1, 1, [Sample(one, mismatch, len(one.tokens))])
     return transcript_lines(found, bare, coloured=coloured)
 

@@ -5,7 +5,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
+from kdpipe.errors import DataError
 from kdpipe.method.statistics import (
     accuracy,
     bootstrap_ratio,
@@ -14,6 +16,8 @@ from kdpipe.method.statistics import (
     mcnemar,
     paired_bootstrap,
     pass_at_k,
+    pooled,
+    pooled_difference,
     wilson,
 )
 
@@ -59,6 +63,15 @@ def test_the_accuracy_interval_counts_problems_not_samples() -> None:
     assert accuracy([[True, False], [True, True]]).estimate == 0.75
     with pytest.raises(ValueError, match="at least one sample"):
         accuracy([[True], []])
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 0), (3, 4), (0, 60), (17, 9), (700, 619)])
+def test_wilson_and_mcnemar_equal_those_of_scipy(first: int, second: int, confidence: float) -> None:
+    found, trials = wilson(first, first + second, confidence=confidence), first + second
+    theirs = stats.binomtest(first, trials).proportion_ci(confidence, method="wilson")
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), rel=1e-12, abs=1e-15)
+    assert mcnemar(first, second) == pytest.approx(stats.binomtest(first, trials).pvalue, rel=1e-10)
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 0), (3, 3), (2, 7), (7, 2), (0, 9), (5, 6)])
@@ -181,3 +194,54 @@ def test_bootstrap_intervals_cover_the_truth_about_as_often_as_they_say(kind: st
                 interval, truth = bootstrap_ratio_difference(sums, counts, others, counts, **settings), 0.2
         hits += interval.low <= truth <= interval.high
     assert 0.90 < hits / trials < 0.98
+
+
+# ------------------------------------------------------------------------------------------ several seeds
+
+
+def test_one_seed_is_students_t_over_the_problems() -> None:
+    values = np.array([0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0])
+    found = pooled(values[None, :])
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=values.mean(), scale=stats.sem(values))
+    assert (found.estimate, found.low, found.high) == pytest.approx((values.mean(), low, high), abs=1e-12)
+
+
+def test_without_problem_effects_several_seeds_are_students_t_over_the_seeds() -> None:
+    """Every problem alike within a seed: only the seeds vary, with their number less one degrees of freedom."""
+    means = np.array([0.2, 0.5, 0.4])
+    found = pooled(np.repeat(means[:, None], 50, axis=1))
+    low, high = stats.t.interval(0.95, 2, loc=means.mean(), scale=stats.sem(means))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-12)
+
+
+@pytest.mark.parametrize(("seed_spread", "problem_spread"), [(0.0, 0.3), (0.1, 0.3), (0.2, 0.0), (0.05, 0.1)])
+def test_the_pooled_interval_covers_the_truth_about_as_often_as_it_says(
+    seed_spread: float, problem_spread: float
+) -> None:
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(1500):
+        seeds = generator.normal(0, seed_spread, (3, 1))
+        problems = generator.normal(0, problem_spread, (1, 40))
+        found = pooled(0.1 + seeds + problems + generator.normal(0, 0.3, (3, 40)))
+        covered += found.low <= 0.1 <= found.high
+    assert 0.925 < covered / 1500 < 0.98
+
+
+def test_a_difference_of_other_seeds_on_each_side_covers_the_truth_too() -> None:
+    generator = np.random.default_rng(1)
+    covered = 0
+    for _ in range(1500):
+        problems = generator.normal(0, 0.3, (1, 40))
+        sides = [
+            level + problems + generator.normal(0, 0.1, (count, 1)) + generator.normal(0, 0.3, (count, 40))
+            for level, count in ((0.6, 3), (0.5, 4))
+        ]
+        found = pooled_difference(*sides)
+        covered += found.low <= 0.1 <= found.high
+    assert 0.925 < covered / 1500 < 0.98
+
+
+def test_one_problem_has_no_interval() -> None:
+    with pytest.raises(DataError, match="two or more"):
+        pooled(np.array([[1.0], [0.0]]))

@@ -33,19 +33,18 @@ from kdpipe.method.statistics import Interval
 from kdpipe.pipeline.project import Project
 from kdpipe.report.figure import Chart, Point, Series, chart_svg, thinned
 from kdpipe.report.headline import verdict_section
-from kdpipe.report.markup import Html, element, embedded, visible
+from kdpipe.report.markup import Html, element, embedded
 from kdpipe.report.page import MAX_BYTES, render
-from kdpipe.report.sets import titled_batches
 from kdpipe.report.stamp import is_current, stamp
-from kdpipe.report.tokens_data import UNITS, Titled, token_data
+from kdpipe.report.tokens_data import UNITS, Titled, titled_completions, token_data
 from kdpipe.report.writing import renew_report, report_path, write_report
-from kdpipe.results.alternatives import KeptStates
-from kdpipe.results.comparison import Contender, compare, read_contender
-from kdpipe.results.comparison_lines import cells_of
-from kdpipe.results.completions import Reader
+from kdpipe.results.comparison import Contender, cells_of, compare, read_contender
+from kdpipe.results.detokenizer import Detokenizer, TokenText
 from kdpipe.results.measures import Difference, Evaluation, Measures
-from kdpipe.results.pieces import Piece, Pieces
+from kdpipe.results.reader import Reader
+from kdpipe.results.top_logprobs import KeptStates
 from kdpipe.results.verdict import verdict, warnings
+from kdpipe.results.visible_text import visible
 from tests.reports import NASTY, page_of, story
 from tests.worlds import load_tiny, run_near
 
@@ -302,8 +301,8 @@ def test_alternatives_from_hidden_states_are_those_that_the_engine_would_keep(
     other = Reader(kept, kept.plan.steps).rollout(1)
     compared = 0
     for index in range(len(batch)):
-        ours = batch.completion(index, headline="strict").tokens
-        theirs = other.completion(index, headline="strict").tokens
+        ours = batch.completion(index).tokens
+        theirs = other.completion(index).tokens
         assert [token.piece for token in ours] == [token.piece for token in theirs]
         for one, two in zip(ours, theirs, strict=True):
             assert len(one.alternatives) == 5
@@ -352,7 +351,7 @@ def bytes_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_the_pieces_of_any_text_are_that_text(bytes_tokenizer: Path, text: str) -> None:
     ids = Tokenizer.from_file(str(bytes_tokenizer)).encode(text).ids
-    pieces = Pieces(bytes_tokenizer).of(ids)
+    pieces = Detokenizer(bytes_tokenizer).of(ids)
     assert len(pieces) == len(ids)
     assert "".join(piece.text for piece in pieces) == text
     if "\ufffd" not in text:
@@ -363,31 +362,38 @@ def test_a_token_that_is_part_of_a_character_has_no_text_and_the_last_part_has_i
     bytes_tokenizer: Path,
 ) -> None:
     ids = Tokenizer.from_file(str(bytes_tokenizer)).encode("a🎉b").ids
-    pieces = Pieces(bytes_tokenizer).of(ids)
-    part = Piece("", "part")
-    assert pieces == [Piece("a", "text"), part, part, part, Piece("🎉", "text"), Piece("b", "text")]
+    pieces = Detokenizer(bytes_tokenizer).of(ids)
+    part = TokenText("", "part")
+    assert pieces == [
+        TokenText("a", "text"),
+        part,
+        part,
+        part,
+        TokenText("🎉", "text"),
+        TokenText("b", "text"),
+    ]
 
 
 def test_a_character_that_is_cut_at_the_end_shows_as_one_mark(bytes_tokenizer: Path) -> None:
     ids = Tokenizer.from_file(str(bytes_tokenizer)).encode("a🎉").ids[:-1]
-    assert [piece.text for piece in Pieces(bytes_tokenizer).of(ids)] == ["a", "", "", "\ufffd"]
+    assert [piece.text for piece in Detokenizer(bytes_tokenizer).of(ids)] == ["a", "", "", "\ufffd"]
 
 
 def test_special_tokens_are_told_apart_and_interrupt_no_character(bytes_tokenizer: Path) -> None:
     tokenizer = Tokenizer.from_file(str(bytes_tokenizer))
     ids = tokenizer.encode("é").ids
     end = tokenizer.token_to_id("<|end|>")
-    pieces = Pieces(bytes_tokenizer).of([ids[0], end, ids[1], end])
+    pieces = Detokenizer(bytes_tokenizer).of([ids[0], end, ids[1], end])
     assert pieces == [
-        Piece("", "part"),
-        Piece("<|end|>", "special"),
-        Piece("é", "text"),
-        Piece("<|end|>", "special"),
+        TokenText("", "part"),
+        TokenText("<|end|>", "special"),
+        TokenText("é", "text"),
+        TokenText("<|end|>", "special"),
     ]
 
 
 def test_an_alternative_is_what_it_would_have_added_there(bytes_tokenizer: Path) -> None:
-    pieces, tokenizer = Pieces(bytes_tokenizer), Tokenizer.from_file(str(bytes_tokenizer))
+    pieces, tokenizer = Detokenizer(bytes_tokenizer), Tokenizer.from_file(str(bytes_tokenizer))
     ids = tokenizer.encode("hello world").ids
     assert pieces.after(ids[:1], ids[1]) == pieces.of(ids)[1].text
     assert pieces.after([], tokenizer.token_to_id("<|end|>")) == "<|end|>"
@@ -396,7 +402,7 @@ def test_an_alternative_is_what_it_would_have_added_there(bytes_tokenizer: Path)
 
 
 def test_without_a_tokenizer_ids_stand_for_themselves() -> None:
-    assert Pieces(None).of([7, 11]) == [Piece("[7]", "id"), Piece("[11]", "id")]
+    assert Detokenizer(None).of([7, 11]) == [TokenText("[7]", "id"), TokenText("[11]", "id")]
 
 
 # ----------------------------------------------------------------------------------------- inert, and safe
@@ -454,26 +460,28 @@ def test_nasty_texts_make_no_element_of_the_page(project: Project, page: str) ->
 
 
 def test_the_token_view_keeps_to_its_bytes_and_takes_the_worst_of_each_kind_first(project: Project) -> None:
-    batches = titled_batches(Reader(project, project.plan.steps))
-    whole = token_data(batches, headline="strict", max_bytes=10**7)
-    assert [len(one["items"]) for one in whole["sets"]] == [len(titled.batch) for titled in batches]
+    batches = titled_completions(Reader(project, project.plan.steps))
+    whole = token_data(batches, max_bytes=10**7)
+    assert [len(one["items"]) for one in whole["sets"]] == [len(titled.completions) for titled in batches]
     for max_bytes in (6_000, 20_000):
-        data = token_data(batches, headline="strict", max_bytes=max_bytes)
+        data = token_data(batches, max_bytes=max_bytes)
         assert len(embedded(data).encode()) <= max_bytes
         assert 0 < sum(len(one["items"]) for one in data["sets"]) < 40
         used = {place for one in data["sets"] for item in one["items"] for place in item["p"]}
         assert max(used) < len(data["pieces"])
     rollouts = next(one for one in data["sets"] if one["key"] == "rollout-2")
-    batch = next(titled.batch for titled in batches if titled.key == "rollout-2")
+    batch = next(titled.completions for titled in batches if titled.key == "rollout-2")
     groups = {True: [], False: []}  # type: ignore[var-annotated]
     for index in sorted(range(len(batch)), key=batch.worst, reverse=True):
-        groups[batch.rows[index]["finish_reason"] == "length"].append(index)
+        groups[batch.rows[index].is_truncated].append(index)
     first = {item["i"] for item in rollouts["items"][:2]}
     assert first == {groups[True][0], groups[False][0]}
 
 
 def test_a_page_of_very_many_completions_stays_below_its_bound(project: Project) -> None:
-    many = [Titled(one.key + str(n), one.title, one.note, one.batch) for n in range(120) for one in story()]
+    many = [
+        Titled(one.key + str(n), one.title, one.note, one.completions) for n in range(120) for one in story()
+    ]
     text = page_of(project, many)
     assert 2_000_000 < len(text.encode()) < MAX_BYTES
     sets = data_of(text, "token-data")["sets"]

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from kdpipe.pipeline.project import Project
-from kdpipe.report.markup import visible
 from kdpipe.report.writing import write_report
+from kdpipe.results.visible_text import visible
 from tests.reports import NASTY, page_of, story
 from tests.worlds import load_tiny, run_near
 

@@ -26,8 +26,8 @@ from kdpipe.pipeline.plan import run_hash
 from kdpipe.pipeline.project import Project, open_project
 from kdpipe.recipe.file import load_recipe
 from kdpipe.recipe.schema import Objective
-from kdpipe.results.arms import ARMS, arm_rows, arm_runs, forecast, parse_arms
 from kdpipe.results.comparison import Contender
+from kdpipe.results.studies import ARMS, arm_rows, arm_runs, forecast, parse_arms
 from tests.tiny_models import FLOAT32_NATS
 from tests.worlds import NearWorker, SilentMirror, tiny_recipe, write_recipe
 

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from kdpipe.cli.app import app
 from kdpipe.errors import DataError
-from kdpipe.results.comparison import Contender, compare, pooled, pooled_difference
+from kdpipe.method.statistics import pooled_difference
+from kdpipe.results.comparison import Contender, compare
 from tests.worlds import load_tiny, run_near
 
 
@@ -25,49 +26,6 @@ def contender(correct: Sequence[float], *, run: str = "a", seed: int = 1, **sett
 
 
 # ---------------------------------------------------------------------------------------------- intervals
-
-
-def test_one_seed_is_students_t_over_the_problems() -> None:
-    values = np.array([0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0])
-    found = pooled(values[None, :])
-    low, high = stats.t.interval(0.95, len(values) - 1, loc=values.mean(), scale=stats.sem(values))
-    assert (found.estimate, found.low, found.high) == pytest.approx((values.mean(), low, high), abs=1e-12)
-
-
-def test_without_problem_effects_several_seeds_are_students_t_over_the_seeds() -> None:
-    """Every problem alike within a seed: only the seeds vary, with their number less one degrees of freedom."""
-    means = np.array([0.2, 0.5, 0.4])
-    found = pooled(np.repeat(means[:, None], 50, axis=1))
-    low, high = stats.t.interval(0.95, 2, loc=means.mean(), scale=stats.sem(means))
-    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-12)
-
-
-@pytest.mark.parametrize(("seed_spread", "problem_spread"), [(0.0, 0.3), (0.1, 0.3), (0.2, 0.0), (0.05, 0.1)])
-def test_the_pooled_interval_covers_the_truth_about_as_often_as_it_says(
-    seed_spread: float, problem_spread: float
-) -> None:
-    generator = np.random.default_rng(0)
-    covered = 0
-    for _ in range(1500):
-        seeds = generator.normal(0, seed_spread, (3, 1))
-        problems = generator.normal(0, problem_spread, (1, 40))
-        found = pooled(0.1 + seeds + problems + generator.normal(0, 0.3, (3, 40)))
-        covered += found.low <= 0.1 <= found.high
-    assert 0.925 < covered / 1500 < 0.98
-
-
-def test_a_difference_of_other_seeds_on_each_side_covers_the_truth_too() -> None:
-    generator = np.random.default_rng(1)
-    covered = 0
-    for _ in range(1500):
-        problems = generator.normal(0, 0.3, (1, 40))
-        sides = [
-            level + problems + generator.normal(0, 0.1, (count, 1)) + generator.normal(0, 0.3, (count, 40))
-            for level, count in ((0.6, 3), (0.5, 4))
-        ]
-        found = pooled_difference(*sides)
-        covered += found.low <= 0.1 <= found.high
-    assert 0.925 < covered / 1500 < 0.98
 
 
 def test_pairing_by_seed_takes_out_what_seeds_have_in_common() -> None:
@@ -111,13 +69,8 @@ def test_two_runs_are_paired_problem_by_problem_with_mcnemars_p() -> None:
     assert row.p_value == pytest.approx(stats.binomtest(6, 7, 0.5).pvalue)  # 6 gained, 1 lost
 
 
-def test_one_problem_has_no_interval() -> None:
-    with pytest.raises(DataError, match="two or more"):
-        pooled(np.array([[1.0], [0.0]]))
-
-
 def test_another_headline_is_refused_and_other_sampling_is_told() -> None:
-    from kdpipe.results.comparison_lines import text_lines
+    from kdpipe.cli.comparison_table import text_lines
 
     strict = contender([0, 1, 1], run="b", **{"task.headline": "strict"})
     with pytest.raises(DataError, match="different headlines: a by flexible, b by strict"):
@@ -221,7 +174,7 @@ def test_text_and_markdown_hold_the_same_cells(workspace: Path) -> None:
 
 
 def comparison_header() -> tuple[str, ...]:
-    from kdpipe.results.comparison_lines import HEADER
+    from kdpipe.results.comparison import HEADER
 
     return HEADER
 

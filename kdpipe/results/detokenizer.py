@@ -1,7 +1,7 @@
 """Token ids -> the text that each token adds. The only door to the tokenizers library outside transformers.
 
 A token of byte-level BPE may hold a part of a character only: its piece is then empty, and the token that completes the
-character has all of it. Pieces of a completion, joined, are its decoded text.
+character has all of it. Detokenizer of a completion, joined, are its decoded text.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ LOST = "\ufffd"
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TokenText:
     """What one token adds to a text."""
 
     text: str
     kind: Kind
 
 
-class Pieces:
+class Detokenizer:
     """Cuts token ids into pieces of text by a model folder's tokenizer.json; without one, ids stand for themselves."""
 
     def __init__(self, path: Path | None) -> None:
@@ -53,14 +53,14 @@ class Pieces:
             return 0
         return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
-    def of(self, ids: Sequence[int]) -> list[Piece]:
+    def of(self, ids: Sequence[int]) -> list[TokenText]:
         """The piece of every token of a completion."""
         if self._tokenizer is None:
-            return [Piece(f"[{number}]", "id") for number in ids]
+            return [TokenText(f"[{number}]", "id") for number in ids]
         # Special tokens are no part of the text, which goes on after them as if they were not there.
         plain = iter(self._pieces([number for number in ids if number not in self._special]))
         return [
-            Piece(self._special[number], "special") if number in self._special else next(plain)
+            TokenText(self._special[number], "special") if number in self._special else next(plain)
             for number in ids
         ]
 
@@ -84,20 +84,20 @@ class Pieces:
         """The decoded text without special tokens."""
         return "".join(piece.text for piece in self.of(ids) if piece.kind == "text")
 
-    def _pieces(self, ids: Sequence[int]) -> list[Piece]:
+    def _pieces(self, ids: Sequence[int]) -> list[TokenText]:
         """Those of ids none of which is special: what each makes the decoded text grow by."""
-        pieces: list[Piece] = []
+        pieces: list[TokenText] = []
         before = done = 0  # ids[before:done] is the context in which ids[done:] are decoded
         for index in range(len(ids)):
             context = self._decode(ids[before:done])
             longer = self._decode(ids[before : index + 1])
             waits = longer.endswith(LOST) and index + 1 < len(ids) and index - done < MAX_WAIT
             if waits:
-                pieces.append(Piece("", "part"))
+                pieces.append(TokenText("", "part"))
                 continue
             grown = longer.startswith(context)
             own = longer[len(context) :] if grown else self._decode(ids[done : index + 1])
-            pieces.append(Piece(own, "text"))
+            pieces.append(TokenText(own, "text"))
             before, done = done, index + 1
         return pieces
 

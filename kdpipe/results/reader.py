@@ -1,0 +1,279 @@
+"""Reads the completions of a project's steps, with the teacher's scores where they are there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from kdpipe.data.payload import GRADES_FILE, REVERSE_KL_FILE, ROLLOUTS_FILE, SCORES_FILE
+from kdpipe.data.tables import (
+    GRADES,
+    REVERSE_KL,
+    REVERSE_KL_OF_SEVERAL,
+    ROLLOUTS,
+    Scores,
+    read_lists,
+    read_rows,
+    read_scores,
+)
+from kdpipe.data.tasks.answers import grade
+from kdpipe.errors import RecipeError
+from kdpipe.pipeline.identities import Sources
+from kdpipe.pipeline.project import Project
+from kdpipe.recipe.roles import STUDENT, teacher_role
+from kdpipe.results.completions import Change, CompletionRow, CompletionTable, Floats, TokenColumns
+from kdpipe.results.detokenizer import Detokenizer
+from kdpipe.results.top_logprobs import KeptStates, open_states
+from kdpipe.store.step import Stage, Step, step_id_of
+
+PLAIN = ("prompt_id", "sample", "question", "expected", "finish_reason", "text", "correct")
+
+
+class Reader:
+    """Reads the completions of a project from these steps, which are done."""
+
+    def __init__(self, project: Project, done: Sequence[Step]) -> None:
+        self.project = project
+        self._done = {step.id: step for step in done}
+        self._detokenizer: Detokenizer | None = None
+
+    @property
+    def detokenizer(self) -> Detokenizer:
+        """The student's tokenizer, as far as it is on this machine."""
+        if self._detokenizer is None:
+            self._detokenizer = Detokenizer(_tokenizer_file(self.project, self._done))
+        return self._detokenizer
+
+    def rollout_rounds(self) -> list[int]:
+        """Rounds whose rollouts are there."""
+        return [
+            step.round for step in self._done.values() if step.stage == Stage.ROLLOUT and not step.subject
+        ]
+
+    def evaluated_rounds(self) -> list[int]:
+        """Rounds whose student was evaluated."""
+        return [
+            step.round
+            for step in self._done.values()
+            if step.stage == Stage.EVALUATE and step.subject == STUDENT
+        ]
+
+    def scored_round(self) -> int | None:
+        """The last round whose rollouts are scored by all of its teachers, or else the last that was sampled."""
+        rounds = self.rollout_rounds()
+        scored = [number for number in rounds if self._score_steps(number)]
+        return max(scored or rounds, default=None)
+
+    def rollout(self, number: int) -> CompletionTable:
+        """What was sampled to train round `number`, with the teachers' scores where they are there."""
+        step = self._step(step_id_of(Stage.ROLLOUT, None, number))
+        path = self._file(step, ROLLOUTS_FILE)
+        rows = self._rows(path, ROLLOUTS, "source")
+        student = _floats(read_lists(path, ROLLOUTS, "sampler_logprobs"))
+        teacher, scores, places, states = self._teachers(number, rows)
+        columns = TokenColumns(_ids(path, ROLLOUTS), student, teacher, [None] * len(rows))
+        return CompletionTable("rollout", step, rows, columns, self.detokenizer, scores, places, states)
+
+    def held_out(self, number: int) -> CompletionTable | None:
+        """The held-out samples of student `number` that the teacher scored; None where none were."""
+        step = self._step(step_id_of(Stage.EVALUATE, STUDENT, number))
+        if not (self._folder(step) / REVERSE_KL_FILE).exists():
+            return None
+        path = self._file(step, REVERSE_KL_FILE)
+        schema = REVERSE_KL if len(self.project.recipe.teachers) == 1 else REVERSE_KL_OF_SEVERAL
+        ids, prompts = _ids(path, schema), read_lists(path, schema, "prompt_token_ids")
+        known = {row.prompt_id: row for row in self._grades(number)}
+        rows = [
+            self._sampled_row(row["prompt_id"], row["sample"], own, prompt, known.get(row["prompt_id"]))
+            for row, own, prompt in zip(
+                read_rows(path, schema, columns=["prompt_id", "sample"]), ids, prompts, strict=True
+            )
+        ]
+        student, teacher, scorable, divergence = (
+            read_lists(path, schema, name)
+            for name in ("sampler_logprobs", "teacher_logprobs", "scorable", "reverse_kl_nats")
+        )
+        masked = [_masked(values, mask) for values, mask in zip(teacher, scorable, strict=True)]
+        columns = TokenColumns(ids, _floats(student), masked, _floats(divergence))
+        changes = self._changes(number)
+        return CompletionTable("held-out", step, rows, columns, self.detokenizer, changes=changes)
+
+    def answers(self, number: int) -> CompletionTable:
+        """The graded held-out answers of student `number`; the teacher did not score these."""
+        step = self._step(step_id_of(Stage.EVALUATE, STUDENT, number))
+        rows = self._grades(number)
+        nothing: list[Floats | None] = [None] * len(rows)
+        # Log-probs at temperature 1 of greedy answers are no sampler's: they are not compared with anything.
+        columns = TokenColumns(_ids(self._file(step, GRADES_FILE), GRADES), nothing, nothing, nothing)
+        changes = self._changes(number)
+        return CompletionTable("answers", step, rows, columns, self.detokenizer, changes=changes)
+
+    # the parts of it
+
+    def _step(self, step_id: str) -> Step:
+        if step_id not in self._done:
+            raise RecipeError(
+                f"{step_id}: is not done", hint=f"kdpipe plan {self.project.named}  says what is"
+            )
+        return self._done[step_id]
+
+    def _folder(self, step: Step) -> Path:
+        return self.project.store.entry(step).folder
+
+    def _file(self, step: Step, name: str) -> Path:
+        """The path of a file whose sha256 was compared."""
+        return self.project.store.entry(step).opened(name) / name
+
+    def _score_steps(self, number: int) -> list[Step]:
+        """The steps that scored a round, or none unless all are done."""
+        steps = [
+            step
+            for step in self.project.plan.steps
+            if step.stage == Stage.TEACHER_SCORE and step.round == number
+        ]
+        return steps if all(step.id in self._done for step in steps) else []
+
+    def _rows(self, path: Path, schema: pa.Schema, *more: str) -> list[CompletionRow]:
+        answer = f"answer_{self.project.recipe.task.headline}"
+        return [
+            CompletionRow(
+                prompt_id=row["prompt_id"],
+                sample=row["sample"],
+                source=row.get("source", "student"),
+                question=row["question"],
+                expected=row["expected"],
+                text=row["text"],
+                answer=row[answer],
+                is_right=bool(row["correct"]),
+                is_truncated=row["finish_reason"] == "length",
+            )
+            for row in read_rows(path, schema, columns=[*PLAIN, answer, *more])
+        ]
+
+    def _grades(self, number: int) -> list[CompletionRow]:
+        step = self._step(step_id_of(Stage.EVALUATE, STUDENT, number))
+        return self._rows(self._file(step, GRADES_FILE), GRADES)
+
+    def _changes(self, number: int) -> dict[tuple[str, int], Change]:
+        """By problem and sample; evaluations sample a problem alike in every round, so that they are pairs."""
+        if number == 0 or 0 not in self.evaluated_rounds():
+            return {}
+        before = {row.key: row for row in self._grades(0)}
+        return {
+            row.key: Change(first.is_right, row.is_right, first.text, row.text)
+            for row in self._grades(number)
+            if (first := before.get(row.key)) is not None
+        }
+
+    def _sampled_row(
+        self,
+        prompt_id: str,
+        sample: int,
+        completion: npt.NDArray[Any],
+        prompt: npt.NDArray[Any] | None,
+        known: CompletionRow | None,
+    ) -> CompletionRow:
+        """A held-out sample with what its table leaves out: question, text and grade of this very sample."""
+        recipe = self.project.recipe
+        text = self.detokenizer.text(completion.tolist())
+        for stop in recipe.rollout.stop:
+            text = text.partition(stop)[0]
+        asked = [] if prompt is None else prompt.tolist()
+        headline = recipe.task.headline
+        graded = None if known is None else grade(text, known.expected, headline=headline)
+        strict = headline == "strict"
+        ended = self.detokenizer.of(completion[-1:].tolist())
+        is_full = len(completion) >= recipe.rollout.max_new_tokens
+        return CompletionRow(
+            prompt_id=prompt_id,
+            sample=sample,
+            source="student",
+            question=self.detokenizer.text(asked) if known is None else known.question,
+            expected="" if known is None else known.expected,
+            text=text,
+            answer=None if graded is None else graded.answer_strict if strict else graded.answer_flexible,
+            is_right=graded is not None and graded.correct,
+            is_truncated=is_full and not (ended and ended[0].kind == "special"),
+        )
+
+    def _teachers(
+        self, number: int, rows: Sequence[CompletionRow]
+    ) -> tuple[list[Floats | None], dict[int, Scores], dict[int, int], KeptStates | None]:
+        """The teacher's log-prob at each token of each row; scores by row, their places, one teacher's states."""
+        recipe = self.project.recipe
+        numbers = {row.key: index for index, row in enumerate(rows)}
+        terms: dict[int, list[Floats]] = {}
+        scores: dict[int, Scores] = {}
+        places: dict[int, int] = {}
+        steps = self._score_steps(number)
+        for step in steps:
+            for place, row in enumerate(read_scores(self._file(step, SCORES_FILE))):
+                index = numbers[row.prompt_id, row.sample]
+                weight = math.log(recipe.weights[row.teacher]) if recipe.is_mixed else 0.0
+                logprobs = _masked(row.teacher_logprobs, row.scorable)
+                assert logprobs is not None
+                terms.setdefault(index, []).append(logprobs + weight)
+                if not recipe.is_mixed:  # of a mixture the alternatives are those of none of its parts
+                    scores[index], places[index] = row, place
+        teacher: list[Floats | None] = [
+            np.logaddexp.reduce(terms[index]) if index in terms else None for index in range(len(rows))
+        ]
+        states = self._states(steps[0]) if len(steps) == 1 else None
+        return teacher, scores, places, states
+
+    def _states(self, step: Step) -> KeptStates | None:
+        recipe = self.project.recipe
+        swaps = recipe.train.objective.end_token == "alias"  # noqa: S105 (no password)
+        if not recipe.keep.hidden or swaps or not self.detokenizer.knows_text:
+            return None
+        teacher = recipe.teachers[0]
+        source = step.inputs.get(teacher_role(recipe, teacher))
+        if source is None:
+            return None
+        model = self._folder(self.project.plan.step(source.step_id)) / (
+            source.opens[0] if source.opens else "model"
+        )
+        return open_states(
+            self._folder(step),
+            model,
+            temperature=teacher.temperature or recipe.rollout.temperature,
+            num_ids=self.detokenizer.num_ids,
+        )
+
+
+def _tokenizer_file(project: Project, done: dict[str, Step]) -> Path | None:
+    """The tokenizer.json of the newest student that is there, or of the model that it began with."""
+    made = [
+        step
+        for step in done.values()
+        if step.stage == Stage.TRAIN or (step.stage == Stage.SFT and step.subject == STUDENT)
+    ]
+    for step in reversed(made):
+        entry = project.store.entry(step)
+        manifest = entry.manifest()
+        name = "model/tokenizer.json"
+        if manifest and name not in manifest.dropped and any(file.path == name for file in manifest.files):
+            return entry.opened(name) / name
+    return Sources(project.loaded, project.workspace).tokenizer_file(STUDENT)
+
+
+def _ids(path: Path, schema: pa.Schema) -> list[npt.NDArray[Any]]:
+    found = read_lists(path, schema, "completion_token_ids")
+    return [values for values in found if values is not None]
+
+
+def _floats(values: Sequence[npt.NDArray[Any] | None]) -> list[Floats | None]:
+    return [None if value is None else value.astype(np.float64) for value in values]
+
+
+def _masked(values: npt.NDArray[Any] | None, scorable: npt.NDArray[Any] | None) -> Floats | None:
+    """The log-probs with NaN where the teacher has no such id."""
+    if values is None or scorable is None:
+        return None
+    return np.where(scorable.astype(bool), values.astype(np.float64), np.nan)
