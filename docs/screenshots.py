@@ -28,8 +28,7 @@ from selenium.webdriver.support.expected_conditions import (
 from selenium.webdriver.support.ui import WebDriverWait
 
 from kdpipe.pipeline.project import Project, open_project
-from kdpipe.recipe.file import load_recipe
-from kdpipe.recipe.shipped import shipped_path
+from kdpipe.recipe.file import load_recipe, shipped_path
 from kdpipe.report.writing import write_report
 from kdpipe.tracking import settle
 from kdpipe.tracking.page import free_port

@@ -31,9 +31,8 @@ from kdpipe.engines.server.signature import require_same
 from kdpipe.errors import ArtifactError, DataError, EngineError, KdpipeError
 from kdpipe.pipeline.project import open_project
 from kdpipe.pipeline.status import inspect
-from kdpipe.recipe.file import load_recipe
+from kdpipe.recipe.file import load_recipe, shipped
 from kdpipe.recipe.schema import JsonlTask, SftOptimizer
-from kdpipe.recipe.shipped import shipped
 from kdpipe.store.artifacts import Manifest, Store, canonical
 from kdpipe.store.durable import read_lines
 from kdpipe.store.seals import sealed, unsealed

@@ -55,7 +55,7 @@ def run_one(
 
 def commands_again(loaded: "LoadedRecipe", recipe: str, workspace: Path) -> list[str]:
     """What makes this run again, and what looks further into it; `recipe` as it was typed, be it a run's name."""
-    from kdpipe.recipe.shipped import shipped
+    from kdpipe.recipe.file import shipped
 
     if loaded.path in shipped():
         recipe = loaded.path.stem

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def recipe_names(context: typer.Context, incomplete: str) -> list[str]:
     """Shipped recipes and the workspace's runs for the shell's completion; where none begins so, it offers files."""
     from kdpipe.pipeline.runs import all_runs
-    from kdpipe.recipe.shipped import shipped
+    from kdpipe.recipe.file import shipped
 
     runs = all_runs(Path(context.params.get("workspace") or WORKSPACE))
     names = [*(path.stem for path in shipped()), *(run.name for run in runs)]
@@ -46,8 +46,7 @@ MAX_NAMES = 8
 def load_given(recipe: str, overrides: list[str] | None, workspace: Path) -> "LoadedRecipe":
     """The recipe of a file, a shipped one or that of a run, changed as --set says; raises RecipeError."""
     from kdpipe.pipeline.runs import all_runs, named_run
-    from kdpipe.recipe.file import load_recipe
-    from kdpipe.recipe.shipped import shipped_path
+    from kdpipe.recipe.file import load_recipe, shipped_path
 
     path, changes = Path(recipe), tuple(overrides or ())
     if path.is_file() or path.suffix in (".yaml", ".yml") or "/" in recipe:

@@ -18,7 +18,7 @@ def recipes(
 
     Example: kdpipe recipes quickstart
     """
-    from kdpipe.recipe.shipped import shipped, shipped_path, title
+    from kdpipe.recipe.file import shipped, shipped_path, title
 
     if name is not None:
         text = shipped_path(name).read_text(encoding="utf-8")
@@ -45,7 +45,7 @@ def init(
 
     Example: kdpipe init my-distillation --recipe gsm8k-qwen3-opd
     """
-    from kdpipe.recipe.shipped import shipped_path
+    from kdpipe.recipe.file import shipped_path
 
     target = folder / "recipe.yaml"
     if target.exists():

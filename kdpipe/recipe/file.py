@@ -1,4 +1,4 @@
-"""A recipe's file: read as YAML (`yaml_source.py`), changed by `--set`, validated; every error with its line."""
+"""A recipe's file: read as YAML, changed by `--set`, validated; every error with its line."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import functools
 import json
 import re
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from kdpipe.errors import RecipeError
 from kdpipe.recipe.schema import Recipe
 from kdpipe.recipe.yaml_source import Document, read_yaml
+
+if TYPE_CHECKING:
+    from pydantic.json_schema import JsonSchemaValue
+    from pydantic_core import ErrorDetails
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,28 @@ def read_recipe(text: str, name: str, overrides: tuple[str, ...] = ()) -> Recipe
         raise RecipeError("\n".join(_explain(document, item) for item in error.errors())) from None
 
 
+def shipped() -> list[Path]:
+    """The files of the recipes that come with the package, by name."""
+    return sorted(Path(str(files("kdpipe.recipes"))).glob("*.yaml"))
+
+
+def shipped_path(name: str) -> Path:
+    """The file of the shipped recipe called `name`; raises RecipeError listing those there are."""
+    found = {path.stem: path for path in shipped()}
+    stem = name.removesuffix(".yaml")
+    if stem not in found:
+        raise RecipeError(
+            f"{name}: no such recipe file, and no shipped recipe", hint=f"shipped: {', '.join(found)}"
+        )
+    return found[stem]
+
+
+def title(path: Path) -> str:
+    """The first comment line of a recipe: what it shows."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip()
+
+
 def _apply_override(document: Document, override: str) -> Document:
     key, equals, text = override.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
@@ -65,7 +92,7 @@ def _apply_override(document: Document, override: str) -> Document:
     return document.with_value(tuple(key.split(".")), text, f"--set {override}")
 
 
-def _explain(document: Document, item: Any) -> str:
+def _explain(document: Document, item: ErrorDetails) -> str:
     """One pydantic error as `file:line: field: what, expected`."""
     # pydantic puts the names of union members into the location; the document's own keys have none.
     path = document.own_path(item["loc"])
@@ -91,7 +118,7 @@ def _explain(document: Document, item: Any) -> str:
 
 
 @functools.cache
-def _json_schema() -> dict[str, Any]:
+def _json_schema() -> JsonSchemaValue:
     return Recipe.model_json_schema(by_alias=True)
 
 
@@ -107,7 +134,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     return sorted(keys)
 
 
-def _descend(schema: dict[str, Any], node: dict[str, Any], part: int | str) -> list[dict[str, Any]]:
+def _descend(schema: JsonSchemaValue, node: JsonSchemaValue, part: int | str) -> list[JsonSchemaValue]:
     found = []
     for leaf in _expand(schema, node):
         if isinstance(part, int) and "items" in leaf:
@@ -126,7 +153,7 @@ def _descend(schema: dict[str, Any], node: dict[str, Any], part: int | str) -> l
     return found
 
 
-def _expand(schema: dict[str, Any], node: dict[str, Any]) -> list[dict[str, Any]]:
+def _expand(schema: JsonSchemaValue, node: JsonSchemaValue) -> list[JsonSchemaValue]:
     """`node` with references and unions resolved to the object schemas they stand for."""
     if "$ref" in node:
         return _expand(schema, schema["$defs"][node["$ref"].rsplit("/", 1)[1]])

@@ -6,14 +6,15 @@ import itertools
 from collections.abc import Sequence
 
 from kdpipe.errors import RecipeError
+from kdpipe.recipe.yaml_source import split_list
 
-OPEN, CLOSE, QUOTES = "[{", "]}", "\"'"
+EXAMPLE = "for example: --sweep train.optimizer.learning_rate=1e-5,3e-5"
 
 
 def points(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
     """The overrides `a.b=value` of every point of the grid, the last field's values changing fastest.
 
-    Each sweep is `a.b=v1,v2,...`; commas inside brackets, braces or quotes belong to a value. Raises RecipeError.
+    Each sweep is `a.b=v1,v2,...`, whose values are the items of a YAML list. Raises RecipeError.
     """
     axes = [_axis(sweep) for sweep in sweeps]
     fields = [axis[0].partition("=")[0] for axis in axes]
@@ -24,31 +25,12 @@ def points(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
 
 def _axis(sweep: str) -> list[str]:
     field, sign, text = sweep.partition("=")
-    values = [value.strip() for value in _split(text)]
-    if not (field.strip() and sign) or not all(values):
-        raise RecipeError(
-            f"--sweep {sweep}: expected a field and its values",
-            hint="for example: --sweep train.optimizer.learning_rate=1e-5,3e-5",
-        )
+    try:
+        values = split_list(text, f"--sweep {sweep}")
+    except RecipeError as error:
+        raise RecipeError(error.message, hint=EXAMPLE) from None
+    if not (field.strip() and sign and values):
+        raise RecipeError(f"--sweep {sweep}: expected a field and its values", hint=EXAMPLE)
     if len(values) != len(set(values)):
-        raise RecipeError(f"--sweep {sweep}: a value is there twice")
+        raise RecipeError(f"--sweep {sweep}: the same value twice")
     return [f"{field.strip()}={value}" for value in values]
-
-
-def _split(text: str) -> list[str]:
-    """`text` at its commas, those inside brackets, braces and quotes excepted."""
-    values, depth, quote = [""], 0, ""
-    for character in text:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in QUOTES:
-            quote = character
-        elif character in OPEN:
-            depth += 1
-        elif character in CLOSE:
-            depth -= 1
-        elif character == "," and depth <= 0:
-            values.append("")
-            continue
-        values[-1] += character
-    return values

@@ -8,6 +8,7 @@ scalar is kept, so that a message can show what was written.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from dataclasses import dataclass, field, replace
@@ -109,7 +110,7 @@ class Document:
         """
         value, added = _parse_value(text, origin)
         keys: list[int | str] = []
-        root = _copy(self.value)
+        root = copy.deepcopy(self.value)
         node: Any = root
         for depth, part in enumerate(path):
             last = depth == len(path) - 1
@@ -154,6 +155,15 @@ def read_yaml(text: str, name: str) -> Document:
 def parse_value(text: str, origin: str) -> JsonValue:
     """The YAML value in `text`, as after `--set key=`."""
     return _parse_value(text, origin)[0]
+
+
+def split_list(text: str, origin: str) -> list[str]:
+    """The items of the YAML list `[text]`, as they are written; raises RecipeError for what is no such list."""
+    whole = f"[{text}]"
+    node = _compose(whole, origin)
+    if node is None or node.end_mark.index < len(whole) or text.rstrip().endswith(","):
+        raise RecipeError(f"{origin}: expected values with single commas between them")
+    return [whole[item.start_mark.index : item.end_mark.index].strip() for item in node.value]
 
 
 def _parse_value(text: str, origin: str) -> tuple[JsonValue, dict[Path, str]]:
@@ -240,9 +250,3 @@ def _value(node: yaml.ScalarNode, origin: str) -> JsonValue:
         case "tag:yaml.org,2002:str" | "tag:yaml.org,2002:timestamp":
             return str(node.value)
     raise RecipeError(f"{origin}: the YAML tag {node.tag} is not used here")
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
-    return [_copy(item) for item in value] if isinstance(value, list) else value

@@ -34,9 +34,8 @@ from kdpipe.method import advantage, losses, micro_batch, objective
 from kdpipe.method.token_batch import TeacherSupport, TokenBatch
 from kdpipe.models import logprobs as forward
 from kdpipe.models.batching import Batch
-from kdpipe.recipe.file import load_recipe
+from kdpipe.recipe.file import load_recipe, shipped
 from kdpipe.recipe.schema import KdTerm, Objective, Recipe
-from kdpipe.recipe.shipped import shipped
 from tests.worlds import tiny_recipe
 
 NAMES = [path.stem for path in shipped()]

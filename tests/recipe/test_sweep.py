@@ -31,11 +31,33 @@ def test_the_grid_is_every_combination_in_order() -> None:
 
 
 @pytest.mark.parametrize(
-    "sweeps", [["a"], ["a="], ["=1,2"], ["a=1,,2"], ["a=1,1"], ["a=1,2", "a=3"], ["a=1,"]]
+    ("sweeps", "words"),
+    [
+        (["a"], "expected a field and its values"),
+        (["a="], "expected a field and its values"),
+        (["=1,2"], "expected a field and its values"),
+        (["a=1,,2"], "not valid YAML"),
+        (["a=,1"], "not valid YAML"),
+        (["a=1,"], "single commas"),
+        (["a=1] # 2"], "single commas"),
+        (["a=1],[2"], "not valid YAML"),
+        (["a=[1,2"], "not valid YAML"),
+        (["a=&x 1,*x"], "anchors and aliases are not used"),
+        (["a=1,1"], "the same value twice"),
+        (["a=1,2", "a=3"], "given twice"),
+    ],
 )
-def test_a_sweep_without_values_or_with_one_twice_is_refused(sweeps: list[str]) -> None:
-    with pytest.raises(RecipeError, match="--sweep"):
+def test_a_sweep_that_is_no_list_of_different_values_is_refused(sweeps: list[str], words: str) -> None:
+    with pytest.raises(RecipeError, match=f"--sweep a?.*{words}") as caught:
         points(sweeps)
+    assert caught.value.hint or "twice" in words
+
+
+@pytest.mark.parametrize(
+    "value", ["1e-5", "'a,b'", "'it''s'", "x y", "[1, 'b]']", "{term: jsd}", "010", "y: 2", "http://a/v1"]
+)
+def test_a_value_of_a_sweep_is_what_was_written(value: str) -> None:
+    assert points([f"a= {value} ,other"]) == [(f"a={value}",), ("a=other",)]
 
 
 @pytest.fixture
