@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-import kdpipe.execution.inputs
+import kdpipe.execution.roles
 from kdpipe.engines.handle import ModelHandle
 from kdpipe.engines.protocol import Ability, Completion, Engine, ScoreRequest, Scoring, TokenScores
 from kdpipe.execution.executor import Performer
@@ -131,7 +131,7 @@ def examined(
     request = examination(open_project(loaded, workspace), folders, 1, depth=depth)  # type: ignore[arg-type]
     with one_thread(), pytest.MonkeyPatch.context() as patch:
         if wire is not None:
-            patch.setattr(kdpipe.execution.inputs.Inputs, "open", _behind(wire))
+            patch.setattr(kdpipe.execution.roles.Roles, "open", _behind(wire))
         answer: Any = Performer()(json.loads(json.dumps(request)), Report(lambda _message: None))
     findings = json.loads(json.dumps(answer["findings"]))
     return {(one["probe"], one["about"]): one for one in findings}
@@ -139,11 +139,11 @@ def examined(
 
 def _behind(wire: Callable[[Engine], Engine]) -> Callable[..., ModelHandle]:
     """What a step opens its models by, each engine behind a wire of its own that stays."""
-    opened = kdpipe.execution.inputs.Inputs.open
+    opened = kdpipe.execution.roles.Roles.open
     wires: dict[int, Engine] = {}
 
-    def open_wired(inputs: Any, *role: Any, **place: Any) -> ModelHandle:
-        handle = opened(inputs, *role, **place)
+    def open_wired(roles: Any, *role: Any, **place: Any) -> ModelHandle:
+        handle = opened(roles, *role, **place)
 
         def open_engine() -> Engine:
             real = handle.open_engine()

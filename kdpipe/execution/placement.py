@@ -43,7 +43,7 @@ class Place:
     num_models: int
 
 
-class Roles:
+class Engines:
     """The engines of a run: made when first asked for, then kept warm.
 
     Raises RecipeError on a device that is not there.

@@ -17,7 +17,7 @@ from kdpipe.engines.handle import ModelHandle, Turns
 from kdpipe.engines.protocol import SampleRequest, Sampling, Scoring
 from kdpipe.engines.remote import Hosting, WorkerEngine, pack, unpack
 from kdpipe.errors import ArtifactError, EngineError, RecipeError, StepError
-from kdpipe.execution.placement import Roles, seen_alone
+from kdpipe.execution.placement import Engines, seen_alone
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.roles import STUDENT_ROLE, Role
@@ -40,9 +40,11 @@ def recipe_of(**changes: Any) -> Recipe:
 
 
 def test_hf_engines_on_the_trainers_device_are_one_and_no_process_is_started(tmp_path: Path) -> None:
-    roles = Roles(recipe_of(), ModelCache(CPU), logs=tmp_path)
+    placed = Engines(recipe_of(), ModelCache(CPU), logs=tmp_path)
     told: list[str] = []
-    assert roles.engine("hf", STUDENT_ROLE, tell=told.append) is roles.engine("hf", TEACHER, tell=told.append)
+    assert placed.engine("hf", STUDENT_ROLE, tell=told.append) is placed.engine(
+        "hf", TEACHER, tell=told.append
+    )
     assert told == []
     assert list(tmp_path.iterdir()) == []
 
@@ -51,16 +53,16 @@ def test_hf_engines_on_the_trainers_device_are_one_and_no_process_is_started(tmp
 def test_a_role_that_wants_a_process_of_its_own_gets_one_and_the_other_shares(
     tmp_path: Path, role: str
 ) -> None:
-    roles = Roles(recipe_of(runtime__placement={"own_process": [role]}), ModelCache(CPU), logs=tmp_path)
+    placed = Engines(recipe_of(runtime__placement={"own_process": [role]}), ModelCache(CPU), logs=tmp_path)
     told: list[str] = []
     engines = {
-        "sampler": roles.engine("hf", STUDENT_ROLE, tell=told.append),
-        "teacher": roles.engine("hf", TEACHER, tell=told.append),
+        "sampler": placed.engine("hf", STUDENT_ROLE, tell=told.append),
+        "teacher": placed.engine("hf", TEACHER, tell=told.append),
     }
     name = {"sampler": "sampler", "teacher": "teacher-teacher"}[role]
     assert told == [f"{name}: hf on cpu in a process of its own, which logs to logs/{name}.log"]
     assert [key for key, engine in engines.items() if isinstance(engine, WorkerEngine)] == [role]
-    again = roles.engine("hf", STUDENT_ROLE if role == "sampler" else TEACHER, tell=told.append)
+    again = placed.engine("hf", STUDENT_ROLE if role == "sampler" else TEACHER, tell=told.append)
     assert again is engines[role]
     assert len(told) == 1
 
@@ -71,9 +73,9 @@ def test_an_engine_other_than_hf_has_a_process_of_its_own_and_each_teacher_its_o
         "rollout__engine": "vllm",
         "teacher_score__engine": "vllm",
     }
-    roles = Roles(recipe_of(**changes), ModelCache(CPU), logs=tmp_path)
+    placed = Engines(recipe_of(**changes), ModelCache(CPU), logs=tmp_path)
     engines = [
-        roles.engine("vllm", role)
+        placed.engine("vllm", role)
         for role in (STUDENT_ROLE, Role.parse("teacher:ada"), Role.parse("teacher:bob"))
     ]
     assert all(isinstance(engine, WorkerEngine) for engine in engines)
@@ -87,7 +89,7 @@ def test_a_device_that_is_not_there_is_refused_by_its_field() -> None:
         ({"teacher": {"teacher": "nonsense"}}, "runtime.placement.teacher"),
     ):
         with pytest.raises(RecipeError, match=field) as caught:
-            Roles(recipe_of(runtime__placement=placement), ModelCache(CPU), logs=Path("nowhere"))
+            Engines(recipe_of(runtime__placement=placement), ModelCache(CPU), logs=Path("nowhere"))
         assert "cpu" in caught.value.hint
 
 
@@ -134,10 +136,10 @@ class Sleeper(FakeEngine):
         self.diary.append(f"{self.name} sleeps")
 
 
-def handle(roles: Roles, engine: Any, role: Role, source: ModelSource) -> ModelHandle:
+def handle(placed: Engines, engine: Any, role: Role, source: ModelSource) -> ModelHandle:
     """A model in a role, as a step opens it."""
-    turns = roles.turns(engine, role)
-    return ModelHandle(str(role), source, NO_TEXT, engine, partial(roles.engine, engine, role), turns)
+    turns = placed.turns(engine, role)
+    return ModelHandle(str(role), source, NO_TEXT, engine, partial(placed.engine, engine, role), turns)
 
 
 def test_of_the_engines_on_a_device_one_is_awake_at_a_time(tmp_path: Path) -> None:
@@ -161,31 +163,31 @@ def test_of_the_engines_on_a_device_one_is_awake_at_a_time(tmp_path: Path) -> No
 
 
 @pytest.fixture
-def with_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Roles, list[str]]]:
-    """Roles on devices that are not there, whose engines write a diary."""
+def with_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Engines, list[str]]]:
+    """Engines on devices that are not there, whose engines write a diary."""
 
-    def make(placement: dict[str, Any], device: str = "cuda:0", **runtime: Any) -> tuple[Roles, list[str]]:
+    def make(placement: dict[str, Any], device: str = "cuda:0", **runtime: Any) -> tuple[Engines, list[str]]:
         diary: list[str] = []
         names = iter(("trainer", "sampler", "teacher"))
         monkeypatch.setattr(kdpipe.execution.placement, "resolve_device", torch.device)
         monkeypatch.setattr(kdpipe.execution.placement, "hf_engine", lambda *_: Sleeper(next(names), diary))
-        monkeypatch.setattr(Roles, "_started", lambda _self, _name, place, _log: Sleeper(place.name, diary))
+        monkeypatch.setattr(Engines, "_started", lambda _self, _name, place, _log: Sleeper(place.name, diary))
         more = {f"runtime__{name}": value for name, value in runtime.items()}
         recipe = recipe_of(runtime__device=device, runtime__placement=placement, **more)
-        return Roles(recipe, ModelCache(torch.device(device)), logs=Path("nowhere")), diary
+        return Engines(recipe, ModelCache(torch.device(device)), logs=Path("nowhere")), diary
 
     return make
 
 
 def test_on_one_gpu_roles_sleep_while_others_work_and_before_training(
-    with_cuda: Callable[..., tuple[Roles, list[str]]], tmp_path: Path
+    with_cuda: Callable[..., tuple[Engines, list[str]]], tmp_path: Path
 ) -> None:
-    roles, diary = with_cuda({"own_process": ["sampler"]}, "cuda")
+    placed, diary = with_cuda({"own_process": ["sampler"]}, "cuda")
     source = ModelSource(tmp_path, "a")
     for _ in range(2):
-        handle(roles, "hf", STUDENT_ROLE, source).load()
-        handle(roles, "hf", TEACHER, source).load()  # which shares the trainer's process
-        roles.make_room()
+        handle(placed, "hf", STUDENT_ROLE, source).load()
+        handle(placed, "hf", TEACHER, source).load()  # which shares the trainer's process
+        placed.make_room()
     assert diary == [
         "sampler loads",
         "sampler sleeps",
@@ -195,31 +197,31 @@ def test_on_one_gpu_roles_sleep_while_others_work_and_before_training(
         "sampler sleeps",
         "trainer loads",
     ]
-    handle(roles, "hf", STUDENT_ROLE, source).load()
-    roles.make_room()
+    handle(placed, "hf", STUDENT_ROLE, source).load()
+    placed.make_room()
     assert diary[-2:] == ["sampler loads", "sampler sleeps"]
 
 
 def test_on_gpus_of_their_own_roles_do_not_sleep(
-    with_cuda: Callable[..., tuple[Roles, list[str]]], tmp_path: Path
+    with_cuda: Callable[..., tuple[Engines, list[str]]], tmp_path: Path
 ) -> None:
-    roles, diary = with_cuda({"sampler": "cuda:1", "teacher": "cuda:2"})
+    placed, diary = with_cuda({"sampler": "cuda:1", "teacher": "cuda:2"})
     source = ModelSource(tmp_path, "a")
     for _ in range(2):
-        handle(roles, "hf", STUDENT_ROLE, source).load()
-        handle(roles, "hf", TEACHER, source).load()
-        roles.make_room()
+        handle(placed, "hf", STUDENT_ROLE, source).load()
+        handle(placed, "hf", TEACHER, source).load()
+        placed.make_room()
     assert diary == ["sampler loads", "teacher-teacher loads"] * 2
 
 
 def test_a_model_that_is_spread_over_two_gpus_waits_for_both(
-    with_cuda: Callable[..., tuple[Roles, list[str]]], tmp_path: Path
+    with_cuda: Callable[..., tuple[Engines, list[str]]], tmp_path: Path
 ) -> None:
-    roles, diary = with_cuda({"sampler": "cuda:1", "teacher": "cuda:2"}, vllm={"tensor_parallel_size": 2})
+    placed, diary = with_cuda({"sampler": "cuda:1", "teacher": "cuda:2"}, vllm={"tensor_parallel_size": 2})
     source = ModelSource(tmp_path, "a")
-    handle(roles, "hf", TEACHER, source).load()
-    handle(roles, "vllm", STUDENT_ROLE, source).load()  # on cuda:1 and cuda:2
-    handle(roles, "hf", TEACHER, source).load()
+    handle(placed, "hf", TEACHER, source).load()
+    handle(placed, "vllm", STUDENT_ROLE, source).load()  # on cuda:1 and cuda:2
+    handle(placed, "hf", TEACHER, source).load()
     assert diary == [
         "teacher-teacher loads",
         "teacher-teacher sleeps",
@@ -229,12 +231,14 @@ def test_a_model_that_is_spread_over_two_gpus_waits_for_both(
     ]
 
 
-def test_on_the_cpu_nothing_sleeps(with_cuda: Callable[..., tuple[Roles, list[str]]], tmp_path: Path) -> None:
-    roles, diary = with_cuda(ALL_OWN, "cpu")
+def test_on_the_cpu_nothing_sleeps(
+    with_cuda: Callable[..., tuple[Engines, list[str]]], tmp_path: Path
+) -> None:
+    placed, diary = with_cuda(ALL_OWN, "cpu")
     source = ModelSource(tmp_path, "a")
-    handle(roles, "hf", STUDENT_ROLE, source).load()
-    handle(roles, "hf", TEACHER, source).load()
-    roles.make_room()
+    handle(placed, "hf", STUDENT_ROLE, source).load()
+    handle(placed, "hf", TEACHER, source).load()
+    placed.make_room()
     assert diary == ["sampler loads", "teacher-teacher loads"]
 
 

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-import kdpipe.execution.executor
+import kdpipe.execution.stages
 import kdpipe.pipeline.request
 import kdpipe.stages.sft
 from kdpipe.cli.app import app
@@ -505,7 +505,7 @@ def test_the_cold_start_of_a_specialist_reads_only_what_it_teaches(
         read.append([problem.fields["operation"] for problem in job.train])
         real(job, **settings)
 
-    monkeypatch.setattr(kdpipe.execution.executor, "sft", watched)
+    monkeypatch.setattr(kdpipe.execution.stages, "sft", watched)
     scratch = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
     specialist = {"scratch": scratch, "sft": {"steps": 1, "batch": 4}, "dtype": "float32"}
     teachers = [

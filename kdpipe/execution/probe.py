@@ -1,0 +1,98 @@
+"""The models of a step as the doctor probes them; weights that no step has made yet are stood in for."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from pydantic import JsonValue
+
+from kdpipe.data.rows import Problem
+from kdpipe.data.tasks.arithmetic import words
+from kdpipe.doctor.case import Case, Depth
+from kdpipe.doctor.examine import examine, sizes
+from kdpipe.errors import KdpipeError
+from kdpipe.execution.inputs import Inputs
+from kdpipe.execution.roles import Roles
+from kdpipe.execution.trainers import Trainers
+from kdpipe.models.folder import write_model
+from kdpipe.models.prompting import arithmetic_tokenizer
+from kdpipe.recipe.roles import STUDENT_ROLE, Role
+from kdpipe.recipe.schema import ModelTeacher, OwnTeacher, Student
+from kdpipe.stages.job import Job
+from kdpipe.store.artifacts import Draft, Entry
+from kdpipe.workers.pulse import Pulse
+from kdpipe.workers.worker import Message
+
+Problems = Sequence[Problem]
+
+
+class Probe:
+    """Examines the student and the teachers of a step by the engines that would run them."""
+
+    def __init__(
+        self, roles: Roles, trainers: Trainers, device: torch.device, train: Problems, test: Problems
+    ) -> None:
+        self._roles = roles
+        self._trainers = trainers
+        self._device = device
+        self._problems = (train, test)
+
+    def __call__(
+        self, inputs: Inputs, teachers: Sequence[Role], *, missing: Mapping[Role, str], depth: Depth
+    ) -> Message:
+        """The findings, and with a full examination the estimate; `missing` are steps not done, by their role."""
+        with tempfile.TemporaryDirectory(prefix="kdpipe-doctor-") as folder:
+            stand_ins = {}
+            for role, step_id in missing.items():
+                inputs, weights = self._stand_in(inputs, role, Path(folder))
+                stand_ins[inputs.settings(role).name] = weights.format(step=step_id)
+            case = self._case(inputs, teachers, stand_ins, depth, Path(folder))
+            findings: list[JsonValue] = [dict(finding.to_json()) for finding in examine(case)]
+            if depth == "quick":
+                return {"findings": findings}
+            try:
+                return {"findings": findings, "estimate": dict(sizes(case).to_json())}
+            except KdpipeError as error:  # the findings are not lost with it
+                return {"findings": findings, "estimate": {"problem": error.message}}
+
+    def _case(
+        self,
+        inputs: Inputs,
+        teachers: Sequence[Role],
+        stand_ins: Mapping[str, str],
+        depth: Depth,
+        folder: Path,
+    ) -> Case:
+        recipe, step = inputs.recipe, inputs.step
+        entry = Entry(folder / "step", step.id, step.fingerprint)
+        draft = Draft(entry, step, note=lambda _kind, _fields: None)
+        pulse = Pulse(lambda _fields: None, inputs.report.stopping.is_set)
+        scorer = recipe.teacher_score.engine
+        opened = [(inputs.settings(role), self._roles.open(inputs, role, scorer)) for role in teachers]
+        return Case(
+            job=Job(recipe, step.round, step.seed, *self._problems, draft, pulse),
+            device=self._device,
+            student=self._roles.open(inputs, STUDENT_ROLE, recipe.rollout.engine),
+            teachers=[(settings, model) for settings, model in opened if not isinstance(settings, Student)],
+            stand_ins=stand_ins,
+            depth=depth,
+        )
+
+    def _stand_in(self, inputs: Inputs, role: Role, place: Path) -> tuple[Inputs, str]:
+        """Inputs with other weights in the place of those that no step has made yet, and what they are."""
+        settings = inputs.settings(role)
+        origin = settings if isinstance(settings, OwnTeacher) else inputs.recipe.student
+        if isinstance(origin, ModelTeacher) or origin.scratch is None:
+            return inputs, "its weights before {step}, which is not done"
+        name = origin.name
+        if name not in inputs.folders:
+            model = self._trainers.scratch(inputs, origin.scratch)
+            write_model(model, arithmetic_tokenizer(words()), place / name)
+            folders = {**inputs.folders, name: place / name}
+            identities = {**inputs.identities, name: f"untrained {name}"}
+            inputs = replace(inputs, folders=folders, identities=identities)
+        return inputs, "untrained weights: {step} is not done"

@@ -1,0 +1,116 @@
+"""The models of a run in their roles: each step opens a role once, as the handle that its stage asks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from kdpipe.data.rows import Problem
+from kdpipe.engines.handle import ModelHandle
+from kdpipe.engines.protocol import Engine
+from kdpipe.engines.server.engine import ServerEngine
+from kdpipe.engines.server.signature import require_same
+from kdpipe.execution.inputs import Inputs
+from kdpipe.execution.placement import Engines
+from kdpipe.models.cache import ModelCache
+from kdpipe.models.folder import require_targets
+from kdpipe.models.prompting import prompt_style
+from kdpipe.models.source import ModelSource
+from kdpipe.models.text import Text, open_text
+from kdpipe.recipe.roles import STUDENT_ROLE, Role
+from kdpipe.recipe.schema import EngineName, Recipe, SelfTeacher, ServedTeacher, Student, Teacher
+from kdpipe.stages.scoring import TeacherHandle, as_teacher
+
+
+class Roles:
+    """Opens the student and the teachers; texts, engines and servers stay open from step to step.
+
+    `train` are the problems that few-shot prompts take their examples from.
+    """
+
+    def __init__(
+        self, recipe: Recipe, train: Sequence[Problem], *, engines: Engines, cache: ModelCache
+    ) -> None:
+        self._recipe = recipe
+        self._train = train
+        self._engines = engines
+        self._cache = cache
+        self._texts: dict[tuple[Role, str], Text] = {}
+        self._servers: dict[Role, ServerEngine] = {}
+        self._lora_fits = recipe.student.lora is None
+
+    def open(self, inputs: Inputs, role: Role, engine: EngineName, *, at: Role | None = None) -> ModelHandle:
+        """The student or a teacher, run by `engine`, or by the engine of another role `at`.
+
+        A teacher behind a server has that for its engine, whatever the others have. Weights that the engine does not
+        hold are checked; raises ArtifactError where they are not those that were published.
+        """
+        settings, source, place = inputs.settings(role), inputs.source(role), at or role
+        if isinstance(settings, ServedTeacher):
+            open_server = partial(self._server, inputs, settings, role)
+            return ModelHandle(settings.name, source, self.text(inputs, role), "server", open_server)
+        if not self._engines.holds(engine, place, source):
+            inputs.check_weights(role)
+        if isinstance(settings, Student):
+            self._require_targets(source)
+        elif self._takes_turns(inputs, settings, source):
+            self._cache.take_turns(source.digest)
+        tell = partial(inputs.report.event, kind="note")
+        open_engine = partial(self._engines.engine, engine, place, tell=lambda text: tell(text=text))
+        turns = self._engines.turns(engine, place)
+        return ModelHandle(settings.name, source, self.text(inputs, role), engine, open_engine, turns)
+
+    def teacher(self, inputs: Inputs, role: Role, engine: EngineName) -> TeacherHandle:
+        """The teacher in `role`, run by `engine`; raises PreflightError where it does not fit the student."""
+        settings = inputs.settings(role)
+        assert not isinstance(settings, Student)
+        model = self.open(inputs, role, engine)
+        return as_teacher(self._recipe, settings, model, student=self.text(inputs, STUDENT_ROLE))
+
+    def text(self, inputs: Inputs, role: Role) -> Text:
+        """The text side of the student or a teacher; kept, since a round changes no tokenizer."""
+        settings = inputs.settings(role)
+        key = (role, json.dumps(settings.template, sort_keys=True))
+        if key not in self._texts:
+            template = settings.template or self._recipe.student.template
+            folder = inputs.text_folder(role)
+            self._texts[key] = self.text_of(folder, template, trust=settings.trust_remote_code)
+        return self._texts[key]
+
+    def text_of(self, folder: Path | None, template: dict[str, JsonValue], *, trust: bool) -> Text:
+        """The text side of the model in `folder`; None is a scratch model, with the task's own tokenizer."""
+        return open_text(folder, prompt_style(self._recipe.task, self._train, template), trust=trust)
+
+    def close(self) -> None:
+        """Closes the connections to servers."""
+        for server in self._servers.values():
+            server.close()
+
+    def _require_targets(self, source: ModelSource) -> None:
+        """Raises, before anything is sampled, where the student has no modules that its adapter names."""
+        if (lora := self._recipe.student.lora) is not None and not self._lora_fits:
+            require_targets(source.folder, lora, trust_remote_code=source.trust_remote_code)
+            self._lora_fits = True
+
+    def _takes_turns(self, inputs: Inputs, teacher: Teacher, source: ModelSource) -> bool:
+        """Whether the cache holds one of such teachers at a time: of several, or of an average's rounds."""
+        if self._recipe.student.lora is not None and isinstance(teacher, SelfTeacher):
+            return False  # it is the network that samples and is trained: not dropped for others
+        is_one_of_several = len(self._recipe.teachers) > 1 or source.folder.name == "ema"
+        return is_one_of_several and source.digest != inputs.weights_digest(STUDENT_ROLE)
+
+    def _server(self, inputs: Inputs, teacher: ServedTeacher, role: Role) -> Engine:
+        """The engine that asks a teacher's servers, after their weights were compared with those of before."""
+        if role not in self._servers:
+            settings, source = self._recipe.runtime.server, inputs.source(role)
+            bundle = settings.ca_bundle and inputs.folder / Path(settings.ca_bundle).expanduser()
+            engine = ServerEngine(teacher.server, settings, ca_bundle=bundle or None)
+            engine.load(source)
+            who = f"teacher {teacher.name!r}"
+            require_same(inputs.store.workspace, source.digest, who=who, scores=engine.signature)
+            self._servers[role] = engine
+        return self._servers[role]
