@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from kdpipe.cli.terminal import COLUMNS, Paint, Style, inert
-from kdpipe.pipeline.duration import duration
-from kdpipe.pipeline.progress import Progress, read_progress
+from kdpipe.pipeline.progress import Progress, duration, read_progress, time_left
 from kdpipe.pipeline.project import Project
 from kdpipe.pipeline.status import State
 from kdpipe.store.locks import is_running
@@ -148,8 +147,7 @@ def progress_line(found: Overview) -> str:
     if at.tokens_per_second is not None:
         pieces.append(f"{at.tokens_per_second:,.0f} tokens/s")
     if at.seconds_left is not None:
-        minutes = at.seconds_left / 60
-        pieces.append(f"{at.seconds_left:.0f} s left" if minutes < 1 else f"{minutes:.0f} min left")
+        pieces.append(f"{time_left(at.seconds_left)} left")
     if (age := time.time() - at.at) > 10:
         pieces.append(f"told {age:.0f} s ago")
     return inert(", ".join(pieces) + whole)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from kdpipe.pipeline.duration import duration
+from kdpipe.pipeline.progress import Pace, duration, time_left
 from kdpipe.pipeline.runs import RunFolder
 from kdpipe.store.step import Step
 
@@ -53,32 +53,6 @@ def inert(text: str) -> str:
     return "".join(kept)
 
 
-class _Rate:
-    """Tokens per second and time left of one step, from its progress events; the clock starts with the first."""
-
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.unit, self.total, self.done, self.tokens = "", 0, 0, 0
-        self.first_done, self.first_tokens = 0, 0
-
-    def update(self, event: dict[str, Any]) -> None:
-        if event["unit"] != self.unit:
-            self.unit, self.started = event["unit"], time.monotonic()
-            self.first_done, self.first_tokens = event["done"], event["tokens"]
-        self.total, self.done, self.tokens = event["total"], event["done"], event["tokens"]
-
-    def words(self) -> str:
-        seconds = max(time.monotonic() - self.started, 1e-3)
-        pieces = [f"{self.done}/{self.total} {self.unit}"]
-        if (tokens := self.tokens - self.first_tokens) > 0:
-            pieces.append(f"{tokens / seconds:,.0f} tokens/s")
-        finished = self.done - self.first_done
-        if finished > 0 and self.done < self.total:
-            left = seconds * (self.total - self.done) / finished
-            pieces.append(f"{duration(left) if left >= 3600 else _roughly(left)} left")
-        return ", ".join(pieces)
-
-
 class Terminal:
     """Shows a run to a person, on stderr: a live line where stderr is a terminal, else plain lines."""
 
@@ -87,7 +61,7 @@ class Terminal:
         self._paint = painter(sys.stderr)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._rate = _Rate()
+        self._pace = Pace()
         self._said = 0.0
 
     def begin(self, run: RunFolder, todo: int, reused: int) -> None:
@@ -97,7 +71,7 @@ class Terminal:
 
     def step_begins(self, step: Step) -> None:
         """Starts the step's line."""
-        self._rate = _Rate()
+        self._pace = Pace()
         self._said = time.monotonic()
         if self.live:
             self._progress, self._task = _live_line(step.id)
@@ -114,14 +88,14 @@ class Terminal:
         if event["kind"] == "warning":
             self.warn(event["text"])
             return
-        self._rate.update(event)
+        self._pace.note(event)
         if self._progress is not None and self._task is not None:
             self._progress.update(
-                self._task, total=event["total"], completed=event["done"], words=self._rate.words()
+                self._task, total=event["total"], completed=event["done"], words=_pace_words(self._pace)
             )
         elif time.monotonic() - self._said > PLAIN_SECONDS:
             self._said = time.monotonic()
-            self._say(f"{step.id}: {self._rate.words()}")
+            self._say(f"{step.id}: {_pace_words(self._pace)}")
 
     def step_ends(self, step: Step, result: dict[str, Any]) -> None:
         """Ends the step's line; steps of round 0 leave one, as no line of a round follows them."""
@@ -153,6 +127,16 @@ class Terminal:
             self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
             print(line, file=sys.stderr, flush=True)
+
+
+def _pace_words(pace: Pace) -> str:
+    """How far a step is, how fast it goes on and how long it will take."""
+    pieces = [f"{pace.done}/{pace.total} {pace.unit}"]
+    if pace.tokens_per_second is not None:
+        pieces.append(f"{pace.tokens_per_second:,.0f} tokens/s")
+    if pace.seconds_left:
+        pieces.append(f"{time_left(pace.seconds_left)} left")
+    return ", ".join(pieces)
 
 
 def _live_line(name: str) -> tuple[Progress, TaskID]:
@@ -313,10 +297,6 @@ def _interval(summary: dict[str, Any], value: str, low: str, high: str, spec: st
     if value not in summary:
         return ""
     return f"{summary[value]:{spec}} ({summary[low]:{spec}} to {summary[high]:{spec}})"
-
-
-def _roughly(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.0f} min"
 
 
 def counted(number: int, noun: str) -> str:

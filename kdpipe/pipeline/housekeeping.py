@@ -21,7 +21,7 @@ from kdpipe.store.step import Stage, Step
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Verified:
     """What verifying one step found: files looked at, bytes, and what is wrong (empty: nothing)."""
 
     step: str
@@ -30,7 +30,7 @@ class Finding:
     problem: str
 
 
-def verify(project: Project, *, full: bool) -> Iterator[Finding]:
+def verify(project: Project, *, full: bool) -> Iterator[Verified]:
     """Checks every step of the plan by sizes, or by sha256 with `full`: what is committed, and finished pieces."""
     for step in project.plan.steps:
         entry = project.store.entry(step)
@@ -40,12 +40,12 @@ def verify(project: Project, *, full: bool) -> Iterator[Finding]:
                 yield _committed(step, entry, manifest, full=full)
             elif pieces := [piece for piece in entry.pieces() if piece.is_finished]:
                 problems = [problem for piece in pieces if (problem := piece.problem(full=full))]
-                yield Finding(step.id, len(pieces), 0, problems[0] if problems else "")
+                yield Verified(step.id, len(pieces), 0, problems[0] if problems else "")
         except ArtifactError as error:
-            yield Finding(step.id, 0, 0, error.message)
+            yield Verified(step.id, 0, 0, error.message)
 
 
-def _committed(step: Step, entry: Entry, manifest: Manifest, *, full: bool) -> Finding:
+def _committed(step: Step, entry: Entry, manifest: Manifest, *, full: bool) -> Verified:
     files = [file for file in manifest.files if file.path not in manifest.dropped]
     problem = entry.problem(manifest) or ""
     if full and not problem:
@@ -53,7 +53,7 @@ def _committed(step: Step, entry: Entry, manifest: Manifest, *, full: bool) -> F
             entry.check(file)
         if read_document(entry.folder)["fingerprint"] != step.fingerprint:
             problem = f"{entry.folder}: its fingerprint.json is of another step"
-    return Finding(step.id, len(files), sum(file.bytes for file in files), problem)
+    return Verified(step.id, len(files), sum(file.bytes for file in files), problem)
 
 
 # -------------------------------------------------------------------------------------------------- gc

@@ -10,10 +10,10 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from kdpipe.workers.worker import Message
 
 PROGRESS = "progress.json"
 INTERVAL_SECONDS = 1.0
@@ -32,38 +32,72 @@ class Progress:
     at: float
 
 
+class Pace:
+    """How fast a step goes on and how long it will take; counted from the first event of each unit."""
+
+    def __init__(self) -> None:
+        self.unit, self.done, self.total = "", 0, 0
+        self._tokens = 0
+        self._began, self._first_done, self._first_tokens = 0.0, 0, 0
+        self._seconds = 0.0
+
+    def note(self, event: Message) -> None:
+        """Takes in a progress event."""
+        now = time.monotonic()
+        unit, done, total, tokens = (event[name] for name in ("unit", "done", "total", "tokens"))
+        assert isinstance(unit, str)
+        assert isinstance(done, int)
+        assert isinstance(total, int)
+        assert isinstance(tokens, int)
+        if unit != self.unit:
+            self._began, self._first_done, self._first_tokens = now, done, tokens
+        self.unit, self.done, self.total, self._tokens = unit, done, total, tokens
+        self._seconds = max(now - self._began, 1e-3)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """None before any token."""
+        tokens = self._tokens - self._first_tokens
+        return tokens / self._seconds if tokens > 0 else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None before anything is finished."""
+        finished = self.done - self._first_done
+        return self._seconds * (self.total - self.done) / finished if finished > 0 else None
+
+
 class ProgressFile:
-    """Notes the progress events of one run; its pace is counted from the first event of each unit."""
+    """Notes the progress events of one run."""
 
     def __init__(self, run_folder: Path) -> None:
         self._path = run_folder / PROGRESS
         self._draft = run_folder / f".tmp-{PROGRESS}"
-        self._place = ("", "")
-        self._first: tuple[float, int, int] = (0.0, 0, 0)
+        self._step = ""
+        self._pace = Pace()
         self._written = -math.inf
 
-    def note(self, step_id: str, event: Mapping[str, Any]) -> None:
+    def note(self, step_id: str, event: Message) -> None:
         """Notes a progress event, unless one was noted within the last second; ignores all other events."""
         if event.get("kind") != "progress":
             return
-        now = time.monotonic()
-        if (step_id, event["unit"]) != self._place:
-            self._place, self._first = (step_id, event["unit"]), (now, event["done"], event["tokens"])
-        elif now - self._written < INTERVAL_SECONDS:
+        if step_id != self._step:
+            self._step, self._pace = step_id, Pace()
+        now, pace = time.monotonic(), self._pace
+        if event["unit"] == pace.unit and now - self._written < INTERVAL_SECONDS:
             return
         self._written = now
-        began, first_done, first_tokens = self._first
-        seconds, finished = max(now - began, 1e-3), event["done"] - first_done
-        left = seconds * (event["total"] - event["done"]) / finished if finished > 0 else None
-        rate = (event["tokens"] - first_tokens) / seconds if event["tokens"] > first_tokens else None
-        found = Progress(step_id, event["unit"], event["done"], event["total"], rate, left, time.time())
+        pace.note(event)
+        found = Progress(
+            step_id, pace.unit, pace.done, pace.total, pace.tokens_per_second, pace.seconds_left, time.time()
+        )
         with contextlib.suppress(OSError):  # it is only shown: nothing depends on it
             self._draft.write_text(json.dumps(asdict(found)), encoding="utf-8")
             self._draft.replace(self._path)
 
     def clear(self) -> None:
         """Removes the file, also what a kill left of one: no step is running."""
-        self._place, self._written = ("", ""), -math.inf
+        self._step, self._written = "", -math.inf
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
             self._draft.unlink(missing_ok=True)
@@ -75,3 +109,19 @@ def read_progress(run_folder: Path) -> Progress | None:
         return Progress(**json.loads((run_folder / PROGRESS).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def duration(seconds: float) -> str:
+    """`12.3 s`, `4 min 05 s`, `2 h 07 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def time_left(seconds: float) -> str:
+    """An estimate: `12 s`, `4 min`, `2 h 07 min`."""
+    if seconds >= 3600:
+        return duration(seconds)
+    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.0f} min"

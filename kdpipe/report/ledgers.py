@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kdpipe.pipeline.duration import duration
+from kdpipe.pipeline.progress import duration
 from kdpipe.report.figure import shares_svg
 from kdpipe.report.markup import Child, Html, element, joined, paragraph, section, table
 from kdpipe.results.measures import Measures, token_totals
