@@ -510,11 +510,11 @@ def test_any_note_is_read_or_made_again(data: bytes, tmp_path: Path) -> None:
         (run / name).write_bytes(data)
     (run / "events.jsonl").write_bytes(data)
     assert project.survey()
-    from kdpipe.pipeline.runs import droppable
+    from kdpipe.pipeline.retention import Retention
     from kdpipe.tracking.record import read_record
     from kdpipe.tracking.standing import pending
 
-    assert droppable(project.run, workspace) == []
+    assert Retention(project.run, workspace).droppable() == []
     assert pending(run) == 0
     read_record(run)
 

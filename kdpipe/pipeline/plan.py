@@ -8,8 +8,8 @@ the round and the seed. `FORMATS` is raised whenever a stage's output changes fo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from pydantic import JsonValue
@@ -74,14 +74,26 @@ class Plan:
     """Every step of the recipe, in the order they run."""
 
     steps: tuple[Step, ...]
+    _by_id: Mapping[str, Step] = field(init=False, repr=False, compare=False)
+    _by_round: Mapping[int, list[Step]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        by_round: dict[int, list[Step]] = {}
+        for step in self.steps:
+            by_round.setdefault(step.round, []).append(step)
+        object.__setattr__(self, "_by_id", {step.id: step for step in self.steps})
+        object.__setattr__(self, "_by_round", by_round)
+
+    def in_round(self, number: int) -> Sequence[Step]:
+        """The steps of one round, in running order."""
+        return self._by_round.get(number, [])
 
     def step(self, step_id: str) -> Step:
         """The step called `step_id`; `evaluate@3` is short for `evaluate:student@3`."""
         stage, at, number = step_id.partition("@")
-        wanted = {step_id, f"{stage}:{STUDENT}{at}{number}"}
-        for step in self.steps:
-            if step.id in wanted:
-                return step
+        for name in (step_id, f"{stage}:{STUDENT}{at}{number}"):
+            if name in self._by_id:
+                return self._by_id[name]
         near = [step.id for step in self.steps if step.stage == stage.partition(":")[0]]
         hint = f"steps of this plan: {', '.join(near[:6])}{', ...' if len(near) > 6 else ''}" if near else ""
         raise RecipeError(

@@ -81,10 +81,10 @@ def examination(
     roles = [STUDENT_ROLE, *(teacher_role(recipe, teacher) for teacher in teachers)]
     models = {*roles, BASE_ROLE}
     found: dict[Role, Input] = {}
-    for step in project.plan.steps:
-        if step.round == number and step.stage in (Stage.ROLLOUT, Stage.TEACHER_SCORE):
+    for step in project.plan.in_round(number):
+        if step.stage in (Stage.ROLLOUT, Stage.TEACHER_SCORE):
             found |= {role: source for role, source in step.inputs.items() if role in models}
-    there = {state.step.id: state for state in project.survey() if state.done}
+    there = {state.step.id: state for state in project.states() if state.done}
     missing = {
         role: source.step_id
         for role, source in found.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from kdpipe.data.payload import SUMMARY_FILE
 from kdpipe.pipeline.identities import Sources
 from kdpipe.pipeline.plan import Identities, Plan, make_plan
 from kdpipe.pipeline.runs import RunFolder, named_run, run_folder
-from kdpipe.pipeline.status import State, survey
+from kdpipe.pipeline.status import State, states_of, survey
 from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.recipe.schema import Recipe
 from kdpipe.store.artifacts import FINGERPRINT_KEY, Store
@@ -26,6 +26,10 @@ class Project:
     identities: Identities
     plan: Plan
     is_older: bool = False
+    run: RunFolder = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "run", run_folder(self.workspace, self.recipe))
 
     @property
     def recipe(self) -> Recipe:
@@ -38,17 +42,16 @@ class Project:
         return Store(self.workspace)
 
     @property
-    def run(self) -> RunFolder:
-        """The run's folder."""
-        return run_folder(self.workspace, self.recipe)
-
-    @property
     def named(self) -> str:
         """What a command takes to mean this run: its name, or the recipe's file before there is a run."""
         return self.run.name if named_run(self.workspace, self.run.name) else str(self.loaded.path)
 
+    def states(self) -> list[State]:
+        """The state of every step; of those not done without the reason."""
+        return states_of(self.plan, self.store)
+
     def survey(self) -> list[State]:
-        """The state of every step."""
+        """The state of every step, with the reason where it is not done."""
         return survey(self.plan, self.store, self.recipe)
 
 
@@ -98,9 +101,8 @@ def summary_of(project: Project, step_id: str) -> dict[str, Any] | None:
 def round_metrics(project: Project, number: int) -> dict[str, float]:
     """The per-round metrics of every done step of a round, by name."""
     metrics: dict[str, float] = {}
-    for step in project.plan.steps:
-        if step.round == number:
-            for row in project.store.entry(step).metrics():
-                if row["optimizer_step"] is None:
-                    metrics[row["name"]] = row["value"]
+    for step in project.plan.in_round(number):
+        for row in project.store.entry(step).metrics():
+            if row["optimizer_step"] is None:
+                metrics[row["name"]] = row["value"]
     return metrics

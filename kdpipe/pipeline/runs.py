@@ -8,32 +8,27 @@ The links are for people, and they say which entries a run still counts on: rete
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import JsonValue
 
-from kdpipe.data.payload import SUMMARY_FILE
 from kdpipe.errors import ArtifactError
 from kdpipe.pipeline.plan import run_hash
 from kdpipe.recipe.file import LoadedRecipe, read_recipe
-from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import Recipe, resolved
-from kdpipe.store.artifacts import Entry, linked_entry, read_document
+from kdpipe.store.artifacts import Entry, read_document
 from kdpipe.store.durable import append_line, parse_json, read_lines, write_bytes, write_json, writing
 from kdpipe.store.environment import environment
-from kdpipe.store.step import Fields, Stage, Step, link_name_of
+from kdpipe.store.step import Fields, Step
 
 RUNS = "runs"
 ROUND = re.compile(r"round-(\d+)$")
-PAYLOADS = ("model", "trainer", "ema")
-"""The folders of a train entry that retention may drop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,93 +157,3 @@ def all_runs(workspace: Path) -> list[RunFolder]:
         elif any(path.glob("round-*")):
             found.append((0.0, path))
     return [RunFolder(path) for _, path in sorted(found, reverse=True)]
-
-
-# ------------------------------------------------------------------------------------------ retention
-
-
-def retained(run: RunFolder) -> dict[Path, set[str]]:
-    """Which of "model", "trainer" and "ema" this run keeps of each train entry that it links.
-
-    The last rounds by `runtime.keep` that are whole, what is damaged or unfinished among them, and the weights of the
-    best and of the last evaluated round.
-    """
-    links = list(run.links())
-    trained = {link.round: link.target for link in links if link.name == Stage.TRAIN}
-    try:
-        recipe = run.recipe()
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # damaged, or of another version: such a run keeps all that it links
-        return {target: set(PAYLOADS) for target in trained.values()}
-    keep: dict[Path, set[str]] = {}
-    counts = recipe.runtime.keep
-    for kind, count in (("model", counts.weights), ("trainer", counts.optimizer), ("ema", counts.weights)):
-        for target in _newest(trained, kind, count):
-            keep.setdefault(target, set()).add(kind)
-    scores = {
-        link.round: accuracy
-        for link in links
-        if link.name == link_name_of(Stage.EVALUATE, STUDENT)
-        and (accuracy := _accuracy(link.target)) is not None
-    }
-    readable = {number: accuracy for number, accuracy in scores.items() if accuracy < math.inf}
-    wanted = set(scores) - set(readable)  # may be the best
-    wanted |= {max(scores)} if scores else set()
-    wanted |= {max(readable, key=lambda number: (readable[number], number))} if readable else set()
-    for number in wanted:
-        if number in trained:
-            keep.setdefault(trained[number], set()).add("model")
-    return keep
-
-
-def _newest(trained: Mapping[int, Path], kind: str, count: int) -> Iterator[Path]:
-    """The entries of the last `count` rounds that have this payload whole, and of those after them."""
-    whole = 0
-    for number in sorted(trained, reverse=True):
-        if whole == count:
-            return
-        yield trained[number]
-        whole += _is_whole(trained[number], kind)
-
-
-def _is_whole(folder: Path, kind: str) -> bool:
-    """Whether an entry is done and has the files of this payload, by their sizes."""
-    try:
-        entry, _ = linked_entry(folder)
-        manifest = entry.manifest()
-    except ArtifactError:
-        return False
-    if manifest is None or entry.problem(manifest) is not None:
-        return False
-    own = {file.path for file in manifest.files if file.path.startswith(f"{kind}/")}
-    return bool(own) and own.isdisjoint(manifest.dropped)
-
-
-def droppable(run: RunFolder, workspace: Path) -> list[tuple[Path, str]]:
-    """(train entry, folder of its payload) of `run` that neither it nor any other run keeps."""
-    kept: dict[Path, set[str]] = {}
-    linked = {link.target for link in run.links() if link.name == Stage.TRAIN}
-    for other in all_runs(workspace):
-        for target, kinds in retained(other).items():
-            kept.setdefault(target, set()).update(kinds)
-    return [
-        (target, kind)
-        for target in sorted(linked)
-        for kind in PAYLOADS
-        if kind not in kept.get(target, set())
-    ]
-
-
-def _accuracy(folder: Path) -> float | None:
-    """The accuracy of an evaluation; None while it is not done, infinite where it is damaged and could be any."""
-    if not folder.exists():
-        return None
-    try:
-        entry, _ = linked_entry(folder)
-        return None if entry.manifest() is None else float(entry.read_json(SUMMARY_FILE)["accuracy"])
-    except (ArtifactError, ValueError, KeyError, TypeError):
-        return math.inf

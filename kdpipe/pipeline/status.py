@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -63,32 +63,24 @@ def inspect(store: Store, step: Step, digests: Mapping[str, str | None]) -> Stat
     return State(step, "done", "", manifest.payload_digest, dropped)
 
 
-def survey(plan: Plan, store: Store, recipe: Recipe) -> list[State]:
-    """The state of every step, with the reason where it is not done."""
+def states_of(plan: Plan, store: Store) -> list[State]:
+    """The state of every step; of those not done without the reason, which only earlier runs know."""
     digests: dict[str, str | None] = {}
     states = []
-    history = _History(store.workspace, recipe)
     for step in plan.steps:
         state = inspect(store, step, digests)
-        if state.verdict == "to do" and not state.why:
-            state = _explained(state, history, store)
         digests[step.id] = state.digest if state.done else None
         states.append(state)
     return states
 
 
-def must_restore(states: Sequence[State], pending: set[str]) -> set[str]:
-    """Done steps whose dropped files a pending step opens: they are performed again first."""
-    by_id = {state.step.id: state for state in states}
-    restore: set[str] = set()
-    for state in reversed(states):
-        if state.step.id not in pending and state.step.id not in restore:
-            continue
-        for source in state.step.inputs.values():
-            origin = by_id.get(source.step_id)
-            if origin is not None and origin.done and origin.dropped & set(source.opens):
-                restore.add(source.step_id)
-    return restore
+def survey(plan: Plan, store: Store, recipe: Recipe) -> list[State]:
+    """The state of every step, with the reason where it is not done."""
+    history = _History(store.workspace, recipe)
+    return [
+        _explained(state, history, store) if state.verdict == "to do" and not state.why else state
+        for state in states_of(plan, store)
+    ]
 
 
 # ------------------------------------------------------------------------------------------- reasons

@@ -16,7 +16,8 @@ import kdpipe.store.artifacts
 from kdpipe.cli.app import app
 from kdpipe.pipeline.housekeeping import garbage
 from kdpipe.pipeline.project import Project, open_project
-from kdpipe.pipeline.runs import RunFolder, droppable, retained
+from kdpipe.pipeline.retention import Retention, holdings
+from kdpipe.pipeline.runs import RunFolder
 from kdpipe.store.artifacts import Draft, Store, linked_entry
 from kdpipe.store.seals import digest_of
 from kdpipe.store.step import Step
@@ -74,14 +75,13 @@ class Made:
         return entry.folder
 
     def kept(self) -> dict[int, set[str]]:
-        """What `retained` keeps, by round."""
-        found = retained(self.run).items()
-        return {linked_entry(target)[1]["round"]: kinds & set(KINDS) for target, kinds in found}
+        """What the run keeps, by round."""
+        return {number: kinds & set(KINDS) for number, kinds in holdings(self.run).kept().items()}
 
     def droppable(self) -> set[tuple[int, str]]:
         return {
             (linked_entry(target)[1]["round"], kind)
-            for target, kind in droppable(self.run, self.folder)
+            for target, kind in Retention(self.run, self.folder).droppable()
             if kind in KINDS
         }
 

@@ -1,0 +1,103 @@
+"""The warm worker of a run: performs its steps one after the other, and examines its models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from kdpipe.pipeline.preflight import examine_round
+from kdpipe.pipeline.progress import ProgressFile
+from kdpipe.pipeline.project import Project
+from kdpipe.pipeline.request import open_worker, request_for
+from kdpipe.pipeline.requirements import require_space
+from kdpipe.pipeline.runs import RunFolder
+from kdpipe.pipeline.signals import Stop
+from kdpipe.store.step import Stage, Step
+from kdpipe.workers.worker import CLOSE, Message
+
+
+class Display(Protocol):
+    """What is shown of a run as it goes on."""
+
+    def begin(self, run: RunFolder, todo: int, reused: int) -> None: ...
+    def step_begins(self, step: Step) -> None: ...
+    def step_event(self, step: Step, event: Message) -> None: ...
+    def step_ends(self, step: Step, result: Message) -> None: ...
+    def round_ends(self, number: int, rounds: int, metrics: dict[str, float]) -> None: ...
+    def tick(self) -> None: ...
+    def warn(self, message: str) -> None: ...
+
+
+class StepWorker:
+    """Performs steps of a project whose models are in `folders`; stops at a safe point once `stop` is asked for."""
+
+    def __init__(
+        self, project: Project, folders: Mapping[str, Path], display: Display, stop: Stop, *, performer: str
+    ) -> None:
+        self._project = project
+        self._folders = folders
+        self._display = display
+        self._stop = stop
+        self._worker = open_worker(project, performer, log=project.run.path / "logs" / "worker.log")
+        self._progress = ProgressFile(project.run.path)
+        self._progress.clear()
+        self._has_examined = False
+
+    def perform(self, step: Step, *, anew: bool) -> None:
+        """Performs a step, with `anew` from nothing although it is done; raises Interrupted where a signal stops it."""
+        project, run = self._project, self._project.run
+        self._stop.check(step.id)
+        require_space(project, self._folders, step)
+        run.link(step, project.store.entry(step))
+        run.event("step started", step=step.id)
+        self._display.step_begins(step)
+        request = {**request_for(project, self._folders, step), "anew": anew}
+        try:
+            result = self._call(step, request, self._note)
+        finally:
+            self._progress.clear()
+        if result is None:
+            run.event("step stopped", step=step.id)
+            self._stop.check(step.id)
+        assert result is not None
+        run.event("step done", step=step.id, reused=result.get("reused", False))
+        self._display.step_ends(step, result)
+
+    def examine(self, step: Step) -> None:
+        """Examines student and teachers, quickly and once, before a round samples or scores."""
+        is_due = step.round > 0 and step.stage in (Stage.ROLLOUT, Stage.TEACHER_SCORE)
+        if self._has_examined or not is_due or not self._project.recipe.runtime.preflight:
+            return
+        self._has_examined = True
+
+        def call(request: Message) -> Message:
+            result = self._call(step, request, self._display.step_event)
+            if result is None:
+                self._stop.check(step.id)
+            assert result is not None
+            return result
+
+        examine_round(self._project, self._folders, step.round, call=call, warn=self._display.warn)
+
+    def kill(self) -> None:
+        """Ends the process at once."""
+        self._worker.kill()
+
+    def close(self) -> None:
+        """Lets the process end what it has started, and end."""
+        self._worker.stop(CLOSE)
+
+    def _call(
+        self, step: Step, request: Message, on_event: Callable[[Step, Message], None]
+    ) -> Message | None:
+        return self._worker.call(
+            request,
+            on_event=lambda event: on_event(step, event),
+            stop=self._stop.asked,
+            tick=self._display.tick,
+        )
+
+    def _note(self, step: Step, event: Message) -> None:
+        self._progress.note(step.id, event)
+        self._display.step_event(step, event)
