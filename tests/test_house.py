@@ -53,7 +53,7 @@ DOORS = {
     "mlflow": {"tracking.mlflow_run"},
     "typer": {"cli"},
     "click": {"cli.app"},
-    "rich": {"cli.terminal"},
+    "rich": {"cli"},
     "tokenizers": {"results.detokenizer", "models.prompting"},
     "huggingface_hub": {"pipeline.identities"},
     "yaml": {"recipe.yaml_source"},

@@ -15,13 +15,14 @@ from typing import Annotated, ParamSpec
 import typer
 
 from kdpipe import __version__
-from kdpipe.cli.before import check, check_loss, doctor, plan
+from kdpipe.cli.before import check, plan
+from kdpipe.cli.doctor import check_loss, doctor
 from kdpipe.cli.keep import export, gc, verify
 from kdpipe.cli.look import report, samples, status, ui
-from kdpipe.cli.printing import print_error
-from kdpipe.cli.run import evaluate, rollout, run, sft, teacher_score, train
+from kdpipe.cli.run import STAGE_HELP, run, stage_command
 from kdpipe.cli.start import init, recipes, schema
 from kdpipe.cli.study import arms, compare
+from kdpipe.cli.terminal import print_error
 from kdpipe.errors import Interrupted, KdpipeError, is_machine_fault, machine_fault
 
 app = typer.Typer(
@@ -34,7 +35,6 @@ app = typer.Typer(
 )
 
 COMMANDS = (
-    *(run, sft, rollout, teacher_score, train, evaluate),
     *(check, check_loss, plan),
     *(compare, arms),
     *(status, samples, report),
@@ -42,7 +42,7 @@ COMMANDS = (
     *(recipes, init, schema),
     *(doctor, ui),
 )
-"""In the order in which `kdpipe --help` lists them."""
+"""In the order in which `kdpipe --help` lists them, after `run` and the stages."""
 
 Parameters = ParamSpec("Parameters")
 
@@ -107,6 +107,9 @@ def version(
         raise typer.Exit
 
 
+app.command()(reported(run))
+for stage, text in STAGE_HELP.items():
+    app.command(stage, help=text)(reported(stage_command(stage)))
 for command in COMMANDS:
     app.command()(reported(command))
 

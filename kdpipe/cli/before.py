@@ -1,11 +1,8 @@
-"""What is asked before a run: the recipe, its objective, its steps, its models and the machine."""
+"""What is asked before a run: is the recipe valid, and which steps would it run?"""
 
-import shlex
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from kdpipe.cli.parameters import (
     WORKSPACE,
@@ -15,8 +12,7 @@ from kdpipe.cli.parameters import (
     WorkspaceOption,
     load_given,
 )
-from kdpipe.cli.printing import print_json
-from kdpipe.errors import PreflightError
+from kdpipe.cli.terminal import Paint, Style, counted, inert, painter, print_json
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.status import State
@@ -42,54 +38,6 @@ def check(
         print(f"{recipe}: good; {loaded.recipe.rounds} rounds")
 
 
-def check_loss(
-    recipe: RecipeArgument,
-    overrides: SetOption = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    as_json: JsonOption = False,
-) -> None:
-    """Check what a recipe's objective does to a student, on tiny models; exit 4 when it is not what it claims.
-
-    Needs neither models nor network. `run` refuses what fails 1, 2 or 3, unless the recipe says reproduce: true.
-
-    Example: kdpipe check-loss quickstart --set train.objective.kd=k1_loss
-    """
-    from kdpipe.cli.before_lines import check_loss_lines
-    from kdpipe.cli.terminal import painter
-
-    loaded = load_given(recipe, overrides, workspace)
-    phases = _checked_phases(loaded.recipe, workspace)
-    failed = sorted({f["number"] for p in phases for f in p["findings"] if f["verdict"] == "FAILED"})
-    if as_json:
-        print_json({"recipe": str(loaded.path), "failed": failed, "phases": phases})
-    else:
-        blocks = ["\n".join(check_loss_lines(phase, painter(sys.stdout))) for phase in phases]
-        print("\n\n".join(blocks))
-    if failed:
-        which = f"propert{'y' if len(failed) == 1 else 'ies'} {', '.join(map(str, failed))}"
-        raise PreflightError(
-            f"{recipe}: its objective fails {which}",
-            hint="docs/objectives.md says what each objective descends; `reproduce: true` lets `run` use it as it is",
-        )
-
-
-def _checked_phases(recipe: "Recipe", workspace: Path) -> list[dict[str, Any]]:
-    """What a worker finds: torch is not for this process."""
-    from kdpipe.recipe.schema import resolved
-    from kdpipe.workers.worker import Worker
-
-    # Everything is tiny: more threads would only wait for each other.
-    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    log = workspace.resolve() / "logs" / "check-loss.log"
-    worker = Worker("kdpipe.doctor.loss.check:serve", log=log, environment=one_thread)
-    try:
-        found: Any = worker.call({"recipe": resolved(recipe)}, on_event=lambda _event: None)
-    finally:
-        worker.stop()
-    phases: list[dict[str, Any]] = found["phases"]
-    return phases
-
-
 def plan(
     recipe: RecipeArgument,
     overrides: SetOption = None,
@@ -100,8 +48,7 @@ def plan(
 
     Example: kdpipe plan recipes/quickstart.yaml --set train.optimizer.learning_rate=3e-4
     """
-    from kdpipe.cli.before_lines import plan_lines
-    from kdpipe.cli.terminal import inert, painter
+    from kdpipe.cli.terminal import inert
     from kdpipe.pipeline.project import open_project
 
     project = open_project(load_given(recipe, overrides, workspace), workspace.resolve())
@@ -176,87 +123,44 @@ def _state_json(state: "State") -> dict[str, Any]:
     }
 
 
-def doctor(
-    recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE]", help="Examine the models of this recipe.")
-    ] = None,
-    overrides: SetOption = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    as_json: JsonOption = False,
-) -> None:
-    """Print the environment as a block to paste; with a recipe, examine its teachers; exit 4 when a probe fails.
-
-    docs/doctor.md says what each probe catches. Models that no step has made yet are stood in for.
-
-    Example: kdpipe doctor quickstart
-    """
-    if recipe is not None:
-        _examine(recipe, overrides, workspace, as_json=as_json)
-        return
-    found = _environment(workspace)
-    if as_json:
-        print_json(found)
-        return
-    width = max(map(len, found))
-    for name, value in found.items():
-        print(f"{name:<{width}}  {'-' if value is None else value}")
+# -------------------------------------------------------------------------------------------- its lines
 
 
-def _environment(workspace: Path) -> dict[str, Any]:
-    """Versions, machine, and what torch makes of it; torch is asked in a worker."""
-    import shutil
-    import tempfile
-
-    from kdpipe.store.environment import environment
-    from kdpipe.workers.worker import Worker
-
-    place = next(folder for folder in (workspace.resolve(), *workspace.resolve().parents) if folder.exists())
-    found: dict[str, Any] = dict(environment())
-    found["free_disk_gib"] = shutil.disk_usage(place).free >> 30
-    with tempfile.TemporaryDirectory(prefix="kdpipe-doctor-") as folder:
-        worker = Worker("kdpipe.doctor.machine:serve", log=Path(folder) / "doctor.log")
-        try:
-            seen: Any = worker.call({"device": "auto"}, on_event=lambda _event: None)
-        finally:
-            worker.stop()
-    return {**found, **seen}
-
-
-def _examine(recipe: str, overrides: list[str] | None, workspace: Path, *, as_json: bool) -> None:
-    """Examines a recipe's models; raises PreflightError when a probe fails."""
-    from kdpipe.cli.before_lines import doctor_lines, estimate_lines
-    from kdpipe.cli.terminal import painter
-    from kdpipe.pipeline.preflight import examine_recipe
-
-    result = {
-        "recipe": recipe,
-        **examine_recipe(load_given(recipe, overrides, workspace), workspace.resolve()),
-    }
-    failed = [f"{one['probe']} ({one['about']})" for one in result["findings"] if one["verdict"] == "FAILED"]
-    if as_json:
-        print_json({**result, "failed": failed})
-    else:
-        paint = painter(sys.stdout)
-        lines = [*doctor_lines(result, paint), "", *estimate_lines(result, paint)]
-        if not failed:
-            lines += ["", *_after_doctor(recipe, workspace, result["missing"])]
-        print("\n".join(lines))
-    if failed:
-        count = f"{len(failed)} probe{'s'[: len(failed) != 1]}"
-        raise PreflightError(
-            f"{recipe}: {count} failed: {', '.join(failed)}",
-            hint=f"docs/doctor.md says what each catches; mend it and repeat: kdpipe doctor {recipe}",
-        )
+def plan_lines(run: str, states: "Sequence[State]", *, horizon: str, paint: Paint) -> list[str]:
+    """The plan, a line a step; rounds that repeat the one before are told in one line."""
+    todo = sum(not state.done for state in states)
+    lines = [f"{paint(run, 'bold')}: {counted(len(states), 'step')}, {todo} to run"]
+    width = max([24, *(len(state.step.id) + 2 for state in states)])
+    rounds: dict[int, list[State]] = {}
+    for state in states:
+        rounds.setdefault(state.step.round, []).append(state)
+    before: Sequence[tuple[str, str, str]] = ()
+    repeats: list[int] = []
+    for number, members in rounds.items():
+        shape = [(s.step.link_name, s.verdict, s.why.replace(f"@{number}", "@this")) for s in members]
+        shape = [(name, verdict, why.replace(f"@{number - 1}", "@last")) for name, verdict, why in shape]
+        if shape == before:
+            repeats.append(number)
+            continue
+        lines += _repeat_line(repeats, paint)
+        repeats = []
+        before = shape
+        lines += [_state_line(state, paint, width) for state in members]
+    lines += _repeat_line(repeats, paint)
+    return [*lines, horizon] if horizon else lines
 
 
-def _after_doctor(recipe: str, workspace: Path, missing: dict[str, str]) -> list[str]:
-    """The next command: what is not made yet comes first, as it could only be stood in for."""
-    place = "" if workspace == WORKSPACE else f" --workspace {shlex.quote(str(workspace))}"
-    lines = []
-    if missing:
-        steps = ", ".join(sorted(set(missing.values())))
-        lines.append(f"not there yet: {steps}; examine again when they are done")
-        lines.append(f"next  kdpipe run {recipe} --rounds 0{place}")
-        lines.append(f"      kdpipe doctor {recipe}{place}")
-        return lines
-    return [f"next  kdpipe run {recipe}{place}"]
+def _repeat_line(rounds: list[int], paint: Paint) -> list[str]:
+    if not rounds:
+        return []
+    which = f"round {rounds[0]}" if len(rounds) == 1 else f"rounds {rounds[0]} to {rounds[-1]}"
+    return [paint(f"  {which}: the same", "dim")]
+
+
+def _state_line(state: "State", paint: Paint, width: int) -> str:
+    colours: dict[str, Style] = {"done": "green", "stale": "yellow", "to do": "cyan", "damaged": "red"}
+    notes = [state.why] if state.why else []
+    if state.dropped:
+        notes.append(f"dropped: {', '.join(sorted(state.dropped))}")
+    verdict = paint(f"{state.verdict:<8}" if notes else state.verdict, colours[state.verdict])
+    return f"  {state.step.id:<{width}}{verdict}{inert('; '.join(notes))}"

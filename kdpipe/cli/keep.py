@@ -15,7 +15,7 @@ from kdpipe.cli.parameters import (
     WorkspaceOption,
     open_given,
 )
-from kdpipe.cli.printing import print_json, shown
+from kdpipe.cli.terminal import print_json, shown
 from kdpipe.errors import ArtifactError
 
 

@@ -18,7 +18,7 @@ from kdpipe.cli.parameters import (
     recipe_names,
     run_given,
 )
-from kdpipe.cli.printing import print_json, shown
+from kdpipe.cli.terminal import print_json, shown
 from kdpipe.errors import PreflightError, RecipeError
 from kdpipe.store.step import Stage
 
@@ -93,8 +93,9 @@ def _status_json(project: "Project", found: "Overview") -> dict[str, Any]:
 
 
 def _status_lines(project: "Project", found: "Overview", paint: "Paint") -> list[str]:
+    from kdpipe.cli.display import round_line
     from kdpipe.cli.overview import grid_lines, progress_line
-    from kdpipe.cli.terminal import inert, round_line
+    from kdpipe.cli.terminal import inert
     from kdpipe.pipeline.project import round_metrics
     from kdpipe.pipeline.requirements import headrooms
     from kdpipe.tracking import waiting

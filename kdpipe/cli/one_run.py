@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdpipe.cli.parameters import WORKSPACE, load_given
-from kdpipe.cli.printing import shown
+from kdpipe.cli.terminal import shown
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.project import Project
@@ -25,7 +25,7 @@ def run_one(
     as_json: bool,
 ) -> "Project":
     """The project after its run, whose outcome was printed; what to run is asked when the project is open."""
-    from kdpipe.cli.terminal import JsonLines, Terminal
+    from kdpipe.cli.display import JsonLines, Terminal
     from kdpipe.pipeline.runner import run as run_steps
     from kdpipe.report.writing import renew_report
     from kdpipe.tracking import open_mirror
@@ -96,7 +96,8 @@ def _evaluations(project: "Project") -> list[tuple[str, dict[str, Any] | None]]:
 
 
 def _print_outcome(project: "Project", recipe: str, workspace: Path) -> None:
-    from kdpipe.cli.terminal import change_lines, outcome_lines, painter
+    from kdpipe.cli.display import change_lines, outcome_lines
+    from kdpipe.cli.terminal import painter
     from kdpipe.report.writing import report_path
 
     lines = []

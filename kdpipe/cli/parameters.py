@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdpipe.cli.printing import say
+from kdpipe.cli.terminal import say
 from kdpipe.errors import RecipeError
 
 if TYPE_CHECKING:

@@ -1,5 +1,6 @@
 """What runs a recipe: the whole of it, once for each value of a sweep, or one step."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,7 @@ from kdpipe.cli.parameters import (
     SetOption,
     WorkspaceOption,
 )
-from kdpipe.cli.several_runs import run_study
+from kdpipe.cli.study import run_study
 from kdpipe.errors import RecipeError
 from kdpipe.store.step import Stage
 
@@ -80,73 +81,34 @@ def _sweep(
     )
 
 
-def sft(
-    recipe: RecipeArgument,
-    overrides: SetOption = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    as_json: JsonOption = False,
-) -> None:
-    """Cold-start the student or a teacher: the first one that is not done.
-
-    Example: kdpipe sft recipes/quickstart.yaml
-    """
-    _one_step(Stage.SFT, recipe, None, overrides, workspace, as_json)
-
-
-def rollout(
-    recipe: RecipeArgument,
-    round_number: RoundOption = None,
-    overrides: SetOption = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    as_json: JsonOption = False,
-) -> None:
-    """Sample the student on a round's prompts, after what that needs.
-
-    Example: kdpipe rollout recipes/quickstart.yaml --round 1
-    """
-    _one_step(Stage.ROLLOUT, recipe, round_number, overrides, workspace, as_json)
+STAGE_HELP = {
+    Stage.SFT: "Cold-start the student or a teacher: the first one that is not done.\n\n"
+    "Example: kdpipe sft recipes/quickstart.yaml",
+    Stage.ROLLOUT: "Sample the student on a round's prompts, after what that needs.\n\n"
+    "Example: kdpipe rollout recipes/quickstart.yaml --round 1",
+    Stage.TEACHER_SCORE: "Score a round's completions with the teacher, after what that needs.\n\n"
+    "Of several teachers, the first one that is not done.\n\n"
+    "Example: kdpipe teacher-score recipes/quickstart.yaml --round 1",
+    Stage.TRAIN: "Train the student on a round, after what that needs.\n\n"
+    "Example: kdpipe train recipes/quickstart.yaml --round 1",
+    Stage.EVALUATE: "Evaluate the student of a round on held-out problems, after what that needs.\n\n"
+    "Example: kdpipe evaluate recipes/quickstart.yaml --round 0",
+}
 
 
-def teacher_score(
-    recipe: RecipeArgument,
-    round_number: RoundOption = None,
-    overrides: SetOption = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    as_json: JsonOption = False,
-) -> None:
-    """Score a round's completions with the teacher, of several the first not done, after what that needs.
+def stage_command(stage: Stage) -> Callable[..., None]:
+    """The command that runs one step of a stage."""
 
-    Example: kdpipe teacher-score recipes/quickstart.yaml --round 1
-    """
-    _one_step(Stage.TEACHER_SCORE, recipe, round_number, overrides, workspace, as_json)
+    def command(
+        recipe: RecipeArgument,
+        round_number: RoundOption = None,
+        overrides: SetOption = None,
+        workspace: WorkspaceOption = WORKSPACE,
+        as_json: JsonOption = False,
+    ) -> None:
+        _one_step(stage, recipe, round_number, overrides, workspace, as_json)
 
-
-def train(
-    recipe: RecipeArgument,
-    round_number: RoundOption = None,
-    overrides: SetOption = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    as_json: JsonOption = False,
-) -> None:
-    """Train the student on a round, after what that needs.
-
-    Example: kdpipe train recipes/quickstart.yaml --round 1
-    """
-    _one_step(Stage.TRAIN, recipe, round_number, overrides, workspace, as_json)
-
-
-def evaluate(
-    recipe: RecipeArgument,
-    round_number: RoundOption = None,
-    overrides: SetOption = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    as_json: JsonOption = False,
-) -> None:
-    """Evaluate the student of a round on held-out problems, after what that needs.
-
-    Example: kdpipe evaluate recipes/quickstart.yaml --round 0
-    """
-    _one_step(Stage.EVALUATE, recipe, round_number, overrides, workspace, as_json)
+    return command
 
 
 def _one_step(

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from kdpipe.cli.parameters import JsonOption
-from kdpipe.cli.printing import print_json
+from kdpipe.cli.terminal import print_json
 from kdpipe.errors import RecipeError
 
 

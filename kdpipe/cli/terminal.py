@@ -1,8 +1,6 @@
-"""What a person sees of a run: progress on stderr, one line a round, a table at the end. Or JSON lines.
+"""What commands print: results to stdout, errors and progress to stderr, colours and control codes on terminals only.
 
-Without a terminal it prints plain lines, one every few seconds at most, and no control codes. Model text is
-shown through `inert`, which strips whatever a terminal would act on. Only the live progress line needs rich,
-which would be a fifth of what `kdpipe plan` costs.
+Model text is shown through `inert`, which strips whatever a terminal would act on.
 """
 
 from __future__ import annotations
@@ -10,17 +8,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TextIO
-
-from kdpipe.pipeline.progress import Pace, duration, time_left
-from kdpipe.pipeline.runs import RunFolder
-from kdpipe.store.step import Step
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TextIO
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from kdpipe.errors import KdpipeError
 
 PLAIN_SECONDS = 5.0
 WATCH_SECONDS = 1.0
@@ -53,105 +49,40 @@ def inert(text: str) -> str:
     return "".join(kept)
 
 
-class Terminal:
-    """Shows a run to a person, on stderr: a live line where stderr is a terminal, else plain lines."""
-
-    def __init__(self) -> None:
-        self.live = is_terminal(sys.stderr)
-        self._paint = painter(sys.stderr)
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
-        self._pace = Pace()
-        self._said = 0.0
-
-    def begin(self, run: RunFolder, todo: int, reused: int) -> None:
-        """Says what is about to happen."""
-        done = f", {reused} done already" if reused else ""
-        self._say(f"{self._paint(run.name, 'bold')}: {counted(todo, 'step')} to do{done}")
-
-    def step_begins(self, step: Step) -> None:
-        """Starts the step's line."""
-        self._pace = Pace()
-        self._said = time.monotonic()
-        if self.live:
-            self._progress, self._task = _live_line(step.id)
-            self._progress.start()
-
-    def step_event(self, step: Step, event: dict[str, Any]) -> None:
-        """Shows how far the step is."""
-        if event["kind"] == "waiting":
-            self._say(f"{step.id}: another run is making it; waiting to reuse it")
-            return
-        if event["kind"] == "note":
-            self._say(inert(event["text"]))
-            return
-        if event["kind"] == "warning":
-            self.warn(event["text"])
-            return
-        self._pace.note(event)
-        if self._progress is not None and self._task is not None:
-            self._progress.update(
-                self._task, total=event["total"], completed=event["done"], words=_pace_words(self._pace)
-            )
-        elif time.monotonic() - self._said > PLAIN_SECONDS:
-            self._said = time.monotonic()
-            self._say(f"{step.id}: {_pace_words(self._pace)}")
-
-    def step_ends(self, step: Step, result: dict[str, Any]) -> None:
-        """Ends the step's line; steps of round 0 leave one, as no line of a round follows them."""
-        self.stop()
-        if result["reused"]:
-            self._say(f"{step.id}: reused from another run")
-        elif step.round == 0:
-            self._say(f"{step.id}: {duration(result['seconds'])}")
-
-    def round_ends(self, number: int, rounds: int, metrics: dict[str, float]) -> None:
-        """Prints the round's line."""
-        self._say(round_line(number, rounds, metrics))
-
-    def tick(self) -> None:
-        """Nothing: rich refreshes by itself."""
-
-    def warn(self, message: str) -> None:
-        """Says what does not stop the run but should be known."""
-        self._say(f"{self._paint('warning:', 'yellow')} {inert(message)}")
-
-    def stop(self) -> None:
-        """Removes the live line."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
-    def _say(self, line: str) -> None:
-        if self._progress is not None:
-            self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
+def counted(number: int, noun: str) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _pace_words(pace: Pace) -> str:
-    """How far a step is, how fast it goes on and how long it will take."""
-    pieces = [f"{pace.done}/{pace.total} {pace.unit}"]
-    if pace.tokens_per_second is not None:
-        pieces.append(f"{pace.tokens_per_second:,.0f} tokens/s")
-    if pace.seconds_left:
-        pieces.append(f"{time_left(pace.seconds_left)} left")
-    return ", ".join(pieces)
+def print_error(error: KdpipeError) -> None:
+    """Says on stderr what went wrong, what to do about it and, where something is kept, what continues."""
+    paint = painter(sys.stderr)
+    stopped = error.exit_code > 128
+    label = paint("stopped:", "yellow") if stopped else paint("error:", "red")
+    lines = [f"{label} {inert(error.message)}"]
+    if error.hint:
+        lines.append(f"  {inert(error.hint)}")
+    if error.exit_code in (1, 5, 130, 143) and len(sys.argv) > 1:
+        program = Path(sys.argv[0]).name
+        command = shlex.join(["kdpipe" if program == "__main__.py" else program, *sys.argv[1:]])
+        lines.append(f"  everything finished is kept; to continue: {inert(command)}")
+    print("\n".join(lines), file=sys.stderr)
 
 
-def _live_line(name: str) -> tuple[Progress, TaskID]:
-    from rich.console import Console
-    from rich.progress import Progress as LiveProgress
-    from rich.progress import SpinnerColumn, TextColumn
+def print_json(value: object) -> None:
+    """Prints a command's one JSON document."""
+    print(json.dumps(value, sort_keys=True, indent=1))
 
-    progress = LiveProgress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        TextColumn("{task.fields[words]}", markup=False),
-        console=Console(stderr=True, highlight=False),
-        transient=True,
-    )
-    return progress, progress.add_task(name, total=None, words="starting")
+
+def say(text: str) -> None:
+    """Tells on stderr how things go."""
+    print(inert(text), file=sys.stderr)
+
+
+def shown(path: Path) -> str:
+    """The path as a person would type it from here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def watch_lines(look: Callable[[], tuple[list[str], bool]]) -> None:
@@ -186,119 +117,3 @@ def _watch_live(look: Callable[[], tuple[list[str], bool]]) -> None:
             live.update(Text.from_ansi("\n".join(lines)), refresh=True)
             if goes_on:
                 time.sleep(WATCH_SECONDS)
-
-
-class JsonLines:
-    """Shows a run to a program: one JSON document a line, on stdout."""
-
-    def begin(self, run: RunFolder, todo: int, reused: int) -> None:
-        """See Terminal."""
-        self._print(event="begin", run=run.name, folder=str(run.path), todo=todo, reused=reused)
-
-    def step_begins(self, step: Step) -> None:
-        """See Terminal."""
-        self._print(event="step begins", step=step.id, fingerprint=step.fingerprint)
-
-    def step_event(self, step: Step, event: dict[str, Any]) -> None:
-        """Notes and warnings; progress is for people."""
-        if event["kind"] == "note":
-            self._print(event="note", step=step.id, text=event["text"])
-        elif event["kind"] == "warning":
-            self.warn(event["text"])
-
-    def step_ends(self, step: Step, result: dict[str, Any]) -> None:
-        """See Terminal."""
-        self._print(event="step ends", step=step.id, **result)
-
-    def round_ends(self, number: int, rounds: int, metrics: dict[str, float]) -> None:
-        """See Terminal."""
-        self._print(event="round ends", round=number, rounds=rounds, metrics=metrics)
-
-    def tick(self) -> None:
-        """Nothing."""
-
-    def warn(self, message: str) -> None:
-        """See Terminal."""
-        self._print(event="warning", message=message)
-
-    def stop(self) -> None:
-        """Nothing."""
-
-    def _print(self, **fields: Any) -> None:
-        print(json.dumps(fields, sort_keys=True), flush=True)
-
-
-def round_line(number: int, rounds: int, metrics: dict[str, float]) -> str:
-    """One round in one line of at most 80 columns: reverse KL, reward, and accuracy when it was due."""
-    pieces = [f"round {number:>{len(str(rounds))}}/{rounds}"]
-    if (value := metrics.get("score/reverse_kl_nats")) is not None:
-        pieces.append(f"reverse KL {value:6.3f}")
-    if (value := metrics.get("rollout/reward_mean")) is not None:
-        pieces.append(f"reward {value:5.3f}")
-    if (value := metrics.get("evaluate/accuracy")) is not None:
-        pieces.append(f"accuracy {value:6.1%}")
-    seconds = sum(value for name, value in metrics.items() if name.startswith("time/"))
-    pieces.append(duration(seconds))
-    return "  ".join(pieces)
-
-
-def outcome_lines(rows: Sequence[tuple[str, dict[str, Any] | None]], paint: Paint) -> list[str]:
-    """Before and after with intervals, as a table: (label, summary.json of the evaluation)."""
-    table = [("", "accuracy", "95 % interval", "held-out reverse KL, nats")]
-    table += [
-        (
-            label,
-            f"{summary['accuracy']:.1%}",
-            f"{summary['accuracy_low']:.1%} to {summary['accuracy_high']:.1%}",
-            _interval(summary, *_reverse_kl_keys(summary, ""), ".3f"),
-        )
-        for label, summary in rows
-        if summary is not None
-    ]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join(
-            [f"{row[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in table
-    ]
-    return [paint(lines[0], "bold"), *(line.rstrip() for line in lines[1:])]
-
-
-def change_lines(after: dict[str, Any]) -> list[str]:
-    """The paired differences of the last evaluation to student 0, a sentence each."""
-    lines = []
-    if "accuracy_change" in after:
-        low, high = after["accuracy_change_low"], after["accuracy_change_high"]
-        p = (
-            f", McNemar p = {after['accuracy_change_p_value']:.2g}"
-            if "accuracy_change_p_value" in after
-            else ""
-        )
-        lines.append(
-            f"accuracy {100 * after['accuracy_change']:+.1f} points, paired 95 % interval "
-            f"{100 * low:+.1f} to {100 * high:+.1f}{p}"
-        )
-    keys = _reverse_kl_keys(after, "_change")
-    if keys[0] in after:
-        value, low, high = (after[key] for key in keys)
-        lines.append(f"held-out reverse KL {value:+.3f} nats, paired 95 % interval {low:+.3f} to {high:+.3f}")
-    return lines
-
-
-def _reverse_kl_keys(summary: dict[str, Any], what: str) -> tuple[str, str, str]:
-    """The keys of the estimate from whole distributions where there is one: it has less variance."""
-    exact = f"reverse_kl_exact{what}"
-    name = exact if f"{exact}_nats" in summary else f"reverse_kl{what}"
-    return f"{name}_nats", f"{name}_low", f"{name}_high"
-
-
-def _interval(summary: dict[str, Any], value: str, low: str, high: str, spec: str) -> str:
-    if value not in summary:
-        return ""
-    return f"{summary[value]:{spec}} ({summary[low]:{spec}} to {summary[high]:{spec}})"
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 step`, `2 steps`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"

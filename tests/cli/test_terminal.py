@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdpipe.cli import terminal
-from kdpipe.cli.before_lines import plan_lines
-from kdpipe.cli.terminal import JsonLines, Terminal, change_lines, inert, outcome_lines, painter, round_line
+from kdpipe.cli.before import plan_lines
+from kdpipe.cli.display import JsonLines, Terminal, change_lines, outcome_lines, round_line
+from kdpipe.cli.terminal import inert, painter
 from kdpipe.pipeline.runs import RunFolder
 from kdpipe.pipeline.status import State
 from kdpipe.store.step import Step

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 import kdpipe.workers.worker
 from kdpipe.cli.app import app
-from kdpipe.cli.before_lines import check_loss_lines
+from kdpipe.cli.doctor import check_loss_lines
 from kdpipe.doctor.loss import check as module
 from kdpipe.doctor.loss.check import Finding, Phase, cases_of, check_loss, judged, serve, unsound
 from kdpipe.method import advantage, losses, micro_batch, objective
