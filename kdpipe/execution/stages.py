@@ -105,8 +105,7 @@ class Stages:
             rows = read_scores(inputs.opened(role, SCORES_FILE))
             hidden = self._hidden_teacher(inputs, job, teacher) if self._recipe.keep.hidden else None
             found.append(TeacherScores(teacher.name, rows, hidden))
-        weights = self._recipe.weights if self._recipe.is_mixed else None
-        return join_scores(rollouts, found, weights=weights, round_number=inputs.step.round)
+        return join_scores(rollouts, found, weights=self._recipe.mixture, round_number=inputs.step.round)
 
     def _hidden_teacher(self, inputs: Inputs, job: Job, settings: Teacher) -> HiddenTeacher:
         """The teacher's kept states with its output head, which is all that is read of its weights."""

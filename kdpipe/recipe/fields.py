@@ -95,10 +95,12 @@ class RecipeFields(Section):
         return found | ({self.teacher_score.engine} if asked and not self.is_served else set())
 
     @property
-    def weights(self) -> dict[str, float]:
-        """The share of each teacher in their mixture, by name; they sum to 1."""
+    def mixture(self) -> dict[str, float] | None:
+        """The share of each teacher by name, in the order of summation; None where they are not mixed."""
+        if not self.is_mixed:
+            return None
         given = {teacher.name: 1.0 if teacher.weight is None else teacher.weight for teacher in self.teachers}
-        return {name: weight / sum(given.values()) for name, weight in given.items()}
+        return {name: given[name] / sum(given.values()) for name in sorted(given)}
 
     @property
     def keep(self) -> "Keeping":

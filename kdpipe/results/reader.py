@@ -206,7 +206,7 @@ class Reader:
         self, number: int, rows: Sequence[CompletionRow]
     ) -> tuple[list[Floats | None], dict[int, Scores], dict[int, int], KeptStates | None]:
         """The teacher's log-prob at each token of each row; scores by row, their places, one teacher's states."""
-        recipe = self.project.recipe
+        mixture = self.project.recipe.mixture
         numbers = {row.key: index for index, row in enumerate(rows)}
         terms: dict[int, list[Floats]] = {}
         scores: dict[int, Scores] = {}
@@ -215,11 +215,11 @@ class Reader:
         for step in steps:
             for place, row in enumerate(read_scores(self._file(step, SCORES_FILE))):
                 index = numbers[row.prompt_id, row.sample]
-                weight = math.log(recipe.weights[row.teacher]) if recipe.is_mixed else 0.0
+                weight = math.log(mixture[row.teacher]) if mixture else 0.0
                 logprobs = _masked(row.teacher_logprobs, row.scorable)
                 assert logprobs is not None
                 terms.setdefault(index, []).append(logprobs + weight)
-                if not recipe.is_mixed:  # of a mixture the alternatives are those of none of its parts
+                if mixture is None:  # of a mixture the alternatives are those of none of its parts
                     scores[index], places[index] = row, place
         teacher: list[Floats | None] = [
             np.logaddexp.reduce(terms[index]) if index in terms else None for index in range(len(rows))

@@ -71,8 +71,7 @@ def verdicts(
 def _verdict(job: Job, rows: Sequence[tuple[str, Scored]], divergence: Any) -> Verdict:
     names = [name for name, _ in rows]
     logprobs, scorable = rows[0][1][1].logprobs, rows[0][1][2]
-    if job.recipe.is_mixed:
-        weights = job.recipe.weights
+    if (weights := job.recipe.mixture) is not None:
         scorable = np.logical_and.reduce([mask for _, (_, _, mask) in rows])
         mixed = mixed_logprobs(
             [score.logprobs for _, (_, score, _) in rows], [weights[name] for name in names]
@@ -134,7 +133,7 @@ class Exact:
     def _mixture(
         self, scored: Sequence[Sequence[tuple[str, Scored]]], lengths: Sequence[int]
     ) -> TeacherMixture:
-        parts = []
+        parts, mixture = [], self._job.recipe.mixture
         for name, (head, temperature) in sorted(self._teachers.items()):
             own = [dict(rows).get(name) for rows in scored]
             if not any(own):
@@ -142,7 +141,7 @@ class Exact:
             is_own_N = np.repeat([row is not None for row in own], lengths)
             place_N = torch.from_numpy(np.where(is_own_N, is_own_N.cumsum() - 1, -1)).to(self._device)
             states = self._tensor([row[1].hidden for row in own if row is not None], head)
-            weight = self._job.recipe.weights[name] if self._job.recipe.is_mixed else 1.0
+            weight = mixture[name] if mixture else 1.0
             parts.append(TeacherPart(TeacherHidden(states, head, temperature), place_N, math.log(weight)))
         return TeacherMixture(parts, self._num_ids)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kdpipe.stages.settings.document import named
-from kdpipe.stages.settings.model import ModelSettings, TeacherSettings, mixture_of
+from kdpipe.stages.settings.model import ModelSettings, TeacherSettings
 from kdpipe.stages.settings.sampling import DrawSettings
 from kdpipe.stages.settings.task import TaskSettings
 
@@ -55,5 +55,5 @@ class EvaluateSettings:
             reverse_kl_problems=reverse_kl_problems,
             rollout=DrawSettings.of(rollout) if scorers else None,
             teachers={each.name: TeacherSettings.of(recipe, each, scorer) for each in scorers},
-            weights=mixture_of(recipe) if scorers else None,
+            weights=recipe.mixture if scorers else None,
         )

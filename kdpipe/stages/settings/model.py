@@ -83,8 +83,3 @@ def routes_of(teacher: Teacher) -> Routes | None:
         return None
     lists = {name: wanted if isinstance(wanted, list) else [wanted] for name, wanted in teacher.only.items()}
     return {name: sorted(set(values), key=str) for name, values in lists.items()}
-
-
-def mixture_of(recipe: Recipe) -> Mapping[str, float] | None:
-    """The weight of each teacher by name, in the order in which they are summed; None where they are not mixed."""
-    return dict(sorted(recipe.weights.items())) if recipe.is_mixed else None

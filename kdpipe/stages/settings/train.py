@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kdpipe.stages.settings.document import named
-from kdpipe.stages.settings.model import ModelSettings, mixture_of
+from kdpipe.stages.settings.model import ModelSettings
 from kdpipe.stages.settings.sampling import DrawSettings
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class TrainSettings:
             lora=lora,
             reproduce=recipe.reproduce,
             distill_horizon=recipe.distill_horizon if moves else None,
-            weights=mixture_of(recipe) if objective.has_kd else None,
+            weights=recipe.mixture if objective.has_kd else None,
             has_several_teachers=len(recipe.teachers) > 1,
             ema_decay=recipe.ema_decay,
         )
