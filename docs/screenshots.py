@@ -31,8 +31,8 @@ from kdpipe.pipeline.project import Project, open_project
 from kdpipe.recipe.file import load_recipe, shipped_path
 from kdpipe.report.writing import write_report
 from kdpipe.tracking import settle
+from kdpipe.tracking.memory import read_memory
 from kdpipe.tracking.page import free_port
-from kdpipe.tracking.record import read_record
 
 FLAGS = (
     "--headless",
@@ -102,8 +102,8 @@ def take(driver: webdriver.Chrome, page: Path, images: Path, scheme: str) -> Non
 def take_mlflow(driver: webdriver.Chrome, project: Project, images: Path) -> None:
     """The run's own page in MLflow, served over the workspace as `kdpipe ui` does."""
     settle(project.workspace)
-    record = read_record(project.run.path)
-    if record is None or record.run_id is None:
+    memory = read_memory(project.run.path)
+    if memory is None or memory.run_id is None:
         raise SystemExit(f"{project.run.name}: not in MLflow; run it with tracking on")
     port = free_port("127.0.0.1", 5900)
     command = [sys.executable, "-m", "kdpipe.cli.app", "ui", "--workspace", str(project.workspace)]
@@ -113,14 +113,14 @@ def take_mlflow(driver: webdriver.Chrome, project: Project, images: Path) -> Non
             if page.poll() is not None:
                 raise SystemExit("kdpipe ui: ended before its page answered")
             time.sleep(0.2)
-        run = json.loads(asked(port, f"/api/2.0/mlflow/runs/get?run_id={record.run_id}"))["run"]
+        run = json.loads(asked(port, f"/api/2.0/mlflow/runs/get?run_id={memory.run_id}"))["run"]
         experiment = f"http://127.0.0.1:{port}/#/experiments/{run['info']['experiment_id']}"
         prefer(driver, "light")
         resize(driver, 1400, 640)
         wait = WebDriverWait(driver, 60)
         driver.get(f"{experiment}/runs")
         click(wait, "//*[text()='Model training']")
-        driver.get(f"{experiment}/runs/{record.run_id}")
+        driver.get(f"{experiment}/runs/{memory.run_id}")
         click(wait, f"//*[@data-component-id='{ASSISTANT}']")
         driver.refresh()  # with the width that the panel left
         wait.until(text_to_be_present_in_element((By.TAG_NAME, "body"), "Accuracy: "))

@@ -72,7 +72,7 @@ def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = shared / "mlflow-template"
     with FileLock(shared / "mlflow-template.lock"):
         if not made.exists():
-            from kdpipe.tracking.mlflow_run import make_database
+            from kdpipe.tracking.run import make_database
 
             folder = tmp_path_factory.mktemp("template")
             make_database(folder)

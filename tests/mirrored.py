@@ -17,7 +17,7 @@ from kdpipe.recipe.file import LoadedRecipe, load_recipe
 from kdpipe.recipe.schema import Tracking
 from kdpipe.store.artifacts import Draft, Store
 from kdpipe.store.step import Step
-from kdpipe.tracking.record import Request
+from kdpipe.tracking.memory import REQUESTS, RESULTS, MirrorRequest, MirrorResult, Status
 from kdpipe.tracking.synchronizer import Synchronizer
 from kdpipe.workers.worker import Report
 
@@ -128,17 +128,12 @@ class World:
                 ]
             self.finish(step_id, *rows, after=float(index))
 
-    def request(self, status: str = "RUNNING") -> Request:
-        place = Tracking(uri=self.uri)
-        fields = {"workspace": self.workspace, "run": self.run.path, "tracking": place, "status": status}
-        return Request.model_validate(fields)
+    def request(self, status: Status = "RUNNING") -> MirrorRequest:
+        return MirrorRequest("run", self.run.path, Tracking(uri=self.uri), status)
 
-    def sync(self, status: str = "RUNNING", synchronizer: Synchronizer | None = None) -> int:
+    def sync(self, status: Status = "RUNNING", synchronizer: Synchronizer | None = None) -> int:
         """Mirrors as a fresh process would, unless a synchronizer is given; returns the metrics logged."""
-        report = Report(lambda _message: None)
-        result = (synchronizer or Synchronizer())(self.request(status).model_dump(mode="json"), report)
-        assert isinstance(result["metrics"], int)
-        return result["metrics"]
+        return mirror(self.request(status), synchronizer).metrics
 
     def query(self, sql: str) -> list[tuple]:
         with closing(sqlite3.connect(self.workspace / "mlflow.db")) as connection:
@@ -152,6 +147,12 @@ class World:
 
     def statuses(self) -> list[str]:
         return [row[0] for row in self.query("select status from runs order by start_time")]
+
+
+def mirror(request: MirrorRequest, synchronizer: Synchronizer | None = None) -> MirrorResult:
+    """Mirrors as a fresh process would, unless a synchronizer is given."""
+    message = REQUESTS.dump_python(request, mode="json")
+    return RESULTS.validate_python((synchronizer or Synchronizer())(message, Report(lambda _message: None)))
 
 
 def make_world(

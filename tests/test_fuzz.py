@@ -511,12 +511,12 @@ def test_any_note_is_read_or_made_again(data: bytes, tmp_path: Path) -> None:
     (run / "events.jsonl").write_bytes(data)
     assert project.survey()
     from kdpipe.pipeline.retention import Retention
-    from kdpipe.tracking.record import read_record
-    from kdpipe.tracking.standing import pending
+    from kdpipe.tracking.memory import read_memory
+    from kdpipe.tracking.pending import pending
 
     assert Retention(project.run, workspace).droppable() == []
     assert pending(run) == 0
-    read_record(run)
+    read_memory(run)
 
 
 SLOW_TO_MATCH = [

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from kdpipe.tracking.record import ENVIRONMENT, database_uri
+from kdpipe.tracking.memory import ENVIRONMENT, database_uri
 
 
 @dataclass

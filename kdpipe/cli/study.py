@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kdpipe.pipeline.runs import RunFolder
     from kdpipe.results.comparison import ComparisonRow
     from kdpipe.results.studies import ArmRun, StudyKind
-    from kdpipe.tracking.record import Status
+    from kdpipe.tracking.memory import Status
 
 
 def compare(
@@ -204,7 +204,7 @@ def run_study(
     status: Status = "FAILED"
     with run_lock(study.path):
         study.event("study started")
-        begin_study(study, place, first.tracking)
+        begin_study(study, first.tracking)
         try:
             done, failed = _run_each(recipe, runs, workspace, request, as_json=as_json)
             rows = compare(done) if done else []
@@ -216,7 +216,7 @@ def run_study(
             raise
         finally:
             study.event("study ended", status=status)
-            if trouble := end_study(study, place, first.tracking, status):
+            if trouble := end_study(study, first.tracking, status):
                 say(
                     f"MLflow: not all of the study is mirrored yet: {trouble}; the next command goes on with it"
                 )

@@ -1,20 +1,21 @@
 """A mirror of every run in MLflow. Made from files, never read back for results.
 
-The run folder and the store are the truth. `Synchronizer`, in a warm process of its own, makes one MLflow run
-equal to them; `MlflowMirror` asks it from a thread, so that the command neither imports MLflow nor waits for
-it. Whatever could not be delivered is delivered by a later command.
+The run folder and the store are the truth. `items.py` and `study.py` list what MLflow is to show, each item with a mark
+of its contents; `mlflow.json` in the run folder remembers the marks that were sent. What is pending is the list less
+what is remembered, for `kdpipe status` as for the mirror.
 
-What makes it repeatable: `mlflow.json` in the run folder knows the MLflow run and which steps it has, and a
-metric's timestamp is the time its step finished, so that rows logged again after a kill are the same rows,
-of which an MLflow store keeps one.
+`Synchronizer`, in a warm process of its own, sends it; `MlflowMirror` asks it from a thread, so that the command
+neither imports MLflow nor waits for it. Whatever could not be delivered is delivered by a later command. To send an
+item again does no harm: a metric's timestamp is the time its step finished, so that rows that are logged again after
+a kill are the same rows, of which an MLflow store keeps one.
 
-`mlflow_run.py` is the only door to the library; no other module names it.
+Only `run.py` imports MLflow.
 """
 
 from __future__ import annotations
 
 from kdpipe.tracking.mirror import begin_study, end_study, open_mirror, settle
 from kdpipe.tracking.page import serve_ui
-from kdpipe.tracking.standing import pending, waiting
+from kdpipe.tracking.pending import pending, waiting
 
 __all__ = ["begin_study", "end_study", "open_mirror", "pending", "serve_ui", "settle", "waiting"]

@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -13,27 +14,34 @@ from kdpipe.errors import KdpipeError, StepError
 from kdpipe.pipeline.project import Project
 from kdpipe.recipe.schema import Tracking
 from kdpipe.results.studies import Study
-from kdpipe.tracking.record import ENVIRONMENT, Request, Status, record_of, write_record
-from kdpipe.tracking.standing import is_finished, pending, unsettled
+from kdpipe.tracking.memory import (
+    ENVIRONMENT,
+    REQUESTS,
+    RESULTS,
+    MirrorRequest,
+    MirrorResult,
+    Status,
+    memory_of,
+    write_memory,
+)
+from kdpipe.tracking.pending import is_finished, pending, unsettled
 from kdpipe.workers.worker import Message, Worker
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.runner import Mirror
 
 LOG = Path("logs", "tracking.log")
-QUIET_SECONDS = 10.0
-"""How long the end of a run waits for an MLflow that shows no progress; its import, 2 s or more, is not counted."""
-PATIENCE_SECONDS: dict[Status, float] = {"FINISHED": 60.0, "FAILED": 60.0, "KILLED": 2.0}
-"""How long it waits at most; after a signal the command has to be gone within seconds."""
-SERVER_QUIET_SECONDS = 5.0
-SERVER_PATIENCE_SECONDS = 10.0
-"""The same for a server, which may be slow or far away, and is not waited for as the workspace's own database is."""
-NOTE_SECONDS = 2.0
-"""How long it may take to note what could not be delivered: a fraction of a second, unless the disk is slow."""
+LONGEST_SECONDS = 60.0
+"""How long the end of a run waits for MLflow at most, its import included."""
+QUIET_SECONDS = 5.0
+"""How long it waits without progress, once MLflow is imported: that takes 2 s, and far more on a busy machine."""
+SERVER_SECONDS = 10.0
+"""How long it waits for a server in all: that may be far away, and is not waited for as the own database is."""
+STOP_SECONDS = 2.0
+"""How long it waits after a signal, when the command has to be gone within seconds."""
 MODEL_SECONDS = 600.0
 """How much longer where the recipe asks for the model to be copied, which the user then waits for."""
-RETRY_SECONDS = 30.0
-PAUSE_RATIO = 9.0
+RETRY_SECONDS, PAUSE_RATIO = 30.0, 9.0
 """Rest after a sync, in its own durations: the mirror takes at most a tenth of one core."""
 
 
@@ -54,21 +62,18 @@ class MlflowMirror:
     `error` is what went wrong last, or None.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: MirrorRequest) -> None:
         self.error: str | None = None
         self._request = request
-        self._log = request.run / LOG
+        self._log = request.folder / LOG
         self._worker = _worker(self._log)
         self._wake = threading.Event()
         self._ending = threading.Event()
-        self._final = request.status
-        self._deadline = float("inf")
-        self._quiet_since = 0.0
-        self._finish_since = 0.0
-        self._is_over = False
-        self._is_loaded = False
-        self._is_server = request.tracking.uri is not None
         self._is_nudged = False
+        self._deadline = float("inf")
+        self._ending_at = 0.0
+        self._progress_at = 0.0
+        self._is_loaded = False
         # Not the thread's own end: a `join` that a signal breaks off takes a thread for ended that is not.
         self._has_ended = threading.Event()
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
@@ -86,20 +91,18 @@ class MlflowMirror:
         raised here, as by a second signal, ends it at once: the status is only noted, for a later command to deliver.
         """
         try:
-            self._final = cast("Status", status)
-            self._quiet_since = time.monotonic()
-            self._finish_since = self._quiet_since
-            self._deadline = self._quiet_since + PATIENCE_SECONDS[self._final]
-            if self._copies_model:
-                self._deadline += MODEL_SECONDS
+            self._request = replace(self._request, status=cast("Status", status))
+            self._ending_at = self._progress_at = time.monotonic()
+            seconds = LONGEST_SECONDS + (MODEL_SECONDS if self._copies_model else 0.0)
+            self._deadline = self._ending_at + (STOP_SECONDS if status == "KILLED" else seconds)
             self._end()
-            while not self._has_ended.wait(0.1) and time.monotonic() < self._deadline + 2:
-                if hurry() and self._deadline > (soon := time.monotonic() + PATIENCE_SECONDS["KILLED"]):
-                    self._deadline = soon
+            while not self._has_ended.wait(0.1) and time.monotonic() < self._deadline + STOP_SECONDS:
+                if hurry():
+                    self._deadline = min(self._deadline, time.monotonic() + STOP_SECONDS)
         except BaseException:
             self._deadline = 0.0
             self._end()
-            self._has_ended.wait(NOTE_SECONDS)
+            self._has_ended.wait(STOP_SECONDS)
             raise
         return self.error if self._has_ended.is_set() else "it did not answer in time"
 
@@ -111,14 +114,14 @@ class MlflowMirror:
     def _work(self) -> None:
         """The thread: everything that talks to the worker."""
         try:
-            self._work_on()
+            self._follow()
         finally:
             self._has_ended.set()
 
-    def _work_on(self) -> None:
+    def _follow(self) -> None:
         if self._has_nothing_to_do():
             self._wake.wait()
-            if not self._is_nudged and self._final == "FINISHED":
+            if not self._is_nudged and self._request.status == "FINISHED":
                 return
         if self._attempt(self._mirror) and not self._ending.is_set():
             self._attempt(self._settle_others)
@@ -127,19 +130,19 @@ class MlflowMirror:
             self._wake.clear()
             start = time.monotonic()
             if not self._ending.is_set():
-                delivered = self._attempt(self._mirror)
+                is_delivered = self._attempt(self._mirror)
                 pause = min(RETRY_SECONDS, PAUSE_RATIO * (time.monotonic() - start))
-                self._ending.wait(pause if delivered else RETRY_SECONDS)
-        delivered = not self._is_over and self._attempt(self._mirror)
+                self._ending.wait(pause if is_delivered else RETRY_SECONDS)
+        is_delivered = self._attempt(self._mirror)
         self._worker.kill()
-        if not delivered:
+        if not is_delivered:
             self._attempt(self._note_wanted)
 
     def _has_nothing_to_do(self) -> bool:
         """Whether MLflow, whose import alone takes seconds, is as it should be as long as no step is performed."""
         try:
             return is_finished(self._request) and not unsettled(self._request.workspace)
-        except (KdpipeError, OSError, ValueError, KeyError):  # then what it is told will say what is wrong
+        except (KdpipeError, OSError, ValueError, KeyError):  # its process will say what is wrong
             return False
 
     def _attempt(self, action: Callable[[], None]) -> bool:
@@ -157,75 +160,69 @@ class MlflowMirror:
         return True
 
     def _mirror(self) -> None:
-        self._call(self._request.model_copy(update={"status": self._final}))
+        self._ask(self._request)
         self.error = None
 
     def _settle_others(self) -> None:
         for request in unsettled(self._request.workspace):
             if not self._ending.is_set():
-                self._call(request)
+                self._ask(request)
 
     def _note_wanted(self) -> None:
         """Notes the status that could not be delivered; the worker is gone, so nobody else writes."""
-        record = record_of(self._request)
-        record.wanted = self._final
-        write_record(self._request.run, record)
+        memory = memory_of(self._request)
+        memory.wanted = self._request.status
+        write_memory(self._request.folder, memory)
 
-    def _call(self, request: Request) -> None:
+    def _ask(self, request: MirrorRequest) -> None:
         self._check_time()
-        self._worker.call(request.model_dump(mode="json"), on_event=self._progress, tick=self._check_time)
+        _ask(self._worker, request, progress=self._progress, tick=self._check_time)
 
-    def _progress(self, _event: Message) -> None:
-        self._quiet_since = time.monotonic()
+    def _progress(self) -> None:
+        self._progress_at = time.monotonic()
         if not self._is_loaded:
-            self._is_loaded, self._finish_since = True, self._quiet_since
+            self._is_loaded, self._ending_at = True, self._progress_at
 
     @property
     def _copies_model(self) -> bool:
-        return self._request.tracking.log_model and self._final == "FINISHED"
+        return self._request.tracking.log_model and self._request.status == "FINISHED"
 
     def _check_time(self) -> None:
-        limits = [self._deadline]
+        limit = self._deadline
         if self._is_loaded:
-            limits.append(self._quiet_since + (SERVER_QUIET_SECONDS if self._is_server else QUIET_SECONDS))
-        if self._is_loaded and self._is_server and not self._copies_model:
-            limits.append(self._finish_since + SERVER_PATIENCE_SECONDS)
-        if self._ending.is_set() and time.monotonic() > min(limits):
-            self._is_over = True
-            raise TimeoutError(f"MLflow did not answer in time; {pending(self._request.run)} steps are left")
+            limit = min(limit, self._progress_at + QUIET_SECONDS)
+            if self._request.tracking.uri is not None and not self._copies_model:
+                limit = min(limit, self._ending_at + SERVER_SECONDS)
+        if self._ending.is_set() and time.monotonic() > limit:
+            self._deadline = min(self._deadline, time.monotonic())  # there is no second attempt
+            raise TimeoutError(
+                f"MLflow did not answer in time; {pending(self._request.folder)} steps are left"
+            )
 
 
 def open_mirror(project: Project) -> Mirror:
     """The mirror of the project's run, as its recipe wants it."""
-    if not project.recipe.tracking.enabled:
+    tracking = project.recipe.tracking
+    if not tracking.enabled:
         return NoMirror()
-    return MlflowMirror(
-        Request(
-            workspace=project.workspace,
-            run=project.run.path,
-            tracking=project.recipe.tracking,
-            status="RUNNING",
-        )
-    )
+    return MlflowMirror(MirrorRequest("run", project.run.path, tracking, "RUNNING"))
 
 
-def begin_study(study: Study, workspace: Path, tracking: Tracking) -> None:
+def begin_study(study: Study, tracking: Tracking) -> None:
     """Notes that a study is being run, so that its runs are mirrored as its children. Asks MLflow for nothing."""
     if not tracking.enabled:
         return
-    order = Request(kind="study", workspace=workspace, run=study.path, tracking=tracking, status="RUNNING")
-    record = record_of(order)
-    if record.wanted != "FINISHED":  # a study that is repeated shows nothing new until it ends
-        record.wanted = "RUNNING"
-    write_record(study.path, record)
+    memory = memory_of(MirrorRequest("study", study.path, tracking, "RUNNING"))
+    if memory.wanted != "FINISHED":  # a study that is repeated shows nothing new until it ends
+        memory.wanted = "RUNNING"
+    write_memory(study.path, memory)
 
 
-def end_study(study: Study, workspace: Path, tracking: Tracking, status: Status) -> str | None:
+def end_study(study: Study, tracking: Tracking, status: Status) -> str | None:
     """Mirrors a study that has ended, in bounded time; returns why what is left waits for a later command."""
     if not tracking.enabled:
         return None
-    order = Request(kind="study", workspace=workspace, run=study.path, tracking=tracking, status=status)
-    return MlflowMirror(order).finish(status)
+    return MlflowMirror(MirrorRequest("study", study.path, tracking, status)).finish(status)
 
 
 def settle(workspace: Path, *, seconds: float = 30.0) -> list[str]:
@@ -247,8 +244,8 @@ def settle(workspace: Path, *, seconds: float = 30.0) -> list[str]:
     try:
         for request in requests:
             with contextlib.suppress(KdpipeError):  # left unsettled, which the next command sees again
-                worker.call(request.model_dump(mode="json"), on_event=lambda _: None, tick=check_time)
-                settled.append(request.run.name)
+                _ask(worker, request, progress=lambda: None, tick=check_time)
+                settled.append(request.folder.name)
     finally:
         worker.kill()
     return settled
@@ -256,3 +253,15 @@ def settle(workspace: Path, *, seconds: float = 30.0) -> list[str]:
 
 def _worker(log: Path) -> Worker:
     return Worker("kdpipe.tracking.synchronizer:serve", log=log, environment=ENVIRONMENT)
+
+
+def _ask(
+    worker: Worker, request: MirrorRequest, *, progress: Callable[[], None], tick: Callable[[], None]
+) -> MirrorResult:
+    """The result of one call of the mirror's process; whatever it tells meanwhile is progress."""
+
+    def on_event(_event: Message) -> None:
+        progress()
+
+    message = REQUESTS.dump_python(request, mode="json")
+    return RESULTS.validate_python(worker.call(message, on_event=on_event, tick=tick))

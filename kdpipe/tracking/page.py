@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from kdpipe.errors import KdpipeError
-from kdpipe.tracking.record import ARTIFACTS, ENVIRONMENT, database_uri
+from kdpipe.tracking.memory import ARTIFACTS, ENVIRONMENT, database_uri
 from kdpipe.workers.worker import child_environment
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from kdpipe.method.mismatch import ledger
 from kdpipe.recipe.schema import Objective, Placement, Recipe
-from kdpipe.tracking.contents import metric_name
+from kdpipe.tracking.steps import metric_name
 from tests.worlds import load_tiny
 
 DOC = (Path(__file__).parents[2] / "docs" / "placement.md").read_text(encoding="utf-8")

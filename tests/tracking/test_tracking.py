@@ -7,9 +7,11 @@ import queue
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,14 @@ from kdpipe.store.artifacts import Draft, Store
 from kdpipe.store.locks import run_lock
 from kdpipe.tracking import mirror as mirroring
 from kdpipe.tracking import page as serving
-from kdpipe.tracking.contents import MAX_VALUE, flatten, metric_name
+from kdpipe.tracking.items import MAX_VALUE, flatten
+from kdpipe.tracking.memory import ENVIRONMENT, REQUESTS, database_uri, read_memory, write_memory
 from kdpipe.tracking.mirror import MlflowMirror, settle
-from kdpipe.tracking.mlflow_run import beating, without_secret
-from kdpipe.tracking.record import ENVIRONMENT, database_uri, read_record, write_record
-from kdpipe.tracking.standing import is_finished, pending, unsettled
+from kdpipe.tracking.pending import is_finished, pending, unsettled
+from kdpipe.tracking.run import beating, without_secret
+from kdpipe.tracking.steps import metric_name
 from kdpipe.tracking.synchronizer import Synchronizer
-from kdpipe.workers.worker import Report
-from tests.mirrored import RECIPE, T0, World, make_world
+from tests.mirrored import RECIPE, T0, World, make_world, mirror
 
 
 @pytest.fixture
@@ -119,7 +121,7 @@ def test_a_kill_between_logging_and_noting_it_leaves_no_duplicates(world: World)
     assert len(once) == logged
 
 
-def test_a_lost_record_finds_its_run_again(world: World) -> None:
+def test_a_lost_memory_finds_its_run_again(world: World) -> None:
     world.finish_everything()
     world.sync()
     once = world.metrics()
@@ -134,9 +136,9 @@ def test_on_a_shared_server_only_the_key_tells_whose_run_it_is(workspace: Path) 
     mine = make_world(workspace)
     mine = World(mine.workspace, mine.loaded, uri)
     mine.sync()
-    record = read_record(mine.run.path)
-    assert record is not None
-    write_record(mine.run.path, record.model_copy(update={"run_id": None}))  # killed after creation
+    memory = read_memory(mine.run.path)
+    assert memory is not None
+    write_memory(mine.run.path, memory.model_copy(update={"run_id": None}))  # killed after creation
     mine.sync()
     assert len(mine.statuses()) == 1
     (mine.run.path / "mlflow.json").unlink()  # as in another workspace with the same recipe
@@ -149,13 +151,13 @@ def test_a_run_deleted_in_mlflow_is_made_again_whole(world: World) -> None:
 
     world.finish_everything()
     count = world.sync()
-    record = read_record(world.run.path)
-    assert record is not None
-    MlflowClient(database_uri(world.workspace)).delete_run(record.run_id)
+    memory = read_memory(world.run.path)
+    assert memory is not None
+    MlflowClient(database_uri(world.workspace)).delete_run(memory.run_id)
     assert world.sync() == count
-    now = read_record(world.run.path)
+    now = read_memory(world.run.path)
     assert now is not None
-    assert now.run_id != record.run_id
+    assert now.run_id != memory.run_id
     assert len(world.metrics()) == 2 * count
 
 
@@ -223,11 +225,14 @@ def test_params_are_logged_once_though_runtime_changed(workspace: Path) -> None:
 
 def test_params_that_a_newer_recipe_adds_are_logged(world: World) -> None:
     world.sync()
-    resolved = json.loads((world.run.path / "resolved.json").read_text())
-    resolved["recipe"]["runtime"]["fresh"] = "x" * 9000
-    (world.run.path / "resolved.json").write_text(json.dumps(resolved))
+    with closing(sqlite3.connect(world.workspace / "mlflow.db")) as database, database:
+        database.execute("delete from params where key = 'runtime.threads'")
+    memory = read_memory(world.run.path)
+    assert memory is not None
+    memory.sent["params"] = "of an older recipe"
+    write_memory(world.run.path, memory)
     world.sync()
-    assert world.query("select length(value) from params where key = 'runtime.fresh'") == [(MAX_VALUE,)]
+    assert world.query("select value from params where key = 'runtime.threads'") == [("null",)]
 
 
 def test_tags_datasets_and_artifacts_tell_what_it_was(world: World) -> None:
@@ -354,6 +359,7 @@ def test_metric_names_keep_several_teachers_apart(name: str, stage: str, subject
 
 
 def test_flatten_names_every_leaf_as_mlflow_takes_it() -> None:
+    assert [len(text) for _, text in flatten({"a": "x" * 9000})] == [MAX_VALUE]
     value = {"a": {"b": 1, "c": {}}, "d": [{"e": None}, {"e": True}], "f": [1, 2], "weird/$key": "text"}
     assert dict(flatten(value)) == {
         "a.b": "1",
@@ -388,8 +394,8 @@ def test_a_run_that_was_killed_is_settled_by_whoever_sees_its_lock_free(world: W
     with run_lock(world.run.path):
         assert unsettled(world.workspace) == []
     (request,) = unsettled(world.workspace)
-    assert (request.run, request.status) == (world.run.path, "KILLED")
-    Synchronizer()(request.model_dump(mode="json"), Report(lambda _message: None))
+    assert (request.folder, request.status) == (world.run.path, "KILLED")
+    mirror(request)
     assert world.statuses() == ["KILLED"]
     assert world.query("select end_time from runs") == [(round(world.run.events()[-1]["time"] * 1000),)]
     assert unsettled(world.workspace) == []
@@ -405,14 +411,15 @@ def test_the_mirror_delivers_and_settles_without_its_parent_importing_mlflow(wor
     with run_lock(world.run.path):
         program = (
             "import sys, time\n"
-            "from kdpipe.tracking.mirror import MlflowMirror, Request\n"
-            "mirror = MlflowMirror(Request.model_validate_json(sys.argv[1]))\n"
+            "from kdpipe.tracking.memory import REQUESTS\n"
+            "from kdpipe.tracking.mirror import MlflowMirror\n"
+            "mirror = MlflowMirror(REQUESTS.validate_json(sys.argv[1]))\n"
             "start = time.monotonic(); mirror.nudge(); nudged = time.monotonic() - start\n"
-            "while mirror._quiet_since == 0.0: time.sleep(0.05)\n"
+            "while mirror._progress_at == 0.0: time.sleep(0.05)\n"
             "mirror.finish('FINISHED')\n"
             "print(nudged, mirror.error, 'mlflow' in sys.modules, 'torch' in sys.modules)\n"
         )
-        request = world.request().model_dump_json()
+        request = REQUESTS.dump_json(world.request()).decode()
         done = subprocess.run(
             [sys.executable, "-c", program, request], capture_output=True, text=True, check=True
         )
@@ -441,12 +448,12 @@ def test_a_refused_connection_fails_at_once(world: World, monkeypatch: pytest.Mo
     assert time.monotonic() - start < 10
 
 
-def test_a_record_with_a_password_of_an_older_kdpipe_is_left_alone(world: World) -> None:
+def test_a_memory_with_a_password_of_an_older_kdpipe_is_left_alone(world: World) -> None:
     world.sync()
-    record = read_record(world.run.path)
-    assert record is not None
-    old = record.model_copy(update={"uri": "http://kim:hunter2@host", "status": "RUNNING"})
-    write_record(world.run.path, old)
+    memory = read_memory(world.run.path)
+    assert memory is not None
+    old = memory.model_copy(update={"uri": "http://kim:hunter2@host", "status": "RUNNING"})
+    write_memory(world.run.path, old)
     assert unsettled(world.workspace) == []
 
 
@@ -460,8 +467,9 @@ def test_a_finished_run_that_is_repeated_asks_mlflow_for_nothing(
 
         def __init__(self, *_arguments: Any, **_settings: Any) -> None: ...
 
-        def call(self, request: Any, **_settings: Any) -> None:
+        def call(self, request: Any, **_settings: Any) -> dict[str, Any]:
             asked.append(request["status"])
+            return {"run_id": "1", "metrics": 0}
 
         def kill(self) -> None: ...
 
@@ -503,7 +511,7 @@ def test_a_dead_server_costs_seconds_and_loses_nothing(world: World) -> None:
     mirror.nudge()
     start = time.monotonic()
     mirror.finish("FINISHED")
-    assert time.monotonic() - start < mirroring.PATIENCE_SECONDS["FINISHED"] + 2
+    assert time.monotonic() - start < mirroring.LONGEST_SECONDS + 2
     assert mirror.error is not None
     assert mirror._has_ended.is_set()
     assert "not mirrored" in (world.run.path / "logs" / "tracking.log").read_text()
@@ -518,7 +526,7 @@ def test_a_dead_server_costs_seconds_and_loses_nothing(world: World) -> None:
 def test_a_mirror_that_cannot_even_start_is_delivered_by_the_next_command(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(mirroring.PATIENCE_SECONDS, "FINISHED", 0.0)  # MLflow is not even imported by then
+    monkeypatch.setattr(mirroring, "LONGEST_SECONDS", 0.0)  # MLflow is not even imported by then
     world.finish_everything()
     mirror = MlflowMirror(world.request())
     assert mirror.finish("FINISHED") is not None
@@ -569,15 +577,15 @@ def test_a_second_signal_leaves_a_note_of_what_was_not_delivered(world: World, s
         assert (
             mirror._has_ended.is_set()
         )  # by itself: nothing that goes on may write what it thinks is wanted
-    record = read_record(world.run.path)
-    assert record is not None
-    assert record.wanted == status
+    memory = read_memory(world.run.path)
+    assert memory is not None
+    assert memory.wanted == status
 
 
 def test_a_database_that_takes_long_to_make_is_no_silence() -> None:
     told: queue.Queue[Any] = queue.Queue()
-    with beating(Report(told.put), "making the database"):
-        assert told.get(timeout=10) == {"event": {"mirror": "making the database"}}
+    with beating(lambda: told.put("alive")):
+        assert told.get(timeout=10) == "alive"
 
 
 def test_an_unknown_place_is_a_clear_error(world: World) -> None:
@@ -700,13 +708,13 @@ def test_a_real_server_mirrors_as_the_database_does(world: World, tmp_path: Path
         world.sync()
         before = (world.run.path / "mlflow.json").read_bytes()
         assert far.sync() == 0
-        record = (world.run.path / "mlflow.json").read_bytes()
-        assert record != before
+        memory = (world.run.path / "mlflow.json").read_bytes()
+        assert memory != before
         far.finish_everything()
         count = far.sync("FINISHED")
         once = far.metrics()
         assert len(once) == count
-        (far.run.path / "mlflow.json").write_bytes(record)
+        (far.run.path / "mlflow.json").write_bytes(memory)
         assert far.sync("FINISHED") == count
         assert far.metrics() == once
         assert "FINISHED" in far.statuses()

@@ -13,10 +13,9 @@ from mlflow.entities import LoggedModel
 from kdpipe.errors import ArtifactError, RecipeError
 from kdpipe.pipeline.project import Project
 from kdpipe.recipe.schema import Tracking
-from kdpipe.tracking.record import RECORD, Request, database_uri, read_record
-from kdpipe.tracking.standing import is_finished
-from kdpipe.tracking.synchronizer import Synchronizer
-from kdpipe.workers.worker import Report
+from kdpipe.tracking.memory import MEMORY, MirrorRequest, database_uri, read_memory
+from kdpipe.tracking.pending import is_finished
+from tests.mirrored import mirror
 from tests.tracker import Server, free_port
 from tests.worlds import SMALLEST, load_tiny, run_near
 
@@ -38,22 +37,22 @@ def run(trained: Project, mlflow_database: Path, tmp_path: Path) -> Path:
     return tmp_path / "out" / "runs" / trained.run.name
 
 
-def request(run: Path, uri: str | None = None) -> Request:
+def request(run: Path, uri: str | None = None) -> MirrorRequest:
     tracking = Tracking(log_model=True, uri=uri)
-    return Request(workspace=run.parents[1], run=run, tracking=tracking, status="FINISHED")
+    return MirrorRequest("run", run, tracking, "FINISHED")
 
 
 def sync(run: Path, uri: str | None = None) -> None:
-    Synchronizer()(request(run, uri).model_dump(mode="json"), Report(lambda _message: None))
+    mirror(request(run, uri))
 
 
 def models(run: Path, uri: str | None = None) -> list[LoggedModel]:
     """The logged models of the run's experiment, each an output of the run."""
     client = MlflowClient(uri or database_uri(run.parents[1]))
-    record = read_record(run)
-    assert record is not None
-    assert record.run_id is not None
-    info = client.get_run(record.run_id)
+    memory = read_memory(run)
+    assert memory is not None
+    assert memory.run_id is not None
+    info = client.get_run(memory.run_id)
     found = list(client.search_logged_models([info.info.experiment_id]))
     outputs = [one.model_id for one in info.outputs.model_outputs] if info.outputs else []
     assert {model.model_id for model in found} <= set(outputs)
@@ -130,9 +129,9 @@ def test_a_kill_at_any_moment_leaves_one_model(run: Path, monkeypatch: pytest.Mo
     [model] = models(run)
     assert model.status == "READY"
     assert is_finished(request(run))
-    document = json.loads((run / RECORD).read_text())
-    del document["artifacts"]["student-round-001"]
-    (run / RECORD).write_text(json.dumps(document))
+    document = json.loads((run / MEMORY).read_text())
+    del document["sent"]["student-round-001"]
+    (run / MEMORY).write_text(json.dumps(document))
     sync(run)
     assert [one.model_id for one in models(run)] == [model.model_id]
 
@@ -145,10 +144,10 @@ def test_damaged_weights_are_not_logged(run: Path) -> None:
     with pytest.raises(ArtifactError, match=r"model\.safetensors"):
         sync(run)
     assert models(run) == []
-    record = read_record(run)
-    assert record is not None
-    assert record.status == "FINISHED"  # all the rest is there
-    assert "report.html" in record.artifacts or record.mirrored
+    memory = read_memory(run)
+    assert memory is not None
+    assert memory.status == "FINISHED"  # all the rest is there
+    assert {"metrics/round-001/train", "recipe.yaml"} <= memory.sent.keys()
 
 
 @pytest.mark.parametrize(

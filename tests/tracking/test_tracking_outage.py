@@ -16,16 +16,16 @@ import kdpipe.pipeline.request
 from kdpipe.cli.app import app
 from kdpipe.pipeline.project import Project, open_project
 from kdpipe.pipeline.runner import Request, run
-from kdpipe.tracking.contents import done_steps, metric_name
-from kdpipe.tracking.mirror import LOG, SERVER_QUIET_SECONDS, open_mirror
-from kdpipe.tracking.standing import pending, unsettled
+from kdpipe.tracking.mirror import LOG, QUIET_SECONDS, open_mirror
+from kdpipe.tracking.pending import pending, unsettled
+from kdpipe.tracking.steps import done_steps, metric_name
 from tests.tracker import Proxy, Server, free_port
 from tests.worlds import SMALLEST, NearWorker, Watcher, load_tiny, write_recipe
 
 pytestmark = pytest.mark.slow
 
 SIZES = SMALLEST | {"rounds": 2}
-SMALL_SECONDS = SERVER_QUIET_SECONDS + 3
+SMALL_SECONDS = QUIET_SECONDS + 3
 """What a server that does not answer may cost a run: patience at its end, and the mirror's share of two cores."""
 
 
@@ -102,8 +102,7 @@ class World:
         for step in done_steps(self.project.run.path):
             for row in step.entry.metrics():
                 per_step = row["optimizer_step"] is not None
-                stage, subject = step.document["stage"], step.document["subject"]
-                name = metric_name(row["name"], stage=stage, subject=subject, per_step=per_step)
+                name = metric_name(row["name"], stage=step.stage, subject=step.subject, per_step=per_step)
                 found.add((name, row["optimizer_step"] if per_step else step.round, row["value"]))
         return found
 

@@ -12,12 +12,10 @@ import pytest
 from kdpipe.recipe.schema import Tracking
 from kdpipe.results.studies import COMPARISON, Study, all_studies, make_study
 from kdpipe.store.locks import run_lock
+from kdpipe.tracking.memory import MEMORY, MirrorRequest, Status, read_memory
 from kdpipe.tracking.mirror import begin_study, settle
-from kdpipe.tracking.record import RECORD, Request, Status, read_record
-from kdpipe.tracking.standing import is_finished, unsettled
-from kdpipe.tracking.synchronizer import Synchronizer
-from kdpipe.workers.worker import Report
-from tests.mirrored import World, make_world
+from kdpipe.tracking.pending import is_finished, unsettled
+from tests.mirrored import World, make_world, mirror
 
 ROWS: list[Any] = [
     {"label": "before training", "accuracy": {"estimate": 0.25, "low": 0.2, "high": 0.3}, "difference": None},
@@ -43,18 +41,17 @@ def worlds(workspace: Path) -> list[World]:
 def study_of(worlds: list[World]) -> Study:
     runs = {world.run.name: f"kd, seed {world.loaded.recipe.seed}" for world in worlds}
     study = make_study(worlds[0].workspace, "arms", recipe="tiny", runs=runs)
-    begin_study(study, worlds[0].workspace, Tracking())
+    begin_study(study, Tracking())
     return study
 
 
-def order(study: Study, status: Status) -> Request:
-    workspace = study.path.parents[1]
-    return Request(kind="study", workspace=workspace, run=study.path, tracking=Tracking(), status=status)
+def order(study: Study, status: Status) -> MirrorRequest:
+    return MirrorRequest("study", study.path, Tracking(), status)
 
 
 def sync(study: Study, status: Status = "FINISHED") -> None:
     """Mirrors the study as a fresh process would."""
-    Synchronizer()(order(study, status).model_dump(mode="json"), Report(lambda _message: None))
+    mirror(order(study, status))
 
 
 def rows(world: World) -> dict[str, tuple[str, str | None]]:
@@ -97,11 +94,11 @@ def test_a_run_that_was_mirrored_before_its_study_becomes_its_child(worlds: list
 
 def test_a_kill_at_any_note_leaves_one_parent_with_every_metric_once(worlds: list[World]) -> None:
     study = study_of(worlds[:1])
-    record = study.path / RECORD
-    begun = record.read_bytes()
+    memory = study.path / MEMORY
+    begun = memory.read_bytes()
     study.keep(ROWS, ["| a table |"], [])
     worlds[0].sync()
-    opened = record.read_bytes()
+    opened = memory.read_bytes()
     sync(study)
     metrics = worlds[0].metrics()
     assert {name: value for name, _, value in metrics} == {
@@ -116,7 +113,7 @@ def test_a_kill_at_any_note_leaves_one_parent_with_every_metric_once(worlds: lis
         "study/kd_k2/difference_high": 0.4,
     }
     for note in (begun, opened, b"torn"):
-        record.write_bytes(note)
+        memory.write_bytes(note)
         sync(study)
         assert worlds[0].metrics() == metrics
         assert sorted(rows(worlds[0])) == sorted([study.name, worlds[0].run.name])
@@ -146,11 +143,11 @@ def test_a_study_that_was_killed_is_settled_by_whoever_sees_its_lock_free(worlds
         worlds[0].sync("FINISHED")
         assert unsettled(study.path.parents[1]) == []
     [request] = unsettled(study.path.parents[1])
-    assert (request.kind, request.run, request.status) == ("study", study.path, "KILLED")
-    Synchronizer()(request.model_dump(mode="json"), Report(lambda _message: None))
+    assert (request.subject, request.folder, request.status) == ("study", study.path, "KILLED")
+    mirror(request)
     assert rows(worlds[0])[study.name] == ("KILLED", None)
     assert settle(study.path.parents[1]) == []
-    begin_study(study, study.path.parents[1], Tracking())  # the same command again
+    begin_study(study, Tracking())  # the same command again
     worlds[0].sync("FINISHED")
     assert rows(worlds[0])[study.name] == ("RUNNING", None)
     sync(study)
@@ -193,8 +190,8 @@ def test_a_study_that_cannot_be_read_keeps_no_run_back(worlds: list[World]) -> N
 
 def test_an_untracked_study_leaves_no_note(worlds: list[World]) -> None:
     study = make_study(worlds[0].workspace, "sweep", recipe="tiny", runs={"tiny-1": "a=1"})
-    begin_study(study, worlds[0].workspace, Tracking(enabled=False))
-    assert read_record(study.path) is None
+    begin_study(study, Tracking(enabled=False))
+    assert read_memory(study.path) is None
 
 
 def test_a_study_is_named_by_its_set_of_runs(tmp_path: Path) -> None:

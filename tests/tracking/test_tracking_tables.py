@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from kdpipe.tracking import mlflow_run
-from kdpipe.tracking.record import database_uri, read_record
-from kdpipe.tracking.sample_tables import MAX_GRADES, MAX_SAMPLES, MAX_TEXT
-from kdpipe.tracking.standing import is_finished
+from kdpipe.errors import ArtifactError
+from kdpipe.tracking import run as opened
+from kdpipe.tracking.memory import database_uri, read_memory
+from kdpipe.tracking.pending import is_finished
+from kdpipe.tracking.tables import MAX_GRADES, MAX_SAMPLES, MAX_TEXT
 from tests.mirrored import Grade, World, make_world, sample
 
 LISTED = "mlflow.loggedArtifacts"
@@ -26,11 +27,11 @@ def world(mlflow_database: Path, tmp_path: Path) -> World:
 
 
 def client_of(world: World) -> tuple[MlflowClient, str, str]:
-    record = read_record(world.run.path)
-    assert record is not None
-    assert record.run_id is not None
+    memory = read_memory(world.run.path)
+    assert memory is not None
+    assert memory.run_id is not None
     client = MlflowClient(database_uri(world.workspace))
-    return client, record.run_id, client.get_run(record.run_id).info.experiment_id
+    return client, memory.run_id, client.get_run(memory.run_id).info.experiment_id
 
 
 def table(world: World, name: str) -> dict[str, Any]:
@@ -103,10 +104,10 @@ def test_a_run_is_not_finished_in_mlflow_before_its_tables_are(world: World) -> 
     world.finish("evaluate:student@0")
     world.sync("FINISHED")
     assert is_finished(world.request())
-    record = world.run.path / "mlflow.json"
-    document = json.loads(record.read_text())
-    del document["artifacts"]["tables/evaluate-round-000.json"]
-    record.write_text(json.dumps(document))
+    memory = world.run.path / "mlflow.json"
+    document = json.loads(memory.read_text())
+    del document["sent"]["tables/evaluate-round-000.json"]
+    memory.write_text(json.dumps(document))
     assert not is_finished(world.request())
 
 
@@ -142,7 +143,8 @@ def test_a_damaged_table_is_not_shown_and_keeps_nothing_else_back(world: World) 
         )
     )
     shutil.copy(second, first)  # a table, and not the one that its manifest vouches for
-    world.sync("FINISHED")
+    with pytest.raises(ArtifactError, match=r"grades\.parquet: sha256"):
+        world.sync("FINISHED")
     assert listed(world) == ["tables/evaluate-round-001.json"]
     assert world.statuses() == ["FINISHED"]
 
@@ -150,7 +152,7 @@ def test_a_damaged_table_is_not_shown_and_keeps_nothing_else_back(world: World) 
 def test_more_tables_than_a_tag_holds_list_the_late_rounds(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlflow_run, "MAX_TAG", 130)
+    monkeypatch.setattr(opened, "MAX_TAG", 130)
     for step_id in ("rollout@1", "rollout@2", "evaluate:student@0"):
         world.finish(step_id)
     world.sync()

@@ -1,20 +1,18 @@
-"""The door to MLflow: its stores and its runs, in our own words. Only ever imported in a process of its own."""
+"""The only module that imports MLflow: its stores and its runs, in our own words. Runs in a process of its own."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 from urllib.parse import urlsplit
 
-from filelock import FileLock
 from mlflow import MlflowClient, MlflowException
 from mlflow.entities import (
     Dataset,
@@ -32,32 +30,20 @@ from mlflow.models import Model
 
 from kdpipe.errors import KdpipeError
 from kdpipe.store.durable import write_durably
-from kdpipe.tracking.contents import MAX_METRICS, MetricRow, text_digest
-from kdpipe.tracking.record import ARTIFACTS, DATABASE, Record, Status, database_uri
-from kdpipe.workers.worker import Report
+from kdpipe.store.locks import file_lock
+from kdpipe.tracking.memory import ARTIFACTS, DATABASE, Memory, MirrorRequest, Status, database_uri
+from kdpipe.tracking.steps import MetricRow, event_times
 
+MAX_METRICS = 1000  # in one batch
 MAX_PARAMS = 100  # or tags, in one batch
-NOTE, NOTE_DIGEST = (
-    "mlflow.note.content",
-    "kdpipe.note",
-)  # the run's description on the page, and of the last of ours
+MAX_TAG = 8000  # characters; MLflow cuts what is longer
+NOTE, NOTE_DIGEST = "mlflow.note.content", "kdpipe.note"  # the run's description, and which one was ours
 PARENT = "mlflow.parentRunId"
 WEIGHTS = "model"  # the folder of a logged model that holds them
 MARK = "kdpipe.mark"  # of which training a logged model is
-TABLES = "mlflow.loggedArtifacts"
-MAX_TAG = 8000  # characters; MLflow cuts what is longer
+TABLES, OWN_TABLES = "mlflow.loggedArtifacts", "tables/"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the page is that of training runs
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """How an MLflow run is made, and by which tag it is found again; `began` is in milliseconds."""
-
-    name: str
-    tag: Literal["kdpipe.run", "kdpipe.study"]
-    began: int
-    tags: Mapping[str, str]
 
 
 @contextlib.contextmanager
@@ -71,57 +57,65 @@ def answering(place: str, uri: str | None) -> Iterator[None]:
 
 
 class MlflowRun:
-    """One MLflow run, open.
+    """The MLflow run of a run or study, open; it is created where there is none.
 
-    `record` is made to say which it is; what it says of the contents is forgotten where the run is new.
-    `answered` is called whenever MLflow has answered.
+    `memory` learns which one it is; what it says of the contents is forgotten where the MLflow run is new. Metrics and
+    the list of tables wait for `flush`. `answered` is called whenever MLflow has answered.
     """
 
     def __init__(
-        self, workspace: Path, record: Record, card: Card, *, answered: Callable[[], None] = lambda: None
+        self, request: MirrorRequest, memory: Memory, *, answered: Callable[[], None] = lambda: None
     ) -> None:
-        self._workspace = workspace
-        self._client = MlflowClient(record.uri or database_uri(workspace))
+        workspace = request.workspace.resolve()
+        self._uri = memory.uri
+        self._client = MlflowClient(memory.uri or database_uri(workspace))
         self._answered = answered
-        run = self._recorded(record)
+        run = self._recorded(memory)
         if run is None:
-            record = Record(**record.model_dump(include={"key", "uri", "experiment", "wanted"}))
-            experiment = self._experiment(record)
+            memory.forget()
+            experiment = self._experiment(memory, workspace)
             answered()
-            run = self._searched(experiment, record, card) or self._client.create_run(
-                experiment, start_time=card.began, tags=dict(card.tags), run_name=card.name
-            )
-            record.run_id = run.info.run_id
-        record.status = run.info.status
-        self.record = record
+            run = self._searched(experiment, memory, request) or self._created(experiment, memory, request)
+            memory.run_id = run.info.run_id
+        memory.status = run.info.status
+        memory.artifact_uri = run.info.artifact_uri
         self.id: str = run.info.run_id
         self._experiment_id: str = run.info.experiment_id
-        self._artifact_uri: str = run.info.artifact_uri
         self._params = run.data.params
         self._tags = dict(run.data.tags)
+        self._may_know_all = not memory.sent and bool(run.data.metrics)  # the memory was lost
+        self._tables = {name for name, mark in memory.sent.items() if mark and name.startswith(OWN_TABLES)}
+        self._rows: list[Metric] = []
+        answered()
 
     # which one
 
-    def _recorded(self, record: Record) -> Run | None:
-        if record.run_id is None:
+    def _recorded(self, memory: Memory) -> Run | None:
+        if memory.run_id is None:
             return None
         try:
-            run = self._client.get_run(record.run_id)
+            run = self._client.get_run(memory.run_id)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return None
         return run if run.info.lifecycle_stage == "active" else None
 
-    def _searched(self, experiment: str, record: Record, card: Card) -> Run | None:
+    def _searched(self, experiment: str, memory: Memory, request: MirrorRequest) -> Run | None:
         """The run that an earlier attempt made. On a server of many, only the key tells whose it is."""
-        found = self._client.search_runs([experiment], f"tags.`{card.tag}` = '{card.name}'")
-        own = record.uri is None
-        return next((run for run in found if own or run.data.tags.get("kdpipe.key") == record.key), None)
+        wanted = f"tags.`kdpipe.{request.subject}` = '{request.folder.name}'"
+        found = self._client.search_runs([experiment], wanted)
+        own = memory.uri is None
+        return next((run for run in found if own or run.data.tags.get("kdpipe.key") == memory.key), None)
 
-    def _experiment(self, record: Record) -> str:
-        name, is_server = record.experiment, (record.uri or "").startswith(("http:", "https:"))
-        location = None if is_server else str(self._workspace / ARTIFACTS)
+    def _created(self, experiment: str, memory: Memory, request: MirrorRequest) -> Run:
+        name, began = request.folder.name, event_times(request.folder)[0]
+        tags = {f"kdpipe.{request.subject}": name, "kdpipe.key": memory.key}
+        return self._client.create_run(experiment, start_time=began, tags=tags, run_name=name)
+
+    def _experiment(self, memory: Memory, workspace: Path) -> str:
+        name, is_server = memory.experiment, (memory.uri or "").startswith(("http:", "https:"))
+        location = None if is_server else str(workspace / ARTIFACTS)
         if (found := self._client.get_experiment_by_name(name)) is None:
             try:
                 return str(
@@ -138,14 +132,11 @@ class MlflowRun:
     # what it holds
 
     def set_status(self, status: Status, ended: Callable[[], int]) -> None:
-        """Makes it show `status`; `ended` says when a run that is over was, in milliseconds."""
-        if status == self.record.status:
-            return
+        """Makes it show `status`; `ended` says when a run that is over ended, in milliseconds."""
         if status == "RUNNING":
             self._client.update_run(self.id, status=status)
         else:
             self._client.set_terminated(self.id, status, ended())
-        self.record.status = status
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Sets those that are not so already."""
@@ -158,13 +149,13 @@ class MlflowRun:
     def set_note(self, text: str) -> None:
         """Makes `text` the run's description, unless a user has written another one."""
         tags = self._client.get_run(self.id).data.tags
-        if tags.get(NOTE) and tags.get(NOTE_DIGEST) != text_digest(tags[NOTE]):
+        if tags.get(NOTE) and tags.get(NOTE_DIGEST) != _digest(tags[NOTE]):
             return
-        self._client.log_batch(self.id, tags=[RunTag(NOTE, text), RunTag(NOTE_DIGEST, text_digest(text))])
+        self._client.log_batch(self.id, tags=[RunTag(NOTE, text), RunTag(NOTE_DIGEST, _digest(text))])
 
     def log_params(self, params: Mapping[str, str]) -> list[str]:
         """Logs those that are not there yet (a changed one would raise); returns the names that MLflow refuses."""
-        leaves = {key: without_secret(value, self.record.uri) for key, value in params.items()}
+        leaves = {key: without_secret(value, self._uri) for key, value in params.items()}
         new = [Param(key, value) for key, value in leaves.items() if key not in self._params]
         return [
             param.key
@@ -184,14 +175,17 @@ class MlflowRun:
             self._answered()
         return []
 
-    def log_metrics(self, rows: Sequence[MetricRow]) -> None:
-        """Logs rows, up to `MAX_METRICS` at once; those that are there already are not there twice."""
-        metrics = [Metric(row.name, row.value, row.timestamp, row.step) for row in rows]
-        for start in range(0, len(metrics), MAX_METRICS):
-            self._client.log_batch(self.id, metrics=metrics[start : start + MAX_METRICS])
-            self._answered()
+    def log_metrics(self, rows: Iterable[MetricRow], *, is_known: bool) -> None:
+        """Logs rows at the next `flush`; `is_known`: MLflow may have some, of which those that are equal are left out.
 
-    def unlike_shown(self, rows: Sequence[MetricRow]) -> list[MetricRow]:
+        The very same row, with its timestamp, is kept once in any case.
+        """
+        rows = list(rows)
+        if is_known or self._may_know_all:
+            rows = self._unlike_shown(rows)
+        self._rows += [Metric(row.name, row.value, row.timestamp, row.step) for row in rows]
+
+    def _unlike_shown(self, rows: Sequence[MetricRow]) -> list[MetricRow]:
         """The rows without those that repeat what MLflow shows as the value of their metric and step."""
         shown: dict[tuple[str, int], tuple[int, float]] = {}
         for name in {row.name for row in rows}:
@@ -200,32 +194,39 @@ class MlflowRun:
                 shown[place] = max(shown.get(place, value), value)
         return [row for row in rows if shown.get((row.name, row.step), (0, None))[1] != row.value]
 
-    def log_data_set(self, name: str, digest: str, *, source: str, split: str) -> None:
+    def flush(self) -> int:
+        """Sends the metrics that wait, and the list of tables if it is longer now; returns how many metrics it was."""
+        rows, self._rows = self._rows, []
+        for start in range(0, len(rows), MAX_METRICS):
+            self._client.log_batch(self.id, metrics=rows[start : start + MAX_METRICS])
+            self._answered()
+        self._list_tables()
+        return len(rows)
+
+    def log_data_set(self, name: str, digest: str, source: str, split: str) -> None:
         """Names a data set as an input."""
         data = Dataset(name, digest, "kdpipe", json.dumps({"source": source, "split": split}))
         context = InputTag("mlflow.data.context", "training" if split == "train" else "evaluation")
         self._client.log_inputs(self.id, [DatasetInput(data, [context])])
 
-    @property
-    def takes_artifacts(self) -> bool:
-        """Whether artifacts have a place: where the workspace was moved, its old place is not ours to write to."""
-        return self.record.uri is not None or self._workspace in Path(self._artifact_uri).parents
-
     def log_text(self, name: str, text: str) -> None:
         """Writes the artifact `name` whole, without what is secret."""
-        self._client.log_text(self.id, without_secret(text, self.record.uri), name)
+        self._client.log_text(self.id, without_secret(text, self._uri), name)
         self._answered()
 
-    def adopt(self, child: str) -> bool:
+    def log_table(self, name: str, text: str) -> None:
+        """Writes a table, which the page knows as one after the next `flush`."""
+        self.log_text(name, text)
+        self._tables.add(name)
+
+    def adopt(self, child: str) -> None:
         """Makes the MLflow run `child` one of this one's children, unless it is there no more."""
         try:
             self._client.set_tag(child, PARENT, self.id)
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", *REFUSALS):  # gone, or deleted
                 raise
-            return False
         self._answered()
-        return True
 
     def log_model(self, folder: Path, name: str, mark: str, *, round_number: int) -> None:
         """Makes the Hugging Face folder a logged model that `mlflow.transformers.load_model` loads, once for a `mark`.
@@ -237,7 +238,8 @@ class MlflowRun:
             model = self._client.create_logged_model(
                 self._experiment_id, name=name, source_run_id=self.id, tags={MARK: mark}
             )
-            self._client.log_model_artifacts(model.model_id, str(folder), WEIGHTS)
+            with beating(self._answered):
+                self._client.log_model_artifacts(model.model_id, str(folder), WEIGHTS)
             with tempfile.TemporaryDirectory() as draft:
                 _describe_model(folder, name, Path(draft), Model(model_id=model.model_id, run_id=self.id))
                 self._client.log_model_artifacts(model.model_id, draft)
@@ -260,14 +262,14 @@ class MlflowRun:
                 self._client.delete_logged_model(model.model_id)
         return whole
 
-    def list_tables(self, names: Sequence[str]) -> None:
+    def _list_tables(self) -> None:
         """Tells the page which artifacts are tables, beside those that others have told it of.
 
         As many as a tag holds: answers before samples, late rounds before early ones.
         """
-        listed = [{"path": name, "type": "table"} for name in sorted(names, reverse=True)]
+        listed = [{"path": name, "type": "table"} for name in sorted(self._tables, reverse=True)]
         listed.sort(key=lambda one: "/evaluate-" not in one["path"])
-        others = [one for one in _listed(self._tags.get(TABLES)) if not one["path"].startswith("tables/")]
+        others = [one for one in _listed(self._tags.get(TABLES)) if not one["path"].startswith(OWN_TABLES)]
         while len(text := json.dumps([*others, *listed])) > MAX_TAG and listed:
             listed.pop()
         if listed:
@@ -311,42 +313,40 @@ def _listed(tag: str | None) -> list[dict[str, str]]:
     return []
 
 
-def make_database(workspace: Path) -> None:
+def make_database(workspace: Path, beat: Callable[[], None] = lambda: None) -> None:
     """Makes the workspace's database in one piece: a kill in the middle of MLflow's set-up would break it."""
     path = workspace / DATABASE
 
     def make(draft: Path) -> None:
-        MlflowClient(f"sqlite:///{draft}").search_experiments()
+        with beating(beat):
+            MlflowClient(f"sqlite:///{draft}").search_experiments()
 
     if not path.exists():
-        with FileLock(workspace / f".{DATABASE}.lock"):
+        with file_lock(workspace / f".{DATABASE}.lock"):
             if not path.exists():
                 write_durably(path, make)
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keeps other mirrors from the MLflow run of this folder."""
-    with FileLock(folder / ".mlflow.lock"):
-        yield
-
-
-@contextlib.contextmanager
-def beating(report: Report, work: str) -> Iterator[None]:
-    """Tells the parent each second that `work` goes on, which MLflow does in one call, long on a busy machine."""
+def beating(beat: Callable[[], None]) -> Iterator[None]:
+    """Calls `beat` each second: MLflow may be busy in one call for long."""
     is_over = threading.Event()
 
-    def beat() -> None:
+    def go_on() -> None:
         while not is_over.wait(1.0):
-            report.event(mirror=work)
+            beat()
 
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=go_on, daemon=True)
     thread.start()
     try:
         yield
     finally:
         is_over.set()
         thread.join()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def without_secret(text: str, uri: str | None) -> str:

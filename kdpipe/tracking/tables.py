@@ -1,7 +1,7 @@
-"""Texts and their grades as MLflow tables: the JSON that `mlflow.log_table` writes, made whole and not appended to.
+"""Texts and their grades as MLflow tables: the JSON that `mlflow.log_table` writes, written whole and not appended to.
 
-What is shown is bounded, and tags of the run say how much of it that is. Text is data: characters that do not print
-are written out.
+The number of rows is bounded, and tags of the run say how many of all it shows. Characters that do not print are
+escaped: text is data.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from kdpipe.data.payload import GRADES_FILE, ROLLOUTS_FILE
 from kdpipe.data.tables import GRADES, ROLLOUTS, read_rows
 from kdpipe.results.visible_text import visible
 from kdpipe.store.step import Stage
-from kdpipe.tracking.contents import DoneStep
+from kdpipe.tracking.steps import DoneStep
 
 MAX_GRADES = 500
 MAX_SAMPLES = 64
 MAX_TEXT = 4000
-FIRST = ["question", "text"]  # by the first column the page puts runs side by side, and shows the second
+FIRST = ["question", "text"]  # the page aligns runs by the first column and shows the second
 LAST = ["correct", "expected", "finish_reason", "prompt_id", "sample"]
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """A table's JSON, how many rows it has, and of how many they are the first."""
+class TextTable:
+    """A table's JSON, and how many rows it has of how many."""
 
     text: str
     rows: int
     of: int
 
 
-def table_of(step: DoneStep, headline: str) -> Table:
-    """The table of a step that has one; `headline` says which answer is graded. Raises ArtifactError on damage."""
+def table_of(step: DoneStep, headline: str) -> TextTable:
+    """The table of a rollout or evaluation; `headline`: the answer that is graded. Raises ArtifactError on damage."""
     answer = f"answer_{headline}"
-    if step.document["stage"] == Stage.EVALUATE:
+    if step.stage == Stage.EVALUATE:
         file, schema, limit, more = GRADES_FILE, GRADES, MAX_GRADES, [answer]
     else:
         file, schema, limit, more = ROLLOUTS_FILE, ROLLOUTS, MAX_SAMPLES, [answer, "reward", "source"]
@@ -44,7 +44,7 @@ def table_of(step: DoneStep, headline: str) -> Table:
     shown = [[_cell(row[name]) for name in columns] for row in rows[:limit]]
     names = [*("completion" if name == "text" else name for name in columns), "round"]
     document = {"columns": names, "data": [[*row, step.round] for row in shown]}
-    return Table(json.dumps(document, allow_nan=False), len(shown), len(rows))
+    return TextTable(json.dumps(document, allow_nan=False), len(shown), len(rows))
 
 
 def _cell(value: Any) -> Any:

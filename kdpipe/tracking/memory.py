@@ -1,0 +1,135 @@
+"""What the mirror's process is asked, and `mlflow.json`: what is remembered of what MLflow has."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from kdpipe.errors import ArtifactError
+from kdpipe.pipeline.runs import RunFolder
+from kdpipe.recipe.schema import Tracking
+from kdpipe.results.studies import read_study
+from kdpipe.store.durable import write_json
+
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+Subject = Literal["run", "study"]
+
+MEMORY = "mlflow.json"
+DATABASE = "mlflow.db"
+ARTIFACTS = "mlartifacts"
+UNSURE = ""
+"""The mark of an item that was being sent: MLflow may have a part of it."""
+
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",  # a slow server is waited for: by a process of its own, not by the run
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+}
+"""Of every process that imports MLflow."""
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorRequest:
+    """Make MLflow equal to the run or study in `folder`, and show it with this status."""
+
+    subject: Subject
+    folder: Path
+    tracking: Tracking
+    status: Status
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    @property
+    def workspace(self) -> Path:
+        """The workspace that the folder lies in."""
+        return self.folder.parents[1]
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorResult:
+    """Which MLflow run it is, and how many metric values it was sent."""
+
+    run_id: str
+    metrics: int
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+REQUESTS = TypeAdapter(MirrorRequest)
+RESULTS = TypeAdapter(MirrorResult)
+
+
+class Memory(BaseModel):
+    """`mlflow.json`: which MLflow run mirrors this run or study, and which items it has.
+
+    `key` is a tag of the MLflow run, by which it is found again after a kill between its creation and this note.
+    `wanted` is the status to show and `status` the one shown, `artifact_uri` where MLflow keeps the run's files,
+    `refused` the params that it does not accept, `sent` the mark of each item by its name.
+    """
+
+    key: str
+    uri: str | None
+    experiment: str
+    wanted: Status
+    status: Status | None = None
+    run_id: str | None = None
+    artifact_uri: str | None = None
+    refused: list[str] = []
+    sent: dict[str, str] = {}
+
+    def is_at(self, uri: str | None, experiment: str) -> bool:
+        """Whether it is about this place in MLflow."""
+        return (self.uri, self.experiment) == (uri, experiment)
+
+    def forget(self) -> None:
+        """Leaves only the place, the key and what is wanted: there is no MLflow run."""
+        self.status = self.run_id = self.artifact_uri = None
+        self.refused, self.sent = [], {}
+
+
+def read_memory(folder: Path) -> Memory | None:
+    """The folder's `mlflow.json`, or None when there is none that can be read."""
+    try:
+        return Memory.model_validate_json((folder / MEMORY).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def valid_memory(folder: Path) -> Memory | None:
+    """The folder's `mlflow.json` as far as it holds: the workspace's database may be gone."""
+    memory = read_memory(folder)
+    if memory is not None and memory.uri is None and not (folder.parents[1] / DATABASE).exists():
+        memory.forget()
+    return memory
+
+
+def write_memory(folder: Path, memory: Memory) -> None:
+    """Keeps the memory durably."""
+    write_json(folder / MEMORY, memory.model_dump(mode="json"))
+
+
+def memory_of(request: MirrorRequest) -> Memory:
+    """The memory of what `request` is about, or a new one for a new place; raises ArtifactError on damage."""
+    experiment = request.tracking.experiment or _recipe_name(request)
+    old = valid_memory(request.folder)
+    if old is not None and old.is_at(request.tracking.uri, experiment):
+        return old
+    key = old.key if old is not None else uuid.uuid4().hex
+    return Memory(key=key, uri=request.tracking.uri, experiment=experiment, wanted=request.status)
+
+
+def _recipe_name(request: MirrorRequest) -> str:
+    if request.subject == "run":
+        return RunFolder(request.folder).loaded().recipe.name
+    if (study := read_study(request.folder)) is None:
+        raise ArtifactError(f"{request.folder}: no study can be read here", hint="repeat its command")
+    return study.recipe
+
+
+def database_uri(workspace: Path) -> str:
+    """Where MLflow lives unless the recipe says otherwise."""
+    return f"sqlite:///{workspace.resolve() / DATABASE}"

@@ -1,0 +1,92 @@
+"""The finished steps of a run, and their metrics under the names that MLflow shows."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdpipe.errors import ArtifactError
+from kdpipe.pipeline.runs import RunFolder
+from kdpipe.recipe.roles import STUDENT
+from kdpipe.store.artifacts import Entry, linked_entry
+from kdpipe.store.step import Stage, link_name_of
+
+
+@dataclass(frozen=True, slots=True)
+class DoneStep:
+    """A finished step of a run; `name` is that of its link, `finished` in seconds since the epoch."""
+
+    name: str
+    stage: str
+    subject: str
+    round: int
+    entry: Entry
+    fields: Mapping[str, Any]
+    finished: float
+
+    @property
+    def mark(self) -> str:
+        """What changes when the step is performed again."""
+        return f"{self.entry.fingerprint[:16]} {self.finished}"
+
+
+@dataclass(frozen=True, slots=True)
+class MetricRow:
+    """A metric's value as MLflow stores it; `step`: a round or optimizer step, `timestamp`: milliseconds."""
+
+    name: str
+    value: float
+    timestamp: int
+    step: int
+
+
+def done_steps(run_folder: Path) -> Iterator[DoneStep]:
+    """The finished steps that the run links, by round."""
+    for link in RunFolder(run_folder).links():
+        with contextlib.suppress(ArtifactError):  # such a step is not done
+            entry, document = linked_entry(link.target)
+            manifest = entry.manifest()
+            stage, subject = str(document.get("stage")), document.get("subject") or ""
+            is_own = (link_name_of(stage, subject), document.get("round")) == (link.name, link.round)
+            if manifest is not None and is_own:
+                finished = manifest.provenance["finished"]
+                assert isinstance(finished, int | float)
+                name = f"round-{link.round:03d}/{link.name}"
+                yield DoneStep(name, stage, subject, link.round, entry, document["fields"], finished)
+
+
+def event_times(folder: Path) -> list[int]:
+    """When each event of the run or study was noted, in milliseconds; now where none was."""
+    found = [event.get("time") for event in RunFolder(folder).events()]
+    return [round(1000 * at) for at in found if isinstance(at, int | float)] or [round(1000 * time.time())]
+
+
+def metrics(step: DoneStep, *, several: bool) -> Iterator[MetricRow]:
+    """What a step measured; `several`: whether the run has more than one teacher. Raises ArtifactError on damage."""
+    for row in step.entry.metrics():
+        per_step = row["optimizer_step"] is not None
+        name = metric_name(
+            row["name"], stage=step.stage, subject=step.subject, per_step=per_step, several=several
+        )
+        at = row["optimizer_step"] if per_step else step.round
+        yield MetricRow(name, row["value"], round(step.finished * 1000), at)
+
+
+def metric_name(name: str, *, stage: str, subject: str, per_step: bool, several: bool = False) -> str:
+    """The name in MLflow of a metrics.jsonl row: student and each teacher, steps and rounds stay apart."""
+    owner = STUDENT if subject == STUDENT else f"teacher/{subject}" if several else "teacher"
+    match stage:
+        case Stage.TRAIN if per_step:
+            return f"train_step/{name.removeprefix('train/')}"
+        case Stage.SFT if name.startswith("sft/"):
+            return name.replace("sft/", f"sft/{owner}/", 1)
+        case Stage.SFT:
+            return name.replace("sft", f"sft_{owner}", 1)
+        case Stage.EVALUATE if owner != STUDENT:
+            return name.replace("evaluate", f"evaluate_{owner}", 1)
+        case _:
+            return name

@@ -1,0 +1,105 @@
+"""What MLflow is to show of a study: one run that is the parent of the study's runs, and their comparison."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kdpipe.errors import ArtifactError
+from kdpipe.pipeline.runs import run_at
+from kdpipe.results.studies import COMPARISON, TABLE, Study, all_studies, read_study
+from kdpipe.store.seals import digest_of
+from kdpipe.tracking.items import (
+    MAX_NAME,
+    Item,
+    authorship,
+    file_item,
+    has_room_for_files,
+    metrics_item,
+    shortened,
+    status_item,
+    tags_item,
+)
+from kdpipe.tracking.memory import Memory, read_memory
+from kdpipe.tracking.steps import MetricRow
+
+
+def study_items(folder: Path, memory: Memory) -> Iterator[Item]:
+    """Everything that MLflow is to show of a study, in sending order; raises ArtifactError where it cannot be read."""
+    study = read_study(folder)
+    if study is None:
+        raise ArtifactError(f"{folder}: no study can be read here", hint="repeat the command that made it")
+    found = study.comparison()
+    yield tags_item(_tags(study, found, memory.key))
+    yield from _children(study, memory)
+    if found is not None:
+        yield metrics_item(COMPARISON, digest_of(found), memory, _comparison_metrics(found))
+    yield status_item(folder, memory)
+    if found is not None and has_room_for_files(folder, memory):
+        yield from file_item(folder, COMPARISON)
+        yield from file_item(folder, TABLE)
+        note = (folder / TABLE).read_text(encoding="utf-8")
+        yield Item("note", digest_of(note), lambda run: run.set_note(note))
+
+
+def _tags(study: Study, found: Mapping[str, Any] | None, key: str) -> dict[str, str]:
+    tags = {
+        "kdpipe.study": study.name,
+        "kdpipe.key": key,
+        "study": study.kind,
+        "study.runs": f"{len(study.runs)}",
+        **authorship(),
+    }
+    if found is not None:
+        rows = [row for row in found["rows"] if row["accuracy"] is not None]
+        tags["study.failed"] = "; ".join(found["failed"]) or "none"
+        tags |= {f"study.{_label(row)}": shortened(_sentence(row)) for row in rows}
+    return tags
+
+
+def _sentence(row: Mapping[str, Any]) -> str:
+    """A row of the comparison in a line."""
+    accuracy, change = row["accuracy"], row["difference"]
+    text = f"{accuracy['estimate']:.1%} ({accuracy['low']:.1%} to {accuracy['high']:.1%})"
+    if change is None:
+        return text
+    points = [f"{100 * change[name]:+.1f}" for name in ("estimate", "low", "high")]
+    return f"{text}, {points[0]} points ({points[1]} to {points[2]}) against the first"
+
+
+def _children(study: Study, memory: Memory) -> Iterator[Item]:
+    """The study's runs that MLflow has in the same place: each is told its parent."""
+    for name in study.runs:
+        child = read_memory(run_at(study.path.parents[1], name).path)
+        if child is not None and child.run_id is not None and child.is_at(memory.uri, memory.experiment):
+            yield _child(name, child.run_id)
+
+
+def _child(name: str, run_id: str) -> Item:
+    return Item(f"runs/{name}", run_id, lambda run: run.adopt(run_id))
+
+
+def _comparison_metrics(found: Mapping[str, Any]) -> Iterator[MetricRow]:
+    """Accuracies and differences of the comparison's rows, each with its interval."""
+    at = round(1000 * found["time"])
+    for row in found["rows"]:
+        for name in ("accuracy", "difference"):
+            for bound, value in (row[name] or {}).items():
+                suffix = "" if bound == "estimate" else f"_{bound}"
+                yield MetricRow(f"study/{_label(row)}/{name}{suffix}", value, at, 0)
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    """What a row of the comparison is called in names of metrics and tags."""
+    return re.sub(r"[^\w. :-]", "_", row["label"])[: MAX_NAME - 40]
+
+
+def study_of(run_folder: Path, memory: Memory) -> tuple[Study, Memory] | None:
+    """The study that a run belongs to and that MLflow has in the same place, of several the one begun last."""
+    for study in all_studies(run_folder.parents[1]):
+        parent = read_memory(study.path) if run_folder.name in study.runs else None
+        if parent is not None and parent.is_at(memory.uri, memory.experiment):
+            return study, parent
+    return None
