@@ -53,7 +53,7 @@ class ExaminedTeacher:
     @property
     def temperature(self) -> float:
         """The temperature at which it scores."""
-        return self.settings.temperature or self.case.recipe.rollout.temperature
+        return self.case.recipe.temperature_of(self.settings)
 
     def findings(self) -> Iterator[Finding]:
         """What is asked of this teacher."""

@@ -131,7 +131,7 @@ def _check_servers(recipe: RecipeFields) -> None:
 def _beyond_a_server(recipe: RecipeFields, teacher: ServedTeacher) -> str | None:
     """What the recipe asks of a server that it cannot give, and what to write instead; None if nothing."""
     rollout, section, objective = recipe.rollout, recipe.evaluate, recipe.train.objective
-    if (teacher.temperature or rollout.temperature) != 1:
+    if recipe.temperature_of(teacher) != 1:
         asked = "teachers[].temperature" if teacher.temperature else "rollout.temperature"
         return (
             f"whose log-probs are at temperature 1, and {asked} is not 1: write temperature: 1 for this teacher "

@@ -77,6 +77,10 @@ class RecipeFields(Section):
         """Whether each problem has one of several teachers."""
         return len(self.teachers) > 1 and self.teachers[0].only is not None
 
+    def temperature_of(self, teacher: Teacher) -> float:
+        """The temperature of a teacher's distributions: its own, or that of the rollout."""
+        return teacher.temperature or self.rollout.temperature
+
     @property
     def is_mixed(self) -> bool:
         """Whether several teachers score every completion."""

@@ -242,7 +242,7 @@ class Reader:
         return open_states(
             self._folder(step),
             model,
-            temperature=teacher.temperature or recipe.rollout.temperature,
+            temperature=recipe.temperature_of(teacher),
             num_ids=self.detokenizer.num_ids,
         )
 

@@ -103,7 +103,7 @@ def as_teacher(recipe: Recipe, settings: Teacher, model: ModelHandle, *, student
         settings=settings,
         vocabulary=vocabulary,
         has_own_template=settings.template != recipe.student.template and bool(settings.template),
-        temperature=settings.temperature or recipe.rollout.temperature,
+        temperature=recipe.temperature_of(settings),
         swap=_end_ids(recipe, vocabulary, student, teacher, names),
     )
 

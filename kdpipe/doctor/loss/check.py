@@ -149,7 +149,7 @@ def cases_of(recipe: Recipe) -> list[tuple[str, Case]]:
     case = Case(
         objective.model_copy(update=fixed),
         temperature=recipe.rollout.temperature,
-        teacher_temperature=recipe.teacher.temperature or recipe.rollout.temperature,
+        teacher_temperature=recipe.temperature_of(recipe.teacher),
         keeps_hidden=recipe.keep.hidden,
         max_new_tokens=recipe.rollout.max_new_tokens,
         has_references=recipe.rollout.on_policy_fraction < 1,

@@ -66,7 +66,7 @@ class TeacherSettings:
             student_template=recipe.student.template,
             prompt=teacher.prompt,
             only=routes_of(teacher),
-            temperature=teacher.temperature or recipe.rollout.temperature,
+            temperature=recipe.temperature_of(teacher),
             swaps_end_token=recipe.train.objective.end_token == "alias",  # noqa: S105 (no password)
             engine=SERVER if isinstance(teacher, ServedTeacher) else engine,
         )
