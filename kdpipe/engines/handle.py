@@ -1,4 +1,4 @@
-"""A model in its role, as stages ask it: one handle that samples and scores, and loads its weights by itself."""
+"""A model in its role, as stages use it: one handle that samples, scores and loads by itself."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Turns:
 
 @dataclass(frozen=True, slots=True)
 class ModelHandle:
-    """The student or a teacher: what it is, its text, and the engine that samples from it and scores under it.
+    """The student or a teacher: its weights, its text, and the engine that runs it.
 
     Handles may share an engine, and engines a device: before each call a handle takes its turn on its devices and
     makes its own weights the loaded ones, which is free where they are. `open_engine` opens the engine at the

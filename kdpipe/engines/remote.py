@@ -1,4 +1,4 @@
-"""An engine in a warm process of its own, and what that process runs.
+"""An engine in a process of its own, and what that process runs.
 
 `WorkerEngine` is an engine whose every call is made in another process, where `Host` holds the real one. Numbers
 cross unchanged: arrays as their bytes in base64, ids as lists, a completion's log-probs as float64.
@@ -52,7 +52,7 @@ _SAMPLE_REQUESTS = TypeAdapter(list[SampleRequest])
 
 @dataclass(frozen=True, slots=True)
 class Hosting:
-    """What a role's process runs: an engine by its name, the device as that process sees it, and the settings.
+    """What a role's process runs: an engine, on a device as that process sees it, with settings.
 
     `num_models` is how many models it keeps, where the engine can keep several.
     """
@@ -179,7 +179,7 @@ class WorkerEngine:
         self._source = None
 
     def _call(self, do: str, *, progress: Progress = lambda _: None, **request: Any) -> dict[str, Any]:
-        """The answer of the other process; `hosting` goes along each time, as a call may find it newly started."""
+        """The answer of the other process; `hosting` goes along, as a call may start that process."""
 
         def told(event: Message) -> None:
             progress(int(str(event["tokens"])))

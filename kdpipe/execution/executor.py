@@ -43,7 +43,7 @@ class Performer:
         self._executor: Executor | None = None
 
     def __call__(self, request: Message, report: Report) -> Message:
-        """Performs a step unless another run has done it meanwhile; or examines its models; or ends what it started."""
+        """Performs a step that is not done, or examines its models, or ends what this process started."""
         if request == CLOSE:
             self.close()
             return {}
@@ -87,7 +87,7 @@ class Performer:
 
 
 class Executor:
-    """Performs the steps of a recipe; models, engines, texts and the trainer stay in memory from step to step."""
+    """Performs the steps of a recipe; models, engines and the trainer stay in memory between steps."""
 
     def __init__(
         self, recipe: Recipe, device: torch.device, train: Problems, test: Problems, *, logs: Path
@@ -149,7 +149,7 @@ class Executor:
                     kind="warning",
                     text=f"{step.id} was computed in {there}, which dtype: auto was where it was made, and auto "
                     f"is {here} on this one: the run goes on, but its rounds do not compare; for a run in one dtype, "
-                    f"begin it anew with --set student.dtype={there}",
+                    f"start a new one with --set student.dtype={there}",
                 )
                 self._dtype_reported = True
                 return
@@ -172,7 +172,7 @@ def _note(inputs: Inputs, kind: str, fields: Mapping[str, JsonValue]) -> None:
     row: dict[str, JsonValue] = {"time": time.time(), "event": kind, "step": inputs.step.id, **fields}
     append_line(inputs.run / "events.jsonl", row)
     if kind == "damaged":
-        inputs.report.event(kind="warning", text=f"{fields['problem']}; it is made again")
+        inputs.report.event(kind="warning", text=f"{fields['problem']}; it is computed again")
 
 
 def _write_speed(draft: Draft, step: Step, pulse: Pulse, seconds: float) -> None:
@@ -193,7 +193,7 @@ def _hardware(recipe: Recipe, device: torch.device) -> str:
 
 
 def _refuse_unsound(recipe: Recipe, report: Report) -> None:
-    """Raises PreflightError where check-loss fails the KD part; only warns where the recipe reproduces others."""
+    """Raises PreflightError where check-loss fails the KD part; warns only, with `reproduce`."""
     found = unsound(recipe)
     if not found:
         return

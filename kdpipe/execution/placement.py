@@ -1,4 +1,4 @@
-"""Which engine runs which role, and where: in this process beside the trainer, or in a warm one of its own.
+"""Which engine runs which role, and where: in this process beside the trainer, or in its own.
 
 Roles are the sampler (the student's engine, wherever it samples), each teacher, and the trainer, which is always here.
 On a CUDA device that several share, one has its model there at a time: who loads puts the others to sleep.
@@ -32,7 +32,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a role's engine runs: its device, whether it shall have a process of its own, and what that is called.
+    """Where a role's engine runs: its device, whether in a process of its own, and that one's name.
 
     `num_models` is how many models the process keeps: a teacher's engine may be asked for the student's top k too.
     """
@@ -44,7 +44,7 @@ class Place:
 
 
 class Engines:
-    """The engines of a run: made when first asked for, then kept warm.
+    """The engines of a run: opened when first asked for, then kept.
 
     Raises RecipeError on a device that is not there.
     """
@@ -59,15 +59,15 @@ class Engines:
         self._engines: dict[str, WorkerEngine] = {}
         self._turns: dict[torch.device, Turns] = {}
 
-    def engine(self, name: EngineName, role: Role, *, tell: Callable[[str], None] = lambda _: None) -> Engine:
-        """The engine `name` for the model in `role`; `tell` is told of a process that is made for it."""
+    def engine(self, name: EngineName, role: Role, *, note: Callable[[str], None] = lambda _: None) -> Engine:
+        """The engine `name` for the model in `role`; `note` is called when a process is opened for it."""
         if self._is_shared(name, role):
             return self._shared
         place, key = self._places[role], f"{name} {role}"
         if key not in self._engines:
             log = self._logs / f"{place.name}.log"
             self._engines[key] = self._started(name, place, log)
-            tell(
+            note(
                 f"{place.name}: {name} on {place.device} in a process of its own, which logs to logs/{log.name}"
             )
         return self._engines[key]
@@ -85,7 +85,7 @@ class Engines:
         return engine is not None and engine.holds(source)
 
     def make_room(self) -> None:
-        """Puts to sleep what has its model on the trainer's device, but for the engine that shares its weights."""
+        """Puts to sleep what is on the trainer's device, but for the engine that shares its weights."""
         if self._device.type == "cuda":
             self._turns_on(self._device).take(self._shared)
 
@@ -144,7 +144,7 @@ def _numbered(device: torch.device) -> torch.device:
 
 
 def seen_alone(devices: Sequence[torch.device], environment: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-    """What the first device is called in a process that sees no others than these, and the environment that does it.
+    """The first device's name in a process that sees these devices only, and its environment.
 
     Numbers count among the devices that this process sees itself. Raises RecipeError when it does not see so many.
     """

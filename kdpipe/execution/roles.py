@@ -59,8 +59,9 @@ class Roles:
             self._require_targets(source)
         elif self._takes_turns(inputs, settings, source):
             self._cache.take_turns(source.digest)
-        tell = partial(inputs.report.event, kind="note")
-        open_engine = partial(self._engines.engine, engine, place, tell=lambda text: tell(text=text))
+        open_engine = partial(
+            self._engines.engine, engine, place, note=lambda text: inputs.report.event(kind="note", text=text)
+        )
         turns = self._engines.turns(engine, place)
         return ModelHandle(settings.name, source, self.text(inputs, role), engine, open_engine, turns)
 

@@ -1,4 +1,4 @@
-"""Calls the stage of a step with what it reads: role handles, rows of the steps before it, and what it trains."""
+"""Calls the stage of a step with what it reads: role handles, rows of earlier steps, a trainer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The models that a step trains, with their optimizers: warm from the step before, from a checkpoint, or from disk."""
+"""The models that steps train, with their optimizers: kept, from a checkpoint, or from disk."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class Trainers:
         return network.to(self._device)
 
     def average(self, inputs: Inputs) -> Average | None:
-        """The average of the students before this round; before the first it is the student that it starts with."""
+        """The average of the students before this round; before the first, the initial student."""
         decay = self._recipe.ema_decay
         if decay is None:
             return None

@@ -24,7 +24,7 @@ class ModelSource:
     `folder` is a Hugging Face folder with tokenizer and safetensors. `digest` identifies its content: two
     sources with equal digests are the same weights, so an engine that holds them need not load again. With an
     `adapter` the model is that one with the adapter on, and both digests together identify it. `quantization` is
-    the method by which an engine shall store its weights in fewer bits, which changes what it computes.
+    the method by which an engine is to store its weights in fewer bits, which changes what it computes.
     """
 
     folder: Path

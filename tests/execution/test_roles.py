@@ -42,8 +42,8 @@ def recipe_of(**changes: Any) -> Recipe:
 def test_hf_engines_on_the_trainers_device_are_one_and_no_process_is_started(tmp_path: Path) -> None:
     placed = Engines(recipe_of(), ModelCache(CPU), logs=tmp_path)
     told: list[str] = []
-    assert placed.engine("hf", STUDENT_ROLE, tell=told.append) is placed.engine(
-        "hf", TEACHER, tell=told.append
+    assert placed.engine("hf", STUDENT_ROLE, note=told.append) is placed.engine(
+        "hf", TEACHER, note=told.append
     )
     assert told == []
     assert list(tmp_path.iterdir()) == []
@@ -56,13 +56,13 @@ def test_a_role_that_wants_a_process_of_its_own_gets_one_and_the_other_shares(
     placed = Engines(recipe_of(runtime__placement={"own_process": [role]}), ModelCache(CPU), logs=tmp_path)
     told: list[str] = []
     engines = {
-        "sampler": placed.engine("hf", STUDENT_ROLE, tell=told.append),
-        "teacher": placed.engine("hf", TEACHER, tell=told.append),
+        "sampler": placed.engine("hf", STUDENT_ROLE, note=told.append),
+        "teacher": placed.engine("hf", TEACHER, note=told.append),
     }
     name = {"sampler": "sampler", "teacher": "teacher-teacher"}[role]
     assert told == [f"{name}: hf on cpu in a process of its own, which logs to logs/{name}.log"]
     assert [key for key, engine in engines.items() if isinstance(engine, WorkerEngine)] == [role]
-    again = placed.engine("hf", STUDENT_ROLE if role == "sampler" else TEACHER, tell=told.append)
+    again = placed.engine("hf", STUDENT_ROLE if role == "sampler" else TEACHER, note=told.append)
     assert again is engines[role]
     assert len(told) == 1
 

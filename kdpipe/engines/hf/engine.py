@@ -354,7 +354,7 @@ def _split(
 
 
 def _require_fit(model: PreTrainedModel, ids: Sequence[int], *, new_tokens: int) -> None:
-    """Raises ModelError on a prompt that is too long, EngineError on one that is empty or holds foreign ids."""
+    """Raises ModelError on a prompt that is too long, EngineError on an empty one or foreign ids."""
     if not ids:
         raise EngineError("its prompt is empty, so nothing predicts the first token")
     limit = model.config.max_position_embeddings

@@ -1,4 +1,4 @@
-"""The engine that asks a server: a model behind vLLM's completions endpoint, which takes token ids and returns them.
+"""The engine that asks a server: a model behind vLLM's completions endpoint, by token ids.
 
 Scores are at temperature 1 and over all rows of the server's output head: ids that the student lacks and rows of
 padding keep their mass, which lies in the tail. What a server cannot do is refused here, and by the recipe before.
@@ -77,7 +77,7 @@ class ServerEngine:
     def sample(
         self, requests: Sequence[SampleRequest], sampling: Sampling, *, progress: Progress
     ) -> list[list[Completion]]:
-        """See Engine. At temperatures 0 and 1 only, and from the whole distribution: else the log-probs are others."""
+        """See Engine. At temperatures 0 and 1 only, and from the whole distribution."""
         self._require_loaded()
         if sampling.temperature not in (0, 1) or sampling.top_p < 1 or sampling.top_k:
             raise ModelError(
@@ -183,7 +183,7 @@ class ServerEngine:
                 asked += more.count
 
     def _agreed_signature(self) -> list[float]:
-        """What the servers make of a fixed sequence; raises EngineError where they cannot hold the same weights."""
+        """Log-probs of a fixed sequence; raises EngineError where the servers hold different weights."""
         ids = list(SEQUENCE if self._context is None else SEQUENCE[: self._context - 1])
 
         def read(answer: dict[str, Any], url: str) -> list[float]:
@@ -221,7 +221,7 @@ class ServerEngine:
         }
 
     def _body(self, ids: list[int]) -> dict[str, Any]:
-        """What both kinds of request say, all of it written out: a server has defaults of its own for each model."""
+        """The part of both kinds of request, written out: a server has its own defaults for each model."""
         return {
             "model": self._model,
             "prompt": ids,
@@ -242,9 +242,9 @@ class ServerEngine:
     # all requests
 
     def _each(
-        self, count: int, work: Callable[[int, threading.Event], Result], tell: Callable[[Result], None]
+        self, count: int, work: Callable[[int, threading.Event], Result], report: Callable[[Result], None]
     ) -> list[Result]:
-        """What `work` gives for each number below `count`, in their order; `tell` is called in this thread.
+        """What `work` gives for each number below `count`, in their order; `report` is called in this thread.
 
         The first failure ends all: what waits is not begun, and what is under way is not tried again.
         """
@@ -265,7 +265,7 @@ class ServerEngine:
                 if isinstance(future.exception(), Halted):
                     continue  # the failure that halted it is still to come
                 results[futures[future]] = future.result()
-                tell(results[futures[future]])
+                report(results[futures[future]])
         finally:
             halt.set()
             pool.shutdown(wait=False, cancel_futures=True)

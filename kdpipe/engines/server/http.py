@@ -1,7 +1,7 @@
-"""Answers of HTTP servers that hold the same thing: asked in turn, again after a passing failure, until a limit.
+"""Requests to HTTP servers with equal weights, in turn, repeated after a passing failure.
 
 What passes and is tried again: a refused or broken connection, a timeout, a reply cut short, 408, 429 and 5xx. All else
-is the user's to mend and ends at once: other 4xx, redirects (a key must not travel elsewhere), certificates, and
+is the user's to fix and ends at once: other 4xx, redirects (a key must not travel elsewhere), certificates, and
 replies that are too large. The key goes into one header and nowhere else; no text that leaves here holds it.
 """
 
@@ -35,12 +35,12 @@ _READ_BYTES = 1 << 16
 Found = TypeVar("Found")
 Read: TypeAlias = Callable[[dict[str, Any], str], Found]
 """Reads the answer of a URL; raises EngineError on one that cannot be right."""
-_KEPT = "finished parts are kept: mend it and repeat the command, which goes on after them"
+_KEPT = "finished parts are kept: fix it and repeat the command, which continues after them"
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long a request may take, how often it is repeated, and how many failures in a row end everything."""
+    """How long a request may take, how often it is repeated, and how many failures in a row are allowed."""
 
     timeout_seconds: float
     retries: int
@@ -82,7 +82,7 @@ class HttpClient:
         self._key = None if key_name is None else _read_key(key_name)
         self._key_name = key_name
         if ca_bundle is not None and not ca_bundle.is_file():
-            raise EngineError(f"{ca_bundle}: no such file", hint="mend runtime.server.ca_bundle")
+            raise EngineError(f"{ca_bundle}: no such file", hint="fix runtime.server.ca_bundle")
         self._pools = urllib3.PoolManager(
             num_pools=len(self.urls),
             maxsize=connections,
@@ -99,7 +99,7 @@ class HttpClient:
         self._failures = 0  # in a row, of all requests
 
     def begin(self) -> threading.Event:
-        """What lets no request of those to come begin or wait any more once it is set: each raises Halted instead.
+        """An event that, once set, makes each request begun after this raise Halted.
 
         Those that were begun before keep theirs: a thread that a failure left behind cannot halt what came after it.
         """

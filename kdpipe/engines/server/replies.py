@@ -200,7 +200,7 @@ def read_completion(
 
 
 def _choice(answer: dict[str, Any], prompt: Sequence[int], *, model: str, where: str) -> dict[str, Any]:
-    """The only choice of a reply, after the model's name and the prompt's ids were compared with what was asked."""
+    """The only choice of a reply, its model and prompt ids compared with what was asked."""
     if answer.get("model") != model:
         raise EngineError(f"{where}: answers as model {answer.get('model')!r}, asked was {model!r}")
     choices = answer.get("choices")

@@ -1,4 +1,4 @@
-"""Whether a server still has the weights that it had: what it scored a fixed sequence with, kept in the workspace.
+"""Whether a server still has its weights: its scores of a fixed sequence, kept in the workspace.
 
 Weights behind a server cannot be hashed. What they make of a few ids can be compared, with what it was when a teacher
 of this identity was first asked: a net for weights exchanged under a name, not a proof that they are the same.
@@ -23,14 +23,14 @@ SAME_NATS = 0.15
 
 
 def distance(scores: Sequence[float], others: Sequence[float]) -> float:
-    """Mean absolute difference of the log-probs of the same ids, in nats; infinite for others than the same number."""
+    """Mean absolute difference of log-probs of the same ids, in nats; inf for unequal lengths."""
     if len(scores) != len(others):
         return float("inf")
     return float(np.abs(np.subtract(scores, others)).mean()) if scores else 0.0
 
 
 def require_same(workspace: Path, digest: str, *, who: str, scores: Sequence[float]) -> None:
-    """Remembers the scores of a teacher that was not asked before; raises PreflightError where they have changed.
+    """Remembers a new teacher's scores; raises PreflightError where a known one's have changed.
 
     `digest` is what its identity was hashed to: served name, tokenizer and revision.
     """

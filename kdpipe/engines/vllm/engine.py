@@ -54,7 +54,7 @@ _TAIL_FLOOR = 1e-7
 
 @dataclass(frozen=True, slots=True)
 class _Started:
-    """A vLLM and what it was started for: the models that have its weights in common can follow one another."""
+    """A vLLM and what it was started for; models of the same architecture can follow one another."""
 
     process: VllmProcess
     architecture: Architecture
@@ -69,7 +69,7 @@ class _Started:
 
 
 class VllmEngine:
-    """Samples and scores with one vLLM, which it starts for the first model and again for another architecture.
+    """Samples and scores with one vLLM, started for the first model and for each new architecture.
 
     `score_tokens` bounds the tokens of the sequences that are scored at once; `threads` are those of a CPU.
     """
@@ -82,7 +82,7 @@ class VllmEngine:
         if device.index:
             raise EngineError(
                 f"engine vllm takes the first device that it sees, not {device}",
-                hint="set runtime.device to cuda, and CUDA_VISIBLE_DEVICES to the devices that vLLM shall use",
+                hint="set runtime.device to cuda, and CUDA_VISIBLE_DEVICES to the devices for vLLM to use",
             )
         self._settings = settings
         self._device = device
@@ -315,7 +315,7 @@ class VllmEngine:
             self._shape = (num_ids, temperature)
 
     def _require_fit(self, started: _Started, ids: Sequence[int], *, new_tokens: int) -> None:
-        """Raises ModelError on a prompt that is too long, EngineError on one that is empty or holds foreign ids."""
+        """Raises ModelError on a prompt that is too long, EngineError on an empty one or foreign ids."""
         if not ids:
             raise EngineError("its prompt is empty, so nothing predicts the first token")
         limit = self._max_tokens(started.architecture)
@@ -378,7 +378,7 @@ def completion_of(output: Any) -> Completion:
 
 
 def scores_of(output: Any, ids: Sequence[int], *, count: int, top_k: int) -> TokenScores:
-    """The scores of the last `count` of the `ids` that a request read; the tail is what its support leaves of 1."""
+    """Scores of the last `count` of the `ids` that a request read; the tail is 1 less its support."""
     flat = output.prompt_logprobs[1:]  # nothing predicts the first token
     logprobs = _at_tokens(flat, ids[1:], width=1 + top_k)[-count:]
     token = logprobs[:, 0].astype(np.float32)
@@ -411,7 +411,7 @@ def without_tail(score: TokenScores) -> TokenScores:
 
 
 def _at_tokens(flat: Any, ids: Sequence[int], *, width: int) -> npt.NDArray[np.float64]:
-    """Log-probs [n, width] at n tokens, the token's own first; raises EngineError where it is not, or not finite."""
+    """Log-probs [n, width] at n tokens, the token's own first; raises EngineError unless finite."""
     if flat.token_ids[::width] != list(ids):
         raise EngineError("vLLM gives log-probs of other tokens than those that were read or drawn")
     logprobs = np.array(flat.logprobs, np.float64).reshape(len(ids), width)

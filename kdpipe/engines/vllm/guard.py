@@ -1,4 +1,4 @@
-"""Kills the processes of a vLLM when the one that started it is gone, however it went. Imports nothing of kdpipe.
+"""Kills the processes of a vLLM when the one that started it is gone. Imports nothing of kdpipe.
 
     python vllm_guard.py MARK < pipe
 

@@ -1,7 +1,7 @@
-"""A vLLM: its frontend in this process, the model in processes that it starts. What kdpipe asks of vLLM goes here.
+"""A vLLM: its frontend in this process, the model in others. All calls to vLLM are made here.
 
 vLLM 0.32 lets a call wait forever whose engine process was killed, and lets that process live when the one that
-started it is killed. Both are mended: here, and by `vllm_guard.py`.
+started it is killed. Both are fixed: here, and by `guard.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ENVIRONMENT = {
 
 
 class VllmProcess:
-    """A running vLLM with one model. Everything it raises is an EngineError; one that died is closed by it."""
+    """A running vLLM with one model. It raises EngineError only; one that died is closed."""
 
     def __init__(self, options: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         before = set(multiprocessing.active_children())
@@ -145,7 +145,7 @@ def _start_guard() -> tuple[subprocess.Popen[bytes], str]:
     guard = subprocess.Popen(  # noqa: S603 (our own interpreter and file)
         [sys.executable, "-I", "-S", str(Path(vllm_guard.__file__)), mark],
         stdin=subprocess.PIPE,
-        start_new_session=True,  # what ends this process's group shall not end the guard before it
+        start_new_session=True,  # what ends this process's group must not end the guard first
     )
     return guard, mark
 
@@ -211,7 +211,7 @@ def sampling_params(sampling: Sampling, seed: int) -> Any:
 
 
 def scoring_params(top_k: int) -> Any:
-    """The parameters of vLLM for a prompt that is scored: the one token that it must add to it is not looked at."""
+    """VLLM's parameters for scoring a prompt; the one token that it must generate is ignored."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 

@@ -86,7 +86,7 @@ def read_weights(folder: Path, head_names: Sequence[str]) -> Iterator[tuple[str,
 def differing_weights(
     held: Mapping[str, torch.Tensor], wanted: Iterator[tuple[str, torch.Tensor]]
 ) -> list[str]:
-    """Names whose tensor in `held` differs from the wanted one; vocabulary rows beyond the file's do not count.
+    """Names whose tensor in `held` differs from the wanted one, padding rows left out.
 
     A name in brackets says that there was nothing to compare.
     """
