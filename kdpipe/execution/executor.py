@@ -124,7 +124,7 @@ class Executor:
             _write_speed(draft, step, pulse, seconds)
             manifest = draft.commit(inputs=digests, provenance=self._provenance(started))
             if trainer is not None:
-                self._trainers.keep(inputs, trainer, manifest.payload_digest)
+                self._trainers.publish(inputs, trainer, manifest.payload_digest)
             tokens = pulse.all_tokens
             return {"reused": False, "digest": manifest.payload_digest, "seconds": seconds, "tokens": tokens}
 

@@ -30,7 +30,7 @@ class Trainers:
         self._recipe = recipe
         self._cache = cache
         self._device = cache.device
-        self._kept: tuple[str, LocalTrainer] | None = None
+        self._kept: LocalTrainer | None = None
 
     def cold_start(self, inputs: Inputs, text: Text, checkpoint: Path | None) -> LocalTrainer:
         """The model of an sft step with a fresh optimizer, or as a checkpoint left them."""
@@ -59,27 +59,21 @@ class Trainers:
         return trainer
 
     def student(self, inputs: Inputs, text: Text, checkpoint: Path | None) -> LocalTrainer:
-        """The student with its optimizer: kept from the last round, from a checkpoint, or from disk.
-
-        Its weights are about to change, so the cache forgets them.
-        """
+        """The student with its optimizer: kept from the last round, from a checkpoint, or from disk."""
         lora, kept = self._recipe.student.lora, self._kept
         self._kept = None
         if lora is not None:
-            trainer = self._adapter(inputs, text, lora, checkpoint, kept)
-        else:
-            trainer = self._whole(inputs, text, checkpoint, kept)
-        self._cache.forget(trainer.model)
-        return trainer
+            return self._adapter(inputs, text, lora, checkpoint, kept)
+        return self._whole(inputs, text, checkpoint, kept)
 
     def _whole(
-        self, inputs: Inputs, text: Text, checkpoint: Path | None, kept: tuple[str, LocalTrainer] | None
+        self, inputs: Inputs, text: Text, checkpoint: Path | None, kept: LocalTrainer | None
     ) -> LocalTrainer:
         """A student all of whose weights are trained."""
         entry, name = inputs.origin(STUDENT_ROLE)
         manifest = entry.manifest() if entry else None
-        if checkpoint is None and kept is not None and manifest and kept[0] == manifest.payload_digest:
-            return kept[1]
+        if checkpoint is None and kept and manifest and kept.version == manifest.payload_digest:
+            return kept
         opens = inputs.step.inputs[STUDENT_ROLE].opens if entry else ()
         folder = entry.opened(*opens) if entry else inputs.folders[name]
         weights = checkpoint / "model" if checkpoint else folder / "model" if entry else folder
@@ -97,16 +91,17 @@ class Trainers:
         text: Text,
         lora: Lora,
         checkpoint: Path | None,
-        kept: tuple[str, LocalTrainer] | None,
+        kept: LocalTrainer | None,
     ) -> LocalTrainer:
         """The student's adapter with its optimizer, on the network that also samples: nothing is there twice."""
         source, entry = inputs.source(STUDENT_ROLE), inputs.adapter(STUDENT_ROLE)
         if not self._cache.holds(source):
             inputs.check_weights(STUDENT_ROLE)
-        model = self._cache.get(source)
-        digest = source.adapter.digest if source.adapter else None
-        if checkpoint is None and kept is not None and kept[0] == digest and kept[1].model is model:
-            return kept[1]
+        model = self._cache.lend(source)
+        version = source.adapter.digest if source.adapter else None
+        # The cache may have opened another network since.
+        if checkpoint is None and kept and kept.version == version and kept.model is model:
+            return kept
         if entry is None:
             seed = self._recipe.seed if lora.seed is None else lora.seed
             start_adapter(model, lora, seed=derive_seed(seed, "lora"))
@@ -161,16 +156,10 @@ class Trainers:
         dtype, _ = resolve_dtype(self._recipe.student.dtype, self._device)
         return Average(decay, folder, self._device, dtype, self._recipe.student.trust_remote_code)
 
-    def keep(self, inputs: Inputs, trainer: LocalTrainer, digest: str) -> None:
-        """Keeps what was trained for the steps that ask it or go on with it; `digest` is its entry's."""
-        stage, subject = inputs.step.stage, inputs.step.subject
-        settings = inputs.settings(inputs.own_role()) if subject else self._recipe.student
-        dtype, _ = resolve_dtype(settings.dtype, self._device)
-        if stage == Stage.SFT:
+    def publish(self, inputs: Inputs, trainer: LocalTrainer, version: str) -> None:
+        """Publishes what was trained for the steps that ask it; a student's trainer stays for those that go on."""
+        if inputs.step.stage == Stage.SFT:
             trainer.model.requires_grad_(False)  # from here on it is only asked
-        if stage == Stage.TRAIN and self._recipe.student.lora is not None:
-            self._cache.put_adapter(digest, trainer.model)
-        elif dtype == trainer.model.dtype:
-            self._cache.put(digest, dtype, trainer.model)
-        if stage == Stage.TRAIN:
-            self._kept = (digest, trainer)
+        trainer.publish(version, self._cache)
+        if inputs.step.stage == Stage.TRAIN:
+            self._kept = trainer

@@ -19,17 +19,18 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Held:
-    """A network in the cache; `adapter` is the digest of the one in it, None where none is known."""
+    """A network in the cache; `adapter` is the version of the adapter in it, None where none is known."""
 
     network: PreTrainedModel
     adapter: str | None = None
 
 
 class ModelCache:
-    """Loaded models by digest and dtype, the least recently used dropped beyond `limit`.
+    """Loaded models by version and dtype, the least recently used dropped beyond `limit`.
 
-    A trainer puts its in-memory model here under the digest of what it has just saved, so that sampling
-    from it loads nothing. A model changed in place must be put again: that forgets its former digest.
+    A version is the digest of what was written of the weights, so that weights in memory and on disk are one thing.
+    A trainer publishes its network under the version that it has just written, so that sampling from it loads nothing
+    and copies nothing, and withdraws it before it changes the weights.
 
     A model with an adapter is the network of the model below it, with the adapter switched on: both share one
     network, and what `get` returns is good until the next `get`. It holds one adapter, so another one
@@ -46,18 +47,38 @@ class ModelCache:
         """Makes this content one of those of which a single one is held: opening one drops the others before."""
         self._turns.add(digest)
 
-    def put(self, digest: str, dtype: torch.dtype, model: PreTrainedModel) -> None:
-        """Makes `model` what `get` returns for this content."""
-        self.forget(model)
-        self._models[digest, dtype] = _Held(model)
+    def publish(self, version: str, network: PreTrainedModel) -> None:
+        """Makes the network's present weights what `get` returns for this version, until it is withdrawn.
+
+        A network holds one version: the one before is withdrawn. Of a network with an adapter it is the adapter's, and
+        none is published where the network was dropped.
+        """
+        if is_adapted(network):
+            for held in self._models.values():
+                if held.network is network:
+                    held.adapter = version
+            return
+        self._models = OrderedDict(
+            (key, held) for key, held in self._models.items() if held.network is not network
+        )
+        self._models[version, network.dtype] = _Held(network)
         while len(self._models) > self._limit:
             self._models.popitem(last=False)
 
-    def put_adapter(self, digest: str, model: PreTrainedModel) -> None:
-        """Says which adapter this network holds now; nothing where it was dropped meanwhile."""
+    def withdraw(self, version: str) -> None:
+        """Makes `get` open this version, a model's or an adapter's, from its folder, of whatever dtype."""
+        self.drop(version)
         for held in self._models.values():
-            if held.network is model:
-                held.adapter = digest
+            if held.adapter == version:
+                held.adapter = None
+
+    def lend(self, source: ModelSource) -> PreTrainedModel:
+        """The network of this source for whoever changes its adapter: whatever version it holds is withdrawn."""
+        network = self.get(source)
+        for held in self._models.values():
+            if held.network is network:
+                held.adapter = None
+        return network
 
     def get(self, source: ModelSource) -> PreTrainedModel:
         """The model of this source in eval mode, opened from its folder when it is not here."""
@@ -70,7 +91,7 @@ class ModelCache:
             model = open_model(
                 source.folder, dtype=dtype, device=self.device, trust_remote_code=source.trust_remote_code
             ).requires_grad_(False)  # engines sample and score; whoever trains opens a model of its own
-            self.put(source.digest, dtype, model)
+            self.publish(source.digest, model)
             held = self._models[source.digest, dtype]
         self._models.move_to_end((source.digest, dtype))
         if source.adapter is not None and held.adapter != source.adapter.digest:
@@ -84,17 +105,6 @@ class ModelCache:
         """Whether `get` would open nothing."""
         held = self._models.get((source.digest, resolve_dtype(source.dtype, self.device)[0]))
         return held is not None and (source.adapter is None or held.adapter == source.adapter.digest)
-
-    def forget(self, model: PreTrainedModel) -> None:
-        """Drops this very model, under whatever digest: its weights are about to change.
-
-        Of a model with an adapter only that changes, and the network stays for the model below it.
-        """
-        for key in [key for key, held in self._models.items() if held.network is model]:
-            if is_adapted(model):
-                self._models[key].adapter = None
-            else:
-                del self._models[key]
 
     def drop(self, digest: str) -> None:
         """Drops the models with this digest, of any dtype."""

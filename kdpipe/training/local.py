@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from kdpipe.models.batching import Batch
+    from kdpipe.models.cache import ModelCache
     from kdpipe.recipe.schema import Optimizer, SftOptimizer
     from kdpipe.training.protocol import Loss
 
@@ -62,12 +63,18 @@ class LocalTrainer:
         self._checkpointing = gradient_checkpointing
         self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._optimizer = adamw(self._trained, settings)
+        self._published: tuple[str, ModelCache] | None = None
 
     @property
     def device(self) -> torch.device:
         """See Trainer."""
         device: torch.device = self.model.device
         return device
+
+    @property
+    def version(self) -> str | None:
+        """See Trainer."""
+        return None if self._published is None else self._published[0]
 
     def logprobs(self, batch: Batch, *, temperature: float, chunk: int) -> torch.Tensor:
         """See Trainer."""
@@ -84,6 +91,7 @@ class LocalTrainer:
 
     def begin(self) -> None:
         """See Trainer."""
+        self._withdraw()
         if self._checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train(self._checkpointing)  # recomputing in backward is all that train mode changes here
@@ -139,6 +147,7 @@ class LocalTrainer:
 
     def restore(self, folder: Path) -> None:
         """See Trainer."""
+        self._withdraw()
         tensors, state = read_trainer(folder)
         step = state.get("optimizer_step")
         if type(step) is not int or not 0 <= step < MAX_STEPS:
@@ -149,6 +158,19 @@ class LocalTrainer:
             for name, weight in self._trained.items():
                 if (master := tensors.get(f"master.{name}")) is not None:
                     weight.copy_(master)
+
+    def publish(self, version: str, cache: ModelCache) -> None:
+        """See Trainer. The cache gets the network itself, and none where engines run it in a narrower dtype."""
+        self._withdraw()
+        if self._compute == self.model.dtype:
+            cache.publish(version, self.model)
+        self._published = (version, cache)
+
+    def _withdraw(self) -> None:
+        if self._published is not None:
+            version, cache = self._published
+            cache.withdraw(version)
+            self._published = None
 
     def _write_state(self, folder: Path, *, masters: bool) -> None:
         tensors = moments(self._optimizer, self._trained)

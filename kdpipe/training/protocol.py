@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from kdpipe.models.batching import Batch
+    from kdpipe.models.cache import ModelCache
 
 Loss = Callable[[torch.Tensor, Head], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
 """From hidden states [N, H] and output head to the micro-batch's share of the step's loss, and metrics as sums."""
@@ -48,11 +49,15 @@ class Trainer(Protocol):
     def step(self) -> int:
         """Optimizer steps taken since the model's start; skipped ones are not counted."""
 
+    @property
+    def version(self) -> str | None:
+        """The version under which the present weights are published, None where they are not."""
+
     def logprobs(self, batch: Batch, *, temperature: float, chunk: int) -> torch.Tensor:
         """Log-probs [N] of the completion tokens, float32 on the CPU, without gradient; `chunk` is in tokens."""
 
     def begin(self) -> None:
-        """Prepares for gradients."""
+        """Prepares for gradients, and withdraws the published version: its weights are about to change."""
 
     def accumulate(self, batch: Batch, loss: Loss) -> dict[str, float]:
         """Adds the gradient of a micro-batch's share of the step; returns its `loss` and its metrics as sums."""
@@ -82,3 +87,6 @@ class Trainer(Protocol):
 
     def restore(self, folder: Path) -> None:
         """Goes on from a folder of `write_state`; raises ArtifactError when it is damaged or of another model."""
+
+    def publish(self, version: str, cache: ModelCache) -> None:
+        """Makes the present weights what `cache` returns for `version`, the digest of what was written of them."""

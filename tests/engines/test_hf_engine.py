@@ -34,7 +34,7 @@ SAMPLING = Sampling(temperature=1.0, max_new_tokens=12, end_ids=(1, 7), num_ids=
 
 def engine_of(model, *, sample_tokens=10_000, score_tokens=120, digest="a"):
     cache = ModelCache(torch.device("cpu"))
-    cache.put(digest, torch.float32, model)
+    cache.publish(digest, model)
     engine = hf.HfEngine(cache, sample_tokens=sample_tokens, score_tokens=score_tokens, head_chunk_tokens=5)
     engine.load(ModelSource(Path("/not/read"), digest, dtype="float32"))
     return engine
@@ -173,14 +173,14 @@ def test_a_model_trained_in_memory_is_what_its_new_digest_samples_from(tmp_path)
     model = tiny_model("llama")
     write_model(model, tiny_tokenizer(), tmp_path)
     cache = ModelCache(torch.device("cpu"))
-    cache.put("before", torch.float32, model)
+    cache.publish("before", model)
     engine = hf.HfEngine(cache, sample_tokens=500, score_tokens=500, head_chunk_tokens=50)
     engine.load(ModelSource(tmp_path, "before", dtype="float32"))
     before = sample(engine)
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(1.1)
         model.lm_head.weight.add_(torch.linspace(-1, 1, 24))
-    cache.put("after", torch.float32, model)
+    cache.publish("after", model)
     engine.load(ModelSource(Path("/not/read"), "after", dtype="float32"))
     after = sample(engine)
     check_against_plain(model, after, SAMPLING)

@@ -244,15 +244,15 @@ def test_the_cache_opens_once_and_drops_the_least_recently_used(tmp_path):
     assert get("b") is not kept
 
 
-def test_a_model_put_again_is_forgotten_under_its_former_digest(tmp_path):
+def test_a_network_holds_one_version_until_that_is_withdrawn(tmp_path):
     model = tiny_model("llama").train()
     cache = ModelCache(CPU)
-    cache.put("before", torch.float32, model)
-    cache.put("after", torch.float32, model)
+    cache.publish("before", model)
+    cache.publish("after", model)
     assert cache.get(ModelSource(tmp_path, "after", dtype="float32")) is model
     assert not model.training
     with pytest.raises(EngineError):
         cache.get(ModelSource(tmp_path, "before", dtype="float32"))
-    cache.forget(model)
+    cache.withdraw("after")
     with pytest.raises(EngineError):
         cache.get(ModelSource(tmp_path, "after", dtype="float32"))

@@ -415,8 +415,7 @@ def test_a_trained_adapter_survives_that_an_older_one_is_asked_for(
     sources: dict[str, ModelSource], tmp_path: Path
 ) -> None:
     cache = ModelCache(CPU)
-    network = cache.get(sources["1"])
-    cache.forget(network)
+    network = cache.lend(sources["1"])
     with torch.no_grad():
         for weight in network.parameters():
             if weight.requires_grad:
@@ -425,7 +424,7 @@ def test_a_trained_adapter_survives_that_an_older_one_is_asked_for(
     assert cache.holds(sources["base"])
     write_adapter(network, tmp_path / "3")
     third = ModelSource(tmp_path / "base", "b", dtype="float32", adapter=AdapterSource(tmp_path / "3", "a3"))
-    cache.put_adapter("a3", network)
+    cache.publish("a3", network)
     trained = logits(network)
     cache.get(sources["1"])
     assert torch.equal(logits(cache.get(third)), trained)
@@ -447,10 +446,10 @@ def test_switching_the_adapter_off_keeps_its_weights_from_training_until_it_is_o
 
 def sample(model: Any) -> list[tuple[list[int], list[int], list[float]]]:
     cache = ModelCache(CPU)
-    cache.put("a", torch.float32, model)
+    cache._models["a", torch.float32] = kdpipe.models.cache._Held(model)
     source = ModelSource(Path("/not/read"), "a", dtype="float32")
     if is_adapted(model) and any(weight.requires_grad for weight in model.parameters()):
-        cache.put_adapter("on", model)
+        cache.publish("on", model)
         source = ModelSource(source.folder, "a", dtype="float32", adapter=AdapterSource(source.folder, "on"))
     engine = HfEngine(cache, sample_tokens=400, score_tokens=60, head_chunk_tokens=5)
     engine.load(source)

@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from kdpipe.errors import StepError
+from kdpipe.engines.hf.engine import HfEngine
+from kdpipe.engines.protocol import Completion, SampleRequest, Sampling
+from kdpipe.errors import EngineError, StepError
+from kdpipe.models.cache import ModelCache
 from kdpipe.models.folder import open_model
+from kdpipe.models.source import ModelSource
 from kdpipe.recipe.schema import Optimizer
 from kdpipe.training.local import LocalTrainer
 from kdpipe.training.protocol import Trainer
@@ -130,3 +134,67 @@ def test_a_step_without_a_signal_leaves_no_trace_and_the_next_is_as_without_it(
     found, expected = state_of(skipping, tmp_path / "a"), state_of(plain, tmp_path / "b")
     assert found[1] == expected[1]
     assert equal(found[0], expected[0])
+
+
+# ----------------------------------------------------------------------------------------- published versions
+
+
+def source_of(folder: Path) -> ModelSource:
+    return ModelSource(folder, folder.name, dtype="float32")
+
+
+def published(trainer: Trainer, cache: ModelCache, folder: Path) -> ModelSource:
+    """The version of that name, written and then published, as a step does."""
+    trainer.write_weights(folder, tiny_tokenizer())
+    trainer.publish(folder.name, cache)
+    return source_of(folder)
+
+
+def sampled(engine: HfEngine) -> list[Completion]:
+    sampling = Sampling(temperature=1.0, max_new_tokens=6, end_ids=(), num_ids=NUM_IDS)
+    [found] = engine.sample([SampleRequest([3, 5], (1, 2, 3))], sampling, progress=lambda _: None)
+    return found
+
+
+def test_a_published_version_is_the_weights_bit_for_bit_and_each_publish_is_another(
+    make: Make, tmp_path: Path
+) -> None:
+    trainer, cache = make(tiny_llama()), ModelCache(CPU)
+    before: dict[str, torch.Tensor] = {}
+    for name in ("one", "two"):
+        take_step(trainer)
+        source = published(trainer, cache, tmp_path / name)
+        assert trainer.version == name
+        assert cache.holds(source)
+        found = {key: weight.clone() for key, weight in cache.get(source).named_parameters()}
+        assert equal(found, trainer.weights())
+        assert equal(found, dict(ModelCache(CPU).get(source).named_parameters())), "as opened from its folder"
+        assert not before or not any(torch.equal(found[key], before[key]) for key in before)
+        before = found
+
+
+def test_a_withdrawn_version_is_never_sampled_from(make: Make, tmp_path: Path) -> None:
+    trainer, cache = make(tiny_llama()), ModelCache(CPU)
+    first = published(trainer, cache, tmp_path / "first")
+    engine = HfEngine(cache, sample_tokens=100, score_tokens=100, head_chunk_tokens=10)
+    engine.load(first)
+    before = sampled(engine)
+    trainer.begin()
+    assert trainer.version is None
+    assert not cache.holds(first)
+    with pytest.raises(EngineError, match="a trainer withdrew the weights"):
+        sampled(engine)
+    take_step(trainer)
+    engine.load(first)
+    assert sampled(engine) == before, "from its folder"
+    engine.load(published(trainer, cache, tmp_path / "second"))
+    assert sampled(engine) != before
+
+
+def test_a_restored_trainer_has_withdrawn_what_it_published(make: Make, tmp_path: Path) -> None:
+    trainer, cache = make(tiny_llama()), ModelCache(CPU)
+    source = published(trainer, cache, tmp_path / "first")
+    trainer.write_state(tmp_path / "trainer")
+    trainer.restore(tmp_path / "trainer")
+    assert trainer.version is None
+    assert not cache.holds(source)

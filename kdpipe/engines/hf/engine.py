@@ -64,7 +64,7 @@ class HfEngine:
         self._source: ModelSource | None = None
 
     def load(self, source: ModelSource) -> None:
-        """See Engine. Asks the cache every time: a model in memory may have been trained since."""
+        """See Engine. Asks the cache every time: a version in memory may have been withdrawn since."""
         self._model = None  # so that the cache can let go of it before it opens another
         self._model = self._models.get(source)
         self._source = source
@@ -147,8 +147,10 @@ class HfEngine:
         self.sleep()
 
     def _loaded(self) -> tuple[PreTrainedModel, ModelSource]:
-        if self._model is None or self._source is None:
-            raise EngineError("no model is loaded: call load first, also after sleep")
+        if self._model is None or self._source is None or not self._models.holds(self._source):
+            raise EngineError(
+                "no model is loaded: call load first, also after sleep and where a trainer withdrew the weights"
+            )
         return self._model, self._source
 
     def _sample_batches(self, requests: Sequence[SampleRequest], *, max_new_tokens: int) -> list[list[_Draw]]:
