@@ -157,7 +157,7 @@ class Trainers:
         return Average(decay, folder, self._device, dtype, self._recipe.student.trust_remote_code)
 
     def publish(self, inputs: Inputs, trainer: LocalTrainer, version: str) -> None:
-        """Publishes what was trained for the steps that ask it; a student's trainer stays for those that go on."""
+        """Publishes what was trained, and keeps the student's trainer for the next round."""
         if inputs.step.stage == Stage.SFT:
             trainer.model.requires_grad_(False)  # from here on it is only asked
         trainer.publish(version, self._cache)

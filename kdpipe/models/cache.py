@@ -1,4 +1,4 @@
-"""The models that a process has in memory: opened once, shared by engines and trainer, dropped for others."""
+"""The models that a process has in memory: opened once, shared, dropped when there are too many."""
 
 from __future__ import annotations
 

@@ -214,7 +214,7 @@ def write_model(
     config and tokenizer give equal bytes. Of a model with an adapter that is all that is written, beside the tokenizer.
     """
     if is_adapted(model):
-        with _disk_errors(folder):
+        with disk_errors(folder):
             write_adapter(model, folder)
         _write_tokenizer(tokenizer, folder)
         return
@@ -223,7 +223,7 @@ def write_model(
         name: weight.to(dtype) if weight.is_floating_point() else weight
         for name, weight in model.state_dict().items()
     }
-    with _disk_errors(folder):
+    with disk_errors(folder):
         model.save_pretrained(str(folder), state_dict=weights)
     _write_tokenizer(tokenizer, folder)
     _rewrite(folder / "config.json", {"dtype": dtype_name(dtype)})
@@ -283,7 +283,7 @@ def _align(model: PreTrainedModel) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
+def disk_errors(folder: Path) -> Iterator[None]:
     """Turns what safetensors raises when the disk refuses into the OSError that it is."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""The moving average of the students, which a teacher may be: read, moved by a round, and written."""
+"""The moving average of the students: read, moved by one round, written. A teacher may be one."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ MASTERS = "masters"
 
 @dataclass(frozen=True, slots=True)
 class Average:
-    """The running average of the students, over float32 weights; `folder` holds it as it was before this round.
+    """The moving average of the students, over float32 weights.
 
-    Before round 1 that is the folder of the student itself. `dtype` is that of the weights that are written.
+    `folder` holds it as it was before this round; before round 1 that is the student itself. `dtype` is that of the
+    written weights.
     """
 
     decay: float
@@ -36,7 +37,7 @@ class Average:
     def write_next(
         self, students: Mapping[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
     ) -> None:
-        """Writes a Hugging Face folder in `dtype`: `decay` of the average before, the rest of the student's weights.
+        """Writes `decay` times the old average plus the rest times the student, as a Hugging Face folder.
 
         Where `dtype` is narrower than float32, the average's own weights stand beside, in `masters/`.
         """

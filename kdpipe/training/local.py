@@ -137,7 +137,7 @@ class LocalTrainer:
         write_model(self.model, tokenizer, folder, dtype=self._compute)
 
     def write_state(self, folder: Path) -> None:
-        """See Trainer. Frozen weights are as narrow as they are written, an adapter is written as wide as it is."""
+        """See Trainer. Frozen weights are as narrow as they are written, an adapter as wide."""
         self._write_state(folder, masters=self.model.dtype != self._compute)
 
     def write_checkpoint(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,7 +1,7 @@
-"""A model being trained, as the stages see it: gradients, optimizer steps, state on disk, published weights.
+"""A model in training as stages see it: gradients, optimizer steps, state on disk, published weights.
 
-Weights that stages know before a step (each token's share of the step's loss) make gradients sums: however a step is
-cut into micro-batches, and whoever computes them, adding up their gradients gives that of the whole step.
+Stages know each token's share of the step's loss before the step. So gradients are sums: however a step is cut into
+micro-batches, on however many devices, adding up their gradients gives the gradient of the whole step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Loss = Callable[[torch.Tensor, Head], tuple[torch.Tensor, Mapping[str, torch.Ten
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What an optimizer step did: the gradient's norm before clipping, the rate, and whether it was skipped."""
+    """The gradient norm before clipping, the learning rate, and whether the optimizer step was skipped."""
 
     gradient_norm: float
     learning_rate: float
@@ -80,13 +80,16 @@ class Trainer(Protocol):
         """Writes what engines load, as wide as the model computes."""
 
     def write_state(self, folder: Path) -> None:
-        """Writes what goes on from `write_weights`: moments, counters, and masters where those weights are narrower."""
+        """Writes what continues from `write_weights`: moments, counters, and masters.
+
+        Masters are written only where the weights that `write_weights` wrote are narrower.
+        """
 
     def write_checkpoint(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes what goes on in the middle of a step: `model/` in full width and `trainer/`."""
+        """Writes what continues in the middle of a step: `model/` in full width, and `trainer/`."""
 
     def restore(self, folder: Path) -> None:
-        """Goes on from a folder of `write_state`; raises ArtifactError when it is damaged or of another model."""
+        """Continues from a folder of `write_state`; raises ArtifactError if it is damaged or of another model."""
 
     def publish(self, version: str, cache: ModelCache) -> None:
-        """Makes the present weights what `cache` returns for `version`, the digest of what was written of them."""
+        """Makes the present weights what `cache` returns for `version`, the digest of the written ones."""

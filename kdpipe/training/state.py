@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kdpipe.errors import ArtifactError
-from kdpipe.models.folder import _disk_errors
+from kdpipe.models.folder import disk_errors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,7 +33,7 @@ def write_trainer(
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    with _disk_errors(folder):
+    with disk_errors(folder):
         save_file(plain, folder / TENSORS_FILE)
     text = json.dumps(dict(state), sort_keys=True, indent=1, allow_nan=False)
     (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
