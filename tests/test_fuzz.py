@@ -33,9 +33,10 @@ from kdpipe.pipeline.project import open_project
 from kdpipe.pipeline.status import inspect
 from kdpipe.recipe.file import load_recipe, shipped
 from kdpipe.recipe.schema import JsonlTask, SftOptimizer
-from kdpipe.store.artifacts import Manifest, Store, canonical
+from kdpipe.store.artifacts import Store
 from kdpipe.store.durable import read_lines
-from kdpipe.store.seals import sealed, unsealed
+from kdpipe.store.manifest import Manifest, StoredFile
+from kdpipe.store.sealed import seal, seal_value, unseal_value
 from kdpipe.store.step import Step
 from kdpipe.training.local import LocalTrainer
 from kdpipe.training.state import write_trainer
@@ -380,15 +381,11 @@ def signed(document: Any) -> Any:
         return document
     body = {name: value for name, value in document.items() if name != "self_sha256"}
     with contextlib.suppress(ValueError, TypeError, RecursionError):
-        import hashlib
-
-        return {**body, "self_sha256": hashlib.sha256(canonical(body)).hexdigest()}
+        return seal(body)
     return document
 
 
 def manifest_document() -> Any:
-    from kdpipe.store.artifacts import StoredFile
-
     files = (StoredFile("model/config.json", 2, "0" * 64), StoredFile("rollouts.parquet", 5, "1" * 64))
     provenance = {"step": "rollout@1", "finished": 1.5}
     return Manifest(
@@ -472,13 +469,13 @@ TRAINER = LocalTrainer(tiny_model("llama"), SftOptimizer(), num_ids=ROWS, horizo
 
 
 @fuzzed
-@given(document=mutated(sealed("a note", {"a": 1})), forged=st.booleans())
+@given(document=mutated(seal_value("a note", {"a": 1})), forged=st.booleans())
 @example(document=[], forged=False)
-@example(document={**sealed("a note", 1), "value": float("nan")}, forged=False)
+@example(document={**seal_value("a note", 1), "value": float("nan")}, forged=False)
 def test_any_sealed_file_is_read_or_damaged(document: Any, forged: bool) -> None:
     data = json.dumps(signed(document) if forged else document).encode()
     with contextlib.suppress(ArtifactError):
-        unsealed(Path("x"), data, kind="a note")
+        unseal_value(Path("x"), data, kind="a note")
 
 
 @fuzzed

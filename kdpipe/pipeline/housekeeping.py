@@ -13,8 +13,9 @@ from kdpipe.pipeline.identities import Sources
 from kdpipe.pipeline.project import Project
 from kdpipe.pipeline.runs import all_runs
 from kdpipe.recipe.roles import STUDENT
-from kdpipe.store.artifacts import MANIFEST, Entry, Manifest, Store, read_document
+from kdpipe.store.artifacts import MANIFEST, Entry, Store, read_document
 from kdpipe.store.locks import is_running
+from kdpipe.store.manifest import Manifest
 from kdpipe.store.step import Stage, Step
 
 # ---------------------------------------------------------------------------------------------- verify

@@ -22,7 +22,7 @@ from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import Gsm8kTask, ModelTeacher, ServedTeacher, Student, Teacher
 from kdpipe.store.durable import file_digest, write_json
-from kdpipe.store.seals import sealed, unsealed
+from kdpipe.store.sealed import seal_value, unseal_value
 from kdpipe.store.step import Fields, canonical
 
 TEXT_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".py"}
@@ -65,7 +65,7 @@ class Sources:
             with contextlib.suppress(
                 StepError
             ):  # it only saves reading again: plan and status need not write
-                write_json(self.workspace / "digests.json", sealed(DIGESTS, self._digests))
+                write_json(self.workspace / "digests.json", seal_value(DIGESTS, self._digests))
             self._changed = False
         return Identities(models=models, data=data)
 
@@ -175,7 +175,7 @@ class Sources:
                 assert commit is not None
                 self._pins[key] = commit
                 self.workspace.mkdir(parents=True, exist_ok=True)
-                write_json(self.workspace / "pins.json", sealed(PINS, self._pins))
+                write_json(self.workspace / "pins.json", seal_value(PINS, self._pins))
             suffixes = TEXT_SUFFIXES if kind == "tokenizer" else MODEL_SUFFIXES
             patterns = ["main/*.parquet"] if kind == "dataset" else [f"*{suffix}" for suffix in suffixes]
             return Path(
@@ -231,7 +231,7 @@ def _pin_key(name: str, revision: str | None) -> str:
 def _read(path: Path, *, kind: str) -> dict[str, JsonValue]:
     """What the workspace remembers in `path`; raises ArtifactError when that is damaged."""
     try:
-        value = unsealed(path, path.read_bytes(), kind=kind)
+        value = unseal_value(path, path.read_bytes(), kind=kind)
     except FileNotFoundError:
         return {}
     except ArtifactError as error:

@@ -16,8 +16,9 @@ from kdpipe.pipeline.project import Project, summary_of
 from kdpipe.pipeline.requirements import Headroom, headroom_of
 from kdpipe.pipeline.status import State
 from kdpipe.recipe.roles import STUDENT
-from kdpipe.store.artifacts import METRICS, Manifest
+from kdpipe.store.artifacts import METRICS
 from kdpipe.store.durable import read_lines
+from kdpipe.store.manifest import Manifest
 from kdpipe.store.step import Stage, Step
 
 Values: TypeAlias = "dict[int, float]"

@@ -8,11 +8,10 @@ attempt uses. Locks are flock (they go with their process), never PID files.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from pydantic import JsonValue
@@ -30,84 +29,18 @@ from kdpipe.store.durable import (
     writing,
 )
 from kdpipe.store.locks import file_lock
-from kdpipe.store.seals import digest_of, sealed, unsealed
-from kdpipe.store.step import Step, canonical, step_id_of
+from kdpipe.store.manifest import Manifest, StoredFile, parse_manifest, require_inside
+from kdpipe.store.piece import SEAL, Piece
+from kdpipe.store.sealed import digest_of, unseal
+from kdpipe.store.step import Fields, Step, step_id_of
 
-FORMAT = 1
 MANIFEST = "manifest.json"
 FINGERPRINT = "fingerprint.json"
 METRICS = "metrics.jsonl"
 PARTS = "parts"
 CHECKPOINTS = "checkpoints"
 CHECKPOINT = "step-"  # what the names of checkpoints begin with, before the optimizer step
-SEAL = "seal.json"
 FINGERPRINT_KEY = "fingerprint"
-PIECE = "finished piece"
-
-
-@dataclass(frozen=True, slots=True)
-class StoredFile:
-    """One file of an entry, of its payload or its metrics: the path inside the entry, size and sha256."""
-
-    path: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What a done entry holds; `dropped` names files that retention removed."""
-
-    fingerprint: str
-    files: tuple[StoredFile, ...]
-    inputs: Mapping[str, str]
-    payload_digest: str
-    dropped: tuple[str, ...]
-    provenance: Mapping[str, JsonValue]
-
-    def to_json(self) -> dict[str, JsonValue]:
-        """The manifest as written, with the digest of itself."""
-        document: dict[str, JsonValue] = {
-            "format": FORMAT,
-            "fingerprint": self.fingerprint,
-            "files": [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in self.files],
-            "inputs": dict(self.inputs),
-            "payload_digest": self.payload_digest,
-            "dropped": list(self.dropped),
-            "provenance": dict(self.provenance),
-        }
-        return {**document, "self_sha256": hashlib.sha256(canonical(document)).hexdigest()}
-
-
-def _parse_manifest(path: Path, text: str, fingerprint: str) -> Manifest:
-    try:
-        document = json.loads(text)
-        own = document.pop("self_sha256")
-        if document["format"] != FORMAT:
-            raise ArtifactError(
-                f"{path}: format {document['format']}, and this kdpipe reads format {FORMAT}",
-                hint="use another --workspace, or the kdpipe that wrote this one",
-            )
-        if own != hashlib.sha256(canonical(document)).hexdigest():
-            raise ValueError("its own sha256 does not match")
-        if document["fingerprint"] != fingerprint:
-            raise ValueError("it belongs to another step")
-        for name in (*(f["path"] for f in document["files"]), *document["dropped"]):
-            _require_inside(name)
-        if not all(type(f["bytes"]) is int and type(f["sha256"]) is str for f in document["files"]):
-            raise ValueError("sizes and digests of its files are not numbers and texts")
-        if not all(type(document[name]) is dict for name in ("inputs", "provenance")):
-            raise ValueError("its inputs or its provenance are no mapping")
-        return Manifest(
-            fingerprint=document["fingerprint"],
-            files=tuple(StoredFile(f["path"], f["bytes"], f["sha256"]) for f in document["files"]),
-            inputs=document["inputs"],
-            payload_digest=str(document["payload_digest"]),
-            dropped=tuple(document["dropped"]),
-            provenance=document["provenance"],
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"{path}: damaged manifest: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +55,13 @@ class Entry:
         """The manifest, or None when the entry is not committed; raises ArtifactError when damaged."""
         path = self.folder / MANIFEST
         try:
-            text = path.read_text(encoding="utf-8")
+            data = path.read_bytes()
         except FileNotFoundError:
             return None
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise self._damage(f"{path}: cannot be read: {error}") from error
         try:
-            return _parse_manifest(path, text, self.fingerprint)
+            return parse_manifest(path, data, self.fingerprint)
         except ArtifactError as error:
             raise error if error.hint else self._damage(error.message) from None
 
@@ -264,77 +197,26 @@ class Entry:
         )
 
 
-def read_document(folder: Path) -> dict[str, Any]:
-    """The fingerprint.json of an entry's folder; raises ArtifactError unless it hashes to what the folder is called."""
+def read_document(folder: Path) -> Fields:
+    """What was hashed into an entry's fingerprint, and that; raises ArtifactError where it is not the folder's own."""
     path = folder / FINGERPRINT
     try:
-        document = json.loads(path.read_bytes())
-        hashed = {name: value for name, value in document.items() if name != FINGERPRINT_KEY}
-        found = str(document[FINGERPRINT_KEY])
-        if found != digest_of(hashed) or found[:16] != folder.name:
-            raise ArtifactError(f"{path}: damaged: it does not hash to the fingerprint of its folder")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"{path}: cannot be read: {error}") from None
-    return dict(document)
+        data = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
+    document: Fields = unseal(path, data, kind="fingerprint", digest=FINGERPRINT_KEY, reads=None)
+    fingerprint = digest_of(document)
+    if fingerprint[:16] != folder.name:
+        raise ArtifactError(f"{path}: damaged: it does not hash to the fingerprint of its folder")
+    return {**document, FINGERPRINT_KEY: fingerprint}
 
 
-def linked_entry(folder: Path) -> tuple[Entry, dict[str, Any]]:
+def linked_entry(folder: Path) -> tuple[Entry, Fields]:
     """The entry in `folder`, and its fingerprint document; raises ArtifactError when that is damaged."""
     document = read_document(folder)
     stage, subject, number = (document.get(name) for name in ("stage", "subject", "round"))
-    step_id = step_id_of(f"{stage}", subject, -1 if number is None else number)
-    return Entry(folder, step_id, document[FINGERPRINT_KEY]), document
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A finished part (a file) or checkpoint (a folder) of a step that is not done, and what vouches for it.
-
-    The seal is written last and names the step, so that neither half a piece nor one of another step is ever used.
-    """
-
-    path: Path
-    seal: Path
-    fingerprint: str
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether there is a piece with a seal."""
-        return self.seal.exists() and self.path.exists()
-
-    def document(self, path: Path) -> dict[str, JsonValue]:
-        """The seal of the piece, which still stands at `path`."""
-        files: list[JsonValue] = [
-            [_below(path, file), file.stat().st_size, file_digest(file)]
-            for file in files_below(path)
-            if file.name != SEAL
-        ]
-        return sealed(PIECE, {"step": self.fingerprint, "name": self.path.name, "files": files})
-
-    def problem(self, *, full: bool = True) -> str | None:
-        """What is wrong with a finished piece, by sha256 or by sizes only, or None."""
-        try:
-            value: Any = unsealed(self.seal, self.seal.read_bytes(), kind=PIECE)
-            if (value["step"], value["name"]) != (self.fingerprint, self.path.name):
-                return f"{self.path}: its seal is of another step or piece"
-            known = {name: (size, digest) for name, size, digest in value["files"]}
-            found = {_below(self.path, file): file for file in files_below(self.path) if file.name != SEAL}
-            if wrong := sorted(known.keys() ^ found.keys()):
-                missing = wrong[0] not in found
-                return f"{self.path / wrong[0]}: {'is missing' if missing else 'is not in its seal'}"
-            for name, file in found.items():
-                size, digest = known[name]
-                if file.stat().st_size != size or (full and file_digest(file) != digest):
-                    return f"{file}: is not what its seal says"
-        except ArtifactError as error:
-            return error.message
-        except OSError as error:
-            return f"{error.filename}: cannot be read: {error.strerror}"
-        return None
-
-
-def _below(root: Path, file: Path) -> str:
-    return file.name if file == root else file.relative_to(root).as_posix()
+    step_id = step_id_of(f"{stage}", f"{subject or ''}", number if isinstance(number, int) else -1)
+    return Entry(folder, step_id, str(document[FINGERPRINT_KEY])), document
 
 
 @dataclass(frozen=True, slots=True)
@@ -501,14 +383,7 @@ def _leftovers(entry: Entry, manifest: Manifest) -> list[Path]:
 
 def _inside(name: str) -> str:
     try:
-        _require_inside(name)
+        require_inside(name)
     except ValueError as error:
         raise KdpipeError(str(error)) from None
     return name
-
-
-def _require_inside(name: str) -> None:
-    """Raises ValueError, or TypeError, unless `name` is a path to something below its folder."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
-        raise ValueError(f"{name!r} leads out of its folder")

@@ -23,7 +23,7 @@ from kdpipe.pipeline.runs import RunFolder
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import Recipe, resolved
 from kdpipe.store.durable import TEMPORARY, parse_json
-from kdpipe.store.seals import digest_of
+from kdpipe.store.sealed import digest_of
 from kdpipe.store.step import Stage
 from kdpipe.tracking.memory import Memory
 from kdpipe.tracking.steps import DoneStep, MetricRow, done_steps, event_times, metrics

@@ -50,13 +50,15 @@ def done_steps(run_folder: Path) -> Iterator[DoneStep]:
         with contextlib.suppress(ArtifactError):  # such a step is not done
             entry, document = linked_entry(link.target)
             manifest = entry.manifest()
-            stage, subject = str(document.get("stage")), document.get("subject") or ""
+            stage, subject = f"{document.get('stage')}", f"{document.get('subject') or ''}"
             is_own = (link_name_of(stage, subject), document.get("round")) == (link.name, link.round)
             if manifest is not None and is_own:
                 finished = manifest.provenance["finished"]
                 assert isinstance(finished, int | float)
+                fields = document["fields"]
+                assert isinstance(fields, dict)
                 name = f"round-{link.round:03d}/{link.name}"
-                yield DoneStep(name, stage, subject, link.round, entry, document["fields"], finished)
+                yield DoneStep(name, stage, subject, link.round, entry, fields, finished)
 
 
 def event_times(folder: Path) -> list[int]:

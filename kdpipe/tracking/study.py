@@ -10,7 +10,7 @@ from typing import Any
 from kdpipe.errors import ArtifactError
 from kdpipe.pipeline.runs import run_at
 from kdpipe.results.studies import COMPARISON, TABLE, Study, all_studies, read_study
-from kdpipe.store.seals import digest_of
+from kdpipe.store.sealed import digest_of
 from kdpipe.tracking.items import (
     MAX_NAME,
     Item,

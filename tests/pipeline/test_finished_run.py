@@ -41,7 +41,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(kdpipe.store.artifacts, name, count)
 
-    for name in ("_parse_manifest", "file_digest", "write_durably"):
+    for name in ("parse_manifest", "file_digest", "write_durably"):
         counted(name)
     return found
 
@@ -55,7 +55,7 @@ def test_a_finished_run_hashes_nothing_and_starts_no_worker(finished: Path, coun
     assert NearWorker.started == started
     assert counts["file_digest"] == 0
     steps = len(project.plan.steps)
-    assert steps <= counts["_parse_manifest"] <= 8 * steps
+    assert steps <= counts["parse_manifest"] <= 8 * steps
     assert counts["write_durably"] <= 8  # the run's own files, whatever the number of steps
 
 
@@ -70,7 +70,7 @@ def test_a_plan_costs_the_same_whatever_else_is_in_the_store(
         project = open_project(loaded, world / "out")
         assert all(state.done for state in project.survey())
         assert counts["file_digest"] == counts["write_durably"] == 0
-        return counts["_parse_manifest"]
+        return counts["parse_manifest"]
 
     before = parsed()
     [entry] = list((world / "out").glob("store/rollout/*"))[:1]

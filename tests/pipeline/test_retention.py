@@ -19,7 +19,7 @@ from kdpipe.pipeline.project import Project, open_project
 from kdpipe.pipeline.retention import Retention, holdings
 from kdpipe.pipeline.runs import RunFolder
 from kdpipe.store.artifacts import Draft, Store, linked_entry
-from kdpipe.store.seals import digest_of
+from kdpipe.store.sealed import digest_of
 from kdpipe.store.step import Step
 from tests.worlds import Watcher, load_tiny, payload_digests, run_near
 

@@ -31,7 +31,7 @@ from kdpipe.pipeline.requirements import headrooms
 from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.results.samples import Choice, choose_samples
 from kdpipe.store.artifacts import Entry
-from kdpipe.store.seals import digest_of, sealed
+from kdpipe.store.sealed import digest_of, seal_value
 from kdpipe.tracking.steps import done_steps, metrics
 from tests.worlds import Watcher, leftovers, load_tiny, run_near, write_recipe
 
@@ -468,15 +468,15 @@ def test_metrics_that_are_damaged_are_not_mirrored(world: World) -> None:
         list(metrics(step, several=False))
 
 
-PINS = sealed("memory of hub pins", {"someone/student@main": "0" * 40})
+PINS = seal_value("memory of hub pins", {"someone/student@main": "0" * 40})
 FILES: dict[str, tuple[str, bytes | None, str]] = {
     "cut": ("pins.json", json.dumps(PINS).encode()[:-20], "damaged"),
     "emptied": ("pins.json", b"", "damaged"),
     "flipped": ("pins.json", json.dumps(PINS).replace("0000", "0010", 1).encode(), "its own sha256"),
     "another file": (
         "pins.json",
-        json.dumps(sealed("memory of file digests", {})).encode(),
-        "its own sha256",
+        json.dumps(seal_value("memory of file digests", {})).encode(),
+        "another kind",
     ),
     "an older format": ("pins.json", json.dumps({"someone/student@main": "0" * 40}).encode(), "format None"),
     "a newer format": (

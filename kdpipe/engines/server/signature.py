@@ -14,7 +14,7 @@ from pydantic import JsonValue
 
 from kdpipe.errors import ArtifactError, PreflightError
 from kdpipe.store.durable import write_json
-from kdpipe.store.seals import sealed, unsealed
+from kdpipe.store.sealed import seal_value, unseal_value
 
 FILE = "servers.json"
 KIND = "memory of servers"
@@ -38,7 +38,7 @@ def require_same(workspace: Path, digest: str, *, who: str, scores: Sequence[flo
     known = _read(path)
     before = known.get(digest)
     if not isinstance(before, list):
-        write_json(path, sealed(KIND, {**known, digest: [float(score) for score in scores]}))
+        write_json(path, seal_value(KIND, {**known, digest: [float(score) for score in scores]}))
         return
     apart = distance([float(score) for score in before if isinstance(score, int | float)], scores)
     if apart > SAME_NATS:
@@ -51,7 +51,7 @@ def require_same(workspace: Path, digest: str, *, who: str, scores: Sequence[flo
 
 def _read(path: Path) -> dict[str, JsonValue]:
     try:
-        value = unsealed(path, path.read_bytes(), kind=KIND)
+        value = unseal_value(path, path.read_bytes(), kind=KIND)
     except FileNotFoundError:  # nothing was asked in this workspace
         return {}
     except ArtifactError as error:
