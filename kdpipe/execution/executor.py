@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -48,7 +47,7 @@ class Performer:
             self.close()
             return {}
         fields: dict[str, Any] = request
-        recipe = Recipe.model_validate_json(json.dumps(fields["recipe"]), strict=True)
+        recipe = Recipe.model_validate(fields["recipe"], strict=True)
         depth: Depth | None = fields.get("examine")
         executor = self._executor_of(recipe, fields, report, depth)
         inputs = Inputs.read(fields, recipe, report)

@@ -7,7 +7,6 @@ The links are for people, and they say which entries a run still counts on: rete
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -70,7 +69,7 @@ class RunFolder:
     def recipe(self) -> Recipe:
         """The recipe that this run was last given."""
         meaning = parse_json((self.path / "resolved.json").read_bytes())
-        return Recipe.model_validate_json(json.dumps(meaning["recipe"]), strict=True)
+        return Recipe.model_validate(meaning["recipe"], strict=True)
 
     def loaded(self, changes: tuple[str, ...] = ()) -> LoadedRecipe:
         """The recipe that this run was last given; with `changes` that of another run, which differs by them.

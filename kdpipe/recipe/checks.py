@@ -7,19 +7,23 @@ from kdpipe.recipe.task import ArithmeticTask
 from kdpipe.recipe.teacher import ScratchTeacher, SelfTeacher, ServedTeacher, Teacher
 
 ENGINE_ABILITIES: dict[str, frozenset[str]] = {"hf": frozenset({"support", "hidden"}), "vllm": frozenset()}
-"""What each engine scores beyond sampled tokens and the teacher's top k (see engine.py)."""
+"""What each engine scores beyond sampled tokens and the teacher's top k (see engines/protocol.py)."""
 
 
 def check_fields(recipe: RecipeFields) -> None:
     """Raises ValueError for the first thing that does not fit."""
     _check_kept(recipe)
+    _check_abilities(recipe)
     _check_round(recipe)
     _check_vllm(recipe)
     _check_off_policy_text(recipe)
     _check_servers(recipe)
     _check_teacher_text(recipe)
     _check_control(recipe)
-    _check_teachers(recipe)
+    _check_names(recipe)
+    _check_shares(recipe)
+    _check_averages(recipe)
+    _check_signal(recipe)
     _check_logged_model(recipe)
 
 
@@ -29,19 +33,18 @@ def _check_logged_model(recipe: RecipeFields) -> None:
         return
     if student.lora is not None:
         raise ValueError(
-            "tracking.log_model: a LoRA student's checkpoints hold an adapter and no whole model: leave it out, and "
-            "log what kdpipe export merges"
+            "tracking.log_model: a LoRA student's checkpoints hold an adapter and no whole model: remove it, and log "
+            "what kdpipe export merges"
         )
     if student.trust_remote_code:
         raise ValueError(
-            "tracking.log_model: a student with code of its own (trust_remote_code) brings it to whoever loads the "
-            "model from MLflow: leave it out"
+            "tracking.log_model: a student with code of its own (trust_remote_code) would run it where the model is "
+            "loaded from MLflow: remove it"
         )
 
 
 def _check_kept(recipe: RecipeFields) -> None:
-    objective, section = recipe.train.objective, recipe.teacher_score
-    support = objective.distribution_support
+    section, support = recipe.teacher_score, recipe.train.objective.distribution_support
     if section.keep != "auto" and support is not None:
         enough = section.keep == "hidden" and (support == "vocabulary" or support.teacher_top_k is not None)
         if isinstance(section.keep, KeepTopK) and support != "vocabulary" and not recipe.is_mixed:
@@ -50,17 +53,21 @@ def _check_kept(recipe: RecipeFields) -> None:
             raise ValueError(
                 f"teacher_score.keep {_spelled(section.keep)} is not what train.objective.kd needs: auto keeps that"
             )
-    aliased = objective.has_kd and objective.end_token == "alias"  # noqa: S105 (no password)
-    needs = (
-        ("support",) if recipe.keep.student_top_k or aliased else ("hidden",) if recipe.keep.hidden else ()
-    )
-    for ability in needs:
-        if ability not in ENGINE_ABILITIES[section.engine] and not recipe.is_served:
-            what = "scores of given ids" if ability == "support" else "hidden states"
-            other = "" if recipe.is_mixed or aliased else ", or support: {teacher_top_k: k}"
-            raise ValueError(f"teacher_score.engine {section.engine} gives no {what}: use hf{other}")
     if section.logprobs == "float16" and not (recipe.keep.teacher_top_k or recipe.keep.student_top_k):
         raise ValueError("teacher_score.logprobs goes with a top-k support: nothing else is stored by it")
+
+
+def _check_abilities(recipe: RecipeFields) -> None:
+    objective, engine = recipe.train.objective, recipe.teacher_score.engine
+    abilities = ENGINE_ABILITIES[engine]
+    aliased = objective.has_kd and objective.end_token == "alias"  # noqa: S105 (no password)
+    if recipe.is_served:
+        return
+    other = "" if recipe.is_mixed or aliased else ", or support: {teacher_top_k: k}"
+    if (recipe.keep.student_top_k or aliased) and "support" not in abilities:
+        raise ValueError(f"teacher_score.engine {engine} gives no scores of given ids: use hf{other}")
+    if recipe.keep.hidden and "hidden" not in abilities:
+        raise ValueError(f"teacher_score.engine {engine} gives no hidden states: use hf{other}")
 
 
 def _spelled(keep: str | KeepTopK) -> str:
@@ -68,12 +75,11 @@ def _spelled(keep: str | KeepTopK) -> str:
 
 
 def _check_round(recipe: RecipeFields) -> None:
-    arithmetic = isinstance(recipe.task, ArithmeticTask)
     made = ["student"] if recipe.student.scratch is not None else []
     made += [
         f"teacher {teacher.name!r}" for teacher in recipe.teachers if isinstance(teacher, ScratchTeacher)
     ]
-    if made and not arithmetic:
+    if made and not isinstance(recipe.task, ArithmeticTask):
         raise ValueError(f"{made[0]}: scratch needs a task with its own tokenizer (arithmetic)")
     if recipe.train.objective.has_rl and recipe.rollout.samples == 1:
         raise ValueError("an RL term needs rollout.samples of 2 or more: a group of one has no advantage")
@@ -105,15 +111,15 @@ def _check_off_policy_text(recipe: RecipeFields) -> None:
         idle = "rollout.off_policy_text" if rollout.off_policy_text != "reference" else idle
         if idle:
             raise ValueError(
-                f"{idle} has no effect where every prompt is sampled for: "
+                f"{idle} has no effect where the student samples for every prompt: "
                 "set rollout.on_policy_fraction below 1, or remove it"
             )
         return
     if not objective.has_kd or objective.kind == "then":
         why = "has rounds without a KD term" if objective.kind == "then" else "has no KD term"
         raise ValueError(
-            f"rollout.on_policy_fraction below 1 needs an objective with a KD term, whose weight the other text "
-            f"gets: kind {objective.kind} {why}; set on_policy_fraction to 1, or take kind kd, kdrl or srpo"
+            f"rollout.on_policy_fraction below 1 needs an objective with a KD term, since the other text takes its "
+            f"weight: kind {objective.kind} {why}; set on_policy_fraction to 1, or take kind kd, kdrl or srpo"
         )
     if objective.has_rl and not rollout.on_policy_prompts:
         raise ValueError(
@@ -124,17 +130,19 @@ def _check_off_policy_text(recipe: RecipeFields) -> None:
 
 def _check_servers(recipe: RecipeFields) -> None:
     for teacher in recipe.teachers:
-        if isinstance(teacher, ServedTeacher) and (trouble := _beyond_a_server(recipe, teacher)):
+        if isinstance(teacher, ServedTeacher) and (
+            trouble := _beyond_scoring(recipe, teacher) or _beyond_sampling(recipe)
+        ):
             raise ValueError(f"teacher {teacher.name!r} is behind a server, {trouble}")
 
 
-def _beyond_a_server(recipe: RecipeFields, teacher: ServedTeacher) -> str | None:
-    """What the recipe asks of a server that it cannot give, and what to write instead; None if nothing."""
-    rollout, section, objective = recipe.rollout, recipe.evaluate, recipe.train.objective
+def _beyond_scoring(recipe: RecipeFields, teacher: ServedTeacher) -> str | None:
+    """What the recipe asks of a server's scores that it cannot give, and what to write instead."""
+    objective = recipe.train.objective
     if recipe.temperature_of(teacher) != 1:
         asked = "teachers[].temperature" if teacher.temperature else "rollout.temperature"
         return (
-            f"whose log-probs are at temperature 1, and {asked} is not 1: write temperature: 1 for this teacher "
+            f"which gives log-probs at temperature 1, and {asked} is not 1: write temperature: 1 for this teacher "
             "(equal weights then do not mean a KL of 0), or set rollout.temperature to 1"
         )
     if recipe.keep.hidden:
@@ -144,7 +152,13 @@ def _beyond_a_server(recipe: RecipeFields, teacher: ServedTeacher) -> str | None
         return "which gives its own top k and no scores of the student's: use support: {teacher_top_k: k}"
     if objective.has_kd and objective.end_token == "alias":  # noqa: S105 (no password)
         return "which gives no scores of other ids than those it reads: use end_token: mask"
-    sft, is_cut = recipe.student.sft, rollout.top_p < 1 or rollout.top_k > 0
+    return None
+
+
+def _beyond_sampling(recipe: RecipeFields) -> str | None:
+    """What the recipe asks of a server's samples that it cannot give, and what to write instead."""
+    rollout, section, sft = recipe.rollout, recipe.evaluate, recipe.student.sft
+    is_cut = rollout.top_p < 1 or rollout.top_k > 0
     sampled = {"evaluate.temperature": section.temperature} if section.teacher else {}
     if sft is not None and sft.text == "teacher":
         sampled["student.sft.temperature"] = sft.temperature
@@ -152,10 +166,10 @@ def _beyond_a_server(recipe: RecipeFields, teacher: ServedTeacher) -> str | None
         sampled["teachers[].temperature"] = 1.0
     for name, temperature in sampled.items():
         if temperature not in (0, 1) or (temperature and is_cut):
+            other = ", or evaluate.teacher to false" if name.startswith("evaluate") else ""
             return (
-                "whose log-probs of what it samples are at temperature 1 and of the whole distribution: set "
-                f"{name} to 0, or to 1 without rollout.top_p and top_k"
-                + (", or evaluate.teacher to false" if name.startswith("evaluate") else "")
+                "which gives log-probs of its samples at temperature 1 and of the whole distribution: set "
+                f"{name} to 0, or to 1 without rollout.top_p and top_k{other}"
             )
     return None
 
@@ -199,25 +213,37 @@ def _check_control(recipe: RecipeFields) -> None:
         )
 
 
-def _check_teachers(recipe: RecipeFields) -> None:
+def _check_names(recipe: RecipeFields) -> None:
     names = [teacher.name for teacher in recipe.teachers]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"two teachers are called {twice!r}: give each a name of its own")
-    routed = [teacher.only is not None for teacher in recipe.teachers]
-    if len(names) == 1 and routed[0]:
-        raise ValueError("only goes with several teachers: a single one teaches every problem")
     placed = recipe.runtime.placement.teacher
     if isinstance(placed, dict) and (foreign := sorted(placed.keys() - set(names))):
         raise ValueError(
-            f"runtime.placement.teacher names {foreign[0]!r}, and no teacher is called so: {', '.join(names)}"
+            f"runtime.placement.teacher names {foreign[0]!r}, and no teacher has that name: {', '.join(names)}"
         )
+
+
+def _check_shares(recipe: RecipeFields) -> None:
+    routed = [teacher.only is not None for teacher in recipe.teachers]
+    if routed == [True]:
+        raise ValueError("only goes with several teachers: a single one teaches every problem")
     if any(routed) and not all(routed):
-        lacking = names[routed.index(False)]
+        lacking = recipe.teachers[routed.index(False)].name
         raise ValueError(
             f"teacher {lacking!r} has no only, and others have: give it to all teachers or to none"
         )
     if not recipe.is_mixed and any(teacher.weight is not None for teacher in recipe.teachers):
         raise ValueError("weight goes with several teachers without only, which are mixed by it")
+    support = recipe.train.objective.distribution_support
+    if recipe.is_mixed and isinstance(support, Support) and support.teacher_top_k is None:
+        raise ValueError(
+            "a mixture of teachers is not compared on the student's top k: "
+            "use support: vocabulary or {teacher_top_k: k}, which are then the mixture's"
+        )
+
+
+def _check_averages(recipe: RecipeFields) -> None:
     decays = {teacher.decay for teacher in recipe.teachers if isinstance(teacher, SelfTeacher)}
     if len(decays - {None}) > 1:
         raise ValueError(
@@ -228,18 +254,16 @@ def _check_teachers(recipe: RecipeFields) -> None:
             "self: ema averages whole weights, and with student.lora only an adapter is kept of each round: "
             "use self: initial or self: current, or train all weights"
         )
+
+
+def _check_signal(recipe: RecipeFields) -> None:
+    if recipe.train.control == "self_teacher":
+        return
     silent = [teacher for teacher in recipe.teachers if _is_the_sampler(recipe, teacher)]
-    is_meant = recipe.train.control == "self_teacher"
-    if silent and not is_meant and (not recipe.is_mixed or len(silent) == len(names)):
+    if silent and (not recipe.is_mixed or len(silent) == len(recipe.teachers)):
         raise ValueError(
             f"teacher {silent[0].name!r} would be the very student that samples, so its scores say nothing: "
             "give it a prompt, a template or a temperature of its own"
-        )
-    support = recipe.train.objective.distribution_support
-    if recipe.is_mixed and isinstance(support, Support) and support.teacher_top_k is None:
-        raise ValueError(
-            "a mixture of teachers is not compared on the student's top k: "
-            "use support: vocabulary or {teacher_top_k: k}, which are then the mixture's"
         )
 
 

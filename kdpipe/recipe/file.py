@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
 import re
 from dataclasses import dataclass
 from importlib.resources import files
@@ -55,7 +54,7 @@ def read_recipe(text: str, name: str, overrides: tuple[str, ...] = ()) -> Recipe
     for override in overrides:
         document = _apply_override(document, override)
     try:
-        return Recipe.model_validate_json(json.dumps(document.value), strict=True)
+        return Recipe.model_validate(document.value, strict=True)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(document, item) for item in error.errors())) from None
 
@@ -110,11 +109,15 @@ def _explain(document: Document, item: ErrorDetails) -> str:
             return f"{where}is required and missing"
         case "string_type" if isinstance(item["input"], bool):
             return f"{where}{found} without quotes is YAML for {str(item['input']).lower()}; write '{found}' in quotes"
+        case "model_type" | "dict_type":
+            message = "expected a mapping, as in {key: value}"
+        case "list_type" | "tuple_type":
+            message = "expected a list, as in [1, 2]"
         case _:
             message = item["msg"].removeprefix("Value error, ")
             message = message[0].lower() + message[1:]
-            is_leaf = not isinstance(item["input"], (dict, list))
-            return f"{where}{message}" + (f" (found {found})" if is_leaf and found else "")
+    is_leaf = not isinstance(item["input"], (dict, list))
+    return f"{where}{message}" + (f" (found {found})" if is_leaf and found else "")
 
 
 @functools.cache

@@ -63,7 +63,7 @@ RECIPES = {
     "unknown key below": Bad(("rollout.promts=2",), ("rollout.promts", "did you mean 'prompts'")),
     "key twice": Bad(text="rounds: 4\n", words=("recipe.yaml:", "rounds", "twice")),
     "wrong type": Bad(("rounds=many",), ("rounds", "integer", "many")),
-    "text where a section is": Bad(("rollout=fast",), ("rollout", "object")),
+    "text where a section is": Bad(("rollout=fast",), ("rollout", "expected a mapping")),
     "unquoted no": Bad(("rollout.stop=[no]",), ("rollout.stop.0", "no without quotes", "'no' in quotes")),
     "unquoted on": Bad(("name=on",), ("name", "on without quotes")),
     "octal": Bad(("seed=010",), ("seed=010", "octal")),

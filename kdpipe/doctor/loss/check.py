@@ -13,7 +13,6 @@ Shapes as in `enumerated.py`; R completions.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -113,7 +112,7 @@ def serve() -> Callable[[Message, Report], Message]:
     """What a worker runs for the command line: from a recipe to the findings on each phase of its objective."""
 
     def check(request: Message, _report: Report) -> Message:
-        recipe = Recipe.model_validate_json(json.dumps(request["recipe"]), strict=True)
+        recipe = Recipe.model_validate(request["recipe"], strict=True)
         return {"phases": [asdict(phase) for phase in check_loss(recipe)]}
 
     return check
