@@ -35,17 +35,13 @@ class Case:
     `stand_ins` says of each model, by its name, what its weights are where they are not yet those of a run.
     """
 
+    recipe: Recipe
     job: Job
     device: torch.device
     student: ModelHandle
     teachers: Sequence[tuple[Teacher, ModelHandle]]
     stand_ins: Mapping[str, str]
     depth: Depth
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe."""
-        return self.job.recipe
 
     def dtype(self, model: ModelHandle) -> torch.dtype:
         """The dtype that a model computes in: a server's is not known, and taken to be the coarsest."""

@@ -26,6 +26,8 @@ from kdpipe.models.source import AdapterSource
 from kdpipe.recipe.schema import Optimizer
 from kdpipe.stages.routing import teaches
 from kdpipe.stages.sampling import request_for, sampling_of
+from kdpipe.stages.settings.model import routes_of
+from kdpipe.stages.settings.sampling import DrawSettings
 from kdpipe.training.local import LocalTrainer
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ class ExaminedStudent:
         count = PROMPTS[self.case.depth]
         chosen: dict[str, Problem] = {}
         for settings, _ in self.case.teachers:
-            own = [problem for problem in order if teaches(settings, problem)]
+            own = [problem for problem in order if teaches(routes_of(settings), problem)]
             chosen |= {problem.prompt_id: problem for problem in own[:count]}
         return list(chosen.values()) or order[:count]
 
@@ -66,7 +68,7 @@ class ExaminedStudent:
         """A completion of each of the problems, sampled from the whole distribution."""
         recipe, text = self.case.recipe, self.model.text
         tokens = min(NEW_TOKENS[self.case.depth], recipe.rollout.max_new_tokens)
-        settings = sampling_of(recipe, text, temperature=recipe.rollout.temperature, max_new_tokens=tokens)
+        settings = sampling_of(DrawSettings.of(recipe.rollout, max_new_tokens=tokens), text)
         requests = [
             request_for(text.prompt(problem), 1, self.case.job.seed, "doctor", problem.prompt_id)
             for problem in self.problems

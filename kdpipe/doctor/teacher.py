@@ -19,6 +19,7 @@ from kdpipe.models.prompting import render_teacher_prompt
 from kdpipe.models.reference import Pair, plain_logprobs
 from kdpipe.stages.routing import teaches
 from kdpipe.stages.scoring import TeacherHandle, as_teacher
+from kdpipe.stages.settings.model import SupportSettings, TeacherSettings, routes_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,12 +44,18 @@ class ExaminedTeacher:
         self.student = student
         self.dtype = case.dtype(model)
         self.tolerance = case.tolerance(model)
-        self.problems = [problem for problem in student.problems if teaches(settings, problem)]
+        self.problems = [problem for problem in student.problems if teaches(routes_of(settings), problem)]
 
     @cached_property
     def handle(self) -> TeacherHandle:
         """The teacher as teacher-score sees it; raises PreflightError where its vocabulary does not fit."""
-        return as_teacher(self.case.recipe, self.settings, self.model, student=self.student.model.text)
+        recipe = self.case.recipe
+        return as_teacher(
+            TeacherSettings.of(recipe, self.settings, recipe.teacher_score.engine),
+            self.model,
+            student=self.student.model.text,
+            support=SupportSettings.of(recipe),
+        )
 
     @property
     def temperature(self) -> float:
@@ -119,7 +126,11 @@ class ExaminedTeacher:
             return self.model.text
 
     def _context(self) -> Outcome:
-        problems = [problem for problem in longest_problems(self.case.job) if teaches(self.settings, problem)]
+        problems = [
+            problem
+            for problem in longest_problems(self.case.job)
+            if teaches(routes_of(self.settings), problem)
+        ]
         prompts = [self._prompt(problem) for problem in problems or self.problems]
         return texts.context(
             prompts,

@@ -18,6 +18,7 @@ from kdpipe.errors import PreflightError
 from kdpipe.execution.inputs import Inputs
 from kdpipe.execution.placement import Engines
 from kdpipe.execution.probe import Probe, Problems
+from kdpipe.execution.records import check_records
 from kdpipe.execution.roles import Roles
 from kdpipe.execution.stages import Stages
 from kdpipe.execution.trainers import Trainers
@@ -26,7 +27,6 @@ from kdpipe.models.devices import dtype_name, resolve_device, resolve_dtype
 from kdpipe.recipe.roles import STUDENT_ROLE, Role
 from kdpipe.recipe.schema import Recipe
 from kdpipe.stages.job import Job
-from kdpipe.stages.routing import check_records
 from kdpipe.store.artifacts import Draft
 from kdpipe.store.durable import append_line
 from kdpipe.store.environment import environment
@@ -117,7 +117,7 @@ class Executor:
             pulse = Pulse(lambda fields: report.event(kind="progress", **fields), report.stopping.is_set)
             self._report_other_dtype(inputs)
             started = time.time()
-            job = Job(self.recipe, step.round, step.seed, *self._problems, draft, pulse)
+            job = Job(self.recipe.runtime, step.round, step.seed, *self._problems, draft, pulse)
             trainer = self._stages.perform(inputs, job)
             seconds = time.time() - started
             _write_speed(draft, step, pulse, seconds)

@@ -87,6 +87,12 @@ class Inputs:
             Role(RoleKind.TEACHER),
         )
 
+    def own_teacher(self) -> Teacher:
+        """The teacher that the step is about."""
+        found = self.settings(self.own_role())
+        assert not isinstance(found, Student)
+        return found
+
     def settings(self, role: Role) -> Student | Teacher:
         """What the recipe says of the student or a teacher."""
         for teacher in self.recipe.teachers:

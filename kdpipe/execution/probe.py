@@ -74,7 +74,8 @@ class Probe:
         scorer = recipe.teacher_score.engine
         opened = [(inputs.settings(role), self._roles.open(inputs, role, scorer)) for role in teachers]
         return Case(
-            job=Job(recipe, step.round, step.seed, *self._problems, draft, pulse),
+            recipe=recipe,
+            job=Job(recipe.runtime, step.round, step.seed, *self._problems, draft, pulse),
             device=self._device,
             student=self._roles.open(inputs, STUDENT_ROLE, recipe.rollout.engine),
             teachers=[(settings, model) for settings, model in opened if not isinstance(settings, Student)],

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
@@ -21,9 +22,13 @@ from kdpipe.models.folder import require_targets
 from kdpipe.models.prompting import prompt_style
 from kdpipe.models.source import ModelSource
 from kdpipe.models.text import Text, open_text
-from kdpipe.recipe.roles import STUDENT_ROLE, Role
-from kdpipe.recipe.schema import EngineName, Recipe, SelfTeacher, ServedTeacher, Student, Teacher
+from kdpipe.recipe.roles import SERVER, STUDENT_ROLE, Role
+from kdpipe.recipe.schema import Recipe, SelfTeacher, ServedTeacher, Student, Teacher
 from kdpipe.stages.scoring import TeacherHandle, as_teacher
+from kdpipe.stages.settings.model import SupportSettings, TeacherSettings
+
+if TYPE_CHECKING:
+    from kdpipe.engines.handle import Runs
 
 
 class Roles:
@@ -43,7 +48,7 @@ class Roles:
         self._servers: dict[Role, ServerEngine] = {}
         self._lora_fits = recipe.student.lora is None
 
-    def open(self, inputs: Inputs, role: Role, engine: EngineName, *, at: Role | None = None) -> ModelHandle:
+    def open(self, inputs: Inputs, role: Role, engine: Runs, *, at: Role | None = None) -> ModelHandle:
         """The student or a teacher, run by `engine`, or by the engine of another role `at`.
 
         A teacher behind a server has that for its engine, whatever the others have. Weights that the engine does not
@@ -53,6 +58,7 @@ class Roles:
         if isinstance(settings, ServedTeacher):
             open_server = partial(self._server, inputs, settings, role)
             return ModelHandle(settings.name, source, self.text(inputs, role), "server", open_server)
+        assert engine != SERVER
         if not self._engines.holds(engine, place, source):
             inputs.check_weights(role)
         if isinstance(settings, Student):
@@ -65,12 +71,14 @@ class Roles:
         turns = self._engines.turns(engine, place)
         return ModelHandle(settings.name, source, self.text(inputs, role), engine, open_engine, turns)
 
-    def teacher(self, inputs: Inputs, role: Role, engine: EngineName) -> TeacherHandle:
-        """The teacher in `role`, run by `engine`; raises PreflightError where it does not fit the student."""
-        settings = inputs.settings(role)
-        assert not isinstance(settings, Student)
-        model = self.open(inputs, role, engine)
-        return as_teacher(self._recipe, settings, model, student=self.text(inputs, STUDENT_ROLE))
+    def teacher(self, inputs: Inputs, role: Role, settings: TeacherSettings) -> TeacherHandle:
+        """The teacher in `role`, asked as `settings` say; raises PreflightError where it does not fit the student."""
+        return as_teacher(
+            settings,
+            self.open(inputs, role, settings.engine),
+            student=self.text(inputs, STUDENT_ROLE),
+            support=SupportSettings.of(self._recipe),
+        )
 
     def text(self, inputs: Inputs, role: Role) -> Text:
         """The text side of the student or a teacher; kept, since a round changes no tokenizer."""

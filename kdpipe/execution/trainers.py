@@ -17,7 +17,9 @@ from kdpipe.models.folder import open_model, scratch_model
 from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.models.text import Text
 from kdpipe.recipe.roles import EMA_ROLE, STUDENT_ROLE
-from kdpipe.recipe.schema import Lora, ModelTeacher, Recipe, Scratch, SelfTeacher, ServedTeacher, Sft, Student
+from kdpipe.recipe.schema import Recipe, Scratch, Sft
+from kdpipe.stages.settings.sft import SftSettings
+from kdpipe.stages.settings.train import TrainSettings
 from kdpipe.store.step import Stage
 from kdpipe.training.ema import Average
 from kdpipe.training.local import LocalTrainer
@@ -32,25 +34,25 @@ class Trainers:
         self._device = cache.device
         self._kept: LocalTrainer | None = None
 
-    def cold_start(self, inputs: Inputs, text: Text, checkpoint: Path | None) -> LocalTrainer:
+    def cold_start(
+        self, inputs: Inputs, settings: SftSettings, text: Text, checkpoint: Path | None
+    ) -> LocalTrainer:
         """The model of an sft step with a fresh optimizer, or as a checkpoint left them."""
-        model, lora = inputs.settings(inputs.own_role()), self._recipe.student.lora
-        assert not isinstance(model, SelfTeacher | ServedTeacher)
+        model, lora = settings.model, self._recipe.student.lora
         folder = checkpoint / "model" if checkpoint else inputs.folders.get(inputs.step.subject)
         if folder is not None:
             network = self._network(folder, trust=model.trust_remote_code)
         else:
-            assert not isinstance(model, ModelTeacher)
             assert model.scratch is not None
             network = self.scratch(inputs, model.scratch)
-        if isinstance(model, Student) and lora is not None:
+        if settings.student is not None and lora is not None:
             target_names(network, lora)  # before it is trained for nothing
-        settings = model.sft or Sft(steps=1)
+        start = model.sft or Sft(steps=1)
         trainer = LocalTrainer(
             network,
-            settings.optimizer,
+            start.optimizer,
             num_ids=text.num_ids,
-            horizon=settings.steps,
+            horizon=start.steps,
             compute=resolve_dtype(model.dtype, self._device)[0],
             gradient_checkpointing=self._recipe.runtime.gradient_checkpointing,
         )
@@ -58,16 +60,22 @@ class Trainers:
             trainer.restore(checkpoint / "trainer")
         return trainer
 
-    def student(self, inputs: Inputs, text: Text, checkpoint: Path | None) -> LocalTrainer:
+    def student(
+        self, inputs: Inputs, settings: TrainSettings, text: Text, checkpoint: Path | None
+    ) -> LocalTrainer:
         """The student with its optimizer: kept from the last round, from a checkpoint, or from disk."""
-        lora, kept = self._recipe.student.lora, self._kept
-        self._kept = None
-        if lora is not None:
-            return self._adapter(inputs, text, lora, checkpoint, kept)
-        return self._whole(inputs, text, checkpoint, kept)
+        kept, self._kept = self._kept, None
+        if self._recipe.student.lora is not None:
+            return self._adapter(inputs, settings, text, checkpoint, kept)
+        return self._whole(inputs, settings, text, checkpoint, kept)
 
     def _whole(
-        self, inputs: Inputs, text: Text, checkpoint: Path | None, kept: LocalTrainer | None
+        self,
+        inputs: Inputs,
+        settings: TrainSettings,
+        text: Text,
+        checkpoint: Path | None,
+        kept: LocalTrainer | None,
     ) -> LocalTrainer:
         """A student all of whose weights are trained."""
         entry, name = inputs.origin(STUDENT_ROLE)
@@ -77,8 +85,8 @@ class Trainers:
         opens = inputs.step.inputs[STUDENT_ROLE].opens if entry else ()
         folder = entry.opened(*opens) if entry else inputs.folders[name]
         weights = checkpoint / "model" if checkpoint else folder / "model" if entry else folder
-        network = self._network(weights, trust=self._recipe.student.trust_remote_code)
-        trainer = self._fresh(network, text)
+        network = self._network(weights, trust=settings.student.trust_remote_code)
+        trainer = self._fresh(network, settings, text)
         if checkpoint is not None:
             trainer.restore(checkpoint / "trainer")
         elif "trainer" in opens:
@@ -88,8 +96,8 @@ class Trainers:
     def _adapter(
         self,
         inputs: Inputs,
+        settings: TrainSettings,
         text: Text,
-        lora: Lora,
         checkpoint: Path | None,
         kept: LocalTrainer | None,
     ) -> LocalTrainer:
@@ -102,30 +110,28 @@ class Trainers:
         # The cache may have opened another network since.
         if checkpoint is None and kept and kept.version == version and kept.model is model:
             return kept
-        if entry is None:
-            seed = self._recipe.seed if lora.seed is None else lora.seed
-            start_adapter(model, lora, seed=derive_seed(seed, "lora"))
+        if (lora := settings.lora) is not None and lora.seed is not None:  # it begins in this round
+            start_adapter(model, lora, seed=derive_seed(lora.seed, "lora"))
         if checkpoint is not None:
             read_adapter(model, checkpoint / "model")
-        trainer = self._fresh(model, text)
+        trainer = self._fresh(model, settings, text)
         if checkpoint is not None:
             trainer.restore(checkpoint / "trainer")
         elif entry is not None:
             trainer.restore(entry.opened("trainer") / "trainer")
         return trainer
 
-    def _fresh(self, model: Any, text: Text) -> LocalTrainer:
-        """A student of the recipe with a fresh optimizer."""
-        recipe, settings = self._recipe, self._recipe.train
-        dtype, _ = resolve_dtype(recipe.student.dtype, self._device)
-        steps = settings.minibatches * settings.epochs
+    def _fresh(self, model: Any, settings: TrainSettings, text: Text) -> LocalTrainer:
+        """The student with a fresh optimizer."""
+        section = settings.train
+        rounds = section.optimizer.schedule_rounds or 1  # a constant schedule has no horizon
         return LocalTrainer(
             model,
-            settings.optimizer,
+            section.optimizer,
             num_ids=text.num_ids,
-            horizon=(settings.optimizer.schedule_rounds or recipe.rounds) * steps,
-            compute=dtype,
-            gradient_checkpointing=recipe.runtime.gradient_checkpointing,
+            horizon=rounds * section.minibatches * section.epochs,
+            compute=resolve_dtype(settings.student.dtype, self._device)[0],
+            gradient_checkpointing=self._recipe.runtime.gradient_checkpointing,
         )
 
     def _network(self, folder: Path, *, trust: bool) -> Any:
@@ -145,16 +151,16 @@ class Trainers:
         )
         return network.to(self._device)
 
-    def average(self, inputs: Inputs) -> Average | None:
+    def average(self, inputs: Inputs, settings: TrainSettings) -> Average | None:
         """The average of the students before this round; before the first, the initial student."""
-        decay = self._recipe.ema_decay
+        decay, student = settings.ema_decay, settings.student
         if decay is None:
             return None
         role, kind = (EMA_ROLE, "ema") if EMA_ROLE in inputs.steps else (STUDENT_ROLE, "model")
         entry, name = inputs.origin(role)
         folder = entry.opened(kind) / kind if entry else inputs.folders[name]
-        dtype, _ = resolve_dtype(self._recipe.student.dtype, self._device)
-        return Average(decay, folder, self._device, dtype, self._recipe.student.trust_remote_code)
+        dtype, _ = resolve_dtype(student.dtype, self._device)
+        return Average(decay, folder, self._device, dtype, student.trust_remote_code)
 
     def publish(self, inputs: Inputs, trainer: LocalTrainer, version: str) -> None:
         """Publishes what was trained, and keeps the student's trainer for the next round."""

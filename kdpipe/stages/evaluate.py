@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,11 +24,10 @@ from kdpipe.data.tables import GRADES, REVERSE_KL, REVERSE_KL_OF_SEVERAL, read_r
 from kdpipe.data.tasks.answers import grade, parse_number
 from kdpipe.errors import DataError
 from kdpipe.method import statistics
-from kdpipe.models.text import Text
-from kdpipe.stages.held_out import Exact, has_exact, verdicts
+from kdpipe.stages.held_out import Exact, has_exact, held_out_scores
 from kdpipe.stages.job import Job, mean
 from kdpipe.stages.routing import teaches
-from kdpipe.stages.sampling import read_completion, request_for, sample_all, sampling_of
+from kdpipe.stages.sampling import Grader, request_for, sample_all, sampling_of
 from kdpipe.store.step import Stage
 
 if TYPE_CHECKING:
@@ -41,13 +40,15 @@ if TYPE_CHECKING:
     from kdpipe.data.rows import Problem
     from kdpipe.engines.handle import ModelHandle
     from kdpipe.engines.protocol import Completion, Sampling
-    from kdpipe.recipe.schema import Teacher
     from kdpipe.stages.scoring import TeacherHandle
+    from kdpipe.stages.settings.evaluate import EvaluateSettings
+    from kdpipe.stages.settings.task import Headline
 
 Rows = list[dict[str, Any]]
 
 
 def evaluate(
+    settings: EvaluateSettings,
     job: Job,
     *,
     subject: str,
@@ -62,12 +63,12 @@ def evaluate(
     `problems` are those that are graded, `against` all teachers. `baseline` is the folder of student 0's
     evaluation, with which this one is compared problem by problem.
     """
-    grades, free = _grades(job, model, prompt, problems)
-    summary: dict[str, JsonValue] = {"model": subject, "round": job.round, **_accuracy(job, grades)}
+    grades, free = _grades(settings, job, model, prompt, problems)
+    summary: dict[str, JsonValue] = {"model": subject, "round": job.round, **_accuracy(settings, grades)}
     if baseline is not None:
         summary |= _accuracy_change(grades, read_rows(baseline / GRADES_FILE, GRADES))
     if against:
-        rows = _reverse_kl_rows(job, model, against, first_part=free)
+        rows = _reverse_kl_rows(settings, job, model, against, first_part=free)
         summary |= _reverse_kl(rows)
         if baseline is not None:
             schema = _reverse_kl_schema(against)
@@ -84,15 +85,15 @@ def subset(problems: Sequence[Problem], count: int | None) -> list[Problem]:
     return [problems[index] for index in order[:count]]
 
 
-def graded_problems(job: Job, teacher: Teacher | None) -> list[Problem]:
-    """The test problems that the student is graded on, or those of them that `teacher` teaches."""
-    problems = subset(job.test, job.recipe.evaluate.problems)
-    if teacher is None:
+def graded_problems(settings: EvaluateSettings, test: Sequence[Problem]) -> list[Problem]:
+    """The test problems that the student is graded on, or those of them that the teacher teaches."""
+    problems = subset(test, settings.problems)
+    if settings.teacher is None:
         return problems
-    own = [problem for problem in problems if teaches(teacher, problem)]
+    own = [problem for problem in problems if teaches(settings.teacher.only, problem)]
     if not own:
         raise DataError(
-            f"teacher {teacher.name!r} teaches none of the {len(problems)} test problems that are evaluated",
+            f"teacher {settings.teacher.name!r} teaches none of the {len(problems)} test problems that are evaluated",
             hint="raise evaluate.problems, add such problems to test, or set evaluate.teacher to false",
         )
     return own
@@ -102,22 +103,18 @@ def graded_problems(job: Job, teacher: Teacher | None) -> list[Problem]:
 
 
 def _grades(
+    settings: EvaluateSettings,
     job: Job,
     model: ModelHandle,
     prompt: Callable[[Problem], list[int]],
     problems: Sequence[Problem],
 ) -> tuple[Rows, int]:
-    settings = job.recipe.evaluate
-    sampling = sampling_of(
-        job.recipe,
-        model.text,
-        temperature=settings.temperature,
-        max_new_tokens=settings.max_new_tokens or job.recipe.rollout.max_new_tokens,
-    )
+    sampling = sampling_of(settings.evaluate, model.text)
+    grader = Grader(model.text, settings.evaluate.stop, settings.task.headline)
 
     def build(problems: Sequence[Problem]) -> Rows:
         return [
-            _grade_row(job, model.text, *sampled)
+            _grade_row(grader, *sampled)
             for sampled in _sample(job, model, problems, prompt, sampling, settings.samples, purpose="grade")
         ]
 
@@ -148,9 +145,9 @@ def _sample(
 
 
 def _grade_row(
-    job: Job, text: Text, problem: Problem, number: int, prompt_ids: list[int], completion: Completion
+    grader: Grader, problem: Problem, number: int, prompt_ids: list[int], completion: Completion
 ) -> dict[str, Any]:
-    string, graded = read_completion(job.recipe, text, problem, completion.token_ids)
+    string, graded = grader.read(problem, completion.token_ids)
     return {
         "prompt_id": problem.prompt_id,
         "sample": number,
@@ -165,13 +162,12 @@ def _grade_row(
     }
 
 
-def _accuracy(job: Job, grades: Rows) -> dict[str, JsonValue]:
+def _accuracy(settings: EvaluateSettings, grades: Rows) -> dict[str, JsonValue]:
     by_problem = _by_problem(grades)
     interval = statistics.accuracy([[row["correct"] for row in rows] for rows in by_problem.values()])
-    samples = job.recipe.evaluate.samples
     summary: dict[str, JsonValue] = {
         "problems": len(by_problem),
-        "samples": samples,
+        "samples": settings.samples,
         "accuracy": interval.estimate,
         "accuracy_low": interval.low,
         "accuracy_high": interval.high,
@@ -180,18 +176,18 @@ def _accuracy(job: Job, grades: Rows) -> dict[str, JsonValue]:
         "truncated_fraction": mean([row["finish_reason"] == "length" for row in grades]),
         "completion_tokens_mean": mean([len(row["completion_token_ids"]) for row in grades]),
     }
-    return summary | _several_samples(job, list(by_problem.values()))
+    return summary | _several_samples(settings, list(by_problem.values()))
 
 
-def _several_samples(job: Job, groups: Sequence[Rows]) -> dict[str, JsonValue]:
+def _several_samples(settings: EvaluateSettings, groups: Sequence[Rows]) -> dict[str, JsonValue]:
     """pass@k and maj@k for k = 2, 4, 8, ... and all samples; Wilson's intervals count problems (`accuracy`)."""
-    samples = job.recipe.evaluate.samples
+    samples = settings.samples
     correct = [sum(row["correct"] for row in rows) for rows in groups]
     summary: dict[str, JsonValue] = {}
     for k in sample_counts(samples):
         for name, values in (
             (f"pass_at_{k}", [statistics.pass_at_k(samples, n, k) for n in correct]),
-            (f"maj_at_{k}", [_majority(job, rows, k) for rows in groups]),
+            (f"maj_at_{k}", [_majority(rows, k, settings.task.headline) for rows in groups]),
         ):
             interval = statistics.wilson(math.fsum(values), len(values))
             summary |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
@@ -205,12 +201,12 @@ def sample_counts(samples: int) -> list[int]:
     )
 
 
-def _right(row: dict[str, Any], headline: Literal["strict", "flexible"]) -> bool:
+def _right(row: dict[str, Any], headline: Headline) -> bool:
     return grade(row["text"], row["expected"], headline=headline).correct
 
 
-def _majority(job: Job, rows: Rows, k: int) -> float:
-    answers = [row[f"answer_{job.recipe.task.headline}"] for row in rows]
+def _majority(rows: Rows, k: int, headline: Headline) -> float:
+    answers = [row[f"answer_{headline}"] for row in rows]
     numbers = [None if answer is None else parse_number(answer) for answer in answers]
     return statistics.majority_at_k(numbers, [row["correct"] for row in rows], k)
 
@@ -245,14 +241,17 @@ def _by_problem(rows: Rows) -> dict[str, Rows]:
 
 
 def _reverse_kl_rows(
-    job: Job, model: ModelHandle, against: Sequence[TeacherHandle], *, first_part: int
+    settings: EvaluateSettings,
+    job: Job,
+    model: ModelHandle,
+    against: Sequence[TeacherHandle],
+    *,
+    first_part: int,
 ) -> Rows:
     """Held-out prompts sampled at the rollout temperature, scored by the teachers after their own prompts."""
-    rollout = job.recipe.rollout
-    sampling = sampling_of(
-        job.recipe, model.text, temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens
-    )
-    exact = Exact(job, model, against) if has_exact(model, against) else None
+    assert settings.rollout is not None
+    sampling = sampling_of(settings.rollout, model.text)
+    exact = Exact(settings, job, model, against) if has_exact(model, against) else None
 
     def build(problems: Sequence[Problem]) -> Rows:
         sampled = _sample(job, model, problems, model.text.prompt, sampling, 1, purpose="reverse KL")
@@ -260,25 +259,25 @@ def _reverse_kl_rows(
             (problem, prompt_ids, completion.token_ids) for problem, _, prompt_ids, completion in sampled
         ]
         student_hidden = exact.student_hidden(triples) if exact else []
-        found = verdicts(job, triples, against, exact, student_hidden)
+        found = held_out_scores(job, triples, against, exact, student_hidden, weights=settings.weights)
         return [
             {
                 "prompt_id": problem.prompt_id,
                 "sample": number,
                 "prompt_token_ids": prompt_ids,
-                "teacher_prompt_token_ids": verdict.prompts[0],
+                "teacher_prompt_token_ids": scores.prompts[0],
                 "completion_token_ids": completion.token_ids,
                 "sampler_logprobs": completion.logprobs,
-                "teacher_logprobs": verdict.logprobs,
-                "scorable": verdict.scorable,
-                "reverse_kl_nats": verdict.reverse_kl,
-                "teachers": verdict.names,
-                "teachers_prompt_token_ids": verdict.prompts,
+                "teacher_logprobs": scores.logprobs,
+                "scorable": scores.scorable,
+                "reverse_kl_nats": scores.reverse_kl,
+                "teachers": scores.names,
+                "teachers_prompt_token_ids": scores.prompts,
             }
-            for (problem, number, prompt_ids, completion), verdict in zip(sampled, found, strict=True)
+            for (problem, number, prompt_ids, completion), scores in zip(sampled, found, strict=True)
         ]
 
-    problems = subset(job.test, job.recipe.evaluate.reverse_kl_problems)
+    problems = subset(job.test, settings.reverse_kl_problems)
     name, schema = REVERSE_KL_FILE, _reverse_kl_schema(against)
     job.in_parts(name, problems, rows_per_item=1, build=build, schema=schema, first=first_part)
     return read_rows(job.draft.folder / name, schema)

@@ -22,17 +22,18 @@ from kdpipe.stages.routing import teaches
 from kdpipe.stages.scoring import output_head, score_completions, swapped_head
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from kdpipe.engines.handle import ModelHandle
     from kdpipe.method.exact_kl import Side
     from kdpipe.models.logprobs import Head
     from kdpipe.stages.job import Job
     from kdpipe.stages.scoring import Scored, TeacherHandle, Triple
+    from kdpipe.stages.settings.evaluate import EvaluateSettings
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class HeldOutScores:
     """What the teachers of one completion say: their names and prompts, and of its n tokens the log-probs [n].
 
     `scorable` [n] as in `Scores`; `reverse_kl` [n] is KL(student‖teacher) at each position, None where not exact.
@@ -45,17 +46,24 @@ class Verdict:
     reverse_kl: Any
 
 
-def verdicts(
+def held_out_scores(
     job: Job,
     triples: Sequence[Triple],
     against: Sequence[TeacherHandle],
     exact: Exact | None,
     student_hidden: Sequence[Any],
-) -> list[Verdict]:
-    """What each completion's teacher, or the mixture of all, thinks of it; teachers are loaded one after another."""
+    *,
+    weights: Mapping[str, float] | None,
+) -> list[HeldOutScores]:
+    """The scores of each completion by its teacher, or by the mixture of all; teachers are asked one after another.
+
+    `weights` are those of a mixture, None where each problem has its own teacher.
+    """
     scored: list[list[tuple[str, Scored]]] = [[] for _ in triples]
     for teacher in against:
-        own = [index for index, (problem, _, _) in enumerate(triples) if teaches(teacher.settings, problem)]
+        own = [
+            index for index, (problem, _, _) in enumerate(triples) if teaches(teacher.settings.only, problem)
+        ]
         if not own:
             continue
         found = score_completions(job, [triples[i] for i in own], teacher=teacher, hidden=exact is not None)
@@ -65,19 +73,21 @@ def verdicts(
     if exact:
         ids = [problem.prompt_id for problem, _, _ in triples]
         job.require_finite(ids, divergences, "the divergence from the teacher")
-    return [_verdict(job, rows, divergence) for rows, divergence in zip(scored, divergences, strict=True)]
+    return [_joined(rows, weights, divergence) for rows, divergence in zip(scored, divergences, strict=True)]
 
 
-def _verdict(job: Job, rows: Sequence[tuple[str, Scored]], divergence: Any) -> Verdict:
+def _joined(
+    rows: Sequence[tuple[str, Scored]], weights: Mapping[str, float] | None, divergence: Any
+) -> HeldOutScores:
     names = [name for name, _ in rows]
     logprobs, scorable = rows[0][1][1].logprobs, rows[0][1][2]
-    if (weights := job.recipe.mixture) is not None:
+    if weights is not None:
         scorable = np.logical_and.reduce([mask for _, (_, _, mask) in rows])
         mixed = mixed_logprobs(
             [score.logprobs for _, (_, score, _) in rows], [weights[name] for name in names]
         )
         logprobs = np.where(scorable, mixed, np.float32(0))
-    return Verdict(names, [prompt for _, (prompt, _, _) in rows], logprobs, scorable, divergence)
+    return HeldOutScores(names, [prompt for _, (prompt, _, _) in rows], logprobs, scorable, divergence)
 
 
 def has_exact(student: ModelHandle, against: Sequence[TeacherHandle]) -> bool:
@@ -90,11 +100,16 @@ def has_exact(student: ModelHandle, against: Sequence[TeacherHandle]) -> bool:
 class Exact:
     """The whole distributions of student and teachers at each position of the sampled completions."""
 
-    def __init__(self, job: Job, student: ModelHandle, against: Sequence[TeacherHandle]) -> None:
-        self._job = job
+    def __init__(
+        self, settings: EvaluateSettings, job: Job, student: ModelHandle, against: Sequence[TeacherHandle]
+    ) -> None:
+        assert settings.rollout is not None
+        self._temperature = settings.rollout.temperature
+        self._weights = settings.weights
+        self._chunk = job.runtime.head_chunk_tokens
         self._student = student
         self._num_ids = student.text.num_ids
-        self._device = resolve_device(job.recipe.runtime.device)
+        self._device = resolve_device(job.runtime.device)
         self._head = output_head(job, student.source, num_ids=self._num_ids)
         self._teachers = {}
         for teacher in against:
@@ -105,7 +120,7 @@ class Exact:
         """Hidden states [n, H] of each completion."""
         scores = self._student.score(
             [ScoreRequest(prompt, completion) for _, prompt, completion in triples],
-            Scoring(temperature=self._job.recipe.rollout.temperature, num_ids=self._num_ids, hidden=True),
+            Scoring(temperature=self._temperature, num_ids=self._num_ids, hidden=True),
             progress=lambda _: None,  # these tokens were counted when they were sampled
         )
         return [score.hidden for score in scores]
@@ -114,8 +129,7 @@ class Exact:
         self, student_hidden: Sequence[Any], scored: Sequence[Sequence[tuple[str, Scored]]]
     ) -> list[Any]:
         """KL(student‖teacher) [n] of each completion, the teacher being its own one or the mixture."""
-        temperature = self._job.recipe.rollout.temperature
-        student = (self._tensor(student_hidden, self._head), self._head, temperature)
+        student = (self._tensor(student_hidden, self._head), self._head, self._temperature)
         lengths = [len(hidden) for hidden in student_hidden]
         teacher: Side | Callable[[slice], torch.Tensor]
         if len(self._teachers) == 1:
@@ -127,13 +141,13 @@ class Exact:
             def teacher(part: slice) -> torch.Tensor:
                 return mixture.at(torch.arange(part.start, part.stop, device=self._device)).logprobs_NS
 
-        kl_N = reverse_kl(student, teacher, chunk=self._job.recipe.runtime.head_chunk_tokens)
+        kl_N = reverse_kl(student, teacher, chunk=self._chunk)
         return list(np.split(kl_N.cpu().numpy(), np.cumsum(lengths)[:-1]))
 
     def _mixture(
         self, scored: Sequence[Sequence[tuple[str, Scored]]], lengths: Sequence[int]
     ) -> TeacherMixture:
-        parts, mixture = [], self._job.recipe.mixture
+        parts = []
         for name, (head, temperature) in sorted(self._teachers.items()):
             own = [dict(rows).get(name) for rows in scored]
             if not any(own):
@@ -141,7 +155,7 @@ class Exact:
             is_own_N = np.repeat([row is not None for row in own], lengths)
             place_N = torch.from_numpy(np.where(is_own_N, is_own_N.cumsum() - 1, -1)).to(self._device)
             states = self._tensor([row[1].hidden for row in own if row is not None], head)
-            weight = mixture[name] if mixture else 1.0
+            weight = 1.0 if self._weights is None else self._weights[name]
             parts.append(TeacherPart(TeacherHidden(states, head, temperature), place_N, math.log(weight)))
         return TeacherMixture(parts, self._num_ids)
 

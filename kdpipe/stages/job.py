@@ -1,4 +1,4 @@
-"""What every stage is handed: the recipe, the round and seed, the problems, and a draft to write to."""
+"""What every stage is handed beside its settings: the round and seed, the problems, and a draft to write to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from kdpipe.data.rows import Problem
-    from kdpipe.recipe.schema import Recipe
+    from kdpipe.recipe.runtime import Runtime
     from kdpipe.store.artifacts import Draft
     from kdpipe.workers.pulse import Pulse
 
@@ -31,9 +31,9 @@ NOTHING_PUBLISHED = (
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One step's work. `train` and `test` are the task's problems."""
+    """One step's work: `train` and `test` are the task's problems, `runtime` changes no result beyond rounding."""
 
-    recipe: Recipe
+    runtime: Runtime
     round: int
     seed: int
     train: Sequence[Problem]
@@ -56,12 +56,12 @@ class Job:
     ) -> int:
         """Writes payload table `name` from the rows that `build` makes of the items, part by part.
 
-        Parts hold whole items, are cut from the recipe alone and numbered from `first`, so that a resumed step
+        Parts hold whole items, are cut by the settings alone and numbered from `first`, so that a resumed step
         repeats the same batches; those that an earlier attempt finished are not built again. Parts may have
         columns (`part_schema`) that the table has not: `finish` sees their files before. An item has at most
         `rows_per_item` rows, and so many unless `rows_of` says less. Returns the number of the next free part.
         """
-        size = max(1, self.recipe.runtime.part_rows // rows_per_item)
+        size = max(1, self.runtime.part_rows // rows_per_item)
         paths: list[Path] = []
         counts = [rows_per_item if rows_of is None else rows_of(item) for item in items]
         self.pulse.start("completions", sum(counts))
@@ -107,7 +107,7 @@ class Job:
         `done` of `of` optimizer steps are taken. After the last none is written: what follows is the payload.
         """
         self.pulse.advance()
-        is_due = done % self.recipe.runtime.checkpoint_steps == 0
+        is_due = done % self.runtime.checkpoint_steps == 0
         if (is_due or self.pulse.stopping) and done < of:
             self.draft.write_checkpoint(done, write)
         self.pulse.safe_point()

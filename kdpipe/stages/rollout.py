@@ -17,13 +17,14 @@ from kdpipe.data.tables import ROLLOUTS, read_rollouts
 from kdpipe.models.prompting import reference_completion
 from kdpipe.stages.job import Job, mean
 from kdpipe.stages.sampling import (
-    graded_row,
+    Grader,
     request_for,
     round_problems,
     sample_all,
     sampled_ids,
     sampling_of,
 )
+from kdpipe.stages.settings.sampling import DrawSettings
 from kdpipe.store.step import Stage
 
 if TYPE_CHECKING:
@@ -32,27 +33,28 @@ if TYPE_CHECKING:
     from kdpipe.data.rows import Problem
     from kdpipe.engines.handle import ModelHandle
     from kdpipe.engines.protocol import Completion, SampleRequest
-    from kdpipe.models.text import Text
+    from kdpipe.stages.settings.rollout import RolloutSettings
 
 
-def rollout(job: Job, *, student: ModelHandle, given: Sequence[Rollout] = ()) -> None:
+def rollout(
+    settings: RolloutSettings, job: Job, *, student: ModelHandle, given: Sequence[Rollout] = ()
+) -> None:
     """Writes `rollouts.parquet`: for each of the round's prompts `rollout.samples` completions, or one text.
 
     `given` is what teachers wrote for the prompts that are not sampled for; without any they give their references.
     """
-    settings, text = job.recipe.rollout, student.text
+    section, text = settings.rollout, student.text
     written = {row.prompt_id: row for row in given}
-    sampling = sampling_of(
-        job.recipe, text, temperature=settings.temperature, max_new_tokens=settings.max_new_tokens
-    )
-    problems = round_problems(job)
-    sampled = sampled_ids(job, problems)
+    sampling = sampling_of(DrawSettings.of(section), text)
+    grader = Grader(text, section.stop, settings.task.headline)
+    problems = round_problems(job, section.prompts)
+    sampled = sampled_ids(job, problems, section.on_policy_prompts)
 
     def build(problems: Sequence[Problem]) -> list[Rollout]:
         requests = {
             problem.prompt_id: request_for(
                 text.prompt(problem),
-                settings.samples,
+                section.samples,
                 job.seed,
                 Stage.ROLLOUT.value,
                 job.round,
@@ -70,18 +72,18 @@ def rollout(job: Job, *, student: ModelHandle, given: Sequence[Rollout] = ()) ->
                 rows.append(replace(row, prompt_token_ids=text.prompt(problem)))
                 continue
             if problem.prompt_id not in sampled:
-                rows.append(_reference(job, text, problem))
+                rows.append(_reference(grader, problem))
                 continue
             for number, completion in enumerate(answers[problem.prompt_id]):
-                rows.append(_sample(job, text, problem, requests[problem.prompt_id], number, completion))
+                rows.append(_sample(grader, problem, requests[problem.prompt_id], number, completion))
         return rows
 
     name = ROLLOUTS_FILE
     job.in_parts(
         name,
         problems,
-        rows_per_item=settings.samples,
-        rows_of=lambda problem: settings.samples if problem.prompt_id in sampled else 1,
+        rows_per_item=section.samples,
+        rows_of=lambda problem: section.samples if problem.prompt_id in sampled else 1,
         build=build,
         schema=ROLLOUTS,
     )
@@ -89,19 +91,20 @@ def rollout(job: Job, *, student: ModelHandle, given: Sequence[Rollout] = ()) ->
 
 
 def _sample(
-    job: Job, text: Text, problem: Problem, request: SampleRequest, number: int, completion: Completion
+    grader: Grader, problem: Problem, request: SampleRequest, number: int, completion: Completion
 ) -> Rollout:
     """The row of a completion that the student sampled."""
-    row = graded_row(job, text, problem, list(request.prompt_token_ids), completion.token_ids)
+    row = grader.row(problem, list(request.prompt_token_ids), completion.token_ids)
     return replace(
         row, sample=number, sampler_logprobs=completion.logprobs, finish_reason=completion.finish_reason
     )
 
 
-def _reference(job: Job, text: Text, problem: Problem) -> Rollout:
+def _reference(grader: Grader, problem: Problem) -> Rollout:
     """The row of a problem's reference solution: whole, as nobody sampled it."""
+    text = grader.text
     solution = reference_completion(text.tokenizer, problem, end_id=text.end_id)
-    return replace(graded_row(job, text, problem, text.prompt(problem), solution), source="reference")
+    return replace(grader.row(problem, text.prompt(problem), solution), source="reference")
 
 
 def _write_metrics(job: Job, rows: Sequence[Rollout]) -> None:

@@ -1,87 +1,19 @@
-"""Which teachers a problem has, and whether its record holds what that teacher's prompt names."""
+"""Which of several teachers a problem has."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kdpipe.errors import DataError
-from kdpipe.models.prompting import prompt_values
-
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from kdpipe.data.rows import Problem
-    from kdpipe.recipe.schema import Recipe, Teacher
+    from kdpipe.stages.settings.model import Routes
 
 
-MAX_SHOWN = 3
-
-
-def teaches(teacher: Teacher, problem: Problem) -> bool:
-    """Whether the problem's record has the values of the teacher's `only`; without one, always."""
-    for name, wanted in (teacher.only or {}).items():
+def teaches(only: Routes | None, problem: Problem) -> bool:
+    """Whether the problem's record has the values of a teacher's `only`; without one, always."""
+    for name, values in (only or {}).items():
         found = problem.fields.get(name)
-        values = wanted if isinstance(wanted, list) else [wanted]
         # A column of whole numbers may have become text or floats on its way here.
         if found is None or not any(found == value or str(found) == str(value) for value in values):
             return False
     return True
-
-
-def check_records(recipe: Recipe, train: Sequence[Problem], test: Sequence[Problem]) -> None:
-    """Raises DataError unless every problem in use has one teacher (or all), and the fields that its prompt names."""
-    section = recipe.evaluate
-    # Specialists read their own problems in a cold start, whatever is trained on later.
-    asked = recipe.train.objective.has_kd or recipe.is_routed or recipe.has_teacher_text
-    splits = {"train": train} if asked else {}
-    if section.teacher or section.reverse_kl_problems:
-        splits["test"] = test
-    for split, problems in splits.items():
-        if recipe.is_routed:
-            _check_routes(recipe, split, problems)
-        for teacher in recipe.teachers:
-            for problem in problems:
-                if teaches(teacher, problem):
-                    _check_prompt(teacher, problem)
-
-
-def _check_routes(recipe: Recipe, split: str, problems: Sequence[Problem]) -> None:
-    """Raises DataError unless every problem matches exactly one teacher, and every teacher some problem of train."""
-    routes = [
-        [teacher.name for teacher in recipe.teachers if teaches(teacher, problem)] for problem in problems
-    ]
-    for what, wrong in (
-        ("match no teacher", [p for p, names in zip(problems, routes, strict=True) if not names]),
-        ("match several teachers", [p for p, names in zip(problems, routes, strict=True) if len(names) > 1]),
-    ):
-        if wrong:
-            more = ", ..." if len(wrong) > MAX_SHOWN else ""
-            raise DataError(
-                f"{len(wrong)} of {len(problems)} {split} problems {what} by teachers[].only: "
-                f"{', '.join(_described(recipe, problem) for problem in wrong[:MAX_SHOWN])}{more}",
-                hint="every problem needs exactly one teacher: mend only, or take these records out",
-            )
-    for teacher in recipe.teachers:
-        if split == "train" and [teacher.name] not in routes:
-            raise DataError(
-                f"teacher {teacher.name!r} teaches none of the {len(problems)} train problems: only is {teacher.only}",
-                hint="mend its only, or remove it",
-            )
-
-
-def _described(recipe: Recipe, problem: Problem) -> str:
-    """The problem's id and what its record has of the fields that teachers are chosen by."""
-    names = sorted({name for teacher in recipe.teachers for name in teacher.only or ()})
-    found = ", ".join(f"{name}: {str(problem.fields.get(name, 'missing'))[:40]}" for name in names)
-    return f"{problem.prompt_id} ({found})"
-
-
-def _check_prompt(teacher: Teacher, problem: Problem) -> None:
-    known = prompt_values(problem)
-    for name in teacher.prompt_fields:
-        if name not in known:
-            raise DataError(
-                f"the prompt of teacher {teacher.name!r} names {{{name}}}, but {problem.prompt_id} has no text "
-                f"or number of that name; it has: {', '.join(sorted(known))}",
-                hint=f"mend the name, or write {{{{{name}}}}} for the word in braces",
-            )

@@ -6,6 +6,7 @@ again by itself with the same result.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kdpipe.data.rows import Rollout
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
     from kdpipe.engines.handle import ModelHandle
     from kdpipe.engines.protocol import Completion
     from kdpipe.models.text import Text
-    from kdpipe.recipe.schema import Recipe
     from kdpipe.stages.job import Job
+    from kdpipe.stages.settings.sampling import DrawSettings
+    from kdpipe.stages.settings.task import Headline
 
 
-def round_problems(job: Job) -> list[Problem]:
-    """The train problems of the round, none twice."""
+def round_problems(job: Job, prompts: int) -> list[Problem]:
+    """The `prompts` train problems of the round, none twice."""
     ids = [problem.prompt_id for problem in job.train]
-    prompts = job.recipe.rollout.prompts
     try:
         chosen = round_indices(ids, prompts=prompts, round_number=job.round, seed=job.seed)
     except ValueError as error:
@@ -39,11 +40,11 @@ def round_problems(job: Job) -> list[Problem]:
     return [job.train[index] for index in chosen]
 
 
-def sampled_ids(job: Job, problems: Sequence[Problem]) -> frozenset[str]:
-    """Which of the round's problems the student samples for."""
+def sampled_ids(job: Job, problems: Sequence[Problem], count: int) -> frozenset[str]:
+    """Which `count` of the round's problems the student samples for."""
     return chosen_ids(
         [problem.prompt_id for problem in problems],
-        count=job.recipe.rollout.on_policy_prompts,
+        count=count,
         round_number=job.round,
         seed=job.seed,
     )
@@ -54,17 +55,16 @@ def request_for(prompt: list[int], samples: int, *seed: str | int) -> SampleRequ
     return SampleRequest(prompt, tuple(derive_seed(*seed, sample) for sample in range(samples)))
 
 
-def sampling_of(recipe: Recipe, text: Text, *, temperature: float, max_new_tokens: int) -> Sampling:
-    """Settings for sampling; top-p and top-k are the rollout's, and greedy decoding ignores them."""
-    rollout = recipe.rollout
+def sampling_of(draws: DrawSettings, text: Text) -> Sampling:
+    """How the engine samples from a model with that text."""
     return Sampling(
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
+        temperature=draws.temperature,
+        max_new_tokens=draws.max_new_tokens,
         end_ids=text.end_ids,
         num_ids=text.num_ids,
-        top_p=rollout.top_p if temperature else 1.0,
-        top_k=rollout.top_k if temperature else 0,
-        stop=tuple(rollout.stop),
+        top_p=draws.top_p,
+        top_k=draws.top_k,
+        stop=tuple(draws.stop),
     )
 
 
@@ -85,30 +85,37 @@ def sample_all(
     return found
 
 
-def graded_row(job: Job, text: Text, problem: Problem, prompt: list[int], completion: list[int]) -> Rollout:
-    """The row of a completion that ended, with its grade."""
-    string, graded = read_completion(job.recipe, text, problem, completion)
-    return Rollout(
-        prompt_id=problem.prompt_id,
-        sample=0,
-        question=problem.question,
-        expected=problem.expected,
-        prompt_token_ids=prompt,
-        completion_token_ids=completion,
-        sampler_logprobs=None,
-        source="student",
-        finish_reason="stop",
-        text=string,
-        answer_strict=graded.answer_strict,
-        answer_flexible=graded.answer_flexible,
-        correct=graded.correct,
-        reward=float(graded.correct),
-    )
+@dataclass(frozen=True, slots=True)
+class Grader:
+    """Reads completions as text, up to the first of `stop`, and grades the answer that is the headline."""
 
+    text: Text
+    stop: Sequence[str]
+    headline: Headline
 
-def read_completion(
-    recipe: Recipe, text: Text, problem: Problem, token_ids: Sequence[int]
-) -> tuple[str, Graded]:
-    """A completion's text and its grade."""
-    string = completion_text(text.tokenizer, token_ids, end_ids=text.end_ids, stop=recipe.rollout.stop)
-    return string, grade(string, problem.expected, headline=recipe.task.headline)
+    def read(self, problem: Problem, token_ids: Sequence[int]) -> tuple[str, Graded]:
+        """A completion's text and its grade."""
+        string = completion_text(
+            self.text.tokenizer, token_ids, end_ids=self.text.end_ids, stop=list(self.stop)
+        )
+        return string, grade(string, problem.expected, headline=self.headline)
+
+    def row(self, problem: Problem, prompt: list[int], completion: list[int]) -> Rollout:
+        """The row of a completion that ended, with its grade."""
+        string, graded = self.read(problem, completion)
+        return Rollout(
+            prompt_id=problem.prompt_id,
+            sample=0,
+            question=problem.question,
+            expected=problem.expected,
+            prompt_token_ids=prompt,
+            completion_token_ids=completion,
+            sampler_logprobs=None,
+            source="student",
+            finish_reason="stop",
+            text=string,
+            answer_strict=graded.answer_strict,
+            answer_flexible=graded.answer_flexible,
+            correct=graded.correct,
+            reward=float(graded.correct),
+        )

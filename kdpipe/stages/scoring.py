@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kdpipe.data.tables import Scores
     from kdpipe.engines.handle import ModelHandle
     from kdpipe.models.source import ModelSource
-    from kdpipe.recipe.schema import Recipe, Teacher
+    from kdpipe.stages.settings.model import SupportSettings, TeacherSettings
 
 MAX_UNSCORABLE_FRACTION = 0.01
 Triple: TypeAlias = "tuple[Problem, list[int], list[int]]"
@@ -42,22 +42,25 @@ Number = TypeVar("Number", bound=np.generic)
 
 @dataclass(frozen=True, slots=True)
 class TeacherHandle:
-    """A teacher's model, what it shares with the student, and how it is asked: its prompt, ids and temperature.
+    """A teacher's model, how it is asked, and what it shares with the student.
 
     `swap` are two ids that trade places in all of its distributions: its own end of a turn and the student's.
     """
 
     model: ModelHandle
-    settings: Teacher
+    settings: TeacherSettings
     vocabulary: Vocabulary
-    has_own_template: bool
-    temperature: float
     swap: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
         """The teacher's name."""
         return self.settings.name
+
+    @property
+    def temperature(self) -> float:
+        """The temperature at which it scores."""
+        return self.settings.temperature
 
     @property
     def text(self) -> Text:
@@ -72,27 +75,28 @@ class TeacherHandle:
     def prompt_ids(self, problem: Problem, student_prompt: list[int]) -> list[int]:
         """The student's prompt as it was, unless the teacher has its own prompt, template, or vocabulary."""
         lacks = not self.vocabulary.unscorable.isdisjoint(student_prompt)
-        if self.settings.prompt is None and not self.has_own_template and not lacks:
+        if self.settings.prompt is None and not self.settings.has_own_template and not lacks:
             return student_prompt
         return render_teacher_prompt(self.text.tokenizer, self.text.style, problem, self.settings.prompt)
 
 
-def as_teacher(recipe: Recipe, settings: Teacher, model: ModelHandle, *, student: Text) -> TeacherHandle:
+def as_teacher(
+    settings: TeacherSettings, model: ModelHandle, *, student: Text, support: SupportSettings
+) -> TeacherHandle:
     """`model` as the student's teacher, after comparing vocabularies; raises PreflightError when they do not fit."""
     teacher = model.text
     names = ("the student", f"teacher {settings.name!r}")
     vocabulary = compare_vocabularies(student.tokenizer, teacher.tokenizer, names=names)
     num_ids = min(vocabulary.student_ids, vocabulary.teacher_ids)
-    keep, objective = recipe.keep, recipe.train.objective
-    if objective.distribution_support == "vocabulary" and vocabulary.unscorable:
+    if support.is_vocabulary and vocabulary.unscorable:
         raise PreflightError(
             f"{names[1]} lacks {len(vocabulary.unscorable)} of the student's ids, so its distribution over the "
             "whole vocabulary is zero where the student's is not",
             hint="set train.objective.kd.support to {teacher_top_k: 64}: the rest becomes a tail bucket",
         )
-    if (top_k := max(keep.teacher_top_k, keep.student_top_k)) > num_ids:
+    if support.top_k > num_ids:
         raise PreflightError(
-            f"a support of {top_k} ids, but teacher and student share {num_ids}",
+            f"a support of {support.top_k} ids, but teacher and student share {num_ids}",
             hint="lower top_k, or use support: vocabulary",
         )
     if not settings.template:  # the student's arguments, as far as another family's template knows them
@@ -102,21 +106,19 @@ def as_teacher(recipe: Recipe, settings: Teacher, model: ModelHandle, *, student
         model=replace(model, text=teacher),
         settings=settings,
         vocabulary=vocabulary,
-        has_own_template=settings.template != recipe.student.template and bool(settings.template),
-        temperature=recipe.temperature_of(settings),
-        swap=_end_ids(recipe, vocabulary, student, teacher, names),
+        swap=_end_ids(vocabulary, student, teacher, names) if settings.swaps_end_token else None,
     )
 
 
 def _end_ids(
-    recipe: Recipe, vocabulary: Vocabulary, student: Text, teacher: Text, names: tuple[str, str]
+    vocabulary: Vocabulary, student: Text, teacher: Text, names: tuple[str, str]
 ) -> tuple[int, int] | None:
-    """The ids with which student and teacher end a turn, where `end_token: alias` swaps them and they differ.
+    """The ids with which student and teacher end a turn, which `end_token: alias` swaps; None where they are one.
 
     Raises PreflightError where one of the two has no such id: there is no column to swap with.
     """
     ends = (student.end_id, teacher.end_id)
-    if recipe.train.objective.end_token != "alias" or ends[0] == ends[1]:  # noqa: S105 (no password)
+    if ends[0] == ends[1]:
         return None
     num_ids = min(vocabulary.student_ids, vocabulary.teacher_ids)
     for token, of in zip(ends, names, strict=True):
@@ -211,7 +213,7 @@ def swapped_head(head: Head, swap: tuple[int, int] | None) -> Head:
 
 def output_head(job: Job, source: ModelSource, *, num_ids: int) -> Head:
     """The output head of a model over the first `num_ids` ids, in the dtype in which the model computes."""
-    device = resolve_device(job.recipe.runtime.device)
+    device = resolve_device(job.runtime.device)
     dtype, _ = resolve_dtype(source.dtype, device)
     return read_head(
         source.folder,

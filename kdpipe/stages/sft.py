@@ -13,6 +13,7 @@ from kdpipe.data.seeds import permutation
 from kdpipe.models.batching import batches_by_tokens, make_batch
 from kdpipe.models.logprobs import token_logprobs
 from kdpipe.models.prompting import reference_completion
+from kdpipe.stages.routing import teaches
 from kdpipe.store.step import Stage
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from kdpipe.models.text import Text
     from kdpipe.recipe.schema import Sft
     from kdpipe.stages.job import Job
+    from kdpipe.stages.settings.sft import SftSettings
     from kdpipe.training.protocol import Trainer
 
 METRIC_EVERY = 20
@@ -32,22 +34,22 @@ Example = tuple[list[int], list[int]]
 
 
 def sft(
+    settings: SftSettings,
     job: Job,
     *,
-    settings: Sft | None,
     text: Text,
     trainer: Trainer,
     resumed: int,
     written: Sequence[Rollout] | None = None,
 ) -> None:
-    """Writes `model/` and `trainer/` after `settings.steps` optimizer steps, the first `resumed` done already.
+    """Writes `model/` and `trainer/` after all optimizer steps, of which the first `resumed` are done already.
 
     `written` is what teachers wrote for the problems, which it reads in place of the reference solutions.
     """
-    if settings is not None:
-        _train(
-            job, settings, _examples(text, job.train[: settings.problems], written), text, trainer, resumed
-        )
+    if (section := settings.model.sft) is not None:
+        problems = [problem for problem in job.train if teaches(settings.model.only, problem)]
+        examples = _examples(text, problems[: section.problems], written)
+        _train(job, section, examples, text, trainer, resumed)
     job.draft.write("model", lambda folder: trainer.write_weights(folder, text.tokenizer))
     job.draft.write("trainer", trainer.write_state)
 
@@ -105,7 +107,7 @@ def _epoch_order(ids: tuple[str, ...], epoch: int, seed: int) -> list[int]:
 
 def _gradient(job: Job, trainer: Trainer, examples: Sequence[Example]) -> tuple[float, int]:
     """Adds the gradient of the token-mean cross-entropy; returns the loss and the number of its tokens."""
-    runtime = job.recipe.runtime
+    runtime = job.runtime
     tokens = sum(len(completion) for _, completion in examples)
     lengths = [len(prompt) + len(completion) for prompt, completion in examples]
     total = 0.0

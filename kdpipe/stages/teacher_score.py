@@ -37,9 +37,11 @@ if TYPE_CHECKING:
 
     from kdpipe.data.rows import Rollout
     from kdpipe.engines.handle import ModelHandle
+    from kdpipe.stages.settings.teacher_score import ScoreSettings
 
 
 def teacher_score(
+    settings: ScoreSettings,
     job: Job,
     *,
     rollouts: Sequence[Rollout],
@@ -51,15 +53,15 @@ def teacher_score(
     `student` is the model that sampled, where it chooses ids of the support.
     """
     problems = {problem.prompt_id: problem for problem in job.train}
-    rollouts = [row for row in rollouts if teaches(teacher.settings, problems[row.prompt_id])]
-    keep = job.recipe.keep
+    rollouts = [row for row in rollouts if teaches(settings.teacher.only, problems[row.prompt_id])]
+    keep = settings.keep
     head = output_head(job, teacher.model.source, num_ids=teacher.num_ids) if keep.hidden else None
 
     def build(rows: Sequence[Rollout]) -> list[Scores]:
         triples = [(problems[row.prompt_id], row.prompt_token_ids, row.completion_token_ids) for row in rows]
         supports = None
         if student is not None and keep.student_top_k:
-            supports = _most_probable(job, triples, student, num_ids=teacher.num_ids)
+            supports = _most_probable(settings, job, triples, student, num_ids=teacher.num_ids)
         scored = score_completions(
             job,
             triples,
@@ -77,13 +79,13 @@ def teacher_score(
         rollouts,
         rows_per_item=1,
         build=build,
-        schema=topk_schema(job.recipe.teacher_score.logprobs) if has_support else SCORES,
+        schema=topk_schema(settings.logprobs) if has_support else SCORES,
         part_schema=HIDDEN_PART if keep.hidden else None,
         finish=lambda parts: _keep_hidden(job, parts, head),
     )
     scores = read_scores(job.draft.folder / name)
     check_scorable(f"teacher {teacher.name!r} lacks", [row.scorable for row in scores])
-    prefix = "score" if len(job.recipe.teachers) == 1 else f"score/{teacher.name}"
+    prefix = f"score/{teacher.name}" if settings.is_one_of_several else "score"
     for metric, value in score_metrics(list(zip(rollouts, scores, strict=True))).items():
         job.draft.metric(f"{prefix}/{metric}", value)
 
@@ -118,17 +120,13 @@ def _score(row: Rollout, teacher: TeacherHandle, scored: Scored, head: Head | No
 
 
 def _most_probable(
-    job: Job, rows: Sequence[Triple], student: ModelHandle, *, num_ids: int
+    settings: ScoreSettings, job: Job, rows: Sequence[Triple], student: ModelHandle, *, num_ids: int
 ) -> list[npt.NDArray[np.int32]]:
     """The student's most probable ids [n, k] at each token, at the rollout temperature."""
     with job.asking([problem.prompt_id for problem, _, _ in rows]):
         scores = student.score(
             [ScoreRequest(prompt, completion) for _, prompt, completion in rows],
-            Scoring(
-                temperature=job.recipe.rollout.temperature,
-                num_ids=num_ids,
-                top_k=job.recipe.keep.student_top_k,
-            ),
+            Scoring(temperature=settings.temperature, num_ids=num_ids, top_k=settings.keep.student_top_k),
             progress=lambda _: None,
         )
     return [score.topk_ids for score in scores if score.topk_ids is not None]

@@ -16,7 +16,7 @@ from kdpipe.models.text import Text
 from kdpipe.stages.job import Job, mean
 from kdpipe.stages.routing import teaches
 from kdpipe.stages.sampling import (
-    graded_row,
+    Grader,
     request_for,
     round_problems,
     sample_all,
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from kdpipe.data.rows import Problem, Rollout
     from kdpipe.engines.protocol import Completion
     from kdpipe.stages.scoring import TeacherHandle
+    from kdpipe.stages.settings.teacher_text import TextSettings
 
 
-def write_texts(job: Job, *, teacher: TeacherHandle, student: Text) -> None:
+def write_texts(settings: TextSettings, job: Job, *, teacher: TeacherHandle, student: Text) -> None:
     """Writes `rollouts.parquet`: what `teacher` samples for those of the problems that it teaches.
 
     In round 0 the problems are those of the student's cold start, else those of the round that the student does not
@@ -40,25 +41,18 @@ def write_texts(job: Job, *, teacher: TeacherHandle, student: Text) -> None:
     student shall read, with its own end token in the place of the teacher's. Raises PreflightError when the teacher's
     vocabulary lets it write what the student has no ids for.
     """
-    samples, temperature = _settings(job, teacher)
-    sampling = replace(
-        sampling_of(
-            job.recipe,
-            teacher.text,
-            temperature=temperature,
-            max_new_tokens=job.recipe.rollout.max_new_tokens,
-        ),
-        num_ids=teacher.num_ids,  # it cannot draw what the student has no id for
-    )
+    # It cannot draw what the student has no id for.
+    sampling = replace(sampling_of(settings.rollout, teacher.text), num_ids=teacher.num_ids)
+    grader = Grader(student, settings.rollout.stop, settings.task.headline)
     _require_end(teacher)
     known = frozenset(student.tokenizer.get_vocab().values())
-    problems = [problem for problem in _problems(job) if teaches(teacher.settings, problem)]
+    problems = [problem for problem in _problems(settings, job) if teaches(settings.teacher.only, problem)]
 
     def build(problems: Sequence[Problem]) -> list[Rollout]:
         requests = [
             request_for(
                 teacher.prompt_ids(problem, student.prompt(problem)),
-                samples,
+                settings.samples,
                 *(job.seed, "teacher text", teacher.name, job.round, problem.prompt_id),
             )
             for problem in problems
@@ -71,13 +65,13 @@ def write_texts(job: Job, *, teacher: TeacherHandle, student: Text) -> None:
             for number, completion in enumerate(completions):
                 ids = _for_student(completion, teacher, student)
                 _require_known(ids, known, teacher, problem)
-                row = graded_row(job, student, problem, list(request.prompt_token_ids), ids)
+                row = grader.row(problem, list(request.prompt_token_ids), ids)
                 reason = completion.finish_reason
                 rows.append(replace(row, sample=number, source="teacher", finish_reason=reason))
         return rows
 
     name = ROLLOUTS_FILE
-    job.in_parts(name, problems, rows_per_item=samples, build=build, schema=ROLLOUTS)
+    job.in_parts(name, problems, rows_per_item=settings.samples, build=build, schema=ROLLOUTS)
     _write_metrics(job, teacher.name, read_rollouts(job.draft.folder / name))
 
 
@@ -93,20 +87,11 @@ def _write_metrics(job: Job, name: str, rows: Sequence[Rollout]) -> None:
         job.draft.metric(f"rollout/{name}/{metric}", value)
 
 
-def _settings(job: Job, teacher: TeacherHandle) -> tuple[int, float]:
-    """Completions a problem, and the temperature: the cold start's own, or in a round one at the teacher's."""
-    sft = job.recipe.student.sft
-    if job.round == 0 and sft is not None:
-        return sft.samples, sft.temperature
-    return 1, teacher.temperature
-
-
-def _problems(job: Job) -> list[Problem]:
-    sft = job.recipe.student.sft
-    if job.round == 0 and sft is not None:
-        return list(job.train[: sft.problems])
-    problems = round_problems(job)
-    sampled = sampled_ids(job, problems)
+def _problems(settings: TextSettings, job: Job) -> list[Problem]:
+    if settings.prompts is None:
+        return list(job.train[: settings.problems])
+    problems = round_problems(job, settings.prompts.prompts)
+    sampled = sampled_ids(job, problems, settings.prompts.on_policy_prompts)
     return [problem for problem in problems if problem.prompt_id not in sampled]
 
 

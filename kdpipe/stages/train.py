@@ -45,11 +45,14 @@ if TYPE_CHECKING:
     from kdpipe.method.mixture import RoundScores
     from kdpipe.models.logprobs import Head
     from kdpipe.recipe.schema import Objective
+    from kdpipe.recipe.stages import TrainSection
+    from kdpipe.stages.settings.train import TrainSettings
     from kdpipe.training.ema import Average
     from kdpipe.training.protocol import Trainer
 
 
 def train(
+    settings: TrainSettings,
     job: Job,
     *,
     rollouts: Sequence[Rollout],
@@ -64,18 +67,20 @@ def train(
     `resumed` is (steps done, checkpoint folder).
     """
     done, checkpoint = resumed or (0, None)
-    scores = _checked(job, rollouts, scores)
+    scores = _checked(settings, job, rollouts, scores)
     proximal = (
-        _proximal(job, rollouts, trainer) if checkpoint is None else _read_proximal(checkpoint, rollouts)
+        _proximal(settings, job, rollouts, trainer)
+        if checkpoint is None
+        else _read_proximal(checkpoint, rollouts)
     )
     rows = experiences(
-        job.recipe.train.objective.in_round(job.round),
+        settings.train.objective,
         rollouts,
         scores.rows if scores else None,
         proximal=proximal,
         end_ids=text.end_ids,
     )
-    plan = minibatches(job, rows)
+    plan = minibatches(settings.train, job, rows)
 
     def write_checkpoint(folder: Path) -> None:
         trainer.write_checkpoint(folder, text.tokenizer)
@@ -85,23 +90,25 @@ def train(
     job.pulse.advance(done)
     trainer.begin()
     for number, (_, indices) in enumerate(plan[done:], start=done):
-        metrics = _optimizer_step(job, [rows[i] for i in indices], trainer, scores)
+        metrics = _optimizer_step(settings, job, [rows[i] for i in indices], trainer, scores)
         for name, value in metrics.items():
             job.draft.metric(f"train/{name}", value, optimizer_step=_first_step(job, plan) + number)
         job.end_optimizer_step(number + 1, of=len(plan), write=write_checkpoint)
     trainer.end()
-    _write(job, rows, plan, text, trainer)
+    _write(settings, job, rows, plan, text, trainer)
     if average is not None:
         job.draft.write("ema", lambda folder: average.write_next(trainer.weights(), text.tokenizer, folder))
 
 
-def _checked(job: Job, rollouts: Sequence[Rollout], scores: RoundScores | None) -> RoundScores | None:
-    """The scores as the recipe's control has them; raises PreflightError when a mixture lacks too many tokens."""
+def _checked(
+    settings: TrainSettings, job: Job, rollouts: Sequence[Rollout], scores: RoundScores | None
+) -> RoundScores | None:
+    """The scores as `train.control` has them; raises PreflightError when a mixture lacks too many tokens."""
     if scores is None:
         return None
-    if job.recipe.train.control == "shuffled_teacher":
+    if settings.train.control == "shuffled_teacher":
         scores = shuffled(scores, rollouts, seed=job.seed, round_number=job.round)
-    if job.recipe.is_mixed:
+    if settings.weights is not None:
         check_scorable("a teacher of the mixture lacks", [row.scorable for row in scores.rows])
     return scores
 
@@ -111,15 +118,14 @@ def _first_step(job: Job, plan: Sequence[object]) -> int:
     return (job.round - 1) * len(plan) + 1
 
 
-def minibatches(job: Job, rows: Sequence[Experience]) -> list[tuple[int, list[int]]]:
+def minibatches(section: TrainSection, job: Job, rows: Sequence[Experience]) -> list[tuple[int, list[int]]]:
     """(epoch, row indices) of each optimizer step of the round, in order."""
-    settings = job.recipe.train
     ids = [f"{row.rollout.prompt_id}/{row.rollout.sample}" for row in rows]
     plan = []
-    for epoch in range(settings.epochs):
+    for epoch in range(section.epochs):
         order = permutation(ids, job.seed, Stage.TRAIN.value, job.round, epoch)
-        for number in range(settings.minibatches):
-            start, end = (len(order) * place // settings.minibatches for place in (number, number + 1))
+        for number in range(section.minibatches):
+            start, end = (len(order) * place // section.minibatches for place in (number, number + 1))
             plan.append((epoch, order[start:end]))
     return plan
 
@@ -128,20 +134,23 @@ def minibatches(job: Job, rows: Sequence[Experience]) -> list[tuple[int, list[in
 
 
 def _optimizer_step(
-    job: Job, rows: Sequence[Experience], trainer: Trainer, scores: RoundScores | None
+    settings: TrainSettings,
+    job: Job,
+    rows: Sequence[Experience],
+    trainer: Trainer,
+    scores: RoundScores | None,
 ) -> dict[str, float]:
     """One update from `rows`; returns its metrics. Without any token that counts, or any signal, it is skipped."""
-    recipe = job.recipe
-    objective = at_step(recipe.train.objective.in_round(job.round), trainer.step, recipe.distill_horizon)
+    objective = at_step(settings.train.objective, trainer.step, settings.distill_horizon)
     left = [row for row in rows if row.tokens]
     if not left:
         return {"skipped": 1.0}
     left = with_baselines(objective, left, "step")
-    share = share_of(objective, rows, max_new_tokens=recipe.rollout.max_new_tokens)
+    share = share_of(objective, rows, max_new_tokens=settings.rollout.max_new_tokens)
     sums = dict[str, float]()
-    for indices in batches_by_tokens([row.length for row in left], recipe.runtime.train_tokens):
+    for indices in batches_by_tokens([row.length for row in left], job.runtime.train_tokens):
         picked = [left[i] for i in indices]
-        for name, value in _accumulate(job, objective, picked, share, trainer, scores).items():
+        for name, value in _accumulate(settings, job, objective, picked, share, trainer, scores).items():
             sums[name] = sums.get(name, 0.0) + value
         job.pulse.tokens(sum(len(row.rollout.completion_token_ids) for row in picked))
     signal, rounding = (sums.pop(name, 0.0) for name in ("signal_tokens", "rounding_tokens"))
@@ -156,6 +165,7 @@ def _optimizer_step(
 
 
 def _accumulate(
+    settings: TrainSettings,
     job: Job,
     objective: Objective,
     rows: Sequence[Experience],
@@ -175,8 +185,8 @@ def _accumulate(
             batch.target_ids_N,
             hidden_NH,
             head,
-            temperature=job.recipe.rollout.temperature,
-            chunk=job.recipe.runtime.head_chunk_tokens,
+            temperature=settings.rollout.temperature,
+            chunk=job.runtime.head_chunk_tokens,
             teacher=teacher,
         )
 
@@ -217,16 +227,18 @@ def _located(job: Job, rows: Sequence[Experience], error: NonFiniteError) -> Ste
 # ------------------------------------------------------------------------------- log-probs of the trainer
 
 
-def _proximal(job: Job, rollouts: Sequence[Rollout], trainer: Trainer) -> list[npt.NDArray[np.float32]]:
+def _proximal(
+    settings: TrainSettings, job: Job, rollouts: Sequence[Rollout], trainer: Trainer
+) -> list[npt.NDArray[np.float32]]:
     """p_t of every completion token, [n] per row, from the weights at the start of the round."""
-    runtime = job.recipe.runtime
+    runtime = job.runtime
     found: dict[int, npt.NDArray[np.float32]] = {}
     lengths = [len(row.prompt_token_ids) + len(row.completion_token_ids) for row in rollouts]
     job.pulse.start("completions", len(rollouts))
     for indices in batches_by_tokens(lengths, runtime.score_tokens):
         batch = _batch([rollouts[i] for i in indices], trainer.device)
         logprobs_N = trainer.logprobs(
-            batch, temperature=job.recipe.rollout.temperature, chunk=runtime.head_chunk_tokens
+            batch, temperature=settings.rollout.temperature, chunk=runtime.head_chunk_tokens
         )
         pieces = np.split(logprobs_N.numpy(), np.cumsum(batch.counts)[:-1])
         found.update(zip(indices, pieces, strict=True))
@@ -253,6 +265,7 @@ def _batch(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
 
 
 def _write(
+    settings: TrainSettings,
     job: Job,
     rows: Sequence[Experience],
     plan: Sequence[tuple[int, list[int]]],
@@ -275,12 +288,12 @@ def _write(
     job.draft.write(COMPLETIONS_FILE, lambda path: write_rows(path, completions, COMPLETIONS))
     job.draft.write("model", lambda folder: trainer.write_weights(folder, text.tokenizer))
     job.draft.write("trainer", trainer.write_state)
-    if len(job.recipe.teachers) > 1:
+    if settings.has_several_teachers:
         _write_score_totals(job, rows)
-    if job.recipe.train.objective.has_rl:
+    if settings.train.objective.has_rl:
         found = [abs(row.advantage) for row in rows if row.advantage is not None]
         job.draft.metric("train/advantage_abs_mean", mean(found))
-    _write_mismatch(job, rows)
+    _write_mismatch(settings, job, rows)
 
 
 def _write_score_totals(job: Job, rows: Sequence[Experience]) -> None:
@@ -290,16 +303,13 @@ def _write_score_totals(job: Job, rows: Sequence[Experience]) -> None:
         job.draft.metric(f"score/{name}", value)
 
 
-def _write_mismatch(job: Job, rows: Sequence[Experience]) -> None:
+def _write_mismatch(settings: TrainSettings, job: Job, rows: Sequence[Experience]) -> None:
     """The mismatch ledger of the round (mismatch.py), and what truncated sampling kept."""
     differences = np.concatenate(
         [mismatch(row.behaviour, row.proximal) for row in rows if row.is_sampled] or [np.zeros(0)]
     )
-    objective = job.recipe.train.objective.in_round(job.round)
-    for name, value in ledger(objective, differences).items():
+    for name, value in ledger(settings.train.objective, differences).items():
         job.draft.metric(f"train/{name}", value)
-    if differences.size:
-        rollout = job.recipe.rollout
-        if rollout.top_p < 1 or rollout.top_k:
-            # b is of the truncated distribution, which is p over the mass it kept.
-            job.draft.metric("rollout/kept_mass_mean", float(np.exp(-differences).mean()))
+    if differences.size and (settings.rollout.top_p < 1 or settings.rollout.top_k):
+        # b is of the truncated distribution, which is p over the mass it kept.
+        job.draft.metric("rollout/kept_mass_mean", float(np.exp(-differences).mean()))

@@ -18,6 +18,7 @@ from kdpipe.models.text import Text
 from kdpipe.recipe.file import load_recipe
 from kdpipe.stages.job import Job
 from kdpipe.stages.scoring import TeacherHandle, as_teacher, check_scorable, score_completions
+from kdpipe.stages.settings.model import SupportSettings, TeacherSettings
 from tests.fakes import FakeEngine
 from tests.models.test_prompting import CHAT, byte_tokenizer
 
@@ -43,7 +44,7 @@ def sides(folder: Path, **teacher: Any) -> tuple[Job, Text, TeacherHandle]:
     (folder / "recipe.yaml").write_text(RECIPE)
     sets = [f"teachers.0.{name}={value}" for name, value in teacher.items()]
     recipe = load_recipe(folder / "recipe.yaml", tuple(sets)).recipe
-    job = Job(recipe, 1, 1, [PROBLEM], [], cast("Any", None), cast("Any", Pulse()))
+    job = Job(recipe.runtime, 1, 1, [PROBLEM], [], cast("Any", None), cast("Any", Pulse()))
     qwen3 = byte_tokenizer(*SHARED, *OWN, chat_template=QUIET)
     qwen2 = byte_tokenizer(*SHARED, chat_template=CHAT)
     arguments = recipe.student.template
@@ -51,7 +52,8 @@ def sides(folder: Path, **teacher: Any) -> tuple[Job, Text, TeacherHandle]:
     engine = FakeEngine(num_rows=266)
     its = Text(qwen2, prompt_style(recipe.task, [], arguments), (qwen2.eos_token_id,), 262)
     model = ModelHandle("teacher", ModelSource(folder, "a"), its, "hf", lambda: engine)
-    return job, student, as_teacher(recipe, recipe.teacher, model, student=student)
+    settings = TeacherSettings.of(recipe, recipe.teacher, "hf")
+    return job, student, as_teacher(settings, model, student=student, support=SupportSettings.of(recipe))
 
 
 def test_a_teacher_that_lacks_ids_of_the_students_prompt_reads_its_own_template(tmp_path: Path) -> None:

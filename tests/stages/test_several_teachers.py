@@ -7,7 +7,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,14 +24,16 @@ import kdpipe.execution.stages
 import kdpipe.pipeline.request
 import kdpipe.stages.sft
 from kdpipe.cli.app import app
-from kdpipe.data.rows import Rollout
+from kdpipe.data.rows import Problem, Rollout
 from kdpipe.data.tables import Scores
 from kdpipe.errors import ArtifactError, Interrupted, PreflightError
 from kdpipe.method.mixture import TeacherScores, join_scores
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.source import ModelSource
+from kdpipe.models.text import Text
 from kdpipe.recipe.file import LoadedRecipe, load_recipe
 from kdpipe.stages.job import Job
+from kdpipe.stages.settings.train import TrainSettings
 from kdpipe.stages.train import train
 from tests.stages.test_from_files import NUM_IDS, write_model
 from tests.worlds import NearWorker, Watcher, load_tiny, payload_digests, run_near
@@ -481,11 +483,12 @@ def test_a_mixture_of_which_too_much_is_not_scorable_stops_before_it_trains(tmp_
     weights = {"a": 0.5, "b": 0.5}
     scores = join_scores([rollout("p")], teachers, weights=weights, round_number=1)
     nothing = cast("Any", None)
-    job = Job(loaded.recipe, 1, 1, [], [], nothing, nothing)
+    job = Job(loaded.recipe.runtime, 1, 1, [], [], nothing, nothing)
     with pytest.raises(
         PreflightError, match="a teacher of the mixture lacks the ids of 1 of 2 sampled tokens"
     ):
         train(
+            TrainSettings.of(loaded.recipe, 1),
             job,
             rollouts=[rollout("p")],
             scores=scores,
@@ -499,13 +502,13 @@ def test_the_cold_start_of_a_specialist_reads_only_what_it_teaches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[list[Any]] = []
-    real = kdpipe.stages.sft.sft
+    real = kdpipe.stages.sft._examples
 
-    def watched(job: Job, **settings: Any) -> None:
-        read.append([problem.fields["operation"] for problem in job.train])
-        real(job, **settings)
+    def watched(text: Text, problems: Sequence[Problem], written: Any) -> Any:
+        read.append([problem.fields["operation"] for problem in problems])
+        return real(text, problems, written)
 
-    monkeypatch.setattr(kdpipe.execution.stages, "sft", watched)
+    monkeypatch.setattr(kdpipe.stages.sft, "_examples", watched)
     scratch = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
     specialist = {"scratch": scratch, "sft": {"steps": 1, "batch": 4}, "dtype": "float32"}
     teachers = [

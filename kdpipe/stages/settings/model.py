@@ -77,6 +77,23 @@ class TeacherSettings:
         return bool(self.template) and self.template != self.student_template
 
 
+@dataclass(frozen=True, slots=True)
+class SupportSettings:
+    """What a support asks of a teacher's vocabulary: all of the student's ids, or as many as `top_k`.
+
+    Not hashed: it lets a teacher through or not, and changes nothing of what that says.
+    """
+
+    is_vocabulary: bool
+    top_k: int
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> SupportSettings:
+        """That of the recipe's objective, and of what it keeps."""
+        support = recipe.train.objective.distribution_support
+        return cls(support == "vocabulary", max(recipe.keep.teacher_top_k, recipe.keep.student_top_k))
+
+
 def routes_of(teacher: Teacher) -> Routes | None:
     """The values of each field by which a teacher is given its problems, in one order; None: it has all."""
     if teacher.only is None:

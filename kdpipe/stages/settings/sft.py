@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kdpipe.recipe.schema import Scratch, ScratchTeacher, Sft, Student
 from kdpipe.stages.settings.model import routes_of
-from kdpipe.stages.settings.task import TaskSettings
+from kdpipe.stages.settings.task import problems_of
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kdpipe.recipe.schema import Recipe, Teacher
     from kdpipe.recipe.section import DtypeName
     from kdpipe.stages.settings.model import Routes
+    from kdpipe.store.step import Fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class ColdStart:
 class SftSettings:
     """The cold start of the student or of a teacher, the other being None."""
 
-    task: TaskSettings
+    task: Fields
     student: ColdStart | None
     teacher: ColdStart | None
 
@@ -50,7 +51,7 @@ class SftSettings:
             sft=None if model.sft is None else model.sft.model_copy(update={"seed": None}),
             only=None if isinstance(model, Student) else routes_of(model),
         )
-        task = TaskSettings.ungraded(recipe.task)
+        task = problems_of(recipe.task)
         return cls(task, start if is_student else None, None if is_student else start)
 
     @property

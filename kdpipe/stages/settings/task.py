@@ -17,21 +17,17 @@ FILES = ("data", "revision", "train", "test")
 
 @dataclass(frozen=True, slots=True)
 class TaskSettings:
-    """How problems are made and asked, and which answer is graded: None where a stage grades nothing."""
+    """How problems are made and asked, and which answer is graded."""
 
     problems: Fields
-    headline: Headline | None
+    headline: Headline
 
     @classmethod
     def of(cls, task: Task) -> TaskSettings:
         """The settings of a stage that grades."""
-        return cls(_problems(task), task.headline)
-
-    @classmethod
-    def ungraded(cls, task: Task) -> TaskSettings:
-        """The settings of a stage that only asks."""
-        return cls(_problems(task), None)
+        return cls(problems_of(task), task.headline)
 
 
-def _problems(task: Task) -> Fields:
+def problems_of(task: Task) -> Fields:
+    """How problems are made and asked, which is all that a stage reads that grades nothing."""
     return {name: getattr(task, name) for name in type(task).model_fields if name not in (*FILES, "headline")}

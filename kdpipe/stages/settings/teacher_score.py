@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Literal
 
 from kdpipe.stages.settings.document import named
 from kdpipe.stages.settings.model import ModelSettings, TeacherSettings
-from kdpipe.stages.settings.task import TaskSettings
+from kdpipe.stages.settings.task import problems_of
 
 if TYPE_CHECKING:
     from kdpipe.recipe.schema import Recipe, Teacher
     from kdpipe.recipe.stages import Keeping
+    from kdpipe.store.step import Fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class ScoreSettings:
     the support, at the `temperature` of the rollout.
     """
 
-    task: TaskSettings
+    task: Fields
     teacher: TeacherSettings
     keep: Keeping = field(metadata=named("teacher_score.keep"))
     logprobs: Literal["float32", "float16"] = field(metadata=named("teacher_score.logprobs"))
@@ -35,7 +36,7 @@ class ScoreSettings:
         """The settings of every round."""
         keep = recipe.keep
         return cls(
-            task=TaskSettings.ungraded(recipe.task),
+            task=problems_of(recipe.task),
             teacher=TeacherSettings.of(recipe, teacher, recipe.teacher_score.engine),
             keep=keep,
             logprobs=recipe.teacher_score.logprobs,

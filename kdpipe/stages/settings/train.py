@@ -28,7 +28,7 @@ class TrainSettings:
     student: ModelSettings
     lora: Lora | None = field(metadata=named("student.lora"))
     reproduce: bool
-    distill_horizon: int | None = field(metadata=named("train.distill_horizon"))
+    distill_horizon: int = field(metadata=named("train.distill_horizon"))
     weights: Mapping[str, float] | None = field(metadata=named("teachers.weights"))
     has_several_teachers: bool
     ema_decay: float | None = field(metadata=named("teachers.decay"))
@@ -47,7 +47,7 @@ class TrainSettings:
             student=ModelSettings.of(recipe.student),
             lora=lora,
             reproduce=recipe.reproduce,
-            distill_horizon=recipe.distill_horizon if moves else None,
+            distill_horizon=recipe.distill_horizon if moves else 1,
             weights=recipe.mixture if objective.has_kd else None,
             has_several_teachers=len(recipe.teachers) > 1,
             ema_decay=recipe.ema_decay,
