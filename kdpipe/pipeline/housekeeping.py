@@ -32,7 +32,7 @@ class Verified:
 
 
 def verify(project: Project, *, full: bool) -> Iterator[Verified]:
-    """Checks every step of the plan by sizes, or by sha256 with `full`: what is committed, and finished pieces."""
+    """What is wrong with each step of the plan, done or begun: by sizes, with `full` by sha256."""
     for step in project.plan.steps:
         entry = project.store.entry(step)
         try:
@@ -97,7 +97,7 @@ def _bytes(folder: Path) -> int:
 def export(
     project: Project, target: Path, *, round_number: int | None, adapter: bool = False
 ) -> tuple[int, Path]:
-    """Writes the student of a round (default: the last trained) to `target`; returns the round and the folder.
+    """The round and folder of the student written to `target`: of a round, or the last trained one.
 
     A student with a LoRA adapter is merged with the model below, unless `adapter` asks for the adapter alone. Every
     file is checked against its sha256. Raises RecipeError when there is no such student or the target is

@@ -1,4 +1,4 @@
-"""Where models and data come from, and what they are: local files by digest, hub repositories by commit.
+"""Identities of models and data: local files by digest, hub repositories by commit.
 
 The only module that talks to the hub. `identities` needs no network: a hub name that was never pinned is
 "unresolved" until the first `run` fetches it and writes its commit to `pins.json`.
@@ -83,7 +83,7 @@ class Sources:
         return folders
 
     def tokenizer_file(self, role: str) -> Path | None:
-        """The tokenizer.json beside a model that the recipe names, where it is on this machine; downloads nothing."""
+        """The tokenizer.json of a named model if it is on this machine; downloads nothing."""
         named = next((_named(model) for name, model in self._models() if name == role), None)
         if named is None:
             return None
@@ -190,7 +190,7 @@ class Sources:
 
 @dataclass(frozen=True, slots=True)
 class _Named:
-    """A repository or folder that a model's section names; `served` is what the server that runs it calls it."""
+    """A repository or folder named by a model's section; `served` is the model's name on its server."""
 
     name: str
     revision: str | None

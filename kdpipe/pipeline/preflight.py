@@ -1,4 +1,4 @@
-"""The models of a round, examined before it starts, and for `kdpipe doctor RECIPE`. Never imports torch."""
+"""Preflight: the models of a round, examined before it starts or by `kdpipe doctor`. No torch here."""
 
 from __future__ import annotations
 
@@ -52,9 +52,10 @@ def examine_round(
     call: Callable[[Message], Message],
     warn: Callable[[str], None],
 ) -> None:
-    """Examines the student and teachers of round `number` quickly; raises PreflightError where one is unfit.
+    """Examines the student and teachers of round `number` quickly.
 
-    Examines nothing while one of them is not made yet, nor a student without teachers.
+    Examines nothing while one of them is not made yet, nor a student without teachers. Raises PreflightError where a
+    model is unfit.
     """
     request = examination(project, folders, number, depth="quick")
     if request["missing"] or len(request["roles"]) == 1:  # type: ignore[arg-type]
@@ -75,7 +76,7 @@ def examine_round(
 def examination(
     project: Project, folders: Mapping[str, Path], number: int, *, depth: Literal["full", "quick"]
 ) -> dict[str, JsonValue]:
-    """The request to examine the models of round `number`; `missing` has the roles that no step has made yet."""
+    """The request to examine the models of round `number`; `missing` has those not made yet, by role."""
     recipe = project.recipe
     teachers = recipe.teachers if recipe.train.objective.in_round(number).has_kd else []
     roles = [STUDENT_ROLE, *(teacher_role(recipe, teacher) for teacher in teachers)]

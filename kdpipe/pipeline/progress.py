@@ -1,4 +1,4 @@
-"""How far the running step is, for whoever looks from another terminal: `progress.json` in the run's folder.
+"""Progress of the running step, for other terminals: `progress.json` in the run's folder.
 
 Written at most once a second by the process that holds the run, replaced whole and never flushed: nothing is read back
 from it for results, and a disk that refuses it stops no run. A kill leaves it behind; only a held run has progress.

@@ -1,4 +1,4 @@
-"""A recipe in a workspace: its plan, the state of every step, and what the done ones measured. Starts nothing."""
+"""A recipe in a workspace: its plan, the state of its steps, what the done ones measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kdpipe.store.step import Step
 
 @dataclass(frozen=True, slots=True)
 class Project:
-    """A recipe in a workspace, with its plan; `is_older` says that an older kdpipe made the run and named its steps."""
+    """A recipe in a workspace, with its plan; `is_older`: an older kdpipe made the run and its steps."""
 
     loaded: LoadedRecipe
     workspace: Path
@@ -69,9 +69,10 @@ def read_project(loaded: LoadedRecipe, workspace: Path) -> Project:
 
 
 def _older_steps(project: Project) -> tuple[Step, ...] | None:
-    """The plan's steps under the fingerprints of an older kdpipe; None where this one has made any, or none is there.
+    """The plan's steps under the fingerprints of an older kdpipe.
 
-    They are those that the run links: payloads and the names of inputs have not changed since.
+    None where this one has made any, or none is there. They are those that the run links: payloads and the names of
+    inputs have not changed since.
     """
     steps, is_older = list[Step](), False
     for step in project.plan.steps:

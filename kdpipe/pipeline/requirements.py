@@ -53,7 +53,7 @@ def require(recipe: Recipe, warn: Callable[[str], None]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Headroom:
-    """How much better a teacher is than student 0 on the same problems: the paired difference of their accuracies.
+    """Headroom of a teacher: its accuracy less that of student 0 on the same problems, paired.
 
     `low` and `high` are its 95 % interval, `p_value` McNemar's, None where problems have several samples. `exempt` says
     why the teacher need not be better; None: a run stops before round 1 when it is not.

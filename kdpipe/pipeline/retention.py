@@ -131,7 +131,7 @@ class Retention:
         return True
 
     def droppable(self) -> list[tuple[Path, str]]:
-        """(train entry, folder of its payload) that no run keeps and no step ahead opens; each is named once."""
+        """(train entry, payload folder) that no run keeps and no step ahead opens; each comes once."""
         if self._own is None:
             self._own = holdings(self._run)
         own, kept = self._own, self._own.kept()
@@ -207,7 +207,7 @@ def _is_whole(folder: Path, kind: str) -> bool:
 
 
 def _accuracy(folder: Path) -> float | None:
-    """The accuracy of an evaluation; None while it is not done, infinite where it is damaged and could be any."""
+    """The accuracy of an evaluation: None while it is not done, infinite where it is damaged."""
     if not folder.exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""For each step of the schedule: done? reuse it. Else perform it in a warm worker, then link, mirror, retain.
+"""The run: each step of the schedule is reused if done, else performed; then mirror and retention.
 
 Resume is not a mode: repeating a run looks at the store and goes on with the first step that is not done.
 The parent process that runs this never imports torch.
@@ -62,7 +62,7 @@ def run(
     performer: str = PERFORMER,
     report: Callable[[Project, Mapping[str, str | None]], None] | None = None,
 ) -> Project:
-    """Performs what is not done; returns the project. Raises KdpipeError with what to do next.
+    """The project after all that is not done was performed. Raises KdpipeError with what to do next.
 
     `report` is given the payload digests of the steps, by id, once all that was asked for is done.
     """

@@ -147,7 +147,7 @@ def named_run(workspace: Path, name: str) -> RunFolder | None:
 
 
 def all_runs(workspace: Path) -> list[RunFolder]:
-    """Every run of the workspace, the one changed last first; one that lost its recipe still has its links."""
+    """Every run of the workspace, last changed first; one that lost its recipe still has its links."""
     found: list[tuple[float, Path]] = []
     for path in (workspace / RUNS).glob("*"):
         recipe = path / "resolved.json"

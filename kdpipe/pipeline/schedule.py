@@ -45,7 +45,7 @@ class Schedule:
         return self._plan.steps[heapq.heappop(self._ready)] if self._ready else None
 
     def finish(self, step: Step, *, changed: bool = False) -> None:
-        """Notes that a step is done. `changed`: with another result than the steps that read it were made from."""
+        """Notes that a step is done; `changed`: its result is not the one that its readers were made from."""
         self._finished.add(step.id)
         if step.id in self._pending:
             self._pending.remove(step.id)
@@ -91,9 +91,9 @@ class Schedule:
 
 
 def must_restore(plan: Plan, step_ids: Iterable[str], dropped: Callable[[Step], Collection[str]]) -> set[str]:
-    """Steps to perform again first, as those in `step_ids` open what retention dropped of them, directly or not.
+    """Done steps to perform again before those in `step_ids`, which open what retention dropped of them.
 
-    `dropped` gives the folders of a done step's payload that retention has removed.
+    Directly or by way of each other. `dropped` gives the folders of a done step's payload that retention has removed.
     """
     found: set[str] = set()
     pending = list(step_ids)

@@ -35,7 +35,7 @@ class Stop:
 
 @contextlib.contextmanager
 def signals() -> Iterator[Stop]:
-    """Turns the first SIGINT or SIGTERM into a request and the second into the end; then restores the handlers."""
+    """Turns the first SIGINT or SIGTERM into a request to stop, and the second into the end."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop

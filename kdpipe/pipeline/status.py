@@ -1,4 +1,4 @@
-"""Which steps are done, which are not, and why. Reads manifests; opens no artifact, imports nothing heavy."""
+"""The state of each step: done, or not and why. Reads manifests; opens no artifact."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _explained(state: State, history: _History, store: Store) -> State:
 
 
 def _difference(earlier: Mapping[str, Any], step: Step) -> str:
-    """What differs between two fingerprint documents: their format, or fields, or else the inputs that changed."""
+    """The difference of two fingerprint documents: format, or fields, or else inputs."""
     if (old_format := earlier.get("format")) != step.document["format"]:  # its fields have other names
         return f"format: {old_format} -> {step.document['format']} (made by another version of kdpipe)"
     old, new = dict(_leaves(earlier.get("fields", {}))), dict(_leaves(step.document["fields"]))

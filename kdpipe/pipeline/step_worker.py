@@ -30,7 +30,7 @@ class Display(Protocol):
 
 
 class StepWorker:
-    """Performs steps of a project whose models are in `folders`; stops at a safe point once `stop` is asked for."""
+    """Performs steps of a project whose models are in `folders`, until `stop` is asked for."""
 
     def __init__(
         self, project: Project, folders: Mapping[str, Path], display: Display, stop: Stop, *, performer: str
@@ -45,7 +45,7 @@ class StepWorker:
         self._has_examined = False
 
     def perform(self, step: Step, *, anew: bool) -> None:
-        """Performs a step, with `anew` from nothing although it is done; raises Interrupted where a signal stops it."""
+        """Performs a step, with `anew` from nothing; raises Interrupted where a signal stops it."""
         project, run = self._project, self._project.run
         self._stop.check(step.id)
         require_space(project, self._folders, step)

@@ -1,4 +1,4 @@
-"""The store: entries on disk that are either whole or not there. The only module that knows names in it.
+"""The store: entries on disk that are either whole or not there.
 
 Every durable write is made beside its place, flushed, fsynced, renamed, and its directory fsynced; the
 manifest comes last and makes the entry *done*. A killed step leaves parts or checkpoints, which the next
@@ -90,7 +90,7 @@ class Entry:
         return self.folder
 
     def _require_nothing_else(self, manifest: Manifest, names: set[str]) -> None:
-        """Raises ArtifactError where payload folders hold other files, or links: libraries read what they find."""
+        """Raises ArtifactError where payload folders hold other files or links, which libraries would read."""
         known = {file.path for file in manifest.files}
         for path in (found for name in names for found in (self.folder / name).rglob("*")):
             if path.is_symlink():
@@ -198,7 +198,7 @@ class Entry:
 
 
 def read_document(folder: Path) -> Fields:
-    """What was hashed into an entry's fingerprint, and that; raises ArtifactError where it is not the folder's own."""
+    """What was hashed into an entry's fingerprint, with it; raises ArtifactError where it is damaged."""
     path = folder / FINGERPRINT
     try:
         data = path.read_bytes()
@@ -240,7 +240,7 @@ class Store:
 
 
 class Draft:
-    """What a stage writes to. Nothing in it counts before `commit`, but parts and checkpoints survive a kill."""
+    """What a stage writes to. Only `commit` makes it count; parts and checkpoints survive a kill."""
 
     def __init__(
         self, entry: Entry, step: Step, *, note: Callable[[str, Mapping[str, JsonValue]], None]
@@ -350,13 +350,13 @@ class Draft:
 
 
 def tidy(entry: Entry, manifest: Manifest) -> None:
-    """Removes what a kill after a commit, or in the middle of a drop, left beside the payload, from an entry held."""
+    """Removes what a kill left beside the payload of an entry that this process holds."""
     for leftover in _leftovers(entry, manifest):
         remove(leftover)
 
 
 def tidy_if_free(entry: Entry, manifest: Manifest) -> None:
-    """The same for who does not hold the entry: nothing where another process does, which is about to do it itself."""
+    """`tidy` for an entry that is not held; nothing where another process holds it and will tidy."""
     try:
         if not _leftovers(entry, manifest):
             return

@@ -1,4 +1,4 @@
-"""Durable writes: made beside their place, flushed, fsynced, renamed. What is read is whole or not there."""
+"""Durable writes: beside their place, flushed, fsynced, renamed; readers see all or nothing."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def append_line(path: Path, value: Mapping[str, JsonValue]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of `path` ([] when it is missing); a line that is cut short, or no mapping, is left out."""
+    """The JSON lines of `path`, [] when it is missing; leaves out lines cut short or no mapping."""
     rows = []
     with contextlib.suppress(FileNotFoundError):
         for line in path.read_bytes().splitlines():
@@ -128,7 +128,7 @@ def folders_below(path: Path) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder with all below it; nothing where it is missing. A link goes, not what it leads to."""
+    """Removes a file, a link (not its target), or a folder with all below it, if it is there."""
     with writing(path):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -62,7 +62,8 @@ def is_running(folder: Path) -> bool:
 
 
 def file_lock(path: Path) -> BaseFileLock:
-    """An flock on `path`. Imported here, as `kdpipe plan` takes none and the import is a tenth of its time."""
+    """An flock on `path`."""
+    # Imported here, as `kdpipe plan` takes none and the import is a tenth of its time.
     from filelock import FileLock
 
     return FileLock(path)

@@ -1,4 +1,4 @@
-"""The manifest of an entry: what a done step has made, file by file. Written last, it makes the entry done."""
+"""The manifest of an entry: its files with size and sha256. Written last, it makes the entry done."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Manifest:
 
 
 def parse_manifest(path: Path, data: bytes, fingerprint: str) -> Manifest:
-    """The manifest in a file's bytes; raises ArtifactError when it is damaged, or of another step or format."""
+    """The manifest in a file's bytes; raises ArtifactError when it is damaged or of another step."""
     document = unseal(path, data, kind="manifest")
     try:
         if document["fingerprint"] != fingerprint:

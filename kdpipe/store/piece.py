@@ -1,4 +1,4 @@
-"""What earlier attempts have finished of a step that is not done: parts and checkpoints, each with its seal."""
+"""Finished pieces of a step that is not done: parts and checkpoints, each with its seal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PIECE = "finished piece"
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A finished part (a file) or checkpoint (a folder) of a step that is not done, and what vouches for it.
+    """A finished part (a file) or checkpoint (a folder) of a step that is not done, and its seal.
 
     The seal is written last and names the step, so that neither half a piece nor one of another step is ever used.
     """

@@ -1,4 +1,4 @@
-"""Sealed documents: JSON files that hold the sha256 of all else in them, so that a damaged one is never believed.
+"""Sealed documents: JSON files that hold the sha256 of all else in them.
 
 Every file of a workspace that proves itself is one: manifests, fingerprints, seals of finished pieces, memories.
 """
@@ -58,7 +58,7 @@ def seal_value(kind: str, value: JsonValue) -> Fields:
 
 
 def unseal_value(path: Path, data: bytes, *, kind: str) -> JsonValue:
-    """The value in a sealed document; raises ArtifactError when it is damaged or of another format or kind."""
+    """The value in a sealed document; raises ArtifactError where it is damaged or of another kind."""
     document = unseal(path, data, kind=kind)
     if document.get("kind") != kind or "value" not in document:
         raise ArtifactError(f"{path}: damaged {kind}: it is of another kind")
