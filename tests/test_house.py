@@ -241,7 +241,7 @@ def imported_with(name: str) -> set[str]:
 
 
 def test_what_doctor_asks_of_torch_waits_for_no_library_of_models() -> None:
-    assert not {"models.folder", "engines.hf.engine"} & imported_with("doctor.machine")
+    assert not {"models.folder", "engines.hf.engine"} & imported_with("models.devices")
     assert "models.folder" in imported_with("execution.executor"), "and yet those are found that do wait"
 
 

@@ -1,10 +1,14 @@
 """What examines a recipe before a run: its objective, its models and the machine."""
 
+import itertools
+import math
 import shlex
 import sys
 import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,7 +24,19 @@ from kdpipe.cli.terminal import COLUMNS, Paint, Style, counted, inert, painter, 
 from kdpipe.errors import PreflightError
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
+
+    from kdpipe.doctor.estimate import Estimate, NoEstimate
+    from kdpipe.doctor.finding import Finding, Measure, Phase, Verdict
     from kdpipe.recipe.schema import Recipe
+
+COLOURS: "dict[Verdict, Style]" = {
+    "ok": "green",
+    "FAILED": "red",
+    "warning": "yellow",
+    "skipped": "dim",
+    "not applicable": "dim",
+}
 
 
 def check_loss(
@@ -35,11 +51,15 @@ def check_loss(
 
     Example: kdpipe check-loss quickstart --set train.objective.kd=k1_loss
     """
+    from kdpipe.doctor.finding import PHASES
+
     loaded = load_given(recipe, overrides, workspace)
-    phases = _checked_phases(loaded.recipe, workspace)
-    failed = sorted({f["number"] for p in phases for f in p["findings"] if f["verdict"] == "FAILED"})
+    sent = _checked_phases(loaded.recipe, workspace)
+    phases = PHASES.validate_python(sent)
+    by_number = list(enumerate(zip(*(phase.findings for phase in phases), strict=True), 1))
+    failed = [number for number, found in by_number if any(one.verdict == "FAILED" for one in found)]
     if as_json:
-        print_json({"recipe": str(loaded.path), "failed": failed, "phases": phases})
+        print_json({"recipe": str(loaded.path), "failed": failed, "phases": sent})
     else:
         blocks = ["\n".join(check_loss_lines(phase, painter(sys.stdout))) for phase in phases]
         print("\n\n".join(blocks))
@@ -51,7 +71,7 @@ def check_loss(
         )
 
 
-def _checked_phases(recipe: "Recipe", workspace: Path) -> list[dict[str, Any]]:
+def _checked_phases(recipe: "Recipe", workspace: Path) -> "JsonValue":
     """What a worker finds: torch is not for this process."""
     from kdpipe.recipe.schema import resolved
     from kdpipe.workers.worker import Worker
@@ -61,11 +81,11 @@ def _checked_phases(recipe: "Recipe", workspace: Path) -> list[dict[str, Any]]:
     log = workspace.resolve() / "logs" / "check-loss.log"
     worker = Worker("kdpipe.doctor.loss.check:serve", log=log, environment=one_thread)
     try:
-        found: Any = worker.call({"recipe": resolved(recipe)}, on_event=lambda _event: None)
+        answer = worker.call({"recipe": resolved(recipe)}, on_event=lambda _event: None)
     finally:
         worker.stop()
-    phases: list[dict[str, Any]] = found["phases"]
-    return phases
+    assert answer is not None  # nobody stops it
+    return answer["phases"]
 
 
 def doctor(
@@ -94,7 +114,7 @@ def doctor(
         print(f"{name:<{width}}  {'-' if value is None else value}")
 
 
-def _environment(workspace: Path) -> dict[str, Any]:
+def _environment(workspace: Path) -> dict[str, "JsonValue"]:
     """Versions, machine, and what torch makes of it; torch is asked in a worker."""
     import shutil
     import tempfile
@@ -103,44 +123,47 @@ def _environment(workspace: Path) -> dict[str, Any]:
     from kdpipe.workers.worker import Worker
 
     place = next(folder for folder in (workspace.resolve(), *workspace.resolve().parents) if folder.exists())
-    found: dict[str, Any] = dict(environment())
-    found["free_disk_gib"] = shutil.disk_usage(place).free >> 30
+    found = {**environment(), "free_disk_gib": shutil.disk_usage(place).free >> 30}
     with tempfile.TemporaryDirectory(prefix="kdpipe-doctor-") as folder:
-        worker = Worker("kdpipe.doctor.machine:serve", log=Path(folder) / "doctor.log")
+        worker = Worker("kdpipe.models.devices:serve", log=Path(folder) / "doctor.log")
         try:
-            seen: Any = worker.call({"device": "auto"}, on_event=lambda _event: None)
+            seen = worker.call({"device": "auto"}, on_event=lambda _event: None)
         finally:
             worker.stop()
-    return {**found, **seen}
+    return {**found, **(seen or {})}
 
 
 def _examine(recipe: str, overrides: list[str] | None, workspace: Path, *, as_json: bool) -> None:
     """Examines a recipe's models; raises PreflightError when a probe fails."""
+    from dataclasses import asdict
+
+    from kdpipe.doctor.estimate import ESTIMATE
+    from kdpipe.doctor.finding import FINDINGS
     from kdpipe.pipeline.preflight import examine_recipe
 
-    result = {
-        "recipe": recipe,
-        **examine_recipe(load_given(recipe, overrides, workspace), workspace.resolve()),
-    }
-    failed = [f"{one['probe']} ({one['about']})" for one in result["findings"] if one["verdict"] == "FAILED"]
+    result = examine_recipe(load_given(recipe, overrides, workspace), workspace.resolve())
+    findings = FINDINGS.validate_python(result.findings)
+    failed = [f"{one.probe} ({one.about})" for one in findings if one.verdict == "FAILED"]
     if as_json:
-        print_json({**result, "failed": failed})
+        print_json({"recipe": recipe, **asdict(result), "failed": failed})
     else:
         paint = painter(sys.stdout)
-        lines = [*doctor_lines(result, paint), "", *estimate_lines(result, paint)]
+        estimate = ESTIMATE.validate_python(result.estimate)
+        lines = [*doctor_lines(result.run, findings, paint), ""]
+        lines += estimate_lines(estimate, paint, free_bytes=result.free_disk_bytes)
         if not failed:
-            lines += ["", *_after_doctor(recipe, workspace, result["missing"])]
+            lines += ["", *_after_doctor(recipe, workspace, result.missing)]
         print("\n".join(lines))
     if failed:
         count = f"{len(failed)} probe{'s'[: len(failed) != 1]}"
         raise PreflightError(
             f"{recipe}: {count} failed: {', '.join(failed)}",
-            hint=f"docs/doctor.md says what each catches; mend it and repeat: kdpipe doctor {recipe}",
+            hint=f"docs/doctor.md says what each catches; fix it and repeat: kdpipe doctor {recipe}",
         )
 
 
-def _after_doctor(recipe: str, workspace: Path, missing: dict[str, str]) -> list[str]:
-    """The next command: what is not made yet comes first, as it could only be stood in for."""
+def _after_doctor(recipe: str, workspace: Path, missing: Mapping[str, str]) -> list[str]:
+    """The next command: steps that are not done come first, as their models could only be stood in for."""
     place = "" if workspace == WORKSPACE else f" --workspace {shlex.quote(str(workspace))}"
     lines = []
     if missing:
@@ -155,102 +178,100 @@ def _after_doctor(recipe: str, workspace: Path, missing: dict[str, str]) -> list
 # -------------------------------------------------------------------------------------------- its lines
 
 
-def check_loss_lines(phase: dict[str, Any], paint: Paint) -> list[str]:
+def check_loss_lines(phase: "Phase", paint: Paint) -> list[str]:
     """The findings on an objective as a table of 80 columns, and below it what its failures mean."""
-    heading = textwrap.wrap(phase["objective"], COLUMNS, subsequent_indent="  ")
+    heading = textwrap.wrap(phase.objective, COLUMNS, subsequent_indent="  ")
     rows = [("property", "verdict", "measured")]
-    rows += [(f["claim"], f["verdict"], _measured(f)) for f in phase["findings"]]
+    rows += [(finding.about, finding.verdict, _measured(finding)) for finding in phase.findings]
     verdict_width, measured_width = (max(len(row[i]) for row in rows) for i in (1, 2))
     width = COLUMNS - len("  1  ") - len("  ") * 2 - verdict_width - measured_width
-    colours: dict[str, Style] = {"ok": "green", "FAILED": "red", "not applicable": "dim"}
     lines = [paint(line, "bold") for line in heading]
     for number, (claim, verdict, measured) in enumerate(rows):
         first, *others = textwrap.wrap(claim, width)
         shown = f"{verdict:<{verdict_width}}"
-        shown = paint(shown, colours[verdict]) if number else shown
+        shown = paint(shown, COLOURS[phase.findings[number - 1].verdict]) if number else shown
         lines.append(f"  {number or ' '}  {first:<{width}}  {shown}  {measured}".rstrip())
         lines += [f"     {other}" for other in others]
-    for finding in phase["findings"]:
-        if finding["meaning"]:
-            numbers = [f"{m['name']} {m['value']:.2g}" for m in finding["measures"]]
-            why = ", ".join([*numbers, *filter(None, [finding["problem"]])])
-            text = f"{finding['number']} FAILED: {finding['meaning']} ({why})"
-            lines += textwrap.wrap(
-                text, COLUMNS, initial_indent="  ", subsequent_indent="     ", break_on_hyphens=False
-            )
+    for number, finding in enumerate(phase.findings, 1):
+        if finding.verdict == "FAILED":
+            numbers = [f"{m.name} {_shown_number(m, '.2g')}" for m in finding.measures]
+            why = ", ".join([*numbers, *filter(None, [finding.said])])
+            lines += _indented(f"{number} FAILED: {finding.catches} ({why})", "  ", "     ")
     return lines
 
 
-def doctor_lines(result: dict[str, Any], paint: Paint) -> list[str]:
+def _measured(finding: "Finding") -> str:
+    """The worst of a property's numbers."""
+    if not finding.measures:
+        return "not finite" if finding.said else ""
+    worst = finding.measures[0]
+    if not math.isfinite(worst.value):
+        return "not finite"
+    return f"{'moves by' if worst.must_exceed else 'off by'} {worst.value:.2g} of {worst.of:.2g}"
+
+
+def doctor_lines(run: str, findings: "Sequence[Finding]", paint: Paint) -> list[str]:
     """The findings as a table of 80 columns: who, probe, verdict and worst number, and below each what it says."""
-    findings = result["findings"]
-    width = max(len(finding["probe"]) for finding in findings)
-    counts = {
-        verdict: sum(finding["verdict"] == verdict for finding in findings)
-        for verdict in ("ok", "FAILED", "warning", "skipped")
-    }
-    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-    lines = [f"{paint(result['run'], 'bold')}: {counted(len(findings), 'probe')}: {told}"]
-    about = ""
-    for finding in findings:
-        if finding["about"] != about:
-            about = finding["about"]
-            lines += ["", paint(inert(about), "bold")]
-        lines += _finding_lines(finding, width, paint)
+    width = max(len(finding.probe) for finding in findings)
+    counts = Counter(finding.verdict for finding in findings)
+    summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in COLOURS if counts[verdict])
+    lines = [f"{paint(run, 'bold')}: {counted(len(findings), 'probe')}: {summary}"]
+    for about, group in itertools.groupby(findings, lambda finding: finding.about):
+        lines += ["", paint(inert(about), "bold")]
+        lines += [line for finding in group for line in _finding_lines(finding, width, paint)]
     return lines
 
 
-def _finding_lines(finding: dict[str, Any], width: int, paint: Paint) -> list[str]:
+def _finding_lines(finding: "Finding", width: int, paint: Paint) -> list[str]:
     """A probe with its verdict and what it says, and below that its numbers; what a failure means comes last."""
-    colours: dict[str, Style] = {"ok": "green", "FAILED": "red", "warning": "yellow", "skipped": "dim"}
     indent = " " * (width + 13)
-
-    def wrapped(text: str) -> list[str]:
-        return textwrap.wrap(
-            text, COLUMNS, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
-        )
-
-    verdict = finding["verdict"]
-    lines = wrapped(inert(finding["said"]))
-    shown = paint(f"{verdict:<7}", colours[verdict])
-    lines[0] = f"  {finding['probe']:<{width}}  {shown}  {lines[0].strip()}"
-    lines += wrapped(", ".join(map(_limited, finding["measures"])))
-    return lines + (wrapped(f"catches {finding['catches']}") if verdict == "FAILED" else [])
+    lines = _indented(inert(finding.said), indent)
+    shown = paint(f"{finding.verdict:<7}", COLOURS[finding.verdict])
+    lines[0] = f"  {finding.probe:<{width}}  {shown}  {lines[0].strip()}"
+    lines += _indented(", ".join(map(_limited, finding.measures)), indent)
+    return lines + (_indented(f"catches {finding.catches}", indent) if finding.verdict == "FAILED" else [])
 
 
-def _limited(measure: dict[str, Any]) -> str:
+def _limited(measure: "Measure") -> str:
     """A number beside its limit, as the two stand to each other."""
-    found, limit = measure["value"], measure["limit"]
-    if found is None:
-        return f"{measure['name']} not finite"
-    value = f"{found:g}" if limit > 1 else f"{found:.2g}"
-    return f"{measure['name']} {value} {'>' if found > limit else '<='} {limit:g}"
+    if not math.isfinite(measure.value):
+        return f"{measure.name} not finite"
+    value = _shown_number(measure, "g" if measure.limit > 1 else ".2g")
+    return f"{measure.name} {value} {'>' if measure.value > measure.limit else '<='} {measure.limit:g}"
 
 
-def estimate_lines(result: dict[str, Any], paint: Paint) -> list[str]:
+def _shown_number(measure: "Measure", spec: str) -> str:
+    return f"{measure.value:{spec}}" if math.isfinite(measure.value) else "not finite"
+
+
+def estimate_lines(found: "Estimate | NoEstimate", paint: Paint, *, free_bytes: int) -> list[str]:
     """What the recipe takes: memory by role, disk and tokens of a round."""
-    found = result["estimate"]
-    if "problem" in found:
-        return [f"what it takes cannot be told: {inert(found['problem'])}"]
+    from kdpipe.doctor.estimate import NoEstimate
+
+    if isinstance(found, NoEstimate):
+        return [f"what it takes is unknown: {inert(found.problem)}"]
     lines = [paint("takes (completions of full length, nothing compressed, activations roughly)", "bold")]
-    parameters = ", ".join(f"{name} {_short_count(count)}" for name, count in found["parameters"].items())
+    parameters = ", ".join(f"{name} {_short_count(count)}" for name, count in found.parameters.items())
     lines.append(f"  parameters  {parameters}")
-    for role, parts in found["memory_bytes"].items():
+    for role, parts in found.memory_bytes.items():
         kept = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
-        text = f"{role} {_size(sum(parts.values()))}: {kept}"
-        lines += textwrap.wrap(
-            text, COLUMNS, initial_indent="  memory      ", subsequent_indent=" " * 16, break_on_hyphens=False
-        )
-    disk = found["disk_bytes_per_round"]
-    parts = ", ".join(f"{name} {_size(size)}" for name, size in disk.items())
+        lines += _indented(f"{role} {_size(sum(parts.values()))}: {kept}", "  memory      ", " " * 16)
+    disk = found.disk_bytes_per_round
+    files = ", ".join(f"{name} {_size(size)}" for name, size in disk.items())
     text = (
-        f"{_size(sum(disk.values()))} a round ({parts}); {_size(found['disk_bytes_kept'])} stay at the end, "
-        f"{_size(result['free_disk_bytes'])} are free"
+        f"{_size(sum(disk.values()))} a round ({files}); {_size(found.disk_bytes_kept)} stay at the end, "
+        f"{_size(free_bytes)} are free"
     )
-    lines += textwrap.wrap(text, COLUMNS, initial_indent="  disk        ", subsequent_indent=" " * 16)
-    tokens = ", ".join(f"{count:,} {name}" for name, count in found["tokens_per_round"].items())
+    lines += _indented(text, "  disk        ", " " * 16)
+    tokens = ", ".join(f"{count:,} {name}" for name, count in found.tokens_per_round.items())
     lines.append(f"  tokens      {tokens}, a round")
     return lines
+
+
+def _indented(text: str, first: str, others: str | None = None) -> list[str]:
+    """The text in lines of 80 columns, the first of which begins with `first`, all others with `others`."""
+    rest = first if others is None else others
+    return textwrap.wrap(text, COLUMNS, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
 def _short_count(count: int) -> str:
@@ -263,12 +284,3 @@ def _size(count: int) -> str:
         if count >= size:
             return f"{count / size:,.1f} {unit}"
     return f"{count / 1e3:,.0f} kB"
-
-
-def _measured(finding: dict[str, Any]) -> str:
-    """The worst of a finding's numbers."""
-    if finding["problem"] or not finding["measures"]:
-        return "not finite" if finding["problem"] else ""
-    worst = finding["measures"][0]
-    verb = "moves by" if worst["must_move"] else "off by"
-    return f"{verb} {worst['value']:.2g} of {worst['of']:.2g}"

@@ -6,14 +6,13 @@ cannot be known from sizes (activations) is counted roughly and said so. No weig
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pydantic import TypeAdapter
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from pydantic import JsonValue
-
     from kdpipe.models.reference import Shape
     from kdpipe.recipe.schema import Recipe
 
@@ -49,20 +48,21 @@ class Estimate:
     """Bytes by role and part, bytes on disk of a round by file, tokens of a round by stage."""
 
     parameters: Mapping[str, int]
-    memory: Mapping[str, Mapping[str, int]]
-    disk: Mapping[str, int]
-    kept: int
-    tokens: Mapping[str, int]
+    memory_bytes: Mapping[str, Mapping[str, int]]
+    disk_bytes_per_round: Mapping[str, int]
+    disk_bytes_kept: int
+    tokens_per_round: Mapping[str, int]
 
-    def to_json(self) -> dict[str, JsonValue]:
-        """The estimate as JSON."""
-        return {
-            "parameters": dict(self.parameters),
-            "memory_bytes": {role: dict(parts) for role, parts in self.memory.items()},
-            "disk_bytes_per_round": dict(self.disk),
-            "disk_bytes_kept": self.kept,
-            "tokens_per_round": dict(self.tokens),
-        }
+
+@dataclass(frozen=True, slots=True)
+class NoEstimate:
+    """Why there is none."""
+
+    problem: str
+
+
+ESTIMATE: TypeAdapter[Estimate | NoEstimate] = TypeAdapter(Estimate | NoEstimate)
+"""From and to what a worker sends."""
 
 
 def estimate(

@@ -1,19 +1,17 @@
-"""What a probe of the doctor says: its verdict, the numbers behind it, and which mistake it is there to catch."""
+"""What a probe of the doctor or a property of check-loss finds: a verdict, its numbers, the mistake that it catches."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, PlainSerializer, TypeAdapter
 
 from kdpipe.errors import KdpipeError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from pydantic import JsonValue
-
-Verdict = Literal["ok", "FAILED", "warning", "skipped"]
+Verdict = Literal["ok", "FAILED", "warning", "skipped", "not applicable"]
 Probe = Literal[
     "vocabulary",
     "special tokens",
@@ -52,30 +50,47 @@ CATCHES: dict[Probe, str] = {
     "hidden states": "states that the output head read by train does not turn into the engine's scores",
     "knows the task": "random or untrained weights in the teacher's folder",
 }
-"""What each probe is there for, in the order in which they are told."""
+"""The mistake that each probe is there to catch, in the order in which they are reported."""
 
 _BROKEN = (KdpipeError, OSError, RuntimeError, ValueError, LookupError, ArithmeticError)
 """What may come out of an engine or a model's folder: it is the probe's failure, not the doctor's."""
 
 
+def _or_nan(value: object) -> object:
+    return math.nan if value is None else value
+
+
+def _or_null(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A number with its limit: at most that, or with `must_exceed` more than that."""
+    """A number with its limit: at most that, or with `must_exceed` more than that; `of` is the size of the whole.
+
+    A value that is not finite is on neither side, and null in JSON.
+    """
 
     name: str
-    value: float
+    value: Annotated[float, BeforeValidator(_or_nan), PlainSerializer(_or_null)]
     limit: float
     must_exceed: bool = False
+    of: float | None = None
 
     @property
     def is_ok(self) -> bool:
-        """Whether the value is a number on the right side of its limit."""
+        """Whether the value is a finite number on the right side of its limit."""
+        if not math.isfinite(self.value):
+            return False
         return self.value > self.limit if self.must_exceed else self.value <= self.limit
 
-    def to_json(self) -> dict[str, JsonValue]:
-        """The measure as JSON, which has no nan and no infinity: null."""
-        value = self.value if math.isfinite(self.value) else None
-        return {"name": self.name, "value": value, "limit": self.limit, "must_exceed": self.must_exceed}
+    @property
+    def badness(self) -> tuple[bool, float]:
+        """Sorts measures: those beyond their limit last, the others by how near they are."""
+        if not math.isfinite(self.value):
+            return True, math.inf
+        ratio = self.value / self.limit if self.limit else self.value
+        return not self.is_ok, -ratio if self.must_exceed else ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,29 +104,27 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The verdict of one probe on the student or on one teacher (`about`)."""
+    """The verdict of one probe on what it is `about`, its numbers, and the mistake that the probe is there to catch."""
 
-    probe: Probe
+    probe: str
     about: str
     verdict: Verdict
     said: str
-    measures: tuple[Measure, ...] = ()
+    measures: tuple[Measure, ...]
+    catches: str
 
-    @property
-    def sentence(self) -> str:
-        """The finding in one sentence, for an error message or a log."""
-        return f"{self.probe} ({self.about}): {self.said}"
 
-    def to_json(self) -> dict[str, JsonValue]:
-        """The finding as JSON, with what its probe catches."""
-        return {
-            "probe": self.probe,
-            "about": self.about,
-            "verdict": self.verdict,
-            "said": self.said,
-            "measures": [measure.to_json() for measure in self.measures],
-            "catches": CATCHES[self.probe],
-        }
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """An objective as one phase of the recipe has it, in words, and the findings on its five properties."""
+
+    objective: str
+    findings: tuple[Finding, ...]
+
+
+FINDINGS = TypeAdapter(tuple[Finding, ...])
+PHASES = TypeAdapter(tuple[Phase, ...])
+"""From and to what a worker sends."""
 
 
 def skipped(why: str) -> Outcome:
@@ -129,9 +142,8 @@ def found(probe: Probe, about: str, make: Callable[[], Outcome]) -> Finding:
     try:
         outcome = make()
     except KdpipeError as error:
-        hint = f"; {error.hint}" if error.hint else ""
-        return Finding(probe, about, "FAILED", f"{error.message}{hint}")
+        outcome = failed(f"{error.message}; {error.hint}" if error.hint else error.message)
     except _BROKEN as error:
-        return Finding(probe, about, "FAILED", f"{type(error).__name__}: {error}")
+        outcome = failed(f"{type(error).__name__}: {error}")
     good: Verdict = "ok" if all(measure.is_ok for measure in outcome.measures) else "FAILED"
-    return Finding(probe, about, outcome.verdict or good, outcome.said, outcome.measures)
+    return Finding(probe, about, outcome.verdict or good, outcome.said, outcome.measures, CATCHES[probe])

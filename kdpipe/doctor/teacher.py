@@ -70,7 +70,9 @@ class ExaminedTeacher:
         probes = self._quick() if self.case.depth == "quick" else {**self._quick(), **self._full()}
         for probe, make in probes.items():
             if vocabulary.verdict == "FAILED" and probe not in _WITHOUT_SHARED_IDS:
-                yield Finding(probe, name, "skipped", "its ids mean nothing to the student: see vocabulary")
+                yield found(
+                    probe, name, lambda: skipped("its ids mean nothing to the student: see vocabulary")
+                )
             else:
                 yield found(probe, name, make)
 

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from pydantic import JsonValue
 
 from kdpipe.data.rows import Problem
 from kdpipe.data.tasks.arithmetic import words
 from kdpipe.doctor.case import Case, Depth
+from kdpipe.doctor.estimate import ESTIMATE
 from kdpipe.doctor.examine import examine, sizes
+from kdpipe.doctor.finding import FINDINGS
 from kdpipe.errors import KdpipeError
 from kdpipe.execution.inputs import Inputs
 from kdpipe.execution.roles import Roles
@@ -51,11 +52,11 @@ class Probe:
                 inputs, weights = self._stand_in(inputs, role, Path(folder))
                 stand_ins[inputs.settings(role).name] = weights.format(step=step_id)
             case = self._case(inputs, teachers, stand_ins, depth, Path(folder))
-            findings: list[JsonValue] = [dict(finding.to_json()) for finding in examine(case)]
+            findings = FINDINGS.dump_python(tuple(examine(case)), mode="json")
             if depth == "quick":
                 return {"findings": findings}
             try:
-                return {"findings": findings, "estimate": dict(sizes(case).to_json())}
+                return {"findings": findings, "estimate": ESTIMATE.dump_python(sizes(case), mode="json")}
             except KdpipeError as error:  # the findings are not lost with it
                 return {"findings": findings, "estimate": {"problem": error.message}}
 

@@ -1,6 +1,6 @@
 """Where models are computed and in which dtype: what a recipe's names, and its `auto`, mean on this machine.
 
-Asks torch alone: `kdpipe doctor` tells it in half the time that the libraries of models take to be imported.
+Asks torch alone: `kdpipe doctor` reports it in half the time that the libraries of models take to be imported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import torch
 from kdpipe.errors import RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kdpipe.models.source import Dtype
+    from kdpipe.workers.worker import Message, Report
 
 _CPU_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 
@@ -68,3 +71,26 @@ def _best_dtype(device: torch.device, cpuinfo: Path) -> tuple[torch.dtype, str]:
         return torch.bfloat16, f"the CPU has {' and '.join(found)}"
     missing = " or ".join(_CPU_BFLOAT16_FLAGS)
     return torch.float32, f"no {missing} here: bfloat16 would be emulated, 100 times slower"
+
+
+def serve() -> Callable[[Message, Report], Message]:
+    """What a worker runs for `kdpipe doctor`: a device's name to what there is of it."""
+
+    def look(request: Message, _report: Report) -> Message:
+        device = resolve_device(str(request["device"]))
+        dtype, why = resolve_dtype("auto", device)
+        return {
+            "device": str(device),
+            "devices": ", ".join(_devices()) or None,
+            "threads": torch.get_num_threads(),
+            "dtype": dtype_name(dtype),
+            "dtype_reason": why,
+        }
+
+    return look
+
+
+def _devices() -> list[str]:
+    """Name and memory of every CUDA device."""
+    found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return [f"{device.name} {device.total_memory / 2**30:.0f} GiB" for device in found]

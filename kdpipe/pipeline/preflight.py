@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +20,20 @@ from kdpipe.store.step import Input, Stage, Step
 from kdpipe.workers.worker import CLOSE, Message
 
 
-def examine_recipe(loaded: LoadedRecipe, workspace: Path) -> dict[str, Any]:
-    """The doctor's findings on a recipe's models, what it takes, and the free disk, as JSON.
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """What the doctor's worker says of a recipe's models; `missing` are roles, with the step that makes each."""
+
+    run: str
+    steps: int
+    missing: Mapping[str, str]
+    findings: JsonValue
+    estimate: JsonValue
+    free_disk_bytes: int
+
+
+def examine_recipe(loaded: LoadedRecipe, workspace: Path) -> Examination:
+    """The doctor's findings on a recipe's models, what it takes, and the free disk.
 
     The models are those that round 1 starts with. One that an sft step has not made yet is stood in for: by its
     weights before that step, or untrained ones. Raises KdpipeError where there is nothing to examine.
@@ -34,14 +47,14 @@ def examine_recipe(loaded: LoadedRecipe, workspace: Path) -> dict[str, Any]:
     finally:
         worker.stop(CLOSE)
     workspace.mkdir(parents=True, exist_ok=True)
-    return {
-        "run": project.run.name,
-        "steps": len(project.plan.steps),
-        "missing": request["missing"],
-        "findings": result["findings"],
-        "estimate": result["estimate"],
-        "free_disk_bytes": shutil.disk_usage(workspace).free,
-    }
+    return Examination(
+        run=project.run.name,
+        steps=len(project.plan.steps),
+        missing=request["missing"],  # type: ignore[arg-type]
+        findings=result["findings"],
+        estimate=result["estimate"],
+        free_disk_bytes=shutil.disk_usage(workspace).free,
+    )
 
 
 def examine_round(

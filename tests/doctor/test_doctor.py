@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import kdpipe.pipeline.preflight
 import kdpipe.pipeline.request
 from kdpipe.cli.app import app
-from kdpipe.doctor.finding import CATCHES, Measure, Outcome, found
+from kdpipe.doctor.finding import CATCHES, FINDINGS, Measure, Outcome, found
 from kdpipe.engines.protocol import Engine
 from kdpipe.errors import PreflightError
 from tests import clinic
@@ -390,7 +390,10 @@ def test_a_number_that_is_none_never_passes() -> None:
     for measure in (Measure("off", float("nan"), 1.0), Measure("moved", float("nan"), 1.0, must_exceed=True)):
         finding = found("null test", "teacher", lambda m=measure: Outcome("said", (m,)))  # type: ignore[misc]
         assert finding.verdict == "FAILED"
-        assert json.loads(json.dumps(finding.to_json(), allow_nan=False))["measures"][0]["value"] is None
+        [sent] = json.loads(json.dumps(FINDINGS.dump_python((finding,), mode="json"), allow_nan=False))
+        assert sent["measures"][0]["value"] is None
+        [read] = FINDINGS.validate_python([sent])
+        assert (read.verdict, read.measures[0].is_ok) == ("FAILED", False)
 
 
 # ------------------------------------------------------------------------------- the command, and run
@@ -424,7 +427,7 @@ def test_a_model_whose_sizes_nobody_knows_leaves_the_findings_as_they_are(near: 
     load_world(copied)
     result = invoke(copied, code=4)
     assert re.search(r"^  load +FAILED", result.stdout, re.MULTILINE)
-    assert "what it takes cannot be told: " in result.stdout
+    assert "what it takes is unknown: " in result.stdout
     assert "load (teacher)" in result.stderr
 
 

@@ -106,19 +106,19 @@ def test_a_round_writes_and_reads_no_more_than_estimated_and_not_much_less(keep:
     models = {name: Sized(name, shape_of(folder / name), "float32") for name in ("student", "teacher")}
     student, teachers = models["student"], {"teacher": models["teacher"]}
     bound = estimate(loaded.recipe, student, teachers, prompt_tokens=round(prompt))
-    assert set(bound.disk) == set(sizes)
+    assert set(bound.disk_bytes_per_round) == set(sizes)
     for name, size in sizes.items():
-        assert size <= bound.disk[name] + HEADERS, name
-    assert tokens <= bound.tokens["sampled"]
-    assert bound.tokens["trained"] == pytest.approx(len(rows) * (prompt + 40), rel=0.05)
+        assert size <= bound.disk_bytes_per_round[name] + HEADERS, name
+    assert tokens <= bound.tokens_per_round["sampled"]
+    assert bound.tokens_per_round["trained"] == pytest.approx(len(rows) * (prompt + 40), rel=0.05)
     # With completions as long as they came, the estimate is near: what it leaves out is compression.
     rollout["max_new_tokens"] = round(tokens / len(rows))
     shorter = load_world(folder, rollout=rollout, train__objective=OBJECTIVES[keep]).recipe
     near = estimate(shorter, student, teachers, prompt_tokens=round(prompt))
-    assert near.tokens["sampled"] == pytest.approx(tokens, rel=0.05)
+    assert near.tokens_per_round["sampled"] == pytest.approx(tokens, rel=0.05)
     for name in ("model", "trainer", *(["scores"] if keep == "hidden" else [])):
-        assert sizes[name] == pytest.approx(near.disk[name], rel=0.15), name
-    assert sum(near.disk.values()) <= 1.5 * sum(sizes.values())
+        assert sizes[name] == pytest.approx(near.disk_bytes_per_round[name], rel=0.15), name
+    assert sum(near.disk_bytes_per_round.values()) <= 1.5 * sum(sizes.values())
 
 
 def sized(**changes: Any) -> Sized:
@@ -128,9 +128,11 @@ def sized(**changes: Any) -> Sized:
 def test_training_all_weights_takes_16_bytes_each_and_an_adapter_only_its_own(tmp_path: Path) -> None:
     recipe = load_tiny(tmp_path).recipe
     teacher = {"teacher": sized(name="teacher")}
-    whole = estimate(recipe, sized(), teacher, prompt_tokens=10).memory["train student"]
+    whole = estimate(recipe, sized(), teacher, prompt_tokens=10).memory_bytes["train student"]
     assert whole["weights"] + whole["gradients"] + whole["optimizer"] == 16 * BILLION
-    few = estimate(recipe, sized(adapter=BILLION // 100), teacher, prompt_tokens=10).memory["train student"]
+    few = estimate(recipe, sized(adapter=BILLION // 100), teacher, prompt_tokens=10).memory_bytes[
+        "train student"
+    ]
     assert few["weights"] == 2 * BILLION + 4 * BILLION // 100
     assert few["gradients"] + few["optimizer"] == 12 * BILLION // 100
 
@@ -146,22 +148,22 @@ def test_gradient_checkpointing_takes_less_and_a_teacher_no_optimizer(tmp_path: 
         for on in (False, True)
     )
     name = "activations, roughly"
-    assert saving.memory["train student"][name] < 0.5 * plain.memory["train student"][name]
-    assert set(plain.memory["score teacher"]) == {"weights", name}
-    assert plain.memory["score teacher"]["weights"] == 2 * BILLION
+    assert saving.memory_bytes["train student"][name] < 0.5 * plain.memory_bytes["train student"][name]
+    assert set(plain.memory_bytes["score teacher"]) == {"weights", name}
+    assert plain.memory_bytes["score teacher"]["weights"] == 2 * BILLION
 
 
 def test_a_teacher_elsewhere_takes_disk_and_no_memory(tmp_path: Path) -> None:
     recipe = load_tiny(tmp_path).recipe
     elsewhere = estimate(recipe, sized(), {"teacher": None}, prompt_tokens=10)
     here = estimate(recipe, sized(), {"teacher": sized(name="teacher")}, prompt_tokens=10)
-    assert elsewhere.disk == here.disk
-    assert set(here.memory) - set(elsewhere.memory) == {"score teacher"}
+    assert elsewhere.disk_bytes_per_round == here.disk_bytes_per_round
+    assert set(here.memory_bytes) - set(elsewhere.memory_bytes) == {"score teacher"}
 
 
 def test_a_teacher_that_is_the_student_has_no_weights_of_its_own(tmp_path: Path) -> None:
     loaded = load_tiny(tmp_path, teachers=[{"self": "initial", "prompt": "{question} {question}"}])
     found = estimate(loaded.recipe, sized(), {"teacher": sized()}, prompt_tokens=10)
-    assert set(found.memory) == {"train student", "sample student"}
+    assert set(found.memory_bytes) == {"train student", "sample student"}
     assert found.parameters == {"student": BILLION}
     assert json.dumps(found.to_json())

@@ -15,21 +15,22 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from kdpipe.doctor.finding import PHASES, Finding, Measure, Phase, Verdict
 from kdpipe.doctor.loss.claim import claim_of, claimed_gradient, description_of
 from kdpipe.doctor.loss.enumerated import (
     STEP,
     WORLDS,
-    Case,
     Completion,
+    EnumeratedRow,
+    LossCase,
     Policies,
-    Row,
     V,
     as_step,
     drawn,
@@ -51,7 +52,6 @@ from kdpipe.recipe.schema import DecoupledControl, DistillSchedule, RatioControl
 if TYPE_CHECKING:
     from kdpipe.workers.worker import Message, Report
 
-Verdict = Literal["ok", "FAILED", "not applicable"]
 ROUNDING = 1e-14  # what float64 leaves of sums that are exactly 0
 MEANING = {
     1: "the teacher drops out of the expected gradient: on average nothing is learned from it",
@@ -62,49 +62,6 @@ MEANING = {
 }
 KD_PROPERTIES = (1, 2, 3)  # those that `run` insists on
 
-
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """One comparison: a deviation that may be `limit` at most, or a movement that must be more; `of` is the whole."""
-
-    name: str
-    value: float
-    of: float
-    limit: float
-    must_move: bool = False
-
-    @property
-    def is_ok(self) -> bool:
-        """Whether the value is a number on the right side of its limit."""
-        return self.value > self.limit if self.must_move else self.value <= self.limit
-
-    @property
-    def badness(self) -> tuple[bool, float]:
-        """Sorts measures: those beyond their limit last, the others by how near they are."""
-        ratio = self.value / self.limit if self.limit else self.value
-        return not self.is_ok, -ratio if self.must_move else ratio
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """The verdict on one property, the comparisons that decided it, worst first, and what a failure means."""
-
-    number: int
-    claim: str
-    verdict: Verdict
-    measures: tuple[Measure, ...] = ()
-    problem: str = ""
-    meaning: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """An objective as one phase of the recipe has it, in words, and the findings on it."""
-
-    objective: str
-    findings: tuple[Finding, ...]
-
-
 # ------------------------------------------------------------------------------------------------ entry
 
 
@@ -113,7 +70,7 @@ def serve() -> Callable[[Message, Report], Message]:
 
     def check(request: Message, _report: Report) -> Message:
         recipe = Recipe.model_validate(request["recipe"], strict=True)
-        return {"phases": [asdict(phase) for phase in check_loss(recipe)]}
+        return {"phases": PHASES.dump_python(tuple(check_loss(recipe)), mode="json")}
 
     return check
 
@@ -132,20 +89,20 @@ def unsound(recipe: Recipe) -> list[str]:
 
 
 @cache
-def _unsound(case: Case) -> tuple[str, ...]:
+def _unsound(case: LossCase) -> tuple[str, ...]:
     return tuple(
-        f"property {finding.number}: {finding.meaning}"
+        f"{finding.probe}: {finding.catches}"
         for finding in (judged(case, number) for number in KD_PROPERTIES)
         if finding.verdict == "FAILED"
     )
 
 
-def cases_of(recipe: Recipe) -> list[tuple[str, Case]]:
+def cases_of(recipe: Recipe) -> list[tuple[str, LossCase]]:
     """The phases of the objective, each with what to call it; a schedule stands at its largest weight."""
     objective = recipe.train.objective
     largest = max(objective.distill_weight, objective.distill_schedule.end or 0.0)
     fixed = {"distill_weight": largest, "distill_schedule": DistillSchedule.model_construct()}
-    case = Case(
+    case = LossCase(
         objective.model_copy(update=fixed),
         temperature=recipe.rollout.temperature,
         teacher_temperature=recipe.temperature_of(recipe.teacher),
@@ -162,27 +119,26 @@ def cases_of(recipe: Recipe) -> list[tuple[str, Case]]:
     ]
 
 
-def judged(case: Case, number: int) -> Finding:
+def judged(case: LossCase, number: int) -> Finding:
     """The finding on a property, with the worst measure of each name."""
     claim, measure = _property(case, number)
+
+    def finding(verdict: Verdict, measures: Sequence[Measure] = (), said: str = "") -> Finding:
+        return Finding(f"property {number}", claim, verdict, said, tuple(measures), MEANING[number])
+
     if number in KD_PROPERTIES and not case.objective.has_kd:
-        return Finding(number, claim, "not applicable")
+        return finding("not applicable")
     try:
         measures = sorted(measure(case), key=lambda found: found.badness)
     except NonFiniteError as error:
         # The loss refuses a number that it should not have looked at, or that is its own making.
-        return Finding(number, claim, "FAILED", problem=error.found, meaning=MEANING[number])
-    infinite = {found.name: None for found in measures if not math.isfinite(found.value)}
-    problem = f"not finite: {', '.join(infinite)}" if infinite else ""
-    is_ok = not problem and all(found.is_ok for found in measures)
-    verdict: Verdict = "ok" if is_ok else "FAILED"
-    meaning = "" if is_ok else MEANING[number]
-    worst = {found.name: found for found in measures if found.name not in infinite}
+        return finding("FAILED", said=error.found)
+    worst = {found.name: found for found in measures}
     ordered = sorted(worst.values(), key=lambda found: found.badness, reverse=True)
-    return Finding(number, claim, verdict, tuple(ordered), problem, meaning)
+    return finding("ok" if all(found.is_ok for found in measures) else "FAILED", ordered)
 
 
-def _property(case: Case, number: int) -> tuple[str, Callable[[Case], list[Measure]]]:
+def _property(case: LossCase, number: int) -> tuple[str, Callable[[LossCase], list[Measure]]]:
     """What a property says of the objective, and what measures it."""
     match number:
         case 1:
@@ -200,7 +156,7 @@ def _property(case: Case, number: int) -> tuple[str, Callable[[Case], list[Measu
 # ---------------------------------------------------------------------------------- 1 to 3: the KD part
 
 
-def _teacher_matters(case: Case) -> list[Measure]:
+def _teacher_matters(case: LossCase) -> list[Measure]:
     measures = []
     for world in _worlds(case):
         found, noises = [], []
@@ -210,11 +166,11 @@ def _teacher_matters(case: Case) -> list[Measure]:
             noises.append(noise)
         size = max(_size(gradient) for gradient in found)
         limit = max(1e-3 * size, 100 * ROUNDING + sum(noises))
-        measures.append(Measure("on-policy", _size(found[0] - found[1]), size, limit, must_move=True))
+        measures.append(Measure("on-policy", _size(found[0] - found[1]), limit, must_exceed=True, of=size))
     return measures
 
 
-def _claim_holds(case: Case) -> list[Measure]:
+def _claim_holds(case: LossCase) -> list[Measure]:
     """The expectation with the KD mask open; and that a closed completion has no KD part at all."""
     pairs = [("on-policy", case, on_policy())]
     kd = case.objective.kd
@@ -232,11 +188,11 @@ def _claim_holds(case: Case) -> list[Measure]:
         found = torch.einsum("r,rpv->pv", weight_R, part_RPV)
         wanted = claimed_gradient(setting.objective, world, policies)
         size = _size(wanted)
-        measures.append(Measure(name, _size(found - wanted), size, 1e-10 * size + ROUNDING + noise))
+        measures.append(Measure(name, _size(found - wanted), 1e-10 * size + ROUNDING + noise, of=size))
     return measures + _closed_completions(case)
 
 
-def _closed_completions(case: Case) -> list[Measure]:
+def _closed_completions(case: LossCase) -> list[Measure]:
     """The KD part where the KD mask closes a completion, which is exactly none, and where it does not."""
     objective = case.objective
     groups = [STEP[number : number + 2] for number in range(0, len(STEP), 2)]
@@ -253,12 +209,12 @@ def _closed_completions(case: Case) -> list[Measure]:
     size = _size(part_RPV[~is_closed_R])
     noise = _noise(case, whole_RPV)
     return [
-        Measure("closed completions", _size(part_RPV[is_closed_R]), size, 0.0),
-        Measure("open completions", size, size, 100 * ROUNDING + noise, must_move=True),
+        Measure("closed completions", _size(part_RPV[is_closed_R]), 0.0, of=size),
+        Measure("open completions", size, 100 * ROUNDING + noise, must_exceed=True, of=size),
     ]
 
 
-def _agreement_rests(case: Case) -> list[Measure]:
+def _agreement_rests(case: LossCase) -> list[Measure]:
     on, off = on_policy(), off_policy()
     size = _size(_kd_part(case, WORLDS["one token"], on)[0])  # where they do not agree
     measures = []
@@ -266,17 +222,17 @@ def _agreement_rests(case: Case) -> list[Measure]:
     for (name, behaviour), world in itertools.product(behaviours.items(), _worlds(case)):
         agreed = replace(on, teacher=on.student, behaviour=behaviour)
         part_RPV, _, noise = _kd_part(case, world, agreed)
-        measures.append(Measure(name, _size(part_RPV), size, 1e-12 + noise))
+        measures.append(Measure(name, _size(part_RPV), 1e-12 + noise, of=size))
     return measures
 
 
-def _worlds(case: Case) -> list[list[Completion]]:
+def _worlds(case: LossCase) -> list[list[Completion]]:
     # Pairs of completions are many: the world that holds everything is enough.
     return [WORLDS["early end"]] if case.has_others_baseline else list(WORLDS.values())
 
 
 def _kd_part(
-    case: Case, world: Sequence[Completion], policies: Policies, *, all_wrong: bool = False
+    case: LossCase, world: Sequence[Completion], policies: Policies, *, all_wrong: bool = False
 ) -> tuple[Tensor, Tensor, float]:
     """The KD part of each completion's gradient at weight 1 [R, P, V], each one's probability [R], and its rounding.
 
@@ -295,12 +251,14 @@ def _kd_part(
     return part_RPV, torch.tensor(weights, dtype=torch.float64), _noise(case, whole_RPV)
 
 
-def _noise(case: Case, whole_RPV: Tensor) -> float:
+def _noise(case: LossCase, whole_RPV: Tensor) -> float:
     """What rounding leaves of a difference of gradients of that size, at weight 1."""
     return 64 * torch.finfo(torch.float64).eps * _size(whole_RPV) / case.objective.distill_weight
 
 
-def _with_and_without_kd(case: Case, rows: Sequence[Row], student_PV: Tensor) -> tuple[Tensor, Tensor]:
+def _with_and_without_kd(
+    case: LossCase, rows: Sequence[EnumeratedRow], student_PV: Tensor
+) -> tuple[Tensor, Tensor]:
     """Each row's gradient of the objective, and of what is left of it at `distill_weight: 0`, [R, P, V] each.
 
     All rows are one micro-batch, in which each token has logits, and so a gradient, of its own.
@@ -308,7 +266,7 @@ def _with_and_without_kd(case: Case, rows: Sequence[Row], student_PV: Tensor) ->
     prefixes_N = torch.tensor([prefix for row in rows for prefix in row.context])
     rows_N = torch.tensor([number for number, row in enumerate(rows) for _ in row.tokens])
 
-    def gradient(case: Case) -> Tensor:
+    def gradient(case: LossCase) -> Tensor:
         result_RPV = student_PV.new_zeros(len(rows), *student_PV.shape)
         if not (case.objective.has_kd or case.objective.has_rl):
             return result_RPV
@@ -324,13 +282,13 @@ def _with_and_without_kd(case: Case, rows: Sequence[Row], student_PV: Tensor) ->
 # --------------------------------------------------------------------------------- 4 and 5: the whole loss
 
 
-def _cuts_agree(case: Case) -> list[Measure]:
+def _cuts_agree(case: LossCase) -> list[Measure]:
     """The sum over micro-batches against one of all rows, on the table, and on a transformer that pads."""
     measures = []
 
     def compare(name: str, found: Tensor, wanted: Tensor) -> None:
         size = _size(wanted)
-        measures.append(Measure(name, _size(found - wanted), size, 1e-10 * size + ROUNDING))
+        measures.append(Measure(name, _size(found - wanted), 1e-10 * size + ROUNDING, of=size))
 
     rows = [row for row in as_step(case, table_rows(case)) if row.kept_n.any()]
     whole = _table_outcome(case, rows)
@@ -347,7 +305,7 @@ def _cuts_agree(case: Case) -> list[Measure]:
     return measures
 
 
-def _cuts(rows: Sequence[Row]) -> Iterator[list[Sequence[Row]]]:
+def _cuts(rows: Sequence[EnumeratedRow]) -> Iterator[list[Sequence[EnumeratedRow]]]:
     """Ways to cut a step into micro-batches: each row alone, two parts, the other order, a mixed one."""
     yield [[row] for row in rows]
     yield [rows[:3], rows[3:]]
@@ -355,20 +313,20 @@ def _cuts(rows: Sequence[Row]) -> Iterator[list[Sequence[Row]]]:
     yield [rows[1::2], rows[::-2]]
 
 
-def _masks_hold(case: Case) -> list[Measure]:
+def _masks_hold(case: LossCase) -> list[Measure]:
     """Masked tokens that hold nan or an infinity against harmless ones, and these against rows without them."""
     rows = table_rows(case)
     clean = _table_outcome(case, as_step(case, rows), harmful=0.0)
     size = _size(clean)
     cut = _table_outcome(case, as_step(case, rows, cut=True))
-    measures = [Measure("cut out", _size(cut - clean), size, 1e-12 * size)]
+    measures = [Measure("cut out", _size(cut - clean), 1e-12 * size, of=size)]
     for value in (math.nan, math.inf, -math.inf):
         harmed = _table_outcome(case, as_step(case, rows, harmful=value), harmful=value)
-        measures.append(Measure(f"{value:g}", _size(harmed - clean), size, 0.0))
+        measures.append(Measure(f"{value:g}", _size(harmed - clean), 0.0, of=size))
     return measures
 
 
-def _table_outcome(case: Case, rows: Sequence[Row], *, harmful: float | None = None) -> Tensor:
+def _table_outcome(case: LossCase, rows: Sequence[EnumeratedRow], *, harmful: float | None = None) -> Tensor:
     """Loss and gradient of a micro-batch of the categorical policy; `harmful` stands in masked hidden states."""
     prefixes_N = torch.tensor([prefix for row in rows for prefix in row.context])
     hidden_NP = torch.nn.functional.one_hot(prefixes_N, 1 + V).double()

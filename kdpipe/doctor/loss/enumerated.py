@@ -53,7 +53,7 @@ CHUNK = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class LossCase:
     """An objective without phases and schedule, and how train would feed it."""
 
     objective: Objective
@@ -63,7 +63,7 @@ class Case:
     max_new_tokens: int
     has_references: bool = False
 
-    def having(self, changes: dict[str, Any]) -> Case:
+    def having(self, changes: dict[str, Any]) -> LossCase:
         """The same with a changed objective."""
         return replace(self, objective=self.objective.model_copy(update=changes))
 
@@ -93,7 +93,7 @@ class Policies:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class EnumeratedRow:
     """A completion with all that its loss reads; `context` is the prefix of each token, or a transformer's prompt."""
 
     tokens: Completion
@@ -170,12 +170,12 @@ def row_of(
     teacher_nV: Tensor,
     sampler_nV: Tensor,
     proximal_nV: Tensor,
-) -> Row:
+) -> EnumeratedRow:
     """A completion of whose tokens everything counts, from log-probs."""
     counts_n = torch.ones(len(completion), dtype=torch.bool)
     zeros_n = torch.zeros(len(completion), dtype=torch.float64)
     advantage = 0.7 + 0.1 * len(completion) if is_right(completion) else -0.5 - 0.1 * completion[0]
-    return Row(
+    return EnumeratedRow(
         completion,
         context,
         behaviour_n=of_tokens(completion, sampler_nV),
@@ -190,8 +190,8 @@ def row_of(
 
 
 def drawn(
-    case: Case, groups: Sequence[Sequence[Completion]], policies: Policies, *, all_wrong: bool = False
-) -> list[Row]:
+    case: LossCase, groups: Sequence[Sequence[Completion]], policies: Policies, *, all_wrong: bool = False
+) -> list[EnumeratedRow]:
     """Completions of the categorical policy; those of a group share prompt and optimizer step."""
     row = _drawing(policies, case.temperature)
     rows = [row(completion) for group in groups for completion in group]
@@ -200,7 +200,7 @@ def drawn(
 
 
 @lru_cache(maxsize=8)
-def _drawing(policies: Policies, temperature: float) -> Callable[[Completion], Row]:
+def _drawing(policies: Policies, temperature: float) -> Callable[[Completion], EnumeratedRow]:
     """The row of a completion that these policies draw at that temperature."""
     # The trainer divides by the temperature: so do the others, which keeps b = s true to the last bit.
     teacher_PV, sampler_PV, proximal_PV = (
@@ -209,7 +209,7 @@ def _drawing(policies: Policies, temperature: float) -> Callable[[Completion], R
     )
 
     @cache
-    def row(completion: Completion) -> Row:
+    def row(completion: Completion) -> EnumeratedRow:
         at = prefixes_of(completion)
         return row_of(
             completion,
@@ -222,7 +222,7 @@ def _drawing(policies: Policies, temperature: float) -> Callable[[Completion], R
     return row
 
 
-def table_rows(case: Case) -> list[Row]:
+def table_rows(case: LossCase) -> list[EnumeratedRow]:
     """The completions of the step from the categorical policy, every second one drawn off-policy."""
     on_rows, off_rows = (
         drawn(case, [(completion,) for completion in STEP], policies)
@@ -231,7 +231,9 @@ def table_rows(case: Case) -> list[Row]:
     return [(on_rows, off_rows)[number % 2][number] for number in range(len(STEP))]
 
 
-def as_step(case: Case, rows: Sequence[Row], *, harmful: float | None = None, cut: bool = False) -> list[Row]:
+def as_step(
+    case: LossCase, rows: Sequence[EnumeratedRow], *, harmful: float | None = None, cut: bool = False
+) -> list[EnumeratedRow]:
     """The rows of STEP as an optimizer step sees them: masks, baselines, shares of the recipe's normalization.
 
     `harmful` stands wherever a mask says that nothing is read; `cut` removes masked tokens and what is dropped.
@@ -259,11 +261,13 @@ def as_step(case: Case, rows: Sequence[Row], *, harmful: float | None = None, cu
     return rows if harmful is None else [_harmed(case, row, harmful) for row in rows]
 
 
-def _all_but(row: Row, place: int) -> Tensor:
+def _all_but(row: EnumeratedRow, place: int) -> Tensor:
     return torch.arange(len(row.tokens)) != place
 
 
-def _opened(case: Case, rows: Sequence[Row], prompts: Sequence[int], *, all_wrong: bool = False) -> list[Row]:
+def _opened(
+    case: LossCase, rows: Sequence[EnumeratedRow], prompts: Sequence[int], *, all_wrong: bool = False
+) -> list[EnumeratedRow]:
     """The rows as the KD mask leaves them."""
     own = [number for number, row in enumerate(rows) if not row.is_reference]
     grades = [not all_wrong and is_right(rows[number].tokens) for number in own]
@@ -272,7 +276,9 @@ def _opened(case: Case, rows: Sequence[Row], prompts: Sequence[int], *, all_wron
     return [replace(row, is_open=is_open.get(number, False)) for number, row in enumerate(rows)]
 
 
-def _with_baselines(case: Case, rows: Sequence[Row], scopes: Sequence[int]) -> list[Row]:
+def _with_baselines(
+    case: LossCase, rows: Sequence[EnumeratedRow], scopes: Sequence[int]
+) -> list[EnumeratedRow]:
     """The rows with the mean signal of the others in their scope, where the objective asks for it."""
     kd = case.objective.kd
     if not (case.has_others_baseline and isinstance(kd, SampledTerm)):
@@ -285,7 +291,7 @@ def _with_baselines(case: Case, rows: Sequence[Row], scopes: Sequence[int]) -> l
     ]
 
 
-def _harmed(case: Case, row: Row, value: float) -> Row:
+def _harmed(case: LossCase, row: EnumeratedRow, value: float) -> EnumeratedRow:
     """The row with `value` wherever a mask says that nothing is read."""
 
     def put(tensor: Tensor, is_read_n: Tensor) -> Tensor:
@@ -306,7 +312,7 @@ def _harmed(case: Case, row: Row, value: float) -> Row:
     )
 
 
-def _without_masked(row: Row) -> Row:
+def _without_masked(row: EnumeratedRow) -> EnumeratedRow:
     """The row without its masked tokens, which are its last ones."""
     n = int(row.kept_n.sum())
     return replace(
@@ -327,7 +333,7 @@ def _without_masked(row: Row) -> Row:
 # --------------------------------------------------------------------------------------------- their loss
 
 
-def loss_of(case: Case, rows: Sequence[Row], hidden_NH: Tensor, head: Head) -> Tensor:
+def loss_of(case: LossCase, rows: Sequence[EnumeratedRow], hidden_NH: Tensor, head: Head) -> Tensor:
     """What train computes of a micro-batch of these rows."""
     counts = torch.tensor([len(row.tokens) for row in rows])
 
@@ -360,7 +366,7 @@ def loss_of(case: Case, rows: Sequence[Row], hidden_NH: Tensor, head: Head) -> T
     return loss
 
 
-def _teacher(case: Case, rows: Sequence[Row]) -> TeacherSupport | TeacherHidden | None:
+def _teacher(case: LossCase, rows: Sequence[EnumeratedRow]) -> TeacherSupport | TeacherHidden | None:
     """The teacher's distribution in the form in which the recipe keeps it."""
     if case.objective.distribution_support is None:
         return None

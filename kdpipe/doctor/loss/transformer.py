@@ -19,7 +19,7 @@ from kdpipe.models.logprobs import Head, head_of, hidden_states
 from kdpipe.recipe.schema import Scratch
 
 if TYPE_CHECKING:
-    from kdpipe.doctor.loss.enumerated import Case, Row
+    from kdpipe.doctor.loss.enumerated import EnumeratedRow, LossCase
 
 _SIZES = Scratch(
     hidden_size=16,
@@ -51,7 +51,7 @@ class Transformer:
                     setattr(module, name, torch.nn.RMSNorm(size, eps=eps, dtype=torch.float64))
 
     @cached_property
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[EnumeratedRow, ...]:
         """The completions of the step after prompts of several lengths, with log-probs from unbatched forwards.
 
         All are off-policy: a ratio that is 1 but for rounding would fall on either side of a clip that starts there.
@@ -77,7 +77,9 @@ class Transformer:
             )
         return tuple(rows)
 
-    def outcome(self, case: Case, rows: Sequence[Row], *, left_padding: int | None = None) -> Tensor:
+    def outcome(
+        self, case: LossCase, rows: Sequence[EnumeratedRow], *, left_padding: int | None = None
+    ) -> Tensor:
         """Loss and gradient of a micro-batch; padded as train does, or on the left by at least that many tokens."""
         if left_padding is None:
             batch = make_batch([row.context for row in rows], [row.tokens for row in rows])
@@ -90,7 +92,7 @@ class Transformer:
         found = gradients(loss, list(self.model.parameters()))
         return torch.cat([loss.detach()[None], *(gradient.flatten() for gradient in found)])
 
-    def _left_padded(self, rows: Sequence[Row], amount: int) -> Tensor:
+    def _left_padded(self, rows: Sequence[EnumeratedRow], amount: int) -> Tensor:
         """The hidden states [N, H] that predict the rows' tokens, by a way of its own: mask and positions."""
         sequences = [(*row.context, *row.tokens) for row in rows]
         width = amount + max(map(len, sequences))
