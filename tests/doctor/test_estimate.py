@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from kdpipe.doctor.estimate import Sized, estimate
+from kdpipe.doctor.estimate import ESTIMATE, Sized, estimate
 from kdpipe.models.adapters import start_adapter
 from kdpipe.models.reference import Shape, adapter_parameters, shape_of
 from kdpipe.recipe.schema import Lora
@@ -166,4 +166,5 @@ def test_a_teacher_that_is_the_student_has_no_weights_of_its_own(tmp_path: Path)
     found = estimate(loaded.recipe, sized(), {"teacher": sized()}, prompt_tokens=10)
     assert set(found.memory_bytes) == {"train student", "sample student"}
     assert found.parameters == {"student": BILLION}
-    assert json.dumps(found.to_json())
+    sent = json.loads(json.dumps(ESTIMATE.dump_python(found, mode="json")))
+    assert ESTIMATE.validate_python(sent) == found
