@@ -11,7 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from kdpipe.cli.app import app
-from kdpipe.pipeline.project import Project
+from kdpipe.pipeline.plan import FORMATS
+from kdpipe.pipeline.project import Project, read_project
+from kdpipe.store.step import Stage
 from tests.worlds import SMALLEST, load_tiny, run_near
 
 RATE = "train.optimizer.learning_rate=0.002"
@@ -101,3 +103,35 @@ def test_the_shell_completes_the_names_of_runs(changed: Project, monkeypatch: py
         assert CliRunner().invoke(app, prog_name="kdpipe", env=asked).stdout.split() == [changed.run.name]
     finally:
         Path("kdpipe-out").rename(changed.workspace)
+
+
+def test_a_run_of_an_older_kdpipe_is_read_as_that_one_made_it_and_would_run_again(
+    changed: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stage in Stage:
+        monkeypatch.setitem(FORMATS, stage, FORMATS[stage] + 1)
+    name, place = changed.run.name, ["--workspace", str(changed.workspace)]
+    page, weights = str(tmp_path / "page.html"), str(tmp_path / "weights")
+    for command in (
+        ["status", name, "--check"],
+        ["verify", name, "--full"],
+        ["samples", name],
+        ["report", name, "-o", page],
+        ["export", name, weights],
+    ):
+        result = invoke(*command, *place)
+        assert f"{name}: made by an older kdpipe" in result.stderr, command
+    assert (Path(weights) / "model.safetensors").exists()
+    planned = json.loads(invoke("plan", name, *place, "--json").stdout)["steps"]
+    assert {step["state"] for step in planned} == {"stale"}
+    assert all("made by another version of kdpipe" in step["why"] for step in planned)
+
+
+def test_a_run_that_this_kdpipe_goes_on_with_is_no_older_one(
+    changed: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FORMATS, Stage.TRAIN, FORMATS[Stage.TRAIN] + 1)
+    project = read_project(changed.loaded, changed.workspace)
+    states = {state.step.id: state.verdict for state in project.survey()}
+    assert not project.is_older
+    assert (states["rollout@1"], states["train@1"]) == ("done", "stale")
