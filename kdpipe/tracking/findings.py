@@ -55,15 +55,17 @@ class Findings:
     def note(self, recipe: Recipe) -> str:
         """A few lines of Markdown: the result, and a table of the evaluations."""
         found = self.tags(recipe)
-        shown = [("student before", self.before), ("student after", self.after), *self.teachers.items()]
-        rows = [_row(label, summary) for label, summary in shown if summary is not None]
+        students = [("student before", self.before), ("student after", self.after)]
+        shown = [(label, one) for label, one in (*students, *self.teachers.items()) if one is not None]
         lines = [f"**{found['result']}** {found['student.gain']}.", ""] if "result" in found else []
-        accuracies = [
-            f"{label} {percent(accuracy_of(one).estimate)}" for label, one in shown if one is not None
-        ]
+        accuracies = [f"{label} {percent(accuracy_of(one).estimate)}" for label, one in shown]
         lines += [f"Accuracy: {', '.join(accuracies)}.", ""]
         columns = ("", "accuracy", "95% interval", "reverse KL, nats a token", "cut at the length limit")
-        table = [_line(columns), _line(["---", *["---:"] * (len(columns) - 1)]), *map(_line, rows)]
+        table = [
+            _line(columns),
+            _line(["---", *["---:"] * (len(columns) - 1)]),
+            *(_line(_row(*one)) for one in shown),
+        ]
         return "\n".join([*lines, *table, "", "The whole report is the artifact `report.html`."])
 
 

@@ -92,30 +92,26 @@ class Memory(BaseModel):
 
 
 def read_memory(folder: Path) -> Memory | None:
-    """The folder's `mlflow.json`, or None when there is none that can be read."""
+    """The folder's `mlflow.json` as far as its database is there, or None when there is none that can be read."""
     try:
-        return Memory.model_validate_json((folder / MEMORY).read_bytes())
+        memory = Memory.model_validate_json((folder / MEMORY).read_bytes())
     except (FileNotFoundError, ValidationError):
         return None
-
-
-def valid_memory(folder: Path) -> Memory | None:
-    """The folder's `mlflow.json` as far as it holds: the workspace's database may be gone."""
-    memory = read_memory(folder)
-    if memory is not None and memory.uri is None and not (folder.parents[1] / DATABASE).exists():
+    if memory.uri is None and not (folder.parents[1] / DATABASE).exists():
         memory.forget()
     return memory
 
 
 def write_memory(folder: Path, memory: Memory) -> None:
-    """Keeps the memory durably."""
-    write_json(folder / MEMORY, memory.model_dump(mode="json"))
+    """Keeps the memory durably, unless it is unchanged."""
+    if read_memory(folder) != memory:
+        write_json(folder / MEMORY, memory.model_dump(mode="json"))
 
 
 def memory_of(request: MirrorRequest) -> Memory:
     """The memory of what `request` is about, or a new one for a new place; raises ArtifactError on damage."""
     experiment = request.tracking.experiment or _recipe_name(request)
-    old = valid_memory(request.folder)
+    old = read_memory(request.folder)
     if old is not None and old.is_at(request.tracking.uri, experiment):
         return old
     key = old.key if old is not None else uuid.uuid4().hex

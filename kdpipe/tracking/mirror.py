@@ -176,9 +176,9 @@ class MlflowMirror:
 
     def _ask(self, request: MirrorRequest) -> None:
         self._check_time()
-        _ask(self._worker, request, progress=self._progress, tick=self._check_time)
+        _ask(self._worker, request, on_event=self._progress, tick=self._check_time)
 
-    def _progress(self) -> None:
+    def _progress(self, _event: Message) -> None:
         self._progress_at = time.monotonic()
         if not self._is_loaded:
             self._is_loaded, self._ending_at = True, self._progress_at
@@ -244,7 +244,7 @@ def settle(workspace: Path, *, seconds: float = 30.0) -> list[str]:
     try:
         for request in requests:
             with contextlib.suppress(KdpipeError):  # left unsettled, which the next command sees again
-                _ask(worker, request, progress=lambda: None, tick=check_time)
+                _ask(worker, request, on_event=lambda _: None, tick=check_time)
                 settled.append(request.folder.name)
     finally:
         worker.kill()
@@ -256,12 +256,8 @@ def _worker(log: Path) -> Worker:
 
 
 def _ask(
-    worker: Worker, request: MirrorRequest, *, progress: Callable[[], None], tick: Callable[[], None]
+    worker: Worker, request: MirrorRequest, *, on_event: Callable[[Message], None], tick: Callable[[], None]
 ) -> MirrorResult:
-    """The result of one call of the mirror's process; whatever it tells meanwhile is progress."""
-
-    def on_event(_event: Message) -> None:
-        progress()
-
+    """The result of one call of the mirror's process; that it says anything meanwhile is progress."""
     message = REQUESTS.dump_python(request, mode="json")
     return RESULTS.validate_python(worker.call(message, on_event=on_event, tick=tick))

@@ -20,7 +20,6 @@ from kdpipe.tracking.memory import (
     Subject,
     memory_of,
     read_memory,
-    valid_memory,
 )
 from kdpipe.tracking.study import study_items
 
@@ -64,7 +63,7 @@ def waiting(run_folder: Path) -> list[str]:
 
 
 def _unsent_names(run_folder: Path) -> list[str]:
-    memory = valid_memory(run_folder) or Memory(key="", uri=None, experiment="", wanted="RUNNING")
+    memory = read_memory(run_folder) or Memory(key="", uri=None, experiment="", wanted="RUNNING")
     try:
         return [item.name for item in unsent("run", run_folder, memory)]
     except ArtifactError:  # also where the run has not begun

@@ -75,7 +75,7 @@ class MlflowRun:
             memory.forget()
             experiment = self._experiment(memory, workspace)
             answered()
-            run = self._searched(experiment, memory, request) or self._created(experiment, memory, request)
+            run = self._found(experiment, memory, request) or self._created(experiment, memory, request)
             memory.run_id = run.info.run_id
         memory.status = run.info.status
         memory.artifact_uri = run.info.artifact_uri
@@ -101,7 +101,7 @@ class MlflowRun:
             return None
         return run if run.info.lifecycle_stage == "active" else None
 
-    def _searched(self, experiment: str, memory: Memory, request: MirrorRequest) -> Run | None:
+    def _found(self, experiment: str, memory: Memory, request: MirrorRequest) -> Run | None:
         """The run that an earlier attempt made. On a server of many, only the key tells whose it is."""
         wanted = f"tags.`kdpipe.{request.subject}` = '{request.folder.name}'"
         found = self._client.search_runs([experiment], wanted)

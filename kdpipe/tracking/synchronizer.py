@@ -17,7 +17,6 @@ from kdpipe.tracking.memory import (
     MirrorRequest,
     MirrorResult,
     memory_of,
-    read_memory,
     write_memory,
 )
 from kdpipe.tracking.pending import unsent
@@ -58,7 +57,7 @@ class Synchronizer:
         with file_lock(order.folder / LOCK):  # a study's own mirror and those of its runs may come at once
             memory = memory_of(order)
             memory.wanted = order.status
-            _save(order, memory)  # the key is durable before the MLflow run exists
+            write_memory(order.folder, memory)  # the key is durable before the MLflow run exists
             run = self._open.pop(memory.run_id, None)  # back in its place only if all goes well
             if run is None:
                 run = self._opened(order, memory, answered)
@@ -72,7 +71,7 @@ class Synchronizer:
         if memory.uri is None:
             make_database(order.workspace.resolve(), answered)
         run = MlflowRun(order, memory, answered=answered)
-        _save(order, memory)
+        write_memory(order.folder, memory)
         if order.subject == "run" and (found := study_of(order.folder, memory)) is not None:
             study, parent = found
             place = Tracking(uri=parent.uri, experiment=parent.experiment)
@@ -87,7 +86,7 @@ def _send(order: MirrorRequest, run: MlflowRun, memory: Memory) -> tuple[int, Ar
     for start in range(0, len(items), BATCH):
         batch = items[start : start + BATCH]
         memory.sent = {item.name: UNSURE for item in batch} | memory.sent
-        _save(order, memory)
+        write_memory(order.folder, memory)
         done = {}
         for item in batch:
             try:
@@ -97,10 +96,5 @@ def _send(order: MirrorRequest, run: MlflowRun, memory: Memory) -> tuple[int, Ar
                 damage = damage or error
         count += run.flush()
         memory.sent |= done
-        _save(order, memory)
-    return count, damage
-
-
-def _save(order: MirrorRequest, memory: Memory) -> None:
-    if read_memory(order.folder) != memory:
         write_memory(order.folder, memory)
+    return count, damage
