@@ -180,7 +180,7 @@ def _accuracy(settings: EvaluateSettings, grades: Rows) -> dict[str, JsonValue]:
 
 
 def _several_samples(settings: EvaluateSettings, groups: Sequence[Rows]) -> dict[str, JsonValue]:
-    """pass@k and maj@k for k = 2, 4, 8, ... and all samples; Wilson's intervals count problems (`accuracy`)."""
+    """pass@k and maj@k for k = 2, 4, 8, ... and all samples, with Wilson's intervals over problems."""
     samples = settings.samples
     correct = [sum(row["correct"] for row in rows) for rows in groups]
     summary: dict[str, JsonValue] = {}

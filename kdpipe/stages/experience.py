@@ -108,7 +108,7 @@ def experiences(
 def with_baselines(
     objective: Objective, rows: list[Experience], scope: Literal["group", "step"]
 ) -> list[Experience]:
-    """The rows with their mean signal over the other completions of the scope, where the KD term subtracts one.
+    """The rows with the mean signal of the scope's other completions, where the KD term subtracts one.
 
     The signals are those at the start of the round.
     """

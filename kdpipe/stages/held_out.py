@@ -1,6 +1,6 @@
-"""What the teachers think of held-out completions: each problem's own one, or the mixture of all.
+"""Held-out completions scored by each problem's own teacher, or by the mixture of all.
 
-As log-probs of the sampled tokens, and where the engine gives hidden states as the divergence of the two whole
+Scores are log-probs of the sampled tokens and, where the engine gives hidden states, the divergence of the two whole
 distributions at each position.
 """
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutScores:
-    """What the teachers of one completion say: their names and prompts, and of its n tokens the log-probs [n].
+    """The teachers of one completion, their prompts, and the log-probs [n] of its n tokens.
 
     `scorable` [n] as in `Scores`; `reverse_kl` [n] is KL(student‖teacher) at each position, None where not exact.
     """
@@ -55,9 +55,9 @@ def held_out_scores(
     *,
     weights: Mapping[str, float] | None,
 ) -> list[HeldOutScores]:
-    """The scores of each completion by its teacher, or by the mixture of all; teachers are asked one after another.
+    """The scores of each completion by its teacher, or by the mixture of all.
 
-    `weights` are those of a mixture, None where each problem has its own teacher.
+    One teacher after another is asked. `weights` are those of a mixture, None where each problem has its own teacher.
     """
     scored: list[list[tuple[str, Scored]]] = [[] for _ in triples]
     for teacher in against:

@@ -1,4 +1,4 @@
-"""What every stage is handed beside its settings: the round and seed, the problems, and a draft to write to."""
+"""What every stage gets beside its settings: round and seed, problems, and a draft to write to."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 NAMED_PROMPTS = 8
 NOTHING_PUBLISHED = (
-    "nothing of this step was published, and all steps before it are kept; what makes the number is mended first, "
+    "nothing of this step was published, and all steps before it are kept; fix what makes the number, "
     "then the same command continues"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One step's work: `train` and `test` are the task's problems, `runtime` changes no result beyond rounding."""
+    """One step's round and seed, the task's problems, the draft to write, and how the step runs.
+
+    `runtime` changes no result beyond rounding.
+    """
 
     runtime: Runtime
     round: int
@@ -113,7 +116,7 @@ class Job:
         self.pulse.safe_point()
 
     def require_finite(self, prompt_ids: Sequence[str], values: Sequence[Any], what: str) -> None:
-        """Raises StepError naming round, prompt and token unless every number [n] of every completion is finite."""
+        """Raises StepError with round, prompt and token unless every number [n] of every completion is finite."""
         for prompt_id, row in zip(prompt_ids, values, strict=True):
             bad = ~np.isfinite(np.asarray(row, np.float64))
             if bad.any():

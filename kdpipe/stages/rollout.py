@@ -1,4 +1,4 @@
-"""Rollout: the student samples completions for the round's prompts, or some of them, and each is graded.
+"""Rollout: the student samples completions for prompts of the round, and each is graded.
 
 A prompt that it does not sample for gives one row, the reference solution or what a teacher wrote.
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 def rollout(
     settings: RolloutSettings, job: Job, *, student: ModelHandle, given: Sequence[Rollout] = ()
 ) -> None:
-    """Writes `rollouts.parquet`: for each of the round's prompts `rollout.samples` completions, or one text.
+    """Writes `rollouts.parquet`: for each prompt of the round `rollout.samples` completions, or one text.
 
     `given` is what teachers wrote for the prompts that are not sampled for; without any they give their references.
     """

@@ -75,7 +75,7 @@ def sample_all(
     sampling: Sampling,
     model: ModelHandle,
 ) -> list[list[Completion]]:
-    """The completions of each request; raises with the prompt and the token where a log-prob is not finite."""
+    """The completions of each request; raises StepError where a log-prob is not finite."""
     if not requests:
         return []
     with job.asking(prompt_ids):

@@ -1,4 +1,4 @@
-"""Completions scored by a teacher that is held against the student: its prompts, its scores, its output head.
+"""Completions scored by a teacher: what it shares with the student, its prompts, scores and output head.
 
 Token ids travel from the rollout unchanged; only those that the teacher's vocabulary lacks are cut from what it
 reads, and get no score.
@@ -83,7 +83,7 @@ class TeacherHandle:
 def as_teacher(
     settings: TeacherSettings, model: ModelHandle, *, student: Text, support: SupportSettings
 ) -> TeacherHandle:
-    """`model` as the student's teacher, after comparing vocabularies; raises PreflightError when they do not fit."""
+    """`model` as the student's teacher; raises PreflightError when their vocabularies do not fit."""
     teacher = model.text
     names = ("the student", f"teacher {settings.name!r}")
     vocabulary = compare_vocabularies(student.tokenizer, teacher.tokenizer, names=names)
@@ -113,7 +113,7 @@ def as_teacher(
 def _end_ids(
     vocabulary: Vocabulary, student: Text, teacher: Text, names: tuple[str, str]
 ) -> tuple[int, int] | None:
-    """The ids with which student and teacher end a turn, which `end_token: alias` swaps; None where they are one.
+    """The ids with which student and teacher end a turn, which `end_token: alias` swaps; None if equal.
 
     Raises PreflightError where one of the two has no such id: there is no column to swap with.
     """
@@ -165,7 +165,7 @@ def score_completions(
             progress=job.pulse.tokens,
         )
     job.require_finite(ids, [score.logprobs for score in scores], f"the log-prob of teacher {teacher.name!r}")
-    if swap is not None:  # what stands at one id of the teacher is told of the other
+    if swap is not None:  # what the teacher has at one id is the score of the other
         scores = [
             replace(score, topk_ids=None if score.topk_ids is None else swapped(score.topk_ids, swap))
             for score in scores

@@ -1,7 +1,7 @@
-"""Sft: the cold start of a model by cross-entropy on reference solutions or teachers' text, completion tokens only.
+"""Sft: the cold start of a model by cross-entropy on reference solutions or teachers' text.
 
-With no `sft` in the recipe it writes a scratch model as it was initialised. Prompts are rendered as rollout
-renders them, so that what follows a prompt means the same later.
+Only completion tokens are learned. With no `sft` in the recipe it writes a scratch model as it was initialised.
+Prompts are rendered as rollout renders them, so that what follows a prompt means the same later.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def sft(
     resumed: int,
     written: Sequence[Rollout] | None = None,
 ) -> None:
-    """Writes `model/` and `trainer/` after all optimizer steps, of which the first `resumed` are done already.
+    """Writes `model/` and `trainer/` after all optimizer steps; the first `resumed` are done already.
 
     `written` is what teachers wrote for the problems, which it reads in place of the reference solutions.
     """
@@ -79,7 +79,7 @@ def _train(
 def _examples(
     text: Text, problems: Sequence[Problem], written: Sequence[Rollout] | None
 ) -> dict[str, Example]:
-    """What is trained on, by an id that is each one's own: the student's prompt, and what should follow it."""
+    """Prompt and completion of each example, by an id of its own."""
     if written is None:
         return {
             p.prompt_id: (text.prompt(p), reference_completion(text.tokenizer, p, end_id=text.end_id))

@@ -48,7 +48,7 @@ def teacher_score(
     teacher: TeacherHandle,
     student: ModelHandle | None = None,
 ) -> None:
-    """Writes `scores.parquet`, and `hidden.safetensors` where kept: a row for each rollout that it teaches, in order.
+    """Writes `scores.parquet`, and `hidden.safetensors` where kept: a row for each rollout it teaches.
 
     `student` is the model that sampled, where it chooses ids of the support.
     """
@@ -102,7 +102,7 @@ def _keep_hidden(job: Job, parts: Sequence[Path], head: Head | None) -> None:
 
 
 def _score(row: Rollout, teacher: TeacherHandle, scored: Scored, head: Head | None) -> Scores:
-    """The row of `scores.parquet` of one rollout, with its hidden states where `head` says that they are kept."""
+    """The row of `scores.parquet` of one rollout, with its hidden states where there is a `head`."""
     prompt, score, scorable = scored
     hidden = None if head is None or score.hidden is None else to_bytes(score.hidden, head.weight_VH.dtype)
     return Scores(

@@ -1,4 +1,4 @@
-"""What a teacher writes: completions that it samples, for the student's cold start or for prompts of a round.
+"""Teacher text: completions that a teacher samples, for a cold start or for prompts of a round.
 
 They are an artifact of their own, `rollouts.parquet` with `source` teacher and no sampler log-probs. Sequence-level
 knowledge distillation (Kim and Rush 2016) is cross-entropy on them.

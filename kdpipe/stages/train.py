@@ -1,4 +1,4 @@
-"""Train: the round's rollouts and scores become `epochs` x `minibatches` optimizer steps on the student.
+"""Train: `epochs` x `minibatches` optimizer steps on the student from a round's rollouts and scores.
 
 The rows of an epoch are put in a seeded order and cut into minibatches; each is one optimizer step, whose
 loss is a mean over all of its completion tokens, however it is cut into micro-batches. `p_t`, the trainer's
@@ -7,6 +7,8 @@ own log-prob at the start of the round, is taken before the first update.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
 
     from kdpipe.data.rows import Rollout
     from kdpipe.method.mixture import RoundScores
-    from kdpipe.models.logprobs import Head
     from kdpipe.recipe.schema import Objective
     from kdpipe.recipe.stages import TrainSection
     from kdpipe.stages.settings.train import TrainSettings
@@ -88,9 +89,10 @@ def train(
 
     job.pulse.start("optimizer steps", len(plan))
     job.pulse.advance(done)
+    updates = _RoundUpdates(settings, job, trainer, scores)
     trainer.begin()
     for number, (_, indices) in enumerate(plan[done:], start=done):
-        metrics = _optimizer_step(settings, job, [rows[i] for i in indices], trainer, scores)
+        metrics = updates.step([rows[i] for i in indices])
         for name, value in metrics.items():
             job.draft.metric(f"train/{name}", value, optimizer_step=_first_step(job, plan) + number)
         job.end_optimizer_step(number + 1, of=len(plan), write=write_checkpoint)
@@ -114,7 +116,7 @@ def _checked(
 
 
 def _first_step(job: Job, plan: Sequence[object]) -> int:
-    """The number of the round's first optimizer step, counted over the run. A skipped one has its number too."""
+    """The number of the round's first optimizer step in the run; skipped steps are counted."""
     return (job.round - 1) * len(plan) + 1
 
 
@@ -133,67 +135,69 @@ def minibatches(section: TrainSection, job: Job, rows: Sequence[Experience]) -> 
 # ------------------------------------------------------------------------------------- one optimizer step
 
 
-def _optimizer_step(
-    settings: TrainSettings,
-    job: Job,
-    rows: Sequence[Experience],
-    trainer: Trainer,
-    scores: RoundScores | None,
-) -> dict[str, float]:
-    """One update from `rows`; returns its metrics. Without any token that counts, or any signal, it is skipped."""
-    objective = at_step(settings.train.objective, trainer.step, settings.distill_horizon)
-    left = [row for row in rows if row.tokens]
-    if not left:
-        return {"skipped": 1.0}
-    left = with_baselines(objective, left, "step")
-    share = share_of(objective, rows, max_new_tokens=settings.rollout.max_new_tokens)
-    sums = dict[str, float]()
-    for indices in batches_by_tokens([row.length for row in left], job.runtime.train_tokens):
-        picked = [left[i] for i in indices]
-        for name, value in _accumulate(settings, job, objective, picked, share, trainer, scores).items():
-            sums[name] = sums.get(name, 0.0) + value
-        job.pulse.tokens(sum(len(row.rollout.completion_token_ids) for row in picked))
-    signal, rounding = (sums.pop(name, 0.0) for name in ("signal_tokens", "rounding_tokens"))
-    with job.updating([row.rollout.prompt_id for row in left]):
-        update = trainer.apply(is_rounding=rounding > 0 and signal == 0)
-    found = {"learning_rate": update.learning_rate, "grad_norm": update.gradient_norm}
-    if update.is_skipped:
-        found["skipped"] = 1.0
-    if objective.kind in ("kdrl", "srpo"):
-        found["distill_weight"] = objective.distill_weight
-    return found | _averages(sums)
+@dataclass(frozen=True, slots=True)
+class _RoundUpdates:
+    """The optimizer steps of a round, and what all of them read."""
 
+    settings: TrainSettings
+    job: Job
+    trainer: Trainer
+    scores: RoundScores | None
 
-def _accumulate(
-    settings: TrainSettings,
-    job: Job,
-    objective: Objective,
-    rows: Sequence[Experience],
-    share: Mapping[int, float],
-    trainer: Trainer,
-    scores: RoundScores | None,
-) -> dict[str, float]:
-    """Adds the gradient of the share of `rows` in the optimizer step; returns that loss and metrics as sums."""
-    batch = _batch([row.rollout for row in rows], trainer.device)
-    tokens = token_batch(rows, share, trainer.device)
-    teacher = teacher_distribution(objective, rows, scores, trainer.device)
-
-    def loss(hidden_NH: torch.Tensor, head: Head) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return micro_batch_loss(
+    def step(self, rows: Sequence[Experience]) -> dict[str, float]:
+        """Metrics of one optimizer step on `rows`, which is skipped without a token that counts or any signal."""
+        settings, trainer = self.settings, self.trainer
+        objective = at_step(settings.train.objective, trainer.step, settings.distill_horizon)
+        left = [row for row in rows if row.tokens]
+        if not left:
+            return {"skipped": 1.0}
+        sums = self._accumulated(
             objective,
-            tokens,
-            batch.target_ids_N,
-            hidden_NH,
-            head,
-            temperature=settings.rollout.temperature,
-            chunk=job.runtime.head_chunk_tokens,
-            teacher=teacher,
+            with_baselines(objective, left, "step"),
+            share_of(objective, rows, max_new_tokens=settings.rollout.max_new_tokens),
         )
+        signal, rounding = (sums.pop(name, 0.0) for name in ("signal_tokens", "rounding_tokens"))
+        with self.job.updating([row.rollout.prompt_id for row in left]):
+            update = trainer.apply(is_rounding=rounding > 0 and signal == 0)
+        found = {"learning_rate": update.learning_rate, "grad_norm": update.gradient_norm}
+        if update.is_skipped:
+            found["skipped"] = 1.0
+        if objective.kind in ("kdrl", "srpo"):
+            found["distill_weight"] = objective.distill_weight
+        return found | _averages(sums)
 
-    try:
-        return trainer.accumulate(batch, loss)
-    except NonFiniteError as error:
-        raise _located(job, rows, error) from None
+    def _accumulated(
+        self, objective: Objective, rows: Sequence[Experience], share: Mapping[int, float]
+    ) -> dict[str, float]:
+        """Loss and metrics of the rows as sums, after adding up the gradients of their micro-batches."""
+        sums = dict[str, float]()
+        for indices in batches_by_tokens([row.length for row in rows], self.job.runtime.train_tokens):
+            picked = [rows[i] for i in indices]
+            try:
+                found = self._micro_batch(objective, picked, share)
+            except NonFiniteError as error:
+                raise _located(self.job, picked, error) from None
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + value
+            self.job.pulse.tokens(sum(len(row.rollout.completion_token_ids) for row in picked))
+        return sums
+
+    def _micro_batch(
+        self, objective: Objective, rows: Sequence[Experience], share: Mapping[int, float]
+    ) -> dict[str, float]:
+        """Loss and metrics of one micro-batch as sums, after adding its gradient."""
+        device = self.trainer.device
+        batch = _batch([row.rollout for row in rows], device)
+        loss = partial(
+            micro_batch_loss,
+            objective,
+            token_batch(rows, share, device),
+            batch.target_ids_N,
+            temperature=self.settings.rollout.temperature,
+            chunk=self.job.runtime.head_chunk_tokens,
+            teacher=teacher_distribution(objective, rows, self.scores, device),
+        )
+        return self.trainer.accumulate(batch, loss)
 
 
 def _averages(sums: dict[str, float]) -> dict[str, float]:
@@ -297,7 +301,7 @@ def _write(
 
 
 def _write_score_totals(job: Job, rows: Sequence[Experience]) -> None:
-    """What a single teacher's own step would write: of all completions, each against its teacher or the mixture."""
+    """Writes the score metrics of all completions, each against its teacher or the mixture."""
     pairs = [(row.rollout, row.scores) for row in rows if row.scores is not None]
     for name, value in score_metrics(pairs).items():
         job.draft.metric(f"score/{name}", value)
