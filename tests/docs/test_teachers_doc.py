@@ -82,6 +82,23 @@ def test_the_origins_are_those_of_the_code() -> None:
     assert all(f"`{choice}`" in row[1] for choice in choices(SelfTeacher.model_fields["self_"].annotation))
 
 
+def test_the_fields_of_some_kinds_only_are_named() -> None:
+    [text] = re.findall(r"Exactly one origin a teacher\. (.*?); a field of another kind", DOC, re.DOTALL)
+    kinds: dict[str, set[str]] = {field: set() for field in ABSENT}
+    for kind, section in KINDS.items():
+        for name, info in section.model_fields.items():
+            kinds[info.alias or name].add(kind)
+    some = {field: owners for field, owners in kinds.items() if field not in KINDS and owners != set(KINDS)}
+    assert set(re.findall(r"`(\w+)`", text)) == {*some, "model", "self", "scratch", "server"}
+    assert some == {
+        "revision": {"model"},
+        "decay": {"self"},
+        "quantization": {"model", "scratch"},
+        "sft": {"model", "scratch"},
+        "dtype": {"model", "scratch", "self"},
+    }
+
+
 EXAMPLES = re.findall(r"```yaml\n(.*?)```", DOC, re.DOTALL)
 
 
