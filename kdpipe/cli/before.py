@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kdpipe.cli.parameters import (
     WORKSPACE,
@@ -112,7 +112,7 @@ def _kept_bytes(recipe: "Recipe") -> list[str]:
     ]
 
 
-def _state_json(state: "State") -> dict[str, Any]:
+def _state_json(state: "State") -> dict[str, object]:
     return {
         "step": state.step.id,
         "round": state.step.round,

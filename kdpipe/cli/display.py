@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from kdpipe.cli.terminal import PLAIN_SECONDS, Paint, counted, inert, is_terminal, painter
 from kdpipe.pipeline.progress import Pace, duration, time_left
@@ -19,6 +19,11 @@ from kdpipe.store.step import Step
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+    from kdpipe.workers.worker import Message
+
+Numbers = Mapping[str, float]
+"""The numbers of an evaluation's summary.json, by name."""
 
 
 class Terminal:
@@ -45,33 +50,35 @@ class Terminal:
             self._progress, self._task = _live_line(step.id)
             self._progress.start()
 
-    def step_event(self, step: Step, event: dict[str, Any]) -> None:
+    def step_event(self, step: Step, event: Message) -> None:
         """Shows how far the step is."""
-        if event["kind"] == "waiting":
-            self._say(f"{step.id}: another run is making it; waiting to reuse it")
-            return
-        if event["kind"] == "note":
-            self._say(inert(event["text"]))
-            return
-        if event["kind"] == "warning":
-            self.warn(event["text"])
-            return
-        self._pace.note(event)
+        match event:
+            case {"kind": "waiting"}:
+                self._say(f"{step.id}: another run is making it; waiting to reuse it")
+            case {"kind": "note", "text": str(text)}:
+                self._say(inert(text))
+            case {"kind": "warning", "text": str(text)}:
+                self.warn(text)
+            case _:
+                self._pace.note(event)
+                self._show_pace(step)
+
+    def _show_pace(self, step: Step) -> None:
+        words = _pace_words(self._pace)
         if self._progress is not None and self._task is not None:
-            self._progress.update(
-                self._task, total=event["total"], completed=event["done"], words=_pace_words(self._pace)
-            )
+            self._progress.update(self._task, total=self._pace.total, completed=self._pace.done, words=words)
         elif time.monotonic() - self._said > PLAIN_SECONDS:
             self._said = time.monotonic()
-            self._say(f"{step.id}: {_pace_words(self._pace)}")
+            self._say(f"{step.id}: {words}")
 
-    def step_ends(self, step: Step, result: dict[str, Any]) -> None:
+    def step_ends(self, step: Step, result: Message) -> None:
         """Ends the step's line; steps of round 0 leave one, as no line of a round follows them."""
         self.stop()
-        if result["reused"]:
-            self._say(f"{step.id}: reused from another run")
-        elif step.round == 0:
-            self._say(f"{step.id}: {duration(result['seconds'])}")
+        match result:
+            case {"reused": True}:
+                self._say(f"{step.id}: reused from another run")
+            case {"seconds": int(seconds) | float(seconds)} if step.round == 0:
+                self._say(f"{step.id}: {duration(seconds)}")
 
     def round_ends(self, number: int, rounds: int, metrics: dict[str, float]) -> None:
         """Prints the round's line."""
@@ -133,14 +140,15 @@ class JsonLines:
         """See Terminal."""
         self._print(event="step begins", step=step.id, fingerprint=step.fingerprint)
 
-    def step_event(self, step: Step, event: dict[str, Any]) -> None:
+    def step_event(self, step: Step, event: Message) -> None:
         """Notes and warnings; progress is for people."""
-        if event["kind"] == "note":
-            self._print(event="note", step=step.id, text=event["text"])
-        elif event["kind"] == "warning":
-            self.warn(event["text"])
+        match event:
+            case {"kind": "note", "text": str(text)}:
+                self._print(event="note", step=step.id, text=text)
+            case {"kind": "warning", "text": str(text)}:
+                self.warn(text)
 
-    def step_ends(self, step: Step, result: dict[str, Any]) -> None:
+    def step_ends(self, step: Step, result: Message) -> None:
         """See Terminal."""
         self._print(event="step ends", step=step.id, **result)
 
@@ -158,7 +166,7 @@ class JsonLines:
     def stop(self) -> None:
         """Nothing."""
 
-    def _print(self, **fields: Any) -> None:
+    def _print(self, **fields: object) -> None:
         print(json.dumps(fields, sort_keys=True), flush=True)
 
 
@@ -176,8 +184,8 @@ def round_line(number: int, rounds: int, metrics: dict[str, float]) -> str:
     return "  ".join(pieces)
 
 
-def outcome_lines(rows: Sequence[tuple[str, dict[str, Any] | None]], paint: Paint) -> list[str]:
-    """Before and after with intervals, as a table: (label, summary.json of the evaluation)."""
+def outcome_lines(rows: Sequence[tuple[str, Numbers]], paint: Paint) -> list[str]:
+    """Accuracy and reverse KL before and after with their intervals, as a table of (label, evaluation)."""
     table = [("", "accuracy", "95 % interval", "held-out reverse KL, nats")]
     table += [
         (
@@ -187,7 +195,6 @@ def outcome_lines(rows: Sequence[tuple[str, dict[str, Any] | None]], paint: Pain
             _interval(summary, *_reverse_kl_keys(summary, ""), ".3f"),
         )
         for label, summary in rows
-        if summary is not None
     ]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
@@ -199,7 +206,7 @@ def outcome_lines(rows: Sequence[tuple[str, dict[str, Any] | None]], paint: Pain
     return [paint(lines[0], "bold"), *(line.rstrip() for line in lines[1:])]
 
 
-def change_lines(after: dict[str, Any]) -> list[str]:
+def change_lines(after: Numbers) -> list[str]:
     """The paired differences of the last evaluation to student 0, a sentence each."""
     lines = []
     if "accuracy_change" in after:
@@ -220,14 +227,14 @@ def change_lines(after: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _reverse_kl_keys(summary: dict[str, Any], what: str) -> tuple[str, str, str]:
+def _reverse_kl_keys(summary: Numbers, what: str) -> tuple[str, str, str]:
     """The keys of the estimate from whole distributions where there is one: it has less variance."""
     exact = f"reverse_kl_exact{what}"
     name = exact if f"{exact}_nats" in summary else f"reverse_kl{what}"
     return f"{name}_nats", f"{name}_low", f"{name}_high"
 
 
-def _interval(summary: dict[str, Any], value: str, low: str, high: str, spec: str) -> str:
+def _interval(summary: Numbers, value: str, low: str, high: str, spec: str) -> str:
     if value not in summary:
         return ""
     return f"{summary[value]:{spec}} ({summary[low]:{spec}} to {summary[high]:{spec}})"

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -73,7 +73,7 @@ def _not_mirrored(project: "Project") -> int:
     return pending(project.run.path) if project.recipe.tracking.enabled else 0
 
 
-def _status_json(project: "Project", found: "Overview") -> dict[str, Any]:
+def _status_json(project: "Project", found: "Overview") -> dict[str, object]:
     from dataclasses import asdict
 
     from kdpipe.pipeline.requirements import headrooms

@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kdpipe.cli.parameters import WORKSPACE, load_given
 from kdpipe.cli.terminal import shown
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kdpipe.pipeline.project import Project
     from kdpipe.pipeline.runner import Request
     from kdpipe.recipe.file import LoadedRecipe
+    from kdpipe.store.step import Fields
 
 
 def run_one(
@@ -67,7 +68,7 @@ def commands_again(loaded: "LoadedRecipe", recipe: str, workspace: Path) -> list
     return [shlex.join(["kdpipe", command, recipe, *sets, *place, *flags]) for command, *flags in tails]
 
 
-def _outcome(project: "Project") -> dict[str, Any]:
+def _outcome(project: "Project") -> dict[str, object]:
     return {
         "run": project.run.name,
         "folder": str(project.run.path),
@@ -75,7 +76,8 @@ def _outcome(project: "Project") -> dict[str, Any]:
     }
 
 
-def _evaluations(project: "Project") -> list[tuple[str, dict[str, Any] | None]]:
+def _evaluations(project: "Project") -> list[tuple[str, "Fields"]]:
+    """What to call the model of each evaluation that is shown, and its summary.json."""
     from kdpipe.pipeline.project import summary_of
     from kdpipe.recipe.roles import STUDENT
     from kdpipe.store.step import Stage
@@ -86,13 +88,11 @@ def _evaluations(project: "Project") -> list[tuple[str, dict[str, Any] | None]]:
         if step.stage == Stage.EVALUATE and (summary := summary_of(project, step.id)) is not None
     ]
     of_student = [(step, summary) for step, summary in done if step.subject == STUDENT]
-    rows: list[tuple[str, dict[str, Any] | None]]
     rows = [("student before", summary) for step, summary in of_student if step.round == 0]
     rows += [
         (f"student after round {step.round}", summary) for step, summary in of_student[-1:] if step.round
     ]
-    rows += [(step.subject, summary) for step, summary in done if step.subject != STUDENT]
-    return rows
+    return [*rows, *((step.subject, summary) for step, summary in done if step.subject != STUDENT)]
 
 
 def _print_outcome(project: "Project", recipe: str, workspace: Path) -> None:
@@ -101,10 +101,10 @@ def _print_outcome(project: "Project", recipe: str, workspace: Path) -> None:
     from kdpipe.report.writing import report_path
 
     lines = []
-    rows = _evaluations(project)
+    rows = [(label, _numbers(summary)) for label, summary in _evaluations(project)]
     if rows:
-        after = [summary for label, summary in rows if label.startswith("student after")]
-        changes = change_lines(after[-1]) if after and after[-1] else []
+        after = [numbers for label, numbers in rows if label.startswith("student after")]
+        changes = change_lines(after[-1]) if after else []
         lines = [*outcome_lines(rows, painter(sys.stdout)), *changes, ""]
     place = "" if workspace == WORKSPACE else f" --workspace {shlex.quote(str(workspace))}"
     lines += [f"artifacts  {shown(project.run.path)}"]
@@ -116,3 +116,7 @@ def _print_outcome(project: "Project", recipe: str, workspace: Path) -> None:
         f"           kdpipe ui{place}",
     ]
     print("\n".join(lines))
+
+
+def _numbers(summary: "Fields") -> dict[str, float]:
+    return {name: value for name, value in summary.items() if isinstance(value, int | float)}

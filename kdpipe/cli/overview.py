@@ -39,7 +39,7 @@ class Overview:
         """What the grid shows of a step."""
         return "running" if state.step.id == self.current else state.verdict
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The grid by stage and round, and the progress of the running step."""
         grid: dict[str, dict[str, str]] = {}
         for state in self.states:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import textwrap
-import unicodedata
 from collections.abc import Iterator, Sequence
+
+from rich.cells import cell_len, chop_cells
 
 from kdpipe.cli.terminal import COLUMNS, Paint, inert
 from kdpipe.results.completions import Change, GradedCompletion, Token
@@ -106,7 +107,7 @@ def _token_lines(tokens: Sequence[Token], *, coloured: bool) -> Iterator[str]:
             if number:
                 yield line + (_shaded("↵", token.gap) if coloured else "")
                 line, used = "", 0
-            for part in _parts(piece, width):
+            for part in chop_cells(piece, width):
                 if used + _columns(part) > width and used:
                     yield line
                     line, used = "", 0
@@ -116,21 +117,9 @@ def _token_lines(tokens: Sequence[Token], *, coloured: bool) -> Iterator[str]:
         yield line
 
 
-def _parts(text: str, width: int) -> Iterator[str]:
-    """A piece of text in parts that fit a line; most are one."""
-    while text:
-        yield text[: width // 2] if _columns(text) > width else text
-        text = text[width // 2 :] if _columns(text) > width else ""
-
-
 def _columns(text: str) -> int:
-    """How many columns a terminal gives to a text: two to wide characters, none to marks on others."""
-    if text.isascii():
-        return len(text) + 7 * text.count("\t")
-    return sum(
-        0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        for character in text
-    )
+    """The columns that a terminal gives to a text, at most."""
+    return cell_len(text) + 8 * text.count("\t")
 
 
 def _shaded(text: str, gap: float | None) -> str:

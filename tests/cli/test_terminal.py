@@ -112,9 +112,7 @@ def test_the_line_of_a_round_fits_80_columns_and_leaves_out_what_was_not_measure
 
 
 def test_the_outcome_is_a_table_of_80_columns_with_the_numbers_under_their_names() -> None:
-    lines = outcome_lines(
-        [("student before", SUMMARY), ("student after round 290", SUMMARY), ("t", None)], bare
-    )
+    lines = outcome_lines([("student before", SUMMARY), ("student after round 290", SUMMARY)], bare)
     assert len(lines) == 3
     assert max(map(len, lines)) <= 80
     assert lines[1].split("  ")[0] == "student before"

@@ -10,10 +10,10 @@ Shapes: N completion tokens, n those of one completion, P prefixes, V ids, H hid
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class LossCase:
     max_new_tokens: int
     has_references: bool = False
 
-    def having(self, changes: dict[str, Any]) -> LossCase:
+    def having(self, changes: Mapping[str, object]) -> LossCase:
         """The same with a changed objective."""
         return replace(self, objective=self.objective.model_copy(update=changes))
 
@@ -337,7 +337,7 @@ def loss_of(case: LossCase, rows: Sequence[EnumeratedRow], hidden_NH: Tensor, he
     """What train computes of a micro-batch of these rows."""
     counts = torch.tensor([len(row.tokens) for row in rows])
 
-    def spread(values: list[Any]) -> Tensor:
+    def spread(values: list[bool] | list[float]) -> Tensor:
         return torch.tensor(values).repeat_interleave(counts)
 
     batch = TokenBatch(
