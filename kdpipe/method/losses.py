@@ -46,7 +46,7 @@ def divergence(term: DistributionTerm, student_NS: Tensor, teacher_NS: Tensor) -
 
 
 def signal_of(term: SampledTerm, difference_N: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The term's signal a at each token, [N], from d = q - s, which is 0 at tokens that it does not look at."""
+    """The signal a of the term at each token, [N], from d = q - s, which is 0 where it does not look."""
     match term:
         case RklTerm(gamma=gamma):
             return discounted_future_sum(difference_N, lengths, gamma=gamma)
@@ -66,7 +66,7 @@ def sampled_loss(
     baseline_N: Tensor,
     weight_N: Tensor,
 ) -> Tensor:
-    """The term's loss per token, [N], whose gradient is `-w (a - baseline) grad s`; `signal_N` is a - baseline."""
+    """The loss per token, [N], whose gradient is `-w (a - baseline) grad s`; `signal_N` is a - baseline."""
     match term:
         case RklTerm():
             return rkl_surrogate(student_N, signal_N, weight_N)
@@ -139,12 +139,12 @@ def jsd(student_NS: Tensor, teacher_NS: Tensor, beta: float) -> Tensor:
 
 
 def skew_kl(student_NS: Tensor, teacher_NS: Tensor, alpha: float) -> Tensor:
-    """`KL(P‖alpha * P + (1 - alpha) * S)` of each row in nats, [N], in [0, -log alpha] (DistiLLM, 2402.03898)."""
+    """`KL(P‖alpha * P + (1 - alpha) * S)` of each row in nats, [N], in [0, -log alpha] (2402.03898)."""
     return kl(teacher_NS, mixture(teacher_NS, student_NS, alpha))
 
 
 def skew_rkl(student_NS: Tensor, teacher_NS: Tensor, alpha: float) -> Tensor:
-    """`KL(S‖alpha * S + (1 - alpha) * P)` of each row in nats, [N], in [0, -log alpha]; S carries the gradient."""
+    """`KL(S‖alpha * S + (1 - alpha) * P)` of each row in nats, [N], in [0, -log alpha]; S has gradients."""
     return kl(student_NS, mixture(student_NS, teacher_NS, alpha))
 
 

@@ -1,4 +1,4 @@
-"""From hidden states to the loss of a micro-batch: the one path from a student's output to its gradient.
+"""From hidden states to the loss of a micro-batch: the one path from student output to gradient.
 
 The trainer and `check-loss` call it. Tokens that are not kept are cut from the hidden states before the output
 head: a log-softmax of what may be nan has nan gradients even where its result is masked.
@@ -62,10 +62,11 @@ class TeacherPart:
 
 @dataclass(frozen=True, slots=True)
 class TeacherMixture:
-    """The mixture of several teachers' distributions, `log sum_i w_i exp(q_i)`, computed where it is needed.
+    """The mixture of several teachers' distributions, `log sum_i w_i exp(q_i)`.
 
-    Weights of the parts that speak at a position sum to 1. `num_ids` is the largest number of ids that a part
-    knows: what it does not know has no probability there. `top_k` as in `TeacherHidden`, of the mixture.
+    It is computed where it is needed. Weights of the parts that speak at a position sum to 1. `num_ids` is the largest
+    number of ids that a part knows: what it does not know has no probability there. `top_k` as in `TeacherHidden`, of
+    the mixture.
     """
 
     parts: Sequence[TeacherPart]
@@ -103,7 +104,7 @@ def micro_batch_loss(
     chunk: int,
     teacher: TeacherSupport | TeacherHidden | TeacherMixture | None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The share of these tokens in the optimizer step's loss, with its gradient, and metrics as sums over tokens.
+    """The share of these tokens in the step's loss, with gradients, and metrics as sums over tokens.
 
     `ids_N` are the sampled tokens, `hidden_NH` the states that predict them, `temperature` that of the
     rollout, `chunk` the tokens whose logits exist at once. `teacher` is needed where the objective has a

@@ -1,4 +1,4 @@
-"""The mismatch ledger: how far the sampler's log-probs b are from the trainer's own p of the same tokens, in nats.
+"""The mismatch ledger: the sampler's log-probs b less the trainer's p of the same tokens, in nats.
 
 Both are of the same weights at the same temperature, so that all of it is the engines' doing: kernels, dtypes,
 batching, or a fault. Made from two files: `sampler_logprobs` of rollouts.parquet, and `proximal_logprobs` of

@@ -1,4 +1,4 @@
-"""The scores of a round's teachers joined to its completions: each one's teacher, or the mixture of all.
+"""A round's scores joined to its completions: of each one's teacher, or of the mixture of all.
 
 A mixture is one of distributions, `q = log sum_i w_i exp(q_i)`: averaged log-probs would not be one. A token is
 scorable where all of its teachers have it.
@@ -216,7 +216,7 @@ def _equally_wide(rows: list[Scores]) -> list[Scores]:
 def shuffled(
     scores: RoundScores, rollouts: Sequence[Rollout], *, seed: int, round_number: int
 ) -> RoundScores:
-    """The scores with position t of each completion taking position t, wrapped, of another prompt's completion.
+    """The scores in which position t takes position t, wrapped, of another prompt's completion.
 
     Its sampled-token log-prob, support and hidden state stay together: a distribution is a real one of the teacher, at
     another prefix. The same teacher says as much and as surely, and nothing of it is about the text that is trained on.
@@ -233,7 +233,7 @@ def shuffled(
 def donors_of(
     prompt_ids: Sequence[str], lengths: Sequence[int], *, seed: int, round_number: int
 ) -> list[Donor]:
-    """The donor of each completion: of the next prompt in a seeded order that has any token, never of its own.
+    """The donor of each completion: of the next prompt with any token in a seeded order.
 
     Raises StepError when no other prompt has a token.
     """

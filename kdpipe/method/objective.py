@@ -1,4 +1,4 @@
-"""A recipe's objective applied to tensors: the weight of each token, the loss of a micro-batch, its metrics.
+"""A recipe's objective applied to tensors: each token's weight, a micro-batch's loss and metrics.
 
 The trainer and `check-loss` call these same functions; what a KD term computes stands in `losses.py`. Shapes as
 there: N flattened completion tokens, V ids in use, S support points; n is the part of N that a term looks at.
@@ -41,7 +41,7 @@ add in another order differ by some dozens of them: 1.3e-5 nats was seen, of 6.1
 
 
 def at_step(objective: Objective, step: int, horizon: int) -> Objective:
-    """The objective of optimizer step `step` (from 0) of `horizon`: its distill weight is the scheduled one."""
+    """The objective with the distill weight of optimizer step `step` (from 0) of `horizon`."""
     schedule, start = objective.distill_schedule, objective.distill_weight
     if schedule.end is None:
         return objective
@@ -52,7 +52,7 @@ def at_step(objective: Objective, step: int, horizon: int) -> Objective:
 
 
 def shares(objective: Objective, kept: Sequence[int | None], *, max_new_tokens: int) -> list[float]:
-    """The weight of each token of each completion in an optimizer step's loss, which is their weighted sum.
+    """The weight of each completion's tokens in an optimizer step's loss, which is a weighted sum.
 
     `kept` counts the tokens of each completion that count, whatever clips and KD masks do to them; None is a
     dropped completion. `token`: 1 / all of them. `sequence`: a mean per completion, then over
@@ -169,9 +169,9 @@ def token_loss(
 def _signal_metrics(
     objective: Objective, batch: TokenBatch, student_N: Tensor, distribution_N: Tensor | None
 ) -> dict[str, Tensor]:
-    """`signal_tokens`, which have something to teach, and `rounding_tokens`, where teacher and student are one.
+    """Counts of `signal_tokens`, which teach something, and of `rounding_tokens`, which do not.
 
-    A token counts as the latter if all that the KD term reads there is within ROUNDING_NATS: `q - s`, the divergence
+    A token is the latter if all that the KD term reads there is within ROUNDING_NATS: `q - s`, the divergence
     or the baseline. `k1_loss` pushes with a constant, cross-entropy and an advantage other than 0 with their own size.
     """
     at = batch.compared(objective)

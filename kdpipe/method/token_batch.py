@@ -1,4 +1,4 @@
-"""The completion tokens of one micro-batch, as every loss reads them, and the teacher's distribution at them.
+"""The completion tokens of one micro-batch as losses read them, and the teacher's distribution.
 
 Shapes as in `losses.py`: N flattened completion tokens, V ids in use, K ids of a support, S support points.
 """
@@ -32,7 +32,7 @@ class NonFiniteError(StepError):
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """What is given about the completion tokens of one micro-batch: [N] tensors, completions one after another.
+    """The completion tokens of one micro-batch as [N] tensors, completions one after another.
 
     `behaviour` b, `proximal` p and `teacher` q are log-probs of the sampled tokens; `advantage` A and
     `baseline` (of the sampled-token terms) are those of each token's completion. `kept` is False where no term
@@ -89,7 +89,7 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True)
 class TeacherSupport:
-    """The teacher's distribution at N positions: on K ids with the log-mass of all others, or on all V ids.
+    """The teacher's distribution at N positions: on K ids and a tail of all others, or on all V ids.
 
     `ids_NK` (-1 is padding) with `logprobs_NS` [N, K] and `tail_N`; or `logprobs_NS` [N, V] alone.
     """
@@ -114,7 +114,7 @@ class TeacherSupport:
 
 
 def require_finite(at: Tensor, values: Mapping[str, Tensor]) -> None:
-    """Raises NonFiniteError for the first of the named values [n] that is not; `at` [n] are their positions."""
+    """Raises NonFiniteError for the first of the named values [n] that is not; `at` [n] is where."""
     for name, tensor in values.items():
         is_finite = torch.isfinite(tensor)
         if not bool(is_finite.all()):

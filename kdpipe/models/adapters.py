@@ -1,7 +1,8 @@
-"""LoRA adapters on a frozen model: made, switched on and off, read, written, merged. The only door to peft.
+"""LoRA adapters on a frozen model: made, switched on and off, read, written, merged.
 
-peft makes the layers and defines the file format. Adapters are float32 in memory and on disk, as peft has them,
-whatever the model under them is: nothing narrower is ever written, so that no second copy is needed to go on from.
+The only door to peft, which makes the layers and defines the file format. Adapters are float32 in memory and on
+disk, as peft has them, whatever the model under them is: nothing narrower is ever written, so no second copy is needed
+to continue from.
 
 A model without adapters never causes peft to be imported.
 """
@@ -101,7 +102,7 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def switch_adapter(model: nn.Module, *, on: bool) -> None:
-    """Switches the adapter on, its weights trainable, or off: then the model is bit for bit the one below it."""
+    """Switches the adapter on and trainable, or off: then the model is bit for bit the one below."""
     for layer in _layers(model):
         layer.enable_adapters(on)
 
@@ -181,7 +182,7 @@ def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _config(model: nn.Module) -> dict[str, JsonValue]:
-    """What peft needs to know of the adapter; its other fields would tie the bytes to a version and a path."""
+    """The fields that peft needs; its others would tie the bytes to a version and a path."""
     layer = next(_layers(model))  # all were made with the same settings
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if is_lora(module)}
     return _document(layer.r[_NAME], layer.lora_alpha[_NAME], sorted(names))

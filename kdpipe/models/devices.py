@@ -1,4 +1,4 @@
-"""Where models are computed and in which dtype: what a recipe's names, and its `auto`, mean on this machine.
+"""Devices and dtypes: what the names in a recipe, and its `auto`, mean on this machine.
 
 Asks torch alone: `kdpipe doctor` reports it in half the time that the libraries of models take to be imported.
 """

@@ -1,4 +1,4 @@
-"""Models and trainer state on disk: the only place that knows weight formats. Nothing is ever unpickled.
+"""Models on disk: the only place that knows weight formats. Nothing is ever unpickled.
 
 Whoever calls a `write_` function hands it a temporary folder and makes the result durable.
 """
@@ -150,7 +150,7 @@ class Architecture:
 
 
 def read_architecture(folder: Path, *, trust_remote_code: bool = False) -> Architecture:
-    """The architecture of the model in a folder, none of whose weights are read; raises ModelError if it is none."""
+    """The architecture of the model in a folder; reads no weights, raises ModelError if it is none."""
     _require_weights(folder)
     skeleton = _skeleton(folder, trust_remote_code=trust_remote_code)
     head = skeleton.get_output_embeddings()
@@ -232,7 +232,7 @@ def write_model(
 def write_merged(
     source: ModelSource, tokenizer: PreTrainedTokenizerBase, folder: Path, *, device: torch.device
 ) -> None:
-    """Writes a model with its adapter added to the weights: in float32, then cast to what `source` means there."""
+    """Writes a model with its adapter added in float32, then cast to the dtype of `source` on `device`."""
     assert source.adapter is not None
     trust = source.trust_remote_code
     model = open_model(

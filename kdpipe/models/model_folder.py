@@ -1,4 +1,4 @@
-"""Whether a model folder may be opened: all that opening it reads lies in it, and is of a size that can be read.
+"""Whether a model folder may be opened: all that is read lies in it and is small enough to read.
 
 A folder from elsewhere is data. Names in it that lead out of it, links, devices, and JSON that is huge or nested
 without end are refused here, before transformers or a tokenizer sees them. Cheap, and imports nothing heavy.
@@ -34,7 +34,7 @@ _HINT = "take the folder only from whom you trust, and let it hold plain files"
 
 
 def require_own_files(folder: Path) -> None:
-    """Raises ModelError unless the files of a model folder are plain, its own, and small enough to be read.
+    """Raises ModelError unless a model folder's files are plain, its own, and small enough to read.
 
     A snapshot of the hub's cache links to the blobs of its own repository; other links may not leave the folder.
     """

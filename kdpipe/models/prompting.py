@@ -1,4 +1,4 @@
-"""Between text and token ids: tokenizers, prompts, ends of completions, and whether two vocabularies agree.
+"""Between text and token ids: tokenizers, prompts, ends of completions, shared vocabularies.
 
 Importing this module is cheap: transformers is imported by the functions that need it.
 """
@@ -229,7 +229,7 @@ def _chat_text(tokenizer: Tokenizer, style: PromptStyle, messages: list[dict[str
 
 @contextlib.contextmanager
 def _limited_lines(name: str) -> Iterator[None]:
-    """Raises PreflightError when a template runs for too long: it is a program from elsewhere, in a sandbox.
+    """Raises PreflightError when a template, a program from elsewhere in a sandbox, runs for too long.
 
     The sandbox limits each of its ranges, and not ranges within ranges. Lines are counted, so that no clock decides.
     """

@@ -1,4 +1,4 @@
-"""A model folder opened and run as plainly as transformers can: what the engines and the trainer are held against.
+"""A model folder run as plainly as transformers can: the reference for engines and trainer.
 
 Shares no code with `forward.py`, `batching.py` or the engines: one sequence at a time, the model's own logits, and a
 shift by one of its own.
