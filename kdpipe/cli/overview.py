@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from kdpipe.cli.terminal import COLUMNS, Paint, Style, inert
 from kdpipe.pipeline.progress import Progress, duration, read_progress, time_left
 from kdpipe.pipeline.project import Project
+from kdpipe.pipeline.runs import RunEvent
 from kdpipe.pipeline.status import State
 from kdpipe.store.locks import is_running
 
@@ -66,7 +67,7 @@ def overview(project: Project) -> Overview:
     return Overview(states, running, current, progress, left)
 
 
-def seconds_left(states: Sequence[State], events: Sequence[Mapping[str, Any]], *, now: float) -> float | None:
+def seconds_left(states: Sequence[State], events: Sequence[RunEvent], *, now: float) -> float | None:
     """How long what is to do will take, by the median of each stage's last steps that this run performed.
 
     None where a stage that is still to do was not performed yet, and where nothing is to do.
@@ -75,15 +76,15 @@ def seconds_left(states: Sequence[State], events: Sequence[Mapping[str, Any]], *
     took: dict[str, list[float]] = {}
     begun: dict[str, float] = {}
     for event in events:
-        step, kind, at = event.get("step"), event.get("event"), event.get("time")
-        if step not in stages or not isinstance(at, int | float):  # of another plan, or a damaged line
+        step = event.step
+        if step not in stages:  # of another plan
             continue
-        if kind == "step started":
-            begun[step] = at
-        elif step in begun and kind in ("step done", "step stopped"):
+        if event.kind == "step started":
+            begun[step] = event.time
+        elif step in begun and event.kind in ("step done", "step stopped"):
             since = begun.pop(step)
-            if kind == "step done" and not event.get("reused"):
-                took.setdefault(stages[step], []).append(at - since)
+            if event.kind == "step done" and not event.reused:
+                took.setdefault(stages[step], []).append(event.time - since)
     to_do = [state.step for state in states if state.verdict != "done"]
     if not to_do or any(step.link_name not in took for step in to_do):
         return None
@@ -96,13 +97,13 @@ def seconds_left(states: Sequence[State], events: Sequence[Mapping[str, Any]], *
     return sum(expected) - sum(spent[:1])
 
 
-def _current(events: Sequence[Mapping[str, Any]]) -> str | None:
+def _current(events: Sequence[RunEvent]) -> str | None:
     """The step that began last, unless it has ended."""
     for event in reversed(events):
-        if event.get("event") in ("step done", "step stopped"):
+        if event.kind in ("step done", "step stopped"):
             return None
-        if event.get("event") == "step started":
-            return str(event["step"])
+        if event.kind == "step started":
+            return event.step
     return None
 
 

@@ -104,6 +104,6 @@ def round_metrics(project: Project, number: int) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for step in project.plan.in_round(number):
         for row in project.store.entry(step).metrics():
-            if row["optimizer_step"] is None:
-                metrics[row["name"]] = row["value"]
+            if row.optimizer_step is None:
+                metrics[row.name] = row.value
     return metrics

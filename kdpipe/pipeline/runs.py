@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import JsonValue
 
@@ -37,6 +36,16 @@ class Link:
     round: int
     name: str
     target: Path
+
+
+@dataclass(frozen=True, slots=True)
+class RunEvent:
+    """What happened at `time`, in seconds since the epoch; `reused`: another run had made the step meanwhile."""
+
+    time: float
+    kind: str
+    step: str = ""
+    reused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +133,14 @@ class RunFolder:
         """Notes one event with the time."""
         append_line(self.events_path, {"time": time.time(), "event": kind, **fields})
 
-    def events(self) -> list[dict[str, Any]]:
-        """Every event so far."""
-        return read_lines(self.events_path)
+    def events(self) -> list[RunEvent]:
+        """Every event so far; leaves out damaged lines."""
+        found = []
+        for row in read_lines(self.events_path):
+            at, kind, step = row.get("time"), row.get("event"), row.get("step", "")
+            if isinstance(at, int | float) and isinstance(kind, str) and isinstance(step, str):
+                found.append(RunEvent(at, kind, step, reused=bool(row.get("reused"))))
+        return found
 
 
 def run_at(workspace: Path, name: str) -> RunFolder:

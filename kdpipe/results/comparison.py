@@ -23,8 +23,7 @@ from kdpipe.pipeline.runs import RunFolder
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import resolved
 from kdpipe.results.measures import cost_of
-from kdpipe.store.artifacts import METRICS, linked_entry
-from kdpipe.store.durable import read_lines
+from kdpipe.store.artifacts import linked_entry
 from kdpipe.store.step import Stage, link_name_of
 
 HEADLINE = "task.headline"
@@ -223,7 +222,7 @@ def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contende
         stage = str(document["stage"])
         if stage == Stage.TRAIN or link in evaluated:
             dtypes.add(str(manifest.provenance.get("dtype")))
-        took, read = cost_of(read_lines(entry.opened(METRICS) / METRICS))
+        took, read = cost_of(entry.metrics())
         seconds[stage] = seconds.get(stage, 0.0) + took
         tokens[stage] = tokens.get(stage, 0.0) + read
         if link in evaluated:

@@ -16,9 +16,8 @@ from kdpipe.pipeline.project import Project, summary_of
 from kdpipe.pipeline.requirements import Headroom, headroom_of
 from kdpipe.pipeline.status import State
 from kdpipe.recipe.roles import STUDENT
-from kdpipe.store.artifacts import METRICS
-from kdpipe.store.durable import read_lines
 from kdpipe.store.manifest import Manifest
+from kdpipe.store.metric import METRICS, Metric, read_metrics
 from kdpipe.store.step import Stage, Step
 
 Values: TypeAlias = "dict[int, float]"
@@ -130,9 +129,9 @@ class Measures:
         return {name: manifest for name, manifest in found.items() if manifest is not None}
 
     @cached_property
-    def rows(self) -> dict[str, list[dict[str, Any]]]:
+    def rows(self) -> dict[str, list[Metric]]:
         """The metrics of every done step, by its id."""
-        return {step.id: read_lines(self.project.store.entry(step).folder / METRICS) for step in self.done}
+        return {step.id: read_metrics(self.project.store.entry(step).folder / METRICS) for step in self.done}
 
     @property
     def rounds_done(self) -> int:
@@ -210,11 +209,11 @@ class Measures:
     def by_round(self, name: str, *, subject: str | None = None) -> Values:
         """A per-round metric of every done round; evaluations by the name of their model."""
         return {
-            step.round: row["value"]
+            step.round: row.value
             for step in self.done
             if subject is None or step.subject == subject
             for row in self.rows[step.id]
-            if row["name"] == name and row["optimizer_step"] is None
+            if row.name == name and row.optimizer_step is None
         }
 
     def over_optimizer_steps(self, name: str) -> dict[int, Spread]:
@@ -222,7 +221,7 @@ class Measures:
         found: dict[int, list[float]] = defaultdict(list)
         for step in self.done:
             if step.stage == Stage.TRAIN:
-                found[step.round] += [row["value"] for row in self.rows[step.id] if row["name"] == name]
+                found[step.round] += [row.value for row in self.rows[step.id] if row.name == name]
         return {
             number: Spread(sum(values) / len(values), min(values), max(values))
             for number, values in found.items()
@@ -255,10 +254,10 @@ class Measures:
         begun: dict[str, float] = {}
         total = 0.0
         for event in self.project.run.events():
-            if event.get("event") == "step started":
-                begun[event["step"]] = event["time"]
-            elif event.get("event") == "step done" and not event.get("reused") and event["step"] in begun:
-                total += event["time"] - begun.pop(event["step"])
+            if event.kind == "step started":
+                begun[event.step] = event.time
+            elif event.kind == "step done" and not event.reused and event.step in begun:
+                total += event.time - begun.pop(event.step)
         inside = sum(cost.seconds for cost in self.costs())
         return total - inside if total > inside else None
 
@@ -295,9 +294,9 @@ def token_totals(costs: Sequence[Cost]) -> float:
     return sum(cost.tokens for cost in costs)
 
 
-def cost_of(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+def cost_of(rows: Sequence[Metric]) -> tuple[float, float]:
     """Seconds and tokens that a step took, from its metrics."""
-    found = {row["name"].partition("/")[0]: row["value"] for row in rows if row["optimizer_step"] is None}
+    found = {row.name.partition("/")[0]: row.value for row in rows if row.optimizer_step is None}
     seconds = float(found.get("time", 0.0))
     return seconds, float(
         found.get("speed", 0.0)

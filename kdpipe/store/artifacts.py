@@ -30,13 +30,13 @@ from kdpipe.store.durable import (
 )
 from kdpipe.store.locks import file_lock
 from kdpipe.store.manifest import Manifest, StoredFile, parse_manifest, require_inside
+from kdpipe.store.metric import METRICS, Metric, read_metrics
 from kdpipe.store.piece import SEAL, Piece
 from kdpipe.store.sealed import digest_of, unseal
 from kdpipe.store.step import Fields, Step, step_id_of
 
 MANIFEST = "manifest.json"
 FINGERPRINT = "fingerprint.json"
-METRICS = "metrics.jsonl"
 PARTS = "parts"
 CHECKPOINTS = "checkpoints"
 CHECKPOINT = "step-"  # what the names of checkpoints begin with, before the optimizer step
@@ -115,9 +115,9 @@ class Entry:
         """The JSON of payload file `name`, after its sha256 was checked."""
         return json.loads((self.opened(name) / name).read_bytes())
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl, after its sha256 was checked; none while the entry is not committed."""
-        return [] if self.manifest() is None else read_lines(self.opened(METRICS) / METRICS)
+    def metrics(self) -> list[Metric]:
+        """What the step measured, after the sha256 of the file was checked; none before it is committed."""
+        return [] if self.manifest() is None else read_metrics(self.opened(METRICS) / METRICS)
 
     def describe(self, step: Step) -> None:
         """Makes fingerprint.json tell what was hashed, unless it does: it follows from the recipe."""

@@ -83,7 +83,7 @@ def append_line(path: Path, value: Mapping[str, JsonValue]) -> None:
             os.close(descriptor)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, JsonValue]]:
     """The JSON lines of `path`, [] when it is missing; leaves out lines cut short or no mapping."""
     rows = []
     with contextlib.suppress(FileNotFoundError):

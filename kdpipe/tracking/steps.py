@@ -63,19 +63,19 @@ def done_steps(run_folder: Path) -> Iterator[DoneStep]:
 
 def event_times(folder: Path) -> list[int]:
     """When each event of the run or study was noted, in milliseconds; now where none was."""
-    found = [event.get("time") for event in RunFolder(folder).events()]
-    return [round(1000 * at) for at in found if isinstance(at, int | float)] or [round(1000 * time.time())]
+    found = [round(1000 * event.time) for event in RunFolder(folder).events()]
+    return found or [round(1000 * time.time())]
 
 
 def metrics(step: DoneStep, *, several: bool) -> Iterator[MetricRow]:
     """What a step measured; `several`: whether the run has more than one teacher. Raises ArtifactError on damage."""
     for row in step.entry.metrics():
-        per_step = row["optimizer_step"] is not None
+        per_step = row.optimizer_step is not None
         name = metric_name(
-            row["name"], stage=step.stage, subject=step.subject, per_step=per_step, several=several
+            row.name, stage=step.stage, subject=step.subject, per_step=per_step, several=several
         )
-        at = row["optimizer_step"] if per_step else step.round
-        yield MetricRow(name, row["value"], round(step.finished * 1000), at)
+        at = step.round if row.optimizer_step is None else row.optimizer_step
+        yield MetricRow(name, row.value, round(step.finished * 1000), at)
 
 
 def metric_name(name: str, *, stage: str, subject: str, per_step: bool, several: bool = False) -> str:

@@ -15,6 +15,7 @@ from kdpipe.cli import terminal
 from kdpipe.cli.overview import grid_lines, overview, progress_line, seconds_left
 from kdpipe.pipeline.progress import PROGRESS, ProgressFile, read_progress
 from kdpipe.pipeline.project import open_project
+from kdpipe.pipeline.runs import RunEvent, RunFolder
 from tests.worlds import Watcher, load_tiny, run_near
 
 
@@ -152,15 +153,15 @@ def test_the_line_says_when_the_news_is_old(seen: dict[str, Any]) -> None:
     )
 
 
-def event(kind: str, step: str, at: float, **more: Any) -> dict[str, Any]:
-    return {"event": kind, "step": step, "time": at, **more}
+def event(kind: str, step: str, at: float, *, reused: bool = False) -> RunEvent:
+    return RunEvent(at, kind, step, reused)
 
 
 def test_time_left_is_what_each_stage_took_times_what_is_to_do(seen: dict[str, Any]) -> None:
     """Round 1 is done of three: rollout took 2 s, scores 3 s, training 20 s, evaluation 5 s."""
     states = overview(open_project(load_tiny(seen["folder"], rounds=3), seen["folder"])).states
     names = {"rollout@1": 2.0, "teacher-score@1": 3.0, "train@1": 20.0, "evaluate:student@1": 5.0}
-    events = list[dict[str, Any]]()
+    events = list[RunEvent]()
     for step, seconds in names.items():
         events += [event("step started", step, 100.0), event("step done", step, 100.0 + seconds)]
     evaluations = [state for state in states if state.step.id.startswith("evaluate:student@")]
@@ -177,14 +178,16 @@ def test_time_left_is_what_each_stage_took_times_what_is_to_do(seen: dict[str, A
         event("step done", "rollout@1", 90.0, reused=True),
     ]
     assert seconds_left(states, reused, now=200.0) == whole
-    damaged = [
-        *events,
-        {"event": "step started", "step": "train@2"},
-        {"event": "step done", "step": "train@2"},
-    ]
-    assert seconds_left(states, damaged, now=200.0) == whole
     stopped = [*events, event("step started", "rollout@2", 0.0), event("step stopped", "rollout@2", 90.0)]
     assert seconds_left(states, stopped, now=200.0) == whole
+
+
+def test_a_line_of_events_without_time_or_kind_is_left_out(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.event("step started", step="train@2")
+    with run.events_path.open("a") as file:
+        file.write('{"event": "step done", "step": "train@2"}\n{"time": 5.0}\n{"time": 5.0, "event"')
+    assert [(event.kind, event.step) for event in run.events()] == [("step started", "train@2")]
 
 
 def test_a_run_with_nothing_to_do_has_no_time_left(seen: dict[str, Any]) -> None:

@@ -224,8 +224,8 @@ def step_metrics(world: World, objective: dict[str, Any]) -> list[dict[str, floa
     """The metrics of each optimizer step of round 1."""
     steps: dict[int, dict[str, float]] = {}
     for row in world.entry("train@1", objective).metrics():
-        if row["optimizer_step"] is not None:
-            steps.setdefault(row["optimizer_step"], {})[row["name"]] = row["value"]
+        if row.optimizer_step is not None:
+            steps.setdefault(row.optimizer_step, {})[row.name] = row.value
     return list(steps.values())
 
 
@@ -263,8 +263,8 @@ def test_a_round_without_a_token_is_skipped_and_leaves_the_student_as_it_was(
     with_completions(monkeypatch, empty)
     world.run(OBJECTIVES[name])
     rows = world.entry("train@1", OBJECTIVES[name]).metrics()
-    skipped = [row for row in rows if row["name"] == "train/skipped"]
-    assert [(row["optimizer_step"], row["value"]) for row in skipped] == [(1, 1), (2, 1)]
+    skipped = [row for row in rows if row.name == "train/skipped"]
+    assert [(row.optimizer_step, row.value) for row in skipped] == [(1, 1), (2, 1)]
     assert weights(world, "train@1", OBJECTIVES[name]) == weights(world, "sft:student@0", OBJECTIVES[name])
 
 

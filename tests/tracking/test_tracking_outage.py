@@ -101,9 +101,9 @@ class World:
         found = set()
         for step in done_steps(self.project.run.path):
             for row in step.entry.metrics():
-                per_step = row["optimizer_step"] is not None
-                name = metric_name(row["name"], stage=step.stage, subject=step.subject, per_step=per_step)
-                found.add((name, row["optimizer_step"] if per_step else step.round, row["value"]))
+                at, per_step = row.optimizer_step, row.optimizer_step is not None
+                name = metric_name(row.name, stage=step.stage, subject=step.subject, per_step=per_step)
+                found.add((name, step.round if at is None else at, row.value))
         return found
 
 
