@@ -142,6 +142,9 @@ class _Planner:
         self.recipe = recipe
         self.identities = identities
         self.steps: dict[str, Step] = {}
+        self._documents: list[
+            tuple[object, Fields]
+        ] = []  # few, as most rounds have the settings of the others
 
     def plan(self) -> Plan:
         recipe, sft = self.recipe, self.recipe.student.sft
@@ -279,7 +282,11 @@ class _Planner:
     def _fields(self, settings: object, named: Fields, *, split: str | None = None) -> Fields:
         """The settings of a stage as JSON, with the models that no step made, and the data of `split`."""
         data: Fields = {} if split is None else {"task.data": self._data(split)}
-        return {**document(settings), **named, **data}
+        found = next((known for other, known in self._documents if other == settings), None)
+        if found is None:
+            found = document(settings)
+            self._documents.append((settings, found))
+        return {**found, **named, **data}
 
     def _named(self, role: Role | str, inputs: Inputs) -> Fields:
         """What the student is where no step made it; with an adapter, which is all that one makes, the model below."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from kdpipe.recipe.section import Section
@@ -32,6 +32,9 @@ def named(path: str) -> dict[str, str]:
 
 def _json(value: Any) -> JsonValue:
     match value:
+        case None | str() | int() | float():
+            plain: JsonValue = value
+            return plain
         case TaskSettings():
             return {**value.problems, "headline": value.headline}
         case Section():  # a dump of pydantic's would build a serializer for each section first
@@ -41,7 +44,4 @@ def _json(value: Any) -> JsonValue:
             return {str(name): _json(item) for name, item in value.items()}
         case list() | tuple():
             return [_json(item) for item in value]
-        case _ if is_dataclass(value):
-            return document(value)
-    plain: JsonValue = value
-    return plain
+    return document(value)
