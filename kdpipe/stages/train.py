@@ -294,7 +294,7 @@ def _write(
     job.draft.write("trainer", trainer.write_state)
     if settings.has_several_teachers:
         _write_score_totals(job, rows)
-    if settings.train.objective.has_rl:
+    if settings.has_rl:
         found = [abs(row.advantage) for row in rows if row.advantage is not None]
         job.draft.metric("train/advantage_abs_mean", mean(found))
     _write_mismatch(settings, job, rows)

@@ -20,7 +20,8 @@ class TrainSettings:
     """How a round becomes optimizer steps. Its `train.objective` is that of the round.
 
     `distill_horizon` are the optimizer steps over which a distill weight moves, `weights` those of a mixture,
-    `lora` the adapter that begins in this round, `ema_decay` that of the average which is kept.
+    `lora` the adapter that begins in this round, `ema_decay` that of the average which is kept. Where any round has an RL
+    term (`has_rl`) all have its metrics.
     """
 
     train: TrainSection
@@ -31,6 +32,7 @@ class TrainSettings:
     distill_horizon: int = field(metadata=named("train.distill_horizon"))
     weights: Mapping[str, float] | None = field(metadata=named("teachers.weights"))
     has_several_teachers: bool
+    has_rl: bool
     ema_decay: float | None = field(metadata=named("teachers.decay"))
 
     @classmethod
@@ -50,6 +52,7 @@ class TrainSettings:
             distill_horizon=recipe.distill_horizon if moves else 1,
             weights=recipe.mixture if objective.has_kd else None,
             has_several_teachers=len(recipe.teachers) > 1,
+            has_rl=recipe.train.objective.has_rl,
             ema_decay=recipe.ema_decay,
         )
 
