@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from kdpipe.cli.terminal import COLUMNS, Paint, Style, inert
 from kdpipe.pipeline.progress import Progress, duration, read_progress, time_left
