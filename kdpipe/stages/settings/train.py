@@ -20,8 +20,8 @@ class TrainSettings:
     """How a round becomes optimizer steps. Its `train.objective` is that of the round.
 
     `distill_horizon` are the optimizer steps over which a distill weight moves, `weights` those of a mixture,
-    `lora` the adapter that begins in this round, `ema_decay` that of the average which is kept. Where any round has an RL
-    term (`has_rl`) all have its metrics.
+    `lora` the adapter that begins in this round, `ema_decay` that of the average which is kept. Where some round has an
+    RL term (`has_rl`) all have its metrics.
     """
 
     train: TrainSection
