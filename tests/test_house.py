@@ -59,6 +59,8 @@ DOORS = {
     "yaml": {"recipe.yaml_source"},
     "filelock": {"store.locks"},
     "urllib3": {"engines.server.http"},
+    "jinja2": {"report.page"},
+    "markupsafe": {"report.page", "report.figure"},
     "requests": set[str](),
     "subprocess": {"workers.worker", "store.environment", "tracking.page", "engines.vllm.process"},
     "pickle": set[str](),

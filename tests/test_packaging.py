@@ -50,16 +50,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_wheel_holds_every_module_the_recipes_the_type_marker_and_the_licence(wheel: Path) -> None:
+def test_the_wheel_holds_every_module_the_page_the_recipes_the_type_marker_and_the_licence(
+    wheel: Path,
+) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "kdpipe").rglob("*.py")
         if "__pycache__" not in path.parts
     }
+    page = {f"kdpipe/report/{name}" for name in ("page.html.j2", "style.css", "script.js")}
     recipes = {f"kdpipe/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
     assert recipes
-    assert modules | recipes | {"kdpipe/py.typed"} <= names
+    assert modules | recipes | page | {"kdpipe/py.typed"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     strangers = [name for name in names if not name.startswith(("kdpipe/", "kdpipe-"))]
     assert strangers == [], "a wheel that installs top-level packages of other names would shadow a user's"

@@ -10,7 +10,14 @@ from kdpipe.report.figure import Chart, Point, Series
 from kdpipe.results.measures import Evaluation, Measures
 from kdpipe.store.step import Stage
 
-STAGES_SHOWN = (Stage.ROLLOUT, Stage.TEACHER_SCORE, Stage.TRAIN, Stage.EVALUATE)
+STAGE_STYLES = {
+    Stage.ROLLOUT: 0,
+    Stage.TEACHER_SCORE: 1,
+    Stage.TRAIN: 2,
+    Stage.EVALUATE: 3,
+    Stage.SFT: 4,
+}
+"""The colour of each stage, wherever stages are beside each other."""
 
 
 def charts(measures: Measures) -> list[Chart]:
@@ -113,8 +120,8 @@ def _by_stage(measures: Measures, what: str, title: str, unit: str, show: Callab
             _points({number: value for number, value in found.items() if number > 0}),
             style=style,
         )
-        for style, stage in enumerate(STAGES_SHOWN)
-        if (found := measures.summed_by_round(stage, what))
+        for stage, style in STAGE_STYLES.items()
+        if stage != Stage.SFT and (found := measures.summed_by_round(stage, what))
     ]
     series = [
         Series(one.label, one.points, one.style, marked=one.label == Stage.EVALUATE and len(one.points) < 12)
@@ -125,7 +132,7 @@ def _by_stage(measures: Measures, what: str, title: str, unit: str, show: Callab
 
 def _speed(measures: Measures) -> Chart:
     series = []
-    for style, stage in enumerate(STAGES_SHOWN[:3]):
+    for stage in (Stage.ROLLOUT, Stage.TEACHER_SCORE, Stage.TRAIN):
         seconds = measures.summed_by_round(stage, "seconds")
         tokens = measures.summed_by_round(stage, "tokens")
         rates = {
@@ -133,7 +140,7 @@ def _speed(measures: Measures) -> Chart:
             for number in seconds
             if seconds[number] and tokens[number]
         }
-        series.append(Series(_short(stage), _points(rates), style=style))
+        series.append(Series(_short(stage), _points(rates), style=STAGE_STYLES[stage]))
     return Chart("speed", "Speed", "tokens a second", series, _count)
 
 

@@ -1,16 +1,24 @@
-"""Line charts and intervals as inline SVG, without a plotting library: colours and type come from the page's style.
+"""Line charts and intervals as SVG, in the page or as files, without a plotting library.
 
-A chart is 340 units wide and scales with its column. Lines are labelled where they end, so that no legend is needed.
+Colours and type come from the page's style. A chart is 340 units wide and scales with its column. Lines are labelled
+where they end, so that no legend is needed. Whatever text a figure shows is escaped in `element`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from importlib.resources import files
+from typing import Literal, TypeAlias
 
-from kdpipe.report.markup import Html, element, joined
+from markupsafe import Markup, escape
+
+from kdpipe.method.statistics import Interval
+from kdpipe.results.verdict import percent
+from kdpipe.results.visible_text import visible
 
 WIDTH, HEIGHT = 340.0, 176.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 24.0
@@ -18,7 +26,26 @@ NAMES = 60.0  # what names at the ends of lines need on the right
 MAX_NAME = 10
 MAX_POINTS = 240
 LABEL_GAP = 13.0
+SMALLEST_SPAN = 1e-300  # below, a third of it may be zero
+HEADING, MARGIN, ENLARGED = 44.0, 14.0, 2.0  # of a figure in a file of its own
+FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, sans-serif'
+EMPTY = frozenset({"line", "circle", "rect", "polyline", "polygon"})
 Scale = Literal["linear", "log"]
+Attributes: TypeAlias = Mapping[str, str | float]
+
+
+def element(name: str, attributes: Attributes, *children: str) -> Markup:
+    """`<name attributes>children</name>`; children that are not markup are text."""
+    written = "".join(f' {key}="{_attribute(value)}"' for key, value in attributes.items())
+    if name in EMPTY and not children:
+        return Markup(f"<{name}{written}/>")  # noqa: S704 (values are escaped)
+    inside = "".join(child if isinstance(child, Markup) else escape(visible(child)) for child in children)
+    return Markup(f"<{name}{written}>{inside}</{name}>")  # noqa: S704 (children are escaped)
+
+
+def _attribute(value: str | float) -> str:
+    """Coordinates need no more than a hundredth of a pixel."""
+    return escape(visible(value)) if isinstance(value, str) else f"{value:.2f}".rstrip("0").rstrip(".")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +83,11 @@ class Chart:
     ceiling: float | None = None
 
     @property
+    def caption(self) -> str:
+        """What its numbers are."""
+        return self.unit + (f"; {self.bands}" if self.bands else "")
+
+    @property
     def has_points(self) -> bool:
         """Whether there is anything to draw."""
         return any(series.points for series in self.series)
@@ -84,9 +116,9 @@ def thinned(points: Sequence[Point]) -> list[Point]:
     ]
 
 
-def chart_svg(chart: Chart, rounds: tuple[int, int]) -> Html:
+def chart_svg(chart: Chart, rounds: tuple[int, int]) -> Markup:
     """The chart, with a title and a description for those who do not see it."""
-    place = _Place(chart, rounds)
+    axes = Axes(chart, rounds)
     lines = [series for series in chart.series if series.points]
     return element(
         "svg",
@@ -96,14 +128,14 @@ def chart_svg(chart: Chart, rounds: tuple[int, int]) -> Html:
             "tabindex": "0",
             "aria-labelledby": f"{chart.key}-title {chart.key}-desc",
             "data-chart": chart.key,
-            "data-x": f"{LEFT:g} {place.right:g} {rounds[0]} {rounds[1]}",
+            "data-x": f"{LEFT:g} {axes.right:g} {rounds[0]} {rounds[1]}",
         },
         element("title", {"id": f"{chart.key}-title"}, f"{chart.title}, {chart.unit}, over rounds"),
         element("desc", {"id": f"{chart.key}-desc"}, description(chart)),
-        _grid(place, chart),
-        joined([_band(place, series) for series in lines]),
-        joined([_line(place, series) for series in lines]),
-        _labels(place, lines),
+        *_grid(axes, chart),
+        *(mark for series in lines for mark in _band(axes, series)),
+        *(mark for series in lines for mark in _line(axes, series)),
+        *_labels(axes, lines),
         element("line", {"class": "cursor", "visibility": "hidden", "y1": TOP, "y2": HEIGHT - BOTTOM}),
     )
 
@@ -126,7 +158,7 @@ def description(chart: Chart) -> str:
     return " ".join(sentences)
 
 
-class _Place:
+class Axes:
     """From rounds and values to coordinates, with the ticks of the value axis."""
 
     def __init__(self, chart: Chart, rounds: tuple[int, int]) -> None:
@@ -162,7 +194,7 @@ class _Place:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Round numbers from below `low` to above `high`, three to six of them."""
-    span = (high - low) or 1.0
+    span = high - low if high - low > SMALLEST_SPAN else 1.0
     unit = 10.0 ** math.floor(math.log10(span / 3))
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if span / (unit * factor) <= 4.5)
     first, final = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -186,79 +218,80 @@ def _round_ticks(rounds: tuple[int, int]) -> list[int]:
     return [tick for tick in found if final - tick > room] + [final]
 
 
-def _grid(place: _Place, chart: Chart) -> Html:
+def _grid(axes: Axes, chart: Chart) -> list[Markup]:
     base = HEIGHT - BOTTOM
-    marks: list[Html] = []
-    for tick in place.ticks:
-        y = place.y(tick)
-        kind = "axis" if tick == place.ticks[0] else "grid"
-        marks.append(element("line", {"class": kind, "x1": LEFT, "x2": place.right, "y1": y, "y2": y}))
+    marks: list[Markup] = []
+    for tick in axes.ticks:
+        y = axes.y(tick)
+        kind = "axis" if tick == axes.ticks[0] else "grid"
+        marks.append(element("line", {"class": kind, "x1": LEFT, "x2": axes.right, "y1": y, "y2": y}))
         marks.append(element("text", {"class": "tick end", "x": LEFT - 6, "y": y + 3.5}, chart.show(tick)))
-    for number in _round_ticks(place.rounds):
-        x = place.x(number)
+    for number in _round_ticks(axes.rounds):
+        x = axes.x(number)
         marks.append(element("text", {"class": "tick mid", "x": x, "y": base + 15}, str(number)))
-    return joined(marks)
+    return marks
 
 
-def _band(place: _Place, series: Series) -> Html:
+def _band(axes: Axes, series: Series) -> list[Markup]:
     bounded = [point for point in thinned(series.points) if point.low is not None and point.high is not None]
     if not bounded:
-        return Html("")
+        return []
     if series.marked:
-        return joined(
-            [
-                element(
-                    "line",
-                    {
-                        "class": f"whisker s{series.style}",
-                        "x1": place.x(point.round),
-                        "x2": place.x(point.round),
-                        "y1": place.y(point.low or 0.0),
-                        "y2": place.y(point.high or 0.0),
-                    },
-                )
-                for point in bounded
-            ]
-        )
-    upper = [(place.x(point.round), place.y(point.high or 0.0)) for point in bounded]
-    lower = [(place.x(point.round), place.y(point.low or 0.0)) for point in reversed(bounded)]
-    return element("polygon", {"class": f"band s{series.style}", "points": _pairs(upper + lower)})
+        return [
+            element(
+                "line",
+                {
+                    "class": f"whisker s{series.style}",
+                    "x1": axes.x(point.round),
+                    "x2": axes.x(point.round),
+                    "y1": axes.y(point.low or 0.0),
+                    "y2": axes.y(point.high or 0.0),
+                },
+            )
+            for point in bounded
+        ]
+    upper = [(axes.x(point.round), axes.y(point.high or 0.0)) for point in bounded]
+    lower = [(axes.x(point.round), axes.y(point.low or 0.0)) for point in reversed(bounded)]
+    return [element("polygon", {"class": f"band s{series.style}", "points": _pairs(upper + lower)})]
 
 
-def _line(place: _Place, series: Series) -> Html:
+def _line(axes: Axes, series: Series) -> list[Markup]:
     if series.reference:
-        y = place.y(series.points[0].value)
-        return element(
-            "line", {"class": f"level s{series.style}", "x1": LEFT, "x2": place.right, "y1": y, "y2": y}
-        )
-    points = [(place.x(point.round), place.y(point.value)) for point in thinned(series.points)]
+        y = axes.y(series.points[0].value)
+        level: Attributes = {
+            "class": f"level s{series.style}",
+            "x1": LEFT,
+            "x2": axes.right,
+            "y1": y,
+            "y2": y,
+        }
+        return [element("line", level)]
+    points = [(axes.x(point.round), axes.y(point.value)) for point in thinned(series.points)]
     parts = [element("polyline", {"class": f"line s{series.style}", "points": _pairs(points)})]
     if series.marked or len(points) == 1:
         parts += [
             element("circle", {"class": f"dot s{series.style}", "cx": x, "cy": y, "r": 3.0})
             for x, y in points
         ]
-    return joined(parts)
+    return parts
 
 
-def _labels(place: _Place, lines: Sequence[Series]) -> Html:
+def _labels(axes: Axes, lines: Sequence[Series]) -> list[Markup]:
     """Names of the lines at their right ends, moved apart where they would overlap."""
     named = [series for series in lines if series.label]
     placed: list[tuple[float, Series]] = []
-    for series in sorted(named, key=lambda series: place.y(series.points[-1].value)):
-        y = place.y(series.points[-1].value) + 4
+    for series in sorted(named, key=lambda series: axes.y(series.points[-1].value)):
+        y = axes.y(series.points[-1].value) + 4
         placed.append((max(y, placed[-1][0] + LABEL_GAP if placed else 0.0), series))
     too_low = placed[-1][0] - (HEIGHT - BOTTOM + 4) if placed else 0.0
-    return joined(
-        [
-            element(
-                "text",
-                {"class": f"name s{series.style}", "x": place.right + 6, "y": y - max(0.0, too_low)},
-                series.label if len(series.label) <= MAX_NAME else series.label[: MAX_NAME - 1] + "…",
-            )
-            for y, series in placed
-        ]
-    )
+    return [
+        element(
+            "text",
+            {"class": f"name s{series.style}", "x": axes.right + 6, "y": y - max(0.0, too_low)},
+            series.label if len(series.label) <= MAX_NAME else series.label[: MAX_NAME - 1] + "…",
+        )
+        for y, series in placed
+    ]
 
 
 def _pairs(points: Sequence[tuple[float, float]]) -> str:
@@ -268,48 +301,47 @@ def _pairs(points: Sequence[tuple[float, float]]) -> str:
 # ------------------------------------------------------------------------------------------- intervals
 
 
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """An estimate with its interval, in a row of its own."""
-
-    value: float
-    low: float
-    high: float
-    style: int
-
-
-def interval_svg(bar: Bar, *, low: float, high: float, label: str) -> Html:
-    """A dot with whiskers on an axis from `low` to `high`, as wide as its cell."""
+def interval_svg(found: Interval, *, style: int) -> Markup:
+    """A share as a dot with whiskers on an axis from 0 to 1, as wide as its cell."""
 
     def x(value: float) -> float:
-        return 4 + 232 * (min(high, max(low, value)) - low) / (high - low)
+        return 4 + 232 * min(1.0, max(0.0, value))
 
+    spoken = f"{percent(found.estimate)}, {percent(found.low)} to {percent(found.high)}, from 0 to 100 %"
     return element(
         "svg",
-        {"viewBox": "0 0 240 20", "class": "interval", "role": "img", "aria-label": label},
+        {"viewBox": "0 0 240 20", "class": "interval", "role": "img", "aria-label": spoken},
         element("line", {"class": "grid", "x1": 4.0, "x2": 236.0, "y1": 10.0, "y2": 10.0}),
         element(
             "line",
-            {"class": f"whisker s{bar.style}", "x1": x(bar.low), "x2": x(bar.high), "y1": 10.0, "y2": 10.0},
+            {"class": f"whisker s{style}", "x1": x(found.low), "x2": x(found.high), "y1": 10.0, "y2": 10.0},
         ),
-        element("circle", {"class": f"dot s{bar.style}", "cx": x(bar.value), "cy": 10.0, "r": 5.0}),
+        element("circle", {"class": f"dot s{style}", "cx": x(found.estimate), "cy": 10.0, "r": 5.0}),
     )
 
 
-def shares_svg(shares: Sequence[tuple[str, float, int]], *, label: str) -> Html:
-    """One bar of the whole width, cut by (name, value, style); its segments are named by the table below it."""
-    total = sum(value for _, value, _ in shares) or 1.0
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a part of the run took; `style` is its colour."""
+
+    name: str
+    style: int
+    steps: int
+    seconds: float
+    tokens: float
+
+
+def shares_svg(shares: Sequence[Share]) -> Markup:
+    """One bar of the whole width, cut by seconds; its segments are named by the table below it."""
+    total = sum(share.seconds for share in shares) or 1.0
+    names = [f"{share.name} {share.seconds / total:.0%}" for share in shares]
     at = 0.0
     segments = []
-    for name, value, style in shares:
-        width = 1000 * value / total
-        segments.append(
-            element(
-                "rect",
-                {"class": f"share s{style}", "x": at, "y": 0.0, "width": max(0.0, width - 2), "height": 18.0},
-                element("title", None, f"{name}: {value / total:.0%}"),
-            )
-        )
+    for share in shares:
+        width = 1000 * share.seconds / total
+        place = {"x": at, "y": 0.0, "width": max(0.0, width - 2), "height": 18.0}
+        title = element("title", {}, f"{share.name}: {share.seconds / total:.0%}")
+        segments.append(element("rect", {"class": f"share s{share.style}", **place}, title))
         at += width
     return element(
         "svg",
@@ -318,7 +350,50 @@ def shares_svg(shares: Sequence[tuple[str, float, int]], *, label: str) -> Html:
             "class": "shares",
             "preserveAspectRatio": "none",
             "role": "img",
-            "aria-label": label,
+            "aria-label": "; ".join(names),
         },
         *segments,
     )
+
+
+# ---------------------------------------------------------------------------------------------- a file
+
+
+def figure_file(chart: Chart, rounds: tuple[int, int]) -> str:
+    """The chart as an SVG file that stands alone, with its title, as the page shows it in its light theme."""
+    width, height = WIDTH + 2 * MARGIN, HEIGHT + HEADING + 2 * MARGIN
+    drawn = element(
+        "svg",
+        {
+            "xmlns": "http://www.w3.org/2000/svg",
+            "viewBox": f"0 0 {width:g} {height:g}",
+            "width": ENLARGED * width,
+            "height": ENLARGED * height,
+        },
+        element("style", {}, _style()),
+        element("rect", {"class": "ground", "width": width, "height": height}),
+        element("text", {"class": "heading", "x": MARGIN, "y": MARGIN + 12}, chart.title),
+        element("text", {"class": "unit", "x": MARGIN, "y": MARGIN + 28}, f"{chart.caption}, over rounds"),
+        element(
+            "svg",
+            {"x": MARGIN, "y": MARGIN + HEADING, "width": WIDTH, "height": HEIGHT, "overflow": "visible"},
+            chart_svg(chart, rounds),
+        ),
+    )
+    return f"{drawn}\n"
+
+
+@cache
+def _style() -> Markup:
+    """The page's rules for what is drawn, each colour as it is in the light theme."""
+    page = (files("kdpipe.report") / "style.css").read_text(encoding="utf-8")
+    colors = dict(re.findall(r"--(\w+): light-dark\((#\w+),", page))
+    rules = [line for line in page.splitlines() if line.startswith(("svg .", "svg text"))]
+    rules += [
+        f"svg {{ font-family: {FONT}; font-variant-numeric: tabular-nums lining-nums; }}",
+        ".ground { fill: var(--card); }",
+        "svg .heading { font-size: 15px; font-weight: 600; fill: var(--ink); }",
+        "svg .unit { font-size: 11.5px; }",
+    ]
+    light = re.sub(r"var\(--(\w+)\)", lambda match: colors[match[1]], "\n".join(rules))
+    return Markup(light)  # noqa: S704 (our own style)

@@ -1,41 +1,47 @@
 """The report as one HTML file: nothing is loaded, nothing but its own two scripts and one style may run or apply.
 
-The policy in its head names these by their digests, so that markup that slipped in somewhere would do nothing.
+`page.html.j2` is the page; what it shows is prepared here. The policy in its head names script and style by their
+digests, so that markup that slipped in somewhere would do nothing.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import json
+import re
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from importlib.resources import files
-from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 from kdpipe import __version__
-from kdpipe.recipe.roles import STUDENT
-from kdpipe.report.against import against_section
-from kdpipe.report.charts import charts
-from kdpipe.report.figure import Chart, Series, chart_svg, rounds_of, thinned
-from kdpipe.report.headline import headroom_section, verdict_section
-from kdpipe.report.ledgers import costs_section, mismatch_section, provenance_section
-from kdpipe.report.markup import Html, element, embedded, paragraph, section, table
+from kdpipe.pipeline.progress import duration
+from kdpipe.report.charts import STAGE_STYLES, charts
+from kdpipe.report.figure import Chart, Share, chart_svg, interval_svg, rounds_of, shares_svg, thinned
 from kdpipe.report.stamp import NAME as STAMP_NAME
-from kdpipe.report.token_view import tokens_section
 from kdpipe.report.tokens_data import Titled, token_data
-from kdpipe.results.comparison import ComparisonRow
-from kdpipe.results.measures import Measures
-from kdpipe.results.verdict import model_name
+from kdpipe.results.comparison import HEADER, ComparisonRow, cells_of, notes_on
+from kdpipe.results.measures import Evaluation, Measures
+from kdpipe.results.verdict import model_name, nats, percent, points, signed, verdict, warnings
+from kdpipe.results.visible_text import visible
 
 MAX_BYTES = 3_000_000
 MAX_TOKEN_BYTES = 2_300_000
 MARGIN_BYTES = 20_000
 MAX_TABLE_ROWS = 60
+MAX_RECIPE_CHARACTERS = 60_000
+AROUND_STYLE = 5
+MANY = re.compile(r"(pass|maj)_at_[0-9]+")
 
 
 def render(
     measures: Measures,
-    batches: list[Titled],
+    sets: Sequence[Titled],
     *,
     stamp: str,
     commands: Sequence[str],
@@ -43,181 +49,204 @@ def render(
 ) -> str:
     """The whole page, below `MAX_BYTES`; `stamp` says what it was made from, `against` has the run's own row first."""
     drawn = charts(measures)
-    main = _main(measures, drawn, batches, commands, against)
-    frame = _document(measures, main, drawn, None, stamp=stamp)
-    room = min(MAX_TOKEN_BYTES, MAX_BYTES - MARGIN_BYTES - len(frame.encode()))
-    if not batches:
+    page = partial(
+        _template().render,
+        _shown(measures, drawn),
+        stamp=stamp,
+        commands=commands,
+        sets=sets,
+        against=against,
+    )
+    frame = page(tokens=None)
+    if not sets:
         return frame
-    data = token_data(batches, max_bytes=room)
-    return _document(measures, main, drawn, data, stamp=stamp)
+    room = min(MAX_TOKEN_BYTES, MAX_BYTES - MARGIN_BYTES - len(frame.encode()))
+    return page(tokens=token_data(sets, max_bytes=room))
 
 
-def _main(
-    measures: Measures,
-    drawn: Sequence[Chart],
-    batches: Sequence[Titled],
-    commands: Sequence[str],
-    against: Sequence[ComparisonRow],
-) -> Html:
-    return element(
-        "main",
-        {"id": "main"},
-        verdict_section(measures),
-        headroom_section(measures),
-        against_section(against),
-        _curves_section(drawn),
-        tokens_section(batches),
-        costs_section(measures),
-        mismatch_section(measures),
-        provenance_section(measures, commands),
+@cache
+def _template() -> Template:
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=_visible,
+        loader=PackageLoader("kdpipe.report", ""),
     )
-
-
-def _document(
-    measures: Measures, main: Html, drawn: Sequence[Chart], data: dict[str, Any] | None, *, stamp: str
-) -> str:
+    environment.filters |= {
+        "duration": duration,
+        "embedded": embedded,
+        "nats": nats,
+        "percent": percent,
+        "points": points,
+        "signed": signed,
+    }
     style, script = _resource("style.css"), _resource("script.js")
-    policy = (
-        f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    head = element(
-        "head",
-        None,
-        element("meta", {"charset": "utf-8"}),
-        element("meta", {"http-equiv": "Content-Security-Policy", "content": policy}),
-        element("meta", {"name": STAMP_NAME, "content": stamp}),
-        element("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}),
-        element("meta", {"name": "color-scheme", "content": "light dark"}),
-        element("title", None, f"{measures.project.run.name} · kdpipe report"),
-        element("style", None, Html(style)),
-    )
-    body = element(
-        "body",
-        None,
-        element("a", {"class": "skip", "href": "#main"}, "To the content"),
-        _header(measures),
-        main,
-        _footer(),
-        _json("chart-data", _readouts(drawn)),
-        None if data is None else _json("token-data", data),
-        element("script", None, Html(script)),
-    )
-    return f"<!doctype html>\n{element('html', {'lang': 'en'}, head, body).text}\n"
+    own = {
+        "HEADER": HEADER,
+        "cells_of": cells_of,
+        "interval_svg": interval_svg,
+        "notes_on": notes_on,
+        "policy": f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; "
+        "base-uri 'none'; form-action 'none'",
+        "script": script,
+        "shares_svg": shares_svg,
+        "stamp_name": STAMP_NAME,
+        "style": style,
+        "version": __version__,
+    }
+    return environment.get_template("page.html.j2", globals=own)
 
 
-def _json(name: str, value: Any) -> Html:
-    return element("script", {"type": "application/json", "id": name}, Html(embedded(value)))
+def _visible(value: object) -> object:
+    """What the template writes for a value; the template escapes all of it but markup."""
+    return value if isinstance(value, Markup) else visible(str(value))
 
 
-def _resource(name: str) -> str:
-    return (files("kdpipe.report") / name).read_text(encoding="utf-8")
+def _resource(name: str) -> Markup:
+    return Markup((files("kdpipe.report") / name).read_text(encoding="utf-8"))  # noqa: S704 (our own file)
 
 
 def _digest(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _header(measures: Measures) -> Html:
-    recipe = measures.project.recipe
-    teachers = ", ".join(
-        f"{teacher.name}: {model_name(measures, teacher.name)}" for teacher in recipe.teachers
-    )
-    at = measures.finished_at()
-    when = "" if at is None else f" · last step {time.strftime('%Y-%m-%d %H:%M', time.localtime(at))}"
-    rounds = f"{measures.rounds_done} of {recipe.rounds} rounds"
-    about = f"{recipe.task.kind} · student: {model_name(measures, STUDENT)}" + (
-        f" · {teachers}" if teachers else ""
-    )
-    words = element(
-        "div",
-        None,
-        element("h1", None, measures.project.run.name),
-        element("div", {"class": "sub"}, about),
-        element("div", {"class": "sub"}, f"{recipe.train.objective.kind} · {rounds}{when}"),
-    )
-    return element(
-        "header", None, words, element("button", {"id": "theme", "type": "button", "hidden": True}, "Dark")
-    )
+def embedded(value: object) -> Markup:
+    """JSON that can stand inside a script element: nothing in it can end the element or begin a comment."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)  # noqa: S704 (escaped above, as a script element needs it)
 
 
-def _footer() -> Html:
-    return element(
-        "footer",
-        None,
-        element(
-            "p", None, f"kdpipe {__version__}. Made from the artifacts of the run alone; it loads nothing."
-        ),
-    )
+# -------------------------------------------------------------------------------------- what is shown
 
 
-# ----------------------------------------------------------------------------------------------- curves
-
-
-def _curves_section(drawn: Sequence[Chart]) -> Html:
-    if not drawn:
-        return section("curves", "Over the rounds", paragraph("No step that measures anything is done yet."))
+def _shown(measures: Measures, drawn: Sequence[Chart]) -> dict[str, object]:
+    """The names that the template knows."""
     rounds = rounds_of(drawn)
-    figures = [
-        element(
-            "figure",
-            None,
-            element(
-                "figcaption",
-                None,
-                element("h3", None, chart.title),
-                element("span", {"class": "unit"}, chart.unit + (f"; {chart.bands}" if chart.bands else "")),
-                element("output", {"aria-live": "off"}, ""),
-            ),
-            chart_svg(chart, rounds),
-        )
-        for chart in drawn
+    evaluations = [one for one in (measures.before, measures.after) if one is not None] + measures.teachers
+    finished = measures.finished_at()
+    return {
+        "measures": measures,
+        "project": measures.project,
+        "recipe": measures.project.recipe,
+        "finished": None if finished is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(finished)),
+        "model_name": partial(model_name, measures),
+        "verdict": verdict(measures),
+        "warnings": warnings(measures),
+        "evaluations": evaluations,
+        "several": _several_samples(evaluations),
+        "charts": [(chart, chart_svg(chart, rounds)) for chart in drawn],
+        "numbers": _numbers(drawn),
+        "readouts": _readouts(drawn),
+        "shares": _shares(measures),
+        "mismatch": _mismatch(measures),
+        "recipe_text": _recipe_text(measures),
+        "provenance": [(name, ", ".join(values)) for name, values in measures.provenance().items()],
+        "digests": _digests(measures),
+    }
+
+
+def _several_samples(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Which pass@k and maj@k there are, where problems were answered several times."""
+    names = [name for name in (evaluations[0].summary if evaluations else ()) if MANY.fullmatch(name)]
+    return sorted(names, key=lambda name: (name.partition("_")[0] != "pass", int(name.rpartition("_")[2])))
+
+
+def _shares(measures: Measures) -> list[Share]:
+    """What each stage took, and last what the steps took around them: no step of its own."""
+    found = [
+        Share(cost.stage, STAGE_STYLES[cost.stage], cost.steps, cost.seconds, cost.tokens)
+        for cost in measures.costs()
     ]
-    note = (
-        "Round 0 is before training. Point at a chart, or focus it and use the arrow keys, "
-        "to read all of them at a round."
-    )
-    return section(
-        "curves",
-        "Over the rounds",
-        paragraph(note, "note"),
-        element("div", {"class": "charts"}, *figures),
-        _numbers_table(drawn),
-    )
+    if found and (around := measures.seconds_around()):
+        found.append(Share("loading and saving", AROUND_STYLE, 0, around, 0.0))
+    return found
 
 
-def _columns(drawn: Sequence[Chart]) -> list[tuple[str, Chart, Series]]:
+def _mismatch(measures: Measures) -> list[tuple[str, ...]]:
+    """What sampler and trainer disagree about in the first, worst and last round."""
+    mean, p99, most = (measures.by_round(f"train/mismatch_nats_{name}") for name in ("mean", "p99", "max"))
+    acted = measures.by_round("train/mismatch_acted_fraction")
+    if not most:
+        return []
+    shown = {"first": min(most), "worst": max(most, key=lambda number: most[number]), "last": max(most)}
     return [
-        (f"{chart.title}, {chart.unit}" + (f": {series.label}" if series.label else ""), chart, series)
+        (
+            name,
+            str(number),
+            power(mean[number], sign="+"),
+            power(p99[number]),
+            power(most[number]),
+            percent(acted[number]),
+        )
+        for name, number in shown.items()
+    ]
+
+
+def power(value: float, *, sign: str = "") -> str:
+    """A small number as a power of ten."""
+    return f"{value:{sign}.1e}".replace("-", "−")
+
+
+def _recipe_text(measures: Measures) -> str:
+    loaded = measures.project.loaded
+    text = loaded.text
+    if len(text) > MAX_RECIPE_CHARACTERS:
+        text = text[:MAX_RECIPE_CHARACTERS] + "\n# ..."
+    return text.rstrip() + "".join(f"\n# --set {override}" for override in loaded.overrides)
+
+
+def _digests(measures: Measures) -> list[tuple[str, str]]:
+    return [
+        (step.id, measures.manifests[step.id].payload_digest)
+        for step in measures.done
+        if step.round in (0, measures.rounds_done) and step.id in measures.manifests
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- curves
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """The points of all charts as one table, of every `step`-th round and the last."""
+
+    step: int
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def _numbers(drawn: Sequence[Chart]) -> Numbers:
+    lines = [
+        (chart, series)
         for chart in drawn
         for series in chart.series
         if series.points and not series.reference
     ]
-
-
-def _numbers_table(drawn: Sequence[Chart]) -> Html:
-    columns = _columns(drawn)
-    rounds = sorted({point.round for _, _, series in columns for point in series.points})
+    rounds = sorted({point.round for _, series in lines for point in series.points})
     step = -(-len(rounds) // MAX_TABLE_ROWS)
     kept = [number for index, number in enumerate(rounds) if index % step == 0 or number == rounds[-1]]
-    values = [
-        {point.round: chart.show(point.value) for point in series.points} for _, chart, series in columns
+    values = [{point.round: chart.show(point.value) for point in series.points} for chart, series in lines]
+    names = [
+        f"{chart.title}, {chart.unit}" + (f": {series.label}" if series.label else "")
+        for chart, series in lines
     ]
     rows = [[str(number), *(column.get(number, "") for column in values)] for number in kept]
-    said = "The numbers as a table" + ("" if step == 1 else f" (every {step}th round)")
-    region = {"class": "scroll", "tabindex": "0", "role": "region", "aria-label": "The numbers"}
-    content = table(("round", *(name for name, _, _ in columns)), rows)
-    return element("details", None, element("summary", None, said), element("div", region, content))
+    return Numbers(step, ["round", *names], rows)
 
 
-def _readouts(drawn: Sequence[Chart]) -> dict[str, Any]:
+def _readouts(drawn: Sequence[Chart]) -> dict[str, object]:
     """What the cursor says: for each chart its lines as [label, rounds, values as they are written]."""
     return {
         chart.key: [
             [
                 series.label,
                 [point.round for point in kept],
-                [_shown(chart, point.value, point.low, point.high) for point in kept],
+                [_shown_point(chart, point.value, point.low, point.high) for point in kept],
             ]
             for series in chart.series
             if (kept := thinned(series.points)) and not series.reference
@@ -226,7 +255,7 @@ def _readouts(drawn: Sequence[Chart]) -> dict[str, Any]:
     }
 
 
-def _shown(chart: Chart, value: float, low: float | None, high: float | None) -> str:
+def _shown_point(chart: Chart, value: float, low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return chart.show(value)
     return f"{chart.show(value)} ({chart.show(low)} to {chart.show(high)})"

@@ -48,8 +48,7 @@ def write_report(
     it reads is damaged, DataError where runs cannot be compared.
     """
     from kdpipe.report.charts import charts
-    from kdpipe.report.figure import rounds_of
-    from kdpipe.report.figure_file import figure_file
+    from kdpipe.report.figure import figure_file, rounds_of
     from kdpipe.report.page import render
     from kdpipe.report.tokens_data import titled_completions
     from kdpipe.results.comparison import compare, read_contender

@@ -85,17 +85,6 @@ def interval_of(summary: Mapping[str, Any], *names: str, unit: str = "") -> Inte
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """How two models differ on the same problems, the first less the second."""
-
-    problems: int
-    change: Interval
-    p_value: float | None
-    only_first: int
-    only_second: int
-
-
-@dataclass(frozen=True, slots=True)
 class Cost:
     """What one stage took in the steps that are done."""
 
@@ -121,6 +110,7 @@ class Measures:
         self.project = project
         self.states: list[State] = project.survey()
         self.done = [state.step for state in self.states if state.done]
+        self._known_fractions: dict[str, dict[str, float]] = {}
 
     @cached_property
     def manifests(self) -> dict[str, Manifest]:
@@ -177,32 +167,38 @@ class Measures:
         teachers = {teacher.name: teacher for teacher in self.project.recipe.teachers}
         return [headroom_of(teachers[one.step.subject], one.summary) for one in self.teachers]
 
-    def difference(self, first: Evaluation, second: Evaluation) -> Difference | None:
-        """The paired difference of two evaluations; None where they share no problem."""
+    def difference(self, first: Evaluation, second: Evaluation) -> Interval | None:
+        """The accuracy of the first less that of the second over the problems of both; None where there are none."""
+        ones, others = self._paired(first, second)
+        if not ones:
+            return None
+        return statistics.paired_bootstrap(ones, others, seed=statistics.BOOTSTRAP_SEED)
+
+    def flips(self, first: Evaluation, second: Evaluation) -> tuple[int, int] | None:
+        """How many problems only the first and only the second got right; None unless each was answered once."""
+        ones, others = self._paired(first, second)
+        if not ones or first.summary["samples"] != 1 or not {*ones, *others} <= {0.0, 1.0}:
+            return None
+        pairs = list(zip(ones, others, strict=True))
+        return sum(x > y for x, y in pairs), sum(x < y for x, y in pairs)
+
+    def _paired(self, first: Evaluation, second: Evaluation) -> tuple[list[float], list[float]]:
+        """The fractions of right samples of the problems that both have, index i the same problem in both."""
         a, b = self._fractions(first), self._fractions(second)
         shared = sorted(a.keys() & b.keys())
-        if not shared:
-            return None
-        ones, others = [a[key] for key in shared], [b[key] for key in shared]
-        only_first = sum(x > y for x, y in zip(ones, others, strict=True))
-        only_second = sum(x < y for x, y in zip(ones, others, strict=True))
-        has_one_sample = {*ones, *others} <= {0.0, 1.0} and first.summary["samples"] == 1
-        return Difference(
-            len(shared),
-            statistics.paired_bootstrap(ones, others, seed=statistics.BOOTSTRAP_SEED),
-            statistics.mcnemar(only_first, only_second) if has_one_sample else None,
-            only_first,
-            only_second,
-        )
+        return [a[key] for key in shared], [b[key] for key in shared]
 
     def _fractions(self, evaluation: Evaluation) -> dict[str, float]:
         """The fraction of right samples of each problem."""
-        name = GRADES_FILE
-        path = self.project.store.entry(evaluation.step).opened(name) / name
+        if (known := self._known_fractions.get(evaluation.step.id)) is not None:
+            return known
+        path = self.project.store.entry(evaluation.step).opened(GRADES_FILE) / GRADES_FILE
         found: dict[str, list[bool]] = defaultdict(list)
         for row in read_rows(path, GRADES, columns=["prompt_id", "correct"]):
             found[row["prompt_id"]].append(row["correct"])
-        return {key: sum(values) / len(values) for key, values in found.items()}
+        fractions = {key: sum(values) / len(values) for key, values in found.items()}
+        self._known_fractions[evaluation.step.id] = fractions
+        return fractions
 
     # curves
 

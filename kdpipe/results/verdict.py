@@ -9,7 +9,7 @@ from typing import Literal
 from kdpipe.method.statistics import Interval
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import ModelTeacher, ScratchTeacher, SelfTeacher, ServedTeacher
-from kdpipe.results.measures import Difference, Evaluation, Measures, last
+from kdpipe.results.measures import Evaluation, Measures, last
 
 Tone = Literal["good", "bad", "open"]
 FEW_PROBLEMS = 100
@@ -104,12 +104,10 @@ def _accuracy_sentence(before: Evaluation, after: Evaluation, change: Interval) 
 
 def _flip_sentence(measures: Measures, before: Evaluation, after: Evaluation) -> str | None:
     """How many problems the student got right or wrong anew, where each was answered once."""
-    found = measures.difference(after, before)
-    if found is None or found.p_value is None:
+    found = measures.flips(after, before)
+    if found is None:
         return None
-    return (
-        f"{found.only_first} problems are right now that were wrong, {found.only_second} the other way round."
-    )
+    return f"{found[0]} problems are right now that were wrong, {found[1]} the other way round."
 
 
 def _gap_sentence(measures: Measures, after: Evaluation) -> str | None:
@@ -120,12 +118,12 @@ def _gap_sentence(measures: Measures, after: Evaluation) -> str | None:
     teacher = teachers[0]
     left = measures.difference(teacher, after)
     had = measures.difference(teacher, before)
-    if left is None or had is None or had.change.low <= 0:
+    if left is None or had is None or had.low <= 0:
         return None
-    closed = 1 - left.change.estimate / had.change.estimate
-    if left.change.low > 0:
-        rest = f"the teacher is still {100 * left.change.estimate:.1f} points ahead ({_interval(left)})"
-    elif left.change.high < 0:
+    closed = 1 - left.estimate / had.estimate
+    if left.low > 0:
+        rest = f"the teacher is still {100 * left.estimate:.1f} points ahead ({_interval(left)})"
+    elif left.high < 0:
         rest = f"the student is now ahead of the teacher ({_interval(left)})"
     else:
         rest = f"the teacher is not clearly ahead any more ({_interval(left)})"
@@ -135,9 +133,8 @@ def _gap_sentence(measures: Measures, after: Evaluation) -> str | None:
     return f"{share}: {rest}."
 
 
-def _interval(difference: Difference) -> str:
-    low, high = difference.change.low, difference.change.high
-    return f"paired 95% interval {points(low)} to {points(high)}"
+def _interval(difference: Interval) -> str:
+    return f"paired 95% interval {points(difference.low)} to {points(difference.high)}"
 
 
 def _divergence_sentence(after: Evaluation) -> str | None:

@@ -7,8 +7,7 @@ from xml.dom.minidom import parseString
 
 import pytest
 
-from kdpipe.report.figure import Chart, Point, Series
-from kdpipe.report.figure_file import figure_file
+from kdpipe.report.figure import Chart, Point, Series, figure_file
 from tests.reports import HIT
 
 

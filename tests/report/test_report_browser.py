@@ -99,6 +99,7 @@ class Page:
             media="",
             features=[{"name": "prefers-color-scheme", "value": scheme}],
         )
+        self.cdp("Emulation.setFocusEmulationEnabled", enabled=True)  # a window behind others has no focus
         driver.get(address)
 
     def cdp(self, command: str, **parameters: Any) -> Any:
