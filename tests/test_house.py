@@ -59,7 +59,7 @@ DOORS = {
     "yaml": {"recipe.yaml_source"},
     "filelock": {"store.locks"},
     "urllib3": {"engines.server.http"},
-    "jinja2": {"report.page"},
+    "jinja2": {"models.prompting", "report.page"},
     "markupsafe": {"report.page", "report.figure"},
     "requests": set[str](),
     "subprocess": {"workers.worker", "store.environment", "tracking.page", "engines.vllm.process"},
