@@ -1,4 +1,4 @@
-"""`hidden.safetensors`: the teacher's states before its output head, for every completion token of a round.
+"""`hidden.safetensors`: the teacher's states before its output head, at each completion token.
 
 The file holds `offsets` int64 [rows + 1] and `hidden` [tokens, G]: row i of `scores.parquet` owns the rows
 from offsets[i] to offsets[i + 1]. Its metadata names the head that they belong to by digest.

@@ -1,4 +1,7 @@
-"""Names of the files that steps write; `tables` has the columns of those that are tables. Imports nothing heavy."""
+"""Names of the files that steps write. The columns of the tables are in `tables`.
+
+Imports nothing: the commands name these files and start without pyarrow.
+"""
 
 ROLLOUTS_FILE = "rollouts.parquet"
 SCORES_FILE = "scores.parquet"

@@ -1,4 +1,4 @@
-"""Rows <-> parquet: the columns that other programs read. Schemas are fixed; a file that lacks one is damaged."""
+"""Rows as parquet, with columns that other programs read; a file that lacks one is damaged."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def read_rows(path: Path, schema: pa.Schema, *, columns: list[str] | None = None
 
 
 def read_lists(path: Path, schema: pa.Schema, column: str) -> list[npt.NDArray[Any] | None]:
-    """One column of lists as arrays that share memory, None where a row has none; raises as `read_rows` does."""
+    """One column of lists as arrays that share memory, None for a null; raises as `read_rows` does."""
     values = _read(path, schema, [column])[column].combine_chunks()
     flat, bounds, mask = _flat(values.values), _flat(values.offsets), values.buffers()[0]
     known = np.ones(len(values), bool) if mask is None else _bits(mask, values.offset, len(values))
@@ -255,7 +255,7 @@ def _matrix(scalar: pa.ListScalar, n: int, width: int, dtype: Any) -> npt.NDArra
 
 
 def _width(column: pa.ChunkedArray) -> int:
-    """How many entries each token of a column of lists of lists has; an empty completion has none to tell by."""
+    """The number of entries of each token in a column of lists of lists; 0 where there is no token."""
     tokens = (token for chunk in column.chunks for token in chunk.flatten())
     return next((len(token) for token in tokens), 0)
 

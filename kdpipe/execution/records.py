@@ -1,4 +1,4 @@
-"""Whether every problem has its teacher, and its record what that teacher's prompt names."""
+"""Checks that every problem has its teacher, and every record what that teacher's prompt names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_SHOWN = 3
 
 
 def check_records(recipe: Recipe, train: Sequence[Problem], test: Sequence[Problem]) -> None:
-    """Raises DataError unless every problem in use has one teacher (or all), and the fields that its prompt names."""
+    """Raises DataError where a problem in use has not one teacher (or all), or lacks a prompt's field."""
     section = recipe.evaluate
     # Specialists read their own problems in a cold start, whatever is trained on later.
     asked = recipe.train.objective.has_kd or recipe.is_routed or recipe.has_teacher_text
@@ -36,7 +36,7 @@ def check_records(recipe: Recipe, train: Sequence[Problem], test: Sequence[Probl
 
 
 def _check_routes(recipe: Recipe, split: str, problems: Sequence[Problem]) -> None:
-    """Raises DataError unless every problem matches exactly one teacher, and every teacher some problem of train."""
+    """Raises DataError unless each problem matches one teacher, and each teacher a problem of train."""
     routes = [
         [teacher.name for teacher in recipe.teachers if teaches(routes_of(teacher), problem)]
         for problem in problems
@@ -50,13 +50,13 @@ def _check_routes(recipe: Recipe, split: str, problems: Sequence[Problem]) -> No
             raise DataError(
                 f"{len(wrong)} of {len(problems)} {split} problems {what} by teachers[].only: "
                 f"{', '.join(_described(recipe, problem) for problem in wrong[:MAX_SHOWN])}{more}",
-                hint="every problem needs exactly one teacher: mend only, or take these records out",
+                hint="every problem needs exactly one teacher: fix only, or take these records out",
             )
     for teacher in recipe.teachers:
         if split == "train" and [teacher.name] not in routes:
             raise DataError(
                 f"teacher {teacher.name!r} teaches none of the {len(problems)} train problems: only is {teacher.only}",
-                hint="mend its only, or remove it",
+                hint="fix its only, or remove it",
             )
 
 
@@ -74,5 +74,5 @@ def _check_prompt(teacher: Teacher, problem: Problem) -> None:
             raise DataError(
                 f"the prompt of teacher {teacher.name!r} names {{{name}}}, but {problem.prompt_id} has no text "
                 f"or number of that name; it has: {', '.join(sorted(known))}",
-                hint=f"mend the name, or write {{{{{name}}}}} for the word in braces",
+                hint=f"fix the name, or write {{{{{name}}}}} for the word in braces",
             )

@@ -156,7 +156,7 @@ class Sources:
             digest = file_digest(path)
         except OSError as error:
             raise DataError(
-                f"{path}: cannot be read: {error.strerror}", hint="mend the path in the recipe"
+                f"{path}: cannot be read: {error.strerror}", hint="fix the path in the recipe"
             ) from error
         self._digests[str(path)] = [*stamp, digest]
         self._changed = True
@@ -215,7 +215,7 @@ def _local_folder(name: str, folder: Path) -> Path | None:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise RecipeError(
             f"{path}: no such model folder",
-            hint="mend student.model, teachers[].model or teachers[].server.tokenizer in the recipe",
+            hint="fix student.model, teachers[].model or teachers[].server.tokenizer in the recipe",
         )
     return None
 

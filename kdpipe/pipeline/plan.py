@@ -1,4 +1,4 @@
-"""Recipe -> the ordered steps it means, each with its fingerprint. Pure: no files, no clock, no network.
+"""The ordered steps of a recipe, each with its fingerprint: no files, no clock, no network.
 
 A fingerprint is the sha256 of canonical JSON of everything that decides a step's result: the stage, its format
 version, the stage's settings (stages/settings), what its models and data are, the fingerprints of its input steps,
@@ -142,9 +142,8 @@ class _Planner:
         self.recipe = recipe
         self.identities = identities
         self.steps: dict[str, Step] = {}
-        self._documents: list[
-            tuple[object, Fields]
-        ] = []  # few, as most rounds have the settings of the others
+        # Few: most rounds have the settings of the others.
+        self._documents: list[tuple[object, Fields]] = []
 
     def plan(self) -> Plan:
         recipe, sft = self.recipe, self.recipe.student.sft
@@ -169,7 +168,7 @@ class _Planner:
         if recipe.rollout.off_policy_text == "teacher":
             self._texts(number)
             inputs |= self._text_inputs(number)
-        fields = self._fields(RolloutSettings.of(recipe), self._named(STUDENT, inputs), split="train")
+        fields = self._fields(RolloutSettings.of(recipe), self._named_student(inputs), split="train")
         self._add(Stage.ROLLOUT, number, "", self._seed(recipe.rollout.seed), fields, inputs)
         for teacher in recipe.teachers if recipe.train.objective.in_round(number).has_kd else ():
             self._teacher_score(number, teacher)
@@ -177,7 +176,7 @@ class _Planner:
         if evaluated(recipe, number):
             self._evaluate_student(number)
 
-    # the steps: settings of a stage, what its models and data are, and its inputs
+    # the steps: the settings of a stage, the identities of its models and data, and its inputs
 
     def _sft(self, name: str, model: Student | Teacher, inputs: Inputs | None = None) -> None:
         if not model.has_cold_start:
@@ -205,7 +204,7 @@ class _Planner:
         named = self._named_teacher(teacher, model)
         if recipe.keep.student_top_k:  # the student that sampled chooses ids too
             sampler = self._student(number - 1)
-            named |= self._named(STUDENT, sampler)
+            named |= self._named_student(sampler)
             inputs |= sampler
         reads_records = teacher.prompt is not None or teacher.only is not None
         split = "train" if reads_records else None
@@ -216,7 +215,7 @@ class _Planner:
     def _train(self, number: int) -> None:
         recipe = self.recipe
         inputs = {ROLLOUT_ROLE: _input(Stage.ROLLOUT, number), **self._student(number - 1, trainer=True)}
-        fields = self._fields(TrainSettings.of(recipe, number), self._named(STUDENT, inputs))
+        fields = self._fields(TrainSettings.of(recipe, number), self._named_student(inputs))
         for teacher in recipe.teachers if recipe.train.objective.in_round(number).has_kd else ():
             role = teacher_role(recipe, teacher)
             inputs[role.as_kind(RoleKind.SCORES)] = _input(Stage.TEACHER_SCORE, number, role.name)
@@ -228,7 +227,7 @@ class _Planner:
 
     def _evaluate_student(self, number: int) -> None:
         section, inputs = self.recipe.evaluate, self._student(number)
-        named = self._named(STUDENT, inputs)
+        named = self._named_student(inputs)
         for teacher in self.recipe.teachers if section.reverse_kl_problems else ():
             found = self._teacher(teacher, number)
             named |= self._named_teacher(teacher, found)
@@ -288,11 +287,14 @@ class _Planner:
             self._documents.append((settings, found))
         return {**found, **named, **data}
 
-    def _named(self, role: Role | str, inputs: Inputs) -> Fields:
-        """What the student is where no step made it; with an adapter, which is all that one makes, the model below."""
+    def _named_student(self, inputs: Inputs) -> Fields:
+        """The identity of the student; None where a step made its weights.
+
+        With an adapter it is that of the model below, as the adapter is all that a train step makes.
+        """
         is_made = self.recipe.student.lora is None and STUDENT_ROLE in inputs
         is_made = is_made or self.recipe.student.has_cold_start
-        return {f"{role}.model": None if is_made else self._identity(STUDENT)}
+        return {f"{STUDENT}.model": None if is_made else self._identity(STUDENT)}
 
     def _named_teacher(self, teacher: Teacher, inputs: Inputs) -> Fields:
         role = teacher_role(self.recipe, teacher)

@@ -1,4 +1,4 @@
-"""Roles: which model or which earlier result a step reads. Printed as `student`, or `teacher:NAME` of several."""
+"""Roles: which model or earlier result a step reads. One of several teachers is `teacher:NAME`."""
 
 from __future__ import annotations
 

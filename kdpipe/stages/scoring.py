@@ -1,4 +1,4 @@
-"""Completions scored by a teacher: what it shares with the student, its prompts, scores and output head.
+"""Completions scored by a teacher: its prompts, scores, output head, and ids shared with the student.
 
 Token ids travel from the rollout unchanged; only those that the teacher's vocabulary lacks are cut from what it
 reads, and get no score.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EvaluateSettings:
-    """How a model answers the test problems, or the first `problems` of them; `teacher` is None for the student.
+    """How a model answers the first `problems` test problems; `teacher` is None for the student.
 
     The student's completions for `reverse_kl_problems`, drawn as the rollout's, are scored by `teachers`, by name;
     `weights` are those of a mixture, None where each problem has its own teacher.

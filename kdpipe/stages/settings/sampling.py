@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DrawSettings:
-    """From which distribution tokens are drawn, and where a completion ends. Greedy decoding cuts nothing off."""
+    """The distribution that tokens are drawn from, and where a completion ends.
+
+    Temperature 0 is greedy decoding, which has no top-p or top-k.
+    """
 
     temperature: float
     top_p: float

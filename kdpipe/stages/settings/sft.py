@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ColdStart:
-    """A model before its cold start, and the cold start: None leaves a scratch model as it was initialised."""
+    """A model before its cold start, and the cold start: None keeps a scratch model as initialised."""
 
     dtype: DtypeName
     trust_remote_code: bool

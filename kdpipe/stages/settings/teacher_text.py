@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TextSettings:
-    """How a teacher writes: for the first `problems` of a cold start (None: all), or for the `prompts` of a round."""
+    """How a teacher writes for the first `problems` of a cold start, or for the `prompts` of a round."""
 
     task: TaskSettings
     teacher: TeacherSettings

@@ -66,7 +66,7 @@ def _objective(recipe: Recipe, number: int) -> Objective:
 
 
 def _section(recipe: Recipe, objective: Objective) -> TrainSection:
-    """The section for the round: the horizon of a schedule that has one is said, and the seed is the step's."""
+    """The section with the horizon of its schedule, None if constant. The seed is the step's."""
     optimizer = recipe.train.optimizer
     horizon = None if optimizer.schedule == "constant" else optimizer.schedule_rounds or recipe.rounds
     update = {
