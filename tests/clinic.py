@@ -28,8 +28,10 @@ from kdpipe.models.source import ModelSource
 from kdpipe.pipeline.identities import Sources
 from kdpipe.pipeline.preflight import examination
 from kdpipe.pipeline.project import open_project
+from kdpipe.pipeline.request import STEPS
 from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.workers.worker import Report
+from tests.wire import answered, asked
 from tests.worlds import load_tiny
 
 WORDS = [*"0123456789", "+", "####", "\n", "Tom", "has", "apples", "pens"]
@@ -132,8 +134,8 @@ def examined(
     with one_thread(), pytest.MonkeyPatch.context() as patch:
         if wire is not None:
             patch.setattr(kdpipe.execution.roles.Roles, "open", _behind(wire))
-        answer: Any = Performer()(json.loads(json.dumps(request)), Report(lambda _message: None))
-    findings = json.loads(json.dumps(answer["findings"]))
+        answer = answered(STEPS, Performer()(asked(STEPS, request), Report(lambda _event: None)))
+    findings = json.loads(json.dumps(answer.findings))
     return {(one["probe"], one["about"]): one for one in findings}
 
 

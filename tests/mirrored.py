@@ -17,9 +17,10 @@ from kdpipe.recipe.file import LoadedRecipe, load_recipe
 from kdpipe.recipe.schema import Tracking
 from kdpipe.store.artifacts import Draft, Store
 from kdpipe.store.step import Step
-from kdpipe.tracking.memory import REQUESTS, RESULTS, MirrorRequest, MirrorResult, Status
+from kdpipe.tracking.memory import MIRROR, Alive, MirrorRequest, MirrorResult, Status
 from kdpipe.tracking.synchronizer import Synchronizer
 from kdpipe.workers.worker import Report
+from tests.wire import answered, asked
 
 RECIPE = """
 name: {name}
@@ -151,8 +152,9 @@ class World:
 
 def mirror(request: MirrorRequest, synchronizer: Synchronizer | None = None) -> MirrorResult:
     """Mirrors as a fresh process would, unless a synchronizer is given."""
-    message = REQUESTS.dump_python(request, mode="json")
-    return RESULTS.validate_python((synchronizer or Synchronizer())(message, Report(lambda _message: None)))
+    report = Report[Alive](lambda _alive: None)
+    result: MirrorResult = answered(MIRROR, (synchronizer or Synchronizer())(asked(MIRROR, request), report))
+    return result
 
 
 def make_world(

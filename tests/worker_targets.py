@@ -11,23 +11,73 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdpipe.errors import ArtifactError, StepError
+from kdpipe.workers.message import Talk, message
 from kdpipe.workers.pulse import Stopped
-from kdpipe.workers.worker import Message, Report
+from kdpipe.workers.worker import Report as AnyReport
+from kdpipe.workers.worker import Worker as AnyWorker
 
 if TYPE_CHECKING:
     from kdpipe.engines.remote import Host
 
 
+Message = dict[str, Any]
+
+
+@message
+class Ask:
+    fields: Message
+
+
+@message
+class Tell:
+    fields: Message
+
+
+@message
+class Reply:
+    fields: Message
+
+
+ECHO = Talk[Ask, Tell, Reply]((Ask,), (Tell,), (Reply,))
+
+
+class Report:
+    """The report of a call, whose events are fields."""
+
+    def __init__(self, report: AnyReport[Tell]) -> None:
+        self._report = report
+        self.stopping = report.stopping
+
+    def event(self, **fields: Any) -> None:
+        self._report.event(Tell(fields))
+
+
+class Worker(AnyWorker[Ask, Tell, Reply]):
+    """Asks an Echo, in fields."""
+
+    def __init__(self, target: str, **settings: Any) -> None:
+        super().__init__(target, ECHO, **settings)
+
+    def ask(
+        self, request: Message, *, on_event: Callable[[Message], None] = lambda _: None, **settings: Any
+    ) -> Message | None:
+        reply = self.call(Ask(request), on_event=lambda event: on_event(event.fields), **settings)
+        return None if reply is None else reply.fields
+
+
 class Echo:
     """Counts its calls, and does what the request's `do` says."""
+
+    talk = ECHO
 
     def __init__(self) -> None:
         self._calls = 0
 
-    def __call__(self, request: Message, report: Report) -> Message:
+    def __call__(self, asked: Ask, told: AnyReport[Tell]) -> Reply:
+        request, report = asked.fields, Report(told)
         self._calls += 1
         actions: dict[str, Callable[[Message, Report], None]] = {
             "nothing": lambda _request, _report: None,
@@ -37,7 +87,7 @@ class Echo:
             "bug": _bug,
             "run out of memory": lambda _request, _report: bytearray(1 << 60).clear(),
             "fill the disk": _fill_the_disk,
-            "unserializable": lambda request, _report: request.update(out={1, 2}),  # type: ignore[dict-item]
+            "unserializable": lambda request, _report: request.update(out=object()),
             "die": _die,
             "exit": lambda _request, _report: os._exit(7),
             "noise": _noise,
@@ -48,7 +98,7 @@ class Echo:
             "import queue and random in grandchildren": _import_in_grandchildren,
         }
         actions[str(request.get("do", "nothing"))](request, report)
-        return {"calls": self._calls, "pid": os.getpid(), "out": request.get("out")}
+        return Reply({"calls": self._calls, "pid": os.getpid(), "out": request.get("out")})
 
 
 def fake_host() -> Host:

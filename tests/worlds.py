@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,22 @@ import yaml
 
 from kdpipe.execution.executor import Performer
 from kdpipe.pipeline.project import Project
+from kdpipe.pipeline.request import (
+    STEPS,
+    Noted,
+    Performed,
+    StepEvent,
+    StepRequest,
+    StepResult,
+    Waiting,
+    Warned,
+)
 from kdpipe.pipeline.runner import Request, run
 from kdpipe.recipe.file import LoadedRecipe, load_recipe
 from kdpipe.store.durable import read_lines
-from kdpipe.workers.pulse import Stopped
-from kdpipe.workers.worker import Message, Report
+from kdpipe.workers.pulse import Progressed, Stopped
+from kdpipe.workers.worker import Report
+from tests.wire import answered, asked, reported
 
 _SCRATCH = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
 _TINY: dict[str, Any] = {
@@ -104,13 +116,14 @@ class Watcher:
     def step_begins(self, step: Any) -> None:
         self.performed.append(step.id)
 
-    def step_event(self, step: Any, event: dict[str, Any]) -> None:
-        self.on_event(step.id, event)
+    def step_event(self, step: Any, event: StepEvent) -> None:
+        kinds = {Progressed: "progress", Noted: "note", Warned: "warning", Waiting: "waiting"}
+        self.on_event(step.id, {"kind": kinds[type(event)], **asdict(event)})
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)
 
-    def step_ends(self, step: Any, result: dict[str, Any]) -> None: ...
+    def step_ends(self, step: Any, result: Performed) -> None: ...
     def tick(self) -> None: ...
     def stop(self) -> None: ...
 
@@ -139,31 +152,32 @@ class NearWorker:
     started = 0
     forgetful = False
 
-    def __init__(self, target: str, *, log: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, target: str, talk: Any, *, log: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._performer: Performer | None = None
 
     def call(
         self,
-        request: Message,
+        request: StepRequest,
         *,
-        on_event: Callable[[Message], None],
+        on_event: Callable[[StepEvent], None] = lambda _event: None,
         stop: Callable[[], bool] = lambda: False,
         tick: Callable[[], None] = lambda: None,
-    ) -> Message | None:
+    ) -> StepResult | None:
         if self._performer is None or NearWorker.forgetful:
             self.kill()
             self._performer = Performer()
             NearWorker.started += 1
-        report = Report(lambda _message: None)
 
-        def send(message: Message) -> None:
-            on_event(json.loads(json.dumps(message["event"])))
+        def send(event: StepEvent) -> None:
+            on_event(reported(STEPS, event))
             if stop():
                 report.stopping.set()
 
-        report._send = send
+        report = Report(send)
         try:
-            return self._performer(json.loads(json.dumps(request)), report)
+            return answered(STEPS, self._performer(asked(STEPS, request), report))
         except Stopped:
             return None
 
@@ -172,7 +186,7 @@ class NearWorker:
             self._performer.close()  # the roles have processes of their own, here too
         self._performer = None
 
-    def stop(self, last: Message | None = None) -> None:
+    def stop(self, last: StepRequest | None = None) -> None:
         self.kill()
 
 

@@ -10,17 +10,19 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from kdpipe.cli.terminal import PLAIN_SECONDS, Paint, counted, inert, is_terminal, painter
 from kdpipe.pipeline.progress import Pace, duration, time_left
+from kdpipe.pipeline.request import Noted, Performed, StepEvent, Waiting, Warned
 from kdpipe.pipeline.runs import RunFolder
 from kdpipe.store.step import Step
+from kdpipe.workers.pulse import Progressed
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from kdpipe.workers.worker import Message
 
 Numbers = Mapping[str, float]
 """The numbers of an evaluation's summary.json, by name."""
@@ -50,16 +52,16 @@ class Terminal:
             self._progress, self._task = _live_line(step.id)
             self._progress.start()
 
-    def step_event(self, step: Step, event: Message) -> None:
+    def step_event(self, step: Step, event: StepEvent) -> None:
         """Shows how far the step is."""
         match event:
-            case {"kind": "waiting"}:
+            case Waiting():
                 self._say(f"{step.id}: another run is making it; waiting to reuse it")
-            case {"kind": "note", "text": str(text)}:
+            case Noted(text=text):
                 self._say(inert(text))
-            case {"kind": "warning", "text": str(text)}:
+            case Warned(text=text):
                 self.warn(text)
-            case _:
+            case Progressed():
                 self._pace.note(event)
                 self._show_pace(step)
 
@@ -71,14 +73,13 @@ class Terminal:
             self._said = time.monotonic()
             self._say(f"{step.id}: {words}")
 
-    def step_ends(self, step: Step, result: Message) -> None:
+    def step_ends(self, step: Step, result: Performed) -> None:
         """Ends the step's line; steps of round 0 leave one, as no line of a round follows them."""
         self.stop()
-        match result:
-            case {"reused": True}:
-                self._say(f"{step.id}: reused from another run")
-            case {"seconds": int(seconds) | float(seconds)} if step.round == 0:
-                self._say(f"{step.id}: {duration(seconds)}")
+        if result.reused:
+            self._say(f"{step.id}: reused from another run")
+        elif step.round == 0:
+            self._say(f"{step.id}: {duration(result.seconds)}")
 
     def round_ends(self, number: int, rounds: int, metrics: dict[str, float]) -> None:
         """Prints the round's line."""
@@ -140,17 +141,17 @@ class JsonLines:
         """See Terminal."""
         self._print(event="step begins", step=step.id, fingerprint=step.fingerprint)
 
-    def step_event(self, step: Step, event: Message) -> None:
+    def step_event(self, step: Step, event: StepEvent) -> None:
         """Notes and warnings; progress is for people."""
         match event:
-            case {"kind": "note", "text": str(text)}:
+            case Noted(text=text):
                 self._print(event="note", step=step.id, text=text)
-            case {"kind": "warning", "text": str(text)}:
+            case Warned(text=text):
                 self.warn(text)
 
-    def step_ends(self, step: Step, result: Message) -> None:
+    def step_ends(self, step: Step, result: Performed) -> None:
         """See Terminal."""
-        self._print(event="step ends", step=step.id, **result)
+        self._print(event="step ends", step=step.id, **asdict(result))
 
     def round_ends(self, number: int, rounds: int, metrics: dict[str, float]) -> None:
         """See Terminal."""

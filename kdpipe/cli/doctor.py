@@ -54,12 +54,13 @@ def check_loss(
     from kdpipe.doctor.finding import PHASES
 
     loaded = load_given(recipe, overrides, workspace)
-    sent = _checked_phases(loaded.recipe, workspace)
-    phases = PHASES.validate_python(sent)
+    phases = _checked_phases(loaded.recipe, workspace)
     by_number = list(enumerate(zip(*(phase.findings for phase in phases), strict=True), 1))
     failed = [number for number, found in by_number if any(one.verdict == "FAILED" for one in found)]
     if as_json:
-        print_json({"recipe": str(loaded.path), "failed": failed, "phases": sent})
+        print_json(
+            {"recipe": str(loaded.path), "failed": failed, "phases": PHASES.dump_python(phases, mode="json")}
+        )
     else:
         blocks = ["\n".join(check_loss_lines(phase, painter(sys.stdout))) for phase in phases]
         print("\n\n".join(blocks))
@@ -71,21 +72,21 @@ def check_loss(
         )
 
 
-def _checked_phases(recipe: "Recipe", workspace: Path) -> "JsonValue":
+def _checked_phases(recipe: "Recipe", workspace: Path) -> "tuple[Phase, ...]":
     """What a worker finds: torch is not for this process."""
-    from kdpipe.recipe.schema import resolved
+    from kdpipe.doctor.request import CHECK_LOSS, CheckLoss
     from kdpipe.workers.worker import Worker
 
     # Everything is tiny: more threads would only wait for each other.
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     log = workspace.resolve() / "logs" / "check-loss.log"
-    worker = Worker("kdpipe.doctor.loss.check:serve", log=log, environment=one_thread)
+    worker = Worker("kdpipe.doctor.loss.check:LossServer", CHECK_LOSS, log=log, environment=one_thread)
     try:
-        answer = worker.call({"recipe": resolved(recipe)}, on_event=lambda _event: None)
+        found = worker.call(CheckLoss(recipe))
     finally:
         worker.stop()
-    assert answer is not None  # nobody stops it
-    return answer["phases"]
+    assert found is not None
+    return found.phases
 
 
 def doctor(
@@ -118,19 +119,22 @@ def _environment(workspace: Path) -> dict[str, "JsonValue"]:
     """Versions, machine, and what torch makes of it; torch is asked in a worker."""
     import shutil
     import tempfile
+    from dataclasses import asdict
 
+    from kdpipe.models.device_request import DEVICE, LookAtDevice
     from kdpipe.store.environment import environment
     from kdpipe.workers.worker import Worker
 
     place = next(folder for folder in (workspace.resolve(), *workspace.resolve().parents) if folder.exists())
     found = {**environment(), "free_disk_gib": shutil.disk_usage(place).free >> 30}
     with tempfile.TemporaryDirectory(prefix="kdpipe-doctor-") as folder:
-        worker = Worker("kdpipe.models.devices:serve", log=Path(folder) / "doctor.log")
+        worker = Worker("kdpipe.models.devices:DeviceServer", DEVICE, log=Path(folder) / "doctor.log")
         try:
-            seen = worker.call({"device": "auto"}, on_event=lambda _event: None)
+            seen = worker.call(LookAtDevice("auto"))
         finally:
             worker.stop()
-    return {**found, **(seen or {})}
+    assert seen is not None
+    return {**found, **asdict(seen)}
 
 
 def _examine(recipe: str, overrides: list[str] | None, workspace: Path, *, as_json: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +13,7 @@ from kdpipe.doctor.engine import TOLERANCES, Tolerance
 from kdpipe.doctor.finding import Outcome
 from kdpipe.errors import EngineError
 from kdpipe.models.devices import dtype_name, resolve_dtype
+from kdpipe.pipeline.request import Depth
 from kdpipe.stages.job import Job
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from kdpipe.models.source import ModelSource
     from kdpipe.recipe.schema import Recipe, Teacher
 
-Depth = Literal["full", "quick"]
 PROMPTS: dict[Depth, int] = {"full": 8, "quick": 4}
 NEW_TOKENS: dict[Depth, int] = {"full": 48, "quick": 16}
 LONGEST = 32

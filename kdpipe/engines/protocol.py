@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Annotated, Literal, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from kdpipe.errors import EngineError
 from kdpipe.models.source import ModelSource
+from kdpipe.workers.message import ArrayField, message
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
+Floats: TypeAlias = Annotated[npt.NDArray[np.float32], ArrayField()]
+Ids: TypeAlias = Annotated[npt.NDArray[np.int32], ArrayField()]
 Progress = Callable[[int], None]
 """Called with the number of completion tokens just sampled or scored."""
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Sampling:
     """How to sample. `temperature` 0 is greedy; log-probs are then those at temperature 1.
 
@@ -41,7 +42,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class SampleRequest:
     """One prompt and a seed for each completion wanted. Seeds are in [0, 2**63).
 
@@ -53,7 +54,7 @@ class SampleRequest:
     seeds: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Completion:
     """`token_ids` includes the end token (or those that completed a stop string) when stopped."""
 
@@ -62,7 +63,7 @@ class Completion:
     finish_reason: Literal["stop", "length"]
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class ScoreRequest:
     """A completion to score after a prompt. The prompt has at least one token.
 
@@ -72,7 +73,7 @@ class ScoreRequest:
 
     prompt_token_ids: Sequence[int]
     completion_token_ids: Sequence[int]
-    support_ids: npt.NDArray[np.int32] | None = None
+    support_ids: Ids | None = None
     target_ids: Sequence[int] | None = None
 
     @property
@@ -81,7 +82,7 @@ class ScoreRequest:
         return self.completion_token_ids if self.target_ids is None else self.target_ids
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Scoring:
     """How to score: log-probs at `temperature` (over 0), over the first `num_ids` ids.
 
@@ -94,7 +95,7 @@ class Scoring:
     hidden: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class TokenScores:
     """Log-probs in nats at the asked temperature, over the first `num_ids` ids, for n completion tokens.
 
@@ -105,11 +106,11 @@ class TokenScores:
     `hidden` [n, H] float32, if asked for, are the states that the output head turns into logits.
     """
 
-    logprobs: npt.NDArray[np.float32]
-    topk_ids: npt.NDArray[np.int32] | None = None
-    topk_logprobs: npt.NDArray[np.float32] | None = None
-    tail_logprobs: npt.NDArray[np.float32] | None = None
-    hidden: npt.NDArray[np.float32] | None = None
+    logprobs: Floats
+    topk_ids: Ids | None = None
+    topk_logprobs: Floats | None = None
+    tail_logprobs: Floats | None = None
+    hidden: Floats | None = None
 
 
 Ability = Literal["support", "hidden"]

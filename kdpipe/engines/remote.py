@@ -1,7 +1,7 @@
 """An engine in a process of its own, and what that process runs.
 
 `WorkerEngine` is an engine whose every call is made in another process, where `Host` holds the real one. Numbers
-cross unchanged: arrays as their bytes in base64, ids as lists, a completion's log-probs as float64.
+cross unchanged: arrays as their bytes, ids and log-probs of completions as JSON, which keeps a float64 as it is.
 
 A call is not broken off when the run is to stop: it ends in time, so that its part is kept, or the process that made
 it is killed and this one goes with it.
@@ -11,12 +11,8 @@ Importing this module is cheap: an engine's libraries are imported where it is o
 
 from __future__ import annotations
 
-import base64
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeAlias
-
-import numpy as np
-from pydantic import JsonValue, TypeAdapter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 from kdpipe.engines.protocol import (
     Ability,
@@ -32,25 +28,18 @@ from kdpipe.engines.protocol import (
 from kdpipe.errors import EngineError, KdpipeError
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.schema import EngineName, Runtime
-from kdpipe.workers.worker import Message, Report, Worker
+from kdpipe.workers.message import Nothing, Talk, message
+from kdpipe.workers.worker import Report, Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
-
-    import numpy.typing as npt
 
     from kdpipe.models.cache import ModelCache
 
 HOST = "kdpipe.engines.remote:Host"
-ARRAY_TYPES = ("<f4", "<f8", "<i4")
-_SOURCE = TypeAdapter(ModelSource)
-_SAMPLING = TypeAdapter(Sampling)
-_SCORING = TypeAdapter(Scoring)
-_SAMPLE_REQUESTS = TypeAdapter(list[SampleRequest])
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Hosting:
     """What a role's process runs: an engine, on a device as that process sees it, with settings.
 
@@ -63,7 +52,86 @@ class Hosting:
     num_models: int = 1
 
 
-_HOSTING = TypeAdapter(Hosting)
+@message
+class AskAbilities:
+    """What can the engine score?"""
+
+    hosting: Hosting
+
+
+@message
+class Load:
+    """Make this the model of the next calls."""
+
+    hosting: Hosting
+    source: ModelSource
+
+
+@message
+class Sample:
+    """Sample completions."""
+
+    hosting: Hosting
+    requests: Sequence[SampleRequest]
+    sampling: Sampling
+
+
+@message
+class Score:
+    """Score completions."""
+
+    hosting: Hosting
+    requests: Sequence[ScoreRequest]
+    scoring: Scoring
+
+
+@message
+class Sleep:
+    """Free the device's memory."""
+
+    hosting: Hosting
+
+
+@message
+class End:
+    """Clean up."""
+
+    hosting: Hosting
+
+
+@message
+class Tokens:
+    """So many more tokens were sampled or scored."""
+
+    count: int
+
+
+@message
+class Abilities:
+    """What the engine can score."""
+
+    names: frozenset[Ability]
+
+
+@message
+class Sampled:
+    """Completions, in the order of the requests."""
+
+    completions: list[list[Completion]]
+
+
+@message
+class Scored:
+    """Scores, in the order of the requests."""
+
+    scores: list[TokenScores]
+
+
+Question: TypeAlias = AskAbilities | Load | Sample | Score | Sleep | End
+Answer: TypeAlias = Abilities | Sampled | Scored | Nothing
+TALK = Talk[Question, Tokens, Answer](
+    (AskAbilities, Load, Sample, Score, Sleep, End), (Tokens,), (Abilities, Sampled, Scored, Nothing)
+)
 OpenEngine: TypeAlias = "Callable[[Hosting], Engine]"
 
 
@@ -117,8 +185,8 @@ class WorkerEngine:
         environment: Mapping[str, str] | None = None,
         target: str = HOST,
     ) -> None:
-        self._hosting: Message = _HOSTING.dump_python(hosting, mode="json")
-        self._worker = Worker(target, log=log, environment=environment, leads_group=True)
+        self._hosting = hosting
+        self._worker = Worker(target, TALK, log=log, environment=environment, leads_group=True)
         self._abilities: frozenset[Ability] | None = None
         self._source: ModelSource | None = None
 
@@ -131,7 +199,9 @@ class WorkerEngine:
     def abilities(self) -> frozenset[Ability]:
         """See Engine: those of the engine in the other process."""
         if self._abilities is None:
-            self._abilities = frozenset(self._call("abilities")["abilities"])
+            answer = self._call(AskAbilities(self._hosting))
+            assert isinstance(answer, Abilities)
+            self._abilities = answer.names
         return self._abilities
 
     def holds(self, source: ModelSource) -> bool:
@@ -140,52 +210,40 @@ class WorkerEngine:
 
     def load(self, source: ModelSource) -> None:
         """See Engine."""
-        self._call("load", source=_SOURCE.dump_python(source, mode="json"))
+        self._call(Load(self._hosting, source))
         self._source = source
 
     def sample(
         self, requests: Sequence[SampleRequest], sampling: Sampling, *, progress: Progress
     ) -> list[list[Completion]]:
         """See Engine."""
-        answer = self._call(
-            "sample",
-            progress=progress,
-            requests=_SAMPLE_REQUESTS.dump_python(list(requests), mode="json"),
-            sampling=_SAMPLING.dump_python(sampling, mode="json"),
-        )
-        return [[_completion(packed) for packed in row] for row in answer["completions"]]
+        answer = self._call(Sample(self._hosting, requests, sampling), progress)
+        assert isinstance(answer, Sampled)
+        return answer.completions
 
     def score(
         self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Progress
     ) -> list[TokenScores]:
         """See Engine."""
-        answer = self._call(
-            "score",
-            progress=progress,
-            requests=[_packed_request(request) for request in requests],
-            scoring=_SCORING.dump_python(scoring, mode="json"),
-        )
-        return [_scores(packed) for packed in answer["scores"]]
+        answer = self._call(Score(self._hosting, requests, scoring), progress)
+        assert isinstance(answer, Scored)
+        return answer.scores
 
     def sleep(self) -> None:
         """See Engine; nothing where no process was started."""
         if self._worker.pid is not None:
-            self._call("sleep")
+            self._call(Sleep(self._hosting))
             self._source = None
 
     def close(self) -> None:
         """See Engine: lets the engine clean up, for seconds at most, and ends its process."""
-        self._worker.stop({"do": "close", "hosting": self._hosting})
+        self._worker.stop(End(self._hosting))
         self._source = None
 
-    def _call(self, do: str, *, progress: Progress = lambda _: None, **request: Any) -> dict[str, Any]:
-        """The answer of the other process; `hosting` goes along, as a call may start that process."""
-
-        def told(event: Message) -> None:
-            progress(int(str(event["tokens"])))
-
+    def _call(self, question: Question, progress: Progress = lambda _: None) -> Answer:
+        """The answer of the other process. Each question has the hosting, as it may start that process."""
         try:
-            answer = self._worker.call({"do": do, "hosting": self._hosting, **request}, on_event=told)
+            answer = self._worker.call(question, on_event=lambda event: progress(event.count))
         except KdpipeError as error:
             self._source = None  # what it holds now is not known
             if isinstance(error, EngineError):
@@ -200,115 +258,38 @@ class WorkerEngine:
 
 
 class Host:
-    """Serves one engine to the process that started this one (see workers.py)."""
+    """Serves one engine to the process that started this one (see workers.worker)."""
+
+    talk = TALK
 
     def __init__(self, open_engine: OpenEngine = open_engine) -> None:
         self._open_engine = open_engine
         self._engine: Engine | None = None
 
-    def __call__(self, request: Message, report: Report) -> Message:
+    def __call__(self, request: Question, report: Report[Tokens]) -> Answer:
         """The answer to one call of a `WorkerEngine`."""
-        asked: dict[str, Any] = request
-        engine = self._opened(asked["hosting"])
-        match asked["do"]:
-            case "abilities":
-                return {"abilities": list[JsonValue](sorted(engine.abilities))}
-            case "load":
-                engine.load(_SOURCE.validate_python(asked["source"]))
-                return {}
-            case "sample":
-                return _sample(engine, asked, report)
-            case "score":
-                return _score(engine, asked, report)
-            case "sleep":
+        engine = self._opened(request.hosting)
+
+        def progress(count: int) -> None:
+            report.event(Tokens(count))
+
+        match request:
+            case AskAbilities():
+                return Abilities(engine.abilities)
+            case Load(source=source):
+                engine.load(source)
+            case Sample(requests=requests, sampling=sampling):
+                return Sampled(engine.sample(requests, sampling, progress=progress))
+            case Score(requests=asked, scoring=scoring):
+                return Scored(engine.score(asked, scoring, progress=progress))
+            case Sleep():
                 engine.sleep()
-                return {}
-            case "close":
+            case End():
                 self._engine = None
                 engine.close()
-                return {}
-            case other:
-                raise ValueError(f"an engine is not asked to {other!r}")
+        return Nothing()
 
-    def _opened(self, hosting: dict[str, Any]) -> Engine:
+    def _opened(self, hosting: Hosting) -> Engine:
         if self._engine is None:
-            self._engine = self._open_engine(_HOSTING.validate_python(hosting))
+            self._engine = self._open_engine(hosting)
         return self._engine
-
-
-def _sample(engine: Engine, asked: dict[str, Any], report: Report) -> Message:
-    drawn = engine.sample(
-        _SAMPLE_REQUESTS.validate_python(asked["requests"]),
-        _SAMPLING.validate_python(asked["sampling"]),
-        progress=lambda count: report.event(tokens=count),
-    )
-    return {"completions": [[_packed_completion(completion) for completion in row] for row in drawn]}
-
-
-def _score(engine: Engine, asked: dict[str, Any], report: Report) -> Message:
-    scores = engine.score(
-        [_request(packed) for packed in asked["requests"]],
-        _SCORING.validate_python(asked["scoring"]),
-        progress=lambda count: report.event(tokens=count),
-    )
-    return {"scores": [_packed_scores(score) for score in scores]}
-
-
-# -------------------------------------------------------------------------------------------- what crosses
-
-
-def pack(array: npt.NDArray[Any]) -> Message:
-    """An array as JSON, its numbers as they lie in memory (little-endian)."""
-    plain = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    name = plain.dtype.newbyteorder("<").str
-    if name not in ARRAY_TYPES:
-        raise TypeError(f"an array of {array.dtype} does not cross, only {', '.join(ARRAY_TYPES)}")
-    return {"type": name, "shape": list(array.shape), "base64": base64.b64encode(plain.tobytes()).decode()}
-
-
-def unpack(packed: Mapping[str, Any]) -> npt.NDArray[Any]:
-    """The array that was packed, bit for bit."""
-    if packed["type"] not in ARRAY_TYPES:
-        raise TypeError(f"an array of {packed['type']!r} does not cross, only {', '.join(ARRAY_TYPES)}")
-    data = bytearray(
-        base64.b64decode(packed["base64"], validate=True)
-    )  # a bytearray, so that it can be written to
-    return np.frombuffer(data, packed["type"]).reshape(packed["shape"])
-
-
-def _packed_completion(completion: Completion) -> Message:
-    return {
-        "token_ids": list(completion.token_ids),
-        "logprobs": pack(np.array(completion.logprobs, np.float64)),
-        "finish_reason": completion.finish_reason,
-    }
-
-
-def _completion(packed: dict[str, Any]) -> Completion:
-    return Completion(packed["token_ids"], unpack(packed["logprobs"]).tolist(), packed["finish_reason"])
-
-
-def _packed_request(request: ScoreRequest) -> Message:
-    return {
-        "prompt": list(request.prompt_token_ids),
-        "completion": list(request.completion_token_ids),
-        "support": None if request.support_ids is None else pack(request.support_ids),
-        "targets": None if request.target_ids is None else list(request.target_ids),
-    }
-
-
-def _request(packed: dict[str, Any]) -> ScoreRequest:
-    support = None if packed["support"] is None else unpack(packed["support"])
-    return ScoreRequest(packed["prompt"], packed["completion"], support, packed["targets"])
-
-
-def _packed_scores(scores: TokenScores) -> Message:
-    columns = {field.name: getattr(scores, field.name) for field in fields(scores)}
-    return {name: None if column is None else pack(column) for name, column in columns.items()}
-
-
-def _scores(packed: dict[str, Any]) -> TokenScores:
-    columns: dict[str, Any] = {
-        name: None if array is None else unpack(array) for name, array in packed.items()
-    }
-    return TokenScores(**columns)

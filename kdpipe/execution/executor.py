@@ -12,7 +12,6 @@ import torch
 from pydantic import JsonValue
 
 from kdpipe.data.tasks import read_problems
-from kdpipe.doctor.case import Depth
 from kdpipe.doctor.loss.check import unsound
 from kdpipe.errors import PreflightError
 from kdpipe.execution.inputs import Inputs
@@ -24,38 +23,54 @@ from kdpipe.execution.stages import Stages
 from kdpipe.execution.trainers import Trainers
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.devices import dtype_name, resolve_device, resolve_dtype
-from kdpipe.recipe.roles import STUDENT_ROLE, Role
+from kdpipe.pipeline.request import (
+    STEPS,
+    Assignment,
+    Close,
+    Examine,
+    Noted,
+    Perform,
+    Performed,
+    StepEvent,
+    StepRequest,
+    StepResult,
+    Waiting,
+    Warned,
+)
+from kdpipe.recipe.roles import STUDENT_ROLE
 from kdpipe.recipe.schema import Recipe
 from kdpipe.stages.job import Job
 from kdpipe.store.artifacts import Draft
 from kdpipe.store.durable import append_line
 from kdpipe.store.environment import environment
 from kdpipe.store.step import Stage, Step
+from kdpipe.workers.message import Nothing
 from kdpipe.workers.pulse import Pulse
-from kdpipe.workers.worker import CLOSE, Message, Report
+from kdpipe.workers.worker import Report
 
 
 class Performer:
     """Called once for each step of a run, in a worker process."""
 
+    talk = STEPS
+
     def __init__(self) -> None:
         self._executor: Executor | None = None
 
-    def __call__(self, request: Message, report: Report) -> Message:
+    def __call__(self, request: StepRequest, report: Report[StepEvent]) -> StepResult:
         """Performs a step that is not done, or examines its models, or ends what this process started."""
-        if request == CLOSE:
-            self.close()
-            return {}
-        fields: dict[str, Any] = request
-        recipe = Recipe.model_validate(fields["recipe"], strict=True)
-        depth: Depth | None = fields.get("examine")
-        executor = self._executor_of(recipe, fields, report, depth)
-        inputs = Inputs.read(fields, recipe, report)
-        if depth is None:
-            return executor.perform(inputs, anew=fields["anew"])
-        teachers = [role for role in map(Role.parse, fields["roles"]) if role != STUDENT_ROLE]
-        missing = {Role.parse(role): step_id for role, step_id in fields["missing"].items()}
-        return executor.probe(inputs, teachers, missing=missing, depth=depth)
+        match request:
+            case Close():
+                self.close()
+                return Nothing()
+            case Perform(assignment=found, anew=anew):
+                executor = self._executor_of(found, report, is_trained=True)
+                return executor.perform(Inputs.of(found, report), anew=anew)
+            case Examine(assignment=found, depth=depth):
+                executor = self._executor_of(found, report, is_trained=depth == "quick")
+                teachers = [role for role in request.roles if role != STUDENT_ROLE]
+                inputs = Inputs.of(found, report)
+                return executor.probe(inputs, teachers, missing=request.missing, depth=depth)
 
     def close(self) -> None:
         """Ends the processes of the roles, and lets go of everything."""
@@ -63,25 +78,21 @@ class Performer:
         if executor is not None:
             executor.close()
 
-    def _executor_of(
-        self, recipe: Recipe, request: dict[str, Any], report: Report, depth: Depth | None
-    ) -> Executor:
+    def _executor_of(self, found: Assignment, report: Report[StepEvent], *, is_trained: bool) -> Executor:
         """The one that is kept from the call before, unless the recipe is another one."""
+        recipe = found.recipe
         if self._executor is None or self._executor.recipe != recipe:
             self.close()
             if recipe.runtime.threads is not None:
                 torch.set_num_threads(recipe.runtime.threads)
             torch.use_deterministic_algorithms(mode=True, warn_only=True)
             device = resolve_device(recipe.runtime.device)
-            report.event(kind="note", text=_hardware(recipe, device))
-            if depth != "full":  # nothing is trained on by the doctor
+            report.event(Noted(_hardware(recipe, device)))
+            if is_trained:
                 _refuse_unsound(recipe, report)
-            hub = request["folders"].get("data")
-            problems = read_problems(
-                recipe.task, Path(request["folder"]), hub_folder=Path(hub) if hub else None
-            )
+            problems = read_problems(recipe.task, found.folder, hub_folder=found.folders.get("data"))
             check_records(recipe, *problems)
-            self._executor = Executor(recipe, device, *problems, logs=Path(request["run"]) / "logs")
+            self._executor = Executor(recipe, device, *problems, logs=found.run / "logs")
         return self._executor
 
 
@@ -102,19 +113,19 @@ class Executor:
         self.probe = Probe(self._roles, self._trainers, device, train, test)
         self._dtype_reported = False
 
-    def perform(self, inputs: Inputs, *, anew: bool) -> Message:
+    def perform(self, inputs: Inputs, *, anew: bool) -> Performed:
         """Performs a step and publishes it; one that is published already is kept unless `anew`."""
         step, report = inputs.step, inputs.report
         entry = inputs.store.entry(step)
-        with entry.locked(lambda: report.event(kind="waiting")):
+        with entry.locked(lambda: report.event(Waiting())):
             digests = inputs.digests()
             manifest = None if anew else entry.manifest()
             if manifest is not None and dict(manifest.inputs) == digests and entry.problem(manifest) is None:
-                return {"reused": True, "digest": manifest.payload_digest, "seconds": 0.0, "tokens": 0}
+                return Performed(reused=True, digest=manifest.payload_digest)
             if manifest is not None or anew:
                 entry.discard()
             draft = Draft(entry, step, note=partial(_note, inputs))
-            pulse = Pulse(lambda fields: report.event(kind="progress", **fields), report.stopping.is_set)
+            pulse = Pulse(report.event, report.stopping.is_set)
             self._report_other_dtype(inputs)
             started = time.time()
             job = Job(self.recipe.runtime, step.round, step.seed, *self._problems, draft, pulse)
@@ -124,8 +135,7 @@ class Executor:
             manifest = draft.commit(inputs=digests, provenance=self._provenance(started))
             if trainer is not None:
                 self._trainers.publish(inputs, trainer, manifest.payload_digest)
-            tokens = pulse.all_tokens
-            return {"reused": False, "digest": manifest.payload_digest, "seconds": seconds, "tokens": tokens}
+            return Performed(False, manifest.payload_digest, seconds, pulse.all_tokens)
 
     def close(self) -> None:
         """Ends the engines and their processes, and the connections to servers."""
@@ -144,12 +154,12 @@ class Executor:
             if manifest is None or "dtype" not in (fields.get("student") or {}):
                 continue
             if (there := manifest.provenance.get("dtype", here)) != here:
-                inputs.report.event(
-                    kind="warning",
-                    text=f"{step.id} was computed in {there}, which dtype: auto was where it was made, and auto "
+                text = (
+                    f"{step.id} was computed in {there}, which dtype: auto was where it was made, and auto "
                     f"is {here} on this one: the run goes on, but its rounds do not compare; for a run in one dtype, "
-                    f"start a new one with --set student.dtype={there}",
+                    f"start a new one with --set student.dtype={there}"
                 )
+                inputs.report.event(Warned(text))
                 self._dtype_reported = True
                 return
 
@@ -171,7 +181,7 @@ def _note(inputs: Inputs, kind: str, fields: Mapping[str, JsonValue]) -> None:
     row: dict[str, JsonValue] = {"time": time.time(), "event": kind, "step": inputs.step.id, **fields}
     append_line(inputs.run / "events.jsonl", row)
     if kind == "damaged":
-        inputs.report.event(kind="warning", text=f"{fields['problem']}; it is computed again")
+        inputs.report.event(Warned(f"{fields['problem']}; it is computed again"))
 
 
 def _write_speed(draft: Draft, step: Step, pulse: Pulse, seconds: float) -> None:
@@ -191,7 +201,7 @@ def _hardware(recipe: Recipe, device: torch.device) -> str:
     return f"student: {dtype_name(dtype)} on {device}, {threads} thread{'s'[: threads != 1]}{reason}"
 
 
-def _refuse_unsound(recipe: Recipe, report: Report) -> None:
+def _refuse_unsound(recipe: Recipe, report: Report[StepEvent]) -> None:
     """Raises PreflightError where check-loss fails the KD part; warns only, with `reproduce`."""
     found = unsound(recipe)
     if not found:
@@ -202,4 +212,4 @@ def _refuse_unsound(recipe: Recipe, report: Report) -> None:
             f"train.objective fails check-loss:{text}",
             hint="kdpipe check-loss shows the numbers; to run it all the same, say --set reproduce=true",
         )
-    report.event(kind="warning", text=f"reproduce: true runs an objective that fails check-loss:{text}")
+    report.event(Warned(f"reproduce: true runs an objective that fails check-loss:{text}"))

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from kdpipe.data.payload import ROLLOUTS_FILE
 from kdpipe.data.rows import Rollout
 from kdpipe.data.tables import read_rollouts
 from kdpipe.errors import StepError
 from kdpipe.models.source import AdapterSource, ModelSource
-from kdpipe.pipeline.request import read_step
+from kdpipe.pipeline.request import Assignment, StepEvent
 from kdpipe.recipe.roles import BASE_ROLE, STUDENT, STUDENT_ROLE, Role, RoleKind, teacher_role
 from kdpipe.recipe.schema import Recipe, SelfTeacher, Student, Teacher
 from kdpipe.store.artifacts import Entry, Store
@@ -36,20 +35,20 @@ class Inputs:
     run: Path
     folders: Mapping[str, Path]
     identities: Mapping[str, str]
-    report: Report
+    report: Report[StepEvent]
 
     @classmethod
-    def read(cls, request: Mapping[str, Any], recipe: Recipe, report: Report) -> Inputs:
-        """The inputs of the step that a request is about."""
+    def of(cls, found: Assignment, report: Report[StepEvent]) -> Inputs:
+        """The inputs of the step of an assignment."""
         return cls(
-            recipe=recipe,
-            step=read_step(request["step"]),
-            steps={Role.parse(role): read_step(value) for role, value in request["inputs"].items()},
-            store=Store(Path(request["workspace"])),
-            folder=Path(request["folder"]),
-            run=Path(request["run"]),
-            folders={name: Path(folder) for name, folder in request["folders"].items()},
-            identities=request["digests"],
+            recipe=found.recipe,
+            step=found.step,
+            steps=found.inputs,
+            store=Store(found.workspace),
+            folder=found.folder,
+            run=found.run,
+            folders=found.folders,
+            identities=found.identities,
             report=report,
         )
 

@@ -11,7 +11,7 @@ import torch
 
 from kdpipe.data.rows import Problem
 from kdpipe.data.tasks.arithmetic import words
-from kdpipe.doctor.case import Case, Depth
+from kdpipe.doctor.case import Case
 from kdpipe.doctor.estimate import ESTIMATE
 from kdpipe.doctor.examine import examine, sizes
 from kdpipe.doctor.finding import FINDINGS
@@ -21,12 +21,12 @@ from kdpipe.execution.roles import Roles
 from kdpipe.execution.trainers import Trainers
 from kdpipe.models.folder import write_model
 from kdpipe.models.prompting import arithmetic_tokenizer
+from kdpipe.pipeline.request import Depth, Examined
 from kdpipe.recipe.roles import STUDENT_ROLE, Role
 from kdpipe.recipe.schema import ModelTeacher, OwnTeacher, Student
 from kdpipe.stages.job import Job
 from kdpipe.store.artifacts import Draft, Entry
 from kdpipe.workers.pulse import Pulse
-from kdpipe.workers.worker import Message
 
 Problems = Sequence[Problem]
 
@@ -44,7 +44,7 @@ class Probe:
 
     def __call__(
         self, inputs: Inputs, teachers: Sequence[Role], *, missing: Mapping[Role, str], depth: Depth
-    ) -> Message:
+    ) -> Examined:
         """The findings, and with a full examination the estimate; `missing` are steps not done, by their role."""
         with tempfile.TemporaryDirectory(prefix="kdpipe-doctor-") as folder:
             stand_ins = {}
@@ -54,11 +54,11 @@ class Probe:
             case = self._case(inputs, teachers, stand_ins, depth, Path(folder))
             findings = FINDINGS.dump_python(tuple(examine(case)), mode="json")
             if depth == "quick":
-                return {"findings": findings}
+                return Examined(findings)
             try:
-                return {"findings": findings, "estimate": ESTIMATE.dump_python(sizes(case), mode="json")}
+                return Examined(findings, ESTIMATE.dump_python(sizes(case), mode="json"))
             except KdpipeError as error:  # the findings are not lost with it
-                return {"findings": findings, "estimate": {"problem": error.message}}
+                return Examined(findings, {"problem": error.message})
 
     def _case(
         self,

@@ -22,6 +22,7 @@ from kdpipe.models.folder import require_targets
 from kdpipe.models.prompting import prompt_style
 from kdpipe.models.source import ModelSource
 from kdpipe.models.text import Text, open_text
+from kdpipe.pipeline.request import Noted
 from kdpipe.recipe.roles import SERVER, STUDENT_ROLE, Role
 from kdpipe.recipe.schema import Recipe, SelfTeacher, ServedTeacher, Student, Teacher
 from kdpipe.stages.scoring import TeacherHandle, as_teacher
@@ -66,7 +67,7 @@ class Roles:
         elif self._takes_turns(inputs, settings, source):
             self._cache.take_turns(source.digest)
         open_engine = partial(
-            self._engines.engine, engine, place, note=lambda text: inputs.report.event(kind="note", text=text)
+            self._engines.engine, engine, place, note=lambda text: inputs.report.event(Noted(text))
         )
         turns = self._engines.turns(engine, place)
         return ModelHandle(settings.name, source, self.text(inputs, role), engine, open_engine, turns)

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from kdpipe.errors import RecipeError
+from kdpipe.models.device_request import DEVICE, LookAtDevice, SeenDevice
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from kdpipe.models.source import Dtype
-    from kdpipe.workers.worker import Message, Report
+    from kdpipe.workers.message import Nothing
+    from kdpipe.workers.worker import Report
 
 _CPU_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 
@@ -73,21 +73,17 @@ def _best_dtype(device: torch.device, cpuinfo: Path) -> tuple[torch.dtype, str]:
     return torch.float32, f"no {missing} here: bfloat16 would be emulated, 100 times slower"
 
 
-def serve() -> Callable[[Message, Report], Message]:
-    """What a worker runs for `kdpipe doctor`: a device's name to what there is of it."""
+class DeviceServer:
+    """What a worker runs for `kdpipe doctor`."""
 
-    def look(request: Message, _report: Report) -> Message:
-        device = resolve_device(str(request["device"]))
+    talk = DEVICE
+
+    def __call__(self, request: LookAtDevice, _report: Report[Nothing]) -> SeenDevice:
+        """What torch makes of a device."""
+        device = resolve_device(request.device)
         dtype, why = resolve_dtype("auto", device)
-        return {
-            "device": str(device),
-            "devices": ", ".join(_devices()) or None,
-            "threads": torch.get_num_threads(),
-            "dtype": dtype_name(dtype),
-            "dtype_reason": why,
-        }
-
-    return look
+        devices = ", ".join(_devices()) or None
+        return SeenDevice(str(device), devices, torch.get_num_threads(), dtype_name(dtype), why)
 
 
 def _devices() -> list[str]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from kdpipe.workers.message import message
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class AdapterSource:
     """Where a LoRA adapter comes from: a folder as peft writes it, and what identifies its content."""
 
@@ -17,7 +18,7 @@ class AdapterSource:
     digest: str
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class ModelSource:
     """Where a model comes from.
 

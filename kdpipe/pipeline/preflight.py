@@ -6,18 +6,17 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import JsonValue
 
 from kdpipe.errors import PreflightError
 from kdpipe.pipeline.identities import Sources
 from kdpipe.pipeline.project import Project, open_project
-from kdpipe.pipeline.request import PERFORMER, open_worker, request_for
+from kdpipe.pipeline.request import PERFORMER, Close, Depth, Examine, Examined, assignment_of, open_worker
 from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.recipe.roles import BASE_ROLE, STUDENT, STUDENT_ROLE, Role, teacher_role
 from kdpipe.store.step import Input, Stage, Step
-from kdpipe.workers.worker import CLOSE, Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +26,8 @@ class Examination:
     run: str
     steps: int
     missing: Mapping[str, str]
-    findings: JsonValue
-    estimate: JsonValue
+    findings: list[dict[str, JsonValue]]
+    estimate: dict[str, JsonValue] | None
     free_disk_bytes: int
 
 
@@ -43,16 +42,17 @@ def examine_recipe(loaded: LoadedRecipe, workspace: Path) -> Examination:
     request = examination(project, folders, 1, depth="full")
     worker = open_worker(project, PERFORMER, log=workspace / "logs" / "doctor.log")
     try:
-        result: Any = worker.call(request, on_event=lambda _event: None)
+        result = worker.call(request)
     finally:
-        worker.stop(CLOSE)
+        worker.stop(Close())
+    assert isinstance(result, Examined)
     workspace.mkdir(parents=True, exist_ok=True)
     return Examination(
         run=project.run.name,
         steps=len(project.plan.steps),
-        missing=request["missing"],  # type: ignore[arg-type]
-        findings=result["findings"],
-        estimate=result["estimate"],
+        missing={str(role): step_id for role, step_id in request.missing.items()},
+        findings=result.findings,
+        estimate=result.estimate,
         free_disk_bytes=shutil.disk_usage(workspace).free,
     )
 
@@ -62,7 +62,7 @@ def examine_round(
     folders: Mapping[str, Path],
     number: int,
     *,
-    call: Callable[[Message], Message],
+    call: Callable[[Examine], Examined],
     warn: Callable[[str], None],
 ) -> None:
     """Examines the student and teachers of round `number` quickly.
@@ -71,9 +71,9 @@ def examine_round(
     model is unfit.
     """
     request = examination(project, folders, number, depth="quick")
-    if request["missing"] or len(request["roles"]) == 1:  # type: ignore[arg-type]
+    if request.missing or len(request.roles) == 1:
         return
-    findings: Any = call(request)["findings"]
+    findings = call(request).findings
     for finding in findings:
         if finding["verdict"] == "warning":
             warn(_sentence(finding))
@@ -86,9 +86,7 @@ def examine_round(
         )
 
 
-def examination(
-    project: Project, folders: Mapping[str, Path], number: int, *, depth: Literal["full", "quick"]
-) -> dict[str, JsonValue]:
+def examination(project: Project, folders: Mapping[str, Path], number: int, *, depth: Depth) -> Examine:
     """The request to examine the models of round `number`; `missing` has those not made yet, by role."""
     recipe = project.recipe
     teachers = recipe.teachers if recipe.train.objective.in_round(number).has_kd else []
@@ -106,12 +104,7 @@ def examination(
     }
     inputs = {role: source for role, source in found.items() if role not in missing}
     step = Step(f"preflight@{number}", Stage.EVALUATE, number, STUDENT, recipe.seed, inputs, {}, "")
-    return {
-        **request_for(project, folders, step),
-        "examine": depth,
-        "roles": [str(role) for role in roles],
-        "missing": {str(role): step_id for role, step_id in missing.items()},
-    }
+    return Examine(assignment_of(project, folders, step), depth, tuple(roles), missing)
 
 
 def _sentence(finding: Mapping[str, Any]) -> str:

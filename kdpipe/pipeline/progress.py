@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kdpipe.workers.worker import Message
+from kdpipe.workers.pulse import Progressed
 
 PROGRESS = "progress.json"
 INTERVAL_SECONDS = 1.0
@@ -41,17 +41,12 @@ class Pace:
         self._began, self._first_done, self._first_tokens = 0.0, 0, 0
         self._seconds = 0.0
 
-    def note(self, event: Message) -> None:
-        """Takes in a progress event."""
+    def note(self, event: Progressed) -> None:
+        """Takes in how far a step is."""
         now = time.monotonic()
-        unit, done, total, tokens = (event[name] for name in ("unit", "done", "total", "tokens"))
-        assert isinstance(unit, str)
-        assert isinstance(done, int)
-        assert isinstance(total, int)
-        assert isinstance(tokens, int)
-        if unit != self.unit:
-            self._began, self._first_done, self._first_tokens = now, done, tokens
-        self.unit, self.done, self.total, self._tokens = unit, done, total, tokens
+        if event.unit != self.unit:
+            self._began, self._first_done, self._first_tokens = now, event.done, event.tokens
+        self.unit, self.done, self.total, self._tokens = event.unit, event.done, event.total, event.tokens
         self._seconds = max(now - self._began, 1e-3)
 
     @property
@@ -77,14 +72,12 @@ class ProgressFile:
         self._pace = Pace()
         self._written = -math.inf
 
-    def note(self, step_id: str, event: Message) -> None:
-        """Notes a progress event, unless one was noted within the last second; ignores all other events."""
-        if event.get("kind") != "progress":
-            return
+    def note(self, step_id: str, event: Progressed) -> None:
+        """Notes how far a step is, unless that was noted within the last second."""
         if step_id != self._step:
             self._step, self._pace = step_id, Pace()
         now, pace = time.monotonic(), self._pace
-        if event["unit"] == pace.unit and now - self._written < INTERVAL_SECONDS:
+        if event.unit == pace.unit and now - self._written < INTERVAL_SECONDS:
             return
         self._written = now
         pace.note(event)

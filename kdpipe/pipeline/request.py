@@ -6,20 +6,110 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypeAlias
 
 from pydantic import JsonValue
 
 from kdpipe.pipeline.project import Project
 from kdpipe.recipe.roles import Role
-from kdpipe.recipe.schema import resolved
-from kdpipe.store.step import Input, Stage, Step, canonical
+from kdpipe.recipe.schema import Recipe
+from kdpipe.store.step import Step, canonical
+from kdpipe.workers.message import Nothing, Talk, message
+from kdpipe.workers.pulse import Progressed
 from kdpipe.workers.worker import Worker
 
+Depth = Literal["quick", "full"]
 PERFORMER = "kdpipe.execution.executor:Performer"
 
 
-def open_worker(project: Project, performer: str, *, log: Path) -> Worker:
+@message
+class Assignment:
+    """A step with the steps that it reads, and where everything is.
+
+    `folder` is the recipe's, `run` the run's. `folders` and `identities` are those of models that no step made, by
+    name.
+    """
+
+    workspace: Path
+    recipe: Recipe
+    folder: Path
+    run: Path
+    step: Step
+    inputs: Mapping[Role, Step]
+    folders: Mapping[str, Path]
+    identities: Mapping[str, str]
+
+
+@message
+class Perform:
+    """Perform a step; with `anew` from nothing, although it is done."""
+
+    assignment: Assignment
+    anew: bool
+
+
+@message
+class Examine:
+    """Examine the models of a round; `missing` are the steps that have not made theirs yet, by role."""
+
+    assignment: Assignment
+    depth: Depth
+    roles: tuple[Role, ...]
+    missing: Mapping[Role, str]
+
+
+@message
+class Close:
+    """End what this process has started."""
+
+
+@message
+class Noted:
+    """Something that the user should read once."""
+
+    text: str
+
+
+@message
+class Warned:
+    """Something that does not stop the run but should be known."""
+
+    text: str
+
+
+@message
+class Waiting:
+    """Another run is making this step."""
+
+
+@message
+class Performed:
+    """What became of a step: its payload, and what it took; `reused` where another run had made it."""
+
+    reused: bool
+    digest: str
+    seconds: float = 0.0
+    tokens: int = 0
+
+
+@message
+class Examined:
+    """Findings as JSON, and with a full examination the estimate."""
+
+    findings: list[dict[str, JsonValue]]
+    estimate: dict[str, JsonValue] | None = None
+
+
+StepRequest: TypeAlias = Perform | Examine | Close
+StepEvent: TypeAlias = Noted | Warned | Waiting | Progressed
+StepResult: TypeAlias = Performed | Examined | Nothing
+STEPS = Talk[StepRequest, StepEvent, StepResult](
+    (Perform, Examine, Close), (Noted, Warned, Waiting, Progressed), (Performed, Examined, Nothing)
+)
+StepTalker: TypeAlias = Worker[StepRequest, StepEvent, StepResult]
+
+
+def open_worker(project: Project, performer: str, *, log: Path) -> StepTalker:
     """The worker that performs a project's steps; it starts with its first call."""
     threads = project.recipe.runtime.threads
     environment = {
@@ -31,55 +121,20 @@ def open_worker(project: Project, performer: str, *, log: Path) -> Worker:
     }
     if threads is not None:
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    return Worker(performer, log=log, environment=environment)
+    return Worker(performer, STEPS, log=log, environment=environment)
 
 
-def request_for(project: Project, folders: Mapping[str, Path], step: Step) -> dict[str, JsonValue]:
-    """The part that every request has: the recipe, the step with its inputs, and where models are."""
-    return {
-        "workspace": str(project.workspace),
-        "recipe": resolved(project.recipe),
-        "folder": str(project.loaded.folder),
-        "run": str(project.run.path),
-        "step": _write_step(step),
-        "inputs": {str(role): _write_step(project.plan.step(s.step_id)) for role, s in step.inputs.items()},
-        "folders": {name: str(folder) for name, folder in folders.items()},
+def assignment_of(project: Project, folders: Mapping[str, Path], step: Step) -> Assignment:
+    """A step as a worker is given it."""
+    models = project.identities.models.items()
+    return Assignment(
+        workspace=project.workspace,
+        recipe=project.recipe,
+        folder=project.loaded.folder,
+        run=project.run.path,
+        step=step,
+        inputs={role: project.plan.step(source.step_id) for role, source in step.inputs.items()},
+        folders=folders,
         # One string for each model, for engines that keep models loaded.
-        "digests": {
-            name: hashlib.sha256(canonical(fields)).hexdigest()
-            for name, fields in project.identities.models.items()
-        },
-    }
-
-
-def _write_step(step: Step) -> dict[str, JsonValue]:
-    return {
-        "id": step.id,
-        "stage": step.stage,
-        "round": step.round,
-        "subject": step.subject,
-        "seed": step.seed,
-        "inputs": {
-            str(role): {"step_id": s.step_id, "opens": list(s.opens)} for role, s in step.inputs.items()
-        },
-        "document": step.document,
-        "fingerprint": step.fingerprint,
-    }
-
-
-def read_step(value: Mapping[str, Any]) -> Step:
-    """The step in a request, as the worker reads it."""
-    inputs = {
-        Role.parse(role): Input(found["step_id"], tuple(found["opens"]))
-        for role, found in value["inputs"].items()
-    }
-    return Step(
-        value["id"],
-        Stage(value["stage"]),
-        value["round"],
-        value["subject"],
-        value["seed"],
-        inputs,
-        value["document"],
-        value["fingerprint"],
+        identities={name: hashlib.sha256(canonical(fields)).hexdigest() for name, fields in models},
     )

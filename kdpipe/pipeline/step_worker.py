@@ -9,12 +9,23 @@ from typing import Protocol
 from kdpipe.pipeline.preflight import examine_round
 from kdpipe.pipeline.progress import ProgressFile
 from kdpipe.pipeline.project import Project
-from kdpipe.pipeline.request import open_worker, request_for
+from kdpipe.pipeline.request import (
+    Close,
+    Examine,
+    Examined,
+    Perform,
+    Performed,
+    StepEvent,
+    StepRequest,
+    StepResult,
+    assignment_of,
+    open_worker,
+)
 from kdpipe.pipeline.requirements import require_space
 from kdpipe.pipeline.runs import RunFolder
 from kdpipe.pipeline.signals import Stop
 from kdpipe.store.step import Stage, Step
-from kdpipe.workers.worker import CLOSE, Message
+from kdpipe.workers.pulse import Progressed
 
 
 class Display(Protocol):
@@ -22,8 +33,8 @@ class Display(Protocol):
 
     def begin(self, run: RunFolder, todo: int, reused: int) -> None: ...
     def step_begins(self, step: Step) -> None: ...
-    def step_event(self, step: Step, event: Message) -> None: ...
-    def step_ends(self, step: Step, result: Message) -> None: ...
+    def step_event(self, step: Step, event: StepEvent) -> None: ...
+    def step_ends(self, step: Step, result: Performed) -> None: ...
     def round_ends(self, number: int, rounds: int, metrics: dict[str, float]) -> None: ...
     def tick(self) -> None: ...
     def warn(self, message: str) -> None: ...
@@ -52,7 +63,7 @@ class StepWorker:
         run.link(step, project.store.entry(step))
         run.event("step started", step=step.id)
         self._display.step_begins(step)
-        request = {**request_for(project, self._folders, step), "anew": anew}
+        request = Perform(assignment_of(project, self._folders, step), anew)
         try:
             result = self._call(step, request, self._note)
         finally:
@@ -60,8 +71,8 @@ class StepWorker:
         if result is None:
             run.event("step stopped", step=step.id)
             self._stop.check(step.id)
-        assert result is not None
-        run.event("step done", step=step.id, reused=result.get("reused", False))
+        assert isinstance(result, Performed)
+        run.event("step done", step=step.id, reused=result.reused)
         self._display.step_ends(step, result)
 
     def examine(self, step: Step) -> None:
@@ -71,11 +82,11 @@ class StepWorker:
             return
         self._has_examined = True
 
-        def call(request: Message) -> Message:
+        def call(request: Examine) -> Examined:
             result = self._call(step, request, self._display.step_event)
             if result is None:
                 self._stop.check(step.id)
-            assert result is not None
+            assert isinstance(result, Examined)
             return result
 
         examine_round(self._project, self._folders, step.round, call=call, warn=self._display.warn)
@@ -86,11 +97,11 @@ class StepWorker:
 
     def close(self) -> None:
         """Lets the process end what it has started, and end."""
-        self._worker.stop(CLOSE)
+        self._worker.stop(Close())
 
     def _call(
-        self, step: Step, request: Message, on_event: Callable[[Step, Message], None]
-    ) -> Message | None:
+        self, step: Step, request: StepRequest, on_event: Callable[[Step, StepEvent], None]
+    ) -> StepResult | None:
         return self._worker.call(
             request,
             on_event=lambda event: on_event(step, event),
@@ -98,6 +109,7 @@ class StepWorker:
             tick=self._display.tick,
         )
 
-    def _note(self, step: Step, event: Message) -> None:
-        self._progress.note(step.id, event)
+    def _note(self, step: Step, event: StepEvent) -> None:
+        if isinstance(event, Progressed):
+            self._progress.note(step.id, event)
         self._display.step_event(step, event)

@@ -7,6 +7,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from pydantic_core import CoreSchema
+
     from kdpipe.recipe.schema import Recipe, Teacher
 
 STUDENT = "student"
@@ -44,6 +46,14 @@ class Role:
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.name}" if self.name else str(self.kind)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _source: object, _handler: object) -> CoreSchema:
+        """A role crosses between processes as it prints."""
+        from pydantic_core import core_schema
+
+        written = core_schema.plain_serializer_function_ser_schema(str)
+        return core_schema.no_info_plain_validator_function(cls.parse, serialization=written)
 
     def as_kind(self, kind: RoleKind) -> Role:
         """What is of this kind and of the same teacher."""

@@ -13,7 +13,9 @@ from kdpipe.recipe.roles import Role
 if TYPE_CHECKING:  # the commands name the stages, and start without pydantic
     from pydantic import JsonValue
 
-Fields: TypeAlias = "dict[str, JsonValue]"
+    Fields: TypeAlias = dict[str, JsonValue]
+else:
+    Fields = dict[str, object]
 
 
 class Stage(StrEnum):

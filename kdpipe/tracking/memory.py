@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from kdpipe.errors import ArtifactError
 from kdpipe.pipeline.runs import RunFolder
 from kdpipe.recipe.schema import Tracking
 from kdpipe.results.studies import read_study
 from kdpipe.store.durable import write_json
+from kdpipe.workers.message import Talk, message
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 Subject = Literal["run", "study"]
@@ -34,7 +34,7 @@ ENVIRONMENT = {
 """Of every process that imports MLflow."""
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class MirrorRequest:
     """Make MLflow equal to the run or study in `folder`, and show it with this status."""
 
@@ -42,7 +42,6 @@ class MirrorRequest:
     folder: Path
     tracking: Tracking
     status: Status
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     @property
     def workspace(self) -> Path:
@@ -50,17 +49,20 @@ class MirrorRequest:
         return self.folder.parents[1]
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class MirrorResult:
     """Which MLflow run it is, and how many metric values it was sent."""
 
     run_id: str
     metrics: int
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
 
-REQUESTS = TypeAdapter(MirrorRequest)
-RESULTS = TypeAdapter(MirrorResult)
+@message
+class Alive:
+    """MLflow answered, or something was sent: the mirror goes on."""
+
+
+MIRROR = Talk[MirrorRequest, Alive, MirrorResult]((MirrorRequest,), (Alive,), (MirrorResult,))
 
 
 class Memory(BaseModel):

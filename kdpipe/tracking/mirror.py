@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from kdpipe.errors import KdpipeError, StepError
 from kdpipe.pipeline.project import Project
@@ -16,8 +16,8 @@ from kdpipe.recipe.schema import Tracking
 from kdpipe.results.studies import Study
 from kdpipe.tracking.memory import (
     ENVIRONMENT,
-    REQUESTS,
-    RESULTS,
+    MIRROR,
+    Alive,
     MirrorRequest,
     MirrorResult,
     Status,
@@ -25,7 +25,7 @@ from kdpipe.tracking.memory import (
     write_memory,
 )
 from kdpipe.tracking.pending import is_finished, pending, unsettled
-from kdpipe.workers.worker import Message, Worker
+from kdpipe.workers.worker import Worker
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.runner import Mirror
@@ -178,7 +178,7 @@ class MlflowMirror:
         self._check_time()
         _ask(self._worker, request, on_event=self._progress, tick=self._check_time)
 
-    def _progress(self, _event: Message) -> None:
+    def _progress(self, _event: Alive) -> None:
         self._progress_at = time.monotonic()
         if not self._is_loaded:
             self._is_loaded, self._ending_at = True, self._progress_at
@@ -251,13 +251,21 @@ def settle(workspace: Path, *, seconds: float = 30.0) -> list[str]:
     return settled
 
 
-def _worker(log: Path) -> Worker:
-    return Worker("kdpipe.tracking.synchronizer:serve", log=log, environment=ENVIRONMENT)
+MirrorWorker: TypeAlias = Worker[MirrorRequest, Alive, MirrorResult]
+
+
+def _worker(log: Path) -> MirrorWorker:
+    return Worker("kdpipe.tracking.synchronizer:serve", MIRROR, log=log, environment=ENVIRONMENT)
 
 
 def _ask(
-    worker: Worker, request: MirrorRequest, *, on_event: Callable[[Message], None], tick: Callable[[], None]
+    worker: MirrorWorker,
+    request: MirrorRequest,
+    *,
+    on_event: Callable[[Alive], None],
+    tick: Callable[[], None],
 ) -> MirrorResult:
-    """The result of one call of the mirror's process; that it says anything meanwhile is progress."""
-    message = REQUESTS.dump_python(request, mode="json")
-    return RESULTS.validate_python(worker.call(message, on_event=on_event, tick=tick))
+    """The result of one call of the mirror's process."""
+    result = worker.call(request, on_event=on_event, tick=tick)
+    assert result is not None  # it was not asked to stop
+    return result

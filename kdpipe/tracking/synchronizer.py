@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict
 
 from kdpipe.errors import ArtifactError
 from kdpipe.recipe.schema import Tracking
 from kdpipe.store.locks import file_lock
 from kdpipe.tracking.memory import (
     DATABASE,
-    REQUESTS,
+    MIRROR,
     UNSURE,
+    Alive,
     Memory,
     MirrorRequest,
     MirrorResult,
@@ -22,7 +22,7 @@ from kdpipe.tracking.memory import (
 from kdpipe.tracking.pending import unsent
 from kdpipe.tracking.run import PARENT, MlflowRun, answering, make_database
 from kdpipe.tracking.study import study_of
-from kdpipe.workers.worker import Message, Report
+from kdpipe.workers.worker import Report
 
 LOCK = ".mlflow.lock"
 BATCH = 16
@@ -38,20 +38,17 @@ def serve() -> Synchronizer:
 class Synchronizer:
     """Makes MLflow equal to files, however often it is called and wherever it was killed; keeps MLflow runs open."""
 
+    talk = MIRROR
+
     def __init__(self) -> None:
         self._open: dict[str | None, MlflowRun] = {}
 
-    def __call__(self, request: Message, report: Report) -> Message:
-        """The `MirrorResult` of a `MirrorRequest`; raises KdpipeError when MLflow refuses or does not answer."""
-        order = REQUESTS.validate_python(request)
-        report.event(mirror="loaded")
-
-        def answered() -> None:
-            report.event(mirror="answered")
-
-        uri = order.tracking.uri
-        with answering(uri or f"{order.workspace / DATABASE}", uri):
-            return asdict(self._mirror(order, answered))
+    def __call__(self, request: MirrorRequest, report: Report[Alive]) -> MirrorResult:
+        """Makes MLflow equal to the files; raises KdpipeError when it refuses or does not answer."""
+        report.event(Alive())
+        uri = request.tracking.uri
+        with answering(uri or f"{request.workspace / DATABASE}", uri):
+            return self._mirror(request, lambda: report.event(Alive()))
 
     def _mirror(self, order: MirrorRequest, answered: Callable[[], None]) -> MirrorResult:
         with file_lock(order.folder / LOCK):  # a study's own mirror and those of its runs may come at once

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kdpipe.workers.message import message
+
 
 class Stopped(Exception):
     """Raised at a safe point after a request to stop; everything finished so far is on disk."""
 
 
+@message
+class Progressed:
+    """How far a step is: `done` of `total` units, and tokens so far."""
+
+    unit: str
+    total: int
+    done: int
+    tokens: int
+
+
 class Pulse:
     """Progress of one step: `done` of `total` units, and tokens so far."""
 
-    def __init__(self, send: Callable[[dict[str, int | str]], None], stopping: Callable[[], bool]) -> None:
+    def __init__(self, send: Callable[[Progressed], None], stopping: Callable[[], bool]) -> None:
         self._send = send
         self._stopping = stopping
         self._unit, self._total, self._done, self._tokens = "", 0, 0, 0
@@ -48,4 +60,4 @@ class Pulse:
             raise Stopped
 
     def _tell(self) -> None:
-        self._send({"unit": self._unit, "total": self._total, "done": self._done, "tokens": self._tokens})
+        self._send(Progressed(self._unit, self._total, self._done, self._tokens))

@@ -1,7 +1,7 @@
 """Warm processes: start a role, call it, wait, stop it. Runs whatever it is handed; knows no stage.
 
-Parent and worker exchange JSON lines over the worker's stdin and stdout; whatever the worker's libraries
-print goes to its log. A worker ends as soon as its parent does: a thread waits on stdin, whose end closes
+Parent and worker exchange typed messages (`message.py`) over the worker's stdin and stdout; whatever the worker's
+libraries print goes to its log. A worker ends as soon as its parent does: a thread waits on stdin, whose end closes
 with the parent, and Linux is asked to kill it besides. A worker that starts processes itself, which know
 nothing of that, leads a group with a guard in it that ends them all when it dies.
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import json
 import os
 import queue
 import selectors
@@ -24,41 +23,55 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Generic, Protocol
 
-from pydantic import JsonValue
-
-import kdpipe.errors
-from kdpipe.errors import EngineError, KdpipeError, StepError, as_os_error, is_machine_fault, machine_fault
+from kdpipe.errors import (
+    KdpipeError,
+    StepError,
+    as_os_error,
+    failure_of,
+    is_machine_fault,
+    machine_fault,
+)
+from kdpipe.workers.message import (
+    Event,
+    Frame,
+    FrameReader,
+    MessageKind,
+    Nothing,
+    Request,
+    Result,
+    Talk,
+    encode,
+    failure,
+)
 from kdpipe.workers.pulse import Stopped
 
-Message = dict[str, JsonValue]
 STOP_SECONDS = 3.5
 """How long a worker may take to reach a safe point after it was asked to stop."""
-CLOSE: Message = {"close": True}
-"""A last call, which asks what is served to end what it has started."""
 GUARDED = "--guarded"
 GUARD_SECONDS = 0.25
 """How often a guard looks whether its worker still lives."""
 _PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the parent decides when to stop
 
 
-class Report:
-    """What a call inside a worker tells its parent, and learns from it."""
+class Report(Generic[Event]):
+    """What a call inside a worker reports to its parent, and learns from it."""
 
-    def __init__(self, send: Callable[[Message], None]) -> None:
-        self._send = send
+    def __init__(self, send: Callable[[Event], None]) -> None:
+        self.event = send
         self.stopping = threading.Event()
 
-    def event(self, **fields: JsonValue) -> None:
-        """Sends a progress event to the parent."""
-        self._send({"event": fields})
 
+class Server(Protocol[Request, Event, Result]):
+    """What a factory returns: called once for each request of its talk."""
 
-class Serve(Protocol):
-    """What a factory returns: called once for each request."""
+    @property
+    def talk(self) -> Talk[Request, Event, Result]:
+        """The types of what is asked, reported and answered."""
 
-    def __call__(self, request: Message, report: Report) -> Message: ...
+    def __call__(self, request: Request, report: Report[Event]) -> Result:
+        """The answer to one request."""
 
 
 # ---------------------------------------------------------------------------------------- parent's side
@@ -72,8 +85,8 @@ def child_environment(more: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, **more, "PYTHONSAFEPATH": "1"}
 
 
-class Worker:
-    """One warm process. Started by the first call.
+class Worker(Generic[Request, Event, Result]):
+    """One warm process. Started by the first call; `talk` is that of what its target serves.
 
     With `leads_group` it leads a process group, and what it starts ends with it; signals from a terminal do not
     reach that group.
@@ -82,17 +95,19 @@ class Worker:
     def __init__(
         self,
         target: str,
+        talk: Talk[Request, Event, Result],
         *,
         log: Path,
         environment: Mapping[str, str] | None = None,
         leads_group: bool = False,
     ) -> None:
         self.target = target
+        self.talk = talk
         self.log = log
         self._environment = dict(environment or {})
         self._leads_group = leads_group
         self._process: subprocess.Popen[bytes] | None = None
-        self._buffer = bytearray()
+        self._frames = FrameReader()
 
     @property
     def pid(self) -> int | None:
@@ -101,39 +116,40 @@ class Worker:
 
     def call(
         self,
-        request: Message,
+        request: Request,
         *,
-        on_event: Callable[[Message], None],
+        on_event: Callable[[Event], None] = lambda _: None,
         stop: Callable[[], bool] = lambda: False,
         tick: Callable[[], None] = lambda: None,
-    ) -> Message | None:
+    ) -> Result | None:
         """The result of one call, or None when `stop()` became true and the worker stopped safely.
 
         `tick` is called a few times a second. Raises the worker's own KdpipeError, or StepError with the
         tail of its log when it died.
         """
         process = self._process or self._start()
-        self._write(process, {"call": request})
+        self._write(process, "call", request)
         asked: float | None = None
         while True:
             try:
                 if asked is None and stop():
                     asked = time.monotonic()
-                    self._write(process, {"stop": True})
-                messages = self._read(process, seconds=0.2)
+                    self._write(process, "stop", Nothing())
+                frames = self._read(process, seconds=0.2)
             except StepError:
                 if stop():  # whoever stops the run may have killed the worker too
                     return None
                 raise
-            for message in messages:
-                if "event" in message:
-                    on_event(message["event"])  # type: ignore[arg-type]
-                elif "result" in message:
-                    return message["result"]  # type: ignore[return-value]
-                elif "stopped" in message:
-                    return None
-                elif "error" in message:
-                    raise self._error(message["error"])  # type: ignore[arg-type]
+            for frame in frames:
+                match frame.kind:
+                    case "event":
+                        on_event(self.talk.event(frame))
+                    case "result":
+                        return self.talk.result(frame)
+                    case "error":
+                        raise failure(frame).error(self.log)
+                    case _:
+                        return None
             if asked is not None and time.monotonic() - asked > STOP_SECONDS:
                 self.kill()
                 return None
@@ -148,14 +164,14 @@ class Worker:
             self._process.wait()
             self._close()
 
-    def stop(self, last: Message | None = None) -> None:
+    def stop(self, last: Request | None = None) -> None:
         """Lets the process end by itself, after a `last` call if one is given, and sees to it that it does."""
         if self._process is None:
             return
         if last is not None:
             deadline = time.monotonic() + STOP_SECONDS
             with contextlib.suppress(KdpipeError):
-                self.call(last, on_event=lambda _: None, stop=lambda: time.monotonic() > deadline)
+                self.call(last, stop=lambda: time.monotonic() > deadline)
         if self._process is None:
             return
         if self._leads_group:  # once it has ended by itself, its group would outlive it for a moment
@@ -188,18 +204,20 @@ class Worker:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.set_blocking(process.stdout.fileno(), False)  # type: ignore[union-attr]
         self._process = process
-        self._buffer.clear()
+        self._frames = FrameReader()
         return process
 
-    def _write(self, process: subprocess.Popen[bytes], message: Message) -> None:
+    def _write(self, process: subprocess.Popen[bytes], kind: MessageKind, value: object) -> None:
+        pieces = encode(kind, value)
         try:
-            process.stdin.write(json.dumps(message).encode() + b"\n")  # type: ignore[union-attr]
+            for piece in pieces:
+                process.stdin.write(piece)  # type: ignore[union-attr]
             process.stdin.flush()  # type: ignore[union-attr]
         except OSError:
             raise self._death(process) from None
 
-    def _read(self, process: subprocess.Popen[bytes], *, seconds: float) -> list[Message]:
-        """The messages that arrived within `seconds`; raises StepError when the process ended."""
+    def _read(self, process: subprocess.Popen[bytes], *, seconds: float) -> list[Frame]:
+        """The frames that arrived within `seconds`; raises StepError when the process ended."""
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)  # type: ignore[arg-type]
             if not selector.select(seconds):
@@ -207,11 +225,7 @@ class Worker:
         data = process.stdout.read()  # type: ignore[union-attr]
         if data == b"":
             raise self._death(process)
-        self._buffer += data or b""
-        if b"\n" not in (data or b""):  # a long message is searched once, not again with every piece of it
-            return []
-        *lines, self._buffer = self._buffer.split(b"\n")
-        return [json.loads(line) for line in lines]
+        return list(self._frames.feed(data or b""))
 
     def _death(self, process: subprocess.Popen[bytes]) -> StepError:
         status = process.wait()
@@ -231,18 +245,6 @@ class Worker:
                 with contextlib.suppress(OSError):
                     pipe.close()  # type: ignore[union-attr]
 
-    def _error(self, error: Message) -> KdpipeError:
-        kind = getattr(kdpipe.errors, str(error["kind"]), None)
-        if isinstance(kind, type) and issubclass(kind, EngineError):
-            request: Any = error["request"]
-            return kind(str(error["message"]), hint=str(error["hint"]), request=request)
-        if isinstance(kind, type) and issubclass(kind, KdpipeError):
-            return kind(str(error["message"]), hint=str(error["hint"]))
-        return StepError(
-            f"{error['kind']}: {error['message']} (the whole story is in {self.log})",
-            hint="this is a bug in kdpipe; finished pieces are kept, and repeating the command continues",
-        )
-
 
 # ---------------------------------------------------------------------------------------- worker's side
 
@@ -255,37 +257,39 @@ def main(target: str, parent: int, *, guarded: bool = False) -> None:
     for number in _PARENTS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENTS_SIGNALS)  # what this process starts is not born deaf
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is for the log, not for the parent
     lock = threading.Lock()
 
-    def send(message: Message) -> None:
+    def send(kind: MessageKind, value: object) -> None:
+        pieces = encode(kind, value)
         with lock, contextlib.suppress(BrokenPipeError):
-            replies.write(json.dumps(message) + "\n")
+            for piece in pieces:
+                replies.write(piece)
             replies.flush()
 
-    report = Report(send)
-    calls: queue.Queue[Message] = queue.Queue()
-    threading.Thread(target=_listen, args=(sys.stdin, calls, report), daemon=True).start()
-    serve: Serve | None = None
+    report = Report[Any](lambda event: send("event", event))
+    calls: queue.Queue[Frame] = queue.Queue()
+    threading.Thread(target=_listen, args=(calls, report), daemon=True).start()
+    serve: Server[Any, Any, Any] | None = None
     while True:
-        request = calls.get()
+        frame = calls.get()
         try:
             if serve is None:
                 serve = _made(target)
-            send({"result": serve(request, report)})
+            send("result", serve(serve.talk.request(frame), report))
         except Stopped:
-            send({"stopped": True})
+            send("stopped", Nothing())
         except KdpipeError as error:
-            send({"error": _describe(error)})
+            send("error", failure_of(error))
         except Exception as error:
             import traceback
 
             traceback.print_exc()
-            send({"error": _describe(_told(error))})
+            send("error", failure_of(explained(error)))
 
 
-def _made(target: str) -> Serve:
+def _made(target: str) -> Server[Any, Any, Any]:
     """What the factory named `module:factory` returns.
 
     Garbage is not looked for meanwhile: libraries make a million objects that all stay, and looking at them again and
@@ -294,15 +298,15 @@ def _made(target: str) -> Serve:
     module, _, name = target.partition(":")
     gc.disable()
     try:
-        made: Serve = getattr(importlib.import_module(module), name)()
+        made: Server[Any, Any, Any] = getattr(importlib.import_module(module), name)()
     finally:
         gc.enable()
     gc.freeze()
     return made
 
 
-def _told(error: Exception) -> Exception:
-    """The error as the user shall hear of it: a fault of the machine is no bug of ours."""
+def explained(error: Exception) -> Exception:
+    """The error as it is reported to the user: a fault of the machine is no bug of kdpipe."""
     known = (
         error if isinstance(error, OSError) else as_os_error(error)
     )  # the tokenizers' is a plain Exception
@@ -319,25 +323,16 @@ def _told(error: Exception) -> Exception:
     return error
 
 
-def _describe(error: Exception) -> Message:
-    # The parent knows the classes of `errors` only: a subclass from elsewhere travels as the nearest of them.
-    known = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == KdpipeError.__module__]
-    kind = known[0] if known else type(error).__name__
-    hint = error.hint if isinstance(error, KdpipeError) else ""
-    if isinstance(error, EngineError):
-        return {"kind": kind, "message": error.what, "hint": hint, "request": error.request}
-    return {"kind": kind, "message": str(error), "hint": hint}
-
-
-def _listen(requests: TextIO, calls: queue.Queue[Message], report: Report) -> None:
+def _listen(calls: queue.Queue[Frame], report: Report[Any]) -> None:
     """Queues calls; ends the process at once when the parent's end of the pipe closes."""
-    for line in requests:
-        message: dict[str, Any] = json.loads(line)
-        if "call" in message:
-            report.stopping.clear()
-            calls.put(message["call"])
-        else:
-            report.stopping.set()
+    frames = FrameReader()
+    while data := os.read(0, 1 << 20):
+        for frame in frames.feed(data):
+            if frame.kind == "call":
+                report.stopping.clear()
+                calls.put(frame)
+            else:
+                report.stopping.set()
     os._exit(0)
 
 

@@ -15,9 +15,11 @@ from kdpipe.cli import terminal
 from kdpipe.cli.before import plan_lines
 from kdpipe.cli.display import JsonLines, Terminal, change_lines, outcome_lines, round_line
 from kdpipe.cli.terminal import inert, painter
+from kdpipe.pipeline.request import Performed, Waiting, Warned
 from kdpipe.pipeline.runs import RunFolder
 from kdpipe.pipeline.status import State
 from kdpipe.store.step import Step
+from kdpipe.workers.pulse import Progressed
 
 SUMMARY = {
     "accuracy": 0.125,
@@ -189,9 +191,9 @@ def test_without_a_terminal_progress_is_plain_lines_seconds_apart(
     shown.step_begins(rollout)
     for done in range(1, 101):
         now[0] += 0.25
-        event = {"kind": "progress", "unit": "completions", "done": done, "total": 200, "tokens": 1000 * done}
+        event = Progressed("completions", 200, done, 1000 * done)
         shown.step_event(rollout, event)
-    shown.step_ends(rollout, {"reused": False, "seconds": 25.0})
+    shown.step_ends(rollout, Performed(False, "d", 25.0))
     shown.round_ends(1, 2, {"rollout/reward_mean": 0.5})
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
@@ -208,9 +210,9 @@ def test_steps_before_the_first_round_leave_a_line_and_waiting_is_told(
 ) -> None:
     shown, sft = Terminal(), step("sft:student@0", 0)
     shown.step_begins(sft)
-    shown.step_event(sft, {"kind": "waiting"})
-    shown.step_ends(sft, {"reused": True, "seconds": 0.0})
-    shown.step_ends(sft, {"reused": False, "seconds": 61.2})
+    shown.step_event(sft, Waiting())
+    shown.step_ends(sft, Performed(True, "d", 0.0))
+    shown.step_ends(sft, Performed(False, "d", 61.2))
     assert capsys.readouterr().err.splitlines() == [
         "sft:student@0: another run is making it; waiting to reuse it",
         "sft:student@0: reused from another run",
@@ -219,12 +221,12 @@ def test_steps_before_the_first_round_leave_a_line_and_waiting_is_told(
 
 
 def test_a_warning_of_a_step_is_told_as_one(capsys: pytest.CaptureFixture[str]) -> None:
-    event = {"kind": "warning", "text": "two\nlines\x1b[2J"}
+    event = Warned("two\nlines\x1b[2J")
     Terminal().step_event(step("sft:student@0", 0), event)
     JsonLines().step_event(step("sft:student@0", 0), event)
     captured = capsys.readouterr()
     assert captured.err == "warning: two\nlines\\x1b[2J\n"
-    assert json.loads(captured.out) == {"event": "warning", "message": event["text"]}
+    assert json.loads(captured.out) == {"event": "warning", "message": event.text}
 
 
 def test_a_terminal_gets_a_live_line_that_is_gone_at_the_end(
@@ -236,10 +238,10 @@ def test_a_terminal_gets_a_live_line_that_is_gone_at_the_end(
     monkeypatch.setenv("COLUMNS", "80")
     shown, rollout = Terminal(), step("rollout@1", 1)
     shown.step_begins(rollout)
-    event = {"kind": "progress", "unit": "completions", "done": 7, "total": 200, "tokens": 1000}
+    event = Progressed("completions", 200, 7, 1000)
     shown.step_event(rollout, event)
-    shown.step_event(rollout, {"kind": "waiting"})
-    shown.step_ends(rollout, {"reused": False, "seconds": 1.0})
+    shown.step_event(rollout, Waiting())
+    shown.step_ends(rollout, Performed(False, "d", 1.0))
     text = stream.getvalue()
     assert "7/200 completions" in text
     assert "waiting to reuse it" in text
@@ -251,8 +253,8 @@ def test_json_lines_are_one_document_each_on_stdout(capsys: pytest.CaptureFixtur
     shown, rollout = JsonLines(), step("rollout@1", 1)
     shown.begin(RunFolder(Path("runs/tiny-12345678")), 3, 0)
     shown.step_begins(rollout)
-    shown.step_event(rollout, {"kind": "waiting"})
-    shown.step_ends(rollout, {"reused": False, "digest": "d", "seconds": 1.0, "tokens": 5})
+    shown.step_event(rollout, Waiting())
+    shown.step_ends(rollout, Performed(False, "d", 1.0, 5))
     shown.round_ends(1, 2, {"rollout/reward_mean": 0.5})
     shown.tick()
     shown.stop()

@@ -28,15 +28,18 @@ from typer.testing import CliRunner
 import kdpipe.workers.worker
 from kdpipe.cli.app import app
 from kdpipe.cli.doctor import check_loss_lines
-from kdpipe.doctor.finding import PHASES, Finding, Measure, Phase
+from kdpipe.doctor.finding import Finding, Measure, Phase
 from kdpipe.doctor.loss import check as module
-from kdpipe.doctor.loss.check import cases_of, check_loss, judged, serve, unsound
+from kdpipe.doctor.loss.check import LossServer, cases_of, check_loss, judged, unsound
+from kdpipe.doctor.request import CHECK_LOSS, CheckLoss
 from kdpipe.method import advantage, losses, micro_batch, objective
 from kdpipe.method.token_batch import TeacherSupport, TokenBatch
 from kdpipe.models import logprobs as forward
 from kdpipe.models.batching import Batch
 from kdpipe.recipe.file import load_recipe, shipped
 from kdpipe.recipe.schema import KdTerm, Objective, Recipe
+from kdpipe.workers.worker import Report
+from tests.wire import answered, asked
 from tests.worlds import tiny_recipe
 
 NAMES = [path.stem for path in shipped()]
@@ -796,12 +799,13 @@ def test_a_number_that_is_not_finite_is_a_failure_and_is_reported(monkeypatch: p
 class NearWorker:
     """Checks in this process what a worker would."""
 
-    def __init__(self, target: str, *, log: Path, environment: dict[str, str]) -> None:
-        assert target == "kdpipe.doctor.loss.check:serve"
+    def __init__(self, target: str, talk: Any, *, log: Path, environment: dict[str, str]) -> None:
+        assert target == "kdpipe.doctor.loss.check:LossServer"
         assert environment["OMP_NUM_THREADS"] == "1"
 
-    def call(self, request: Any, *, on_event: Any) -> Any:
-        return json.loads(json.dumps(serve()(json.loads(json.dumps(request)), None), allow_nan=False))  # type: ignore[arg-type]
+    def call(self, request: Any) -> Any:
+        found = LossServer()(asked(CHECK_LOSS, request), Report(lambda _event: None))
+        return answered(CHECK_LOSS, found)
 
     def stop(self) -> None: ...
 
@@ -851,12 +855,8 @@ def test_everything_fits_80_columns(settings: dict[str, Any], monkeypatch: pytes
     monkeypatch.setattr(module, "_teacher_matters", lambda _case: [replace(good, must_exceed=True)])
     monkeypatch.setattr(module, "_masks_hold", lambda _case: [bad])
     recipe = recipe_of(settings)
-    phases = serve()({"recipe": recipe.model_dump(mode="json", by_alias=True)}, None)["phases"]  # type: ignore[arg-type]
-    lines = [
-        line
-        for phase in PHASES.validate_python(phases)
-        for line in check_loss_lines(phase, lambda text, _style: text)
-    ]
+    found = answered(CHECK_LOSS, LossServer()(CheckLoss(recipe), Report(lambda _event: None)))
+    lines = [line for phase in found.phases for line in check_loss_lines(phase, lambda text, _style: text)]
     assert max(map(len, lines)) <= 80
     assert any("not finite" in line for line in lines)
 

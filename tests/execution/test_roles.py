@@ -94,7 +94,7 @@ def test_a_device_that_is_not_there_is_refused_by_its_field() -> None:
 
 
 def test_a_device_for_a_teacher_that_there_is_not_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="names 'eve', and no teacher is called so: ada, bob"):
+    with pytest.raises(RecipeError, match="names 'eve', and no teacher has that name: ada, bob"):
         load_tiny(tmp_path, teachers=TWO_TEACHERS, runtime__placement={"teacher": {"eve": "cpu"}})
 
 

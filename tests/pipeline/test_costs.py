@@ -17,12 +17,11 @@ import pytest
 
 import kdpipe.pipeline.request
 from kdpipe.pipeline.project import open_project
-from kdpipe.pipeline.request import read_step
+from kdpipe.pipeline.request import Perform, Performed
 from kdpipe.pipeline.retention import Holdings, Retention
 from kdpipe.pipeline.runner import Request, run
 from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.store.artifacts import Draft, Store
-from kdpipe.workers.worker import Message
 from tests.worlds import SilentMirror, Watcher, load_tiny
 
 LOOKS = ("stat", "lstat", "scandir", "listdir")
@@ -32,25 +31,24 @@ EVERY_ROUND: dict[str, Any] = {"teacher": False, "reverse_kl_problems": 0, "ever
 class StubWorker:
     """Commits tiny payloads instead of training; the accuracy is highest in round 6."""
 
-    def __init__(self, target: str, *, log: Path, environment: Mapping[str, str] | None = None) -> None: ...
+    def __init__(
+        self, target: str, talk: Any, *, log: Path, environment: Mapping[str, str] | None = None
+    ) -> None: ...
 
-    def call(self, request: Message, **_settings: Any) -> Message:
-        asked: Any = request
-        step, store = read_step(asked["step"]), Store(Path(asked["workspace"]))
+    def call(self, request: Perform, **_settings: Any) -> Performed:
+        step, store = request.assignment.step, Store(request.assignment.workspace)
         draft = Draft(store.entry(step), step, note=lambda _kind, _fields: None)
         for kind in ("model", "trainer") if step.stage == "train" else ():
             draft.write(kind, write_weights)
         draft.write_json("summary.json", {"accuracy": 1 / (1 + abs(step.round - 6))})
         draft.metric(f"{step.stage}/number", step.round)
-        manifests = {
-            role: store.entry(read_step(value)).manifest() for role, value in asked["inputs"].items()
-        }
-        digests = {role: manifest.payload_digest for role, manifest in manifests.items() if manifest}
-        draft.commit(inputs=digests, provenance={})
-        return {"reused": False, "seconds": 0.0}
+        manifests = {role: store.entry(step).manifest() for role, step in request.assignment.inputs.items()}
+        digests = {str(role): manifest.payload_digest for role, manifest in manifests.items() if manifest}
+        found = draft.commit(inputs=digests, provenance={})
+        return Performed(False, found.payload_digest)
 
     def kill(self) -> None: ...
-    def stop(self, last: Message | None = None) -> None: ...
+    def stop(self, last: Any = None) -> None: ...
 
 
 def write_weights(folder: Path) -> None:

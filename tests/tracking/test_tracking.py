@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from kdpipe.errors import KdpipeError
 from kdpipe.recipe.file import load_recipe
@@ -24,7 +25,7 @@ from kdpipe.store.locks import run_lock
 from kdpipe.tracking import mirror as mirroring
 from kdpipe.tracking import page as serving
 from kdpipe.tracking.items import MAX_VALUE, flatten
-from kdpipe.tracking.memory import ENVIRONMENT, REQUESTS, database_uri, read_memory, write_memory
+from kdpipe.tracking.memory import ENVIRONMENT, MirrorRequest, database_uri, read_memory, write_memory
 from kdpipe.tracking.mirror import MlflowMirror, settle
 from kdpipe.tracking.pending import is_finished, pending, unsettled
 from kdpipe.tracking.run import beating, without_secret
@@ -411,15 +412,16 @@ def test_the_mirror_delivers_and_settles_without_its_parent_importing_mlflow(wor
     with run_lock(world.run.path):
         program = (
             "import sys, time\n"
-            "from kdpipe.tracking.memory import REQUESTS\n"
+            "from pydantic import TypeAdapter\n"
+            "from kdpipe.tracking.memory import MirrorRequest\n"
             "from kdpipe.tracking.mirror import MlflowMirror\n"
-            "mirror = MlflowMirror(REQUESTS.validate_json(sys.argv[1]))\n"
+            "mirror = MlflowMirror(TypeAdapter(MirrorRequest).validate_json(sys.argv[1]))\n"
             "start = time.monotonic(); mirror.nudge(); nudged = time.monotonic() - start\n"
             "while mirror._progress_at == 0.0: time.sleep(0.05)\n"
             "mirror.finish('FINISHED')\n"
             "print(nudged, mirror.error, 'mlflow' in sys.modules, 'torch' in sys.modules)\n"
         )
-        request = REQUESTS.dump_json(world.request()).decode()
+        request = TypeAdapter(MirrorRequest).dump_json(world.request()).decode()
         done = subprocess.run(
             [sys.executable, "-c", program, request], capture_output=True, text=True, check=True
         )

@@ -16,11 +16,12 @@ from mlflow import MlflowClient
 from pydantic import ValidationError
 
 from kdpipe.tracking import mirror as mirroring
-from kdpipe.tracking.memory import REQUESTS, RESULTS, read_memory
+from kdpipe.tracking.memory import MIRROR, read_memory
 from kdpipe.tracking.mirror import MlflowMirror
 from kdpipe.tracking.pending import pending, waiting
 from kdpipe.tracking.run import MlflowRun
 from tests.mirrored import World, make_world, mirror
+from tests.wire import frame_of
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ class NearMirror:
     def call(self, message: Any, **_settings: Any) -> Any:
         NearMirror.started += not self._is_started
         self._is_started = True
-        return RESULTS.dump_python(mirror(REQUESTS.validate_python(message)), mode="json")
+        return mirror(message)
 
     def kill(self) -> None: ...
 
@@ -178,14 +179,12 @@ def test_a_memory_of_an_older_kdpipe_still_says_which_mlflow_run_it_is(world: Wo
 
 
 def test_what_parent_and_mirror_say_is_refused_where_it_is_not_known(world: World) -> None:
-    request = REQUESTS.dump_python(world.request(), mode="json")
-    assert REQUESTS.validate_python(request) == world.request()
-    with pytest.raises(ValidationError, match="hurry"):
-        REQUESTS.validate_python({**request, "hurry": True})
-    with pytest.raises(ValidationError, match="SOON"):
-        REQUESTS.validate_python({**request, "status": "SOON"})
-    with pytest.raises(ValidationError, match="more"):
-        RESULTS.validate_python({"run_id": "1", "metrics": 2, "more": 3})
+    frame = frame_of("call", world.request())
+    assert MIRROR.request(frame) == world.request()
+    body = json.loads(frame.body)
+    for field, value in (("hurry", True), ("status", "SOON")):
+        with pytest.raises(ValidationError, match=field):
+            MIRROR.request(replace(frame, body=json.dumps({**body, field: value}).encode()))
 
 
 def test_what_is_pending_is_known_without_mlflow_and_torch(world: World) -> None:

@@ -15,7 +15,9 @@ import pytest
 
 from kdpipe.errors import ArtifactError, StepError
 from kdpipe.workers import worker as workers
-from kdpipe.workers.worker import Message, Worker, _told
+from kdpipe.workers.message import encode
+from kdpipe.workers.worker import explained
+from tests.worker_targets import Ask, Message, Worker
 
 TARGET = "tests.worker_targets:Echo"
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +32,7 @@ def worker(tmp_path: Path) -> Iterator[Worker]:
 
 
 def call(worker: Worker, do: str, **fields: object) -> Message | None:
-    return worker.call({"do": do, **fields}, on_event=lambda _: None)  # type: ignore[dict-item]
+    return worker.ask({"do": do, **fields}, on_event=lambda _: None)  # type: ignore[dict-item]
 
 
 def is_alive(pid: int) -> bool:
@@ -84,7 +86,7 @@ def test_nothing_starts_before_the_first_call(worker: Worker) -> None:
 
 def test_events_arrive_in_order_before_the_result(worker: Worker) -> None:
     events: list[Message] = []
-    result = worker.call({"do": "events", "count": 500}, on_event=events.append)
+    result = worker.ask({"do": "events", "count": 500}, on_event=events.append)
     assert [event["number"] for event in events] == list(range(500))
     assert result is not None
 
@@ -140,16 +142,16 @@ def test_torchs_own_want_of_memory_is_known_by_its_text() -> None:
     torch = pytest.importorskip("torch")
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
-    told = _told(caught.value)
+    told = explained(caught.value)
     assert isinstance(told, StepError)
     assert told.message.startswith("out of memory: ")
-    assert isinstance(_told(torch.OutOfMemoryError("CUDA out of memory")), StepError)
+    assert isinstance(explained(torch.OutOfMemoryError("CUDA out of memory")), StepError)
     rust = Exception("No space left on device (os error 28)")  # as tokenizers raise it
-    told = _told(rust)
+    told = explained(rust)
     assert isinstance(told, StepError)
     assert "free some space" in told.hint
     other = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    assert _told(other) is other
+    assert explained(other) is other
 
 
 def test_a_factory_that_fails_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
@@ -200,7 +202,7 @@ def test_what_libraries_print_goes_to_the_log(worker: Worker) -> None:
 
 def test_a_request_to_stop_reaches_a_safe_point_and_keeps_the_worker(worker: Worker) -> None:
     events: list[Message] = []
-    assert worker.call({"do": "wait"}, on_event=events.append, stop=lambda: bool(events)) is None
+    assert worker.ask({"do": "wait"}, on_event=events.append, stop=lambda: bool(events)) is None
     answer = call(worker, "nothing")
     assert answer is not None
     assert answer["calls"] == 2
@@ -214,7 +216,7 @@ def test_a_worker_that_reaches_no_safe_point_is_killed(
     first = call(worker, "nothing")
     assert first is not None
     events: list[Message] = []
-    assert worker.call({"do": "hang"}, on_event=events.append, stop=lambda: bool(events)) is None
+    assert worker.ask({"do": "hang"}, on_event=events.append, stop=lambda: bool(events)) is None
     assert not is_alive(int(str(first["pid"])))
 
 
@@ -227,7 +229,7 @@ def test_a_worker_that_dies_of_the_signal_that_stops_the_run_is_a_stop(worker: W
             worker._process.kill()
         return bool(pids)
 
-    assert worker.call({"do": "wait"}, on_event=lambda _: None, stop=stop) is None
+    assert worker.ask({"do": "wait"}, on_event=lambda _: None, stop=stop) is None
     assert call(worker, "nothing") is not None
 
 
@@ -241,7 +243,7 @@ def test_a_worker_that_is_still_starting_survives_signals_for_the_group(worker: 
             os.kill(pids[0], signal.SIGTERM)
         return False
 
-    answer = worker.call({"do": "nothing"}, on_event=lambda _: None, stop=stop)
+    answer = worker.ask({"do": "nothing"}, on_event=lambda _: None, stop=stop)
     assert answer is not None
     assert [answer["pid"]] == pids
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
@@ -268,9 +270,9 @@ def test_stop_ends_the_process(worker: Worker) -> None:
 LEADER = """
 import sys
 from pathlib import Path
-from kdpipe.workers.worker import Worker
+from tests.worker_targets import Worker
 worker = Worker(sys.argv[1], log=Path(sys.argv[2]), leads_group=True)
-worker.call({"do": "start a child"}, on_event=lambda event: print(worker.pid, event["child"], flush=True))
+worker.ask({"do": "start a child"}, on_event=lambda event: print(worker.pid, event["child"], flush=True))
 """
 
 
@@ -311,7 +313,7 @@ def test_killing_the_leader_of_a_group_leaves_nobody_of_it(tmp_path: Path) -> No
             worker.kill()
 
     with pytest.raises((StepError, OSError, ValueError)):  # of a call into what is gone
-        worker.call({"do": "start a child"}, on_event=events.append, tick=see)
+        worker.ask({"do": "start a child"}, on_event=events.append, tick=see)
     assert len(numbers) == 3
     for pid in numbers:
         wait_until_gone(pid, seconds=5)
@@ -360,13 +362,13 @@ def test_a_long_message_is_put_together_from_its_pieces(worker: Worker) -> None:
 PARENT = """
 import os, signal, sys
 from pathlib import Path
-from kdpipe.workers.worker import Worker
+from tests.worker_targets import Worker
 worker = Worker(sys.argv[1], log=Path(sys.argv[2]))
 def on_event(event):
-    print(worker._process.pid, flush=True)
+    print(worker.pid, flush=True)
     if sys.argv[4] == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
-worker.call({"do": sys.argv[3]}, on_event=on_event)
+worker.ask({"do": sys.argv[3]}, on_event=on_event)
 """
 
 
@@ -397,9 +399,11 @@ def test_a_worker_whose_pipe_closes_ends_even_in_the_middle_of_a_call(tmp_path: 
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdin.write(json.dumps({"call": {"do": "hang"}}).encode() + b"\n")
+    for piece in encode("call", Ask({"do": "hang"})):
+        process.stdin.write(piece)
     process.stdin.flush()
-    assert json.loads(process.stdout.readline()) == {"event": {"waiting": True}}
+    header = json.loads(process.stdout.readline())
+    assert (header["kind"], header["type"]) == ("event", "Tell")
     process.stdin.close()
     assert process.wait(timeout=5) == 0
     process.stdout.close()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kdpipe.doctor.finding import PHASES, Finding, Measure, Phase, Verdict
+from kdpipe.doctor.finding import Finding, Measure, Phase, Verdict
 from kdpipe.doctor.loss.claim import claim_of, claimed_gradient, description_of
 from kdpipe.doctor.loss.enumerated import (
     STEP,
@@ -45,12 +45,14 @@ from kdpipe.doctor.loss.enumerated import (
     table_rows,
 )
 from kdpipe.doctor.loss.transformer import transformer
+from kdpipe.doctor.request import CHECK_LOSS, CheckedLoss, CheckLoss
 from kdpipe.method.token_batch import NonFiniteError
 from kdpipe.models.logprobs import Head
 from kdpipe.recipe.schema import DecoupledControl, DistillSchedule, RatioControl, Recipe, SampledTerm
 
 if TYPE_CHECKING:
-    from kdpipe.workers.worker import Message, Report
+    from kdpipe.workers.message import Nothing
+    from kdpipe.workers.worker import Report
 
 ROUNDING = 1e-14  # what float64 leaves of sums that are exactly 0
 MEANING = {
@@ -65,14 +67,14 @@ KD_PROPERTIES = (1, 2, 3)  # those that `run` insists on
 # ------------------------------------------------------------------------------------------------ entry
 
 
-def serve() -> Callable[[Message, Report], Message]:
-    """What a worker runs for the command line: from a recipe to the findings on each phase of its objective."""
+class LossServer:
+    """What a worker runs for `kdpipe check-loss`."""
 
-    def check(request: Message, _report: Report) -> Message:
-        recipe = Recipe.model_validate(request["recipe"], strict=True)
-        return {"phases": PHASES.dump_python(tuple(check_loss(recipe)), mode="json")}
+    talk = CHECK_LOSS
 
-    return check
+    def __call__(self, request: CheckLoss, _report: Report[Nothing]) -> CheckedLoss:
+        """The findings on each phase of a recipe's objective."""
+        return CheckedLoss(tuple(check_loss(request.recipe)))
 
 
 def check_loss(recipe: Recipe) -> list[Phase]:
