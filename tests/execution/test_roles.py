@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import kdpipe.execution.placement
 from kdpipe.engines.handle import ModelHandle, Turns
-from kdpipe.engines.protocol import SampleRequest, Sampling, Scoring
-from kdpipe.engines.remote import Hosting, WorkerEngine, pack, unpack
-from kdpipe.errors import ArtifactError, EngineError, RecipeError, StepError
+from kdpipe.engines.remote import WorkerEngine
+from kdpipe.errors import ArtifactError, RecipeError
 from kdpipe.execution.placement import Engines, seen_alone
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.roles import STUDENT_ROLE, Role
-from kdpipe.recipe.schema import Recipe, Runtime
+from kdpipe.recipe.schema import Recipe
 from tests.fakes import FakeEngine
 from tests.worlds import Watcher, events_of, load_tiny, payload_digests, run_near, tiny_recipe
 
@@ -240,76 +238,6 @@ def test_on_the_cpu_nothing_sleeps(
     handle(placed, "hf", TEACHER, source).load()
     placed.make_room()
     assert diary == ["sampler loads", "teacher-teacher loads"]
-
-
-# -------------------------------------------------------------------------------------------- what crosses
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32])
-def test_arrays_cross_bit_for_bit(dtype: Any) -> None:
-    random = np.random.default_rng(1).bytes(24 * np.dtype(dtype).itemsize)
-    array = np.frombuffer(random, dtype).reshape(2, 3, 4)  # any bits: nan with payloads, denormals, -0.0
-    found = unpack(json.loads(json.dumps(pack(array))))
-    assert found.dtype == array.dtype
-    assert found.shape == array.shape
-    assert found.tobytes() == array.tobytes()
-    found[...] = 0  # who gets it may write to it
-    special = np.array([-0.0, np.inf, -np.inf, 1e-45], np.float32)
-    assert unpack(pack(special[::-1])).tobytes() == special[::-1].tobytes()
-    assert unpack(pack(np.zeros((0, 5), np.int32))).shape == (0, 5)
-
-
-def test_an_array_of_another_type_does_not_cross() -> None:
-    with pytest.raises(TypeError, match="int64"):
-        pack(np.zeros(1, np.int64))
-    with pytest.raises(TypeError, match="O"):
-        unpack({"type": "|O", "shape": [1], "base64": ""})
-
-
-@pytest.fixture
-def hosted(tmp_path: Path) -> Iterator[WorkerEngine]:
-    hosting = Hosting("hf", "cpu", Runtime(threads=1))
-    environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    target = "tests.worker_targets:fake_host"
-    engine = WorkerEngine(hosting, log=tmp_path / "logs" / "x.log", environment=environment, target=target)
-    yield engine
-    engine.close()
-
-
-def test_an_engine_in_a_process_of_its_own_is_the_engine_it_hosts(
-    hosted: WorkerEngine, tmp_path: Path
-) -> None:
-    near, source = FakeEngine(), ModelSource(tmp_path, "a", dtype="float32")
-    hosted.sleep()
-    assert hosted.pid is None  # nothing to put to sleep, and nothing started for it
-    assert hosted.abilities == near.abilities
-    pid = hosted.pid
-    for engine in (near, hosted):
-        engine.load(source)
-    assert hosted.holds(source)
-    assert not hosted.holds(ModelSource(tmp_path, "b", dtype="float32"))
-    sampling = Sampling(temperature=0.7, max_new_tokens=9, end_ids=(1,), num_ids=12)
-    requests = [SampleRequest([2, 3], (2**63 - 1, 5)), SampleRequest([4], ())]
-    counts: list[int] = []
-    drawn = [engine.sample(requests, sampling, progress=counts.append) for engine in (near, hosted)]
-    assert drawn[0] == drawn[1]
-    assert len(counts) == 2
-    with pytest.raises(EngineError, match=r"request 0: .* the context holds 64 .*x\.log") as caught:
-        hosted.sample([SampleRequest([2] * 60, (1,))], sampling, progress=counts.append)
-    assert caught.value.request == 0
-    assert hosted.pid == pid
-    hosted.load(source)
-    hosted.sleep()
-    assert not hosted.holds(source)
-    hosted.load(source)
-    hosted._worker._process.kill()  # type: ignore[union-attr]
-    with pytest.raises(StepError, match=r"SIGKILL.*x\.log"):
-        hosted.score([], Scoring(temperature=1, num_ids=12), progress=counts.append)
-    assert not hosted.holds(source)
-    hosted.load(source)  # in a new process
-    assert hosted.pid not in (None, pid)
-    hosted.close()
-    assert hosted.pid is None
 
 
 # ---------------------------------------------------------------------------------------------- whole runs

@@ -334,10 +334,10 @@ def group_of(leader: int) -> list[int]:
 
 def test_a_last_call_is_made_before_the_process_ends_and_only_if_there_is_one(tmp_path: Path) -> None:
     worker = Worker(TARGET, log=tmp_path / "log", environment=ENVIRONMENT)
-    worker.stop({"do": "noise"})
+    worker.stop(Ask({"do": "noise"}))
     assert not worker.log.exists()
     call(worker, "nothing")
-    worker.stop({"do": "noise"})
+    worker.stop(Ask({"do": "noise"}))
     assert worker.pid is None
     assert "from a child process" in worker.log.read_text()
 
@@ -348,7 +348,7 @@ def test_a_last_call_that_does_not_end_is_given_up(tmp_path: Path, monkeypatch: 
     call(worker, "nothing")
     pid = worker.pid
     assert pid is not None
-    worker.stop({"do": "hang"})
+    worker.stop(Ask({"do": "hang"}))
     assert not is_alive(pid)
 
 
