@@ -158,7 +158,7 @@ def parse_value(text: str, origin: str) -> JsonValue:
 
 
 def split_list(text: str, origin: str) -> list[str]:
-    """The items of the YAML list `[text]`, as they are written; raises RecipeError for what is no such list."""
+    """The items of the YAML list `[text]` as they are written; raises RecipeError for no such list."""
     whole = f"[{text}]"
     node = _compose(whole, origin)
     if node is None or node.end_mark.index < len(whole) or text.rstrip().endswith(","):
