@@ -83,7 +83,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def unpaired_difference(first: Interval, second: Interval) -> Interval:
-    """Newcombe's interval (1998, method 10) of a difference of independent proportions, from their Wilson bounds."""
+    """The difference of two independent proportions, by Newcombe's interval (1998, method 10)."""
     low = math.hypot(first.estimate - first.low, second.high - second.estimate)
     high = math.hypot(first.high - first.estimate, second.estimate - second.low)
     difference = first.estimate - second.estimate

@@ -1,1 +1,1 @@
-"""What a run left, for reading: one page of HTML, and completions token by token. Reads artifacts only, never torch."""
+"""Results as one HTML page: a template, charts, and completions token by token."""

@@ -1,7 +1,7 @@
-"""The report as one HTML file: nothing is loaded, nothing but its own two scripts and one style may run or apply.
+"""The report as one HTML file that loads nothing.
 
-`page.html.j2` is the page; what it shows is prepared here. The policy in its head names script and style by their
-digests, so that markup that slipped in somewhere would do nothing.
+`page.html.j2` is the page; the values that it shows are prepared here. The policy in its head lets nothing run or apply
+but its own script and style, named by their digests, so that markup that slipped in somewhere would do nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ def render(
     commands: Sequence[str],
     against: Sequence[ComparisonRow] = (),
 ) -> str:
-    """The whole page, below `MAX_BYTES`; `stamp` says what it was made from, `against` has the run's own row first."""
+    """The whole page, below `MAX_BYTES`.
+
+    `stamp` says what it was made from, `commands` make the run again, `against` has the run's own row first.
+    """
     drawn = charts(measures)
     page = partial(
         _template().render,

@@ -1,4 +1,4 @@
-"""The completions of the token view as compact JSON, as many as fit: the page has a bound and says what it left out."""
+"""The completions of the token view as compact JSON, as many as fit; the page says what is left out."""
 
 from __future__ import annotations
 

@@ -26,7 +26,10 @@ def renew_report(
     commands: Sequence[str],
     warn: Callable[[str], None],
 ) -> None:
-    """Writes the run's report unless it is of these payload digests already; what goes wrong is told to `warn`."""
+    """Writes the run's report unless it is of these payload digests already.
+
+    The run is done and whole: that its report cannot be written is no more than a warning.
+    """
     path = report_path(project)
     if is_current(path, {step.id: digests.get(step.id) for step in project.plan.steps}):
         return

@@ -1,4 +1,4 @@
-"""Runs held against one another: accuracy, paired differences to the first, several seeds as one, and what each cost.
+"""Runs compared: accuracy, paired differences to the first, several seeds as one, and cost.
 
 The unit is the problem, and where a recipe was run with several seeds also the seed. Both are random: another seed
 would train another student, other problems would be other questions. `pooled` takes both into account.
@@ -64,10 +64,10 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class ComparisonRow:
-    """One recipe in the table: its runs, mean accuracy, and difference to the first row's, in shares of problems.
+    """One recipe of a comparison: its runs, mean accuracy, and the difference to the first row.
 
-    `p_value` is McNemar's exact one, for one run on each side with one sample per problem. `is_paired` is false where
-    the problems are not the same, and `difference` is then that of two independent groups.
+    Both are shares of problems. `p_value` is McNemar's exact one, for one run on each side with one sample per problem.
+    `is_paired` is false where the problems are not the same: `difference` is then that of two independent groups.
     """
 
     label: str
@@ -131,7 +131,7 @@ def _labels(settings: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _telling(settings: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list[str]:
-    """A few of `keys` that tell all settings apart; fields that all of them have come before those that some lack."""
+    """A few of `keys` that tell all settings apart; those that all settings have come first."""
     told: list[str] = []
 
     def distinct(key: str) -> tuple[int, bool]:
@@ -200,10 +200,11 @@ def _mcnemar(group: Sequence[Contender], first: Sequence[Contender]) -> float | 
 
 
 def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contender:
-    """The run's last evaluated student, from its folder alone; every table is checked by its digest before it is read.
+    """The run's last evaluated student, from its folder alone.
 
-    With `last_round` as if the run had ended there: 0 is the student before training, and what it cost to get there.
-    Raises DataError where no student was evaluated, and ArtifactError where a table is damaged.
+    Every table is checked by its digest before it is read. With `last_round` as if the run had ended there: 0 is the
+    student before training, and what it cost to get there. Raises DataError where no student was evaluated, and
+    ArtifactError where a table is damaged.
     """
     try:
         recipe = run.recipe()

@@ -1,4 +1,4 @@
-"""Completions with the log-probs that student and teacher gave each token, from the tables of one step.
+"""Completions of one step, with the log-probs that student and teacher gave each token.
 
 A table holds columns; tokens are built for the rows that are shown only, so that a round of a million tokens costs as
 much as its files. Numbers are those of the files: nothing is scored here.

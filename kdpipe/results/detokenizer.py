@@ -1,7 +1,7 @@
-"""Token ids -> the text that each token adds. The only door to the tokenizers library outside transformers.
+"""Token ids to the text that each token adds, by a model folder's tokenizer.json.
 
 A token of byte-level BPE may hold a part of a character only: its piece is then empty, and the token that completes the
-character has all of it. Detokenizer of a completion, joined, are its decoded text.
+character has all of it. Pieces of a completion, joined, are its decoded text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TokenText:
 
 
 class Detokenizer:
-    """Cuts token ids into pieces of text by a model folder's tokenizer.json; without one, ids stand for themselves."""
+    """Token ids to pieces of text; without a tokenizer.json ids stand for themselves."""
 
     def __init__(self, path: Path | None) -> None:
         self._tokenizer = None if path is None else _open(path)

@@ -1,4 +1,4 @@
-"""What a run measured, as plain values: evaluations and their differences, curves over rounds, costs, provenance."""
+"""What a run measured: evaluations and their differences, curves over rounds, costs, provenance."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ class Measures:
         return [headroom_of(teachers[one.step.subject], one.summary) for one in self.teachers]
 
     def difference(self, first: Evaluation, second: Evaluation) -> Interval | None:
-        """The accuracy of the first less that of the second over the problems of both; None where there are none."""
+        """The first accuracy less the second, over the problems of both; None where there are none."""
         ones, others = self._paired(first, second)
         if not ones:
             return None
@@ -235,7 +235,7 @@ class Measures:
     # costs
 
     def costs(self) -> list[Cost]:
-        """What each stage took, in the order of the stages; reused steps cost what they took where they were made."""
+        """What each stage took, in the order of the stages; a reused step costs what it took once."""
         return [
             Cost(stage, len(took), sum(one.seconds for one in took), sum(one.tokens for one in took))
             for stage in Stage
@@ -246,7 +246,7 @@ class Measures:
         return Cost(step.stage, 1, *cost_of(self.rows[step.id]))
 
     def seconds_around(self) -> float | None:
-        """Seconds that this run's steps took beside what the stages measured: loading, comparing digests, saving."""
+        """Seconds of this run's steps that no stage measured: loading, comparing digests, saving."""
         begun: dict[str, float] = {}
         total = 0.0
         for event in self.project.run.events():

@@ -1,10 +1,11 @@
-"""Which completions `kdpipe samples` shows: of a round's rollouts, or of an evaluation, by what was asked for."""
+"""The completions that `kdpipe samples` shows: of a round's rollouts, or of an evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+
+from pydantic import JsonValue
 
 from kdpipe.data.payload import COMPLETIONS_FILE
 from kdpipe.data.tables import COMPLETIONS, read_lists, read_rows
@@ -68,7 +69,7 @@ def choose_samples(project: Project, choice: Choice) -> Samples:
 
 
 def _table(reader: Reader, choice: Choice) -> CompletionTable:
-    """The completions to choose from: held-out ones where they are asked for, and of round 0, which has no others."""
+    """The completions to choose from: held-out ones if asked for, and of round 0, which has no others."""
     recipe = reader.project.named
     if not (choice.held_out or choice.flipped or choice.round == 0):
         rounds = reader.rollout_rounds()
@@ -117,7 +118,7 @@ def _ledgers(project: Project, table: CompletionTable) -> dict[int, dict[str, fl
     return ledgers
 
 
-def samples_json(found: Samples) -> dict[str, Any]:
+def samples_json(found: Samples) -> dict[str, JsonValue]:
     """All of it as one document."""
     return {
         "step": found.step,
@@ -127,9 +128,9 @@ def samples_json(found: Samples) -> dict[str, Any]:
     }
 
 
-def _sample_json(sample: Sample) -> dict[str, Any]:
+def _sample_json(sample: Sample) -> dict[str, JsonValue]:
     completion = sample.completion
-    document: dict[str, Any] = {
+    document: dict[str, JsonValue] = {
         "prompt_id": completion.prompt_id,
         "sample": completion.sample,
         "source": completion.source,
@@ -148,7 +149,7 @@ def _sample_json(sample: Sample) -> dict[str, Any]:
     return document
 
 
-def _token_json(token: Token) -> dict[str, Any]:
+def _token_json(token: Token) -> dict[str, JsonValue]:
     """A token with its numbers in nats; those that nobody gave are left out."""
     numbers = {
         "student_logprob": token.student,
@@ -156,7 +157,7 @@ def _token_json(token: Token) -> dict[str, Any]:
         "difference_nats": token.gap,
         "divergence_nats": token.divergence,
     }
-    document: dict[str, Any] = {"text": token.piece.text, "kind": token.piece.kind}
+    document: dict[str, JsonValue] = {"text": token.piece.text, "kind": token.piece.kind}
     document |= {name: value for name, value in numbers.items() if value is not None}
     if token.alternatives:
         document["teacher_alternatives"] = [

@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from pydantic import JsonValue
 
@@ -61,7 +61,7 @@ class Study:
         """Notes one event with the time."""
         RunFolder(self.path).event(kind, **fields)
 
-    def comparison(self) -> dict[str, Any] | None:
+    def comparison(self) -> dict[str, JsonValue] | None:
         """What `keep` kept last, or None."""
         with contextlib.suppress(OSError, ValueError):
             found = parse_json((self.path / COMPARISON).read_bytes())
@@ -124,7 +124,7 @@ class ArmRun:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a run of a study needs: its steps, those not done, and of these what an earlier run of it makes."""
+    """What a run of a study needs: its steps, those to do, and of these those that an earlier run makes."""
 
     steps: int
     todo: int
@@ -144,7 +144,10 @@ def parse_arms(text: str) -> tuple[ArmName, ...]:
 
 
 def arm_runs(recipe: Recipe, arms: Sequence[ArmName], *, seeds: int) -> list[ArmRun]:
-    """The runs of a study, seed after seed from the recipe's own on; raises RecipeError where an arm cannot be."""
+    """The runs of a study, seed after seed from the recipe's own on.
+
+    Raises RecipeError where an arm is not possible.
+    """
     if recipe.seed + seeds > MAX_SEED:
         raise RecipeError(f"--seeds {seeds}: beyond the largest seed, {MAX_SEED - 1}")
     for arm in arms:

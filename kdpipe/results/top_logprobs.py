@@ -1,7 +1,8 @@
-"""The teacher's most probable ids at each token, where scoring kept them: as a support, or as hidden states.
+"""The teacher's most probable ids at each token, from what scoring kept: a support, or hidden states.
 
-From hidden states they are computed here, with numpy and the output head in the teacher's own weights. What they say of
-the sampled tokens is compared with the stored scores first: where it differs, nothing is shown.
+From hidden states they are computed here, with numpy and the output head in the teacher's own weights: results never
+load torch, as `data.hidden` does for training. What they say of the sampled tokens is compared with the stored scores
+first: where it differs, nothing is shown.
 
 Shapes: n tokens, K ids, H hidden size, V ids in use.
 """
@@ -75,7 +76,7 @@ class KeptStates:
 
 
 def open_states(scores: Path, model: Path, *, temperature: float, num_ids: int) -> KeptStates | None:
-    """The states in a scores entry with the head in a model folder; None where one is not there or too large."""
+    """The states of a scores entry with the head of a model folder; None where one is missing or too large."""
     states = _tensors(scores / HIDDEN_FILE)
     if not {"offsets", "hidden"} <= states.keys():
         return None
@@ -96,7 +97,10 @@ def _float32(values: npt.NDArray[np.generic]) -> Floats:
 
 
 def _tensors(path: Path) -> dict[str, npt.NDArray[np.generic]]:
-    """The tensors of a safetensors file, mapped and not read; bfloat16 as its bits. Nothing where there is no file."""
+    """The tensors of a safetensors file, mapped and not read; bfloat16 as its bits.
+
+    Empty where there is no file. Raises ArtifactError where it is no safetensors file.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

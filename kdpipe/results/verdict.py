@@ -1,4 +1,4 @@
-"""What a run's numbers say, in words: did it work, how sure is that, and what should be known before believing it."""
+"""What a run's numbers say, in words: did it work, how sure is that, and what weakens it."""
 
 from __future__ import annotations
 

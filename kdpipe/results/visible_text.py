@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def visible(text: str) -> str:
-    """The text with characters that do not print as themselves written out, as bidi controls; newlines stay."""
+    """The text with characters that do not print, such as bidi controls, written out; newlines stay."""
     if text.isprintable():
         return text
     return "".join(
