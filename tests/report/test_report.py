@@ -24,26 +24,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from markupsafe import Markup
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from typer.testing import CliRunner
 
 from kdpipe.cli.app import app
 from kdpipe.data.tables import SCORES, read_lists, read_scores, write_rows
 from kdpipe.pipeline.project import Project
-from kdpipe.report.figure import Chart, Point, Series, chart_svg, element, thinned
+from kdpipe.report.figure import element
 from kdpipe.report.page import MAX_BYTES, embedded, render
 from kdpipe.report.stamp import is_current, stamp
 from kdpipe.report.tokens_data import UNITS, Titled, titled_completions, token_data
 from kdpipe.report.writing import renew_report, report_path, write_report
 from kdpipe.results.comparison import ComparisonRow, Contender, cells_of, compare, read_contender
-from kdpipe.results.detokenizer import Detokenizer, TokenText
-from kdpipe.results.measures import Evaluation, Measures
+from kdpipe.results.measures import Measures
 from kdpipe.results.reader import Reader
 from kdpipe.results.top_logprobs import KeptStates
-from kdpipe.results.verdict import verdict, warnings
+from kdpipe.results.verdict import warnings
 from kdpipe.results.visible_text import visible
 from tests.reports import NASTY, page_of, story
 from tests.worlds import load_tiny, run_near
@@ -324,85 +321,6 @@ def test_states_that_contradict_the_stored_scores_show_nothing(project: Project)
     assert hotter.of(0, ids, stored) is None
 
 
-# ----------------------------------------------------------------------------------------------- pieces
-
-
-@pytest.fixture(scope="module")
-def bytes_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE of single bytes and few merges, with a special token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=290,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|end|>"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["hello world hello there"] * 3, trainer)
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer.save(str(path))
-    return path
-
-
-@settings(deadline=None)
-@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
-def test_the_pieces_of_any_text_are_that_text(bytes_tokenizer: Path, text: str) -> None:
-    ids = Tokenizer.from_file(str(bytes_tokenizer)).encode(text).ids
-    pieces = Detokenizer(bytes_tokenizer).of(ids)
-    assert len(pieces) == len(ids)
-    assert "".join(piece.text for piece in pieces) == text
-    if "\ufffd" not in text:
-        assert not any("\ufffd" in piece.text for piece in pieces)
-
-
-def test_a_token_that_is_part_of_a_character_has_no_text_and_the_last_part_has_it(
-    bytes_tokenizer: Path,
-) -> None:
-    ids = Tokenizer.from_file(str(bytes_tokenizer)).encode("a🎉b").ids
-    pieces = Detokenizer(bytes_tokenizer).of(ids)
-    part = TokenText("", "part")
-    assert pieces == [
-        TokenText("a", "text"),
-        part,
-        part,
-        part,
-        TokenText("🎉", "text"),
-        TokenText("b", "text"),
-    ]
-
-
-def test_a_character_that_is_cut_at_the_end_shows_as_one_mark(bytes_tokenizer: Path) -> None:
-    ids = Tokenizer.from_file(str(bytes_tokenizer)).encode("a🎉").ids[:-1]
-    assert [piece.text for piece in Detokenizer(bytes_tokenizer).of(ids)] == ["a", "", "", "\ufffd"]
-
-
-def test_special_tokens_are_told_apart_and_interrupt_no_character(bytes_tokenizer: Path) -> None:
-    tokenizer = Tokenizer.from_file(str(bytes_tokenizer))
-    ids = tokenizer.encode("é").ids
-    end = tokenizer.token_to_id("<|end|>")
-    pieces = Detokenizer(bytes_tokenizer).of([ids[0], end, ids[1], end])
-    assert pieces == [
-        TokenText("", "part"),
-        TokenText("<|end|>", "special"),
-        TokenText("é", "text"),
-        TokenText("<|end|>", "special"),
-    ]
-
-
-def test_an_alternative_is_what_it_would_have_added_there(bytes_tokenizer: Path) -> None:
-    pieces, tokenizer = Detokenizer(bytes_tokenizer), Tokenizer.from_file(str(bytes_tokenizer))
-    ids = tokenizer.encode("hello world").ids
-    assert pieces.after(ids[:1], ids[1]) == pieces.of(ids)[1].text
-    assert pieces.after([], tokenizer.token_to_id("<|end|>")) == "<|end|>"
-    first_byte = tokenizer.encode("é").ids[0]
-    assert pieces.after(ids, first_byte) == tokenizer.id_to_token(first_byte)
-
-
-def test_without_a_tokenizer_ids_stand_for_themselves() -> None:
-    assert Detokenizer(None).of([7, 11]) == [TokenText("[7]", "id"), TokenText("[11]", "id")]
-
-
 # ----------------------------------------------------------------------------------------- inert, and safe
 
 
@@ -509,104 +427,6 @@ def test_a_page_of_very_many_completions_stays_below_its_bound(project: Project)
     assert 2_000_000 < len(text.encode()) < MAX_BYTES
     sets = data_of(text, "token-data")["sets"]
     assert any(len(one["items"]) < one["total"] for one in sets)
-
-
-# ------------------------------------------------------------------------------------------------ figures
-
-
-def chart(points: list[Point], **changes: Any) -> Chart:
-    return Chart("key", "Title", "unit", [Series("", points)], lambda value: f"{value:g}", **changes)
-
-
-@settings(deadline=None)
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30))
-@example([5e-324])
-def test_a_line_stays_inside_its_axes(values: list[float]) -> None:
-    svg = chart_svg(chart([Point(n, value) for n, value in enumerate(values)]), (0, max(1, len(values) - 1)))
-    [points] = re.findall(r'<polyline class="line s0" points="([^"]*)"', svg)
-    for pair in points.split():
-        x, y = map(float, pair.split(","))
-        assert 45.9 <= x <= 330.1
-        assert 9.9 <= y <= 152.1
-
-
-def test_values_lie_where_their_ticks_say() -> None:
-    svg = chart_svg(chart([Point(0, 0.0), Point(10, 1.0)]), (0, 10))
-    ticks = {float(text): float(y) - 3.5 for y, text in re.findall(r'x="40" y="([\d.]+)">([\d.]+)<', svg)}
-    assert {0.0, 1.0} <= ticks.keys()
-    assert 'points="46.0,152.0 330.0,10.0"' in svg
-    assert (ticks[0.0], ticks[1.0]) == (152.0, 10.0)
-
-
-def test_long_runs_are_thinned_to_means_whose_bounds_hold_all() -> None:
-    points = [Point(number, float(number % 7)) for number in range(5000)]
-    found = thinned(points)
-    assert len(found) <= 240
-    assert (found[0].low, found[0].high) == (0.0, 6.0)
-    assert sum(point.value for point in found) / len(found) == pytest.approx(3, abs=0.02)
-    assert thinned(points[:200]) == points[:200]
-
-
-def test_a_figure_tells_in_words_where_its_line_begins_and_ends() -> None:
-    svg = chart_svg(chart([Point(1, 0.5), Point(9, 0.25)]), (0, 9))
-    assert "Title: 0.5 in round 1, 0.25 in round 9." in svg
-    assert "<title" in svg
-
-
-def test_an_attribute_cannot_be_left() -> None:
-    assert element("p", {"title": '"><script>'}, Markup("<b>ours</b>"), "<i>") == (
-        '<p title="&#34;&gt;&lt;script&gt;"><b>ours</b>&lt;i&gt;</p>'
-    )
-
-
-# ------------------------------------------------------------------------------------------------ verdict
-
-
-class Told:
-    """Measures with known evaluations."""
-
-    def __init__(self, change: tuple[float, float, float], kl: tuple[float, float, float]) -> None:
-        summary = {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "problems": 200, "samples": 1}
-        after = dict(
-            zip(("accuracy_change", "accuracy_change_low", "accuracy_change_high"), change, strict=True)
-        )
-        after |= {"accuracy_change_p_value": 0.03, "reverse_kl_nats": 0.1, "reverse_kl_low": 0.0}
-        after |= {"reverse_kl_high": 0.2, "truncated_fraction": 0.0}
-        names = ("reverse_kl_change_nats", "reverse_kl_change_low", "reverse_kl_change_high")
-        after |= dict(zip(names, kl, strict=True))
-        step: Any = type("Step", (), {"round": 4, "subject": "student"})()
-        self.before = Evaluation("student before", step, summary)
-        self.after = Evaluation("student after", step, {**summary, **after})
-        self.teachers: list[Evaluation] = []
-
-    def flips(self, _first: Evaluation, _second: Evaluation) -> tuple[int, int]:
-        return 30, 10
-
-
-@pytest.mark.parametrize(
-    ("change", "kl", "tone", "headline"),
-    [
-        ((0.1, 0.02, 0.2), (-0.1, -0.2, -0.05), "good", "It worked: the student gained 10.0 points."),
-        ((-0.1, -0.2, -0.02), (-0.1, -0.2, -0.05), "bad", "It did harm: the student lost 10.0 points."),
-        (
-            (0.1, -0.02, 0.2),
-            (-0.1, -0.2, -0.05),
-            "open",
-            "Closer to the teacher, but no clear change in accuracy.",
-        ),
-        ((0.1, 0.0, 0.2), (-0.1, -0.2, 0.05), "open", "No clear effect."),
-    ],
-)
-def test_the_verdict_goes_by_the_paired_interval(
-    change: tuple[float, float, float], kl: tuple[float, float, float], tone: str, headline: str
-) -> None:
-    told: Any = Told(change, kl)
-    found = verdict(told)
-    assert (found.tone, found.headline) == (tone, headline)
-    crosses = change[1] <= 0 <= change[2]
-    assert ("chance alone would explain it" in found.sentences[0]) == crosses
-    assert "McNemar p = 0.03" in found.sentences[0]
-    assert found.sentences[1] == "30 problems are right now that were wrong, 10 the other way round."
 
 
 # --------------------------------------------------------------------------------------- what is not there
