@@ -1,4 +1,4 @@
-"""What the evaluations of a run came to, as MLflow's page shows it: tags to compare runs by, and a note on the run.
+"""The results of a run's evaluations as MLflow shows them: tags to compare runs by, and a description.
 
 In the words of the report. Tags hold what was measured with its interval, so that a column of them can be read alone.
 """
@@ -21,7 +21,7 @@ Summary = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """The summaries of a run's evaluations: of student 0, of the last trained student, and of the teachers by name."""
+    """Evaluation summaries: of student 0, of the last trained student, and of each teacher by name."""
 
     before: Summary | None
     after: Summary | None

@@ -52,7 +52,10 @@ class Item:
 
 
 def run_items(folder: Path, memory: Memory) -> Iterator[Item]:
-    """Everything that MLflow is to show of a run, in sending order; raises ArtifactError where it cannot be read."""
+    """Everything that MLflow is to show of a run, in sending order.
+
+    Raises ArtifactError where the run's own files cannot be read.
+    """
     recipe = RunFolder(folder).loaded().recipe
     document, several = resolved(recipe), len(recipe.teachers) > 1
     steps = list(done_steps(folder))
@@ -216,7 +219,10 @@ def file_item(folder: Path, name: str) -> Iterator[Item]:
 
 
 def has_room_for_files(folder: Path, memory: Memory) -> bool:
-    """Whether files can be sent: MLflow's place for those of a workspace that was moved is not ours to write to."""
+    """Whether MLflow keeps this run's files in this workspace or on a server.
+
+    Of a workspace that was moved or copied the place is in the old one, which is not ours to write to.
+    """
     if memory.uri is not None or memory.artifact_uri is None:
         return True
     return folder.parents[1].resolve() in Path(memory.artifact_uri).parents

@@ -94,7 +94,10 @@ class Memory(BaseModel):
 
 
 def read_memory(folder: Path) -> Memory | None:
-    """The folder's `mlflow.json` as far as its database is there, or None when there is none that can be read."""
+    """The folder's `mlflow.json`, or None when there is none that can be read.
+
+    Where the workspace's database is gone, nothing is remembered of what it had.
+    """
     try:
         memory = Memory.model_validate_json((folder / MEMORY).read_bytes())
     except (FileNotFoundError, ValidationError):

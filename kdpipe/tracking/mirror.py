@@ -1,4 +1,4 @@
-"""The parent's side of the mirror: asks a process of its own, from a thread of its own, and waits only at the end."""
+"""The parent's side of the mirror: a thread that asks a process; the run waits only at its end."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ LOG = Path("logs", "tracking.log")
 LONGEST_SECONDS = 60.0
 """How long the end of a run waits for MLflow at most, its import included."""
 QUIET_SECONDS = 5.0
-"""How long it waits without progress, once MLflow is imported: that takes 2 s, and far more on a busy machine."""
+"""How long it waits without progress once MLflow is imported, which takes 2 s and often more."""
 SERVER_SECONDS = 10.0
-"""How long it waits for a server in all: that may be far away, and is not waited for as the own database is."""
+"""How long it waits for a server at most, as that may be slow or far away."""
 STOP_SECONDS = 2.0
 """How long it waits after a signal, when the command has to be gone within seconds."""
 MODEL_SECONDS = 600.0
@@ -57,7 +57,7 @@ class NoMirror:
 
 
 class MlflowMirror:
-    """Mirrors one run or study from a thread of its own; none of its methods raises, and only `finish` waits.
+    """Mirrors one run or study from a thread of its own; no method raises, and only `finish` waits.
 
     `error` is what went wrong last, or None.
     """
@@ -85,7 +85,7 @@ class MlflowMirror:
         self._wake.set()
 
     def finish(self, status: str, *, hurry: Callable[[], bool] = lambda: False) -> str | None:
-        """Mirrors a last time with `status`, in bounded time; returns why what is left waits for a later command.
+        """Mirrors a last time, in bounded time; returns why something is left for a later command.
 
         Once `hurry()` is true, as a signal makes it, there is no more patience than for a run that was killed. What is
         raised here, as by a second signal, ends it at once: the status is only noted, for a later command to deliver.
@@ -139,7 +139,7 @@ class MlflowMirror:
             self._attempt(self._note_wanted)
 
     def _has_nothing_to_do(self) -> bool:
-        """Whether MLflow, whose import alone takes seconds, is as it should be as long as no step is performed."""
+        """Whether MLflow, whose import takes seconds, has everything unless a step is performed."""
         try:
             return is_finished(self._request) and not unsettled(self._request.workspace)
         except (KdpipeError, OSError, ValueError, KeyError):  # its process will say what is wrong
@@ -209,7 +209,7 @@ def open_mirror(project: Project) -> Mirror:
 
 
 def begin_study(study: Study, tracking: Tracking) -> None:
-    """Notes that a study is being run, so that its runs are mirrored as its children. Asks MLflow for nothing."""
+    """Notes that a study is being run, so that its runs become its children; starts no MLflow."""
     if not tracking.enabled:
         return
     memory = memory_of(MirrorRequest("study", study.path, tracking, "RUNNING"))
@@ -230,9 +230,6 @@ def settle(workspace: Path, *, seconds: float = 30.0) -> list[str]:
 
     Starts MLflow's process only when there is such a run, and gives up after `seconds`.
     """
-    requests = unsettled(workspace)
-    if not requests:
-        return []
     deadline = time.monotonic() + seconds
     worker = _worker(workspace / "mlflow.log")
     settled = []
@@ -242,7 +239,7 @@ def settle(workspace: Path, *, seconds: float = 30.0) -> list[str]:
             raise KdpipeError("MLflow did not answer in time", hint="a later command tries again")
 
     try:
-        for request in requests:
+        for request in unsettled(workspace):
             with contextlib.suppress(KdpipeError):  # left unsettled, which the next command sees again
                 _ask(worker, request, on_event=lambda _: None, tick=check_time)
                 settled.append(request.folder.name)

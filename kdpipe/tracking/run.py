@@ -1,4 +1,4 @@
-"""The only module that imports MLflow: its stores and its runs, in our own words. Runs in a process of its own."""
+"""MLflow's stores and runs; the only module that imports MLflow, in a process of its own."""
 
 from __future__ import annotations
 
@@ -118,15 +118,12 @@ class MlflowRun:
         location = None if is_server else str(workspace / ARTIFACTS)
         if (found := self._client.get_experiment_by_name(name)) is None:
             try:
-                return str(
-                    self._client.create_experiment(
-                        name, artifact_location=location, tags=dict(EXPERIMENT_TAGS)
-                    )
-                )
-            except MlflowException as error:
-                found = self._client.get_experiment_by_name(name)  # another run may have been faster
-                if found is None:
-                    raise error from None
+                return str(self._client.create_experiment(name, location, EXPERIMENT_TAGS))
+            except MlflowException:
+                if (
+                    found := self._client.get_experiment_by_name(name)
+                ) is None:  # else another run was faster
+                    raise
         return str(found.experiment_id)
 
     # what it holds
@@ -154,7 +151,7 @@ class MlflowRun:
         self._client.log_batch(self.id, tags=[RunTag(NOTE, text), RunTag(NOTE_DIGEST, _digest(text))])
 
     def log_params(self, params: Mapping[str, str]) -> list[str]:
-        """Logs those that are not there yet (a changed one would raise); returns the names that MLflow refuses."""
+        """Logs params that are not there yet, as a changed one would raise; returns those that are refused."""
         leaves = {key: without_secret(value, self._uri) for key, value in params.items()}
         new = [Param(key, value) for key, value in leaves.items() if key not in self._params]
         return [
@@ -176,7 +173,7 @@ class MlflowRun:
         return []
 
     def log_metrics(self, rows: Iterable[MetricRow], *, is_known: bool) -> None:
-        """Logs rows at the next `flush`; `is_known`: MLflow may have some, of which those that are equal are left out.
+        """Logs rows at the next `flush`; with `is_known` only those that MLflow does not show already.
 
         The very same row, with its timestamp, is kept once in any case.
         """
@@ -195,7 +192,7 @@ class MlflowRun:
         return [row for row in rows if shown.get((row.name, row.step), (0, None))[1] != row.value]
 
     def flush(self) -> int:
-        """Sends the metrics that wait, and the list of tables if it is longer now; returns how many metrics it was."""
+        """Sends the metrics and the list of tables that wait; returns the number of metrics."""
         rows, self._rows = self._rows, []
         for start in range(0, len(rows), MAX_METRICS):
             self._client.log_batch(self.id, metrics=rows[start : start + MAX_METRICS])
@@ -229,7 +226,7 @@ class MlflowRun:
         self._answered()
 
     def log_model(self, folder: Path, name: str, mark: str, *, round_number: int) -> None:
-        """Makes the Hugging Face folder a logged model that `mlflow.transformers.load_model` loads, once for a `mark`.
+        """Logs a Hugging Face folder as a model for `mlflow.transformers.load_model`, once for a `mark`.
 
         No weights are loaded for that, and no library that could.
         """
@@ -250,7 +247,7 @@ class MlflowRun:
         self._answered()
 
     def _logged(self, name: str, mark: str) -> LoggedModel | None:
-        """The whole model that an earlier attempt logged; what it left half done, or of other weights, is deleted."""
+        """The model that an earlier attempt logged, if it is whole; one of other weights is deleted too."""
         found = self._client.search_logged_models(
             [self._experiment_id], f"name = '{name}' AND source_run_id = '{self.id}'"
         )
@@ -277,7 +274,7 @@ class MlflowRun:
 
 
 def _describe_model(folder: Path, name: str, target: Path, model: Model) -> None:
-    """Writes into `target` what MLflow's `transformers` flavor wants beside the weights, tokenizer included.
+    """Writes what MLflow's `transformers` flavor wants beside the weights, the tokenizer included.
 
     `mlflow.transformers.save_model` does so too, but asks a hub about the folder, imports torch, and in MLflow 3.17.2
     fails with transformers 5.24.

@@ -68,7 +68,10 @@ def event_times(folder: Path) -> list[int]:
 
 
 def metrics(step: DoneStep, *, several: bool) -> Iterator[MetricRow]:
-    """What a step measured; `several`: whether the run has more than one teacher. Raises ArtifactError on damage."""
+    """The metrics of a step; `several`: the run has more than one teacher.
+
+    Raises ArtifactError on damage.
+    """
     for row in step.entry.metrics():
         per_step = row.optimizer_step is not None
         name = metric_name(

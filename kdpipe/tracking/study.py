@@ -1,4 +1,4 @@
-"""What MLflow is to show of a study: one run that is the parent of the study's runs, and their comparison."""
+"""What MLflow is to show of a study: a run that is the parent of the study's runs, and a comparison."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ from kdpipe.tracking.steps import MetricRow
 
 
 def study_items(folder: Path, memory: Memory) -> Iterator[Item]:
-    """Everything that MLflow is to show of a study, in sending order; raises ArtifactError where it cannot be read."""
+    """Everything that MLflow is to show of a study, in sending order.
+
+    Raises ArtifactError where the study cannot be read.
+    """
     study = read_study(folder)
     if study is None:
         raise ArtifactError(f"{folder}: no study can be read here", hint="repeat the command that made it")
@@ -97,7 +100,7 @@ def _label(row: Mapping[str, Any]) -> str:
 
 
 def study_of(run_folder: Path, memory: Memory) -> tuple[Study, Memory] | None:
-    """The study that a run belongs to and that MLflow has in the same place, of several the one begun last."""
+    """A run's study with its memory, if MLflow has it in the same place; of several the newest."""
     for study in all_studies(run_folder.parents[1]):
         parent = read_memory(study.path) if run_folder.name in study.runs else None
         if parent is not None and parent.is_at(memory.uri, memory.experiment):

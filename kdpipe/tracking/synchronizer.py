@@ -36,7 +36,7 @@ def serve() -> Synchronizer:
 
 
 class Synchronizer:
-    """Makes MLflow equal to files, however often it is called and wherever it was killed; keeps MLflow runs open."""
+    """Makes MLflow equal to the files, wherever an earlier call was killed; keeps MLflow runs open."""
 
     talk = MIRROR
 
@@ -78,7 +78,7 @@ class Synchronizer:
 
 
 def _send(order: MirrorRequest, run: MlflowRun, memory: Memory) -> tuple[int, ArtifactError | None]:
-    """Sends what MLflow does not have; returns how many metrics that was, and the first damage, whose item is left."""
+    """Sends what MLflow does not have; returns the number of metrics, and the first damaged file's error."""
     items, count, damage = unsent(order.subject, order.folder, memory), 0, None
     for start in range(0, len(items), BATCH):
         batch = items[start : start + BATCH]

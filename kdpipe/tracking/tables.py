@@ -1,4 +1,4 @@
-"""Texts and their grades as MLflow tables: the JSON that `mlflow.log_table` writes, written whole and not appended to.
+"""Texts and their grades as MLflow tables: the JSON of `mlflow.log_table`, written whole.
 
 The number of rows is bounded, and tags of the run say how many of all it shows. Characters that do not print are
 escaped: text is data.
@@ -33,7 +33,10 @@ class TextTable:
 
 
 def table_of(step: DoneStep, headline: str) -> TextTable:
-    """The table of a rollout or evaluation; `headline`: the answer that is graded. Raises ArtifactError on damage."""
+    """The table of a rollout or evaluation; `headline` says which answer is graded.
+
+    Raises ArtifactError on damage.
+    """
     answer = f"answer_{headline}"
     if step.stage == Stage.EVALUATE:
         file, schema, limit, more = GRADES_FILE, GRADES, MAX_GRADES, [answer]
