@@ -161,13 +161,14 @@ class MlflowRun:
         ]
 
     def _refused(self, params: Sequence[Param]) -> list[Param]:
-        """Logs params together, or where MLflow refuses them one by one; returns those that it will not take."""
+        """Logs params together, or where MLflow refuses them by halves; returns those that it refuses alone."""
         try:
             self._client.log_batch(self.id, params=params)
         except MlflowException as error:
             if error.error_code not in REFUSALS:
                 raise
-            return [*params] if len(params) == 1 else [p for each in params for p in self._refused([each])]
+            half = len(params) // 2
+            return self._refused(params[:half]) + self._refused(params[half:]) if half else [*params]
         finally:
             self._answered()
         return []
