@@ -430,6 +430,19 @@ def test_a_trained_adapter_survives_that_an_older_one_is_asked_for(
     assert torch.equal(logits(cache.get(third)), trained)
 
 
+def test_a_trainer_withdraws_its_adapter_before_it_changes_it_and_the_model_below_stays(
+    sources: dict[str, ModelSource],
+) -> None:
+    cache = ModelCache(CPU)
+    trainer = lora_trainer(cache.lend(sources["1"]))
+    assert not cache.holds(sources["1"]), "whoever borrows it may change it"
+    trainer.publish("a1", cache)
+    assert cache.holds(sources["1"])
+    trainer.begin()
+    assert not cache.holds(sources["1"])
+    assert cache.holds(sources["base"])
+
+
 def test_switching_the_adapter_off_keeps_its_weights_from_training_until_it_is_on_again() -> None:
     model = adapted(tiny_model("llama"))
     wanted = [name for name, weight in model.named_parameters() if weight.requires_grad]
