@@ -513,7 +513,7 @@ def test_weights_are_compared_in_the_model_s_dtype_where_their_shapes_allow_it()
         ),
         (
             {"teachers": [{"self": "initial", "prompt": "{question}!", "quantization": "fp8"}]},
-            "not with the student",
+            "this teacher is the student itself: remove it",
         ),
         ({"student__lora": {}, "rollout__engine": "vllm"}, "takes no adapter"),
         ({"student__lora": {}, "evaluate": {"engine": "vllm"}}, "takes no adapter"),
