@@ -121,6 +121,8 @@ def _import_in_grandchildren(request: Message, _report: Report) -> None:
     """In one that multiprocessing spawns, as vLLM does, and in a plain one."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         [spawned] = pool.map(_origins, [0])
+        pool.close()  # what a worker starts ignores SIGTERM, by which a pool is ended else
+        pool.join()
     script = "import queue, random; print(queue.__file__, random.__file__)"
     started = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     request["out"] = [*spawned, *started.stdout.split()]
