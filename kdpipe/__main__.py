@@ -1,4 +1,4 @@
-"""The program's door: `kdpipe` and `python -m kdpipe`. Ctrl-C ends it without a word until it can be heard."""
+"""The entry point: `kdpipe` and `python -m kdpipe`. Until it can be handled, Ctrl-C ends it silently."""
 
 import signal
 

@@ -68,7 +68,7 @@ class Load:
 
 
 @message
-class Sample:
+class SampleCall:
     """Sample completions."""
 
     hosting: Hosting
@@ -77,7 +77,7 @@ class Sample:
 
 
 @message
-class Score:
+class ScoreCall:
     """Score completions."""
 
     hosting: Hosting
@@ -127,10 +127,10 @@ class Scored:
     scores: list[TokenScores]
 
 
-Question: TypeAlias = AskAbilities | Load | Sample | Score | Sleep | End
+Question: TypeAlias = AskAbilities | Load | SampleCall | ScoreCall | Sleep | End
 Answer: TypeAlias = Abilities | Sampled | Scored | Nothing
 TALK = Talk[Question, Tokens, Answer](
-    (AskAbilities, Load, Sample, Score, Sleep, End), (Tokens,), (Abilities, Sampled, Scored, Nothing)
+    (AskAbilities, Load, SampleCall, ScoreCall, Sleep, End), (Tokens,), (Abilities, Sampled, Scored, Nothing)
 )
 OpenEngine: TypeAlias = "Callable[[Hosting], Engine]"
 
@@ -217,7 +217,7 @@ class WorkerEngine:
         self, requests: Sequence[SampleRequest], sampling: Sampling, *, progress: Progress
     ) -> list[list[Completion]]:
         """See Engine."""
-        answer = self._call(Sample(self._hosting, requests, sampling), progress)
+        answer = self._call(SampleCall(self._hosting, requests, sampling), progress)
         assert isinstance(answer, Sampled)
         return answer.completions
 
@@ -225,7 +225,7 @@ class WorkerEngine:
         self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Progress
     ) -> list[TokenScores]:
         """See Engine."""
-        answer = self._call(Score(self._hosting, requests, scoring), progress)
+        answer = self._call(ScoreCall(self._hosting, requests, scoring), progress)
         assert isinstance(answer, Scored)
         return answer.scores
 
@@ -278,9 +278,9 @@ class Host:
                 return Abilities(engine.abilities)
             case Load(source=source):
                 engine.load(source)
-            case Sample(requests=requests, sampling=sampling):
+            case SampleCall(requests=requests, sampling=sampling):
                 return Sampled(engine.sample(requests, sampling, progress=progress))
-            case Score(requests=asked, scoring=scoring):
+            case ScoreCall(requests=asked, scoring=scoring):
                 return Scored(engine.score(asked, scoring, progress=progress))
             case Sleep():
                 engine.sleep()

@@ -37,6 +37,7 @@ from kdpipe.pipeline.request import (
     Waiting,
     Warned,
 )
+from kdpipe.pipeline.runs import RunFolder
 from kdpipe.recipe.roles import STUDENT_ROLE
 from kdpipe.recipe.schema import Recipe
 from kdpipe.stages.job import Job
@@ -179,7 +180,7 @@ class Executor:
 def _note(inputs: Inputs, kind: str, fields: Mapping[str, JsonValue]) -> None:
     """Writes down what became of a draft, and warns of one that was damaged."""
     row: dict[str, JsonValue] = {"time": time.time(), "event": kind, "step": inputs.step.id, **fields}
-    append_line(inputs.run / "events.jsonl", row)
+    append_line(RunFolder(inputs.run).events_path, row)
     if kind == "damaged":
         inputs.report.event(Warned(f"{fields['problem']}; it is computed again"))
 

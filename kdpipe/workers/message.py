@@ -1,4 +1,4 @@
-"""Typed messages between a parent and its worker: one encoding for both ends, and arrays as the bytes they are.
+"""Typed messages between a parent and its worker, in one encoding for both ends; arrays cross as bytes.
 
 A message is a header line of JSON, a body of JSON, and then the bytes of its arrays:
 
@@ -66,7 +66,7 @@ class Talk(Generic[Request, Event, Result]):
     results: tuple[type[Result], ...]
 
     def request(self, frame: Frame) -> Request:
-        """The request in a frame. Raises ValueError unless it is one of this talk, with all its fields and no other."""
+        """The request in a frame; raises ValueError unless it is one of this talk, field by field."""
         return _read(frame, self.requests)
 
     def event(self, frame: Frame) -> Event:
@@ -169,7 +169,7 @@ def _read(frame: Frame, kinds: tuple[type[Class], ...]) -> Class:
 
 @cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
-    """What writes and checks one type. pydantic is imported late, as commands without a worker need none of it."""
+    """What writes and checks one type. Commands without a worker need no pydantic, so it is imported late."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)

@@ -63,7 +63,7 @@ class Report(Generic[Event]):
         self.stopping = threading.Event()
 
 
-class Server(Protocol[Request, Event, Result]):
+class Serving(Protocol[Request, Event, Result]):
     """What a factory returns: called once for each request of its talk."""
 
     @property
@@ -78,9 +78,9 @@ class Server(Protocol[Request, Event, Result]):
 
 
 def child_environment(more: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a Python that kdpipe starts: it, and what it starts, imports nothing from the working folder.
+    """The environment of a Python that kdpipe starts, which imports nothing from the working folder.
 
-    A `queue.py` or `random.py` there would run in place of Python's own.
+    That holds for what it starts too. A `queue.py` or `random.py` there would run in place of Python's own.
     """
     return {**os.environ, **more, "PYTHONSAFEPATH": "1"}
 
@@ -271,7 +271,7 @@ def main(target: str, parent: int, *, guarded: bool = False) -> None:
     report = Report[Any](lambda event: send("event", event))
     calls: queue.Queue[Frame] = queue.Queue()
     threading.Thread(target=_listen, args=(calls, report), daemon=True).start()
-    serve: Server[Any, Any, Any] | None = None
+    serve: Serving[Any, Any, Any] | None = None
     while True:
         frame = calls.get()
         try:
@@ -289,7 +289,7 @@ def main(target: str, parent: int, *, guarded: bool = False) -> None:
             send("error", failure_of(explained(error)))
 
 
-def _made(target: str) -> Server[Any, Any, Any]:
+def _made(target: str) -> Serving[Any, Any, Any]:
     """What the factory named `module:factory` returns.
 
     Garbage is not looked for meanwhile: libraries make a million objects that all stay, and looking at them again and
@@ -298,7 +298,7 @@ def _made(target: str) -> Server[Any, Any, Any]:
     module, _, name = target.partition(":")
     gc.disable()
     try:
-        made: Server[Any, Any, Any] = getattr(importlib.import_module(module), name)()
+        made: Serving[Any, Any, Any] = getattr(importlib.import_module(module), name)()
     finally:
         gc.enable()
     gc.freeze()
@@ -337,7 +337,7 @@ def _listen(calls: queue.Queue[Frame], report: Report[Any]) -> None:
 
 
 def _start_guard() -> None:
-    """Forks the guard: a process that waits for this one to end, however that is, and ends its whole group then.
+    """Forks the guard: a process that waits for this one to end, and then ends its whole group.
 
     It looks for another parent instead of waiting for a pipe to close, as what this process forks may hold the pipe.
     """

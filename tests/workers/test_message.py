@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kdpipe.engines.protocol import Completion, SampleRequest, Sampling, ScoreRequest, Scoring, TokenScores
-from kdpipe.engines.remote import TALK, Hosting, Load, Sample, Sampled, Score, Scored
+from kdpipe.engines.remote import TALK, Hosting, Load, SampleCall, Sampled, ScoreCall, Scored
 from kdpipe.errors import ArtifactError, EngineError, ModelError, StepError, failure_of
 from kdpipe.models.source import AdapterSource, ModelSource
 from kdpipe.recipe.schema import Runtime
@@ -100,11 +100,11 @@ def test_everything_that_an_engine_is_asked_and_answers_crosses_whole() -> None:
         Path("/m"), "d", "float32", adapter=AdapterSource(Path("/a"), "e"), quantization="fp8"
     )
     sampling = Sampling(0.7, 8, (1, 2), 30, top_p=0.9, top_k=3, stop=("x",))
-    for value in (Load(HOSTING, source), Sample(HOSTING, [SampleRequest([1, 2], (3, 2**62))], sampling)):
+    for value in (Load(HOSTING, source), SampleCall(HOSTING, [SampleRequest([1, 2], (3, 2**62))], sampling)):
         assert crossed(value, TALK) == value
     support = np.array([[4, 5]], np.int32)
     asked = crossed(
-        Score(HOSTING, [ScoreRequest([1], [2], support, [3])], Scoring(0.5, 30, 2, hidden=True)), TALK
+        ScoreCall(HOSTING, [ScoreRequest([1], [2], support, [3])], Scoring(0.5, 30, 2, hidden=True)), TALK
     )
     assert asked.requests[0].support_ids.tolist() == [[4, 5]]
     assert (asked.requests[0].target_ids, asked.scoring) == ([3], Scoring(0.5, 30, 2, hidden=True))
@@ -116,7 +116,7 @@ def test_everything_that_an_engine_is_asked_and_answers_crosses_whole() -> None:
 @pytest.mark.parametrize("change", ["top", "nested", "missing", "type", "kind"])
 def test_an_unknown_field_or_type_is_refused_at_the_pipe(change: str) -> None:
     [frame] = frames(
-        b"".join(encode("call", Sample(HOSTING, [SampleRequest([1], (1,))], Sampling(1, 1, (0,), 2)))), 99
+        b"".join(encode("call", SampleCall(HOSTING, [SampleRequest([1], (1,))], Sampling(1, 1, (0,), 2)))), 99
     )
     body = json.loads(frame.body)
     match change:

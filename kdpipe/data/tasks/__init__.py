@@ -1,4 +1,4 @@
-"""Tasks: problems and their grading. Imports no engine, and a task's module only where it is that task.
+"""Tasks: problems and their grading. The module of a task is imported only where it is that task.
 
 `kdpipe plan` asks for nothing here but names of files, and would pay for all three modules.
 """

@@ -1,4 +1,4 @@
-"""Questions and answers from JSONL or parquet files: a user's own, and the reading that other tasks share."""
+"""Questions and answers from JSONL or parquet files of the user; other tasks share the reading."""
 
 from __future__ import annotations
 
