@@ -1,4 +1,4 @@
-"""The command line: names, orders and guards the commands. The only place that turns an error into an exit code.
+"""The command line: the list of commands, and the one place that turns an error into an exit code.
 
 Results go to stdout, progress and errors to stderr. Nothing heavy is imported before a command needs it.
 """

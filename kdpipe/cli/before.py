@@ -72,7 +72,9 @@ def _horizon(recipe: "Recipe") -> str:
     rounds = optimizer.schedule_rounds or recipe.rounds
     ends = f"the {optimizer.schedule} schedule ends after round {rounds}"
     return ends + (
-        "" if optimizer.schedule_rounds else "; other `rounds` would train anew (set schedule_rounds)"
+        ""
+        if optimizer.schedule_rounds
+        else "; other `rounds` would train again from the start (set schedule_rounds)"
     )
 
 
@@ -127,7 +129,7 @@ def _state_json(state: "State") -> dict[str, object]:
 
 
 def plan_lines(run: str, states: "Sequence[State]", *, horizon: str, paint: Paint) -> list[str]:
-    """The plan, a line a step; rounds that repeat the one before are told in one line."""
+    """The plan, a line a step; rounds that repeat the one before share a line."""
     todo = sum(not state.done for state in states)
     lines = [f"{paint(run, 'bold')}: {counted(len(states), 'step')}, {todo} to run"]
     width = max([24, *(len(state.step.id) + 2 for state in states)])

@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress on stderr, one line a round, a table at the end. Or JSON lines.
+"""A run as a person sees it (progress on stderr, a line a round, a table at the end), or JSON lines.
 
 Without a terminal it prints plain lines, one every few seconds at most. Only the live progress line needs rich,
 which would be a fifth of what `kdpipe plan` costs.
@@ -40,7 +40,7 @@ class Terminal:
         self._said = 0.0
 
     def begin(self, run: RunFolder, todo: int, reused: int) -> None:
-        """Says what is about to happen."""
+        """Prints how many steps will run."""
         done = f", {reused} done already" if reused else ""
         self._say(f"{self._paint(run.name, 'bold')}: {counted(todo, 'step')} to do{done}")
 
@@ -89,7 +89,7 @@ class Terminal:
         """Nothing: rich refreshes by itself."""
 
     def warn(self, message: str) -> None:
-        """Says what does not stop the run but should be known."""
+        """Prints a warning."""
         self._say(f"{self._paint('warning:', 'yellow')} {inert(message)}")
 
     def stop(self) -> None:

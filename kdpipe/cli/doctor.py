@@ -45,7 +45,7 @@ def check_loss(
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Check what a recipe's objective does to a student, on tiny models; exit 4 when it is not what it claims.
+    """Check on tiny models that a recipe's objective trains what it claims to; exit 4 when it does not.
 
     Needs neither models nor network. `run` refuses what fails 1, 2 or 3, unless the recipe says reproduce: true.
 
@@ -97,9 +97,9 @@ def doctor(
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the environment as a block to paste; with a recipe, examine its teachers; exit 4 when a probe fails.
+    """Print the environment; with a recipe, examine its models; exit 4 when a probe fails.
 
-    docs/doctor.md says what each probe catches. Models that no step has made yet are stood in for.
+    docs/doctor.md says what each probe catches. Models that no step has made yet are replaced by stand-ins.
 
     Example: kdpipe doctor quickstart
     """
@@ -215,7 +215,7 @@ def _measured(finding: "Finding") -> str:
 
 
 def doctor_lines(run: str, findings: "Sequence[Finding]", paint: Paint) -> list[str]:
-    """The findings as a table of 80 columns: who, probe, verdict and worst number, and below each what it says."""
+    """The findings as a table of 80 columns: model, probe, verdict, and what was found."""
     width = max(len(finding.probe) for finding in findings)
     counts = Counter(finding.verdict for finding in findings)
     summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in COLOURS if counts[verdict])
@@ -227,7 +227,7 @@ def doctor_lines(run: str, findings: "Sequence[Finding]", paint: Paint) -> list[
 
 
 def _finding_lines(finding: "Finding", width: int, paint: Paint) -> list[str]:
-    """A probe with its verdict and what it says, and below that its numbers; what a failure means comes last."""
+    """A probe with its verdict, what it found, its numbers and, of a failure, what it catches."""
     indent = " " * (width + 13)
     lines = _indented(inert(finding.said), indent)
     shown = paint(f"{finding.verdict:<7}", COLOURS[finding.verdict])
@@ -237,7 +237,7 @@ def _finding_lines(finding: "Finding", width: int, paint: Paint) -> list[str]:
 
 
 def _limited(measure: "Measure") -> str:
-    """A number beside its limit, as the two stand to each other."""
+    """A number with its limit and how the two compare."""
     if not math.isfinite(measure.value):
         return f"{measure.name} not finite"
     value = _shown_number(measure, "g" if measure.limit > 1 else ".2g")

@@ -1,4 +1,4 @@
-"""What keeps house: takes a student out, checks artifacts, removes what no run uses."""
+"""Commands on artifacts: export a student, verify, remove what no run uses."""
 
 import sys
 from pathlib import Path
@@ -90,9 +90,9 @@ def gc(
     as_json: JsonOption = False,
     recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", hidden=True)] = None,
 ) -> None:
-    """Say which store entries no run uses; remove them with --delete.
+    """List the store entries that no run uses; remove them with --delete.
 
-    A run's entries are in use as long as its folder stands under runs/ of the workspace.
+    A run's entries are in use as long as its folder is under runs/ of the workspace.
 
     Example: kdpipe gc --delete
     """

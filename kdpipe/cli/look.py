@@ -1,4 +1,4 @@
-"""What looks at a run: how far it is, what its student wrote, the pages about it."""
+"""Commands that look at a run: how far it is, what its student wrote, the pages about it."""
 
 import sys
 from pathlib import Path
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def status(
     recipe: RecipeArgument,
     check_only: Annotated[bool, typer.Option("--check", help="Exit 6 when work is left.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it anew each second while it runs.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh each second while it runs.")] = False,
     overrides: SetOption = None,
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
@@ -168,7 +168,7 @@ def report(
         list[str] | None,
         typer.Option(
             metavar="RUN",
-            help="Hold it against this run, as `compare` does; repeatable.",
+            help="Compare it with this run, as `compare` does; repeatable.",
             autocompletion=recipe_names,
         ),
     ] = None,

@@ -1,4 +1,4 @@
-"""One run, from the words that were typed to what is printed at its end."""
+"""One run, from the typed arguments to the lines printed at its end."""
 
 import json
 import shlex
@@ -25,7 +25,7 @@ def run_one(
     *,
     as_json: bool,
 ) -> "Project":
-    """The project after its run, whose outcome was printed; what to run is asked when the project is open."""
+    """The project after its run, whose outcome is printed; `request` is called when the project is open."""
     from kdpipe.cli.display import JsonLines, Terminal
     from kdpipe.pipeline.runner import run as run_steps
     from kdpipe.report.writing import renew_report
@@ -55,7 +55,7 @@ def run_one(
 
 
 def commands_again(loaded: "LoadedRecipe", recipe: str, workspace: Path) -> list[str]:
-    """What makes this run again, and what looks further into it; `recipe` as it was typed, be it a run's name."""
+    """The commands that repeat this run and look further into it; `recipe` is as typed, or a run's name."""
     from kdpipe.recipe.file import shipped
 
     if loaded.path in shipped():

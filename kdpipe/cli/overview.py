@@ -1,4 +1,4 @@
-"""A run at a glance: stages by rounds, what is running now and how fast. Reads manifests and notes; starts nothing."""
+"""A run at a glance: stages by rounds, the running step and its pace, from manifests and notes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kdpipe.pipeline.status import State
 from kdpipe.store.locks import is_running
 
 Cell = Literal["done", "running", "stale", "to do", "damaged"]
-LAST_STEPS = 5  # of a stage, whose median tells what the next one takes
+LAST_STEPS = 5  # of a stage, whose median is the estimate of the next one
 MARKS: dict[Cell, tuple[str, Style]] = {
     "done": ("#", "green"),
     "running": (">", "bold"),
@@ -28,7 +28,7 @@ MARKS: dict[Cell, tuple[str, Style]] = {
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """The state of every step, whether somebody performs them now, and how far the current one is."""
+    """The state of every step, whether the run is running, and the progress of the current step."""
 
     states: tuple[State, ...]
     running: bool
@@ -108,7 +108,7 @@ def _current(events: Sequence[RunEvent]) -> str | None:
 
 
 def grid_lines(found: Overview, paint: Paint) -> list[str]:
-    """A row for each stage, a column for each round, in blocks that fit 80 columns; below, what the marks mean."""
+    """A row for each stage, a column for each round, in blocks of 80 columns; below, the legend."""
     cells = {(state.step.link_name, state.step.round): found.cell(state) for state in found.states}
     names = list(dict.fromkeys(state.step.link_name for state in found.states))
     rounds = range(max((number for _, number in cells), default=0) + 1)
@@ -137,7 +137,7 @@ def _mark(cell: Cell | None, paint: Paint) -> str:
 
 
 def progress_line(found: Overview) -> str:
-    """The running step: how far, how fast, how long still, and how old the news is where it is not fresh."""
+    """The running step: how far, how fast, time left, and the age of that report where it is old."""
     whole = (
         "" if found.seconds_left is None else f"; the whole run: about {duration(found.seconds_left)} left"
     )
@@ -150,5 +150,5 @@ def progress_line(found: Overview) -> str:
     if at.seconds_left is not None:
         pieces.append(f"{time_left(at.seconds_left)} left")
     if (age := time.time() - at.at) > 10:
-        pieces.append(f"told {age:.0f} s ago")
+        pieces.append(f"reported {age:.0f} s ago")
     return inert(", ".join(pieces) + whole)

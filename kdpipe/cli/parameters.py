@@ -1,4 +1,4 @@
-"""What commands take, as it is typed, and what they make of it: a recipe, a project."""
+"""The arguments and options of commands, and the recipe or project that they name."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def recipe_names(context: typer.Context, incomplete: str) -> list[str]:
-    """Shipped recipes and the workspace's runs for the shell's completion; where none begins so, it offers files."""
+    """Shipped recipes and the workspace's runs for shell completion; where none fits, it offers files."""
     from kdpipe.pipeline.runs import all_runs
     from kdpipe.recipe.file import shipped
 
@@ -56,7 +56,7 @@ def load_given(recipe: str, overrides: list[str] | None, workspace: Path) -> "Lo
     try:
         return load_recipe(shipped_path(recipe), changes)
     except RecipeError as error:
-        if path.exists():  # a folder, which reading it tells
+        if path.exists():  # a folder, which the error of reading it says
             return load_recipe(path, changes)
         names = ", ".join(one.name for one in all_runs(workspace.resolve())[:MAX_NAMES])
         raise RecipeError(
@@ -78,7 +78,7 @@ def open_given(recipe: str, overrides: list[str] | None, workspace: Path) -> "Pr
 
 
 def run_given(run: str, overrides: list[str] | None, workspace: Path) -> "RunFolder":
-    """The folder of a run by its name, or of the run that a recipe means; raises RecipeError where nothing was run."""
+    """The folder of a run by its name, or of the run of a recipe; raises RecipeError where there is none."""
     from kdpipe.pipeline.runs import named_run
 
     if not overrides and (named := named_run(workspace.resolve(), run)) is not None:

@@ -1,4 +1,4 @@
-"""What runs a recipe: the whole of it, once for each value of a sweep, or one step."""
+"""Commands that run a recipe: all of it, once for each value of a sweep, or one step."""
 
 from collections.abc import Callable
 from pathlib import Path

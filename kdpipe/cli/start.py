@@ -1,4 +1,4 @@
-"""What a project starts from: the shipped recipes, a folder of one's own, the schema."""
+"""Commands to start from: the shipped recipes, a folder of your own, the schema."""
 
 from pathlib import Path
 from typing import Annotated

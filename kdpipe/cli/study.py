@@ -44,7 +44,7 @@ def compare(
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Hold runs against the first one: accuracy, paired difference, several seeds as one, and cost.
+    """Compare runs with the first one: accuracy, paired difference, several seeds as one, and cost.
 
     Each run counts with its last evaluated student. Runs that differ only in their seed are one row. --set changes
     every recipe given.
@@ -77,10 +77,11 @@ def arms(
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Tell where a gain comes from: run the control arms of a recipe on several seeds, and hold them against student 0.
+    """Find where a gain comes from: run a recipe's control arms on several seeds and compare them.
 
-    Arms: kd, rl, kdrl (both), shuffled-teacher (the scores of another prompt's completion) and self-teacher (the
-    student itself). Each is an ordinary run; they share what does not depend on the arm. Repeating the command resumes.
+    Each arm is compared with student 0. Arms: kd, rl, kdrl (both), shuffled-teacher (the scores of another prompt's
+    completion) and self-teacher (the student itself). Each is an ordinary run; they share what does not depend on
+    the arm. Repeating the command resumes.
 
     Example: kdpipe arms quickstart --seeds 3 --set rollout.samples=4 --set rollout.prompts=32
     """
@@ -185,7 +186,7 @@ def run_study(
     markdown: bool,
     as_json: bool,
 ) -> None:
-    """Runs each of (name, overrides) as one study, and prints and keeps the comparison of those that ended.
+    """Runs each of (name, overrides) as one study; prints and keeps the comparison of those that ended.
 
     `compare` is given their folders by their place. Raises StepError where some failed.
     """
@@ -196,7 +197,7 @@ def run_study(
     from kdpipe.store.locks import run_lock
     from kdpipe.tracking import begin_study, end_study
 
-    # a mistake in the last one is told before the first one costs anything
+    # a mistake in the last one is reported before the first one costs anything
     recipes = [load_given(recipe, changes, workspace).recipe for _, changes in runs]
     place, first = workspace.resolve(), recipes[0]
     names = {run_folder(place, one).name: label for one, (label, _) in zip(recipes, runs, strict=True)}
@@ -230,7 +231,7 @@ def _run_each(
     *,
     as_json: bool,
 ) -> "tuple[dict[int, RunFolder], list[str]]":
-    """Runs each of (name, overrides): the folders of those that ended, by their place, and the names of the others."""
+    """Runs each of (name, overrides): folders of those that ended, by place, and names of the others."""
     done: dict[int, RunFolder] = {}
     failed: list[str] = []
     for number, (name, changes) in enumerate(runs):

@@ -1,6 +1,7 @@
-"""What commands print: results to stdout, errors and progress to stderr, colours and control codes on terminals only.
+"""What commands print: results to stdout, errors and progress to stderr.
 
-Model text is shown through `inert`, which strips whatever a terminal would act on.
+Colours and control codes appear on terminals only. Model text is shown through `inert`, which strips
+whatever a terminal would act on.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _CODES: dict[Style, int] = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow
 
 
 def painter(stream: TextIO) -> Paint:
-    """Puts colour codes around a text where `stream` is coloured; else nothing."""
+    """A function that puts colour codes around a text where `stream` is coloured."""
     if is_coloured(stream):
         return lambda text, style: f"\x1b[{_CODES[style]}m{text}\x1b[0m"
     return lambda text, _style: text
@@ -55,7 +56,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def print_error(error: KdpipeError) -> None:
-    """Says on stderr what went wrong, what to do about it and, where something is kept, what continues."""
+    """Prints to stderr what went wrong, what to do and, where something is kept, how to continue."""
     paint = painter(sys.stderr)
     stopped = error.exit_code > 128
     label = paint("stopped:", "yellow") if stopped else paint("error:", "red")
@@ -75,7 +76,7 @@ def print_json(value: object) -> None:
 
 
 def say(text: str) -> None:
-    """Tells on stderr how things go."""
+    """Prints a line of progress to stderr."""
     print(inert(text), file=sys.stderr)
 
 
@@ -86,9 +87,9 @@ def shown(path: Path) -> str:
 
 
 def watch_lines(look: Callable[[], tuple[list[str], bool]]) -> None:
-    """Shows what `look` returns anew each second until it says that it was the last; Ctrl-C ends it quietly.
+    """Shows what `look` returns each second until it says that it was the last; Ctrl-C ends it quietly.
 
-    Where stdout is no terminal: the first and the last time, and between them what has changed.
+    Where stdout is no terminal: all of it at first, later what has changed.
     """
     with contextlib.suppress(KeyboardInterrupt):
         if is_terminal(sys.stdout):

@@ -1,5 +1,6 @@
-"""Completions in a terminal, token by token: coloured by what each adds to the reverse KL, or as numbers where piped.
+"""Completions in a terminal, token by token, coloured by what each adds to the reverse KL.
 
+Where piped, the largest are listed with their numbers.
 Orange backgrounds: the student is surer than the teacher; blue: the teacher is. Lines are broken between tokens. Model
 and data text passes through `inert` before anything of ours is put around it.
 """
@@ -58,8 +59,8 @@ def _sample_lines(sample: Sample, paint: Paint, *, coloured: bool) -> list[str]:
         lines += _wrapped(completion.text, paint(MARK, "dim"))
     found = "no answer" if completion.answer is None else f"found {completion.answer}"
     cut = ", cut at the length limit" if completion.is_truncated else ""
-    told = f"expected {completion.expected or '?'}, {found}{cut}"
-    lines += [paint(line, "dim") for line in _ours(inert(told))]
+    outcome = f"expected {completion.expected or '?'}, {found}{cut}"
+    lines += [paint(line, "dim") for line in _ours(inert(outcome))]
     if is_scored:
         lines += _disagreements(completion.tokens, paint)
     if completion.change is not None:
@@ -132,7 +133,7 @@ def _shaded(text: str, gap: float | None) -> str:
 
 
 def _disagreements(tokens: Sequence[Token], paint: Paint) -> list[str]:
-    """The tokens that the two disagree about most, with their numbers and what the teacher would have said."""
+    """The tokens of largest disagreement, with their numbers and what the teacher would have said."""
     gaps = [(abs(gap), index) for index, token in enumerate(tokens) if (gap := token.gap) is not None]
     notable = sorted((one for one in gaps if one[0] >= NOTABLE_NATS), reverse=True)[:MOST]
     mean = sum(token.gap or 0.0 for token in tokens) / max(1, len(gaps))

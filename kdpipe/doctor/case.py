@@ -1,4 +1,4 @@
-"""What the doctor examines: a recipe's student and teachers, each with its engine, and what both sides share."""
+"""What the doctor examines: a recipe's student and teachers with their engines."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ LONGEST = 32
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is examined: a recipe with its student, what samples from it, and its teachers with their settings.
+    """The student and the teachers of a recipe, with their settings.
 
-    `stand_ins` says of each model, by its name, what its weights are where they are not yet those of a run.
+    `stand_ins` describes the weights of each model, by its name, that no step has made yet.
     """
 
     recipe: Recipe
@@ -44,7 +44,7 @@ class Case:
     depth: Depth
 
     def dtype(self, model: ModelHandle) -> torch.dtype:
-        """The dtype that a model computes in: a server's is not known, and taken to be the coarsest."""
+        """The dtype that a model computes in; of a served model, which does not say, the coarsest."""
         return torch.bfloat16 if model.is_served else resolve_dtype(model.source.dtype, self.device)[0]
 
     def tolerance(self, model: ModelHandle) -> Tolerance:

@@ -1,7 +1,7 @@
-"""The doctor's probes of engines: is what they say of a token what a plain forward pass of the folder says of it?
+"""Probes of engines: are their log-probs those of a plain forward pass of the model's folder?
 
-Every probe asks an engine through its protocol and holds the answer against a forward pass made elsewhere, or
-against another answer. Differences are told as their maximum and 99th percentile, never as a mean: scores shifted
+Every probe asks an engine through its protocol and compares the answer with a forward pass made elsewhere, or
+with another answer. Differences are reported as their maximum and 99th percentile, never as a mean: scores shifted
 by one differ by nats at every token, and by nearly nothing in their sum.
 """
 
@@ -56,7 +56,7 @@ _ALTERNATIVES = 3
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """A model and how it is asked: at which temperature, over how many ids."""
+    """A model with the temperature and the number of ids that it scores at."""
 
     model: ModelHandle
     temperature: float
@@ -64,7 +64,7 @@ class Scorer:
     tolerance: Tolerance
 
     def scores(self, pairs: Sequence[Pair], *, top_k: int = 0, hidden: bool = False) -> list[TokenScores]:
-        """What the engine says of the completions."""
+        """The engine's scores of the completions."""
         return self.model.score(
             [ScoreRequest(prompt, completion) for prompt, completion in pairs],
             Scoring(temperature=self.temperature, num_ids=self.num_ids, top_k=top_k, hidden=hidden),
@@ -87,7 +87,7 @@ class Scorer:
 def agrees(
     scorer: Scorer, pairs: Sequence[Pair], forward: Forward, *, whose: str, scored: Logprobs
 ) -> Outcome:
-    """Whether `scored`, by the engine, is what `forward` says at the scorer's temperature; `whose` names it."""
+    """Whether `scored`, by the engine, equals `forward` at the scorer's temperature; `whose` names it."""
     theirs = forward(pairs, scorer.temperature)
     measures = _apart(scored, theirs, scorer.tolerance)
     tokens = sum(map(len, scored))
@@ -111,7 +111,7 @@ def _apart(ours: Logprobs, theirs: Logprobs, tolerance: Tolerance) -> tuple[Meas
 def _diagnosis(
     scorer: Scorer, pairs: Sequence[Pair], ours: Logprobs, theirs: Logprobs, forward: Forward
 ) -> str:
-    """What would explain the difference, tried one after another."""
+    """The first known mistake that explains the difference."""
     temperature, tolerance = scorer.temperature, scorer.tolerance
 
     def fits(found: Logprobs, wanted: Logprobs) -> bool:
@@ -176,7 +176,7 @@ def _other_ids(token: int, num_ids: int) -> list[int]:
 
 
 def not_constant(scorer: Scorer, pairs: Sequence[Pair]) -> Outcome:
-    """Whether scores differ from token to token, where every second one is replaced by an id that is as good as any.
+    """Whether scores differ from token to token; every second one is replaced by an arbitrary id.
 
     A teacher that knows the solutions by heart gives all of their own tokens nearly the same score: 0.
     """
@@ -196,7 +196,7 @@ def not_constant(scorer: Scorer, pairs: Sequence[Pair]) -> Outcome:
 
 
 def same_twice(scorer: Scorer, pairs: Sequence[Pair]) -> Outcome:
-    """Whether the same requests give the same scores again, and in another order and company."""
+    """Whether the same requests give the same scores again, in another order, and alone."""
     first, second = scorer.logprobs(pairs), scorer.logprobs(pairs)
     backwards = scorer.logprobs(pairs[::-1])[::-1]
     alone = scorer.logprobs(pairs[:1])
@@ -252,7 +252,7 @@ def top_k(scorer: Scorer, pairs: Sequence[Pair], k: int) -> Outcome:
                 f"request {number}: ids of shape {list(ids.shape)}, expected {[len(completion), k]}"
             )
         if any(len(set(row)) < k for row in ids.tolist()):
-            return failed(f"request {number}: an id stands twice among the {k} most probable ones")
+            return failed(f"request {number}: an id occurs twice among the {k} most probable ones")
         values = logprobs.astype(np.float64)
         worst_order = max(worst_order, float(np.diff(values, axis=1).max(initial=0.0)))
         own = np.asarray(score.logprobs, np.float64)
@@ -273,7 +273,7 @@ def top_k(scorer: Scorer, pairs: Sequence[Pair], k: int) -> Outcome:
 
 
 def hidden_states(scorer: Scorer, pairs: Sequence[Pair], turn: Turn) -> Outcome:
-    """Whether the states before the output head, turned by the head in the folder, are the engine's scores."""
+    """Whether hidden states through the output head of the folder give the engine's scores."""
     ours: Logprobs = []
     theirs: Logprobs = []
     for number, (score, (_, completion)) in enumerate(
@@ -288,7 +288,7 @@ def hidden_states(scorer: Scorer, pairs: Sequence[Pair], turn: Turn) -> Outcome:
 
 
 def knows_the_task(scorer: Scorer, references: Sequence[Pair], own: Sequence[Pair] | None) -> Outcome:
-    """Whether reference solutions are likelier than guessing; `own` has them after the teacher's own template."""
+    """Whether reference solutions are likelier than guessing; `own` are those in the teacher's template."""
     every = np.concatenate(scorer.logprobs(references))
     if not every.size:
         raise EngineError("the reference solutions are empty", hint="look at the task's data")

@@ -1,7 +1,7 @@
-"""What a recipe will take, from sizes alone: memory of every role, disk and tokens of a round.
+"""Memory of every role, disk and tokens of a round that a recipe needs, from sizes alone.
 
 Bounds rather than forecasts: every completion is taken to be `max_new_tokens` long, nothing is compressed, and what
-cannot be known from sizes (activations) is counted roughly and said so. No weights are read.
+cannot be known from sizes (activations) is counted roughly and marked so. No weights are read.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ ESTIMATE: TypeAdapter[Estimate | NoEstimate] = TypeAdapter(Estimate | NoEstimate
 def estimate(
     recipe: Recipe, student: Sized, teachers: Mapping[str, Sized | None], *, prompt_tokens: int
 ) -> Estimate:
-    """What `recipe` takes with prompts of `prompt_tokens` tokens; a teacher that is None has its weights elsewhere."""
+    """What `recipe` needs with prompts of `prompt_tokens` tokens; None is a teacher on a server."""
     here = {name: teacher for name, teacher in teachers.items() if teacher is not None}
     distinct = {name: teacher for name, teacher in here.items() if teacher.name != student.name}
     memory = {
@@ -167,7 +167,7 @@ def _share(recipe: Recipe, count: int) -> float:
 
 
 def _kept_bytes(recipe: Recipe, teacher: Sized | None) -> int:
-    """Bytes that teacher-score keeps of a completion token; who has its weights elsewhere gives no hidden states."""
+    """Bytes that teacher-score keeps of a completion token; a served teacher gives no hidden states."""
     keep = recipe.keep
     if keep.hidden and teacher is not None:
         return _ID + teacher.shape.hidden * teacher.element

@@ -1,7 +1,7 @@
-"""The doctor: a student and its teachers are examined before anything is believed, or paid for.
+"""The doctor: the findings on a student and its teachers before a run is paid for.
 
-`examine` makes the probes of `doctor_text.py` and `doctor_engine.py` over a recipe's own engines. What each catches
-stands in `doctor_finding.py`. A full examination samples a few completions, loads every model several times, and
+`examine` runs the probes of `text.py` and `engine.py` on a recipe's own engines. What each catches is in
+`finding.py`. A full examination samples a few completions, loads every model several times, and
 writes a perturbed copy of the student to a temporary folder; the quick one, which `run` makes by itself, asks for
 nothing that the next steps would not load anyway.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def examine(case: Case) -> list[Finding]:
-    """The findings on the student and on each teacher, in the order in which they are told."""
+    """The findings on the student and on each teacher, in the order in which they are reported."""
     with tempfile.TemporaryDirectory(prefix="kdpipe-doctor-") as folder:
         student = ExaminedStudent(case, Path(folder))
         findings = list(student.findings())
@@ -41,7 +41,7 @@ def examine(case: Case) -> list[Finding]:
 
 
 def sizes(case: Case) -> Estimate:
-    """What the recipe takes, from the configs of its models and the length of its prompts."""
+    """The estimate of the recipe, from the configs of its models and the length of its prompts."""
     recipe, text = case.recipe, case.student.text
     prompts = [text.prompt(problem) for problem in case.job.train[:LONGEST]]
     lora, source = recipe.student.lora, case.student.source

@@ -1,4 +1,4 @@
-"""What a probe of the doctor or a property of check-loss finds: a verdict, its numbers, the mistake that it catches."""
+"""Findings of the doctor's probes and of check-loss: verdict, numbers, the mistake that is caught."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Probe = Literal[
 ]
 CATCHES: dict[Probe, str] = {
     "vocabulary": "a teacher whose ids stand for other strings, so that it scores another text",
-    "special tokens": "a beginning-of-sequence token that stands twice, or that only one of the two knows",
+    "special tokens": "a beginning-of-sequence token that occurs twice, or that only one of the two knows",
     "template": "a teacher that reads turns in a form that it was not trained on",
     "end of sequence": "a teacher that ends its turns with another id, and so teaches never to stop",
     "context": "prompts that do not fit beside max_new_tokens, found hours later",
@@ -66,9 +66,9 @@ def _or_null(value: float) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A number with its limit: at most that, or with `must_exceed` more than that; `of` is the size of the whole.
+    """A number that may be `limit` at most, or with `must_exceed` has to be more.
 
-    A value that is not finite is on neither side, and null in JSON.
+    `of` is the size of the whole. A value that is not finite is never ok, and null in JSON.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a probe found, in a sentence, with its numbers. Without a `verdict` the numbers give it."""
+    """What a probe found, in a sentence, with its numbers, which decide where there is no `verdict`."""
 
     said: str
     measures: tuple[Measure, ...] = ()
@@ -104,7 +104,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The verdict of one probe on what it is `about`, its numbers, and the mistake that the probe is there to catch."""
+    """The verdict of one probe, what it is about, its numbers, and the mistake that the probe catches."""
 
     probe: str
     about: str
@@ -128,12 +128,12 @@ PHASES = TypeAdapter(tuple[Phase, ...])
 
 
 def skipped(why: str) -> Outcome:
-    """A probe that was not made, and why."""
+    """The outcome of a probe that was skipped, and why."""
     return Outcome(why, verdict="skipped")
 
 
 def failed(said: str, *measures: Measure) -> Outcome:
-    """A probe that failed for what is said, whatever the numbers."""
+    """The outcome of a probe that failed, whatever its numbers."""
     return Outcome(said, measures, verdict="FAILED")
 
 

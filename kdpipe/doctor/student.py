@@ -1,4 +1,4 @@
-"""The student under examination: what it samples, the forward pass of its trainer, and whether others replace it."""
+"""The student under examination: its samples, the trainer's forward pass, and reloads."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class ExaminedStudent:
             request_for(text.prompt(problem), 1, self.case.job.seed, "doctor", problem.prompt_id)
             for problem in self.problems
         ]
-        # Truncated, b would be of another distribution than the trainer's: that is not what is asked here.
+        # Truncated, b would be of another distribution than the trainer's.
         whole = replace(settings, top_p=1.0, top_k=0)
         drawn = self.model.sample(requests, whole, progress=lambda _: None)
         self.case.rest(self.model)
@@ -90,7 +90,7 @@ class ExaminedStudent:
 
     @cached_property
     def _trainer_forward(self) -> engines.Forward:
-        """What train would compute: its weights, its autocast, `forward.py` in one batch at a time."""
+        """What train would compute: its weights, its autocast, one batch at a time."""
         source, device = self.model.source, self.case.device
         lora = self.case.recipe.student.lora
         network = open_model(
@@ -117,7 +117,7 @@ class ExaminedStudent:
         return forward
 
     def findings(self) -> Iterator[Finding]:
-        """What is asked of the student alone."""
+        """The findings on the student alone."""
         model, name = self.model, self.model.name
         tokens = self.case.recipe.rollout.max_new_tokens
 
@@ -145,7 +145,7 @@ class ExaminedStudent:
         return engines.reload(scorer, other, pairs, forward=self._plain(self.model.source), of_other=of_other)
 
     def scorer(self, model: ModelHandle, *, temperature: float) -> Scorer:
-        """The student in the place of `model`: as its engine scores it."""
+        """The student's weights, scored by the engine of `model`."""
         own = replace(model, source=self.model.source)
         return Scorer(own, temperature, self.model.text.num_ids, self.tolerance)
 

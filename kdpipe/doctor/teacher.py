@@ -1,4 +1,4 @@
-"""A teacher under examination, beside the student that it is to teach."""
+"""A teacher under examination, beside the student that it teaches."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class ExaminedTeacher:
         return self.case.recipe.temperature_of(self.settings)
 
     def findings(self) -> Iterator[Finding]:
-        """What is asked of this teacher."""
+        """The findings on this teacher."""
         name = self.model.name
         vocabulary = found("vocabulary", name, self._vocabulary)
         yield vocabulary
@@ -142,17 +142,17 @@ class ExaminedTeacher:
         )
 
     def _prompt(self, problem: Problem) -> list[int]:
-        """What it reads before a completion."""
+        """The prompt that it reads before a completion."""
         return self.handle.prompt_ids(problem, self.student.model.text.prompt(problem))
 
     # engine
 
     def _scorer(self) -> Scorer:
-        """This teacher on its engine, as teacher-score asks it."""
+        """This teacher on its engine, as teacher-score uses it."""
         return Scorer(self.model, self.temperature, self.handle.num_ids, self.tolerance)
 
     def _references(self) -> list[Pair]:
-        """What it reads, with the beginning of reference solutions, without ids that it lacks."""
+        """Its prompts with the beginning of reference solutions, without ids that it lacks."""
         lacking = self.handle.vocabulary.unscorable
         pairs = self.student.references(self.problems[:4])
         return [
@@ -172,11 +172,11 @@ class ExaminedTeacher:
             return skipped(why)
         prompts = [self._prompt(problem) for problem in self.problems]
         if any(max(prompt) >= self.student.model.text.num_ids for prompt in prompts):
-            return skipped("its prompt holds ids that the student has not")
+            return skipped("its prompt holds ids that the student lacks")
         return self._null(prompts)
 
     def _null(self, prompts: Sequence[list[int]]) -> Outcome:
-        """The student's weights in this teacher's place, after these prompts."""
+        """The student's weights in this teacher's engine, after these prompts."""
         drawn = [completion for _, completion in self.student.pairs(self.problems)]
         pairs = list(zip(prompts, drawn, strict=True))
         scorer = self.student.scorer(self.model, temperature=self.temperature)
@@ -192,7 +192,7 @@ class ExaminedTeacher:
         if self.case.depth == "full" or self.model.engine_name == "hf":
             return None
         if sizes_of(self.model.source) != sizes_of(self.student.model.source):
-            return "its engine would have to be started anew for the student: kdpipe doctor does that"
+            return "its engine would have to restart for the student: kdpipe doctor does that"
         return None
 
     def _top_k(self) -> Outcome:

@@ -1,4 +1,4 @@
-"""The doctor's probes of text: do student and teacher mean the same by ids, turns and ends? No engine is asked."""
+"""Probes of text: do student and teacher mean the same by ids, turns and ends? No engine runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def vocabulary(student: Text, teacher: Text, *, name: str) -> Outcome:
 
 
 def special_tokens(student: Text, teacher: Text, prompt: Sequence[int]) -> Outcome:
-    """The special tokens of the two side by side, and whether the student's prompt begins with one that fits."""
+    """The special tokens of both, and whether the student's prompt begins as the teacher expects."""
     sides = [_specials(student), _specials(teacher)]
     shown = ", ".join(
         f"{kind} {sides[0][kind]}"
@@ -74,10 +74,10 @@ def _begins_with_bos(text: Text) -> bool:
 def template(
     student: Text, teacher: Text, settings: Teacher, problem: Problem, *, reads_own: bool
 ) -> Outcome:
-    """The same problem as each of the two would read it by its own template, side by side.
+    """The same problem in the template of either, side by side.
 
-    `reads_own` says that the teacher is asked with its own rendering; else it reads the student's ids, and another
-    form than its own is worth a warning.
+    With `reads_own` the teacher reads its own rendering; else it reads the student's ids, and a form that differs from
+    its own is worth a warning.
     """
     ours = student.prompt(problem)
     if reads_own:
@@ -132,7 +132,7 @@ def end_of_sequence(student: Text, teacher: Text, objective: Objective) -> Outco
 def context(
     prompts: Sequence[Sequence[int]], *, max_new_tokens: int, limit: int | None, whose: str
 ) -> Outcome:
-    """Whether the longest of the prompts and `max_new_tokens` fit; `limit` None is known elsewhere."""
+    """Whether the longest prompt and `max_new_tokens` fit; `limit` None is a server's, unknown here."""
     if limit is None:
         return skipped("its context is a server's, which refuses what does not fit")
     longest = max(map(len, prompts))

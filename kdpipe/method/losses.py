@@ -1,6 +1,6 @@
 """Divergences, policy-gradient losses and ratio weights: tensors in, tensors out.
 
-Shapes stand in names: N completion tokens (flattened), V token ids in use, K ids of a support (id -1 is
+Shapes are in the names: N completion tokens (flattened), V token ids in use, K ids of a support (id -1 is
 padding), S support points (K + 1 with the tail bucket, or V). Log-probs are in nats. `student` carries the gradient;
 what is called teacher, signal, weight or advantage never does.
 

@@ -23,7 +23,7 @@ def mismatch(sampler: npt.ArrayLike, trainer: npt.ArrayLike) -> npt.NDArray[np.f
 
 
 def ledger(objective: Objective, differences: npt.NDArray[np.float64]) -> dict[str, float]:
-    """What is said of b - p of some tokens; `objective` is that of the round. Nothing of no tokens."""
+    """Metrics of b - p of some tokens, none of no tokens; `objective` is that of the round."""
     if not differences.size:
         return {}
     absolute = np.abs(differences)

@@ -49,7 +49,7 @@ class TeacherScores:
 
 @dataclass(frozen=True, slots=True)
 class Donor:
-    """Whose scores a completion takes: the number of another one, and its position [n] for each own token."""
+    """Source of a completion's shuffled scores: the donor's row and, for each token [n], its position."""
 
     number: int
     positions: npt.NDArray[np.int64]
@@ -59,8 +59,8 @@ class Donor:
 class RoundScores:
     """The scores of every completion of a round, in the order of its rollouts.
 
-    `places[i]` says of teacher i which of its rows belongs to a completion, by the completion's number. `donors` says
-    of shuffled scores whose they are; `rows` are shuffled already.
+    `places[i]` maps a completion's number to its row in the scores of teacher i. `donors` are the sources of shuffled
+    scores; `rows` are shuffled already.
     """
 
     rows: Sequence[Scores]
@@ -77,7 +77,7 @@ class RoundScores:
     def distribution(
         self, numbers: Sequence[int], *, top_k: int, device: torch.device
     ) -> TeacherHidden | TeacherMixture:
-        """What the teachers think at the tokens of these completions, from hidden states."""
+        """The teachers' distributions at the tokens of these completions, from hidden states."""
         if self.donors is not None:
             return self._shuffled_distribution(self.donors, numbers, top_k=top_k, device=device)
         parts = [
@@ -139,7 +139,7 @@ def join_scores(
         for index, row in enumerate(teacher.rows):
             number = numbers.get((row.prompt_id, row.sample))
             if number is None or number in place:
-                what = "stands twice" if number is not None else "is not among its rollouts"
+                what = "occurs twice" if number is not None else "is not among its rollouts"
                 raise _wrong(
                     round_number, row.prompt_id, row.sample, f"{what} in the scores of {teacher.name!r}"
                 )
@@ -169,7 +169,7 @@ def _wrong(round_number: int, prompt_id: str, sample: int, what: str) -> Artifac
 
 
 def _mixed(found: Mapping[str, Scores], weights: Mapping[str, float]) -> Scores:
-    """One row of the mixture; of the supports that its parts may have it keeps none."""
+    """One row of the mixture, without any support."""
     first = next(iter(found.values()))
     scorable = np.logical_and.reduce([row.scorable for row in found.values()])
     logprobs = mixed_logprobs(

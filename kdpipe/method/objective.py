@@ -1,6 +1,6 @@
 """A recipe's objective applied to tensors: each token's weight, a micro-batch's loss and metrics.
 
-The trainer and `check-loss` call these same functions; what a KD term computes stands in `losses.py`. Shapes as
+The trainer and `check-loss` call these same functions; what a KD term computes is in `losses.py`. Shapes as
 there: N flattened completion tokens, V ids in use, S support points; n is the part of N that a term looks at.
 """
 
@@ -76,7 +76,7 @@ def shares(objective: Objective, kept: Sequence[int | None], *, max_new_tokens: 
 def distribution_value(
     objective: Objective, logprobs_NV: Tensor, support: TeacherSupport, *, taught_N: Tensor, places_N: Tensor
 ) -> Tensor:
-    """What the KD term needs of two whole distributions at each position, [N]; exactly 0 where not taught.
+    """What the KD term needs of two whole distributions at each position, [N]; 0 where not taught.
 
     The divergence, with gradient to `logprobs_NV`, or for `baseline: exact` the expectation of `q - s` under
     the student, without. `logprobs_NV` are the student's at T over the ids in use. Raises NonFiniteError naming
@@ -129,7 +129,7 @@ def _explain(
 def token_loss(
     objective: Objective, batch: TokenBatch, student_N: Tensor, distribution_N: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """This micro-batch's share of an optimizer step's loss, and detached metrics as *sums* over tokens.
+    """This micro-batch's share of the step's loss, and detached metrics as *sums* over tokens.
 
     `student_N` s carries the gradient; `distribution_N` is that of `distribution_value`, where the objective
     has a `distribution_support`. Metrics: `kept_tokens`; with an RL term `rl_loss`, `rl_clipped`,

@@ -37,7 +37,7 @@ class TokenBatch:
     `behaviour` b, `proximal` p and `teacher` q are log-probs of the sampled tokens; `advantage` A and
     `baseline` (of the sampled-token terms) are those of each token's completion. `kept` is False where no term
     may look, `scorable` where the KD term may not (the teacher lacks the id), `kd_open` where a KD mask closes
-    the completion: whatever stands there is never read. `share` is the weight of each token in the optimizer
+    the completion: values there are never read. `share` is the weight of each token in the optimizer
     step's loss (see `shares`). `lengths` are the tokens of each completion, N in all. `off_policy` is True in text
     that the student did not sample, which has neither b, p, A, baseline nor KD mask: none of them is read there.
     """
@@ -91,7 +91,8 @@ class TokenBatch:
 class TeacherSupport:
     """The teacher's distribution at N positions: on K ids and a tail of all others, or on all V ids.
 
-    `ids_NK` (-1 is padding) with `logprobs_NS` [N, K] and `tail_N`; or `logprobs_NS` [N, V] alone.
+    `ids_NK` (-1 is padding) with `logprobs_NS` [N, K] and `tail_N`, the log-mass of all other ids; or
+    `logprobs_NS` [N, V] alone.
     """
 
     logprobs_NS: Tensor

@@ -141,7 +141,7 @@ def test_ctrl_c_leaves_a_watch_quietly() -> None:
     terminal.watch_lines(look)
 
 
-def test_the_line_says_when_the_news_is_old(seen: dict[str, Any]) -> None:
+def test_the_line_says_how_old_the_last_report_is(seen: dict[str, Any]) -> None:
     from dataclasses import replace
 
     from kdpipe.pipeline.progress import Progress
@@ -149,7 +149,7 @@ def test_the_line_says_when_the_news_is_old(seen: dict[str, Any]) -> None:
     at = Progress("train@1", "optimizer steps", 2, 8, 1234.5, 61.0, time.time() - 30)
     found = replace(overview(open_project(load_tiny(seen["folder"], rounds=1), seen["folder"])), progress=at)
     assert progress_line(found).startswith(
-        "now: train@1, 2/8 optimizer steps, 1,234 tokens/s, 1 min left, told 30 s"
+        "now: train@1, 2/8 optimizer steps, 1,234 tokens/s, 1 min left, reported 30 s"
     )
 
 

@@ -190,7 +190,7 @@ WIRES: dict[str, tuple[Callable[[Engine], Engine], dict[str, Any], dict[str, str
     "doubled top-k": (
         clinic.spoiling(clinic.doubled_top_k),
         {"train__objective": TOP5},
-        {"top-k": r"request 0: an id stands twice among the 5 most probable ones"},
+        {"top-k": r"request 0: an id occurs twice among the 5 most probable ones"},
     ),
     "unsorted top-k": (
         clinic.spoiling(clinic.unsorted_top_k),

@@ -408,7 +408,7 @@ def scored(
     [
         ([scored("a", "p", "q"), scored("b", "q")], False, "q, sample 0 is scored by a, b, expected one"),
         ([scored("a", "p"), scored("b")], False, "q, sample 0 is scored by no teacher, expected one"),
-        ([scored("a", "p", "q", "p")], False, "p, sample 0 stands twice in the scores of 'a'"),
+        ([scored("a", "p", "q", "p")], False, "p, sample 0 occurs twice in the scores of 'a'"),
         ([scored("a", "p", "q", "x")], False, "x, sample 0 is not among its rollouts in the scores of 'a'"),
         ([scored("a", "p", "q"), scored("b", "p")], True, "q, sample 0 is scored by a, expected all 2"),
     ],

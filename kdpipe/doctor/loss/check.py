@@ -1,4 +1,4 @@
-"""`check-loss`: what a recipe's objective does to the student, measured before money is spent (method: check-loss).
+"""The five properties of check-loss, measured on a recipe's objective before anything is trained.
 
 Properties 1 to 3 are about the KD part alone: the gradient of the objective less that at `distill_weight: 0`, every
 completion enumerated. 4 and 5 are about the whole loss of an optimizer step, in which a recipe with reference text
@@ -60,7 +60,7 @@ MEANING = {
     2: "on average, training does not descend what this objective claims to descend",
     3: "a student that agrees with the teacher is pushed away from it",
     4: "the update depends on how a step is cut into micro-batches, ordered or padded",
-    5: "what stands at masked tokens gets into the loss",
+    5: "values at masked tokens get into the loss",
 }
 KD_PROPERTIES = (1, 2, 3)  # those that `run` insists on
 
@@ -86,7 +86,7 @@ def check_loss(recipe: Recipe) -> list[Phase]:
 
 
 def unsound(recipe: Recipe) -> list[str]:
-    """What properties 1 to 3 find wrong with the KD part of the recipe's objective, a line each."""
+    """What properties 1 to 3 find wrong with the KD part of the objective, a line each."""
     return [line for _, case in cases_of(recipe) for line in _unsound(case)]
 
 
@@ -100,7 +100,7 @@ def _unsound(case: LossCase) -> tuple[str, ...]:
 
 
 def cases_of(recipe: Recipe) -> list[tuple[str, LossCase]]:
-    """The phases of the objective, each with what to call it; a schedule stands at its largest weight."""
+    """The phases of the objective, each with its name; a schedule is at its largest weight."""
     objective = recipe.train.objective
     largest = max(objective.distill_weight, objective.distill_schedule.end or 0.0)
     fixed = {"distill_weight": largest, "distill_schedule": DistillSchedule.model_construct()}
@@ -141,7 +141,7 @@ def judged(case: LossCase, number: int) -> Finding:
 
 
 def _property(case: LossCase, number: int) -> tuple[str, Callable[[LossCase], list[Measure]]]:
-    """What a property says of the objective, and what measures it."""
+    """The claim of a property about the objective, and the function that measures it."""
     match number:
         case 1:
             return "the expected gradient follows the teacher", _teacher_matters
@@ -236,9 +236,10 @@ def _worlds(case: LossCase) -> list[list[Completion]]:
 def _kd_part(
     case: LossCase, world: Sequence[Completion], policies: Policies, *, all_wrong: bool = False
 ) -> tuple[Tensor, Tensor, float]:
-    """The KD part of each completion's gradient at weight 1 [R, P, V], each one's probability [R], and its rounding.
+    """The KD part of each completion's gradient at weight 1 [R, P, V], with probabilities [R].
 
-    Where baselines are means over others, completions come in all pairs, each of a prompt and a step of its own.
+    The third value is the rounding error of that part. Where baselines are means over others, completions come in all
+    pairs, each of a prompt and a step of its own.
     """
     groups = list(itertools.product(world, repeat=2 if case.has_others_baseline else 1))
     rows = drawn(case, groups, policies, all_wrong=all_wrong)
@@ -254,14 +255,14 @@ def _kd_part(
 
 
 def _noise(case: LossCase, whole_RPV: Tensor) -> float:
-    """What rounding leaves of a difference of gradients of that size, at weight 1."""
+    """The rounding error of a difference of gradients of that size, at weight 1."""
     return 64 * torch.finfo(torch.float64).eps * _size(whole_RPV) / case.objective.distill_weight
 
 
 def _with_and_without_kd(
     case: LossCase, rows: Sequence[EnumeratedRow], student_PV: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Each row's gradient of the objective, and of what is left of it at `distill_weight: 0`, [R, P, V] each.
+    """Each row's gradient of the objective, and of the objective at `distill_weight: 0`, [R, P, V] each.
 
     All rows are one micro-batch, in which each token has logits, and so a gradient, of its own.
     """
@@ -316,7 +317,7 @@ def _cuts(rows: Sequence[EnumeratedRow]) -> Iterator[list[Sequence[EnumeratedRow
 
 
 def _masks_hold(case: LossCase) -> list[Measure]:
-    """Masked tokens that hold nan or an infinity against harmless ones, and these against rows without them."""
+    """Masked tokens with nan or infinity against harmless ones, and these against rows without them."""
     rows = table_rows(case)
     clean = _table_outcome(case, as_step(case, rows), harmful=0.0)
     size = _size(clean)
@@ -329,7 +330,7 @@ def _masks_hold(case: LossCase) -> list[Measure]:
 
 
 def _table_outcome(case: LossCase, rows: Sequence[EnumeratedRow], *, harmful: float | None = None) -> Tensor:
-    """Loss and gradient of a micro-batch of the categorical policy; `harmful` stands in masked hidden states."""
+    """Loss and gradient of a micro-batch of the categorical policy; `harmful` fills masked states."""
     prefixes_N = torch.tensor([prefix for row in rows for prefix in row.context])
     hidden_NP = torch.nn.functional.one_hot(prefixes_N, 1 + V).double()
     if harmful is not None:

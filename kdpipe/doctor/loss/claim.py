@@ -1,4 +1,4 @@
-"""What an objective is and what its KD term claims to descend: in words, and as the exact gradient in the small world.
+"""The claim of a KD term, in words and as an exact gradient over enumerated completions.
 
 Written out from probabilities, with none of kdpipe's losses: what check-loss compares these with must not share
 their mistakes. Shapes as in `enumerated.py`; S support points.
@@ -34,7 +34,7 @@ KdTerm = SampledTerm | K1LossTerm | DistributionTerm
 
 
 def description_of(objective: Objective) -> str:
-    """The objective in a line: kind, weights, the KD term with what differs from its defaults, normalization."""
+    """The objective in a line: kind, weights, the KD term with its own settings, normalization."""
     parts: list[str] = [objective.kind]
     if objective.has_rl:
         parts.append(f"rl_weight {objective.rl_weight:g}")
@@ -79,7 +79,7 @@ def claim_of(objective: Objective) -> str:
 
 
 def claimed_gradient(objective: Objective, world: Sequence[Completion], policies: Policies) -> Tensor:
-    """The gradient [P, V] of what the KD term claims to descend, at weight 1, over completions that b draws."""
+    """The gradient [P, V] that the KD term claims, at weight 1, over completions that b draws."""
     student_PV = policies.student.clone().requires_grad_()
     s_PV, q_PV, b_PV = (
         logits.log_softmax(-1) for logits in (student_PV, policies.teacher, policies.behaviour)

@@ -1,4 +1,4 @@
-"""Optimizer steps small enough to enumerate, and their loss from `micro_batch_loss`, the function that train calls.
+"""Optimizer steps small enough to enumerate, with their loss from train's own `micro_batch_loss`.
 
 The student is a categorical policy over V ids, so that every completion can be listed with its probability, in
 float64. Right and wrong completions alternate, advantages are given. Logits are those at the rollout's
@@ -48,13 +48,13 @@ STEP: list[Completion] = [
 MASKED_ENDS, DROPPED, NOT_SCORABLE = (1, 6, 7), 3, ((0, 1), (4, 0))
 """Completions of the step whose last token, or all of which, is masked, and tokens that the teacher lacks."""
 REFERENCE = 4
-"""The completion of the step that stands for reference text, where a recipe has some."""
+"""The completion of the step that serves as reference text, where a recipe has some."""
 CHUNK = 512
 
 
 @dataclass(frozen=True, slots=True)
 class LossCase:
-    """An objective without phases and schedule, and how train would feed it."""
+    """An objective without phases and schedule, with the settings of train that it depends on."""
 
     objective: Objective
     temperature: float
@@ -94,7 +94,10 @@ class Policies:
 
 @dataclass(frozen=True, slots=True)
 class EnumeratedRow:
-    """A completion with all that its loss reads; `context` is the prefix of each token, or a transformer's prompt."""
+    """A completion with all that its loss reads.
+
+    `context` is the prefix of each token, or a transformer's prompt.
+    """
 
     tokens: Completion
     context: tuple[int, ...]
@@ -156,7 +159,7 @@ def of_tokens(completion: Completion, logprobs_nV: Tensor) -> Tensor:
 
 
 def is_right(completion: Completion) -> bool:
-    """What a grader says."""
+    """Whether the completion is right."""
     return sum(completion) % 2 == 0
 
 
@@ -171,7 +174,7 @@ def row_of(
     sampler_nV: Tensor,
     proximal_nV: Tensor,
 ) -> EnumeratedRow:
-    """A completion of whose tokens everything counts, from log-probs."""
+    """The row of a completion whose tokens all count, from log-probs."""
     counts_n = torch.ones(len(completion), dtype=torch.bool)
     zeros_n = torch.zeros(len(completion), dtype=torch.float64)
     advantage = 0.7 + 0.1 * len(completion) if is_right(completion) else -0.5 - 0.1 * completion[0]
@@ -234,9 +237,9 @@ def table_rows(case: LossCase) -> list[EnumeratedRow]:
 def as_step(
     case: LossCase, rows: Sequence[EnumeratedRow], *, harmful: float | None = None, cut: bool = False
 ) -> list[EnumeratedRow]:
-    """The rows of STEP as an optimizer step sees them: masks, baselines, shares of the recipe's normalization.
+    """The rows of STEP as an optimizer step sees them, with masks, baselines and shares.
 
-    `harmful` stands wherever a mask says that nothing is read; `cut` removes masked tokens and what is dropped.
+    `harmful` fills whatever a mask hides; `cut` removes masked tokens and what is dropped.
     """
     rows = list(rows)
     for number in MASKED_ENDS:
@@ -268,7 +271,7 @@ def _all_but(row: EnumeratedRow, place: int) -> Tensor:
 def _opened(
     case: LossCase, rows: Sequence[EnumeratedRow], prompts: Sequence[int], *, all_wrong: bool = False
 ) -> list[EnumeratedRow]:
-    """The rows as the KD mask leaves them."""
+    """The rows with the KD mask applied."""
     own = [number for number, row in enumerate(rows) if not row.is_reference]
     grades = [not all_wrong and is_right(rows[number].tokens) for number in own]
     found = open_completions(case.objective, grades, [prompts[number] for number in own])
@@ -334,7 +337,7 @@ def _without_masked(row: EnumeratedRow) -> EnumeratedRow:
 
 
 def loss_of(case: LossCase, rows: Sequence[EnumeratedRow], hidden_NH: Tensor, head: Head) -> Tensor:
-    """What train computes of a micro-batch of these rows."""
+    """The loss of a micro-batch of these rows, as train computes it."""
     counts = torch.tensor([len(row.tokens) for row in rows])
 
     def spread(values: list[bool] | list[float]) -> Tensor:

@@ -1,6 +1,6 @@
-"""A transformer small enough for check-loss, where padding can go wrong: in float64, on the step of the small world.
+"""A transformer in float64 for check-loss, where padding can go wrong, on the step of `enumerated.py`.
 
-Shapes as in `small_world.py`; B sequences, T positions.
+Shapes as in `enumerated.py`; B sequences, T positions.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def transformer() -> Transformer:
 
 
 class Transformer:
-    """The model, and what it makes of rows."""
+    """The model, and the loss of rows on it."""
 
     def __init__(self) -> None:
         self.model = scratch_model(_SIZES, num_ids=V, eos_id=END, pad_id=END, seed=1).double()
@@ -52,7 +52,7 @@ class Transformer:
 
     @cached_property
     def rows(self) -> tuple[EnumeratedRow, ...]:
-        """The completions of the step after prompts of several lengths, with log-probs from unbatched forwards.
+        """The completions of the step after prompts of several lengths; log-probs are of unbatched forwards.
 
         All are off-policy: a ratio that is 1 but for rounding would fall on either side of a clip that starts there.
         """
@@ -80,7 +80,7 @@ class Transformer:
     def outcome(
         self, case: LossCase, rows: Sequence[EnumeratedRow], *, left_padding: int | None = None
     ) -> Tensor:
-        """Loss and gradient of a micro-batch; padded as train does, or on the left by at least that many tokens."""
+        """Loss and gradient of a micro-batch, padded as train pads or with that many tokens on the left."""
         if left_padding is None:
             batch = make_batch([row.context for row in rows], [row.tokens for row in rows])
             hidden_NH = hidden_states(self.model, batch)
