@@ -101,6 +101,11 @@ def counting(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
 def run_stub(loaded: LoadedRecipe, workspace: Path, *, rounds: int | None = None) -> dict[int, Counter[str]]:
     """What each round cost."""
     display = Counts()
+    run_for(loaded, workspace, display, rounds=rounds)
+    return display.of_round
+
+
+def run_for(loaded: LoadedRecipe, workspace: Path, display: Counts, *, rounds: int | None = None) -> None:
     run(
         loaded,
         workspace,
@@ -108,7 +113,6 @@ def run_stub(loaded: LoadedRecipe, workspace: Path, *, rounds: int | None = None
         display=display,
         open_mirror=lambda _project: SilentMirror(),
     )
-    return display.of_round
 
 
 def loaded_for(folder: Path, rounds: int, *overrides: str, every: int = 1) -> LoadedRecipe:
@@ -139,6 +143,26 @@ def test_a_round_costs_the_same_however_many_runs_the_workspace_has(tmp_path: Pa
     for number in range(18, 24):
         assert costs[number].pop("readlink") <= 3 * (others + 1)
         assert costs[number] == alone[number]
+
+
+def test_weights_that_others_share_and_do_not_keep_are_dropped_without_reading_those_runs_again(
+    tmp_path: Path,
+) -> None:
+    """Another evaluation trains each round's dropped student again; of each other run that is its lock, and its newest students."""
+    other_evaluation, found = loaded_for(tmp_path, 12, "evaluate.problems=3"), list[dict[int, Counter[str]]]()
+    for others in (0, 5):
+        place = tmp_path / f"out{others}"
+        run_stub(loaded_for(tmp_path, 12), place)
+        [run_path] = (place / "runs").iterdir()
+        for number in range(others):
+            shutil.copytree(run_path, place / "runs" / f"tiny-{number:08x}", symlinks=True)
+        display = Counts()
+        run_for(other_evaluation, place, display)
+        assert display.performed.count("train@3") == 1
+        found.append(display.of_round)
+    alone, shared = found
+    for number in range(4, 9):
+        assert shared[number]["open"] - alone[number]["open"] <= 10 * 5
 
 
 def test_what_is_kept_is_what_a_look_at_everything_would_keep(
