@@ -148,7 +148,7 @@ def test_a_round_costs_the_same_however_many_runs_the_workspace_has(tmp_path: Pa
 def test_weights_that_others_share_and_do_not_keep_are_dropped_without_reading_those_runs_again(
     tmp_path: Path,
 ) -> None:
-    """Another evaluation trains each round's dropped student again; of each other run that is its lock, and its newest students."""
+    """Another evaluation trains each dropped student again; of a run that shares it only lock and newest are read."""
     other_evaluation, found = loaded_for(tmp_path, 12, "evaluate.problems=3"), list[dict[int, Counter[str]]]()
     for others in (0, 5):
         place = tmp_path / f"out{others}"
