@@ -132,13 +132,13 @@ class VllmEngine:
         if started is not None:
             started.process.close()
 
-    def options(self, source: ModelSource, architecture: Architecture) -> dict[str, Any]:
+    def options(self, source: ModelSource, architecture: Architecture) -> dict[str, object]:
         """The arguments of `vllm.LLM` for a model."""
         settings, on_cpu = self._settings, self._device.type == "cpu"
         dtype, _ = resolve_dtype(source.dtype, self._device)
         gib = settings.kv_cache_gib or (_CPU_KV_CACHE_GIB if on_cpu else None)
         max_tokens = self._max_tokens(architecture) + 1
-        options: dict[str, Any] = {
+        options: dict[str, object] = {
             "model": str(source.folder),
             "tokenizer": str(source.folder),
             "trust_remote_code": source.trust_remote_code,
