@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+from pydantic import JsonValue
 
 from kdpipe.engines.protocol import Completion, TokenScores, about
 from kdpipe.engines.server.http import Halted, HttpClient, Limits
@@ -94,7 +95,7 @@ class ServerEngine:
             index, seed = places[number]
             prompt = list(requests[index].prompt_token_ids)
 
-            def read(answer: dict[str, Any], url: str) -> Completion:
+            def read(answer: dict[str, JsonValue], url: str) -> Completion:
                 with about(index):
                     return read_completion(answer, prompt, sampling, model=self._model, where=url)
 
@@ -143,7 +144,7 @@ class ServerEngine:
 
     # one request
 
-    def _context_of(self, answer: dict[str, Any], url: str) -> int | None:
+    def _context_of(self, answer: dict[str, JsonValue], url: str) -> int | None:
         """How long a context a server has, where it tells; raises EngineError where it serves another model."""
         names = served_models(answer, where=url)
         if self._model not in names:
@@ -161,7 +162,7 @@ class ServerEngine:
             return _empty(scoring.top_k)
         ids, asked = [*prompt, *completion], scoring.top_k
 
-        def read(answer: dict[str, Any], url: str) -> TokenScores:
+        def read(answer: dict[str, JsonValue], url: str) -> TokenScores:
             with about(index):
                 return read_scores(
                     answer,
@@ -186,7 +187,7 @@ class ServerEngine:
         """Log-probs of a fixed sequence; raises EngineError where the servers hold different weights."""
         ids = list(SEQUENCE if self._context is None else SEQUENCE[: self._context - 1])
 
-        def read(answer: dict[str, Any], url: str) -> list[float]:
+        def read(answer: dict[str, JsonValue], url: str) -> list[float]:
             scores = read_scores(
                 answer, ids, start=1, asked=0, top_k=0, num_ids=0, model=self._model, where=url
             )
@@ -204,11 +205,11 @@ class ServerEngine:
                 )
         return scores
 
-    def _scoring_body(self, ids: list[int], top_k: int) -> dict[str, Any]:
+    def _scoring_body(self, ids: list[int], top_k: int) -> dict[str, JsonValue]:
         # One token is the least that a server generates; it is not read.
         return {**self._body(ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": top_k}
 
-    def _sampling_body(self, ids: list[int], sampling: Sampling, seed: int) -> dict[str, Any]:
+    def _sampling_body(self, ids: list[int], sampling: Sampling, seed: int) -> dict[str, JsonValue]:
         return {
             **self._body(ids),
             "max_tokens": sampling.max_new_tokens,
@@ -220,11 +221,11 @@ class ServerEngine:
             "stop_token_ids": list(sampling.end_ids),
         }
 
-    def _body(self, ids: list[int]) -> dict[str, Any]:
+    def _body(self, ids: list[int]) -> dict[str, JsonValue]:
         """The part of both kinds of request, written out: a server has its own defaults for each model."""
         return {
             "model": self._model,
-            "prompt": ids,
+            "prompt": list[JsonValue](ids),
             "n": 1,
             "stream": False,
             "echo": False,

@@ -14,9 +14,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import urllib3
+from pydantic import JsonValue
 from urllib3.exceptions import HTTPError, InvalidHeader, SSLError
 from urllib3.util import Retry
 
@@ -33,7 +34,7 @@ MAX_RETRY_AFTER_SECONDS = 120.0
 MAX_ERROR_CHARACTERS = 300
 _READ_BYTES = 1 << 16
 Found = TypeVar("Found")
-Read: TypeAlias = Callable[[dict[str, Any], str], Found]
+Read: TypeAlias = Callable[[dict[str, JsonValue], str], Found]
 """Reads the answer of a URL; raises EngineError on one that cannot be right."""
 _KEPT = "finished parts are kept: fix it and repeat the command, which continues after them"
 
@@ -107,7 +108,13 @@ class HttpClient:
         return self._halt
 
     def post(
-        self, path: str, body: dict[str, Any], read: Read[Found], *, max_bytes: int, halt: threading.Event
+        self,
+        path: str,
+        body: dict[str, JsonValue],
+        read: Read[Found],
+        *,
+        max_bytes: int,
+        halt: threading.Event,
     ) -> Found:
         """What `read` makes of the JSON object that a server answers with, and of that server's URL.
 
@@ -117,7 +124,7 @@ class HttpClient:
         return self._taken(answer, url, read)
 
     def each(
-        self, path: str, body: dict[str, Any] | None, read: Read[Found], *, max_bytes: int
+        self, path: str, body: dict[str, JsonValue] | None, read: Read[Found], *, max_bytes: int
     ) -> dict[str, Found]:
         """What `read` makes of the JSON object of each URL that answers; asks again as long as none does.
 
@@ -140,7 +147,7 @@ class HttpClient:
         self._halt.set()
         self._pools.clear()
 
-    def _taken(self, answer: dict[str, Any], url: str, read: Read[Found]) -> Found:
+    def _taken(self, answer: dict[str, JsonValue], url: str, read: Read[Found]) -> Found:
         """What `read` makes of a reply; what it says of a wrong one goes on without the key and in short."""
         try:
             return read(answer, url)
@@ -151,7 +158,7 @@ class HttpClient:
 
     def _ask(
         self, method: str, path: str, body: bytes | None, *, max_bytes: int, halt: threading.Event
-    ) -> tuple[dict[str, Any], str]:
+    ) -> tuple[dict[str, JsonValue], str]:
         sleep = self._sleep or halt.wait
         attempt = 0
         while True:
@@ -190,7 +197,7 @@ class HttpClient:
 
     def _attempt(
         self, method: str, url: str, path: str, body: bytes | None, *, max_bytes: int
-    ) -> dict[str, Any]:
+    ) -> dict[str, JsonValue]:
         """One request. Raises _PassingError where another may succeed, EngineError where none will."""
         deadline = self._clock() + self._limits.timeout_seconds
         timeout = urllib3.Timeout(

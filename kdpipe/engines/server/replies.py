@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import JsonValue
 
 from kdpipe.engines.protocol import Completion, Sampling, TokenScores
 from kdpipe.errors import EngineError
@@ -45,19 +46,20 @@ class _RankedLogprob:
     rank: int
 
 
-def served_models(answer: dict[str, Any], *, where: str) -> dict[str, int | None]:
+def served_models(answer: dict[str, JsonValue], *, where: str) -> dict[str, int | None]:
     """The names that a server lists, each with the context length of its model where it tells."""
-    rows = answer.get("data")
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and isinstance(row.get("id"), str) for row in rows
-    ):
-        raise EngineError(f"{where}/models: lists no models, expected data with an id for each")
-    lengths = {row["id"]: row.get("max_model_len") for row in rows}
-    return {name: value if isinstance(value, int) else None for name, value in lengths.items()}
+    rows, lengths = answer.get("data"), dict[str, int | None]()
+    for row in rows if isinstance(rows, list) else [rows]:
+        name = row.get("id") if isinstance(row, dict) else None
+        if not isinstance(row, dict) or not isinstance(name, str):
+            raise EngineError(f"{where}/models: lists no models, expected data with an id for each")
+        length = row.get("max_model_len")
+        lengths[name] = length if isinstance(length, int) else None
+    return lengths
 
 
 def read_scores(
-    answer: dict[str, Any],
+    answer: dict[str, JsonValue],
     ids: Sequence[int],
     *,
     start: int,
@@ -82,23 +84,23 @@ def read_scores(
             f"{where}: prompt_logprobs of {len(rows)} positions with {first} for the first, "
             f"expected {len(ids)} with nothing for the first"
         )
+    found = []
     for position, token in enumerate(ids[1:], start=1):
-        if not isinstance(rows[position], dict) or str(token) not in rows[position]:
+        row = rows[position]
+        if not isinstance(row, dict) or str(token) not in row:
             raise EngineError(
                 f"{where}: position {position} has no log-prob of its own id {token}",
                 hint="scores that are shifted or of another prompt look like this: they are not used",
             )
-    found = [
-        _position(rows[position], ids[position], asked=asked, where=f"{where}: position {position}")
-        for position in range(start, len(ids))
-    ]
+        found.append((row, token, f"{where}: position {position}"))
+    scored = [_position(row, token, asked=asked, where=place) for row, token, place in found[start - 1 :]]
     if not top_k:
-        return TokenScores(np.array([own.logprob for own, _ in found], np.float32))
-    return _with_top_k(found, top_k=top_k, num_ids=num_ids)
+        return TokenScores(np.array([own.logprob for own, _ in scored], np.float32))
+    return _with_top_k(scored, top_k=top_k, num_ids=num_ids)
 
 
 def _position(
-    row: dict[str, Any], token: int, *, asked: int, where: str
+    row: dict[str, JsonValue], token: int, *, asked: int, where: str
 ) -> tuple[_RankedLogprob, list[_RankedLogprob]]:
     """The entry of the position's own id, and the `asked` most probable ones, best first."""
     entries = [_entry(key, value, where=where) for key, value in row.items()]
@@ -162,7 +164,7 @@ def _with_top_k(
 
 
 def read_completion(
-    answer: dict[str, Any], prompt: Sequence[int], sampling: Sampling, *, model: str, where: str
+    answer: dict[str, JsonValue], prompt: Sequence[int], sampling: Sampling, *, model: str, where: str
 ) -> Completion:
     """The completion that a reply holds; raises EngineError on one that was not sampled as asked."""
     choice = _choice(answer, prompt, model=model, where=where)
@@ -199,14 +201,16 @@ def read_completion(
     )
 
 
-def _choice(answer: dict[str, Any], prompt: Sequence[int], *, model: str, where: str) -> dict[str, Any]:
+def _choice(
+    answer: dict[str, JsonValue], prompt: Sequence[int], *, model: str, where: str
+) -> dict[str, JsonValue]:
     """The only choice of a reply, its model and prompt ids compared with what was asked."""
     if answer.get("model") != model:
         raise EngineError(f"{where}: answers as model {answer.get('model')!r}, asked was {model!r}")
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         raise EngineError(f"{where}: expected one choice in its reply")
-    choice: dict[str, Any] = choices[0]
+    choice: dict[str, JsonValue] = choices[0]
     echoed = _ids(choice.get("prompt_token_ids"))
     if echoed is None:
         raise EngineError(f"{where}: its reply does not repeat the ids of the prompt", hint=_WRONG_SERVER)
