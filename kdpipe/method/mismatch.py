@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdpipe.recipe.schema import BehaviourControl, Objective, RatioControl, SampledTerm
+from kdpipe.recipe.objective import BehaviourControl, RatioControl, SampledTerm
+from kdpipe.recipe.schema import Objective
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -10,7 +10,8 @@ import torch
 
 from kdpipe.method.mismatch import acted, ledger, mismatch
 from kdpipe.method.objective import _behaviour_weight, _ratio_weight
-from kdpipe.recipe.schema import BehaviourControl, Objective, RatioControl
+from kdpipe.recipe.objective import BehaviourControl, RatioControl
+from kdpipe.recipe.schema import Objective
 
 DIFFERENCES = np.linspace(-1.5, 1.5, 301)
 RATIOS = torch.from_numpy(np.exp(-DIFFERENCES))

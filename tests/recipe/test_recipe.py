@@ -13,14 +13,12 @@ from hypothesis import strategies as st
 
 from kdpipe.errors import RecipeError
 from kdpipe.recipe.file import LoadedRecipe, load_recipe
+from kdpipe.recipe.objective import JsdTerm, K2Term, RklTerm
 from kdpipe.recipe.schema import (
     ABSENT,
-    JsdTerm,
-    K2Term,
     Keeping,
     ModelTeacher,
     Recipe,
-    RklTerm,
     ScratchTeacher,
     SelfTeacher,
     ServedTeacher,

@@ -48,7 +48,8 @@ from kdpipe.doctor.loss.transformer import transformer
 from kdpipe.doctor.request import CHECK_LOSS, CheckedLoss, CheckLoss
 from kdpipe.method.token_batch import NonFiniteError
 from kdpipe.models.logprobs import Head
-from kdpipe.recipe.schema import DecoupledControl, DistillSchedule, RatioControl, Recipe, SampledTerm
+from kdpipe.recipe.objective import DecoupledControl, DistillSchedule, RatioControl, SampledTerm
+from kdpipe.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from kdpipe.workers.message import Nothing

@@ -16,11 +16,9 @@ from kdpipe.doctor.loss.enumerated import of_tokens, on_support, prefixes_of, su
 from kdpipe.recipe.objective import (
     DistributionTerm,
     JsdTerm,
-    K1LossTerm,
     K3Term,
     Objective,
     RklTerm,
-    SampledTerm,
     SkewKlTerm,
     SkewRklTerm,
 )
@@ -29,8 +27,7 @@ if TYPE_CHECKING:
     from pydantic import JsonValue
 
     from kdpipe.doctor.loss.enumerated import Completion, Policies
-
-KdTerm = SampledTerm | K1LossTerm | DistributionTerm
+    from kdpipe.recipe.objective import KdTerm
 
 
 def description_of(objective: Objective) -> str:

@@ -23,7 +23,7 @@ from kdpipe.method.micro_batch import TeacherHidden, micro_batch_loss
 from kdpipe.method.objective import shares
 from kdpipe.method.token_batch import TeacherSupport, TokenBatch
 from kdpipe.models.logprobs import Head, support_of
-from kdpipe.recipe.schema import SampledTerm
+from kdpipe.recipe.objective import SampledTerm
 
 if TYPE_CHECKING:
     from kdpipe.recipe.schema import Objective
