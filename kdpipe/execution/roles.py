@@ -73,7 +73,7 @@ class Roles:
         return ModelHandle(settings.name, source, self.text(inputs, role), engine, open_engine, turns)
 
     def teacher(self, inputs: Inputs, role: Role, settings: TeacherSettings) -> TeacherHandle:
-        """The teacher in `role`, asked as `settings` say; raises PreflightError where it does not fit the student."""
+        """The teacher in `role`, run as `settings` say; raises PreflightError unless it fits the student."""
         return as_teacher(
             settings,
             self.open(inputs, role, settings.engine),

@@ -21,7 +21,7 @@ from kdpipe.store.step import Input, Stage, Step
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """What the doctor's worker says of a recipe's models; `missing` are roles, with the step that makes each."""
+    """The doctor's findings on a recipe's models; `missing` are roles with the step that makes each."""
 
     run: str
     steps: int

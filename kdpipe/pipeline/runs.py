@@ -40,7 +40,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class RunEvent:
-    """What happened at `time`, in seconds since the epoch; `reused`: another run had made the step meanwhile."""
+    """What happened at `time`, in seconds since the epoch; `reused`: another run had made the step."""
 
     time: float
     kind: str

@@ -76,7 +76,7 @@ class KeptStates:
 
 
 def open_states(scores: Path, model: Path, *, temperature: float, num_ids: int) -> KeptStates | None:
-    """The states of a scores entry with the head of a model folder; None where one is missing or too large."""
+    """States of a scores entry with a model folder's head; None where one is missing or too large."""
     states = _tensors(scores / HIDDEN_FILE)
     if not {"offsets", "hidden"} <= states.keys():
         return None

@@ -1,4 +1,4 @@
-"""Typed messages between a parent and its worker, in one encoding for both ends; arrays cross as bytes.
+"""Typed messages between a parent and its worker, encoded in one place; arrays cross as bytes.
 
 A message is a header line of JSON, a body of JSON, and then the bytes of its arrays:
 
