@@ -25,7 +25,14 @@ from kdpipe.store.locks import run_lock
 from kdpipe.tracking import mirror as mirroring
 from kdpipe.tracking import page as serving
 from kdpipe.tracking.items import MAX_VALUE, flatten
-from kdpipe.tracking.memory import ENVIRONMENT, MirrorRequest, database_uri, read_memory, write_memory
+from kdpipe.tracking.memory import (
+    ENVIRONMENT,
+    MirrorRequest,
+    MirrorResult,
+    database_uri,
+    read_memory,
+    write_memory,
+)
 from kdpipe.tracking.mirror import MlflowMirror, settle
 from kdpipe.tracking.pending import is_finished, pending, unsettled
 from kdpipe.tracking.run import beating, without_secret
@@ -386,7 +393,7 @@ def test_a_run_that_a_later_command_tells_of_ended_with_its_last_step(world: Wor
     world.run.event("step done")
     with run_lock(world.run.path):
         world.sync("FINISHED")
-    assert world.query("select end_time from runs") == [(round(world.run.events()[-1]["time"] * 1000),)]
+    assert world.query("select end_time from runs") == [(round(world.run.events()[-1].time * 1000),)]
 
 
 def test_a_run_that_was_killed_is_settled_by_whoever_sees_its_lock_free(world: World) -> None:
@@ -398,7 +405,7 @@ def test_a_run_that_was_killed_is_settled_by_whoever_sees_its_lock_free(world: W
     assert (request.folder, request.status) == (world.run.path, "KILLED")
     mirror(request)
     assert world.statuses() == ["KILLED"]
-    assert world.query("select end_time from runs") == [(round(world.run.events()[-1]["time"] * 1000),)]
+    assert world.query("select end_time from runs") == [(round(world.run.events()[-1].time * 1000),)]
     assert unsettled(world.workspace) == []
     assert settle(world.workspace) == []
 
@@ -469,9 +476,9 @@ def test_a_finished_run_that_is_repeated_asks_mlflow_for_nothing(
 
         def __init__(self, *_arguments: Any, **_settings: Any) -> None: ...
 
-        def call(self, request: Any, **_settings: Any) -> dict[str, Any]:
-            asked.append(request["status"])
-            return {"run_id": "1", "metrics": 0}
+        def call(self, request: MirrorRequest, **_settings: Any) -> MirrorResult:
+            asked.append(request.status)
+            return MirrorResult(run_id="1", metrics=0)
 
         def kill(self) -> None: ...
 
