@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,9 @@ import pyarrow.parquet as pq
 
 from kdpipe.data.rows import Rollout
 from kdpipe.errors import ArtifactError
+
+TableRow: TypeAlias = dict[str, Any]
+"""A row of a parquet file by column; its schema below says the types."""
 
 IDS = pa.list_(pa.int32())
 LOGPROBS = pa.list_(pa.float32())
@@ -161,7 +164,7 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
     return pa.array(values, kind)
 
 
-def read_rows(path: Path, schema: pa.Schema, *, columns: list[str] | None = None) -> list[dict[str, Any]]:
+def read_rows(path: Path, schema: pa.Schema, *, columns: list[str] | None = None) -> list[TableRow]:
     """The rows of a parquet file as dicts; raises ArtifactError when it is not of this schema."""
     return _read(path, schema, columns).to_pylist()  # type: ignore[no-any-return]
 

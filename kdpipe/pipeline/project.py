@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from kdpipe.data.payload import SUMMARY_FILE
 from kdpipe.pipeline.identities import Sources
@@ -14,7 +13,7 @@ from kdpipe.pipeline.status import State, states_of, survey
 from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.recipe.schema import Recipe
 from kdpipe.store.artifacts import FINGERPRINT_KEY, Store
-from kdpipe.store.step import Step
+from kdpipe.store.step import Fields, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +87,13 @@ def _older_steps(project: Project) -> tuple[Step, ...] | None:
     return tuple(steps) if is_older else None
 
 
-def summary_of(project: Project, step_id: str) -> dict[str, Any] | None:
+def summary_of(project: Project, step_id: str) -> Fields | None:
     """The summary.json of an evaluation, or None when it is not done (or not in the plan)."""
     for step in project.plan.steps:
         if step.id == step_id:
             entry = project.store.entry(step)
             if entry.manifest() is not None:
-                summary: dict[str, Any] = entry.read_json(SUMMARY_FILE)
+                summary: Fields = entry.read_json(SUMMARY_FILE)
                 return summary
     return None
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kdpipe.data.payload import GRADES_FILE, REVERSE_KL_FILE, SUMMARY_FILE
 from kdpipe.data.seeds import permutation
-from kdpipe.data.tables import GRADES, REVERSE_KL, REVERSE_KL_OF_SEVERAL, read_rows
+from kdpipe.data.tables import GRADES, REVERSE_KL, REVERSE_KL_OF_SEVERAL, TableRow, read_rows
 from kdpipe.data.tasks.answers import grade, parse_number
 from kdpipe.errors import DataError
 from kdpipe.method import statistics
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.settings.evaluate import EvaluateSettings
     from kdpipe.stages.settings.task import Headline
 
-Rows = list[dict[str, Any]]
+Rows = list[TableRow]
 
 
 def evaluate(
@@ -146,7 +146,7 @@ def _sample(
 
 def _grade_row(
     grader: Grader, problem: Problem, number: int, prompt_ids: list[int], completion: Completion
-) -> dict[str, Any]:
+) -> TableRow:
     string, graded = grader.read(problem, completion.token_ids)
     return {
         "prompt_id": problem.prompt_id,
@@ -201,7 +201,7 @@ def sample_counts(samples: int) -> list[int]:
     )
 
 
-def _right(row: dict[str, Any], headline: Headline) -> bool:
+def _right(row: TableRow, headline: Headline) -> bool:
     return grade(row["text"], row["expected"], headline=headline).correct
 
 
