@@ -221,7 +221,7 @@ def pooled(values_SP: Floats, *, confidence: float = 0.95) -> Interval:
     94 to 96 % hold the truth (tests/method/test_statistics.py).
     """
     variance, freedom = _variance(values_SP)
-    return _around(float(values_SP.mean()), variance, freedom, confidence)
+    return _around(float(values_SP.mean()), variance, freedom=freedom, confidence=confidence)
 
 
 def pooled_difference(first_SP: Floats, second_SP: Floats, *, confidence: float = 0.95) -> Interval:
@@ -236,7 +236,7 @@ def pooled_difference(first_SP: Floats, second_SP: Floats, *, confidence: float 
     ]
     variance = sum(part for part, _ in parts)
     freedom = _satterthwaite(variance, parts)
-    return _around(float(by_problem.mean()), variance, freedom, confidence)
+    return _around(float(by_problem.mean()), variance, freedom=freedom, confidence=confidence)
 
 
 def _variance(values_SP: Floats) -> tuple[float, float]:
@@ -267,7 +267,7 @@ def _satterthwaite(total: float, parts: Sequence[tuple[float, float]]) -> float:
     return total**2 / spread if spread > 0 else math.inf
 
 
-def _around(estimate: float, variance: float, freedom: float, confidence: float) -> Interval:
+def _around(estimate: float, variance: float, *, freedom: float, confidence: float) -> Interval:
     if variance == 0:
         return Interval(estimate, estimate, estimate)
     from scipy.special import stdtrit  # its import costs more than the rest of this module

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from kdpipe.method.statistics import Interval
 from kdpipe.recipe.roles import STUDENT
@@ -25,12 +25,12 @@ def charts(measures: Measures) -> list[Chart]:
     found = [
         _reverse_kl(measures),
         _accuracy(measures),
-        _one(measures, "reward", "Reward", "mean of a round's samples", "rollout/reward_mean", _number),
+        _reward(measures),
         _length(measures),
-        _one(measures, "truncated", "Truncated samples", "share", "rollout/truncated_fraction", _share),
+        _truncated(measures),
         _gradient(measures),
         _mismatch(measures),
-        _by_stage(measures, "seconds", "Time per stage", "seconds", _seconds),
+        _stage_seconds(measures),
         _speed(measures),
     ]
     return [chart for chart in found if chart.has_points]
@@ -79,10 +79,21 @@ def _accuracy(measures: Measures) -> Chart:
     )
 
 
+def _reward(measures: Measures) -> Chart:
+    points = _points(measures.by_round("rollout/reward_mean"))
+    return Chart("reward", "Reward", "mean of a round's samples", [Series("", points)], _number)
+
+
 def _length(measures: Measures) -> Chart:
-    return _one(
-        measures, "length", "Completion length", "tokens, mean", "rollout/completion_tokens_mean", _number
-    )
+    points = _points(measures.by_round("rollout/completion_tokens_mean"))
+    return Chart("length", "Completion length", "tokens, mean", [Series("", points)], _number)
+
+
+def _truncated(measures: Measures) -> Chart:
+    shares = measures.by_round("rollout/truncated_fraction")
+    ceiling = 0.25 if max(shares.values(), default=0.0) <= 0.25 else 1.0
+    lines = [Series("", _points(shares))]
+    return Chart("truncated", "Truncated samples", "share", lines, _share, ceiling=ceiling)
 
 
 def _gradient(measures: Measures) -> Chart:
@@ -113,7 +124,7 @@ def _short(stage: Stage) -> str:
     return stage.removeprefix("teacher-")
 
 
-def _by_stage(measures: Measures, what: str, title: str, unit: str, show: Callable[[float], str]) -> Chart:
+def _stage_seconds(measures: Measures) -> Chart:
     series = [
         Series(
             _short(stage),
@@ -121,13 +132,13 @@ def _by_stage(measures: Measures, what: str, title: str, unit: str, show: Callab
             style=style,
         )
         for stage, style in STAGE_STYLES.items()
-        if stage != Stage.SFT and (found := measures.summed_by_round(stage, what))
+        if stage != Stage.SFT and (found := measures.summed_by_round(stage, "seconds"))
     ]
     series = [
         Series(one.label, one.points, one.style, marked=one.label == Stage.EVALUATE and len(one.points) < 12)
         for one in series
     ]
-    return Chart(f"stage-{what}", title, unit, series, show)
+    return Chart("stage-seconds", "Time per stage", "seconds", series, _seconds)
 
 
 def _speed(measures: Measures) -> Chart:
@@ -142,16 +153,6 @@ def _speed(measures: Measures) -> Chart:
         }
         series.append(Series(_short(stage), _points(rates), style=STAGE_STYLES[stage]))
     return Chart("speed", "Speed", "tokens a second", series, _count)
-
-
-def _one(
-    measures: Measures, key: str, title: str, unit: str, name: str, show: Callable[[float], str]
-) -> Chart:
-    ceiling = 1.0 if show is _share else None
-    values = measures.by_round(name)
-    if ceiling is not None and max(values.values(), default=0.0) <= 0.25:
-        ceiling = 0.25
-    return Chart(key, title, unit, [Series("", _points(values))], show, ceiling=ceiling)
 
 
 def _of_student(measures: Measures) -> list[Evaluation]:

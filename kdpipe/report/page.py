@@ -22,7 +22,7 @@ from markupsafe import Markup
 from kdpipe import __version__
 from kdpipe.pipeline.progress import duration
 from kdpipe.report.charts import STAGE_STYLES, charts
-from kdpipe.report.figure import Chart, Share, chart_svg, interval_svg, rounds_of, shares_svg, thinned
+from kdpipe.report.figure import Chart, Point, Share, chart_svg, interval_svg, rounds_of, shares_svg, thinned
 from kdpipe.report.stamp import NAME as STAMP_NAME
 from kdpipe.report.tokens_data import Titled, token_data
 from kdpipe.results.comparison import HEADER, ComparisonRow, cells_of, notes_on
@@ -249,7 +249,7 @@ def _readouts(drawn: Sequence[Chart]) -> dict[str, object]:
             [
                 series.label,
                 [point.round for point in kept],
-                [_shown_point(chart, point.value, point.low, point.high) for point in kept],
+                [_shown_point(chart, point) for point in kept],
             ]
             for series in chart.series
             if (kept := thinned(series.points)) and not series.reference
@@ -258,7 +258,7 @@ def _readouts(drawn: Sequence[Chart]) -> dict[str, object]:
     }
 
 
-def _shown_point(chart: Chart, value: float, low: float | None, high: float | None) -> str:
-    if low is None or high is None:
-        return chart.show(value)
-    return f"{chart.show(value)} ({chart.show(low)} to {chart.show(high)})"
+def _shown_point(chart: Chart, point: Point) -> str:
+    if point.low is None or point.high is None:
+        return chart.show(point.value)
+    return f"{chart.show(point.value)} ({chart.show(point.low)} to {chart.show(point.high)})"

@@ -90,7 +90,13 @@ class Reader:
         ids, prompts = _ids(path, schema), read_lists(path, schema, "prompt_token_ids")
         known = {row.prompt_id: row for row in self._grades(number)}
         rows = [
-            self._sampled_row(row["prompt_id"], row["sample"], own, prompt, known.get(row["prompt_id"]))
+            self._sampled_row(
+                row["prompt_id"],
+                row["sample"],
+                completion=own,
+                prompt=prompt,
+                known=known.get(row["prompt_id"]),
+            )
             for row, own, prompt in zip(
                 read_rows(path, schema, columns=["prompt_id", "sample"]), ids, prompts, strict=True
             )
@@ -175,6 +181,7 @@ class Reader:
         self,
         prompt_id: str,
         sample: int,
+        *,
         completion: npt.NDArray[Any],
         prompt: npt.NDArray[Any] | None,
         known: CompletionRow | None,

@@ -103,7 +103,7 @@ def _accuracy_sentence(before: Evaluation, after: Evaluation, change: Interval) 
 
 
 def _flip_sentence(measures: Measures, before: Evaluation, after: Evaluation) -> str | None:
-    """How many problems the student got right or wrong anew, where each was answered once."""
+    """How many problems the student newly got right or wrong, where each was answered once."""
     found = measures.flips(after, before)
     if found is None:
         return None
