@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -66,6 +68,26 @@ def test_the_wheel_holds_every_module_the_page_the_recipes_the_type_marker_and_t
     assert any(name.endswith("licenses/LICENSE") for name in names)
     strangers = [name for name in names if not name.startswith(("kdpipe/", "kdpipe-"))]
     assert strangers == [], "a wheel that installs top-level packages of other names would shadow a user's"
+
+
+def test_every_library_that_is_imported_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["lora"]]
+    lines += project["optional-dependencies"]["vllm"]
+    declared = {re.split(r"[\[<>=; ]", line)[0].lower().replace("_", "-") for line in lines}
+    imported = {
+        name.partition(".")[0]
+        for path in (ROOT / "kdpipe").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in (
+            [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+        )
+    }
+    libraries = imported - sys.stdlib_module_names - {"kdpipe"}
+    assert {"torch", "jinja2"} < libraries
+    distributed = {"yaml": "pyyaml", "pydantic_core": "pydantic"}  # pydantic asks for one version of its core
+    assert {distributed.get(name, name).replace("_", "-") for name in libraries} - declared == set()
 
 
 # ---------------------------------------------------------------------------------------------- images
