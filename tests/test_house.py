@@ -285,6 +285,150 @@ def test_only_the_command_line_and_the_terminal_print() -> None:
     assert {name.partition(".")[0] for name in printing} <= {"cli"}
 
 
+# --------------------------------------------------------------------------------------- sizes and names
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def functions(tree: ast.Module) -> list[Function]:
+    return [node for node in ast.walk(tree) if isinstance(node, Function)]
+
+
+def lines_of(node: Function) -> int:
+    assert node.end_lineno is not None
+    return node.end_lineno - node.lineno + 1
+
+
+def test_at_most_three_modules_stand_flat_beside_the_packages() -> None:
+    assert len([path for path in PACKAGE.glob("*.py") if path.stem != "__init__"]) <= 3
+
+
+def test_functions_are_short() -> None:
+    sizes = sorted(
+        (lines_of(node), f"{name}.{node.name}") for name, tree in MODULES.items() for node in functions(tree)
+    )
+    assert sizes[len(sizes) * 9 // 10][0] <= 24
+    assert [size for size in sizes if size[0] > 55] == []
+
+
+def test_files_are_short() -> None:
+    sizes = {path: path.read_text(encoding="utf-8").count("\n") for path in PACKAGE.rglob("*.py")}
+    assert {path: size for path, size in sizes.items() if size > 450} == {}
+
+
+def test_a_class_name_means_one_thing() -> None:
+    places: dict[str, list[str]] = {}
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name.lstrip("_"), []).append(name)
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+def signature(node: Function) -> str:
+    """The annotations of a function's arguments and of what it returns."""
+    arguments = ast.unparse(node.args)
+    return f"{arguments} -> {ast.unparse(node.returns)}" if node.returns else arguments
+
+
+UNTYPED = "dict[str, Any]"
+
+
+def test_no_untyped_mapping_crosses_a_package() -> None:
+    used = {
+        (own_module(f"{node.module}"), alias.name)
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").startswith("kdpipe.")
+        and package_of(str(own_module(str(node.module)))) != package_of(name)
+        for alias in node.names
+    }
+    found = []
+    for name, tree in MODULES.items():
+        for node in tree.body:
+            members = node.body if isinstance(node, ast.ClassDef) else [node]
+            if not isinstance(node, ast.ClassDef | Function) or (name, node.name) not in used:
+                continue
+            found += [
+                f"{name}.{member.name}"
+                for member in members
+                if isinstance(member, Function) and not (member.name.startswith("_") and member is not node)
+                if UNTYPED in signature(member)
+            ]
+    assert found == []
+
+
+def test_untyped_mappings_are_few() -> None:
+    counts = {name: ast.unparse(tree).count(UNTYPED) for name, tree in MODULES.items()}
+    assert sum(counts.values()) <= 15, {name: count for name, count in counts.items() if count}
+
+
+def strings(tree: ast.Module) -> set[str]:
+    """The texts of a module, but for those that only say something."""
+    said = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    return {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in said
+    }
+
+
+def test_the_names_of_stages_are_told_apart_in_one_file() -> None:
+    names = {stage.value for stage in Stage}
+    found = set()
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            told = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+            told += [node.value] if isinstance(node, ast.MatchValue) else []
+            if any(
+                isinstance(one, ast.Constant) and one.value in names for one in told
+            ) and "stage" in ast.unparse(node):
+                found.add(f"{name}, line {node.lineno}")
+        if "teacher-score" in strings(tree) and name != "store.step":
+            found.add(name)
+    assert found == set()
+
+
+def test_the_names_of_payload_files_stand_in_one_file_each() -> None:
+    places: dict[str, set[str]] = {}
+    for name, tree in MODULES.items():
+        for text in strings(tree):
+            if re.fullmatch(r"\w[\w-]*\.(parquet|safetensors|jsonl)", text):
+                places.setdefault(text, set()).add(name)
+    assert {text: found for text, found in places.items() if len(found) > 1} == {}
+
+
+def test_first_lines_of_docstrings_are_short() -> None:
+    found = [
+        f"{name}.{getattr(node, 'name', '')}: {text.splitlines()[0]}"
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | Function) and (text := ast.get_docstring(node))
+        if len(text.splitlines()[0]) > 100
+    ]
+    assert found == []
+
+
+LIGHT_PACKAGES = ("errors", "recipe", "store", "pipeline", "results", "report", "tracking", "cli")
+
+
+def test_light_packages_never_import_torch(tmp_path: Path) -> None:
+    names = [f"kdpipe.{name}" for name in MODULES if package_of(name) in LIGHT_PACKAGES]
+    script = (
+        "import importlib, sys\n"
+        f"for name in {names!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    assert not {'torch', 'transformers', 'vllm'} & set(sys.modules), name\n"
+    )
+    result = python("-c", script, workspace=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
 # -------------------------------------------------------------------------------------- light commands
 
 
