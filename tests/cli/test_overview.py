@@ -16,6 +16,7 @@ from kdpipe.cli.overview import grid_lines, overview, progress_line, seconds_lef
 from kdpipe.pipeline.progress import PROGRESS, ProgressFile, read_progress
 from kdpipe.pipeline.project import open_project
 from kdpipe.pipeline.runs import RunEvent, RunFolder
+from kdpipe.workers.pulse import Progressed
 from tests.worlds import Watcher, load_tiny, run_near
 
 
@@ -91,15 +92,14 @@ def test_progress_tells_rate_and_time_left_and_is_written_once_a_second(
     clock = 100.0
     monkeypatch.setattr("kdpipe.pipeline.progress.time.monotonic", lambda: clock)
     file = ProgressFile(tmp_path)
-    event = {"kind": "progress", "unit": "completions", "total": 50, "done": 0, "tokens": 0}
-    file.note("rollout@1", event)
+    file.note("rollout@1", Progressed("completions", done=0, total=50, tokens=0))
     clock = 100.5
-    file.note("rollout@1", {**event, "done": 5, "tokens": 100})
+    file.note("rollout@1", Progressed("completions", done=5, total=50, tokens=100))
     early = read_progress(tmp_path)
     assert early is not None
     assert (early.done, early.tokens_per_second, early.seconds_left) == (0, None, None)
     clock = 102.0
-    file.note("rollout@1", {**event, "done": 10, "tokens": 200})
+    file.note("rollout@1", Progressed("completions", done=10, total=50, tokens=200))
     found = read_progress(tmp_path)
     assert found is not None
     assert (found.done, found.tokens_per_second, found.seconds_left) == (10, 100.0, 8.0)
@@ -121,8 +121,7 @@ def test_a_torn_or_foreign_progress_is_none_and_a_refusing_disk_stops_nothing(tm
     assert read_progress(tmp_path) is None
     (tmp_path / PROGRESS).write_text('{"other": 1}')
     assert read_progress(tmp_path) is None
-    event = {"kind": "progress", "unit": "steps", "total": 5, "done": 0, "tokens": 0}
-    ProgressFile(tmp_path / "missing").note("train@1", event)
+    ProgressFile(tmp_path / "missing").note("train@1", Progressed("steps", done=0, total=5, tokens=0))
 
 
 def test_watching_prints_what_changed_and_ends_with_the_run(
