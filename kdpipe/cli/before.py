@@ -25,7 +25,9 @@ def check(
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a recipe against the schema: under a second, no network, no models.
+    """Check a recipe against the schema.
+
+    Takes less than a second, and needs neither network nor models.
 
     Example: kdpipe check recipes/quickstart.yaml
     """

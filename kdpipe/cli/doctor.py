@@ -45,9 +45,10 @@ def check_loss(
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Check on tiny models that a recipe's objective trains what it claims to; exit 4 when it does not.
+    """Check that an objective trains what it claims to.
 
-    Needs neither models nor network. `run` refuses what fails 1, 2 or 3, unless the recipe says reproduce: true.
+    It is measured on tiny models; exit 4 when a property fails. Needs neither models nor network. `run` refuses
+    what fails 1, 2 or 3, unless the recipe says reproduce: true.
 
     Example: kdpipe check-loss quickstart --set train.objective.kd=k1_loss
     """
@@ -97,9 +98,10 @@ def doctor(
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the environment; with a recipe, examine its models; exit 4 when a probe fails.
+    """Print the environment, or examine a recipe's models.
 
-    docs/doctor.md says what each probe catches. Models that no step has made yet are replaced by stand-ins.
+    Exit 4 when a probe fails. docs/doctor.md says what each probe catches. Models that no step has made yet are
+    replaced by stand-ins.
 
     Example: kdpipe doctor quickstart
     """

@@ -30,7 +30,9 @@ def export(
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the student as a Hugging Face folder that transformers and vLLM load.
+    """Write the student as a Hugging Face folder.
+
+    transformers and vLLM load it.
 
     Example: kdpipe export recipes/quickstart.yaml my-student
     """
@@ -51,7 +53,9 @@ def verify(
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Check the artifacts of a run against their manifests; exit 5 when one is damaged.
+    """Check the artifacts of a run against their manifests.
+
+    Exit 5 when one is damaged.
 
     Example: kdpipe verify recipes/quickstart.yaml --full
     """
@@ -90,9 +94,9 @@ def gc(
     as_json: JsonOption = False,
     recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", hidden=True)] = None,
 ) -> None:
-    """List the store entries that no run uses; remove them with --delete.
+    """List the store entries that no run uses.
 
-    A run's entries are in use as long as its folder is under runs/ of the workspace.
+    They are removed with --delete. A run's entries are in use as long as its folder is under runs/ of the workspace.
 
     Example: kdpipe gc --delete
     """

@@ -36,7 +36,7 @@ def status(
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Show how far a run is, stage by round, and how fast the step that is running now.
+    """Show how far a run is, and how fast it goes.
 
     Example: kdpipe status recipes/quickstart.yaml --watch
     """
@@ -139,10 +139,10 @@ def samples(
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what the student wrote, each token coloured by where the teacher disagrees.
+    """Show what the student wrote, token by token.
 
-    Orange: the student is surer than the teacher; blue: the teacher is. Without colours the tokens that they disagree
-    about most are listed with their numbers.
+    Tokens are coloured where the teacher disagrees. Orange: the student is surer than the teacher; blue: the
+    teacher is. Without colours the tokens that they disagree about most are listed with their numbers.
 
     Example: kdpipe samples recipes/quickstart.yaml --wrong --worst --limit 3
     """
@@ -176,9 +176,10 @@ def report(
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Write one HTML page about a run: verdict, curves, costs, and its completions token by token.
+    """Write one HTML page about a run.
 
-    `run` writes it too, at its end. The page loads nothing, so it can be sent on: it holds texts of model and data.
+    It shows verdict, curves, costs, and completions token by token. `run` writes it too, at its end. The page loads
+    nothing, so it can be sent on: it holds texts of model and data.
 
     Example: kdpipe report recipes/quickstart.yaml -o report.html
     """

@@ -41,8 +41,8 @@ def run(
 ) -> None:
     """Run every step that is not done. Repeating the command resumes.
 
-    With --sweep every combination of the values is a run of its own, which share what does not depend on them; the
-    comparison comes at the end, and a run that fails leaves the others to go on.
+    With --sweep every combination of the values is a run of its own. Runs share the steps that do not depend on the
+    values, a run that fails does not stop the others, and a comparison comes at the end.
 
     Example: kdpipe run recipes/quickstart.yaml --set train.optimizer.learning_rate=1e-3
     """
@@ -82,16 +82,16 @@ def _sweep(
 
 
 STAGE_HELP = {
-    Stage.SFT: "Cold-start the student or a teacher: the first one that is not done.\n\n"
+    Stage.SFT: "Cold-start the student or a teacher.\n\nThe first one that is not done.\n\n"
     "Example: kdpipe sft recipes/quickstart.yaml",
-    Stage.ROLLOUT: "Sample the student on a round's prompts, after what that needs.\n\n"
+    Stage.ROLLOUT: "Sample the student on a round's prompts.\n\nThe steps that it needs run first.\n\n"
     "Example: kdpipe rollout recipes/quickstart.yaml --round 1",
-    Stage.TEACHER_SCORE: "Score a round's completions with the teacher, after what that needs.\n\n"
-    "Of several teachers, the first one that is not done.\n\n"
+    Stage.TEACHER_SCORE: "Score a round's completions with the teacher.\n\n"
+    "The steps that it needs run first. Of several teachers, the first one that is not done scores.\n\n"
     "Example: kdpipe teacher-score recipes/quickstart.yaml --round 1",
-    Stage.TRAIN: "Train the student on a round, after what that needs.\n\n"
+    Stage.TRAIN: "Train the student on a round.\n\nThe steps that it needs run first.\n\n"
     "Example: kdpipe train recipes/quickstart.yaml --round 1",
-    Stage.EVALUATE: "Evaluate the student of a round on held-out problems, after what that needs.\n\n"
+    Stage.EVALUATE: "Evaluate the student of a round on held-out problems.\n\nThe steps that it needs run first.\n\n"
     "Example: kdpipe evaluate recipes/quickstart.yaml --round 0",
 }
 

@@ -64,7 +64,7 @@ def schema(
         bool, typer.Option("--markdown", help="Print the page docs/recipe.md instead.")
     ] = False,
 ) -> None:
-    """Print the JSON Schema of recipes, for editors, with a sentence for each field.
+    """Print the JSON Schema of recipes, for editors.
 
     Example: kdpipe schema > recipe.schema.json
     """

@@ -44,10 +44,10 @@ def compare(
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare runs with the first one: accuracy, paired difference, several seeds as one, and cost.
+    """Compare runs with the first one.
 
-    Each run counts with its last evaluated student. Runs that differ only in their seed are one row. --set changes
-    every recipe given.
+    Shows accuracy, paired difference and cost. Each run counts with its last evaluated student. Runs that differ
+    only in their seed are one row. --set changes every recipe given.
 
     Example: kdpipe compare quickstart-b4335f0f quickstart-3f1b2c4d
     """
@@ -77,11 +77,11 @@ def arms(
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Find where a gain comes from: run a recipe's control arms on several seeds and compare them.
+    """Run a recipe's control arms on several seeds.
 
-    Each arm is compared with student 0. Arms: kd, rl, kdrl (both), shuffled-teacher (the scores of another prompt's
-    completion) and self-teacher (the student itself). Each is an ordinary run; they share what does not depend on
-    the arm. Repeating the command resumes.
+    Their comparison shows where a gain comes from. Each arm is compared with student 0. Arms: kd, rl, kdrl (both),
+    shuffled-teacher (the scores of another prompt's completion) and self-teacher (the student itself). Each is an
+    ordinary run; they share what does not depend on the arm. Repeating the command resumes.
 
     Example: kdpipe arms quickstart --seeds 3 --set rollout.samples=4 --set rollout.prompts=32
     """
