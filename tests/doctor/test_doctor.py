@@ -503,5 +503,5 @@ def test_where_teachers_write_the_models_are_examined_when_all_of_them_are_there
     run_near(loaded, copied / "out", watcher=watcher)
     assert watcher.performed[:2] == ["rollout:teacher@0", "sft:student@0"]
     [request] = asked
-    assert request["missing"] == {}
-    assert set(request["inputs"]) == {"student"}
+    assert request.missing == {}
+    assert set(request.assignment.inputs) == {STUDENT_ROLE}
