@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from kdpipe.data.rows import Problem
     from kdpipe.engines.handle import ModelHandle
-    from kdpipe.engines.protocol import Completion, SampleRequest
     from kdpipe.stages.settings.rollout import RolloutSettings
 
 
@@ -43,40 +42,20 @@ def rollout(
 
     `given` is what teachers wrote for the prompts that are not sampled for; without any they give their references.
     """
-    section, text = settings.rollout, student.text
+    section = settings.rollout
     written = {row.prompt_id: row for row in given}
-    sampling = sampling_of(DrawSettings.of(section), text)
-    grader = Grader(text, section.stop, settings.task.headline)
+    grader = Grader(student.text, section.stop, settings.task.headline)
     problems = round_problems(job, section.prompts)
     sampled = sampled_ids(job, problems, section.on_policy_prompts)
 
     def build(problems: Sequence[Problem]) -> list[Rollout]:
-        requests = {
-            problem.prompt_id: request_for(
-                text.prompt(problem),
-                section.samples,
-                job.seed,
-                Stage.ROLLOUT.value,
-                job.round,
-                problem.prompt_id,
-            )
+        asked = [problem for problem in problems if problem.prompt_id in sampled]
+        own = _sampled(settings, job, asked, student, grader)
+        return [
+            row
             for problem in problems
-            if problem.prompt_id in sampled
-        }
-        found = sample_all(job, list(requests), list(requests.values()), sampling, student)
-        answers = dict(zip(requests, found, strict=True))
-        rows = []
-        for problem in problems:
-            if problem.prompt_id in written:
-                row = written[problem.prompt_id]  # from here on it follows the student's prompt
-                rows.append(replace(row, prompt_token_ids=text.prompt(problem)))
-                continue
-            if problem.prompt_id not in sampled:
-                rows.append(_reference(grader, problem))
-                continue
-            for number, completion in enumerate(answers[problem.prompt_id]):
-                rows.append(_sample(grader, problem, requests[problem.prompt_id], number, completion))
-        return rows
+            for row in own.get(problem.prompt_id) or [_given(grader, problem, written.get(problem.prompt_id))]
+        ]
 
     name = ROLLOUTS_FILE
     job.in_parts(
@@ -90,21 +69,42 @@ def rollout(
     _write_metrics(job, read_rollouts(job.draft.folder / name))
 
 
-def _sample(
-    grader: Grader, problem: Problem, request: SampleRequest, number: int, completion: Completion
-) -> Rollout:
-    """The row of a completion that the student sampled."""
-    row = grader.row(problem, list(request.prompt_token_ids), completion.token_ids)
-    return replace(
-        row, sample=number, sampler_logprobs=completion.logprobs, finish_reason=completion.finish_reason
-    )
+def _sampled(
+    settings: RolloutSettings, job: Job, problems: Sequence[Problem], student: ModelHandle, grader: Grader
+) -> dict[str, list[Rollout]]:
+    """The rows of the completions that the student samples for each problem, by its id."""
+    samples, ids = settings.rollout.samples, [problem.prompt_id for problem in problems]
+    requests = [
+        request_for(
+            student.text.prompt(problem),
+            samples,
+            *(job.seed, Stage.ROLLOUT.value, job.round, problem.prompt_id),
+        )
+        for problem in problems
+    ]
+    sampling = sampling_of(DrawSettings.of(settings.rollout), student.text)
+    found = sample_all(job, ids, requests, sampling, student)
+    return {
+        problem.prompt_id: [
+            replace(
+                grader.row(problem, list(request.prompt_token_ids), completion.token_ids),
+                sample=number,
+                sampler_logprobs=completion.logprobs,
+                finish_reason=completion.finish_reason,
+            )
+            for number, completion in enumerate(completions)
+        ]
+        for problem, request, completions in zip(problems, requests, found, strict=True)
+    }
 
 
-def _reference(grader: Grader, problem: Problem) -> Rollout:
-    """The row of a problem's reference solution: whole, as nobody sampled it."""
-    text = grader.text
-    solution = reference_completion(text.tokenizer, problem, end_id=text.end_id)
-    return replace(grader.row(problem, text.prompt(problem), solution), source="reference")
+def _given(grader: Grader, problem: Problem, written: Rollout | None) -> Rollout:
+    """The row of a problem that is not sampled for: what a teacher wrote, or the whole reference solution."""
+    prompt = grader.text.prompt(problem)
+    if written is not None:
+        return replace(written, prompt_token_ids=prompt)  # from here on it follows the student's prompt
+    solution = reference_completion(grader.text.tokenizer, problem, end_id=grader.text.end_id)
+    return replace(grader.row(problem, prompt, solution), source="reference")
 
 
 def _write_metrics(job: Job, rows: Sequence[Rollout]) -> None:
