@@ -24,6 +24,7 @@ from kdpipe.cli.app import app
 from kdpipe.doctor.finding import CATCHES, FINDINGS, Measure, Outcome, found
 from kdpipe.engines.protocol import Engine
 from kdpipe.errors import PreflightError
+from kdpipe.recipe.roles import STUDENT_ROLE
 from tests import clinic
 from tests.clinic import Findings, examined, load_world, verdicts, write_world
 from tests.worlds import NearWorker, Watcher, load_tiny, run_near
