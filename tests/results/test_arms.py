@@ -28,6 +28,7 @@ from kdpipe.recipe.file import load_recipe
 from kdpipe.recipe.schema import Objective
 from kdpipe.results.comparison import Contender
 from kdpipe.results.studies import ARMS, arm_rows, arm_runs, forecast, parse_arms
+from kdpipe.store.step import Stage
 from tests.tiny_models import FLOAT32_NATS
 from tests.worlds import NearWorker, SilentMirror, tiny_recipe, write_recipe
 
@@ -305,7 +306,8 @@ def test_a_study_runs_resumes_and_survives_an_arm_that_fails(
     refuse = NearWorker.call
 
     def failing(self: Any, request: Any, **rest: Any) -> Any:
-        if request["recipe"]["train"]["objective"]["kind"] == "grpo" and request["step"]["stage"] == "train":
+        step, recipe = request.assignment.step, request.assignment.recipe
+        if step.stage == Stage.TRAIN and recipe.train.objective.kind == "grpo":
             raise StepError("train@1: out of luck")
         return refuse(self, request, **rest)
 
