@@ -32,7 +32,7 @@ from kdpipe.errors import ArtifactError, DataError, EngineError, KdpipeError
 from kdpipe.pipeline.project import open_project
 from kdpipe.pipeline.status import inspect
 from kdpipe.recipe.file import load_recipe, shipped
-from kdpipe.recipe.schema import JsonlTask, SftOptimizer
+from kdpipe.recipe.schema import Gsm8kTask, JsonlTask, SftOptimizer
 from kdpipe.store.artifacts import Store
 from kdpipe.store.durable import read_lines
 from kdpipe.store.manifest import Manifest, StoredFile
@@ -213,7 +213,7 @@ def test_any_data_row_is_read_or_refused(
         (tmp_path / f"{name}.jsonl").write_bytes(b"\n".join(rows))
     question, answer, identity = names
     with contextlib.suppress(DataError):
-        gsm8k.read_problems(tmp_path)
+        gsm8k.read_problems(Gsm8kTask(kind="gsm8k", data="."), tmp_path, None)
     task = JsonlTask(
         kind="jsonl",
         train="train.jsonl",
@@ -223,8 +223,7 @@ def test_any_data_row_is_read_or_refused(
         id_field=None if identity == "none" else identity,
     )
     with contextlib.suppress(DataError):
-        files = {name: tmp_path / f"{name}.jsonl" for name in ("train", "test")}
-        train, _ = jsonl.read_problems(task, files)
+        train, _ = jsonl.read_problems(task, tmp_path, None)
         for problem in train:
             problem.question.encode()
             json.dumps({**problem.fields, "id": problem.prompt_id}, allow_nan=False)

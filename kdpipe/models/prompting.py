@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kdpipe.errors import DataError, ModelError, PreflightError, RecipeError
 from kdpipe.models.model_folder import require_own_files
-from kdpipe.recipe.schema import PROMPT_PIECE, ArithmeticTask
+from kdpipe.recipe.schema import PROMPT_PIECE
+from kdpipe.recipe.task import QuestionTask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     from kdpipe.data.rows import Problem
-    from kdpipe.data.tasks import Task
+    from kdpipe.recipe.task import Task
 
 Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 Trace: TypeAlias = "Callable[[FrameType, str, object], Trace | None]"
@@ -130,11 +131,11 @@ def prompt_style(
     Raises RecipeError on template arguments that no chat template would get, and DataError when train
     has too few problems for the examples.
     """
-    if isinstance(task, ArithmeticTask):
-        style = PromptStyle("plain", "", 0, (), template_arguments)
-    else:
+    if isinstance(task, QuestionTask):
         examples = tuple(train_problems[: task.few_shot + 1]) if task.few_shot else ()
         style = PromptStyle(task.prompt, task.instruction, task.few_shot, examples, template_arguments)
+    else:
+        style = PromptStyle("plain", "", 0, (), template_arguments)
     if template_arguments and style.kind == "plain":
         raise RecipeError(
             f"template: {', '.join(template_arguments)}: arguments of a chat template, but prompts are plain",

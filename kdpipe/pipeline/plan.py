@@ -26,7 +26,8 @@ from kdpipe.recipe.roles import (
     RoleKind,
     teacher_role,
 )
-from kdpipe.recipe.schema import ArithmeticTask, Recipe, SelfTeacher, Student, Teacher, resolved
+from kdpipe.recipe.schema import Recipe, SelfTeacher, Student, Teacher, resolved
+from kdpipe.recipe.task import QuestionTask
 from kdpipe.stages.settings.document import document
 from kdpipe.stages.settings.evaluate import EvaluateSettings
 from kdpipe.stages.settings.rollout import RolloutSettings
@@ -309,7 +310,7 @@ class _Planner:
     def _data(self, split: str) -> Fields:
         """The identity of each file of a split, and of train where its problems are shown before a question."""
         task, splits = self.recipe.task, {split}
-        if not isinstance(task, ArithmeticTask) and task.few_shot:
+        if isinstance(task, QuestionTask) and task.few_shot:
             splits.add("train")
         found = self.identities.data
         # A split in several files has a key for each: train/0, train/1.

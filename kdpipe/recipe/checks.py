@@ -2,12 +2,10 @@
 
 from kdpipe.recipe.fields import RecipeFields
 from kdpipe.recipe.objective import Support
+from kdpipe.recipe.section import ENGINE_ABILITIES
 from kdpipe.recipe.stages import KeepTopK
 from kdpipe.recipe.task import ArithmeticTask
 from kdpipe.recipe.teacher import ScratchTeacher, SelfTeacher, ServedTeacher, Teacher
-
-ENGINE_ABILITIES: dict[str, frozenset[str]] = {"hf": frozenset({"support", "hidden"}), "vllm": frozenset()}
-"""What each engine scores beyond sampled tokens and the teacher's top k (see engines/protocol.py)."""
 
 
 def check_fields(recipe: RecipeFields) -> None:

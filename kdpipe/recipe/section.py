@@ -11,6 +11,11 @@ Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 EngineName = Literal["hf", "vllm"]
+ENGINE_ABILITIES: dict[EngineName, frozenset[str]] = {
+    "hf": frozenset({"support", "hidden"}),
+    "vllm": frozenset(),
+}
+"""What each engine scores beyond sampled tokens and the teacher's top k (see engines/protocol.py)."""
 TextSource = Literal["reference", "teacher"]
 
 

@@ -10,13 +10,7 @@ from kdpipe.report.figure import Chart, Point, Series
 from kdpipe.results.measures import Evaluation, Measures
 from kdpipe.store.step import Stage
 
-STAGE_STYLES = {
-    Stage.ROLLOUT: 0,
-    Stage.TEACHER_SCORE: 1,
-    Stage.TRAIN: 2,
-    Stage.EVALUATE: 3,
-    Stage.SFT: 4,
-}
+STAGE_STYLES = {stage: (number - 1) % len(Stage) for number, stage in enumerate(Stage)}
 """The colour of each stage, wherever stages are beside each other."""
 
 

@@ -1,20 +1,32 @@
-"""Tasks: problems and their grading. The module of a task is imported only where it is that task.
+"""Tasks: problems and their grading. The module of a task has the task's `kind` for its name.
 
-`kdpipe plan` asks for nothing here but names of files, and would pay for all three modules.
+It is imported only where the recipe has that task.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol, cast
 
-from kdpipe.errors import DataError
-from kdpipe.recipe.schema import ArithmeticTask, Gsm8kTask, JsonlTask
+from kdpipe.recipe.schema import Gsm8kTask
 
 if TYPE_CHECKING:
-    from kdpipe.data.rows import Problem
+    from pathlib import Path
 
-Task = Gsm8kTask | ArithmeticTask | JsonlTask
+    from kdpipe.data.rows import Problem
+    from kdpipe.recipe.task import Task
+
+
+class TaskModule(Protocol):
+    """What the module of a task has; each takes its own kind of task."""
+
+    def find_files(self, task: Task, folder: Path) -> dict[str, Path]:
+        """See `data_files`."""
+
+    def read_problems(
+        self, task: Task, folder: Path, hub_folder: Path | None
+    ) -> tuple[list[Problem], list[Problem]]:
+        """See `read_problems`."""
 
 
 def hub_id(task: Task, folder: Path) -> str | None:
@@ -36,44 +48,15 @@ def data_files(task: Task, folder: Path) -> dict[str, Path]:
 
     Raises DataError when one is missing.
     """
-    match task:
-        case ArithmeticTask():
-            return {}
-        case Gsm8kTask():
-            from kdpipe.data.tasks import gsm8k
-
-            return {} if hub_id(task, folder) else gsm8k.find_files(_local(task.data, folder))
-        case JsonlTask():
-            files = {"train": _local(task.train, folder), "test": _local(task.test, folder)}
-            for split, path in files.items():
-                if not path.is_file():
-                    raise DataError(
-                        f"{path}: no such file", hint=f"task.{split} names it, from the recipe's folder"
-                    )
-            return files
+    return _module_of(task).find_files(task, folder)
 
 
 def read_problems(
     task: Task, folder: Path, *, hub_folder: Path | None = None
 ) -> tuple[list[Problem], list[Problem]]:
     """Train and test problems; `hub_folder` is where a hub data set was downloaded to."""
-    from kdpipe.data.tasks import arithmetic, gsm8k, jsonl
-
-    match task:
-        case ArithmeticTask():
-            return arithmetic.make_problems(task)
-        case Gsm8kTask() if name := hub_id(task, folder):
-            if hub_folder is None:
-                raise DataError(
-                    f"task.data: {name!r} is no folder in {folder}, and no such hub data set was downloaded",
-                    hint="give a local folder with train.jsonl and test.jsonl, for example data: ./gsm8k",
-                )
-            return gsm8k.read_problems(hub_folder)
-        case Gsm8kTask():
-            return gsm8k.read_problems(_local(task.data, folder))
-        case JsonlTask():
-            return jsonl.read_problems(task, data_files(task, folder))
+    return _module_of(task).read_problems(task, folder, hub_folder)
 
 
-def _local(path: str, folder: Path) -> Path:
-    return folder / Path(path).expanduser()
+def _module_of(task: Task) -> TaskModule:
+    return cast("TaskModule", import_module(f"{__name__}.{task.kind}"))

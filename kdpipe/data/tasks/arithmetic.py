@@ -24,6 +24,7 @@ from kdpipe.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from kdpipe.recipe.schema import ArithmeticTask
 
@@ -80,6 +81,18 @@ _TEMPLATES = (
     _template("a+b x+c", "{other} has {b} {things}. {other} finds {c} more.", _BOTH),
     _template("a-c x+b", "{other} has {b} {things}. {name} loses {c}.", _BOTH),
 )
+
+
+def find_files(_task: ArithmeticTask, _folder: Path) -> dict[str, Path]:
+    """None: the problems are generated."""
+    return {}
+
+
+def read_problems(
+    task: ArithmeticTask, _folder: Path, _hub_folder: Path | None
+) -> tuple[list[Problem], list[Problem]]:
+    """Train and test problems; see `make_problems`."""
+    return make_problems(task)
 
 
 def make_problems(task: ArithmeticTask) -> tuple[list[Problem], list[Problem]]:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdpipe.data.rows import Problem
+from kdpipe.data.tasks import hub_id
 from kdpipe.data.tasks.answers import MARK, extract_expected, parse_number
 from kdpipe.data.tasks.jsonl import DataRecord, read_records
 from kdpipe.errors import DataError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from kdpipe.recipe.schema import Gsm8kTask
 
 SPLITS = ("train", "test")
 
 
-def find_files(data: Path) -> dict[str, Path]:
+def find_files(task: Gsm8kTask, folder: Path) -> dict[str, Path]:
     """The files of both splits in `data`, or in its `main` folder; `train/1` is the second file of train.
 
-    Raises DataError when a split is missing or not all of its numbered files are there.
+    None for a hub id. Raises DataError when a split is missing or not all of its numbered files are there.
     """
+    if hub_id(task, folder):
+        return {}
+    data = folder / Path(task.data).expanduser()
     files: dict[str, Path] = {}
     for split in SPLITS:
         paths = _split_files(data, split)
@@ -28,8 +33,21 @@ def find_files(data: Path) -> dict[str, Path]:
     return files
 
 
-def read_problems(data: Path) -> tuple[list[Problem], list[Problem]]:
-    """Train and test problems in `data`, with ids `gsm8k/<split>/<row>`."""
+def read_problems(
+    task: Gsm8kTask, folder: Path, hub_folder: Path | None
+) -> tuple[list[Problem], list[Problem]]:
+    """Train and test problems, with ids `gsm8k/<split>/<row>`.
+
+    Raises DataError on a hub id that was not downloaded.
+    """
+    data = folder / Path(task.data).expanduser()
+    if name := hub_id(task, folder):
+        if hub_folder is None:
+            raise DataError(
+                f"task.data: {name!r} is no folder in {folder}, and no such hub data set was downloaded",
+                hint="give a local folder with train.jsonl and test.jsonl, for example data: ./gsm8k",
+            )
+        data = hub_folder
     train, test = (
         [
             _problem(record, f"gsm8k/{split}/{row}")

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdpipe.data.rows import Problem
@@ -15,7 +16,6 @@ from kdpipe.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from kdpipe.recipe.schema import JsonlTask
 
@@ -81,8 +81,23 @@ class DataRecord:
 _NAME_FIELDS = "task.question_field and task.answer_field of a jsonl task name the fields to read"
 
 
-def read_problems(task: JsonlTask, files: dict[str, Path]) -> tuple[list[Problem], list[Problem]]:
-    """Train and test problems of `files`; their ids are the records' own, or `jsonl/<split>/<row>`."""
+def find_files(task: JsonlTask, folder: Path) -> dict[str, Path]:
+    """The file of each split; raises DataError when one is missing."""
+    files = {
+        split: folder / Path(name).expanduser()
+        for split, name in (("train", task.train), ("test", task.test))
+    }
+    for split, path in files.items():
+        if not path.is_file():
+            raise DataError(f"{path}: no such file", hint=f"task.{split} names it, from the recipe's folder")
+    return files
+
+
+def read_problems(
+    task: JsonlTask, folder: Path, _hub_folder: Path | None
+) -> tuple[list[Problem], list[Problem]]:
+    """Train and test problems; their ids are the records' own, or `jsonl/<split>/<row>`."""
+    files = find_files(task, folder)
     seen: dict[str, str] = {}
     train, test = (
         [
