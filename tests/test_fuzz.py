@@ -39,7 +39,7 @@ from kdpipe.store.manifest import Manifest, StoredFile
 from kdpipe.store.sealed import seal, seal_value, unseal_value
 from kdpipe.store.step import Step
 from kdpipe.training.local import LocalTrainer
-from kdpipe.training.state import write_trainer
+from kdpipe.training.optimizer import write_trainer
 from tests.nasty_texts import texts
 from tests.tiny_models import ROWS, tiny_model
 from tests.worlds import tiny_recipe

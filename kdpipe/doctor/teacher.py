@@ -17,9 +17,8 @@ from kdpipe.errors import KdpipeError
 from kdpipe.models.folder import read_head
 from kdpipe.models.prompting import render_teacher_prompt
 from kdpipe.models.reference import Pair, plain_logprobs
-from kdpipe.stages.routing import teaches
 from kdpipe.stages.scoring import TeacherHandle, as_teacher
-from kdpipe.stages.settings.model import SupportSettings, TeacherSettings, routes_of
+from kdpipe.stages.settings.model import SupportSettings, TeacherSettings, routes_of, teaches
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from kdpipe.errors import DataError
 from kdpipe.models.prompting import prompt_values
-from kdpipe.stages.routing import teaches
-from kdpipe.stages.settings.model import routes_of
+from kdpipe.stages.settings.model import routes_of, teaches
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -18,13 +18,15 @@ from kdpipe.stages.evaluate import evaluate, graded_problems
 from kdpipe.stages.job import Job
 from kdpipe.stages.rollout import rollout
 from kdpipe.stages.scoring import TeacherHandle, output_head, swapped_head
-from kdpipe.stages.settings.evaluate import EvaluateSettings
 from kdpipe.stages.settings.model import TeacherSettings
-from kdpipe.stages.settings.rollout import RolloutSettings
-from kdpipe.stages.settings.sft import SftSettings
-from kdpipe.stages.settings.teacher_score import ScoreSettings
-from kdpipe.stages.settings.teacher_text import TextSettings
-from kdpipe.stages.settings.train import TrainSettings
+from kdpipe.stages.settings.stage import (
+    EvaluateSettings,
+    RolloutSettings,
+    ScoreSettings,
+    SftSettings,
+    TextSettings,
+    TrainSettings,
+)
 from kdpipe.stages.sft import sft
 from kdpipe.stages.teacher_score import teacher_score
 from kdpipe.stages.teacher_text import write_texts

@@ -18,8 +18,7 @@ from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.models.text import Text
 from kdpipe.recipe.roles import EMA_ROLE, STUDENT_ROLE
 from kdpipe.recipe.schema import Recipe, Scratch, Sft
-from kdpipe.stages.settings.sft import SftSettings
-from kdpipe.stages.settings.train import TrainSettings
+from kdpipe.stages.settings.stage import SftSettings, TrainSettings
 from kdpipe.store.step import Stage
 from kdpipe.training.ema import Average
 from kdpipe.training.local import LocalTrainer

@@ -29,12 +29,14 @@ from kdpipe.recipe.roles import (
 from kdpipe.recipe.schema import Recipe, SelfTeacher, Student, Teacher, resolved
 from kdpipe.recipe.task import QuestionTask
 from kdpipe.stages.settings.document import document
-from kdpipe.stages.settings.evaluate import EvaluateSettings
-from kdpipe.stages.settings.rollout import RolloutSettings
-from kdpipe.stages.settings.sft import SftSettings
-from kdpipe.stages.settings.teacher_score import ScoreSettings
-from kdpipe.stages.settings.teacher_text import TextSettings
-from kdpipe.stages.settings.train import TrainSettings
+from kdpipe.stages.settings.stage import (
+    EvaluateSettings,
+    RolloutSettings,
+    ScoreSettings,
+    SftSettings,
+    TextSettings,
+    TrainSettings,
+)
 from kdpipe.store.step import Fields, Input, Stage, Step, canonical, step_id_of
 
 FORMATS: dict[Stage, int] = {

@@ -26,8 +26,8 @@ from kdpipe.errors import DataError
 from kdpipe.method import statistics
 from kdpipe.stages.held_out import Exact, has_exact, held_out_scores
 from kdpipe.stages.job import Job, mean
-from kdpipe.stages.routing import teaches
 from kdpipe.stages.sampling import Grader, request_for, sample_all, sampling_of
+from kdpipe.stages.settings.model import teaches
 from kdpipe.store.step import Stage
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from kdpipe.engines.handle import ModelHandle
     from kdpipe.engines.protocol import Completion, Sampling
     from kdpipe.stages.scoring import TeacherHandle
-    from kdpipe.stages.settings.evaluate import EvaluateSettings
-    from kdpipe.stages.settings.task import Headline
+    from kdpipe.stages.settings.model import Headline
+    from kdpipe.stages.settings.stage import EvaluateSettings
 
 Rows = list[TableRow]
 

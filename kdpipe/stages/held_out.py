@@ -18,8 +18,8 @@ from kdpipe.method.exact_kl import reverse_kl
 from kdpipe.method.micro_batch import TeacherHidden, TeacherMixture, TeacherPart
 from kdpipe.method.mixture import mixed_logprobs
 from kdpipe.models.devices import resolve_device
-from kdpipe.stages.routing import teaches
 from kdpipe.stages.scoring import output_head, score_completions, swapped_head
+from kdpipe.stages.settings.model import teaches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kdpipe.models.logprobs import Head
     from kdpipe.stages.job import Job
     from kdpipe.stages.scoring import Scored, TeacherHandle, Triple
-    from kdpipe.stages.settings.evaluate import EvaluateSettings
+    from kdpipe.stages.settings.stage import EvaluateSettings
 
 
 @dataclass(frozen=True, slots=True)

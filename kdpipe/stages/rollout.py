@@ -24,7 +24,7 @@ from kdpipe.stages.sampling import (
     sampled_ids,
     sampling_of,
 )
-from kdpipe.stages.settings.sampling import DrawSettings
+from kdpipe.stages.settings.model import DrawSettings
 from kdpipe.store.step import Stage
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from kdpipe.data.rows import Problem
     from kdpipe.engines.handle import ModelHandle
-    from kdpipe.stages.settings.rollout import RolloutSettings
+    from kdpipe.stages.settings.stage import RolloutSettings
 
 
 def rollout(

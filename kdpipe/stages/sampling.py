@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from kdpipe.engines.protocol import Completion
     from kdpipe.models.text import Text
     from kdpipe.stages.job import Job
-    from kdpipe.stages.settings.sampling import DrawSettings
-    from kdpipe.stages.settings.task import Headline
+    from kdpipe.stages.settings.model import DrawSettings, Headline
 
 
 def round_problems(job: Job, prompts: int) -> list[Problem]:

@@ -13,7 +13,7 @@ from kdpipe.data.seeds import permutation
 from kdpipe.models.batching import batches_by_tokens, make_batch
 from kdpipe.models.logprobs import token_logprobs
 from kdpipe.models.prompting import reference_completion
-from kdpipe.stages.routing import teaches
+from kdpipe.stages.settings.model import teaches
 from kdpipe.store.step import Stage
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kdpipe.models.text import Text
     from kdpipe.recipe.schema import Sft
     from kdpipe.stages.job import Job
-    from kdpipe.stages.settings.sft import SftSettings
+    from kdpipe.stages.settings.stage import SftSettings
     from kdpipe.training.protocol import Trainer
 
 METRIC_EVERY = 20

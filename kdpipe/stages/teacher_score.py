@@ -18,7 +18,6 @@ from kdpipe.engines.protocol import ScoreRequest, Scoring
 from kdpipe.models.folder import head_digest
 from kdpipe.models.logprobs import Head
 from kdpipe.stages.job import Job
-from kdpipe.stages.routing import teaches
 from kdpipe.stages.scoring import (
     Scored,
     TeacherHandle,
@@ -28,6 +27,7 @@ from kdpipe.stages.scoring import (
     score_completions,
     score_metrics,
 )
+from kdpipe.stages.settings.model import teaches
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from kdpipe.data.rows import Rollout
     from kdpipe.engines.handle import ModelHandle
-    from kdpipe.stages.settings.teacher_score import ScoreSettings
+    from kdpipe.stages.settings.stage import ScoreSettings
 
 
 def teacher_score(

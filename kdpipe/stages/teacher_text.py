@@ -14,7 +14,6 @@ from kdpipe.data.tables import ROLLOUTS, read_rollouts
 from kdpipe.errors import PreflightError
 from kdpipe.models.text import Text
 from kdpipe.stages.job import Job, mean
-from kdpipe.stages.routing import teaches
 from kdpipe.stages.sampling import (
     Grader,
     request_for,
@@ -23,6 +22,7 @@ from kdpipe.stages.sampling import (
     sampled_ids,
     sampling_of,
 )
+from kdpipe.stages.settings.model import teaches
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kdpipe.data.rows import Problem, Rollout
     from kdpipe.engines.protocol import Completion
     from kdpipe.stages.scoring import TeacherHandle
-    from kdpipe.stages.settings.teacher_text import TextSettings
+    from kdpipe.stages.settings.stage import TextSettings
 
 
 def write_texts(settings: TextSettings, job: Job, *, teacher: TeacherHandle, student: Text) -> None:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from kdpipe.method.mixture import RoundScores
     from kdpipe.recipe.schema import Objective
     from kdpipe.recipe.stages import TrainSection
-    from kdpipe.stages.settings.train import TrainSettings
+    from kdpipe.stages.settings.stage import TrainSettings
     from kdpipe.training.ema import Average
     from kdpipe.training.protocol import Trainer
 

@@ -10,7 +10,7 @@ import torch
 
 from kdpipe.errors import ArtifactError
 from kdpipe.models.folder import open_model, write_model
-from kdpipe.training.state import read_trainer, write_trainer
+from kdpipe.training.optimizer import read_trainer, write_trainer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

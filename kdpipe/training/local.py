@@ -16,10 +16,15 @@ import torch
 from kdpipe.errors import ArtifactError, StepError
 from kdpipe.models.folder import write_model
 from kdpipe.models.logprobs import head_of, hidden_states, score_tokens
-from kdpipe.training.optimizer import adamw, moments, restore_moments
+from kdpipe.training.optimizer import (
+    adamw,
+    learning_rate,
+    moments,
+    read_trainer,
+    restore_moments,
+    write_trainer,
+)
 from kdpipe.training.protocol import Update
-from kdpipe.training.schedule import learning_rate
-from kdpipe.training.state import read_trainer, write_trainer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -1,22 +1,32 @@
-"""AdamW and its moments by parameter name.
+"""AdamW: its learning-rate schedule, its moments by parameter name, and its state on disk.
 
 Left out on purpose: parameter groups (one weight decay for all, as AReaL).
 """
 
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from kdpipe.errors import ArtifactError
+from kdpipe.models.folder import disk_errors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from pydantic import JsonValue
+
     from kdpipe.recipe.schema import Optimizer, SftOptimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+TENSORS_FILE = "trainer.safetensors"
+STATE_FILE = "trainer.json"
 
 
 def adamw(weights: Mapping[str, torch.nn.Parameter], settings: Optimizer | SftOptimizer) -> torch.optim.AdamW:
@@ -29,6 +39,18 @@ def adamw(weights: Mapping[str, torch.nn.Parameter], settings: Optimizer | SftOp
         weight_decay=settings.weight_decay,
         foreach=True,
     )
+
+
+def learning_rate(settings: Optimizer | SftOptimizer, step: int, *, horizon: int) -> float:
+    """The rate after `step` optimizer steps: linear warm-up, then the schedule down to 0 at the horizon."""
+    warmup = settings.warmup_steps
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    left = 1 - min(1.0, (step - warmup) / max(1, horizon - warmup))
+    factor = left if settings.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+    return settings.learning_rate * factor
 
 
 def moments(
@@ -64,3 +86,31 @@ def restore_moments(
             "step": torch.tensor(float(step)),
             **{key: moment.to(weight.device, weight.dtype) for key, moment in found.items()},
         }
+
+
+def write_trainer(
+    folder: Path, *, tensors: Mapping[str, torch.Tensor], state: Mapping[str, JsonValue]
+) -> None:
+    """Writes optimizer moments, masters, RNG and the like, and all that is not a tensor as JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # safetensors refuses tensors that share memory or are not contiguous.
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    with disk_errors(folder):
+        save_file(plain, folder / TENSORS_FILE)
+    text = json.dumps(dict(state), sort_keys=True, indent=1, allow_nan=False)
+    (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_trainer(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, JsonValue]]:
+    """Tensors (on the CPU) and state as written; raises ArtifactError when damaged or missing."""
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(folder / TENSORS_FILE)
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{folder}: trainer state cannot be read: {error}") from error
+    if not isinstance(state, dict):
+        raise ArtifactError(f"{folder / STATE_FILE}: expected a JSON object, found {type(state).__name__}")
+    return tensors, state

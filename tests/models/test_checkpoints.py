@@ -16,7 +16,7 @@ from kdpipe.models.folder import head_digest, open_model, read_head, scratch_mod
 from kdpipe.models.logprobs import head_of
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.schema import Scratch
-from kdpipe.training.state import read_trainer, write_trainer
+from kdpipe.training.optimizer import read_trainer, write_trainer
 from tests.tiny_models import COMMON, CONFIGS, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")

@@ -33,7 +33,7 @@ from kdpipe.models.source import ModelSource
 from kdpipe.models.text import Text
 from kdpipe.recipe.file import LoadedRecipe, load_recipe
 from kdpipe.stages.job import Job
-from kdpipe.stages.settings.train import TrainSettings
+from kdpipe.stages.settings.stage import TrainSettings
 from kdpipe.stages.train import train
 from tests.stages.test_from_files import NUM_IDS, write_model
 from tests.worlds import NearWorker, Watcher, load_tiny, payload_digests, run_near

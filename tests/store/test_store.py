@@ -152,7 +152,7 @@ def test_a_full_disk_is_a_step_error_that_names_the_path(tmp_path: Path) -> None
 
 def test_a_real_file_limit_while_saving_tensors_is_a_step_error(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    from kdpipe.training.state import write_trainer
+    from kdpipe.training.optimizer import write_trainer
 
     tensors = {"weight": torch.zeros(50_000)}
     old = resource.getrlimit(resource.RLIMIT_FSIZE)

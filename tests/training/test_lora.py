@@ -43,8 +43,8 @@ from kdpipe.pipeline.housekeeping import export
 from kdpipe.pipeline.project import Project, open_project
 from kdpipe.recipe.schema import Lora, Optimizer
 from kdpipe.training.local import LocalTrainer
+from kdpipe.training.optimizer import read_trainer
 from kdpipe.training.protocol import Trainer
-from kdpipe.training.state import read_trainer
 from tests.tiny_models import CONFIGS, FAST, FLOAT32_NATS, ROWS, tiny_model, tiny_tokenizer
 from tests.worlds import NearWorker, Watcher, load_tiny, payload_digests, run_near
 

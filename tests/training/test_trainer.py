@@ -10,8 +10,7 @@ import torch
 from kdpipe.errors import ArtifactError
 from kdpipe.recipe.schema import Optimizer
 from kdpipe.training.local import LocalTrainer
-from kdpipe.training.schedule import learning_rate
-from kdpipe.training.state import read_trainer, write_trainer
+from kdpipe.training.optimizer import learning_rate, read_trainer, write_trainer
 from tests.training.steps import NUM_IDS, copied, equal, take_step, tiny_llama
 
 

@@ -18,8 +18,8 @@ from kdpipe.models.folder import open_model
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.schema import Optimizer
 from kdpipe.training.local import LocalTrainer
+from kdpipe.training.optimizer import read_trainer
 from kdpipe.training.protocol import Trainer
-from kdpipe.training.state import read_trainer
 from tests.tiny_models import tiny_tokenizer
 from tests.training.steps import NUM_IDS, WHOLE, batch_of, copied, cross_entropy, equal, take_step, tiny_llama
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from kdpipe.recipe.section import Section
-from kdpipe.stages.settings.task import TaskSettings
+from kdpipe.stages.settings.model import TaskSettings
 
 if TYPE_CHECKING:
     from pydantic import JsonValue

@@ -1,4 +1,4 @@
-"""How the student and a teacher are loaded, prompted and asked."""
+"""What several stages read: how models are loaded, asked and sampled from, and the task's problems."""
 
 from __future__ import annotations
 
@@ -12,10 +12,36 @@ from kdpipe.recipe.schema import SelfTeacher, ServedTeacher
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
-    from kdpipe.recipe.schema import EngineName, Recipe, Student, Teacher
-    from kdpipe.recipe.section import DtypeName
+    from kdpipe.data.rows import Problem
+    from kdpipe.recipe.schema import Recipe, Student, Teacher
+    from kdpipe.recipe.section import DtypeName, EngineName
+    from kdpipe.recipe.stages import RolloutSection
+    from kdpipe.recipe.task import Task
+    from kdpipe.store.step import Fields
 
+    Headline: TypeAlias = Literal["strict", "flexible"]
     Routes: TypeAlias = Mapping[str, Sequence[str | int | float]]
+
+FILES = ("data", "revision", "train", "test")
+"""Fields that name files and folders: what those hold enters a fingerprint by its digest."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSettings:
+    """How problems are made and asked, and which answer is graded."""
+
+    problems: Fields
+    headline: Headline
+
+    @classmethod
+    def of(cls, task: Task) -> TaskSettings:
+        """The settings of a stage that grades."""
+        return cls(problems_of(task), task.headline)
+
+
+def problems_of(task: Task) -> Fields:
+    """How problems are made and asked, which is all that a stage reads that grades nothing."""
+    return {name: getattr(task, name) for name in type(task).model_fields if name not in (*FILES, "headline")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,3 +126,59 @@ def routes_of(teacher: Teacher) -> Routes | None:
         return None
     lists = {name: wanted if isinstance(wanted, list) else [wanted] for name, wanted in teacher.only.items()}
     return {name: sorted(set(values), key=str) for name, values in lists.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class DrawSettings:
+    """The distribution that tokens are drawn from, and where a completion ends.
+
+    Temperature 0 is greedy decoding, which has no top-p or top-k.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    stop: Sequence[str]
+
+    @classmethod
+    def of(
+        cls, rollout: RolloutSection, *, temperature: float | None = None, max_new_tokens: int | None = None
+    ) -> DrawSettings:
+        """The rollout's, with another temperature or length where one is given."""
+        heat = rollout.temperature if temperature is None else temperature
+        return cls(
+            temperature=heat,
+            top_p=rollout.top_p if heat else 1.0,
+            top_k=rollout.top_k if heat else 0,
+            max_new_tokens=max_new_tokens or rollout.max_new_tokens,
+            stop=rollout.stop,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSettings:
+    """How many prompts a round has, and the share of them that the student samples for."""
+
+    prompts: int
+    on_policy_fraction: float
+
+    @classmethod
+    def of(cls, rollout: RolloutSection) -> PromptSettings:
+        """Those of every round."""
+        return cls(rollout.prompts, rollout.on_policy_fraction)
+
+    @property
+    def on_policy_prompts(self) -> int:
+        """How many of a round's prompts the student samples for."""
+        return round(self.on_policy_fraction * self.prompts)
+
+
+def teaches(only: Routes | None, problem: Problem) -> bool:
+    """Whether the problem's record has the values of a teacher's `only`; without one, always."""
+    for name, values in (only or {}).items():
+        found = problem.fields.get(name)
+        # A column of whole numbers may have become text or floats on its way here.
+        if found is None or not any(found == value or str(found) == str(value) for value in values):
+            return False
+    return True
