@@ -32,7 +32,7 @@ Probe = Literal[
     "knows the task",
 ]
 CATCHES: dict[Probe, str] = {
-    "vocabulary": "a teacher whose ids stand for other strings, so that it scores another text",
+    "vocabulary": "a teacher with other strings for the same ids, so that it scores another text",
     "special tokens": "a beginning-of-sequence token that occurs twice, or that only one of the two knows",
     "template": "a teacher that reads turns in a form that it was not trained on",
     "end of sequence": "a teacher that ends its turns with another id, and so teaches never to stop",
@@ -43,7 +43,7 @@ CATCHES: dict[Probe, str] = {
     "sampler": "behaviour log-probs at another temperature or of other weights than the trainer's",
     "shift": "scores that belong to the token before or after, also at the last token",
     "not constant": "weights lost after sleep, or an output head of zeros: -ln V everywhere",
-    "same twice": "scores that depend on what was asked before, or on what is asked beside",
+    "same twice": "scores that depend on earlier requests, or on others in the batch",
     "own weights": "an engine that runs other weights, or other arithmetic, than the teacher's folder holds",
     "reload": "weights, or the output head alone, that stay the old ones when a new student is loaded",
     "top-k": "a top-k that is missing, short, unsorted, or of another token than the score beside it",
