@@ -17,7 +17,7 @@ import pytest
 
 import kdpipe
 from kdpipe.data import payload
-from kdpipe.store.step import Stage
+from kdpipe.store.stage import Stage
 
 PACKAGE = Path(kdpipe.__file__).parent
 

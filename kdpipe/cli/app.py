@@ -49,9 +49,7 @@ Parameters = ParamSpec("Parameters")
 
 def main() -> None:
     """Runs the command line; every expected failure becomes one message and its exit code."""
-    # Starting makes many objects and hardly any garbage: looking for it takes a twentieth of `kdpipe plan`.
-    collector.set_threshold(100_000, 50, 50)
-    atexit.register(collector.freeze)  # nor is it looked for on the way out, another twentieth
+    atexit.register(collector.freeze)  # no garbage is looked for on the way out, a twentieth of `kdpipe plan`
     # pydantic would look for plugins in the metadata of every installed distribution.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "true")
     _ensure_home()

@@ -20,7 +20,7 @@ from kdpipe.cli.parameters import (
 )
 from kdpipe.cli.terminal import print_json, shown
 from kdpipe.errors import PreflightError, RecipeError
-from kdpipe.store.step import Stage
+from kdpipe.store.stage import Stage
 
 if TYPE_CHECKING:
     from kdpipe.cli.overview import Overview

@@ -80,7 +80,7 @@ def _evaluations(project: "Project") -> list[tuple[str, "Fields"]]:
     """What to call the model of each evaluation that is shown, and its summary.json."""
     from kdpipe.pipeline.project import summary_of
     from kdpipe.recipe.roles import STUDENT
-    from kdpipe.store.step import Stage
+    from kdpipe.store.stage import Stage
 
     done = [
         (step, summary)

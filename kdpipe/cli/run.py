@@ -17,7 +17,7 @@ from kdpipe.cli.parameters import (
 )
 from kdpipe.cli.study import run_study
 from kdpipe.errors import RecipeError
-from kdpipe.store.step import Stage
+from kdpipe.store.stage import Stage
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.project import Project

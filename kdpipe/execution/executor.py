@@ -44,7 +44,8 @@ from kdpipe.stages.job import Job
 from kdpipe.store.artifacts import Draft
 from kdpipe.store.durable import append_line
 from kdpipe.store.environment import environment
-from kdpipe.store.step import Stage, Step
+from kdpipe.store.stage import Stage
+from kdpipe.store.step import Step
 from kdpipe.workers.message import Nothing
 from kdpipe.workers.pulse import Pulse
 from kdpipe.workers.worker import Report

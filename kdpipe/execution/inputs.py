@@ -15,7 +15,8 @@ from kdpipe.pipeline.request import Assignment, StepEvent
 from kdpipe.recipe.roles import BASE_ROLE, STUDENT, STUDENT_ROLE, Role, RoleKind, teacher_role
 from kdpipe.recipe.schema import Recipe, SelfTeacher, Student, Teacher
 from kdpipe.store.artifacts import Entry, Store
-from kdpipe.store.step import Stage, Step
+from kdpipe.store.stage import Stage
+from kdpipe.store.step import Step
 from kdpipe.workers.worker import Report
 
 

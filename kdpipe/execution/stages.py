@@ -31,7 +31,7 @@ from kdpipe.stages.sft import sft
 from kdpipe.stages.teacher_score import teacher_score
 from kdpipe.stages.teacher_text import write_texts
 from kdpipe.stages.train import train
-from kdpipe.store.step import Stage
+from kdpipe.store.stage import Stage
 from kdpipe.training.local import LocalTrainer
 
 

@@ -19,7 +19,7 @@ from kdpipe.models.text import Text
 from kdpipe.recipe.roles import EMA_ROLE, STUDENT_ROLE
 from kdpipe.recipe.schema import Recipe, Scratch, Sft
 from kdpipe.stages.settings.stage import SftSettings, TrainSettings
-from kdpipe.store.step import Stage
+from kdpipe.store.stage import Stage
 from kdpipe.training.ema import Average
 from kdpipe.training.local import LocalTrainer
 

@@ -16,7 +16,8 @@ from kdpipe.recipe.roles import STUDENT
 from kdpipe.store.artifacts import MANIFEST, Entry, Store, read_document
 from kdpipe.store.locks import is_running
 from kdpipe.store.manifest import Manifest
-from kdpipe.store.step import Stage, Step
+from kdpipe.store.stage import Stage
+from kdpipe.store.step import Step
 
 # ---------------------------------------------------------------------------------------------- verify
 

@@ -37,7 +37,8 @@ from kdpipe.stages.settings.stage import (
     TextSettings,
     TrainSettings,
 )
-from kdpipe.store.step import Fields, Input, Stage, Step, canonical, step_id_of
+from kdpipe.store.stage import Stage
+from kdpipe.store.step import Fields, Input, Step, canonical, step_id_of
 
 FORMATS: dict[Stage, int] = {
     Stage.SFT: 2,

@@ -16,7 +16,8 @@ from kdpipe.pipeline.project import Project, open_project
 from kdpipe.pipeline.request import PERFORMER, Close, Depth, Examine, Examined, assignment_of, open_worker
 from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.recipe.roles import BASE_ROLE, STUDENT, STUDENT_ROLE, Role, teacher_role
-from kdpipe.store.step import Input, Stage, Step
+from kdpipe.store.stage import Stage
+from kdpipe.store.step import Input, Step
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from kdpipe.errors import PreflightError, StepError
 from kdpipe.pipeline.project import Project, summary_of
 from kdpipe.recipe.roles import STUDENT, STUDENT_ROLE
 from kdpipe.recipe.schema import Recipe, SelfTeacher, ServedTeacher, Teacher
-from kdpipe.store.step import Stage, Step, step_id_of
+from kdpipe.store.stage import Stage
+from kdpipe.store.step import Step, step_id_of
 
 FREE_BYTES_FLOOR = 64 << 20
 PEFT = "peft>=0.21"  # as the extra `lora` says

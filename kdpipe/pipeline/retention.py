@@ -20,7 +20,8 @@ from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.runtime import Keep
 from kdpipe.store.artifacts import Entry, linked_entry
 from kdpipe.store.locks import is_running
-from kdpipe.store.step import Stage, Step, link_name_of
+from kdpipe.store.stage import Stage
+from kdpipe.store.step import Step, link_name_of
 
 TRAINED, EVALUATED = link_name_of(Stage.TRAIN, None), link_name_of(Stage.EVALUATE, STUDENT)
 PAYLOADS = ("model", "trainer", "ema")

@@ -93,7 +93,7 @@ class _History:
         own = run_folder(workspace, recipe)
         others = [run for run in all_runs(workspace) if run.path != own.path]
         named = [run for run in others if run.name.rpartition("-")[0] == recipe.name]
-        self.runs: list[RunFolder] = [own, *named]
+        self.runs: list[RunFolder] = [run for run in (own, *named) if run.path.is_dir()]
 
     def earlier(self, step: Step) -> dict[str, Any] | None:
         for run in self.runs:

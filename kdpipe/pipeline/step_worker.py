@@ -24,7 +24,8 @@ from kdpipe.pipeline.request import (
 from kdpipe.pipeline.requirements import require_space
 from kdpipe.pipeline.runs import RunFolder
 from kdpipe.pipeline.signals import Stop
-from kdpipe.store.step import Stage, Step
+from kdpipe.store.stage import Stage
+from kdpipe.store.step import Step
 from kdpipe.workers.pulse import Progressed
 
 

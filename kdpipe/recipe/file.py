@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 from dataclasses import dataclass
@@ -100,6 +99,8 @@ def _explain(document: Document, item: ErrorDetails) -> str:
     found = document.spelling(path)
     match item["type"]:
         case "extra_forbidden":
+            import difflib  # for this error alone
+
             known = _known_keys(item["loc"])
             near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
             return f"{where}unknown key" + (

@@ -1,6 +1,5 @@
 """The teachers of a recipe: four kinds, distinguished by where a teacher's scores come from."""
 
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -229,6 +228,8 @@ def _one_kind(value: Any) -> Any:
     found = [key for key in KINDS if value.get(key) is not None]
     if len(found) == 1:
         return value
+    import difflib  # for this error alone
+
     near = {
         key: names[0]
         for key in value

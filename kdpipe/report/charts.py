@@ -8,7 +8,7 @@ from kdpipe.method.statistics import Interval
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.report.figure import Chart, Point, Series
 from kdpipe.results.measures import Evaluation, Measures
-from kdpipe.store.step import Stage
+from kdpipe.store.stage import Stage
 
 STAGE_STYLES = {stage: (number - 1) % len(Stage) for number, stage in enumerate(Stage)}
 """The colour of each stage, wherever stages are beside each other."""

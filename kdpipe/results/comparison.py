@@ -24,7 +24,8 @@ from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import resolved
 from kdpipe.results.measures import cost_of
 from kdpipe.store.artifacts import linked_entry
-from kdpipe.store.step import Stage, link_name_of
+from kdpipe.store.stage import Stage
+from kdpipe.store.step import link_name_of
 
 HEADLINE = "task.headline"
 HEADER = (

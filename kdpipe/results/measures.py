@@ -18,7 +18,8 @@ from kdpipe.pipeline.status import State
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.store.manifest import Manifest
 from kdpipe.store.metric import METRICS, Metric, read_metrics
-from kdpipe.store.step import Stage, Step
+from kdpipe.store.stage import Stage
+from kdpipe.store.step import Step
 
 Values: TypeAlias = "dict[int, float]"
 

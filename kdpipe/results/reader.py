@@ -30,7 +30,8 @@ from kdpipe.recipe.roles import STUDENT, teacher_role
 from kdpipe.results.completions import Change, CompletionRow, CompletionTable, Floats, TokenColumns
 from kdpipe.results.detokenizer import Detokenizer
 from kdpipe.results.top_logprobs import KeptStates, open_states
-from kdpipe.store.step import Stage, Step, step_id_of
+from kdpipe.store.stage import Stage
+from kdpipe.store.step import Step, step_id_of
 
 PLAIN = ("prompt_id", "sample", "question", "expected", "finish_reason", "text", "correct")
 

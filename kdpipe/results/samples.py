@@ -14,7 +14,8 @@ from kdpipe.method.mismatch import acted, ledger, mismatch
 from kdpipe.pipeline.project import Project
 from kdpipe.results.completions import CompletionTable, GradedCompletion, Token
 from kdpipe.results.reader import Reader
-from kdpipe.store.step import Stage, step_id_of
+from kdpipe.store.stage import Stage
+from kdpipe.store.step import step_id_of
 
 
 @dataclass(frozen=True, slots=True)

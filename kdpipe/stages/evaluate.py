@@ -28,7 +28,7 @@ from kdpipe.stages.held_out import Exact, has_exact, held_out_scores
 from kdpipe.stages.job import Job, mean
 from kdpipe.stages.sampling import Grader, request_for, sample_all, sampling_of
 from kdpipe.stages.settings.model import teaches
-from kdpipe.store.step import Stage
+from kdpipe.store.stage import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -25,7 +25,7 @@ from kdpipe.stages.sampling import (
     sampling_of,
 )
 from kdpipe.stages.settings.model import DrawSettings
-from kdpipe.store.step import Stage
+from kdpipe.store.stage import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

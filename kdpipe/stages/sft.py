@@ -14,7 +14,7 @@ from kdpipe.models.batching import batches_by_tokens, make_batch
 from kdpipe.models.logprobs import token_logprobs
 from kdpipe.models.prompting import reference_completion
 from kdpipe.stages.settings.model import teaches
-from kdpipe.store.step import Stage
+from kdpipe.store.stage import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -34,7 +34,7 @@ from kdpipe.stages.experience import (
 )
 from kdpipe.stages.job import NOTHING_PUBLISHED, Job, mean
 from kdpipe.stages.scoring import check_scorable, score_metrics
-from kdpipe.store.step import Stage
+from kdpipe.store.stage import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

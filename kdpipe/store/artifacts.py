@@ -138,6 +138,8 @@ class Entry:
 
     def pieces(self) -> list[Piece]:
         """What earlier attempts have finished of a step that is not done."""
+        if not self.folder.is_dir():  # as of most steps of a new run, which `kdpipe plan` asks for one by one
+            return []
         parts = sorted((self.folder / PARTS).glob("part-*.parquet"))
         checkpoints = sorted((self.folder / CHECKPOINTS).glob(f"{CHECKPOINT}*"))
         return [

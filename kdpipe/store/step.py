@@ -5,27 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TypeAlias
+
+from pydantic import JsonValue
 
 from kdpipe.recipe.roles import Role
+from kdpipe.store.stage import Stage
 
-if TYPE_CHECKING:  # the commands name the stages, and start without pydantic
-    from pydantic import JsonValue
-
-    Fields: TypeAlias = dict[str, JsonValue]
-else:
-    Fields = dict[str, object]
-
-
-class Stage(StrEnum):
-    """The kinds of steps, in the order of their first one."""
-
-    SFT = "sft"
-    ROLLOUT = "rollout"
-    TEACHER_SCORE = "teacher-score"
-    TRAIN = "train"
-    EVALUATE = "evaluate"
+Fields: TypeAlias = dict[str, JsonValue]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +60,11 @@ def canonical(value: JsonValue) -> bytes:
 
 def _require_text_keys(value: JsonValue) -> None:
     """Raises TypeError on keys that JSON would turn into text, making two documents one."""
-    pending: list[Any] = [value]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, dict):
-            for key in node:
-                if not isinstance(key, str):
-                    raise TypeError(f"key {key!r} is not text")
-            node = node.values()
-        elif not isinstance(node, list | tuple):
-            continue
-        pending += [item for item in node if isinstance(item, (dict, list, tuple))]
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"key {key!r} is not text")
+        value = list(value.values())
+    for item in value if isinstance(value, (list, tuple)) else ():
+        if isinstance(item, (dict, list, tuple)):
+            _require_text_keys(item)

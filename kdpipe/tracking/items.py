@@ -24,7 +24,7 @@ from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import Recipe, resolved
 from kdpipe.store.durable import TEMPORARY, parse_json
 from kdpipe.store.sealed import digest_of
-from kdpipe.store.step import Stage
+from kdpipe.store.stage import Stage
 from kdpipe.tracking.memory import Memory
 from kdpipe.tracking.steps import DoneStep, MetricRow, done_steps, event_times, metrics
 

@@ -13,7 +13,8 @@ from kdpipe.errors import ArtifactError
 from kdpipe.pipeline.runs import RunFolder
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.store.artifacts import Entry, linked_entry
-from kdpipe.store.step import Stage, link_name_of
+from kdpipe.store.stage import Stage
+from kdpipe.store.step import link_name_of
 
 
 @dataclass(frozen=True, slots=True)

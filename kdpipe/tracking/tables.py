@@ -13,7 +13,7 @@ from typing import Any
 from kdpipe.data.payload import GRADES_FILE, ROLLOUTS_FILE
 from kdpipe.data.tables import GRADES, ROLLOUTS, read_rows
 from kdpipe.results.visible_text import visible
-from kdpipe.store.step import Stage
+from kdpipe.store.stage import Stage
 from kdpipe.tracking.steps import DoneStep
 
 MAX_GRADES = 500

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from kdpipe.cli.app import app
 from kdpipe.pipeline.plan import FORMATS
 from kdpipe.pipeline.project import Project, read_project
-from kdpipe.store.step import Stage
+from kdpipe.store.stage import Stage
 from tests.worlds import SMALLEST, load_tiny, run_near
 
 RATE = "train.optimizer.learning_rate=0.002"

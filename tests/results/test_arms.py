@@ -28,7 +28,7 @@ from kdpipe.recipe.file import load_recipe
 from kdpipe.recipe.schema import Objective
 from kdpipe.results.comparison import Contender
 from kdpipe.results.studies import ARMS, arm_rows, arm_runs, forecast, parse_arms
-from kdpipe.store.step import Stage
+from kdpipe.store.stage import Stage
 from tests.tiny_models import FLOAT32_NATS
 from tests.worlds import NearWorker, SilentMirror, tiny_recipe, write_recipe
 

@@ -1,6 +1,6 @@
 """Tasks: problems and their grading. The module of a task has the task's `kind` for its name.
 
-It is imported only where the recipe has that task.
+It is imported only where the recipe has that task, and where `kdpipe plan` asks for files only if it reads some.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol, cast
 
-from kdpipe.recipe.schema import Gsm8kTask
+from kdpipe.recipe.task import Gsm8kTask, QuestionTask
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +21,7 @@ class TaskModule(Protocol):
     """What the module of a task has; each takes its own kind of task."""
 
     def find_files(self, task: Task, folder: Path) -> dict[str, Path]:
-        """See `data_files`."""
+        """See `data_files`, which asks no task for files whose problems are generated."""
 
     def read_problems(
         self, task: Task, folder: Path, hub_folder: Path | None
@@ -48,7 +48,7 @@ def data_files(task: Task, folder: Path) -> dict[str, Path]:
 
     Raises DataError when one is missing.
     """
-    return _module_of(task).find_files(task, folder)
+    return _module_of(task).find_files(task, folder) if isinstance(task, QuestionTask) else {}
 
 
 def read_problems(

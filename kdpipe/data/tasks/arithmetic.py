@@ -83,11 +83,6 @@ _TEMPLATES = (
 )
 
 
-def find_files(_task: ArithmeticTask, _folder: Path) -> dict[str, Path]:
-    """None: the problems are generated."""
-    return {}
-
-
 def read_problems(
     task: ArithmeticTask, _folder: Path, _hub_folder: Path | None
 ) -> tuple[list[Problem], list[Problem]]:
