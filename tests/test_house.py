@@ -389,7 +389,7 @@ def test_the_names_of_stages_are_told_apart_in_one_file() -> None:
                 isinstance(one, ast.Constant) and one.value in names for one in told
             ) and "stage" in ast.unparse(node):
                 found.add(f"{name}, line {node.lineno}")
-        if "teacher-score" in strings(tree) and name != "store.step":
+        if "teacher-score" in strings(tree) and name != "store.stage":
             found.add(name)
     assert found == set()
 
