@@ -24,7 +24,7 @@ from kdpipe.models.cache import ModelCache
 from kdpipe.models.devices import dtype_name, resolve_device, resolve_dtype
 from kdpipe.models.folder import read_architecture
 from kdpipe.models.source import ModelSource
-from kdpipe.recipe.schema import Vllm
+from kdpipe.recipe.runtime import Vllm
 
 
 def main() -> None:

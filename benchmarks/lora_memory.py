@@ -29,7 +29,7 @@ from kdpipe.models.folder import open_model, scratch_model, write_model
 from kdpipe.models.logprobs import Head, token_logprobs
 from kdpipe.models.prompting import arithmetic_tokenizer, open_tokenizer
 from kdpipe.models.source import ModelSource
-from kdpipe.recipe.schema import Lora, Optimizer, Scratch
+from kdpipe.recipe.models import Lora, Optimizer, Scratch
 from kdpipe.training.local import LocalTrainer
 
 NUM_IDS = 4096

@@ -78,7 +78,7 @@ def prepare(workspace: Path, *, seed: int, overrides: list[str]) -> list[str]:
 def write_data(folder: Path) -> None:
     """One-step word problems as JSON lines; `start.jsonl` has each twice, the second time below its solution."""
     from kdpipe.data.tasks.arithmetic import make_problems
-    from kdpipe.recipe.schema import ArithmeticTask
+    from kdpipe.recipe.task import ArithmeticTask
 
     folder.mkdir(parents=True, exist_ok=True)
     task = ArithmeticTask(kind="arithmetic", steps=[1], max_operand=12, train_problems=600, test_problems=200)
@@ -96,7 +96,7 @@ def write_new_model(folder: Path, *, seed: int) -> None:
     from kdpipe.data.tasks.arithmetic import words
     from kdpipe.models.folder import scratch_model, write_model
     from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
-    from kdpipe.recipe.schema import Scratch
+    from kdpipe.recipe.models import Scratch
 
     tokenizer = arithmetic_tokenizer(words())
     model = scratch_model(

@@ -14,7 +14,7 @@ from kdpipe.data.tables import GRADES, ROLLOUTS, write_rows
 from kdpipe.pipeline.plan import Identities, make_plan
 from kdpipe.pipeline.runs import RunFolder, run_folder
 from kdpipe.recipe.file import LoadedRecipe, load_recipe
-from kdpipe.recipe.schema import Tracking
+from kdpipe.recipe.runtime import Tracking
 from kdpipe.store.artifacts import Draft, Store
 from kdpipe.store.step import Step
 from kdpipe.tracking.memory import MIRROR, Alive, MirrorRequest, MirrorResult, Status

@@ -32,7 +32,8 @@ from kdpipe.errors import ArtifactError, DataError, EngineError, KdpipeError
 from kdpipe.pipeline.project import open_project
 from kdpipe.pipeline.status import inspect
 from kdpipe.recipe.file import load_recipe, shipped
-from kdpipe.recipe.schema import Gsm8kTask, JsonlTask, SftOptimizer
+from kdpipe.recipe.models import SftOptimizer
+from kdpipe.recipe.task import Gsm8kTask, JsonlTask
 from kdpipe.store.artifacts import Store
 from kdpipe.store.durable import read_lines
 from kdpipe.store.manifest import Manifest, StoredFile

@@ -23,7 +23,7 @@ from kdpipe.models.folder import open_model
 from kdpipe.models.prompting import reference_completion
 from kdpipe.models.reference import Pair, logprobs_of, perturb, plain_logprobs
 from kdpipe.models.source import AdapterSource
-from kdpipe.recipe.schema import Optimizer
+from kdpipe.recipe.models import Optimizer
 from kdpipe.stages.sampling import request_for, sampling_of
 from kdpipe.stages.settings.model import DrawSettings, routes_of, teaches
 from kdpipe.training.local import LocalTrainer

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
     from kdpipe.data.rows import Problem
     from kdpipe.models.text import Text
-    from kdpipe.recipe.schema import Objective, Teacher
+    from kdpipe.recipe.objective import Objective
+    from kdpipe.recipe.schema import Teacher
 
 SPECIAL = ("bos", "eos", "pad", "unk")
 _SHOWN = 60

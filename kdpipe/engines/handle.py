@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     )
     from kdpipe.models.source import ModelSource
     from kdpipe.models.text import Text
-    from kdpipe.recipe.schema import EngineName
+    from kdpipe.recipe.section import EngineName
 
     Runs: TypeAlias = EngineName | Literal["server"]
 

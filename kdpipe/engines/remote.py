@@ -27,7 +27,8 @@ from kdpipe.engines.protocol import (
 )
 from kdpipe.errors import EngineError, KdpipeError
 from kdpipe.models.source import ModelSource
-from kdpipe.recipe.schema import EngineName, Runtime
+from kdpipe.recipe.runtime import Runtime
+from kdpipe.recipe.section import EngineName
 from kdpipe.workers.message import Nothing, Talk, message
 from kdpipe.workers.worker import Report, Worker
 

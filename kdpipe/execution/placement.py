@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from kdpipe.engines.protocol import Engine
     from kdpipe.models.cache import ModelCache
     from kdpipe.models.source import ModelSource
-    from kdpipe.recipe.schema import EngineName, Recipe
+    from kdpipe.recipe.schema import Recipe
+    from kdpipe.recipe.section import EngineName
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 

@@ -23,7 +23,8 @@ from kdpipe.models.folder import write_model
 from kdpipe.models.prompting import arithmetic_tokenizer
 from kdpipe.pipeline.request import Depth, Examined
 from kdpipe.recipe.roles import STUDENT_ROLE, Role
-from kdpipe.recipe.schema import ModelTeacher, OwnTeacher, Student
+from kdpipe.recipe.schema import ModelTeacher, Student
+from kdpipe.recipe.teacher import OwnTeacher
 from kdpipe.stages.job import Job
 from kdpipe.store.artifacts import Draft, Entry
 from kdpipe.workers.pulse import Pulse

@@ -16,8 +16,9 @@ from kdpipe.models.devices import resolve_dtype
 from kdpipe.models.folder import open_model, scratch_model
 from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.models.text import Text
+from kdpipe.recipe.models import Scratch, Sft
 from kdpipe.recipe.roles import EMA_ROLE, STUDENT_ROLE
-from kdpipe.recipe.schema import Recipe, Scratch, Sft
+from kdpipe.recipe.schema import Recipe
 from kdpipe.stages.settings.stage import SftSettings, TrainSettings
 from kdpipe.store.stage import Stage
 from kdpipe.training.ema import Average

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from kdpipe.method.token_batch import TokenBatch
     from kdpipe.models.logprobs import Head
-    from kdpipe.recipe.schema import Objective
+    from kdpipe.recipe.objective import Objective
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdpipe.recipe.objective import BehaviourControl, RatioControl, SampledTerm
-from kdpipe.recipe.schema import Objective
+from kdpipe.recipe.objective import BehaviourControl, Objective, RatioControl, SampledTerm
 
 if TYPE_CHECKING:
     import numpy.typing as npt

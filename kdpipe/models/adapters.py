@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pydantic import JsonValue
     from transformers import PreTrainedModel
 
-    from kdpipe.recipe.schema import Lora
+    from kdpipe.recipe.models import Lora
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"

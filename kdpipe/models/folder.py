@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from kdpipe.models.source import ModelSource
-    from kdpipe.recipe.schema import Lora, Scratch
+    from kdpipe.recipe.models import Lora, Scratch
 
 _PROBE_SCALE = 1000.0
 # What transformers raises of a folder whose files say something else than it expects.

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kdpipe.errors import DataError, ModelError, PreflightError, RecipeError
 from kdpipe.models.model_folder import require_own_files
-from kdpipe.recipe.schema import PROMPT_PIECE
 from kdpipe.recipe.task import QuestionTask
+from kdpipe.recipe.teacher import PROMPT_PIECE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -20,7 +20,8 @@ from kdpipe.models.model_folder import require_own_files
 from kdpipe.pipeline.plan import UNRESOLVED, Identities
 from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.recipe.roles import STUDENT
-from kdpipe.recipe.schema import Gsm8kTask, ModelTeacher, ServedTeacher, Student, Teacher
+from kdpipe.recipe.schema import ModelTeacher, ServedTeacher, Student, Teacher
+from kdpipe.recipe.task import Gsm8kTask
 from kdpipe.store.durable import file_digest, write_json
 from kdpipe.store.sealed import seal_value, unseal_value
 from kdpipe.store.step import Fields, canonical

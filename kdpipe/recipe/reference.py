@@ -10,7 +10,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from kdpipe.recipe.schema import Recipe, Section
+from kdpipe.recipe.schema import Recipe
+from kdpipe.recipe.section import Section
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

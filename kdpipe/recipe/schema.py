@@ -10,63 +10,17 @@ from pydantic import JsonValue, model_validator
 
 from kdpipe.recipe.checks import check_fields
 from kdpipe.recipe.fields import RecipeFields
-from kdpipe.recipe.models import (
-    Lora,
-    Optimizer,
-    Scratch,
-    Sft,
-    SftOptimizer,
-    Student,
-)
-from kdpipe.recipe.objective import (
-    Objective,
-    Support,
-)
-from kdpipe.recipe.runtime import Placement, Runtime, ServerRuntime, Tracking, Vllm
-from kdpipe.recipe.section import EngineName, Section
-from kdpipe.recipe.stages import Keeping
-from kdpipe.recipe.task import ArithmeticTask, Gsm8kTask, JsonlTask
-from kdpipe.recipe.teacher import (
-    ABSENT,
-    PROMPT_PIECE,
-    ModelTeacher,
-    OwnTeacher,
-    ScratchTeacher,
-    SelfTeacher,
-    ServedTeacher,
-    Server,
-    Teacher,
-)
+from kdpipe.recipe.models import Student
+from kdpipe.recipe.teacher import ABSENT, ModelTeacher, ScratchTeacher, SelfTeacher, ServedTeacher, Teacher
 
 __all__ = [
-    "PROMPT_PIECE",
-    "ArithmeticTask",
-    "EngineName",
-    "Gsm8kTask",
-    "JsonlTask",
-    "Keeping",
-    "Lora",
     "ModelTeacher",
-    "Objective",
-    "Optimizer",
-    "OwnTeacher",
-    "Placement",
     "Recipe",
-    "Runtime",
-    "Scratch",
     "ScratchTeacher",
-    "Section",
     "SelfTeacher",
     "ServedTeacher",
-    "Server",
-    "ServerRuntime",
-    "Sft",
-    "SftOptimizer",
     "Student",
-    "Support",
     "Teacher",
-    "Tracking",
-    "Vllm",
     "resolved",
 ]
 

@@ -12,8 +12,7 @@ import torch
 from kdpipe.method.advantage import advantages, baselines, open_completions
 from kdpipe.method.objective import shares
 from kdpipe.method.token_batch import TeacherSupport, TokenBatch
-from kdpipe.recipe.objective import SampledTerm
-from kdpipe.recipe.schema import Objective
+from kdpipe.recipe.objective import Objective, SampledTerm
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping, Sequence

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from kdpipe.data.rows import Rollout
     from kdpipe.method.mixture import RoundScores
-    from kdpipe.recipe.schema import Objective
+    from kdpipe.recipe.objective import Objective
     from kdpipe.recipe.stages import TrainSection
     from kdpipe.stages.settings.stage import TrainSettings
     from kdpipe.training.ema import Average

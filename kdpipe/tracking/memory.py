@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from kdpipe.errors import ArtifactError
 from kdpipe.pipeline.runs import RunFolder
-from kdpipe.recipe.schema import Tracking
+from kdpipe.recipe.runtime import Tracking
 from kdpipe.results.studies import read_study
 from kdpipe.store.durable import write_json
 from kdpipe.workers.message import Talk, message

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 
 from kdpipe.errors import KdpipeError, StepError
 from kdpipe.pipeline.project import Project
-from kdpipe.recipe.schema import Tracking
+from kdpipe.recipe.runtime import Tracking
 from kdpipe.results.studies import Study
 from kdpipe.tracking.memory import (
     ENVIRONMENT,

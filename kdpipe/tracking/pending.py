@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from kdpipe.errors import ArtifactError
 from kdpipe.pipeline.runs import all_runs
-from kdpipe.recipe.schema import Tracking
+from kdpipe.recipe.runtime import Tracking
 from kdpipe.results.studies import all_studies
 from kdpipe.store.locks import is_running
 from kdpipe.tracking.items import METRICS, PARAMS, STATUS, Item, run_items

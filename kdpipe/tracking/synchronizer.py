@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 from kdpipe.errors import ArtifactError
-from kdpipe.recipe.schema import Tracking
+from kdpipe.recipe.runtime import Tracking
 from kdpipe.store.locks import file_lock
 from kdpipe.tracking.memory import (
     DATABASE,

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from kdpipe.models.batching import Batch
     from kdpipe.models.cache import ModelCache
-    from kdpipe.recipe.schema import Optimizer, SftOptimizer
+    from kdpipe.recipe.models import Optimizer, SftOptimizer
     from kdpipe.training.protocol import Loss
 
 MAX_STEPS = 2**53  # what a float counts by ones

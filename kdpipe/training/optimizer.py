@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from pydantic import JsonValue
 
-    from kdpipe.recipe.schema import Optimizer, SftOptimizer
+    from kdpipe.recipe.models import Optimizer, SftOptimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 TENSORS_FILE = "trainer.safetensors"

@@ -19,7 +19,7 @@ from kdpipe.cli.app import app
 from kdpipe.data.tasks.arithmetic import words as arithmetic_words
 from kdpipe.models.folder import scratch_model, write_model
 from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
-from kdpipe.recipe.schema import Scratch
+from kdpipe.recipe.models import Scratch
 from tests.worlds import NearWorker, write_recipe
 
 GOOD = {"question": "What is 1 + 1?", "answer": "1 + 1 = 2\n#### 2"}

@@ -12,7 +12,7 @@ from kdpipe.data.tasks import data_files, hub_id, read_problems
 from kdpipe.data.tasks.answers import grade
 from kdpipe.data.tasks.arithmetic import make_problems, words
 from kdpipe.errors import DataError
-from kdpipe.recipe.schema import ArithmeticTask, Gsm8kTask, JsonlTask
+from kdpipe.recipe.task import ArithmeticTask, Gsm8kTask, JsonlTask
 
 REAL = Path(__file__).parents[3] / "shared/data/gsm8k"
 needs_gsm8k = pytest.mark.skipif(not REAL.is_dir(), reason=f"GSM8K is not at {REAL}")

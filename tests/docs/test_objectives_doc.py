@@ -16,8 +16,15 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from kdpipe.data.tables import topk_schema
 from kdpipe.recipe.file import load_recipe
-from kdpipe.recipe.objective import BehaviourControl, DecoupledControl, DistillSchedule, KdTerm, RatioControl
-from kdpipe.recipe.schema import Objective, Support
+from kdpipe.recipe.objective import (
+    BehaviourControl,
+    DecoupledControl,
+    DistillSchedule,
+    KdTerm,
+    Objective,
+    RatioControl,
+    Support,
+)
 
 ROOT = Path(__file__).parents[2]
 DOC = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")

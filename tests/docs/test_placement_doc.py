@@ -10,7 +10,9 @@ import numpy as np
 import yaml
 
 from kdpipe.method.mismatch import ledger
-from kdpipe.recipe.schema import Objective, Placement, Recipe
+from kdpipe.recipe.objective import Objective
+from kdpipe.recipe.runtime import Placement
+from kdpipe.recipe.schema import Recipe
 from kdpipe.tracking.steps import metric_name
 from tests.worlds import load_tiny
 

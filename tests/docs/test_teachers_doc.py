@@ -13,8 +13,10 @@ import yaml
 from kdpipe.engines.server.http import FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS, MAX_RETRY_AFTER_SECONDS
 from kdpipe.engines.server.replies import TAIL_FLOOR
 from kdpipe.engines.server.signature import SAME_NATS
-from kdpipe.recipe.schema import ABSENT, Recipe, Section, SelfTeacher, Server, ServerRuntime
-from kdpipe.recipe.teacher import KINDS
+from kdpipe.recipe.runtime import ServerRuntime
+from kdpipe.recipe.schema import Recipe, SelfTeacher
+from kdpipe.recipe.section import Section
+from kdpipe.recipe.teacher import ABSENT, KINDS, Server
 from tests.docs.test_objectives_doc import study
 from tests.worlds import load_tiny
 

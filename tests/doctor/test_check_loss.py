@@ -37,8 +37,8 @@ from kdpipe.method.token_batch import TeacherSupport, TokenBatch
 from kdpipe.models import logprobs as forward
 from kdpipe.models.batching import Batch
 from kdpipe.recipe.file import load_recipe, shipped
-from kdpipe.recipe.objective import KdTerm
-from kdpipe.recipe.schema import Objective, Recipe
+from kdpipe.recipe.objective import KdTerm, Objective
+from kdpipe.recipe.schema import Recipe
 from kdpipe.workers.worker import Report
 from tests.wire import answered, asked
 from tests.worlds import tiny_recipe

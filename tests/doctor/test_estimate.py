@@ -14,7 +14,7 @@ import torch
 from kdpipe.doctor.estimate import ESTIMATE, Sized, estimate
 from kdpipe.models.adapters import start_adapter
 from kdpipe.models.reference import Shape, adapter_parameters, shape_of
-from kdpipe.recipe.schema import Lora
+from kdpipe.recipe.models import Lora
 from tests import clinic
 from tests.clinic import load_world, new_model, write_world
 from tests.worlds import load_tiny, run_near

@@ -26,7 +26,8 @@ from kdpipe.errors import EngineError
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.folder import write_model
 from kdpipe.models.source import ModelSource
-from kdpipe.recipe.schema import Runtime, Server, ServerRuntime, Vllm
+from kdpipe.recipe.runtime import Runtime, ServerRuntime, Vllm
+from kdpipe.recipe.teacher import Server
 from tests.fakes import FakeEngine, fake_text
 from tests.serving import MODEL, serve
 from tests.tiny_models import FLOAT32_NATS, tiny_model, tiny_tokenizer

@@ -18,7 +18,7 @@ from kdpipe.errors import EngineError
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.folder import write_model
 from kdpipe.models.source import ModelSource
-from kdpipe.recipe.schema import Runtime
+from kdpipe.recipe.runtime import Runtime
 from tests.fakes import FakeEngine
 from tests.tiny_models import tiny_model, tiny_tokenizer
 

@@ -25,7 +25,8 @@ from kdpipe.engines.server.http import MAX_RETRY_AFTER_SECONDS
 from kdpipe.engines.server.replies import TAIL_FLOOR
 from kdpipe.errors import EngineError, ModelError
 from kdpipe.models.source import ModelSource
-from kdpipe.recipe.schema import Server, ServerRuntime
+from kdpipe.recipe.runtime import ServerRuntime
+from kdpipe.recipe.teacher import Server
 from tests.fakes import FakeEngine
 from tests.serving import MODEL, Reply, Served, Twist, honest, serve
 

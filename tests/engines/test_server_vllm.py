@@ -27,7 +27,8 @@ from kdpipe.engines.server.engine import ServerEngine
 from kdpipe.errors import EngineError
 from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.models.source import ModelSource
-from kdpipe.recipe.schema import Server, ServerRuntime
+from kdpipe.recipe.runtime import ServerRuntime
+from kdpipe.recipe.teacher import Server
 from tests.worlds import write_recipe
 
 pytestmark = pytest.mark.vllm

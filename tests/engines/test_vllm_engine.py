@@ -24,7 +24,7 @@ from kdpipe.engines.vllm.process import VllmProcess
 from kdpipe.errors import EngineError, ModelError
 from kdpipe.models.folder import write_model
 from kdpipe.models.source import AdapterSource, ModelSource
-from kdpipe.recipe.schema import Vllm
+from kdpipe.recipe.runtime import Vllm
 from tests.tiny_models import ROWS, in_float64, plain_logprobs, tiny_model
 from tests.worlds import write_recipe
 
@@ -306,7 +306,7 @@ from pathlib import Path
 import torch
 from kdpipe.models.source import ModelSource
 from kdpipe.engines.vllm.engine import VllmEngine
-from kdpipe.recipe.schema import Vllm
+from kdpipe.recipe.runtime import Vllm
 
 def tell():
     while not multiprocessing.active_children():
@@ -356,7 +356,7 @@ def test_vllm_ends_with_the_process_that_started_it(
 def test_two_rounds_run_from_end_to_end(tmp_path: Path) -> None:
     from kdpipe.models.folder import scratch_model
     from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
-    from kdpipe.recipe.schema import Scratch
+    from kdpipe.recipe.models import Scratch
 
     tokenizer = arithmetic_tokenizer([*"0123456789", "+", "####", "\n", "Tom", "has", "apples"])
     for name, seed, tied in (("student", 1, True), ("teacher", 2, False)):

@@ -18,7 +18,7 @@ from kdpipe.method.token_batch import TeacherSupport, TokenBatch
 from kdpipe.models import logprobs as forward
 from kdpipe.models.batching import make_batch
 from kdpipe.models.logprobs import Head, head_of, hidden_states, support_of
-from kdpipe.recipe.schema import Objective, Support
+from kdpipe.recipe.objective import Objective, Support
 from tests.tiny_models import tiny_model
 
 if TYPE_CHECKING:

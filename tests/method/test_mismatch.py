@@ -10,8 +10,7 @@ import torch
 
 from kdpipe.method.mismatch import acted, ledger, mismatch
 from kdpipe.method.objective import _behaviour_weight, _ratio_weight
-from kdpipe.recipe.objective import BehaviourControl, RatioControl
-from kdpipe.recipe.schema import Objective
+from kdpipe.recipe.objective import BehaviourControl, Objective, RatioControl
 
 DIFFERENCES = np.linspace(-1.5, 1.5, 301)
 RATIOS = torch.from_numpy(np.exp(-DIFFERENCES))

@@ -19,7 +19,7 @@ from kdpipe.method.advantage import advantages, baselines, open_completions
 from kdpipe.method.objective import at_step, distribution_value, shares, token_loss
 from kdpipe.method.token_batch import NonFiniteError, TeacherSupport, TokenBatch
 from kdpipe.models.logprobs import support_of
-from kdpipe.recipe.schema import Objective, Support
+from kdpipe.recipe.objective import Objective, Support
 
 Row = tuple[int, ...]
 V = 4

@@ -16,7 +16,7 @@ from kdpipe.method.micro_batch import micro_batch_loss
 from kdpipe.method.objective import shares
 from kdpipe.method.token_batch import TeacherSupport, TokenBatch
 from kdpipe.models.logprobs import Head
-from kdpipe.recipe.schema import Objective
+from kdpipe.recipe.objective import Objective
 from tests.peer import peer_python
 
 if TYPE_CHECKING:

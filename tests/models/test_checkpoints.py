@@ -15,7 +15,7 @@ from kdpipe.models.devices import resolve_device, resolve_dtype
 from kdpipe.models.folder import head_digest, open_model, read_head, scratch_model, write_model
 from kdpipe.models.logprobs import head_of
 from kdpipe.models.source import ModelSource
-from kdpipe.recipe.schema import Scratch
+from kdpipe.recipe.models import Scratch
 from kdpipe.training.optimizer import read_trainer, write_trainer
 from tests.tiny_models import COMMON, CONFIGS, tiny_model, tiny_tokenizer
 

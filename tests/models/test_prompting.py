@@ -11,7 +11,7 @@ from kdpipe.data.tasks.arithmetic import make_problems, words
 from kdpipe.errors import DataError, EngineError, PreflightError, RecipeError
 from kdpipe.models import prompting
 from kdpipe.models.prompting import PromptStyle, prompt_style, render_prompt, render_teacher_prompt
-from kdpipe.recipe.schema import ArithmeticTask, Gsm8kTask
+from kdpipe.recipe.task import ArithmeticTask, Gsm8kTask
 
 PROBLEMS = [
     Problem(f"p/{row}", f"How many {row}?", str(row), f"It is {row}.\n#### {row}") for row in range(4)

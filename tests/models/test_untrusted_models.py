@@ -31,7 +31,7 @@ from kdpipe.models.prompting import (
     render_prompt,
 )
 from kdpipe.pipeline.identities import Sources
-from kdpipe.recipe.schema import Scratch
+from kdpipe.recipe.models import Scratch
 from tests.worlds import load_tiny, payload_digests, run_near
 
 CPU = torch.device("cpu")

@@ -14,16 +14,9 @@ from hypothesis import strategies as st
 from kdpipe.errors import RecipeError
 from kdpipe.recipe.file import LoadedRecipe, load_recipe
 from kdpipe.recipe.objective import JsdTerm, K2Term, RklTerm
-from kdpipe.recipe.schema import (
-    ABSENT,
-    Keeping,
-    ModelTeacher,
-    Recipe,
-    ScratchTeacher,
-    SelfTeacher,
-    ServedTeacher,
-    resolved,
-)
+from kdpipe.recipe.schema import ModelTeacher, Recipe, ScratchTeacher, SelfTeacher, ServedTeacher, resolved
+from kdpipe.recipe.stages import Keeping
+from kdpipe.recipe.teacher import ABSENT
 from kdpipe.recipe.yaml_source import MAX_DEPTH, parse_value, read_yaml
 
 MINIMAL = """\

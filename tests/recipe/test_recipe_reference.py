@@ -8,8 +8,10 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from kdpipe.cli.app import app
+from kdpipe.recipe.models import Optimizer, SftOptimizer
 from kdpipe.recipe.reference import described_schema, field_texts, reference
-from kdpipe.recipe.schema import Optimizer, Recipe, Section, SelfTeacher, SftOptimizer
+from kdpipe.recipe.schema import Recipe, SelfTeacher
+from kdpipe.recipe.section import Section
 
 PAGE = Path(__file__).parents[2] / "docs/recipe.md"
 

@@ -25,7 +25,7 @@ from kdpipe.method.token_batch import TokenBatch
 from kdpipe.pipeline.plan import run_hash
 from kdpipe.pipeline.project import Project, open_project
 from kdpipe.recipe.file import load_recipe
-from kdpipe.recipe.schema import Objective
+from kdpipe.recipe.objective import Objective
 from kdpipe.results.comparison import Contender
 from kdpipe.results.studies import ARMS, arm_rows, arm_runs, forecast, parse_arms
 from kdpipe.store.stage import Stage

@@ -24,7 +24,7 @@ from kdpipe.errors import Interrupted
 from kdpipe.method.objective import distribution_value, shares, token_loss
 from kdpipe.method.token_batch import NonFiniteError, TeacherSupport, TokenBatch
 from kdpipe.recipe.file import load_recipe
-from kdpipe.recipe.schema import Objective
+from kdpipe.recipe.objective import Objective
 from tests.stages.test_from_files import forward, of_tokens, write_model, write_problems
 from tests.worlds import Watcher, load_tiny, payload_digests, run_near
 

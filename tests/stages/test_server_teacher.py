@@ -19,7 +19,7 @@ from kdpipe.models.cache import ModelCache
 from kdpipe.models.folder import scratch_model, write_model
 from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.models.source import ModelSource
-from kdpipe.recipe.schema import Scratch
+from kdpipe.recipe.models import Scratch
 from tests.fakes import FakeEngine
 from tests.serving import MODEL, Reply, Served, serve
 from tests.worlds import Watcher, events_of, leftovers, load_tiny, payload_digests, run_near

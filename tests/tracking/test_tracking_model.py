@@ -12,7 +12,7 @@ from mlflow.entities import LoggedModel
 
 from kdpipe.errors import ArtifactError, RecipeError
 from kdpipe.pipeline.project import Project
-from kdpipe.recipe.schema import Tracking
+from kdpipe.recipe.runtime import Tracking
 from kdpipe.tracking.memory import MEMORY, MirrorRequest, database_uri, read_memory
 from kdpipe.tracking.pending import is_finished
 from tests.mirrored import mirror

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kdpipe.recipe.schema import Tracking
+from kdpipe.recipe.runtime import Tracking
 from kdpipe.results.studies import COMPARISON, Study, all_studies, make_study
 from kdpipe.store.locks import run_lock
 from kdpipe.tracking.memory import MEMORY, MirrorRequest, Status, read_memory

@@ -41,7 +41,7 @@ from kdpipe.models.logprobs import Head, token_logprobs
 from kdpipe.models.source import AdapterSource, ModelSource
 from kdpipe.pipeline.housekeeping import export
 from kdpipe.pipeline.project import Project, open_project
-from kdpipe.recipe.schema import Lora, Optimizer
+from kdpipe.recipe.models import Lora, Optimizer
 from kdpipe.training.local import LocalTrainer
 from kdpipe.training.optimizer import read_trainer
 from kdpipe.training.protocol import Trainer

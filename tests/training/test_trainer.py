@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kdpipe.errors import ArtifactError
-from kdpipe.recipe.schema import Optimizer
+from kdpipe.recipe.models import Optimizer
 from kdpipe.training.local import LocalTrainer
 from kdpipe.training.optimizer import learning_rate, read_trainer, write_trainer
 from tests.training.steps import NUM_IDS, copied, equal, take_step, tiny_llama

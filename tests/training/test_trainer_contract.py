@@ -16,7 +16,7 @@ from kdpipe.errors import EngineError, StepError
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.folder import open_model
 from kdpipe.models.source import ModelSource
-from kdpipe.recipe.schema import Optimizer
+from kdpipe.recipe.models import Optimizer
 from kdpipe.training.local import LocalTrainer
 from kdpipe.training.optimizer import read_trainer
 from kdpipe.training.protocol import Trainer

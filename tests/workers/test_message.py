@@ -17,7 +17,7 @@ from kdpipe.engines.protocol import Completion, SampleRequest, Sampling, ScoreRe
 from kdpipe.engines.remote import TALK, Hosting, Load, SampleCall, Sampled, ScoreCall, Scored
 from kdpipe.errors import ArtifactError, EngineError, ModelError, StepError, failure_of
 from kdpipe.models.source import AdapterSource, ModelSource
-from kdpipe.recipe.schema import Runtime
+from kdpipe.recipe.runtime import Runtime
 from kdpipe.workers.message import (
     ArrayField,
     Frame,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from kdpipe.recipe.schema import ArithmeticTask
+    from kdpipe.recipe.task import ArithmeticTask
 
 _NAMES = ("Ana", "Max", "Sue", "Tom")
 _PAIRS = tuple(itertools.permutations(_NAMES, 2))

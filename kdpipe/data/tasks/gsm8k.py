@@ -13,7 +13,7 @@ from kdpipe.data.tasks.jsonl import DataRecord, read_records
 from kdpipe.errors import DataError
 
 if TYPE_CHECKING:
-    from kdpipe.recipe.schema import Gsm8kTask
+    from kdpipe.recipe.task import Gsm8kTask
 
 SPLITS = ("train", "test")
 

@@ -17,7 +17,7 @@ from kdpipe.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kdpipe.recipe.schema import JsonlTask
+    from kdpipe.recipe.task import JsonlTask
 
 MAX_ID_LENGTH = 200
 _SURROGATE = re.compile(r"[\ud800-\udfff]")

@@ -26,7 +26,7 @@ from kdpipe.models.logprobs import Head, support_of
 from kdpipe.recipe.objective import SampledTerm
 
 if TYPE_CHECKING:
-    from kdpipe.recipe.schema import Objective
+    from kdpipe.recipe.objective import Objective
 
 Completion = tuple[int, ...]
 

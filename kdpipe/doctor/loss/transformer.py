@@ -16,7 +16,7 @@ from kdpipe.doctor.loss.enumerated import END, STEP, V, gradients, loss_of, row_
 from kdpipe.models.batching import make_batch
 from kdpipe.models.folder import scratch_model
 from kdpipe.models.logprobs import Head, head_of, hidden_states
-from kdpipe.recipe.schema import Scratch
+from kdpipe.recipe.models import Scratch
 
 if TYPE_CHECKING:
     from kdpipe.doctor.loss.enumerated import EnumeratedRow, LossCase

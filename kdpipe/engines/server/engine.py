@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from kdpipe.engines.protocol import Ability, Progress, SampleRequest, Sampling, ScoreRequest, Scoring
     from kdpipe.models.source import ModelSource
-    from kdpipe.recipe.schema import Server, ServerRuntime
+    from kdpipe.recipe.runtime import ServerRuntime
+    from kdpipe.recipe.teacher import Server
 
 SEQUENCE = (5, 3, 7, 2, 6, 4, 7, 3, 5, 2, 4, 6)
 """Ids that every vocabulary has, of no meaning: what a model makes of them tells it from others."""

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     )
     from kdpipe.models.folder import Architecture
     from kdpipe.models.source import ModelSource
-    from kdpipe.recipe.schema import Vllm
+    from kdpipe.recipe.runtime import Vllm
 
 _CPU_KV_CACHE_GIB = 2.0
 _PROBE_TOKENS = 12

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from kdpipe.recipe.schema import Scratch, ScratchTeacher, Sft, Student
+from kdpipe.recipe.models import Scratch, Sft
+from kdpipe.recipe.schema import ScratchTeacher, Student
 from kdpipe.stages.settings.document import named
 from kdpipe.stages.settings.model import (
     DrawSettings,
@@ -19,7 +20,9 @@ from kdpipe.stages.settings.model import (
 )
 
 if TYPE_CHECKING:
-    from kdpipe.recipe.schema import Lora, Objective, Recipe, Teacher
+    from kdpipe.recipe.models import Lora
+    from kdpipe.recipe.objective import Objective
+    from kdpipe.recipe.schema import Recipe, Teacher
     from kdpipe.recipe.section import EngineName
     from kdpipe.recipe.stages import Keeping, RolloutSection, TrainSection
     from kdpipe.stages.settings.model import Routes
