@@ -108,7 +108,7 @@ class Document:
 
         Mappings on the way are made, list items must exist.
         """
-        value, added = _parse_value(text, origin)
+        value, added = parse_value(text, origin)
         keys: list[int | str] = []
         root = copy.deepcopy(self.value)
         node: Any = root
@@ -152,11 +152,6 @@ def read_yaml(text: str, name: str) -> Document:
     return replace(document, value=value)
 
 
-def parse_value(text: str, origin: str) -> JsonValue:
-    """The YAML value in `text`, as after `--set key=`."""
-    return _parse_value(text, origin)[0]
-
-
 def split_list(text: str, origin: str) -> list[str]:
     """The items of the YAML list `[text]` as they are written; raises RecipeError for no such list."""
     whole = f"[{text}]"
@@ -166,8 +161,8 @@ def split_list(text: str, origin: str) -> list[str]:
     return [whole[item.start_mark.index : item.end_mark.index].strip() for item in node.value]
 
 
-def _parse_value(text: str, origin: str) -> tuple[JsonValue, dict[Path, str]]:
-    """The value in `text` and the spellings of its scalars."""
+def parse_value(text: str, origin: str) -> tuple[JsonValue, dict[Path, str]]:
+    """The YAML value in `text`, as after `--set key=`, and the spellings of its scalars."""
     node = _compose(text, origin)
     document = Document(value={}, name=origin)
     return (None if node is None else _construct(node, (), document)), document.spellings
