@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kdpipe.data.rows import Problem
     from kdpipe.doctor.student import ExaminedStudent
     from kdpipe.engines.handle import ModelHandle
-    from kdpipe.models.text import Text
+    from kdpipe.models.prompting import Text
     from kdpipe.recipe.schema import Teacher
 
 _WITHOUT_SHARED_IDS = ("special tokens", "template", "end of sequence", "load", "null test")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kdpipe.data.rows import Problem
-    from kdpipe.models.text import Text
+    from kdpipe.models.prompting import Text
     from kdpipe.recipe.objective import Objective
     from kdpipe.recipe.schema import Teacher
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
         Scoring,
         TokenScores,
     )
+    from kdpipe.models.prompting import Text
     from kdpipe.models.source import ModelSource
-    from kdpipe.models.text import Text
     from kdpipe.recipe.section import EngineName
 
     Runs: TypeAlias = EngineName | Literal["server"]

@@ -19,9 +19,8 @@ from kdpipe.execution.inputs import Inputs
 from kdpipe.execution.placement import Engines
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.folder import require_targets
-from kdpipe.models.prompting import prompt_style
+from kdpipe.models.prompting import Text, open_text, prompt_style
 from kdpipe.models.source import ModelSource
-from kdpipe.models.text import Text, open_text
 from kdpipe.pipeline.request import Noted
 from kdpipe.recipe.roles import SERVER, STUDENT_ROLE, Role
 from kdpipe.recipe.schema import Recipe, SelfTeacher, ServedTeacher, Student, Teacher

@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from kdpipe.data.tasks import arithmetic
 from kdpipe.errors import DataError, ModelError, PreflightError, RecipeError
 from kdpipe.models.model_folder import require_own_files
 from kdpipe.recipe.task import QuestionTask
@@ -370,3 +371,35 @@ def compare_vocabularies(student: Tokenizer, teacher: Tokenizer, *, names: tuple
 
 def _strings(tokenizer: Tokenizer) -> dict[int, str]:
     return {token_id: string for string, token_id in tokenizer.get_vocab().items()}
+
+
+# ------------------------------------------------------------------------------- a model's side of the text
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A model's tokenizer and prompt style, its `end_ids`, and `num_ids`, the number of ids in use."""
+
+    tokenizer: Tokenizer
+    style: PromptStyle
+    end_ids: tuple[int, ...]
+    num_ids: int
+
+    @property
+    def end_id(self) -> int:
+        """The end id that reference completions are taught with: the tokenizer's own."""
+        own: int | None = self.tokenizer.eos_token_id
+        return self.end_ids[0] if own is None else own
+
+    def prompt(self, problem: Problem) -> list[int]:
+        """The prompt's token ids."""
+        return render_prompt(self.tokenizer, self.style, problem)
+
+
+def open_text(folder: Path | None, style: PromptStyle, *, trust: bool) -> Text:
+    """The text side of the model in `folder`; None is a scratch model, with the task's own tokenizer."""
+    if folder is None:
+        tokenizer = arithmetic_tokenizer(arithmetic.words())
+        return Text(tokenizer, style, (tokenizer.eos_token_id,), num_ids_in_use(tokenizer))
+    tokenizer = open_tokenizer(folder, trust_remote_code=trust)
+    return Text(tokenizer, style, end_ids(folder, tokenizer), num_ids_in_use(tokenizer))

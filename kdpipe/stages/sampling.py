@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kdpipe.data.rows import Graded, Problem
     from kdpipe.engines.handle import ModelHandle
     from kdpipe.engines.protocol import Completion
-    from kdpipe.models.text import Text
+    from kdpipe.models.prompting import Text
     from kdpipe.stages.job import Job
     from kdpipe.stages.settings.model import DrawSettings, Headline
 

@@ -17,8 +17,13 @@ from kdpipe.errors import PreflightError
 from kdpipe.models.devices import resolve_device, resolve_dtype
 from kdpipe.models.folder import read_head
 from kdpipe.models.logprobs import Head
-from kdpipe.models.prompting import Vocabulary, compare_vocabularies, render_teacher_prompt, used_arguments
-from kdpipe.models.text import Text
+from kdpipe.models.prompting import (
+    Text,
+    Vocabulary,
+    compare_vocabularies,
+    render_teacher_prompt,
+    used_arguments,
+)
 from kdpipe.stages.job import Job
 
 if TYPE_CHECKING:

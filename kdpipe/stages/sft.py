@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from kdpipe.data.rows import Problem, Rollout
     from kdpipe.models.logprobs import Head
-    from kdpipe.models.text import Text
+    from kdpipe.models.prompting import Text
     from kdpipe.recipe.models import Sft
     from kdpipe.stages.job import Job
     from kdpipe.stages.settings.stage import SftSettings

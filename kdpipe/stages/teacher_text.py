@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from kdpipe.data.payload import ROLLOUTS_FILE
 from kdpipe.data.tables import ROLLOUTS, read_rollouts
 from kdpipe.errors import PreflightError
-from kdpipe.models.text import Text
+from kdpipe.models.prompting import Text
 from kdpipe.stages.job import Job, mean
 from kdpipe.stages.sampling import (
     Grader,

@@ -23,7 +23,7 @@ from kdpipe.method.mixture import shuffled
 from kdpipe.method.objective import at_step
 from kdpipe.method.token_batch import NonFiniteError
 from kdpipe.models.batching import Batch, batches_by_tokens, make_batch
-from kdpipe.models.text import Text
+from kdpipe.models.prompting import Text
 from kdpipe.stages.experience import (
     Experience,
     experiences,

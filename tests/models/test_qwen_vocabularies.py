@@ -12,9 +12,8 @@ from kdpipe.data.rows import Problem
 from kdpipe.engines.handle import ModelHandle
 from kdpipe.engines.protocol import TokenScores
 from kdpipe.errors import PreflightError
-from kdpipe.models.prompting import prompt_style, render_prompt
+from kdpipe.models.prompting import Text, prompt_style, render_prompt
 from kdpipe.models.source import ModelSource
-from kdpipe.models.text import Text
 from kdpipe.recipe.file import load_recipe
 from kdpipe.stages.job import Job
 from kdpipe.stages.scoring import TeacherHandle, as_teacher, check_scorable, score_completions

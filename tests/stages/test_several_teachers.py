@@ -29,8 +29,8 @@ from kdpipe.data.tables import Scores
 from kdpipe.errors import ArtifactError, Interrupted, PreflightError
 from kdpipe.method.mixture import TeacherScores, join_scores
 from kdpipe.models.cache import ModelCache
+from kdpipe.models.prompting import Text
 from kdpipe.models.source import ModelSource
-from kdpipe.models.text import Text
 from kdpipe.recipe.file import LoadedRecipe, load_recipe
 from kdpipe.stages.job import Job
 from kdpipe.stages.settings.stage import TrainSettings
