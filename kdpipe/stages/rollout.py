@@ -16,14 +16,7 @@ from kdpipe.data.rows import Rollout
 from kdpipe.data.tables import ROLLOUTS, read_rollouts
 from kdpipe.models.prompting import reference_completion
 from kdpipe.stages.job import Job, mean
-from kdpipe.stages.sampling import (
-    Grader,
-    request_for,
-    round_problems,
-    sample_all,
-    sampled_ids,
-    sampling_of,
-)
+from kdpipe.stages.sampling import Grader, request_for, round_problems, sample_all, sampled_ids, sampling_of
 from kdpipe.stages.settings.model import DrawSettings
 from kdpipe.store.stage import Stage
 

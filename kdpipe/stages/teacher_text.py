@@ -14,14 +14,7 @@ from kdpipe.data.tables import ROLLOUTS, read_rollouts
 from kdpipe.errors import PreflightError
 from kdpipe.models.prompting import Text
 from kdpipe.stages.job import Job, mean
-from kdpipe.stages.sampling import (
-    Grader,
-    request_for,
-    round_problems,
-    sample_all,
-    sampled_ids,
-    sampling_of,
-)
+from kdpipe.stages.sampling import Grader, request_for, round_problems, sample_all, sampled_ids, sampling_of
 from kdpipe.stages.settings.model import teaches
 
 if TYPE_CHECKING:

@@ -13,14 +13,7 @@ from kdpipe.recipe.runtime import Tracking
 from kdpipe.results.studies import all_studies
 from kdpipe.store.locks import is_running
 from kdpipe.tracking.items import METRICS, PARAMS, STATUS, Item, run_items
-from kdpipe.tracking.memory import (
-    Memory,
-    MirrorRequest,
-    Status,
-    Subject,
-    memory_of,
-    read_memory,
-)
+from kdpipe.tracking.memory import Memory, MirrorRequest, Status, Subject, memory_of, read_memory
 from kdpipe.tracking.study import study_items
 
 

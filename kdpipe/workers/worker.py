@@ -25,14 +25,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, Protocol
 
-from kdpipe.errors import (
-    KdpipeError,
-    StepError,
-    as_os_error,
-    failure_of,
-    is_machine_fault,
-    machine_fault,
-)
+from kdpipe.errors import KdpipeError, StepError, as_os_error, failure_of, is_machine_fault, machine_fault
 from kdpipe.workers.message import (
     Event,
     Frame,

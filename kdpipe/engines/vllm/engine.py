@@ -32,14 +32,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kdpipe.engines.protocol import (
-        Ability,
-        Progress,
-        SampleRequest,
-        Sampling,
-        ScoreRequest,
-        Scoring,
-    )
+    from kdpipe.engines.protocol import Ability, Progress, SampleRequest, Sampling, ScoreRequest, Scoring
     from kdpipe.models.folder import Architecture
     from kdpipe.models.source import ModelSource
     from kdpipe.recipe.runtime import Vllm
