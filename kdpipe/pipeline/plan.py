@@ -145,6 +145,7 @@ class _Planner:
     def __init__(self, recipe: Recipe, identities: Identities) -> None:
         self.recipe = recipe
         self.identities = identities
+        self.rollout, self.evaluate = RolloutSettings.of(recipe), EvaluateSettings.of(recipe)
         self.steps: dict[str, Step] = {}
         # Few: most rounds have the settings of the others.
         self._documents: list[tuple[object, Fields]] = []
@@ -172,7 +173,7 @@ class _Planner:
         if recipe.rollout.off_policy_text == "teacher":
             self._texts(number)
             inputs |= self._text_inputs(number)
-        fields = self._fields(RolloutSettings.of(recipe), self._named_student(inputs), split="train")
+        fields = self._fields(self.rollout, self._named_student(inputs), split="train")
         self._add(Stage.ROLLOUT, number, "", self._seed(recipe.rollout.seed), fields, inputs)
         for teacher in recipe.teachers if recipe.train.objective.in_round(number).has_kd else ():
             self._teacher_score(number, teacher)
@@ -238,7 +239,7 @@ class _Planner:
             inputs |= found
         if number > 0:
             inputs[BASELINE_ROLE] = _input(Stage.EVALUATE, 0, STUDENT)
-        fields = self._fields(EvaluateSettings.of(self.recipe), named, split="test")
+        fields = self._fields(self.evaluate, named, split="test")
         self._add(Stage.EVALUATE, number, STUDENT, self._seed(section.seed), fields, inputs)
 
     def _evaluate_teacher(self, teacher: Teacher) -> None:

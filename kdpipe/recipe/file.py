@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
-from importlib.resources import files
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ def read_recipe(text: str, name: str, overrides: tuple[str, ...] = ()) -> Recipe
 
 def shipped() -> list[Path]:
     """The files of the recipes that come with the package, by name."""
-    return sorted(Path(str(files("kdpipe.recipes"))).glob("*.yaml"))
+    return sorted(Path(import_module("kdpipe.recipes").__path__[0]).glob("*.yaml"))
 
 
 def shipped_path(name: str) -> Path:
