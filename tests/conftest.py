@@ -18,6 +18,7 @@ from filelock import FileLock
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_variable] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(Path(__file__).parents[1] / ".hypothesis")
 os.fsync = lambda _descriptor: None
 gc.disable()  # until everything is imported and collected
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -20,6 +20,7 @@ import yaml
 from kdpipe.data.tasks.arithmetic import words
 from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.models.source import ModelSource
+from kdpipe.pipeline.request import PERFORMER
 from tests.auditing import Noted, audited, listing, noted
 from tests.fakes import FakeEngine
 from tests.nasty_texts import NASTY, acting
@@ -99,11 +100,13 @@ class Command:
         """Kills the process that performs steps."""
         assert self.process is not None
         parent = str(self.process.pid).encode()
-        for status in Path("/proc").glob("[0-9]*/status"):
-            if b"PPid:\t" + parent + b"\n" in _bytes(status) and b"perform:" in _bytes(
-                status.parent / "cmdline"
-            ):
-                os.kill(int(status.parent.name), signal.SIGKILL)
+        [worker] = (
+            int(status.parent.name)
+            for status in Path("/proc").glob("[0-9]*/status")
+            if b"PPid:\t" + parent + b"\n" in _bytes(status)
+            and PERFORMER.encode() in _bytes(status.parent / "cmdline")
+        )
+        os.kill(worker, signal.SIGKILL)
 
 
 def _bytes(path: Path) -> bytes:
