@@ -333,7 +333,7 @@ def test_equal_settings_make_equal_problems_and_other_seeds_others():
 
 def test_problems_do_not_depend_on_the_hash_seed_of_the_process():
     code = (
-        "from kdpipe.recipe.schema import ArithmeticTask;"
+        "from kdpipe.recipe.task import ArithmeticTask;"
         "from kdpipe.data.tasks.arithmetic import make_problems, words;"
         "print(make_problems(ArithmeticTask(kind='arithmetic', train_problems=50)), words())"
     )

@@ -128,6 +128,7 @@ def test_a_round_costs_the_same_however_many_are_done_or_planned(tmp_path: Path)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared entries", "own entries"])
+@pytest.mark.slow
 def test_a_round_costs_the_same_however_many_runs_the_workspace_has(tmp_path: Path, shared: bool) -> None:
     """Of each other run only the link is read that it could have to an entry of this round, or to a dropped one."""
     place, others = tmp_path / "out", 20

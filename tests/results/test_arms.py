@@ -290,6 +290,7 @@ def test_each_arm_stands_against_the_student_before_training() -> None:
     assert gains == [0.625, 0.25]
 
 
+@pytest.mark.slow
 def test_a_study_runs_resumes_and_survives_an_arm_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -525,6 +525,7 @@ def test_the_cold_start_of_a_specialist_reads_only_what_it_teaches(
     assert len(adds) + len(takes) == len(everything)
 
 
+@pytest.mark.slow
 def test_the_study_of_specialists_runs_with_less_of_everything(tmp_path: Path) -> None:
     sets = ["student.sft.steps=4", "teachers.0.sft.steps=6", "teachers.1.sft.steps=6", "rounds=1"]
     sets += ["rollout.prompts=8", "evaluate.problems=12", "evaluate.reverse_kl_problems=4"]

@@ -25,6 +25,7 @@ def trials(*arguments: str) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_ended_early_and_late_ends_as_an_unbroken_one() -> None:
     """The trials are forked from this process, which has imported everything already."""
     with every_write.a_world() as world:

@@ -546,6 +546,7 @@ def test_a_mirror_that_cannot_even_start_is_delivered_by_the_next_command(
 
 
 @pytest.mark.parametrize("status", ["KILLED", "FINISHED"])
+@pytest.mark.slow
 def test_a_server_that_never_answers_does_not_hold_up_a_stop(world: World, status: str) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

@@ -236,6 +236,7 @@ def test_old_averages_are_dropped_and_made_again_when_they_are_needed(
     assert payload_digests(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 def test_a_teacher_holds_no_gradient_and_no_second_copy_of_the_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
