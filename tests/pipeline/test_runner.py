@@ -180,6 +180,7 @@ def test_forcing_a_step_that_is_not_in_the_plan_is_refused(world: World, name: s
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_where_auto_is_another_dtype_says_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -198,6 +198,7 @@ def test_the_samples_of_a_problem_differ_unless_they_are_greedy(files: Files, tm
     assert not any(token >= NUM_IDS for pair in drawn for ids in pair for token in ids)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_the_middle_ends_with_the_same_digests(tmp_path: Path) -> None:
     folders = tmp_path / "unbroken", tmp_path / "stopped"
     settings = {"runtime__part_rows": 2, "runtime__checkpoint_steps": 1, "student__sft__steps": 3}

@@ -257,6 +257,7 @@ def test_a_signal_in_training_leaves_a_checkpoint_of_the_adapter_and_equal_diges
     assert payload_digests(workspace) == payload_digests(finished.workspace)
 
 
+@pytest.mark.slow
 def test_a_narrow_model_stays_narrow_and_its_adapter_wide(tmp_path: Path, forgetful: None) -> None:
     little = {"reverse_kl_problems": 0, "problems": 2, "teacher": False, "every": 2}
     changes = {**CHANGES, "student__dtype": "bfloat16", "evaluate": little}
