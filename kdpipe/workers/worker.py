@@ -11,6 +11,7 @@ nothing of that, leads a group with a guard in it that ends them all when it die
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import importlib
 import os
@@ -300,20 +301,17 @@ def _made(target: str) -> Serving[Any, Any, Any]:
 
 def explained(error: Exception) -> Exception:
     """The error as it is reported to the user: a fault of the machine is no bug of kdpipe."""
-    known = (
-        error if isinstance(error, OSError) else as_os_error(error)
-    )  # the tokenizers' is a plain Exception
-    if is_machine_fault(known):
-        return machine_fault(known)
+    # A library written in Rust, as tokenizers, raises a plain Exception.
+    known = error if isinstance(error, OSError) else as_os_error(error)
     # torch's own are known by name and text, as this module runs without torch.
     is_torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
-    if isinstance(error, MemoryError) or is_torchs:
+    if isinstance(error, MemoryError) or is_torchs or known.errno == errno.ENOMEM:
         return StepError(
             f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             hint="free some memory, or lower runtime.train_tokens, sample_tokens or score_tokens, which change no "
             "result; then repeat the command: finished pieces are kept",
         )
-    return error
+    return machine_fault(known) if is_machine_fault(known) else error
 
 
 def _listen(calls: queue.Queue[Frame], report: Report[Any]) -> None:

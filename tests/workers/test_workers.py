@@ -150,6 +150,8 @@ def test_torchs_own_want_of_memory_is_known_by_its_text() -> None:
     told = explained(rust)
     assert isinstance(told, StepError)
     assert "free some space" in told.hint
+    rust = Exception("Cannot allocate memory (os error 12)")
+    assert str(explained(rust)) == "out of memory: Cannot allocate memory (os error 12)"
     other = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     assert explained(other) is other
 
