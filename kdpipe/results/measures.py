@@ -286,11 +286,6 @@ def last(values: Values) -> float | None:
     return values[max(values)] if values else None
 
 
-def token_totals(costs: Sequence[Cost]) -> float:
-    """Tokens of all stages together."""
-    return sum(cost.tokens for cost in costs)
-
-
 def cost_of(rows: Sequence[Metric]) -> tuple[float, float]:
     """Seconds and tokens that a step took, from its metrics."""
     found = {row.name.partition("/")[0]: row.value for row in rows if row.optimizer_step is None}

@@ -732,19 +732,23 @@ def test_more_rounds_leave_those_before_as_they_are(name: str) -> None:
     assert short.items() <= long.items()
 
 
+BEFORE_TRAINING = {
+    "sft:student@0",
+    "sft:teacher@0",
+    "evaluate:student@0",
+    "evaluate:teacher@0",
+    "rollout@1",
+    "teacher-score@1",
+}
+"""All that comes before the first optimizer step."""
+
+
 def test_more_rounds_train_anew_where_the_schedule_ends_with_them() -> None:
     document = {**DISTILL, "train": {"optimizer": {"schedule": "linear"}}}
     short, long = prints(document), prints({**document, "rounds": 9})
     same = {step for step in short if short[step] == long[step]}
     # All that comes before the first optimizer step is reused.
-    assert same == {
-        "sft:student@0",
-        "sft:teacher@0",
-        "evaluate:student@0",
-        "evaluate:teacher@0",
-        "rollout@1",
-        "teacher-score@1",
-    }
+    assert same == BEFORE_TRAINING
 
 
 def test_a_schedule_with_its_own_horizon_does_not_mind_more_rounds() -> None:
@@ -758,14 +762,7 @@ def test_a_new_learning_rate_reuses_all_that_was_there_before_it_counts() -> Non
     before = prints(DISTILL)
     after = prints({**DISTILL, "train": {"optimizer": {"learning_rate": 0.5}}})
     same = {step for step in before if before[step] == after[step]}
-    assert same == {
-        "sft:student@0",
-        "sft:teacher@0",
-        "evaluate:student@0",
-        "evaluate:teacher@0",
-        "rollout@1",
-        "teacher-score@1",
-    }
+    assert same == BEFORE_TRAINING
 
 
 def test_seeds_of_a_study_share_a_teacher_with_a_seed_of_its_own() -> None:
