@@ -1,7 +1,8 @@
 """What Python processes do to the disk and what they unpickle, told by their own audit events.
 
-`audited` prepares an environment in which each Python process, and what it starts, notes such events in one file. What
-C and Rust libraries write by themselves (arrow, safetensors, sqlite) raises no event: compare folders for that.
+`audited` prepares an environment in which each Python process, and what it starts, notes such events in one file, and
+which code of a watched folder it runs. What C and Rust libraries write by themselves (arrow, safetensors, sqlite)
+raises no event: compare folders for that.
 """
 
 from __future__ import annotations
@@ -38,11 +39,14 @@ def _hook(event, arguments):
             names = [os.path.join(os.readlink(f"/proc/self/fd/{arguments[-1]}"), os.fsdecode(names[0]))]
     elif event == "pickle.find_class":
         names = [".".join(map(str, arguments))]
+    elif event == "exec":
+        place = getattr(arguments[0], "co_filename", "")
+        names = [place] if place.startswith(os.environ.get("KDPIPE_TEST_WATCHED", "no folder")) else []
     else:
         return
     _busy = True
     try:
-        frame, stack = sys._getframe(1), []
+        frame, stack = sys._getframe().f_back, []
         while frame is not None:
             stack.append(frame.f_code.co_filename)
             frame = frame.f_back
@@ -70,14 +74,18 @@ class Noted:
     stack: list[str]
 
 
-def audited(folder: Path) -> dict[str, str]:
-    """Variables of an environment in which Python processes note what they do, in `folder`."""
+def audited(folder: Path, *, watched: Path | None = None) -> dict[str, str]:
+    """Variables of an environment in which Python processes note what they do, in `folder`.
+
+    Code of files below `watched` that is run is noted too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sitecustomize.py").write_text(_HOOK)
     return {
         "PYTHONPATH": str(folder),
         "KDPIPE_TEST_AUDIT": str(folder / "events"),
         "PYTHONDONTWRITEBYTECODE": "1",
+        **({} if watched is None else {"KDPIPE_TEST_WATCHED": str(watched)}),
     }
 
 

@@ -74,9 +74,14 @@ class Serving(Protocol[Request, Event, Result]):
 def child_environment(more: Mapping[str, str]) -> dict[str, str]:
     """The environment of a Python that kdpipe starts, which imports nothing from the working folder.
 
-    That holds for what it starts too. A `queue.py` or `random.py` there would run in place of Python's own.
+    That holds for what it starts too. A `queue.py` or `random.py` there would run in place of Python's own. In
+    PYTHONPATH an empty entry means that folder, as `.` does: `$PYTHONPATH:/more` where it was not set.
     """
-    return {**os.environ, **more, "PYTHONSAFEPATH": "1"}
+    environment = {**os.environ, **more, "PYTHONSAFEPATH": "1"}
+    places = environment.pop("PYTHONPATH", "").split(os.pathsep)
+    if named := [place for place in places if os.path.normpath(place) != "."]:
+        environment["PYTHONPATH"] = os.pathsep.join(named)
+    return environment
 
 
 class Worker(Generic[Request, Event, Result]):

@@ -62,14 +62,17 @@ def test_calls_are_answered_by_one_warm_process(worker: Worker) -> None:
 
 
 def test_a_worker_and_what_it_starts_run_no_module_of_the_working_folder(
-    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    path = os.pathsep.join(["", ".", str(ROOT), "./", ""])  # each of them but one means the working folder
+    worker = Worker(TARGET, log=tmp_path / "worker.log", environment={"PYTHONPATH": path})
     hostile = tmp_path / "hostile"
     hostile.mkdir()
     for name in ("queue", "random", "pydantic", "kdpipe"):
         (hostile / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     monkeypatch.chdir(hostile)
     result = call(worker, "import queue and random in grandchildren")
+    worker.kill()
     assert result is not None
     origins = result["out"]
     assert isinstance(origins, list)
