@@ -1,4 +1,6 @@
-"""Checks across the sections of a recipe, one function for each concern."""
+"""What does not fit between the sections of a recipe, one function for each concern."""
+
+from collections.abc import Iterator
 
 from kdpipe.recipe.fields import RecipeFields
 from kdpipe.recipe.objective import Support
@@ -8,54 +10,20 @@ from kdpipe.recipe.task import ArithmeticTask
 from kdpipe.recipe.teacher import ScratchTeacher, SelfTeacher, ServedTeacher, Teacher
 
 
-def check_fields(recipe: RecipeFields) -> None:
-    """Raises ValueError for the first thing that does not fit."""
-    _check_kept(recipe)
-    _check_abilities(recipe)
-    _check_round(recipe)
-    _check_vllm(recipe)
-    _check_off_policy_text(recipe)
-    _check_servers(recipe)
-    _check_teacher_text(recipe)
-    _check_control(recipe)
-    _check_names(recipe)
-    _check_shares(recipe)
-    _check_averages(recipe)
-    _check_signal(recipe)
-    _check_logged_model(recipe)
-
-
-def _check_logged_model(recipe: RecipeFields) -> None:
-    student = recipe.student
-    if not recipe.tracking.log_model:
-        return
-    if student.lora is not None:
-        raise ValueError(
-            "tracking.log_model: a LoRA student's checkpoints hold an adapter and no whole model: remove it, and log "
-            "what kdpipe export merges"
-        )
-    if student.trust_remote_code:
-        raise ValueError(
-            "tracking.log_model: a student with code of its own (trust_remote_code) would run it where the model is "
-            "loaded from MLflow: remove it"
-        )
-
-
-def _check_kept(recipe: RecipeFields) -> None:
+def _kept(recipe: RecipeFields) -> Iterator[str]:
     section, support = recipe.teacher_score, recipe.train.objective.distribution_support
     if section.keep != "auto" and support is not None:
         enough = section.keep == "hidden" and (support == "vocabulary" or support.teacher_top_k is not None)
         if isinstance(section.keep, KeepTopK) and support != "vocabulary" and not recipe.is_mixed:
             enough = section.keep.top_k == support.teacher_top_k
         if not enough:
-            raise ValueError(
-                f"teacher_score.keep {_spelled(section.keep)} is not what train.objective.kd needs: auto keeps that"
-            )
+            kept = section.keep if isinstance(section.keep, str) else f"{{top_k: {section.keep.top_k}}}"
+            yield f"teacher_score.keep {kept} is not what train.objective.kd needs: auto keeps that"
     if section.logprobs == "float16" and not (recipe.keep.teacher_top_k or recipe.keep.student_top_k):
-        raise ValueError("teacher_score.logprobs goes with a top-k support: nothing else is stored by it")
+        yield "teacher_score.logprobs goes with a top-k support: nothing else is stored by it"
 
 
-def _check_abilities(recipe: RecipeFields) -> None:
+def _abilities(recipe: RecipeFields) -> Iterator[str]:
     objective, engine = recipe.train.objective, recipe.teacher_score.engine
     abilities = ENGINE_ABILITIES[engine]
     aliased = objective.has_kd and objective.end_token == "alias"  # noqa: S105 (no password)
@@ -63,98 +31,87 @@ def _check_abilities(recipe: RecipeFields) -> None:
         return
     other = "" if recipe.is_mixed or aliased else ", or support: {teacher_top_k: k}"
     if (recipe.keep.student_top_k or aliased) and "support" not in abilities:
-        raise ValueError(f"teacher_score.engine {engine} gives no scores of given ids: use hf{other}")
+        yield f"teacher_score.engine {engine} gives no scores of given ids: use hf{other}"
     if recipe.keep.hidden and "hidden" not in abilities:
-        raise ValueError(f"teacher_score.engine {engine} gives no hidden states: use hf{other}")
+        yield f"teacher_score.engine {engine} gives no hidden states: use hf{other}"
 
 
-def _spelled(keep: str | KeepTopK) -> str:
-    return keep if isinstance(keep, str) else f"{{top_k: {keep.top_k}}}"
-
-
-def _check_round(recipe: RecipeFields) -> None:
+def _round(recipe: RecipeFields) -> Iterator[str]:
     made = ["student"] if recipe.student.scratch is not None else []
-    made += [
-        f"teacher {teacher.name!r}" for teacher in recipe.teachers if isinstance(teacher, ScratchTeacher)
-    ]
+    made += [f"teacher {each.name!r}" for each in recipe.teachers if isinstance(each, ScratchTeacher)]
     if made and not isinstance(recipe.task, ArithmeticTask):
-        raise ValueError(f"{made[0]}: scratch needs a task with its own tokenizer (arithmetic)")
+        yield f"{made[0]}: scratch needs a task with its own tokenizer (arithmetic)"
     if recipe.train.objective.has_rl and recipe.rollout.samples == 1:
-        raise ValueError("an RL term needs rollout.samples of 2 or more: a group of one has no advantage")
+        yield "an RL term needs rollout.samples of 2 or more: a group of one has no advantage"
     if recipe.train.minibatches > recipe.rollout.rows:
-        raise ValueError("train.minibatches is larger than the number of completions of a round")
+        yield "train.minibatches is larger than the number of completions of a round"
 
 
-def _check_vllm(recipe: RecipeFields) -> None:
+def _vllm(recipe: RecipeFields) -> Iterator[str]:
     evaluator = recipe.evaluate.engine or recipe.rollout.engine
     if recipe.student.lora is not None and "vllm" in (recipe.rollout.engine, evaluator):
-        raise ValueError(
-            "engine vllm takes no adapter: with student.lora, rollout and evaluate use engine hf"
-        )
+        yield "engine vllm takes no adapter: with student.lora, rollout and evaluate use engine hf"
+    engines = {recipe.teacher_score.engine, *([evaluator] if recipe.evaluate.teacher else [])}
     for teacher in recipe.teachers:
-        if teacher.quantization is None:
-            continue
-        engines = {recipe.teacher_score.engine, *([evaluator] if recipe.evaluate.teacher else [])}
-        if "hf" in engines:
-            raise ValueError(
+        if teacher.quantization is not None and "hf" in engines:
+            yield (
                 f"teacher {teacher.name!r}: quantization goes with engine vllm, and engine hf would run it too: "
                 "set teacher_score.engine and evaluate.engine to vllm, or evaluate.teacher to false"
             )
 
 
-def _check_off_policy_text(recipe: RecipeFields) -> None:
+def _off_policy_text(recipe: RecipeFields) -> Iterator[str]:
     objective, rollout = recipe.train.objective, recipe.rollout
     if rollout.on_policy_fraction == 1:
-        idle = "train.objective.off_policy_term" if objective.off_policy_term is not None else ""
-        idle = "rollout.off_policy_text" if rollout.off_policy_text != "reference" else idle
-        if idle:
-            raise ValueError(
-                f"{idle} has no effect where the student samples for every prompt: "
+        idle = {
+            "rollout.off_policy_text": rollout.off_policy_text != "reference",
+            "train.objective.off_policy_term": objective.off_policy_term is not None,
+        }
+        for field in (field for field, is_set in idle.items() if is_set):
+            yield (
+                f"{field} has no effect where the student samples for every prompt: "
                 "set rollout.on_policy_fraction below 1, or remove it"
             )
         return
     if not objective.has_kd or objective.kind == "then":
         why = "has rounds without a KD term" if objective.kind == "then" else "has no KD term"
-        raise ValueError(
+        yield (
             f"rollout.on_policy_fraction below 1 needs an objective with a KD term, since the other text takes its "
             f"weight: kind {objective.kind} {why}; set on_policy_fraction to 1, or take kind kd, kdrl or srpo"
         )
     if objective.has_rl and not rollout.on_policy_prompts:
-        raise ValueError(
+        yield (
             f"an RL term needs completions of the student: rollout.on_policy_fraction "
             f"{rollout.on_policy_fraction:g} of {rollout.prompts} prompts is none"
         )
 
 
-def _check_servers(recipe: RecipeFields) -> None:
+def _servers(recipe: RecipeFields) -> Iterator[str]:
     for teacher in recipe.teachers:
-        if isinstance(teacher, ServedTeacher) and (
-            trouble := _beyond_scoring(recipe, teacher) or _beyond_sampling(recipe)
-        ):
-            raise ValueError(f"teacher {teacher.name!r} is behind a server, {trouble}")
+        if isinstance(teacher, ServedTeacher):
+            for fault in (*_beyond_scoring(recipe, teacher), *_beyond_sampling(recipe)):
+                yield f"teacher {teacher.name!r} is behind a server, which gives {fault}"
 
 
-def _beyond_scoring(recipe: RecipeFields, teacher: ServedTeacher) -> str | None:
-    """What the recipe asks of a server's scores that it cannot give, and what to write instead."""
-    objective = recipe.train.objective
+def _beyond_scoring(recipe: RecipeFields, teacher: ServedTeacher) -> Iterator[str]:
+    """What a server's scores are, where the recipe asks for others, and what to write instead."""
     if recipe.temperature_of(teacher) != 1:
         asked = "teachers[].temperature" if teacher.temperature else "rollout.temperature"
-        return (
-            f"which gives log-probs at temperature 1, and {asked} is not 1: write temperature: 1 for this teacher "
+        yield (
+            f"log-probs at temperature 1, and {asked} is not 1: write temperature: 1 for this teacher "
             "(equal weights then do not mean a KL of 0), or set rollout.temperature to 1"
         )
     if recipe.keep.hidden:
         instead = "kd: rkl or k2" if recipe.is_mixed else "support: {teacher_top_k: k}, or kd: rkl or k2"
-        return f"which gives no hidden states and no whole distributions: use {instead}"
+        yield f"no hidden states and no whole distributions: use {instead}"
     if recipe.keep.student_top_k:
-        return "which gives its own top k and no scores of the student's: use support: {teacher_top_k: k}"
-    if objective.has_kd and objective.end_token == "alias":  # noqa: S105 (no password)
-        return "which gives no scores of other ids than those it reads: use end_token: mask"
-    return None
+        yield "its own top k and no scores of the student's: use support: {teacher_top_k: k}"
+    if recipe.train.objective.has_kd and recipe.train.objective.end_token == "alias":  # noqa: S105 (no password)
+        yield "no scores of other ids than those it reads: use end_token: mask"
 
 
-def _beyond_sampling(recipe: RecipeFields) -> str | None:
-    """What the recipe asks of a server's samples that it cannot give, and what to write instead."""
+def _beyond_sampling(recipe: RecipeFields) -> Iterator[str]:
+    """What a server's samples are, where the recipe asks for others, and what to write instead."""
     rollout, section, sft = recipe.rollout, recipe.evaluate, recipe.student.sft
     is_cut = rollout.top_p < 1 or rollout.top_k > 0
     sampled = {"evaluate.temperature": section.temperature} if section.teacher else {}
@@ -165,101 +122,91 @@ def _beyond_sampling(recipe: RecipeFields) -> str | None:
     for name, temperature in sampled.items():
         if temperature not in (0, 1) or (temperature and is_cut):
             other = ", or evaluate.teacher to false" if name.startswith("evaluate") else ""
-            return (
-                "which gives log-probs of its samples at temperature 1 and of the whole distribution: set "
+            yield (
+                "log-probs of its samples at temperature 1 and of the whole distribution: set "
                 f"{name} to 0, or to 1 without rollout.top_p and top_k{other}"
             )
-    return None
 
 
-def _check_teacher_text(recipe: RecipeFields) -> None:
+def _teacher_text(recipe: RecipeFields) -> Iterator[str]:
     for teacher in recipe.teachers:
         if teacher.sft is not None and teacher.sft.text == "teacher":
-            raise ValueError(
+            yield (
                 f"teacher {teacher.name!r}: sft.text: teacher is for the student; a teacher's own cold start reads "
                 "the reference solutions"
             )
-    if not recipe.has_teacher_text:
-        return
-    if recipe.is_mixed:
-        raise ValueError(
+    if recipe.has_teacher_text and recipe.is_mixed:
+        yield (
             "a mixture of teachers scores text and writes none: give each teacher the problems that it writes for "
             "by only, or take text: reference"
         )
     selves = [teacher for teacher in recipe.teachers if isinstance(teacher, SelfTeacher)]
     if selves and recipe.student.sft is not None and recipe.student.sft.text == "teacher":
-        raise ValueError(
+        yield (
             f"student.sft.text: teacher {selves[0].name!r} is the student that this cold start makes: "
             "take text: reference, or another teacher"
         )
 
 
-def _check_control(recipe: RecipeFields) -> None:
+def _control(recipe: RecipeFields) -> Iterator[str]:
     control = recipe.train.control
     if control == "none":
         return
     if len(recipe.teachers) > 1:
-        raise ValueError(f"train.control {control} goes with a single teacher")
+        yield f"train.control {control} goes with a single teacher"
     if not recipe.train.objective.has_kd:
-        raise ValueError(f"train.control {control} needs an objective with a KD term")
+        yield f"train.control {control} needs an objective with a KD term"
     if control == "shuffled_teacher" and recipe.rollout.prompts < 2:
-        raise ValueError("train.control shuffled_teacher needs rollout.prompts of 2 or more")
-    if control == "self_teacher" and not _is_the_sampler(recipe, recipe.teacher):
-        raise ValueError(
+        yield "train.control shuffled_teacher needs rollout.prompts of 2 or more"
+    if control == "self_teacher" and not _is_the_sampler(recipe, recipe.teachers[0]):
+        yield (
             "train.control self_teacher needs teachers: [{self: current}], without a prompt, template or "
             "temperature of its own"
         )
 
 
-def _check_names(recipe: RecipeFields) -> None:
+def _names(recipe: RecipeFields) -> Iterator[str]:
     names = [teacher.name for teacher in recipe.teachers]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"two teachers are called {twice!r}: give each a name of its own")
+        yield f"two teachers are called {twice!r}: give each a name of its own"
     placed = recipe.runtime.placement.teacher
     if isinstance(placed, dict) and (foreign := sorted(placed.keys() - set(names))):
-        raise ValueError(
-            f"runtime.placement.teacher names {foreign[0]!r}, and no teacher has that name: {', '.join(names)}"
-        )
+        yield f"runtime.placement.teacher names {foreign[0]!r}, and no teacher has that name: {', '.join(names)}"
 
 
-def _check_shares(recipe: RecipeFields) -> None:
+def _shares(recipe: RecipeFields) -> Iterator[str]:
     routed = [teacher.only is not None for teacher in recipe.teachers]
     if routed == [True]:
-        raise ValueError("only goes with several teachers: a single one teaches every problem")
+        yield "only goes with several teachers: a single one teaches every problem"
     if any(routed) and not all(routed):
         lacking = recipe.teachers[routed.index(False)].name
-        raise ValueError(
-            f"teacher {lacking!r} has no only, and others have: give it to all teachers or to none"
-        )
+        yield f"teacher {lacking!r} has no only, and others have: give it to all teachers or to none"
     if not recipe.is_mixed and any(teacher.weight is not None for teacher in recipe.teachers):
-        raise ValueError("weight goes with several teachers without only, which are mixed by it")
+        yield "weight goes with several teachers without only, which are mixed by it"
     support = recipe.train.objective.distribution_support
     if recipe.is_mixed and isinstance(support, Support) and support.teacher_top_k is None:
-        raise ValueError(
+        yield (
             "a mixture of teachers is not compared on the student's top k: "
             "use support: vocabulary or {teacher_top_k: k}, which are then the mixture's"
         )
 
 
-def _check_averages(recipe: RecipeFields) -> None:
+def _averages(recipe: RecipeFields) -> Iterator[str]:
     decays = {teacher.decay for teacher in recipe.teachers if isinstance(teacher, SelfTeacher)}
     if len(decays - {None}) > 1:
-        raise ValueError(
-            "teachers with self: ema have different decays: one average is kept, give them the same"
-        )
+        yield "teachers with self: ema have different decays: one average is kept, give them the same"
     if recipe.ema_decay is not None and recipe.student.lora is not None:
-        raise ValueError(
+        yield (
             "self: ema averages whole weights, and with student.lora only an adapter is kept of each round: "
             "use self: initial or self: current, or train all weights"
         )
 
 
-def _check_signal(recipe: RecipeFields) -> None:
-    if recipe.train.control == "self_teacher":
-        return
+def _signal(recipe: RecipeFields) -> Iterator[str]:
     silent = [teacher for teacher in recipe.teachers if _is_the_sampler(recipe, teacher)]
-    if silent and (not recipe.is_mixed or len(silent) == len(recipe.teachers)):
-        raise ValueError(
+    is_meant = recipe.train.control == "self_teacher"
+    if silent and not is_meant and (not recipe.is_mixed or len(silent) == len(recipe.teachers)):
+        yield (
             f"teacher {silent[0].name!r} would be the very student that samples, so its scores say nothing: "
             "give it a prompt, a template or a temperature of its own"
         )
@@ -267,12 +214,27 @@ def _check_signal(recipe: RecipeFields) -> None:
 
 def _is_the_sampler(recipe: RecipeFields, teacher: Teacher) -> bool:
     """Whether it scores what the student samples from: equal weights, prompt and temperature."""
-    own = (
-        teacher.prompt is not None,
-        bool(teacher.template) and teacher.template != recipe.student.template,
-        teacher.temperature not in (None, recipe.rollout.temperature),
-    )
-    match teacher:
-        case SelfTeacher(self_="current") | SelfTeacher(decay=0):
-            return not any(own)
-    return False
+    is_student = isinstance(teacher, SelfTeacher) and (teacher.self_ == "current" or teacher.decay == 0)
+    has_own_template = bool(teacher.template) and teacher.template != recipe.student.template
+    has_own_temperature = teacher.temperature not in (None, recipe.rollout.temperature)
+    return is_student and teacher.prompt is None and not (has_own_template or has_own_temperature)
+
+
+def _logged_model(recipe: RecipeFields) -> Iterator[str]:
+    if recipe.tracking.log_model and recipe.student.lora is not None:
+        yield (
+            "tracking.log_model: a LoRA student's checkpoints hold an adapter and no whole model: remove it, and log "
+            "what kdpipe export merges"
+        )
+    if recipe.tracking.log_model and recipe.student.trust_remote_code:
+        yield (
+            "tracking.log_model: a student with code of its own (trust_remote_code) would run it where the model is "
+            "loaded from MLflow: remove it"
+        )
+
+
+CONCERNS = (
+    *(_kept, _abilities, _round, _vllm, _off_policy_text, _servers, _teacher_text),
+    *(_control, _names, _shares, _averages, _signal, _logged_model),
+)
+"""In the order in which they are looked at; of several faults the first is reported."""

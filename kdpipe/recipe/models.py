@@ -1,8 +1,9 @@
 """The student of a recipe, and what models share: weights from scratch, the cold start, optimizers."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, JsonValue, model_validator
+from pydantic import BeforeValidator, Field, JsonValue
 
 from kdpipe.recipe.section import Count, DtypeName, Positive, Section, Seed, TextSource
 
@@ -70,11 +71,9 @@ class Sft(Section):
     seed: Seed | None = None
     """Replaces the recipe's seed here; null is the recipe's."""
 
-    @model_validator(mode="after")
-    def _sampling_is_used(self) -> "Sft":
+    def faults(self) -> Iterator[str]:
         if self.text == "reference" and (self.samples != 1 or self.temperature != 1):
-            raise ValueError("samples and temperature go with text: teacher, which is sampled")
-        return self
+            yield "samples and temperature go with text: teacher, which is sampled"
 
 
 class Scratch(Section):
@@ -99,14 +98,12 @@ class Scratch(Section):
     seed: Seed | None = None
     """Seed of the first weights; null is the recipe's."""
 
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "Scratch":
+    def faults(self) -> Iterator[str]:
         if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
-            raise ValueError(
+            yield (
                 f"num_heads ({self.num_heads}) must divide hidden_size ({self.hidden_size}), "
                 f"and num_kv_heads ({self.num_kv_heads}) must divide num_heads"
             )
-        return self
 
 
 class Lora(Section):
@@ -150,13 +147,11 @@ class Student(Section):
     lora: Lora | None = None
     """Low-rank adapters in place of all weights, from round 1 on."""
 
-    @model_validator(mode="after")
-    def _one_origin(self) -> "Student":
+    def faults(self) -> Iterator[str]:
         if (self.model is None) == (self.scratch is None):
-            raise ValueError("give exactly one of: model, scratch")
+            yield "give exactly one of: model, scratch"
         if self.revision is not None and self.model is None:
-            raise ValueError("revision goes with model")
-        return self
+            yield "revision goes with model"
 
     @property
     def has_cold_start(self) -> bool:

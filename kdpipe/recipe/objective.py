@@ -1,5 +1,6 @@
 """What train descends: the terms, their weights, and what is done about text of another policy."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -20,11 +21,9 @@ class Support(Section):
     union_top_k: Count | None = None
     """The most probable ids of either."""
 
-    @model_validator(mode="after")
-    def _exactly_one(self) -> "Support":
+    def faults(self) -> Iterator[str]:
         if sum(k is not None for k in (self.teacher_top_k, self.student_top_k, self.union_top_k)) != 1:
-            raise ValueError("give exactly one of: teacher_top_k, student_top_k, union_top_k")
-        return self
+            yield "give exactly one of: teacher_top_k, student_top_k, union_top_k"
 
 
 AnySupport = Literal["vocabulary"] | Support
@@ -43,18 +42,13 @@ class RatioControl(Section):
     high: Positive | None = None
     """Largest ratio, for mask and clip."""
 
-    @model_validator(mode="after")
-    def _parameters_fit(self) -> "RatioControl":
+    def faults(self) -> Iterator[str]:
         given = {name for name in ("cap", "low", "high") if getattr(self, name) is not None}
-        wanted = {"none": set(), "truncate": {"cap"}, "mask": {"low", "high"}, "clip": {"low", "high"}}[
-            self.control
-        ]
-        if given != wanted:
-            names = ", ".join(sorted(wanted)) or "no parameters"
-            raise ValueError(f"control {self.control} takes {names}")
+        takes = {"none": set(), "truncate": {"cap"}, "mask": {"low", "high"}, "clip": {"low", "high"}}
+        if given != (wanted := takes[self.control]):
+            yield f"control {self.control} takes {', '.join(sorted(wanted)) or 'no parameters'}"
         if self.control == "mask" and not (self.low < 1 < self.high):  # type: ignore[operator]
-            raise ValueError("mask keeps ratios between low and high, and needs low < 1 < high")
-        return self
+            yield "mask keeps ratios between low and high, and needs low < 1 < high"
 
 
 class DecoupledControl(Section):
@@ -65,13 +59,11 @@ class DecoupledControl(Section):
     behaviour: RatioControl = RatioControl.model_construct()
     """Control of exp(p - b), sampler against trainer."""
 
-    @model_validator(mode="after")
-    def _controls_fit(self) -> "DecoupledControl":
+    def faults(self) -> Iterator[str]:
         if self.update.control not in ("none", "clip"):
-            raise ValueError("update.control is none or clip")
+            yield "update.control is none or clip"
         if self.behaviour.control not in ("none", "truncate", "mask"):
-            raise ValueError("behaviour.control is none, truncate or mask")
-        return self
+            yield "behaviour.control is none, truncate or mask"
 
 
 class SampledTerm(Section):
@@ -85,11 +77,9 @@ class SampledTerm(Section):
     """Subtracted from the signal: its mean over the other completions of the step or of the group, or its expectation
     given the prefix (exact). The expected gradient stays as it is, and varies less."""
 
-    @model_validator(mode="after")
-    def _one_weight(self) -> "SampledTerm":
+    def faults(self) -> Iterator[str]:
         if self.decoupled is not None and self.ratio.control != "none":
-            raise ValueError("give ratio or decoupled, not both")
-        return self
+            yield "give ratio or decoupled, not both"
 
 
 class SampledReverseKl(SampledTerm):
@@ -98,11 +88,10 @@ class SampledReverseKl(SampledTerm):
     support: AnySupport | None = None
     """The ids that the exact baseline is computed on; null is the teacher's top 64."""
 
-    @model_validator(mode="after")
-    def _support_is_used(self) -> "SampledReverseKl":
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
         if self.support is not None and self.baseline != "exact":
-            raise ValueError("support goes with baseline: exact")
-        return self
+            yield "support goes with baseline: exact"
 
 
 class RklTerm(SampledReverseKl):
@@ -184,11 +173,9 @@ class BehaviourControl(Section):
     cap: Annotated[float, Field(ge=1)] | None = None
     """Largest ratio, for truncate and mask."""
 
-    @model_validator(mode="after")
-    def _parameters_fit(self) -> "BehaviourControl":
+    def faults(self) -> Iterator[str]:
         if (self.cap is not None) != (self.control != "none"):
-            raise ValueError("cap goes with control truncate or mask, and both need it")
-        return self
+            yield "cap goes with control truncate or mask, and both need it"
 
 
 class DistillSchedule(Section):
@@ -201,13 +188,11 @@ class DistillSchedule(Section):
     rounds: Count | None = None
     """Rounds over which it moves; null is all."""
 
-    @model_validator(mode="after")
-    def _parameters_fit(self) -> "DistillSchedule":
+    def faults(self) -> Iterator[str]:
         if (self.end is not None) != (self.kind != "constant"):
-            raise ValueError("end goes with kind linear or cosine, and both need it")
+            yield "end goes with kind linear or cosine, and both need it"
         if self.rounds is not None and self.kind == "constant":
-            raise ValueError("rounds goes with kind linear or cosine")
-        return self
+            yield "rounds goes with kind linear or cosine"
 
 
 class Objective(Section):
@@ -295,32 +280,26 @@ class Objective(Section):
         phase = "kd" if number <= self.kd_rounds else "grpo"
         return self.model_copy(update={"kind": phase, "kd_rounds": None})
 
-    @model_validator(mode="after")
-    def _settings_fit(self) -> "Objective":
+    def faults(self) -> Iterator[str]:
         if (self.kd_rounds is not None) != (self.kind == "then"):
-            raise ValueError("kd_rounds goes with kind: then, which needs it")
+            yield "kd_rounds goes with kind: then, which needs it"
         if self.kind == "then" and not (self.has_kd and self.has_rl):
-            raise ValueError("then needs both weights above 0")
+            yield "then needs both weights above 0"
         if not (self.has_kd or self.has_rl):
-            raise ValueError("every weight of this objective is 0: nothing would be trained")
+            yield "every weight of this objective is 0: nothing would be trained"
         if self.mask != "none" and self.kind != "kdrl":
-            raise ValueError("mask goes with kind: kdrl")
-        if self.kind == "srpo":
-            plain = RklTerm.model_construct(term="rkl")
-            if self.kd != plain:
-                raise ValueError(
-                    "srpo takes kd: rkl without further settings: its signal goes through the RL loss"
-                )
+            yield "mask goes with kind: kdrl"
+        if self.kind == "srpo" and self.kd != RklTerm.model_construct(term="rkl"):
+            yield "srpo takes kd: rkl without further settings: its signal goes through the RL loss"
         if self.off_policy_term == "kd" and not isinstance(self.kd, DistributionTerm):
-            raise ValueError(
+            yield (
                 f"off_policy_term: kd needs a term over whole distributions (jsd, skew_kl, skew_rkl): {self.kd.term} "
                 "goes by tokens that the student sampled, and it did not sample this text; use cross_entropy"
             )
         if self.fixed_length is not None and self.normalization != "fixed":
-            raise ValueError("fixed_length goes with normalization: fixed")
+            yield "fixed_length goes with normalization: fixed"
         schedule = self.distill_schedule
         if schedule.kind != "constant" and self.kind == "grpo":
-            raise ValueError("distill_schedule needs an objective with a KD term")
+            yield "distill_schedule needs an objective with a KD term"
         if (not self.has_rl or self.kind == "then") and 0 in (self.distill_weight, schedule.end):
-            raise ValueError("a distill weight of 0 would leave steps without anything to train")
-        return self
+            yield "a distill weight of 0 would leave steps without anything to train"

@@ -1,9 +1,10 @@
 """Where and how a recipe runs, and MLflow: the two sections that change no result beyond rounding."""
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from kdpipe.recipe.section import Count, Positive, Section
 
@@ -25,14 +26,12 @@ class Tracking(Section):
     """Whether the last student of a finished run becomes a logged model, which `mlflow.transformers.load_model`
     loads: its weights are copied into MLflow, and the end of the run waits for that."""
 
-    @model_validator(mode="after")
-    def _uri_holds_no_secret(self) -> "Tracking":
+    def faults(self) -> Iterator[str]:
         if self.uri is not None and _holds_secret(self.uri):  # the URI itself is not repeated
-            raise ValueError(
+            yield (
                 "uri holds a password: export it as MLFLOW_TRACKING_PASSWORD, with MLFLOW_TRACKING_USERNAME, or as "
                 "PGPASSWORD for PostgreSQL, and leave it out here"
             )
-        return self
 
 
 def _holds_secret(uri: str) -> bool:
@@ -110,13 +109,9 @@ class Vllm(Section):
     check_weights: bool = True
     """Compares each loaded model with transformers."""
 
-    @model_validator(mode="after")
-    def _batch_holds_sequences(self) -> "Vllm":
+    def faults(self) -> Iterator[str]:
         if self.batch_tokens < self.max_num_seqs:
-            raise ValueError(
-                "batch_tokens must be at least max_num_seqs: each sequence has a token in a batch"
-            )
-        return self
+            yield "batch_tokens must be at least max_num_seqs: each sequence has a token in a batch"
 
 
 class Runtime(Section):

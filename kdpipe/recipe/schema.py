@@ -4,11 +4,12 @@
 every other field is part of some step's fingerprint (`plan.py`), which a test enforces leaf by leaf.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
-from pydantic import JsonValue, model_validator
+from pydantic import JsonValue
 
-from kdpipe.recipe.checks import check_fields
+from kdpipe.recipe.checks import CONCERNS
 from kdpipe.recipe.fields import RecipeFields
 from kdpipe.recipe.models import Student
 from kdpipe.recipe.teacher import ABSENT, ModelTeacher, ScratchTeacher, SelfTeacher, ServedTeacher, Teacher
@@ -28,10 +29,8 @@ __all__ = [
 class Recipe(RecipeFields):
     """One experiment: a task, a student, its teachers, and how the student learns from them."""
 
-    @model_validator(mode="after")
-    def _fields_fit(self) -> "Recipe":
-        check_fields(self)
-        return self
+    def faults(self) -> Iterator[str]:
+        return (fault for concern in CONCERNS for fault in concern(self))
 
 
 def resolved(recipe: Recipe) -> dict[str, JsonValue]:

@@ -1,8 +1,9 @@
 """What every section of a recipe shares, and the kinds of values that several of them hold."""
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -23,3 +24,13 @@ class Section(BaseModel):
     """What all sections share: unknown keys are errors, values are frozen and finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
+
+    def faults(self) -> Iterator[str]:
+        """What does not fit between the fields, each of which is valid; the first is reported."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> Self:
+        if fault := next(self.faults(), None):
+            raise ValueError(fault)
+        return self

@@ -1,7 +1,7 @@
 """The teachers of a recipe: four kinds, distinguished by where a teacher's scores come from."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
@@ -37,12 +37,10 @@ class Server(Section):
     api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
     """Environment variable that holds the key; the key itself is never written."""
 
-    @model_validator(mode="after")
-    def _urls_are_bases(self) -> "Server":
+    def faults(self) -> Iterator[str]:
         for number, url in enumerate(self.urls):
             if trouble := _trouble_of(url):  # the URL itself is not repeated: it may hold a password
-                raise ValueError(f"urls.{number} {trouble}; write it as http://host:8000/v1")
-        return self
+                yield f"urls.{number} {trouble}; write it as http://host:8000/v1"
 
 
 def _trouble_of(url: str) -> str | None:
@@ -99,13 +97,11 @@ class TeacherFields(Section):
             )
         return {key: item for key, item in value.items() if key not in foreign}
 
-    @model_validator(mode="after")
-    def _prompt_and_name_are_good(self) -> "TeacherFields":
+    def faults(self) -> Iterator[str]:
         if self.name == "student":
-            raise ValueError("a teacher cannot be called 'student'")
+            yield "a teacher cannot be called 'student'"
         if self.prompt is not None and "question" not in self.prompt_fields:
-            raise ValueError("prompt must contain {question}")
-        return self
+            yield "prompt must contain {question}"
 
     @property
     def prompt_fields(self) -> tuple[str, ...]:
@@ -175,11 +171,10 @@ class SelfTeacher(TeacherFields):
     sft: ClassVar[None] = None
     has_cold_start: ClassVar = False
 
-    @model_validator(mode="after")
-    def _decay_is_of_an_average(self) -> "SelfTeacher":
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
         if (self.decay is not None) != (self.self_ == "ema"):
-            raise ValueError("decay goes with self: ema, which needs it")
-        return self
+            yield "decay goes with self: ema, which needs it"
 
 
 class ServedTeacher(TeacherFields):
