@@ -7,13 +7,13 @@ import re
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from kdpipe.errors import RecipeError
 from kdpipe.recipe.schema import Recipe
-from kdpipe.recipe.yaml_source import Document, read_yaml
+from kdpipe.recipe.yaml_source import Document, dotted, read_yaml
 
 if TYPE_CHECKING:
     from pydantic.json_schema import JsonSchemaValue
@@ -94,9 +94,8 @@ def _explain(document: Document, item: ErrorDetails) -> str:
     """One pydantic error as `file:line: field: what, expected`."""
     # pydantic puts the names of union members into the location; the document's own keys have none.
     path = document.own_path(item["loc"])
-    dotted = ".".join(str(part) for part in path)
-    where = f"{document.where(path)}: {dotted}: " if dotted else f"{document.where(path)}: "
-    found = document.spelling(path)
+    where = f"{document.where(path)}: {dotted(path)}: " if path else f"{document.where(path)}: "
+    found = document.spellings.get(path, "")
     match item["type"]:
         case "extra_forbidden":
             import difflib  # for this error alone
@@ -129,32 +128,22 @@ def _json_schema() -> JsonSchemaValue:
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     """The keys allowed beside the unknown one at `location`, read from the JSON Schema."""
     schema = _json_schema()
-    candidates: list[Any] = [schema]
+    leaves = [schema]
     for part in location[:-1]:
-        candidates = [found for node in candidates for found in _descend(schema, node, part)] or candidates
-    keys = {
-        key for node in candidates for leaf in _expand(schema, node) for key in leaf.get("properties", {})
-    }
-    return sorted(keys)
-
-
-def _descend(schema: JsonSchemaValue, node: JsonSchemaValue, part: int | str) -> list[JsonSchemaValue]:
-    found = []
-    for leaf in _expand(schema, node):
-        if isinstance(part, int) and "items" in leaf:
-            found.append(leaf["items"])
-        elif part in leaf.get("properties", {}):
-            found.append(leaf["properties"][part])
-    if not found:  # the tag of a union member, as pydantic writes it
-        found = [
-            leaf
-            for leaf in _expand(schema, node)
-            if any(
-                part in (value.get("const"), leaf.get("title"))
-                for value in leaf.get("properties", {}).values()
-            )
+        inside = [
+            leaf.get("items") if isinstance(part, int) else leaf.get("properties", {}).get(part)
+            for leaf in leaves
         ]
-    return found
+        if any(inside):
+            leaves = [leaf for value in inside if value for leaf in _expand(schema, value)]
+        else:  # the tag of a union's member, as pydantic writes it
+            leaves = [leaf for leaf in leaves if _is_member(leaf, part)] or leaves
+    return sorted({key for leaf in leaves for key in leaf.get("properties", {})})
+
+
+def _is_member(leaf: JsonSchemaValue, tag: int | str) -> bool:
+    consts = [value.get("const") for value in leaf.get("properties", {}).values()]
+    return tag in (leaf.get("title"), *consts)
 
 
 def _expand(schema: JsonSchemaValue, node: JsonSchemaValue) -> list[JsonSchemaValue]:

@@ -1,20 +1,17 @@
 """The student of a recipe, and what models share: weights from scratch, the cold start, optimizers."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue
 
 from kdpipe.recipe.section import Count, DtypeName, Positive, Section, Seed, TextSource
 
-
-def _as_tuple(value: Any) -> Any:
-    """A list as the tuple that strict validation asks for."""
-    return tuple(value) if isinstance(value, list) else value
-
-
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Betas = Annotated[tuple[Beta, Beta], BeforeValidator(_as_tuple)]
+Betas = Annotated[
+    tuple[Beta, Beta], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+]
+"""Strict validation asks for a tuple, and YAML has lists."""
 
 
 class AdamW(Section):

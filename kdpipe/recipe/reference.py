@@ -55,23 +55,23 @@ def field_texts(kind: type[Section]) -> dict[str, str]:
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if issubclass(base, Section):
-            texts |= _texts_of_module(base.__module__).get(base.__name__, {})
+            texts |= _texts_of_module(base.__module__)[base.__name__]
     return {info.alias or name: texts[name] for name, info in kind.model_fields.items()}
 
 
 @functools.cache
 def _texts_of_module(module: str) -> dict[str, dict[str, str]]:
     """The text below each field, by class and field."""
-    tree = ast.parse(inspect.getsource(sys.modules[module]))
-    return {node.name: _texts_of_class(node) for node in tree.body if isinstance(node, ast.ClassDef)}
-
-
-def _texts_of_class(node: ast.ClassDef) -> dict[str, str]:
-    texts = {}
-    for pair in itertools.pairwise(node.body):
-        match pair:
-            case ast.AnnAssign(target=ast.Name(id=field)), ast.Expr(value=ast.Constant(value=str(text))):
-                texts[field] = " ".join(text.split())
+    texts: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(sys.modules[module])).body:
+        if isinstance(node, ast.ClassDef):
+            own = texts[node.name] = {}
+            for pair in itertools.pairwise(node.body):
+                match pair:
+                    case ast.AnnAssign(target=ast.Name(id=field)), ast.Expr(
+                        value=ast.Constant(value=str(text))
+                    ):
+                        own[field] = " ".join(text.split())
     return texts
 
 
@@ -87,7 +87,8 @@ def reference() -> str:
     sections = _sections(described_schema())
     pages = [TITLE]
     for name, place in _in_reading_order(sections):
-        pages.append(f"## {place}\n\n{_plain(sections[name])}\n\n{_table(sections[name], sections)}\n")
+        text = sections[name]["description"].strip()
+        pages.append(f"## {place}\n\n{text}\n\n{_table(sections[name], sections)}\n")
     return "\n".join(pages)
 
 
@@ -132,10 +133,6 @@ def _discriminator(section: Schema) -> str | None:
     properties, required = section.get("properties", {}), section.get("required", [])
     consts = (properties[key]["const"] for key in ("kind", "term") if "const" in properties.get(key, {}))
     return next(consts, required[0] if len(required) == 1 else None)
-
-
-def _plain(section: Schema) -> str:
-    return str(section["description"]).strip()
 
 
 def _table(section: Schema, sections: dict[str, Schema]) -> str:

@@ -24,6 +24,11 @@ MAX_DEPTH = 50
 """Levels of a recipe; PyYAML's time grows with the square of the levels, until Python's stack is full."""
 
 
+def dotted(path: Path) -> str:
+    """A path as a recipe's reader writes it, `a.b.0`."""
+    return ".".join(map(str, path))
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads `1e-5` as a float and refuses aliases, tags and too many levels."""
 
@@ -73,35 +78,20 @@ class Document:
                 return self.origins[path[:length]]
         return self.name
 
-    def spelling(self, path: Path) -> str:
-        """The scalar at `path` as it was written; empty when there is none."""
-        return self.spellings.get(path, "")
-
-    def own_path(self, location: tuple[int | str, ...]) -> Path:
+    def own_path(self, location: Path) -> Path:
         """`location` without the parts that are not keys of this document (names of union members).
 
         The last part is kept when it is a key that is missing here.
         """
-        path: list[int | str] = []
+        path: Path = ()
         value: Any = self.value
-        for index, part in enumerate(location):
-            inside = (isinstance(value, dict) and part in value) or (
-                isinstance(value, list) and isinstance(part, int) and part < len(value)
-            )
-            if inside:
-                path.append(part)
-                value = value[part]
-            elif (
-                index == len(location) - 1
-                and isinstance(value, dict)
-                and isinstance(part, str)
-                and path != []
-            ):
-                if re.fullmatch(r"[a-z_]+", part):
-                    path.append(part)
-            elif len(location) == 1:
-                path.append(part)
-        return tuple(path)
+        for depth, part in enumerate(location, 1):
+            indices = range(len(value)) if isinstance(value, list) else ()
+            if part in (value if isinstance(value, dict) else indices):
+                path, value = (*path, part), value[part]
+            elif depth == len(location) and isinstance(value, dict) and re.fullmatch(r"[a-z_]+", str(part)):
+                path = (*path, part)
+        return path
 
     def with_value(self, path: tuple[str, ...], text: str, origin: str) -> Document:
         """This document with the value that `text` means at `path`; `origin` is what messages name.
@@ -109,30 +99,25 @@ class Document:
         Mappings on the way are made, list items must exist.
         """
         value, added = parse_value(text, origin)
-        keys: list[int | str] = []
         root = copy.deepcopy(self.value)
         node: Any = root
-        for depth, part in enumerate(path):
-            last = depth == len(path) - 1
+        place: Path = ()
+        for depth, part in enumerate(path, 1):
+            key: int | str = part
             if isinstance(node, list):
                 if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(node):
-                    here = ".".join(str(key) for key in keys)
                     raise RecipeError(
-                        f"{origin}: {here} is a list of {len(node)}; {part!r} is not an index of it"
+                        f"{origin}: {dotted(place)} is a list of {len(node)}; {part!r} is not an index of it"
                     )
-                key: int | str = int(part)
-            elif isinstance(node, dict):
-                key = part
-                if not last and not isinstance(node.get(part), (dict, list)):
-                    node[part] = {}
-            else:
-                raise RecipeError(f"{origin}: {'.'.join(str(key) for key in keys)} is not a mapping")
-            keys.append(key)
-            if last:
+                key = int(part)
+            elif not isinstance(node, dict):
+                raise RecipeError(f"{origin}: {dotted(place)} is not a mapping")
+            place = (*place, key)
+            if depth == len(path):
                 node[key] = value
-            else:
-                node = node[key]
-        place = tuple(keys)
+            elif isinstance(node, dict) and not isinstance(node.get(key), (dict, list)):
+                node[key] = {}
+            node = node[key]
         outside = {known: text for known, text in self.origins.items() if known[: len(place)] != place}
         spellings = {known: text for known, text in self.spellings.items() if known[: len(place)] != place}
         spellings |= {(*place, *inside): spelling for inside, spelling in added.items()}
@@ -194,9 +179,7 @@ def _construct(node: yaml.Node, path: Path, document: Document) -> JsonValue:
                         f"{here}: keys are plain words; merges and complex keys are not used here"
                     )
                 if key in mapping:
-                    raise RecipeError(
-                        f"{here}: {'.'.join(map(str, (*path, key)))}: this key stands here twice"
-                    )
+                    raise RecipeError(f"{here}: {dotted((*path, key))}: this key stands here twice")
                 document.origins[(*path, key)] = here
                 mapping[key] = _construct(value_node, (*path, key), document)
             return mapping
@@ -234,14 +217,13 @@ def _value(node: yaml.ScalarNode, origin: str) -> JsonValue:
                 raise RecipeError(f"{origin}: {node.value[:40]}: a number beyond 64 bits")
             return number
         case "tag:yaml.org,2002:float":
-            value = (
-                float(node.value.replace("_", ""))
-                if "e" in node.value.lower()
-                else _CONSTRUCTOR.construct_yaml_float(node)
+            has_exponent = "e" in node.value.lower()
+            value = float(
+                node.value.replace("_", "") if has_exponent else _CONSTRUCTOR.construct_yaml_float(node)
             )
             if not math.isfinite(value):
                 raise RecipeError(f"{origin}: {node.value}: a number must be finite")
-            return float(value)
+            return value
         case "tag:yaml.org,2002:str" | "tag:yaml.org,2002:timestamp":
             return str(node.value)
     raise RecipeError(f"{origin}: the YAML tag {node.tag} is not used here")

@@ -199,7 +199,7 @@ def test_lines_are_counted_in_the_file_also_of_nested_keys() -> None:
     assert document.where(("a", "b", 1, "d")) == "f:4"
     assert document.where(("a", "b", 1, "nothing")) == "f:4"
     assert document.where(("nothing",)) == "f:1"
-    assert document.spelling(("a", "b", 0, "c")) == "1"
+    assert document.spellings["a", "b", 0, "c"] == "1"
 
 
 # --------------------------------------------------------------------------------------------- --set
