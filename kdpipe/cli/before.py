@@ -4,14 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kdpipe.cli.parameters import (
-    WORKSPACE,
-    JsonOption,
-    RecipeArgument,
-    SetOption,
-    WorkspaceOption,
-    load_given,
-)
+from kdpipe.cli.parameters import Given, on_recipe
 from kdpipe.cli.terminal import Paint, Style, counted, inert, painter, print_json
 
 if TYPE_CHECKING:
@@ -19,12 +12,8 @@ if TYPE_CHECKING:
     from kdpipe.recipe.schema import Recipe, Teacher
 
 
-def check(
-    recipe: RecipeArgument,
-    overrides: SetOption = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    as_json: JsonOption = False,
-) -> None:
+@on_recipe
+def check(given: Given) -> None:
     """Check a recipe against the schema.
 
     Takes less than a second, and needs neither network nor models.
@@ -33,31 +22,34 @@ def check(
     """
     from kdpipe.recipe.schema import resolved
 
-    loaded = load_given(recipe, overrides, workspace)
-    if as_json:
-        print_json({"recipe": str(loaded.path), "resolved": resolved(loaded.recipe)})
-    else:
-        print(f"{recipe}: good; {loaded.recipe.rounds} rounds")
+    loaded = given.load()
+    document = {"recipe": str(loaded.path), "resolved": resolved(loaded.recipe)}
+    given.show(document, f"{given.recipe}: good; {loaded.recipe.rounds} rounds")
 
 
-def plan(
-    recipe: RecipeArgument,
-    overrides: SetOption = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    as_json: JsonOption = False,
-) -> None:
+@on_recipe
+def plan(given: Given) -> None:
     """List every step: done, stale or to do, and why. Runs nothing.
 
     Example: kdpipe plan recipes/quickstart.yaml --set train.optimizer.learning_rate=3e-4
     """
-    from kdpipe.cli.terminal import inert
     from kdpipe.pipeline.project import open_project
 
-    project = open_project(load_given(recipe, overrides, workspace), workspace.resolve())
+    project = open_project(given.load(), given.workspace.resolve())
     states = project.survey()
     unresolved = project.identities.unresolved()
-    if as_json:
-        steps = [_state_json(state) for state in states]
+    if given.as_json:
+        steps = [
+            {
+                "step": state.step.id,
+                "round": state.step.round,
+                "state": state.verdict,
+                "why": state.why,
+                "fingerprint": state.step.fingerprint,
+                "dropped": sorted(state.dropped),
+            }
+            for state in states
+        ]
         print_json({"run": project.run.name, "steps": steps, "unresolved": unresolved})
         return
     lines = plan_lines(project.run.name, states, horizon=_horizon(project.recipe), paint=painter(sys.stdout))
@@ -73,11 +65,9 @@ def _horizon(recipe: "Recipe") -> str:
         return ""
     rounds = optimizer.schedule_rounds or recipe.rounds
     ends = f"the {optimizer.schedule} schedule ends after round {rounds}"
-    return ends + (
-        ""
-        if optimizer.schedule_rounds
-        else "; other `rounds` would train again from the start (set schedule_rounds)"
-    )
+    if optimizer.schedule_rounds:
+        return ends
+    return f"{ends}; other `rounds` would train again from the start (set schedule_rounds)"
 
 
 def _hidden_size(recipe: "Recipe", teacher: "Teacher") -> int | None:
@@ -114,17 +104,6 @@ def _kept_bytes(recipe: "Recipe") -> list[str]:
         f"kept of {whose} for each token: {chosen}, {choices[chosen]} bytes",
         f"  the other choices: {others}",
     ]
-
-
-def _state_json(state: "State") -> dict[str, object]:
-    return {
-        "step": state.step.id,
-        "round": state.step.round,
-        "state": state.verdict,
-        "why": state.why,
-        "fingerprint": state.step.fingerprint,
-        "dropped": sorted(state.dropped),
-    }
 
 
 # -------------------------------------------------------------------------------------------- its lines

@@ -6,15 +6,23 @@ which would be a fifth of what `kdpipe plan` costs.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from kdpipe.cli.terminal import PLAIN_SECONDS, Paint, counted, inert, is_terminal, painter
-from kdpipe.pipeline.progress import Pace, duration, time_left
+from kdpipe.cli.terminal import (
+    PLAIN_SECONDS,
+    Paint,
+    aligned,
+    counted,
+    inert,
+    is_terminal,
+    painter,
+    print_event,
+)
+from kdpipe.pipeline.progress import Pace, duration, pace_words
 from kdpipe.pipeline.request import Noted, Performed, StepEvent, Waiting, Warned
 from kdpipe.pipeline.runs import RunFolder
 from kdpipe.store.step import Step
@@ -66,7 +74,7 @@ class Terminal:
                 self._show_pace(step)
 
     def _show_pace(self, step: Step) -> None:
-        words = _pace_words(self._pace)
+        words = pace_words(self._pace)
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, total=self._pace.total, completed=self._pace.done, words=words)
         elif time.monotonic() - self._said > PLAIN_SECONDS:
@@ -85,9 +93,6 @@ class Terminal:
         """Prints the round's line."""
         self._say(round_line(number, rounds, metrics))
 
-    def tick(self) -> None:
-        """Nothing: rich refreshes by itself."""
-
     def warn(self, message: str) -> None:
         """Prints a warning."""
         self._say(f"{self._paint('warning:', 'yellow')} {inert(message)}")
@@ -103,16 +108,6 @@ class Terminal:
             self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
             print(line, file=sys.stderr, flush=True)
-
-
-def _pace_words(pace: Pace) -> str:
-    """How far a step is, how fast it goes on and how long it will take."""
-    pieces = [f"{pace.done}/{pace.total} {pace.unit}"]
-    if pace.tokens_per_second is not None:
-        pieces.append(f"{pace.tokens_per_second:,.0f} tokens/s")
-    if pace.seconds_left:
-        pieces.append(f"{time_left(pace.seconds_left)} left")
-    return ", ".join(pieces)
 
 
 def _live_line(name: str) -> tuple[Progress, TaskID]:
@@ -135,40 +130,34 @@ class JsonLines:
 
     def begin(self, run: RunFolder, todo: int, reused: int) -> None:
         """See Terminal."""
-        self._print(event="begin", run=run.name, folder=str(run.path), todo=todo, reused=reused)
+        print_event("begin", run=run.name, folder=str(run.path), todo=todo, reused=reused)
 
     def step_begins(self, step: Step) -> None:
         """See Terminal."""
-        self._print(event="step begins", step=step.id, fingerprint=step.fingerprint)
+        print_event("step begins", step=step.id, fingerprint=step.fingerprint)
 
     def step_event(self, step: Step, event: StepEvent) -> None:
         """Notes and warnings; progress is for people."""
         match event:
             case Noted(text=text):
-                self._print(event="note", step=step.id, text=text)
+                print_event("note", step=step.id, text=text)
             case Warned(text=text):
                 self.warn(text)
 
     def step_ends(self, step: Step, result: Performed) -> None:
         """See Terminal."""
-        self._print(event="step ends", step=step.id, **asdict(result))
+        print_event("step ends", step=step.id, **asdict(result))
 
     def round_ends(self, number: int, rounds: int, metrics: dict[str, float]) -> None:
         """See Terminal."""
-        self._print(event="round ends", round=number, rounds=rounds, metrics=metrics)
-
-    def tick(self) -> None:
-        """Nothing."""
+        print_event("round ends", round=number, rounds=rounds, metrics=metrics)
 
     def warn(self, message: str) -> None:
         """See Terminal."""
-        self._print(event="warning", message=message)
+        print_event("warning", message=message)
 
     def stop(self) -> None:
         """Nothing."""
-
-    def _print(self, **fields: object) -> None:
-        print(json.dumps(fields, sort_keys=True), flush=True)
 
 
 def round_line(number: int, rounds: int, metrics: dict[str, float]) -> str:
@@ -197,14 +186,8 @@ def outcome_lines(rows: Sequence[tuple[str, Numbers]], paint: Paint) -> list[str
         )
         for label, summary in rows
     ]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join(
-            [f"{row[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in table
-    ]
-    return [paint(lines[0], "bold"), *(line.rstrip() for line in lines[1:])]
+    heading, *lines = aligned(table)
+    return [paint(heading, "bold"), *lines]
 
 
 def change_lines(after: Numbers) -> list[str]:
@@ -212,11 +195,8 @@ def change_lines(after: Numbers) -> list[str]:
     lines = []
     if "accuracy_change" in after:
         low, high = after["accuracy_change_low"], after["accuracy_change_high"]
-        p = (
-            f", McNemar p = {after['accuracy_change_p_value']:.2g}"
-            if "accuracy_change_p_value" in after
-            else ""
-        )
+        p_value = after.get("accuracy_change_p_value")
+        p = "" if p_value is None else f", McNemar p = {p_value:.2g}"
         lines.append(
             f"accuracy {100 * after['accuracy_change']:+.1f} points, paired 95 % interval "
             f"{100 * low:+.1f} to {100 * high:+.1f}{p}"

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import shlex
 import sys
 import textwrap
 from collections import Counter
@@ -12,14 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdpipe.cli.parameters import (
-    WORKSPACE,
-    JsonOption,
-    RecipeArgument,
-    SetOption,
-    WorkspaceOption,
-    load_given,
-)
+from kdpipe.cli.parameters import WORKSPACE, Given, JsonOption, SetOption, WorkspaceOption, on_recipe
 from kdpipe.cli.terminal import COLUMNS, Paint, Style, counted, inert, painter, print_json
 from kdpipe.errors import PreflightError
 
@@ -39,12 +31,8 @@ COLOURS: "dict[Verdict, Style]" = {
 }
 
 
-def check_loss(
-    recipe: RecipeArgument,
-    overrides: SetOption = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    as_json: JsonOption = False,
-) -> None:
+@on_recipe
+def check_loss(given: Given) -> None:
     """Check that an objective trains what it claims to.
 
     It is measured on tiny models; exit 4 when a property fails. Needs neither models nor network. `run` refuses
@@ -54,21 +42,18 @@ def check_loss(
     """
     from kdpipe.doctor.finding import PHASES
 
-    loaded = load_given(recipe, overrides, workspace)
-    phases = _checked_phases(loaded.recipe, workspace)
+    loaded = given.load()
+    phases = _checked_phases(loaded.recipe, given.workspace)
     by_number = list(enumerate(zip(*(phase.findings for phase in phases), strict=True), 1))
     failed = [number for number, found in by_number if any(one.verdict == "FAILED" for one in found)]
-    if as_json:
-        print_json(
-            {"recipe": str(loaded.path), "failed": failed, "phases": PHASES.dump_python(phases, mode="json")}
-        )
-    else:
-        blocks = ["\n".join(check_loss_lines(phase, painter(sys.stdout))) for phase in phases]
-        print("\n\n".join(blocks))
+    found_json = PHASES.dump_python(phases, mode="json")
+    blocks = ["\n".join(check_loss_lines(phase, painter(sys.stdout))) for phase in phases]
+    document = {"recipe": str(loaded.path), "failed": failed, "phases": found_json}
+    given.show(document, "\n\n".join(blocks))
     if failed:
         which = f"propert{'y' if len(failed) == 1 else 'ies'} {', '.join(map(str, failed))}"
         raise PreflightError(
-            f"{recipe}: its objective fails {which}",
+            f"{given.recipe}: its objective fails {which}",
             hint="docs/objectives.md says what each objective descends; `reproduce: true` lets `run` use it as it is",
         )
 
@@ -106,7 +91,7 @@ def doctor(
     Example: kdpipe doctor quickstart
     """
     if recipe is not None:
-        _examine(recipe, overrides, workspace, as_json=as_json)
+        _examine(Given(recipe, tuple(overrides or ()), workspace, as_json))
         return
     found = _environment(workspace)
     if as_json:
@@ -139,7 +124,7 @@ def _environment(workspace: Path) -> dict[str, "JsonValue"]:
     return {**found, **asdict(seen)}
 
 
-def _examine(recipe: str, overrides: list[str] | None, workspace: Path, *, as_json: bool) -> None:
+def _examine(given: Given) -> None:
     """Examines a recipe's models; raises PreflightError when a probe fails."""
     from dataclasses import asdict
 
@@ -147,10 +132,10 @@ def _examine(recipe: str, overrides: list[str] | None, workspace: Path, *, as_js
     from kdpipe.doctor.finding import FINDINGS
     from kdpipe.pipeline.preflight import examine_recipe
 
-    result = examine_recipe(load_given(recipe, overrides, workspace), workspace.resolve())
+    recipe, result = given.recipe, examine_recipe(given.load(), given.workspace.resolve())
     findings = FINDINGS.validate_python(result.findings)
     failed = [f"{one.probe} ({one.about})" for one in findings if one.verdict == "FAILED"]
-    if as_json:
+    if given.as_json:
         print_json({"recipe": recipe, **asdict(result), "failed": failed})
     else:
         paint = painter(sys.stdout)
@@ -158,7 +143,7 @@ def _examine(recipe: str, overrides: list[str] | None, workspace: Path, *, as_js
         lines = [*doctor_lines(result.run, findings, paint), ""]
         lines += estimate_lines(estimate, paint, free_bytes=result.free_disk_bytes)
         if not failed:
-            lines += ["", *_after_doctor(recipe, workspace, result.missing)]
+            lines += ["", *_after_doctor(given, result.missing)]
         print("\n".join(lines))
     if failed:
         count = f"{len(failed)} probe{'s'[: len(failed) != 1]}"
@@ -168,17 +153,15 @@ def _examine(recipe: str, overrides: list[str] | None, workspace: Path, *, as_js
         )
 
 
-def _after_doctor(recipe: str, workspace: Path, missing: Mapping[str, str]) -> list[str]:
+def _after_doctor(given: Given, missing: Mapping[str, str]) -> list[str]:
     """The next command: steps that are not done come first, as their models could only be stood in for."""
-    place = "" if workspace == WORKSPACE else f" --workspace {shlex.quote(str(workspace))}"
-    lines = []
-    if missing:
-        steps = ", ".join(sorted(set(missing.values())))
-        lines.append(f"not there yet: {steps}; examine again when they are done")
-        lines.append(f"next  kdpipe run {recipe} --rounds 0{place}")
-        lines.append(f"      kdpipe doctor {recipe}{place}")
-        return lines
-    return [f"next  kdpipe run {recipe}{place}"]
+    if not missing:
+        return [f"next  {given.command('run', given.recipe)}"]
+    return [
+        f"not there yet: {', '.join(sorted(set(missing.values())))}; examine again when they are done",
+        f"next  {given.command('run', given.recipe, '--rounds', '0')}",
+        f"      {given.command('doctor', given.recipe)}",
+    ]
 
 
 # -------------------------------------------------------------------------------------------- its lines

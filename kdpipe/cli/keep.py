@@ -1,34 +1,23 @@
 """Commands on artifacts: export a student, verify, remove what no run uses."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kdpipe.cli.parameters import (
-    WORKSPACE,
-    JsonOption,
-    RecipeArgument,
-    RoundOption,
-    SetOption,
-    WorkspaceOption,
-    open_given,
-)
-from kdpipe.cli.terminal import print_json, shown
+from kdpipe.cli.parameters import WORKSPACE, Given, JsonOption, RoundOption, WorkspaceOption, on_recipe
+from kdpipe.cli.terminal import print_json, say, shown
 from kdpipe.errors import ArtifactError
 
 
+@on_recipe
 def export(
-    recipe: RecipeArgument,
+    given: Given,
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     round_number: RoundOption = None,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Only the LoRA adapter, as peft loads it, not merged.")
     ] = False,
-    overrides: SetOption = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    as_json: JsonOption = False,
 ) -> None:
     """Write the student as a Hugging Face folder.
 
@@ -38,20 +27,14 @@ def export(
     """
     from kdpipe.pipeline.housekeeping import export as export_student
 
-    project = open_given(recipe, overrides, workspace)
-    number, folder = export_student(project, target, round_number=round_number, adapter=adapter)
-    if as_json:
-        print_json({"round": number, "folder": str(folder)})
-    else:
-        print(f"{folder}: student {number}")
+    number, folder = export_student(given.open(), target, round_number=round_number, adapter=adapter)
+    given.show({"round": number, "folder": str(folder)}, f"{folder}: student {number}")
 
 
+@on_recipe
 def verify(
-    recipe: RecipeArgument,
+    given: Given,
     full: Annotated[bool, typer.Option("--full", help="Compare sha256, not only sizes.")] = False,
-    overrides: SetOption = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    as_json: JsonOption = False,
 ) -> None:
     """Check the artifacts of a run against their manifests.
 
@@ -59,32 +42,25 @@ def verify(
 
     Example: kdpipe verify recipes/quickstart.yaml --full
     """
-    from kdpipe.cli.terminal import inert
     from kdpipe.pipeline.housekeeping import verify as verify_steps
 
-    findings = list(verify_steps(open_given(recipe, overrides, workspace), full=full))
+    findings = list(verify_steps(given.open(), full=full))
     damaged = [finding for finding in findings if finding.problem]
-    if as_json:
-        print_json(
-            {
-                "steps": len(findings),
-                "files": sum(finding.files for finding in findings),
-                "bytes": sum(finding.bytes for finding in findings),
-                "damaged": {finding.step: finding.problem for finding in damaged},
-            }
-        )
-    else:
-        files, size = sum(f.files for f in findings), sum(f.bytes for f in findings)
-        what = "sha256" if full else "sizes"
-        print(f"{len(findings)} steps, {files} files, {size / 1e6:,.1f} MB: {what} compared")
+    steps, files = len(findings), sum(finding.files for finding in findings)
+    size, what = sum(finding.bytes for finding in findings), "sha256" if full else "sizes"
+    problems = {finding.step: finding.problem for finding in damaged}
+    given.show(
+        {"steps": steps, "files": files, "bytes": size, "damaged": problems},
+        f"{steps} steps, {files} files, {size / 1e6:,.1f} MB: {what} compared",
+    )
     if damaged:
-        if not as_json:
+        if not given.as_json:
             for finding in damaged:
-                print(inert(f"{finding.step}: {finding.problem}"), file=sys.stderr)
+                say(f"{finding.step}: {finding.problem}")
         force = " ".join(f"--force {finding.step}" for finding in damaged)
         raise ArtifactError(
-            f"{len(damaged)} of {len(findings)} steps are damaged",
-            hint=f"rebuild them and what depends on them: kdpipe run {recipe} {force}",
+            f"{len(damaged)} of {steps} steps are damaged",
+            hint=f"rebuild them and what depends on them: kdpipe run {given.recipe} {force}",
         )
 
 

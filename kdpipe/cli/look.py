@@ -7,18 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kdpipe.cli.one_run import commands_again
-from kdpipe.cli.parameters import (
-    WORKSPACE,
-    JsonOption,
-    RecipeArgument,
-    RoundOption,
-    SetOption,
-    WorkspaceOption,
-    open_given,
-    recipe_names,
-    run_given,
-)
-from kdpipe.cli.terminal import print_json, shown
+from kdpipe.cli.parameters import WORKSPACE, Given, RoundOption, WorkspaceOption, on_recipe, recipe_names
+from kdpipe.cli.terminal import inert, painter, print_json, shown
 from kdpipe.errors import PreflightError, RecipeError
 from kdpipe.store.stage import Stage
 
@@ -28,26 +18,23 @@ if TYPE_CHECKING:
     from kdpipe.pipeline.project import Project
 
 
+@on_recipe
 def status(
-    recipe: RecipeArgument,
+    given: Given,
     check_only: Annotated[bool, typer.Option("--check", help="Exit 6 when work is left.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh each second while it runs.")] = False,
-    overrides: SetOption = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    as_json: JsonOption = False,
 ) -> None:
     """Show how far a run is, and how fast it goes.
 
     Example: kdpipe status recipes/quickstart.yaml --watch
     """
     from kdpipe.cli.overview import overview
-    from kdpipe.cli.terminal import painter, watch_lines
+    from kdpipe.cli.terminal import watch_lines
 
-    project = open_given(recipe, overrides, workspace)
-    if watch and as_json:
+    project, paint = given.open(), painter(sys.stdout)
+    if watch and given.as_json:
         raise RecipeError("--watch and --json: one of them", hint="--json prints one document and ends")
     if watch:
-        paint = painter(sys.stdout)
 
         def look() -> tuple[list[str], bool]:
             now = overview(project)
@@ -55,10 +42,10 @@ def status(
 
         watch_lines(look)
     found = overview(project)
-    if as_json:
+    if given.as_json:
         print_json(_status_json(project, found))
     elif not watch:
-        print("\n".join(_status_lines(project, found, painter(sys.stdout))))
+        print("\n".join(_status_lines(project, found, paint)))
     if check_only and any(not state.done for state in found.states):
         raise typer.Exit(6)
 
@@ -67,16 +54,11 @@ def _rounds_done(found: "Overview") -> int:
     return max((s.step.round for s in found.states if s.step.stage == Stage.TRAIN and s.done), default=0)
 
 
-def _not_mirrored(project: "Project") -> int:
-    from kdpipe.tracking import pending
-
-    return pending(project.run.path) if project.recipe.tracking.enabled else 0
-
-
 def _status_json(project: "Project", found: "Overview") -> dict[str, object]:
     from dataclasses import asdict
 
     from kdpipe.pipeline.requirements import headrooms
+    from kdpipe.tracking import pending
 
     left = [state for state in found.states if not state.done]
     return {
@@ -86,7 +68,7 @@ def _status_json(project: "Project", found: "Overview") -> dict[str, object]:
         "rounds": project.recipe.rounds,
         "steps_left": len(left),
         "next": left[0].step.id if left else None,
-        "not_mirrored": _not_mirrored(project),
+        "not_mirrored": pending(project.run.path) if project.recipe.tracking.enabled else 0,
         "headroom": [asdict(headroom) for headroom in headrooms(project)],
         **found.to_json(),
     }
@@ -95,7 +77,6 @@ def _status_json(project: "Project", found: "Overview") -> dict[str, object]:
 def _status_lines(project: "Project", found: "Overview", paint: "Paint") -> list[str]:
     from kdpipe.cli.display import round_line
     from kdpipe.cli.overview import grid_lines, progress_line
-    from kdpipe.cli.terminal import inert
     from kdpipe.pipeline.project import round_metrics
     from kdpipe.pipeline.requirements import headrooms
     from kdpipe.tracking import waiting
@@ -120,8 +101,9 @@ def _status_lines(project: "Project", found: "Overview", paint: "Paint") -> list
     return lines
 
 
+@on_recipe
 def samples(
-    recipe: RecipeArgument,
+    given: Given,
     round_number: RoundOption = None,
     wrong: Annotated[bool, typer.Option("--wrong", help="Only wrong answers.")] = False,
     flipped: Annotated[
@@ -135,9 +117,6 @@ def samples(
         typer.Option("--held-out", help="Held-out samples that the teacher scored, not those trained on."),
     ] = False,
     limit: Annotated[int, typer.Option(min=1, help="How many.")] = 5,
-    overrides: SetOption = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    as_json: JsonOption = False,
 ) -> None:
     """Show what the student wrote, token by token.
 
@@ -146,21 +125,21 @@ def samples(
 
     Example: kdpipe samples recipes/quickstart.yaml --wrong --worst --limit 3
     """
-    from kdpipe.cli.terminal import is_coloured, painter
+    from kdpipe.cli.terminal import is_coloured
     from kdpipe.cli.transcript import transcript_lines
     from kdpipe.results.samples import Choice, choose_samples, samples_json
 
     choice = Choice(round_number, wrong, flipped, worst, held_out, limit)
-    found = choose_samples(open_given(recipe, overrides, workspace), choice)
-    if as_json:
+    found = choose_samples(given.open(), choice)
+    if given.as_json:
         print_json(samples_json(found))
         return
-    coloured = is_coloured(sys.stdout)
-    print("\n".join(transcript_lines(found, painter(sys.stdout), coloured=coloured)))
+    print("\n".join(transcript_lines(found, painter(sys.stdout), coloured=is_coloured(sys.stdout))))
 
 
+@on_recipe
 def report(
-    recipe: RecipeArgument,
+    given: Given,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to write it; else into the run's folder.")
     ] = None,
@@ -172,9 +151,6 @@ def report(
             autocompletion=recipe_names,
         ),
     ] = None,
-    overrides: SetOption = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    as_json: JsonOption = False,
 ) -> None:
     """Write one HTML page about a run.
 
@@ -185,20 +161,15 @@ def report(
     """
     from kdpipe.report.writing import report_path, write_report
 
-    project = open_given(recipe, overrides, workspace)
+    project = given.open()
     path = report_path(project) if output is None else output
     if not project.run.path.exists():
-        raise RecipeError(f"{project.run.name}: nothing was run yet", hint=f"kdpipe run {recipe}")
+        raise RecipeError(f"{project.run.name}: nothing was run yet", hint=f"kdpipe run {given.recipe}")
     if path.is_dir():
         raise RecipeError(f"{path}: is a folder", hint=f"name the file: -o {path / 'report.html'}")
-    others = [run_given(run, None, workspace) for run in dict.fromkeys(against or ())]
-    size = write_report(
-        project, path, commands=commands_again(project.loaded, recipe, workspace), others=others
-    )
-    if as_json:
-        print_json({"report": str(path), "bytes": size})
-    else:
-        print(f"{shown(path.resolve())}  {size / 1e6:.2f} MB")
+    others = [Given(run, workspace=given.workspace).run_folder() for run in dict.fromkeys(against or ())]
+    size = write_report(project, path, commands=commands_again(project.loaded, given), others=others)
+    given.show({"report": str(path), "bytes": size}, f"{shown(path.resolve())}  {size / 1e6:.2f} MB")
 
 
 def ui(

@@ -1,14 +1,12 @@
 """One run, from the typed arguments to the lines printed at its end."""
 
-import json
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdpipe.cli.parameters import WORKSPACE, load_given
-from kdpipe.cli.terminal import shown
+from kdpipe.cli.parameters import Given
+from kdpipe.cli.terminal import painter, print_event, shown
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.project import Project
@@ -17,27 +15,20 @@ if TYPE_CHECKING:
     from kdpipe.store.step import Fields
 
 
-def run_one(
-    recipe: str,
-    overrides: list[str] | None,
-    workspace: Path,
-    request: "Callable[[Project], Request]",
-    *,
-    as_json: bool,
-) -> "Project":
+def run_one(given: Given, request: "Callable[[Project], Request]") -> "Project":
     """The project after its run, whose outcome is printed; `request` is called when the project is open."""
     from kdpipe.cli.display import JsonLines, Terminal
     from kdpipe.pipeline.runner import run as run_steps
     from kdpipe.report.writing import renew_report
     from kdpipe.tracking import open_mirror
 
-    display = JsonLines() if as_json else Terminal()
+    display = JsonLines() if given.as_json else Terminal()
     try:
-        loaded = load_given(recipe, overrides, workspace)
-        commands = commands_again(loaded, recipe, workspace)
+        loaded = given.load()
+        commands = commands_again(loaded, given)
         project = run_steps(
             loaded,
-            workspace.resolve(),
+            given.workspace.resolve(),
             request,
             display=display,
             open_mirror=open_mirror,
@@ -47,33 +38,26 @@ def run_one(
         )
     finally:
         display.stop()
-    if as_json:
-        print(json.dumps({"event": "end", **_outcome(project)}, sort_keys=True))
+    if given.as_json:
+        folder = str(project.run.path)
+        print_event("end", run=project.run.name, folder=folder, evaluations=dict(_evaluations(project)))
     else:
-        _print_outcome(project, project.run.name if overrides else recipe, workspace)
+        _print_outcome(project, given)
     return project
 
 
-def commands_again(loaded: "LoadedRecipe", recipe: str, workspace: Path) -> list[str]:
-    """The commands that repeat this run and look further into it; `recipe` is as typed, or a run's name."""
+def commands_again(loaded: "LoadedRecipe", given: Given) -> list[str]:
+    """The commands that repeat this run and look further into it."""
     from kdpipe.recipe.file import shipped
 
+    recipe = given.recipe
     if loaded.path in shipped():
         recipe = loaded.path.stem
     elif Path(recipe).resolve() != loaded.path:  # a run's name, which says nothing elsewhere
         recipe = shown(loaded.path)
     sets = [word for override in loaded.overrides for word in ("--set", override)]
-    place = [] if workspace == WORKSPACE else ["--workspace", str(workspace)]
     tails = (["run"], ["verify", "--full"], ["samples", "--worst"])
-    return [shlex.join(["kdpipe", command, recipe, *sets, *place, *flags]) for command, *flags in tails]
-
-
-def _outcome(project: "Project") -> dict[str, object]:
-    return {
-        "run": project.run.name,
-        "folder": str(project.run.path),
-        "evaluations": dict(_evaluations(project)),
-    }
+    return [given.command(command, recipe, *sets, *flags) for command, *flags in tails]
 
 
 def _evaluations(project: "Project") -> list[tuple[str, "Fields"]]:
@@ -95,9 +79,8 @@ def _evaluations(project: "Project") -> list[tuple[str, "Fields"]]:
     return [*rows, *((step.subject, summary) for step, summary in done if step.subject != STUDENT)]
 
 
-def _print_outcome(project: "Project", recipe: str, workspace: Path) -> None:
+def _print_outcome(project: "Project", given: Given) -> None:
     from kdpipe.cli.display import change_lines, outcome_lines
-    from kdpipe.cli.terminal import painter
     from kdpipe.report.writing import report_path
 
     lines = []
@@ -106,14 +89,14 @@ def _print_outcome(project: "Project", recipe: str, workspace: Path) -> None:
         after = [numbers for label, numbers in rows if label.startswith("student after")]
         changes = change_lines(after[-1]) if after else []
         lines = [*outcome_lines(rows, painter(sys.stdout)), *changes, ""]
-    place = "" if workspace == WORKSPACE else f" --workspace {shlex.quote(str(workspace))}"
     lines += [f"artifacts  {shown(project.run.path)}"]
     if (page := report_path(project)).exists():
         lines.append(f"report     {shown(page)}")
+    recipe = project.run.name if given.overrides else given.recipe
     lines += [
-        f"next       kdpipe samples {recipe} --wrong{place}",
-        f"           kdpipe export {recipe} my-student{place}",
-        f"           kdpipe ui{place}",
+        f"next       {given.command('samples', recipe, '--wrong')}",
+        f"           {given.command('export', recipe, 'my-student')}",
+        f"           {given.command('ui')}",
     ]
     print("\n".join(lines))
 

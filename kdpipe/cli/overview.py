@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from kdpipe.cli.terminal import COLUMNS, Paint, Style, inert
-from kdpipe.pipeline.progress import Progress, duration, read_progress, time_left
+from kdpipe.pipeline.progress import Progress, duration, pace_words, read_progress
 from kdpipe.pipeline.project import Project
 from kdpipe.pipeline.runs import RunEvent
 from kdpipe.pipeline.status import State
@@ -108,7 +108,7 @@ def _current(events: Sequence[RunEvent]) -> str | None:
 
 
 def grid_lines(found: Overview, paint: Paint) -> list[str]:
-    """A row for each stage, a column for each round, in blocks of 80 columns; below, the legend."""
+    """A row for each stage, a column for each round (every tenth has its number), and the legend."""
     cells = {(state.step.link_name, state.step.round): found.cell(state) for state in found.states}
     names = list(dict.fromkeys(state.step.link_name for state in found.states))
     rounds = range(max((number for _, number in cells), default=0) + 1)
@@ -117,38 +117,25 @@ def grid_lines(found: Overview, paint: Paint) -> list[str]:
     lines: list[str] = []
     for start in range(0, len(rounds), size):
         block = rounds[start : start + size]
-        lines.append(paint(f"  {'round':<{width}}  {_ruler(block)}".rstrip(), "dim"))
+        ruler = "".join(f"{number:<10}" for number in block if number % 10 == 0)
+        lines.append(paint(f"  {'round':<{width}}  {ruler}".rstrip(), "dim"))
         for name in names:
-            marks = "".join(_mark(cells.get((name, number)), paint) for number in block)
-            if any((name, number) in cells for number in block):
+            row = [cells.get((name, number)) for number in block]
+            if any(row):
+                marks = "".join(paint(*MARKS[cell]) if cell else " " for cell in row)
                 lines.append(f"  {inert(name):<{width}}  {marks}".rstrip())
     used = [cell for cell in MARKS if cell in cells.values()]
     legend = "   ".join(f"{paint(*MARKS[cell])} {cell}" for cell in used)
     return [*lines, f"  {'':<{width}}  {legend}"]
 
 
-def _ruler(rounds: Sequence[int]) -> str:
-    """The number of every tenth round, above its column."""
-    return "".join(f"{number:<10}" for number in rounds if number % 10 == 0)
-
-
-def _mark(cell: Cell | None, paint: Paint) -> str:
-    return " " if cell is None else paint(*MARKS[cell])
-
-
 def progress_line(found: Overview) -> str:
     """The running step: how far, how fast, time left, and the age of that report where it is old."""
-    whole = (
-        "" if found.seconds_left is None else f"; the whole run: about {duration(found.seconds_left)} left"
-    )
+    left = found.seconds_left
+    whole = "" if left is None else f"; the whole run: about {duration(left)} left"
     if found.progress is None:
         return f"now: {found.current or 'between two steps'}{whole}"
     at = found.progress
-    pieces = [f"now: {at.step}", f"{at.done}/{at.total} {at.unit}"]
-    if at.tokens_per_second is not None:
-        pieces.append(f"{at.tokens_per_second:,.0f} tokens/s")
-    if at.seconds_left is not None:
-        pieces.append(f"{time_left(at.seconds_left)} left")
-    if (age := time.time() - at.at) > 10:
-        pieces.append(f"reported {age:.0f} s ago")
-    return inert(", ".join(pieces) + whole)
+    age = time.time() - at.at
+    reported = f", reported {age:.0f} s ago" if age > 10 else ""
+    return inert(f"now: {at.step}, {pace_words(at)}{reported}{whole}")

@@ -1,11 +1,16 @@
 """The arguments and options of commands, and the recipe or project that they name."""
 
+import functools
+import inspect
+import shlex
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Concatenate, ParamSpec
 
 import typer
 
-from kdpipe.cli.terminal import say
+from kdpipe.cli.terminal import print_json, say
 from kdpipe.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -41,49 +46,95 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 RoundOption = Annotated[int | None, typer.Option("--round", min=0, help="The round; 0 is before training.")]
 WORKSPACE = Path("kdpipe-out")
 MAX_NAMES = 8
+Own = ParamSpec("Own")
 
 
-def load_given(recipe: str, overrides: list[str] | None, workspace: Path) -> "LoadedRecipe":
-    """The recipe of a file, a shipped one or that of a run, changed as --set says; raises RecipeError."""
-    from kdpipe.pipeline.runs import all_runs, named_run
-    from kdpipe.recipe.file import load_recipe, shipped_path
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a command was given: a recipe or run, how to change it, where runs are, how to print."""
 
-    path, changes = Path(recipe), tuple(overrides or ())
-    if path.is_file() or path.suffix in (".yaml", ".yml") or "/" in recipe:
-        return load_recipe(path, changes)
-    if (run := named_run(workspace.resolve(), recipe)) is not None:
-        return run.loaded(changes)
-    try:
-        return load_recipe(shipped_path(recipe), changes)
-    except RecipeError as error:
-        if path.exists():  # a folder, which the error of reading it says
-            return load_recipe(path, changes)
-        names = ", ".join(one.name for one in all_runs(workspace.resolve())[:MAX_NAMES])
-        raise RecipeError(
-            error.message, hint=f"{error.hint}; runs in {workspace}: {names}" if names else error.hint
-        ) from None
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    workspace: Path = WORKSPACE
+    as_json: bool = False
+
+    def varied(self, changes: Iterable[str]) -> "Given":
+        """The same with further changes to the recipe."""
+        return replace(self, overrides=(*self.overrides, *changes))
+
+    def load(self) -> "LoadedRecipe":
+        """The recipe of a file, a shipped one or that of a run, changed as --set says; raises RecipeError."""
+        from kdpipe.pipeline.runs import all_runs, named_run
+        from kdpipe.recipe.file import load_recipe, shipped_path
+
+        recipe, path, workspace = self.recipe, Path(self.recipe), self.workspace
+        if path.is_file() or path.suffix in (".yaml", ".yml") or "/" in recipe:
+            return load_recipe(path, self.overrides)
+        if (run := named_run(workspace.resolve(), recipe)) is not None:
+            return run.loaded(self.overrides)
+        try:
+            return load_recipe(shipped_path(recipe), self.overrides)
+        except RecipeError as error:
+            if path.exists():  # a folder, which the error of reading it says
+                return load_recipe(path, self.overrides)
+            names = ", ".join(one.name for one in all_runs(workspace.resolve())[:MAX_NAMES])
+            raise RecipeError(
+                error.message, hint=f"{error.hint}; runs in {workspace}: {names}" if names else error.hint
+            ) from None
+
+    def open(self) -> "Project":
+        """The recipe's project in the workspace, to read; nothing is made or fetched. Raises RecipeError."""
+        from kdpipe.pipeline.project import read_project
+
+        project = read_project(self.load(), self.workspace.resolve())
+        if project.is_older:
+            say(
+                f"{project.run.name}: made by an older kdpipe, and shown as that made it; kdpipe run would perform "
+                "its steps again, under new names in the store"
+            )
+        return project
+
+    def run_folder(self) -> "RunFolder":
+        """The folder of a run by its name, or of a recipe's run; raises RecipeError where there is none."""
+        from kdpipe.pipeline.runs import named_run
+
+        if not self.overrides and (named := named_run(self.workspace.resolve(), self.recipe)) is not None:
+            return named
+        folder = self.open().run
+        if not folder.path.exists():
+            raise RecipeError(f"{folder.name}: nothing was run yet", hint=f"kdpipe run {self.recipe}")
+        return folder
+
+    def command(self, *words: str) -> str:
+        """A command line of kdpipe for the same workspace."""
+        place = [] if self.workspace == WORKSPACE else ["--workspace", str(self.workspace)]
+        return shlex.join(["kdpipe", *words, *place])
+
+    def show(self, document: object, text: str) -> None:
+        """Prints the command's result: with --json the document, else the text."""
+        if self.as_json:
+            print_json(document)
+        else:
+            print(text)
 
 
-def open_given(recipe: str, overrides: list[str] | None, workspace: Path) -> "Project":
-    """The recipe's project in a workspace, to read; nothing is made or fetched. Raises RecipeError."""
-    from kdpipe.pipeline.project import read_project
+def on_recipe(command: Callable[Concatenate[Given, Own], None]) -> Callable[..., None]:
+    """The command as it is typed: RECIPE, --set, --workspace and --json stand for its first parameter."""
 
-    project = read_project(load_given(recipe, overrides, workspace), workspace.resolve())
-    if project.is_older:
-        say(
-            f"{project.run.name}: made by an older kdpipe, and shown as that made it; kdpipe run would perform its "
-            "steps again, under new names in the store"
-        )
-    return project
+    def typed(
+        recipe: RecipeArgument,
+        overrides: SetOption = None,
+        workspace: WorkspaceOption = WORKSPACE,
+        as_json: JsonOption = False,
+        *args: Own.args,
+        **own: Own.kwargs,
+    ) -> None:
+        command(Given(recipe, tuple(overrides or ()), workspace, as_json), *args, **own)
 
-
-def run_given(run: str, overrides: list[str] | None, workspace: Path) -> "RunFolder":
-    """The folder of a run by its name, or of the run of a recipe; raises RecipeError where there is none."""
-    from kdpipe.pipeline.runs import named_run
-
-    if not overrides and (named := named_run(workspace.resolve(), run)) is not None:
-        return named
-    folder = open_given(run, overrides, workspace).run
-    if not folder.path.exists():
-        raise RecipeError(f"{folder.name}: nothing was run yet", hint=f"kdpipe run {run}")
-    return folder
+    recipe, *shared = list(inspect.signature(typed).parameters.values())[:4]
+    _, *own = inspect.signature(command).parameters.values()
+    parameters = [recipe, *own, *shared]
+    functools.update_wrapper(typed, command)
+    typed.__annotations__ = {one.name: one.annotation for one in parameters}
+    typed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # which typer reads
+    return typed

@@ -1,20 +1,12 @@
 """Commands that run a recipe: all of it, once for each value of a sweep, or one step."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kdpipe.cli.one_run import run_one
-from kdpipe.cli.parameters import (
-    WORKSPACE,
-    JsonOption,
-    RecipeArgument,
-    RoundOption,
-    SetOption,
-    WorkspaceOption,
-)
+from kdpipe.cli.parameters import Given, RoundOption, on_recipe
 from kdpipe.cli.study import run_study
 from kdpipe.errors import RecipeError
 from kdpipe.store.stage import Stage
@@ -24,8 +16,9 @@ if TYPE_CHECKING:
     from kdpipe.pipeline.runner import Request
 
 
+@on_recipe
 def run(
-    recipe: RecipeArgument,
+    given: Given,
     rounds: Annotated[int | None, typer.Option(min=0, help="Only the first N rounds of the plan.")] = None,
     force: Annotated[
         list[str] | None,
@@ -35,9 +28,6 @@ def run(
         list[str] | None,
         typer.Option(metavar="A.B=C,D", help="A run for each value; several make a grid."),
     ] = None,
-    overrides: SetOption = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    as_json: JsonOption = False,
 ) -> None:
     """Run every step that is not done. Repeating the command resumes.
 
@@ -50,34 +40,22 @@ def run(
 
     request = Request(rounds=rounds, force=tuple(force or ()))
     if sweep:
-        _sweep(recipe, sweep, overrides, workspace, request, as_json=as_json)
+        _sweep(given, sweep, request)
     else:
-        run_one(recipe, overrides, workspace, lambda _project: request, as_json=as_json)
+        run_one(given, lambda _project: request)
 
 
-def _sweep(
-    recipe: str,
-    sweep: list[str],
-    overrides: list[str] | None,
-    workspace: Path,
-    request: "Request",
-    *,
-    as_json: bool,
-) -> None:
+def _sweep(given: Given, sweep: list[str], request: "Request") -> None:
     from kdpipe.recipe.sweep import points
     from kdpipe.results.comparison import compare as rows_of
     from kdpipe.results.comparison import read_contender
 
-    grid = [(" ".join(point), [*(overrides or ()), *point]) for point in points(sweep)]
     run_study(
         "sweep",
-        recipe,
-        grid,
-        workspace,
+        [(" ".join(point), given.varied(point)) for point in points(sweep)],
         request,
         compare=lambda done: rows_of([read_contender(folder) for folder in done.values()]),
         markdown=False,
-        as_json=as_json,
     )
 
 
@@ -99,26 +77,14 @@ STAGE_HELP = {
 def stage_command(stage: Stage) -> Callable[..., None]:
     """The command that runs one step of a stage."""
 
-    def command(
-        recipe: RecipeArgument,
-        round_number: RoundOption = None,
-        overrides: SetOption = None,
-        workspace: WorkspaceOption = WORKSPACE,
-        as_json: JsonOption = False,
-    ) -> None:
-        _one_step(stage, recipe, round_number, overrides, workspace, as_json)
+    @on_recipe
+    def command(given: Given, round_number: RoundOption = None) -> None:
+        _one_step(stage, given, round_number)
 
     return command
 
 
-def _one_step(
-    stage: Stage,
-    recipe: str,
-    round_number: int | None,
-    overrides: list[str] | None,
-    workspace: Path,
-    as_json: bool,
-) -> None:
+def _one_step(stage: Stage, given: Given, round_number: int | None) -> None:
     """Runs the first unfinished step of a stage (or that of a round), and what it lacks."""
     from kdpipe.pipeline.runner import Request
 
@@ -133,9 +99,9 @@ def _one_step(
         if not states:
             where = f" in round {round_number}" if round_number is not None else ""
             raise RecipeError(
-                f"the plan has no {stage} step{where}", hint=f"kdpipe plan {recipe}  lists the steps"
+                f"the plan has no {stage} step{where}", hint=f"kdpipe plan {given.recipe}  lists the steps"
             )
         unfinished = [state.step for state in states if not state.done]
         return Request(only=unfinished[0] if unfinished else states[-1].step)
 
-    run_one(recipe, overrides, workspace, request, as_json=as_json)
+    run_one(given, request)

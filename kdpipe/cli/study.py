@@ -1,8 +1,6 @@
 """What compares runs: those that exist, the control arms of a recipe, and any runs made as one study."""
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,16 +8,14 @@ import typer
 from kdpipe.cli.one_run import run_one
 from kdpipe.cli.parameters import (
     WORKSPACE,
+    Given,
     JsonOption,
-    RecipeArgument,
     SetOption,
     WorkspaceOption,
-    load_given,
-    open_given,
+    on_recipe,
     recipe_names,
-    run_given,
 )
-from kdpipe.cli.terminal import inert, print_error, print_json, say
+from kdpipe.cli.terminal import inert, print_error, print_event, print_json, say
 from kdpipe.errors import Interrupted, KdpipeError, StepError
 
 if TYPE_CHECKING:
@@ -54,7 +50,8 @@ def compare(
     from kdpipe.results.comparison import compare as rows_of
     from kdpipe.results.comparison import comparison_json, read_contender
 
-    folders = [run_given(run, overrides, workspace) for run in dict.fromkeys(runs)]
+    changes = tuple(overrides or ())
+    folders = [Given(run, changes, workspace).run_folder() for run in dict.fromkeys(runs)]
     rows = rows_of([read_contender(folder) for folder in folders])
     if as_json:
         print_json(comparison_json(rows))
@@ -62,8 +59,9 @@ def compare(
     print_rows(rows, markdown=markdown)
 
 
+@on_recipe
 def arms(
-    recipe: RecipeArgument,
+    given: Given,
     seeds: Annotated[int, typer.Option(min=1, help="How many, from the recipe's own seed on.")] = 3,
     which: Annotated[
         str, typer.Option("--arms", metavar="A,B", help="Which arms, in the order of the table.")
@@ -73,9 +71,6 @@ def arms(
         bool, typer.Option("--dry-run", help="List the runs and what they need; run none.")
     ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
-    overrides: SetOption = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    as_json: JsonOption = False,
 ) -> None:
     """Run a recipe's control arms on several seeds.
 
@@ -87,69 +82,38 @@ def arms(
     """
     from kdpipe.results.studies import arm_runs, parse_arms
 
-    given = tuple(overrides or ())
-    study = arm_runs(load_given(recipe, list(given), workspace).recipe, parse_arms(which), seeds=seeds)
+    study = arm_runs(given.load().recipe, parse_arms(which), seeds=seeds)
     if dry_run:
-        _print_forecast(recipe, given, study, workspace, rounds=rounds, as_json=as_json)
+        _print_forecast(given, study, rounds)
     else:
-        _run_arms(recipe, given, study, workspace, rounds=rounds, markdown=markdown, as_json=as_json)
+        _run_arms(given, study, rounds, markdown=markdown)
 
 
-def _print_forecast(
-    recipe: str,
-    given: tuple[str, ...],
-    study: "list[ArmRun]",
-    workspace: Path,
-    *,
-    rounds: int | None,
-    as_json: bool,
-) -> None:
+def _print_forecast(given: Given, study: "list[ArmRun]", rounds: int | None) -> None:
     from dataclasses import asdict
 
     from kdpipe.results.studies import forecast
 
-    projects = [open_given(recipe, [*given, *one.overrides], workspace) for one in study]
+    projects = [given.varied(one.overrides).open() for one in study]
     found = forecast(projects, rounds=rounds)
-    named = list(zip(study, projects, found, strict=True))
-    if as_json:
-        print_json(
-            [
-                {
-                    "arm": one.arm,
-                    "seed": one.seed,
-                    "run": project.run.name,
-                    "set": one.overrides,
-                    **asdict(needs),
-                }
-                for one, project, needs in named
-            ]
+    documents, lines = [], []
+    for one, project, needs in zip(study, projects, found, strict=True):
+        run, shared = project.run.name, f", {needs.shared:,} more shared with runs above"
+        documents.append(
+            {"arm": one.arm, "seed": one.seed, "run": run, "set": one.overrides, **asdict(needs)}
         )
-        return
-    lines = [
-        f"{one.arm:<16}  seed {one.seed}  {project.run.name}  "
-        f"{needs.steps:,} steps, {needs.todo - needs.shared:,} to do"
-        + (f", {needs.shared:,} more shared with runs above" if needs.shared else "")
-        for one, project, needs in named
-    ]
+        lines.append(
+            f"{one.arm:<16}  seed {one.seed}  {run}  {needs.steps:,} steps, {needs.todo - needs.shared:,} to do"
+            f"{shared if needs.shared else ''}"
+        )
     total = sum(needs.todo - needs.shared for needs in found)
-    print("\n".join([*lines, f"{len(study)} runs, {total:,} steps to do in all"]))
+    given.show(documents, "\n".join([*lines, f"{len(study)} runs, {total:,} steps to do in all"]))
 
 
-def _run_arms(
-    recipe: str,
-    given: tuple[str, ...],
-    study: "list[ArmRun]",
-    workspace: Path,
-    *,
-    rounds: int | None,
-    markdown: bool,
-    as_json: bool,
-) -> None:
+def _run_arms(given: Given, study: "list[ArmRun]", rounds: int | None, *, markdown: bool) -> None:
     from kdpipe.pipeline.runner import Request
     from kdpipe.results.comparison import read_contender
     from kdpipe.results.studies import arm_rows
-
-    runs = [(f"{one.arm}, seed {one.seed}", [*given, *one.overrides]) for one in study]
 
     def table(done: "dict[int, RunFolder]") -> "list[ComparisonRow]":
         """The arms in their order, against the students before training."""
@@ -160,16 +124,8 @@ def _run_arms(
         before = [read_contender(folder, last_round=0) for _, folder in sorted(first.items())]
         return arm_rows(ended, before)
 
-    run_study(
-        "arms",
-        recipe,
-        runs,
-        workspace,
-        Request(rounds=rounds),
-        compare=table,
-        markdown=markdown,
-        as_json=as_json,
-    )
+    runs = [(f"{one.arm}, seed {one.seed}", given.varied(one.overrides)) for one in study]
+    run_study("arms", runs, Request(rounds=rounds), compare=table, markdown=markdown)
 
 
 # ------------------------------------------------------------------------------------- several runs as one
@@ -177,16 +133,13 @@ def _run_arms(
 
 def run_study(
     kind: "StudyKind",
-    recipe: str,
-    runs: Sequence[tuple[str, list[str]]],
-    workspace: Path,
+    runs: Sequence[tuple[str, Given]],
     request: "Request",
     *,
     compare: "Callable[[dict[int, RunFolder]], Sequence[ComparisonRow]]",
     markdown: bool,
-    as_json: bool,
 ) -> None:
-    """Runs each of (name, overrides) as one study; prints and keeps the comparison of those that ended.
+    """Performs each (label, run) as one study; prints and keeps the comparison of those that ended.
 
     `compare` is given their folders by their place. Raises StepError where some failed.
     """
@@ -198,8 +151,9 @@ def run_study(
     from kdpipe.tracking import begin_study, end_study
 
     # a mistake in the last one is reported before the first one costs anything
-    recipes = [load_given(recipe, changes, workspace).recipe for _, changes in runs]
-    place, first = workspace.resolve(), recipes[0]
+    recipes = [given.load().recipe for _, given in runs]
+    given, first = runs[0][1], recipes[0]
+    place = given.workspace.resolve()
     names = {run_folder(place, one).name: label for one, (label, _) in zip(recipes, runs, strict=True)}
     study = make_study(place, kind, recipe=first.name, runs=names)
     status: Status = "FAILED"
@@ -207,10 +161,17 @@ def run_study(
         study.event("study started")
         begin_study(study, first.tracking)
         try:
-            done, failed = _run_each(recipe, runs, workspace, request, as_json=as_json)
+            done, failed = _run_each(runs, request)
             rows = compare(done) if done else []
-            study.keep(comparison_json(rows), markdown_lines(rows) if rows else [], failed)
-            _print_study(rows, failed, len(runs), markdown=markdown, as_json=as_json)
+            found = comparison_json(rows)
+            study.keep(found, markdown_lines(rows) if rows else [], failed)
+            if given.as_json:
+                print_event("comparison", rows=found)
+            elif rows:
+                print()
+                print_rows(rows, markdown=markdown)
+            if failed:
+                raise StepError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
             status = "FINISHED"
         except (Interrupted, KeyboardInterrupt):
             status = "KILLED"
@@ -224,41 +185,21 @@ def run_study(
 
 
 def _run_each(
-    recipe: str,
-    runs: Sequence[tuple[str, list[str]]],
-    workspace: Path,
-    request: "Request",
-    *,
-    as_json: bool,
+    runs: Sequence[tuple[str, Given]], request: "Request"
 ) -> "tuple[dict[int, RunFolder], list[str]]":
-    """Runs each of (name, overrides): folders of those that ended, by place, and names of the others."""
+    """Performs each run: folders of those that ended, by place, and labels of the others."""
     done: dict[int, RunFolder] = {}
     failed: list[str] = []
-    for number, (name, changes) in enumerate(runs):
-        say(f"\n{number + 1} of {len(runs)}: {name}")
+    for number, (label, given) in enumerate(runs):
+        say(f"\n{number + 1} of {len(runs)}: {label}")
         try:
-            done[number] = run_one(recipe, changes, workspace, lambda _project: request, as_json=as_json).run
+            done[number] = run_one(given, lambda _project: request).run
         except Interrupted:
             raise
         except KdpipeError as error:
             print_error(error)
-            failed.append(name)
+            failed.append(label)
     return done, failed
-
-
-def _print_study(
-    rows: "Sequence[ComparisonRow]", failed: list[str], count: int, *, markdown: bool, as_json: bool
-) -> None:
-    """The comparison of the runs that ended; raises StepError where some failed."""
-    from kdpipe.results.comparison import comparison_json
-
-    if as_json:
-        print(json.dumps({"event": "comparison", "rows": comparison_json(rows)}, sort_keys=True))
-    elif rows:
-        print()
-        print_rows(rows, markdown=markdown)
-    if failed:
-        raise StepError(f"{len(failed)} of {count} runs failed: {'; '.join(failed)}")
 
 
 def print_rows(rows: "Sequence[ComparisonRow]", *, markdown: bool) -> None:

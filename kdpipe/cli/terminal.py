@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
@@ -50,6 +50,14 @@ def inert(text: str) -> str:
     return "".join(kept)
 
 
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """The rows of a table as lines: the first column begins at the left, all others end at the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    sides = ["<", *">" * (len(widths) - 1)]
+    cells = [[f"{c:{side}{w}}" for c, side, w in zip(row, sides, widths, strict=True)] for row in table]
+    return ["  ".join(row).rstrip() for row in cells]
+
+
 def counted(number: int, noun: str) -> str:
     """`1 step`, `2 steps`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
@@ -73,6 +81,11 @@ def print_error(error: KdpipeError) -> None:
 def print_json(value: object) -> None:
     """Prints a command's one JSON document."""
     print(json.dumps(value, sort_keys=True, indent=1))
+
+
+def print_event(event: str, **fields: object) -> None:
+    """Prints what happened in a run as one line of JSON."""
+    print(json.dumps({"event": event, **fields}, sort_keys=True), flush=True)
 
 
 def say(text: str) -> None:

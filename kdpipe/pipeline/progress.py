@@ -104,6 +104,16 @@ def read_progress(run_folder: Path) -> Progress | None:
         return None
 
 
+def pace_words(pace: Progress | Pace) -> str:
+    """How far a step is, how fast it goes on and how long it will take."""
+    pieces = [f"{pace.done}/{pace.total} {pace.unit}"]
+    if pace.tokens_per_second is not None:
+        pieces.append(f"{pace.tokens_per_second:,.0f} tokens/s")
+    if pace.seconds_left:
+        pieces.append(f"{time_left(pace.seconds_left)} left")
+    return ", ".join(pieces)
+
+
 def duration(seconds: float) -> str:
     """`12.3 s`, `4 min 05 s`, `2 h 07 min`."""
     if seconds < 60:

@@ -37,7 +37,6 @@ class Display(Protocol):
     def step_event(self, step: Step, event: StepEvent) -> None: ...
     def step_ends(self, step: Step, result: Performed) -> None: ...
     def round_ends(self, number: int, rounds: int, metrics: dict[str, float]) -> None: ...
-    def tick(self) -> None: ...
     def warn(self, message: str) -> None: ...
 
 
@@ -103,12 +102,7 @@ class StepWorker:
     def _call(
         self, step: Step, request: StepRequest, on_event: Callable[[Step, StepEvent], None]
     ) -> StepResult | None:
-        return self._worker.call(
-            request,
-            on_event=lambda event: on_event(step, event),
-            stop=self._stop.asked,
-            tick=self._display.tick,
-        )
+        return self._worker.call(request, on_event=lambda event: on_event(step, event), stop=self._stop.asked)
 
     def _note(self, step: Step, event: StepEvent) -> None:
         if isinstance(event, Progressed):

@@ -256,7 +256,6 @@ def test_json_lines_are_one_document_each_on_stdout(capsys: pytest.CaptureFixtur
     shown.step_event(rollout, Waiting())
     shown.step_ends(rollout, Performed(False, "d", 1.0, 5))
     shown.round_ends(1, 2, {"rollout/reward_mean": 0.5})
-    shown.tick()
     shown.stop()
     captured = capsys.readouterr()
     events = [json.loads(line) for line in captured.out.splitlines()]
