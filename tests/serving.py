@@ -26,7 +26,7 @@ class Reply:
     body: Any
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
-    how: Literal["whole", "cut", "late", "trickle", "reset"] = "whole"
+    how: Literal["whole", "cut", "late", "reset"] = "whole"
 
 
 Twist = Callable[[int, Reply], Reply]
@@ -172,10 +172,6 @@ def _handler(served: Served) -> type[BaseHTTPRequestHandler]:
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            for byte in data if reply.how == "trickle" else b"":
-                self.wfile.write(bytes([byte]))
-                if served.ended.wait(0.01):
-                    return
             self.wfile.write(data[: len(data) // 2] if reply.how == "cut" else data)
             self.close_connection = reply.how == "cut"
 

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -321,20 +322,6 @@ def test_any_reply_is_read_or_refused(answer: Any) -> None:
         read_all(answer)
 
 
-class Body:
-    """A reply of urllib3 with these bytes, in pieces."""
-
-    def __init__(self, data: bytes, status: int, headers: dict[str, str]) -> None:
-        self.data, self.status, self.headers = data, status, headers
-
-    def read1(self, size: int) -> bytes:
-        piece, self.data = self.data[:size], self.data[size:]
-        return piece
-
-    def close(self) -> None: ...
-    def release_conn(self) -> None: ...
-
-
 BODIES = st.one_of(
     mutated(SCORED).map(lambda value: json.dumps(value).encode()),
     cut_text([json.dumps(SCORED)]).map(lambda text: text.encode("utf-8", "surrogatepass")),
@@ -356,9 +343,11 @@ BODIES = st.one_of(
     ),
 )
 def test_any_body_of_a_reply_is_read_or_refused(data: bytes, status: int, after: str | None) -> None:
-    client = HttpClient(["http://127.0.0.1:9"], Limits(1.0, 1, 2), connections=1, sleep=lambda _seconds: None)
-    headers = {} if after is None else {"Retry-After": after}
-    client._pools.request = lambda *_arguments, **_settings: Body(data, status, headers)  # type: ignore[method-assign,assignment]
+    client = HttpClient(["http://127.0.0.1:9"], Limits(1.0, 1, 2), sleep=lambda _seconds: None)
+    headers = Message()
+    if after is not None:
+        headers["Retry-After"] = after
+    client._exchange = lambda *_arguments, **_settings: (status, headers, data)  # type: ignore[method-assign,assignment,return-value]
 
     def read(answer: dict[str, Any], _url: str) -> None:
         read_all(answer)

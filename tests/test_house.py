@@ -58,7 +58,7 @@ DOORS = {
     "huggingface_hub": {"pipeline.identities"},
     "yaml": {"recipe.yaml_source"},
     "filelock": {"store.locks"},
-    "urllib3": {"engines.server.http"},
+    "urllib3": set[str](),
     "jinja2": {"models.prompting", "report.page"},
     "markupsafe": {"report.page", "report.figure"},
     "requests": set[str](),

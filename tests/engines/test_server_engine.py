@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import itertools
 import json
 import math
@@ -98,16 +99,14 @@ PASSING: dict[str, Callable[[Reply], Reply]] = {
     "429": lambda _: Reply(b"busy", 429),
     "a reply cut short": lambda reply: Reply(reply.body, how="cut"),
     "JSON cut short": lambda reply: Reply(json.dumps(reply.body).encode()[:-3]),
-    "no JSON": lambda _: Reply(b"<html>bad gateway</html>"),
     "a broken connection": lambda reply: Reply(reply.body, how="reset"),
     "no reply in time": lambda reply: Reply(reply.body, how="late"),
-    "a reply byte by byte": lambda reply: Reply(reply.body, how="trickle"),
 }
 
 
 @pytest.mark.parametrize("kind", PASSING)
 def test_what_passes_is_asked_again_after_a_growing_delay(kind: str, served: Served, tmp_path: Path) -> None:
-    slow = kind in ("no reply in time", "a reply byte by byte")
+    slow = kind == "no reply in time"
     asker = Asker(tmp_path, served.url, **({"timeout_seconds": 0.2} if slow else {})).load()
     served.twist = first(1 if slow else 3, PASSING[kind])
     [found] = asker.score()
@@ -507,6 +506,34 @@ def test_a_reply_larger_than_it_can_be_is_refused(served: Served, tmp_path: Path
     refused(asker, served, "its reply is over .* bytes")
 
 
+NO_JSON: dict[str, tuple[Reply, str]] = {
+    "a login page": (
+        Reply(b"\n<!DOCTYPE html>\x1b[2J<p>Sign in", 200, {"Content-Type": "text/html"}),
+        r"HTTP 200 with 30 bytes of text/html, no JSON: <!DOCTYPE html> \[2J<p>Sign in$",
+    ),
+    "compressed by a proxy": (
+        Reply(gzip.compress(b"{}"), 200, {"Content-Type": "application/json", "Content-Encoding": "gzip"}),
+        "of application/json gzip, no JSON: ",
+    ),
+    "compressed, though it begins as JSON": (
+        Reply(b"{]", 200, {"Content-Encoding": "br"}),
+        "no content type br",
+    ),
+    "a long text": (Reply(b"x" * 5000), "5000 bytes of no content type, no JSON: x{50,150}$"),
+    "nothing at all": (Reply(b""), "0 bytes of no content type"),
+    "UTF-16": (Reply('{"a": 1'.encode("utf-16")), "16 bytes of no content type"),
+}
+
+
+@pytest.mark.parametrize("case", NO_JSON)
+def test_a_whole_reply_that_is_no_json_is_shown_and_not_asked_for_again(
+    case: str, served: Served, tmp_path: Path
+) -> None:
+    asker = Asker(tmp_path, served.url).load()
+    served.twist = lambda _number, _reply: NO_JSON[case][0]
+    assert refused(asker, served, NO_JSON[case][1]).message.isprintable()
+
+
 def test_a_reply_that_is_no_object_is_refused(served: Served, tmp_path: Path) -> None:
     asker = Asker(tmp_path, served.url).load()
     served.twist = lambda _number, _reply: Reply([1])
@@ -786,9 +813,11 @@ def test_a_certificate_that_nobody_vouches_for_is_refused_and_a_named_one_is_tak
         np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-6)
 
 
-def test_a_bundle_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="no such file"):
-        Asker(tmp_path, "https://127.0.0.1:9/v1", ca_bundle=tmp_path / "nowhere.pem")
+def test_a_bundle_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.pem").write_text("no certificate\n")
+    for name, why in (("nowhere.pem", "no such file"), ("empty.pem", "holds no certificates")):
+        with pytest.raises(EngineError, match=f"{name}: {why}"):
+            Asker(tmp_path, "https://127.0.0.1:9/v1", ca_bundle=tmp_path / name)
 
 
 def test_honest_replies_are_the_engines_behind(served: Served, tmp_path: Path) -> None:

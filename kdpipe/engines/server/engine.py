@@ -56,7 +56,6 @@ class ServerEngine:
         self._client = HttpClient(
             server.urls,
             Limits(settings.timeout_seconds, settings.retries, settings.max_failures),
-            connections=settings.concurrency,
             key_name=server.api_key_env,
             ca_bundle=ca_bundle,
             sleep=sleep,

@@ -1,25 +1,35 @@
 """Requests to HTTP servers with equal weights, in turn, repeated after a passing failure.
 
 What passes and is tried again: a refused or broken connection, a timeout, a reply cut short, 408, 429 and 5xx. All else
-is the user's to fix and ends at once: other 4xx, redirects (a key must not travel elsewhere), certificates, and
-replies that are too large. The key goes into one header and nowhere else; no text that leaves here holds it.
+is the user's to fix and ends at once: other 4xx, redirects (a key must not travel elsewhere), certificates, what is no
+JSON, and replies that are too large. The key goes into one header and nowhere else; no text that leaves here holds it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import socket
+import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from http.client import (
+    BadStatusLine,
+    HTTPConnection,
+    HTTPException,
+    HTTPMessage,
+    IncompleteRead,
+    RemoteDisconnected,
+)
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from urllib.parse import urlsplit
 
-import urllib3
 from pydantic import JsonValue
-from urllib3.exceptions import HTTPError, InvalidHeader, SSLError
-from urllib3.util import Retry
 
 from kdpipe import __version__
 from kdpipe.errors import EngineError
@@ -32,10 +42,11 @@ FIRST_DELAY_SECONDS = 0.5
 MAX_DELAY_SECONDS = 30.0
 MAX_RETRY_AFTER_SECONDS = 120.0
 MAX_ERROR_CHARACTERS = 300
-_READ_BYTES = 1 << 16
+_FIRST_WORDS = 80
 Found = TypeVar("Found")
 Read: TypeAlias = Callable[[dict[str, JsonValue], str], Found]
 """Reads the answer of a URL; raises EngineError on one that cannot be right."""
+_NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST")
 _KEPT = "finished parts are kept: fix it and repeat the command, which continues after them"
 
 
@@ -64,7 +75,7 @@ class Halted(EngineError):
 class HttpClient:
     """Asks base URLs in turn, from any number of threads; one that fails is left alone for a while.
 
-    `sleep` and `clock` are those of the machine unless a test brings its own.
+    `sleep` is that of the machine unless a test brings its own.
     """
 
     def __init__(
@@ -72,25 +83,16 @@ class HttpClient:
         urls: Sequence[str],
         limits: Limits,
         *,
-        connections: int,
         key_name: str | None = None,
         ca_bundle: Path | None = None,
         sleep: Callable[[float], None] | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.urls = tuple(dict.fromkeys(url.rstrip("/") for url in urls))
         self._limits = limits
         self._key = None if key_name is None else _read_key(key_name)
         self._key_name = key_name
-        if ca_bundle is not None and not ca_bundle.is_file():
-            raise EngineError(f"{ca_bundle}: no such file", hint="fix runtime.server.ca_bundle")
-        self._pools = urllib3.PoolManager(
-            num_pools=len(self.urls),
-            maxsize=connections,
-            retries=False,
-            ca_certs=None if ca_bundle is None else str(ca_bundle),
-        )
-        self._clock = clock
+        is_tls = any(url.startswith("https:") for url in self.urls)
+        self._tls = _certificates(ca_bundle) if is_tls else None
         self._sleep = sleep
         self._halt = threading.Event()  # of the requests that were begun last
         self._lock = threading.Lock()
@@ -143,9 +145,8 @@ class HttpClient:
         return {url: self._taken(answer, url, read) for url, answer in found.items()}
 
     def close(self) -> None:
-        """Closes all connections, and halts what was begun last."""
+        """Halts what was begun last."""
         self._halt.set()
-        self._pools.clear()
 
     def _taken(self, answer: dict[str, JsonValue], url: str, read: Read[Found]) -> Found:
         """What `read` makes of a reply; what it says of a wrong one goes on without the key and in short."""
@@ -199,64 +200,72 @@ class HttpClient:
         self, method: str, url: str, path: str, body: bytes | None, *, max_bytes: int
     ) -> dict[str, JsonValue]:
         """One request. Raises _PassingError where another may succeed, EngineError where none will."""
-        deadline = self._clock() + self._limits.timeout_seconds
-        timeout = urllib3.Timeout(
-            connect=min(CONNECT_SECONDS, self._limits.timeout_seconds), read=self._limits.timeout_seconds
-        )
         try:
-            reply = self._pools.request(
-                method,
-                url + path,
-                body=body,
-                headers=self._headers(),
-                timeout=timeout,
-                redirect=False,
-                preload_content=False,
-                decode_content=False,
-            )
-            data = self._read(reply, deadline, max_bytes=max_bytes, where=url + path)
-        except (HTTPError, OSError) as error:
-            what = self._clean(str(error))
-            if isinstance(error, SSLError) and "CERTIFICATE_VERIFY_FAILED" in what:
-                hint = "certificates are always checked: runtime.server.ca_bundle names a file with others to trust"
-                raise EngineError(f"{url}{path}: {what}", hint=hint) from None
-            raise _PassingError(f"{type(error).__name__}: {what}") from None
-        if reply.status != 200:
-            raise self._refusal(url + path, reply, data)
+            status, headers, data = self._exchange(method, url + path, body, max_bytes=max_bytes)
+        except (HTTPException, OSError, UnicodeError) as error:
+            raise self._failure(url + path, error) from None
+        if status != 200:
+            raise self._refusal(url + path, status, headers, data)
+        if len(data) > max_bytes:
+            what = "more than what was asked for can take"
+            raise EngineError(f"{url}{path}: its reply is over {max_bytes} bytes, {what}")
         try:
             answer = json.loads(data)
         except (ValueError, RecursionError):
-            raise _PassingError(f"its reply of {len(data)} bytes is not whole JSON") from None
+            raise self._no_json(url + path, headers, data) from None
         if not isinstance(answer, dict):
             raise EngineError(f"{url}{path}: its reply is a JSON {type(answer).__name__}, expected an object")
         return answer
 
-    def _read(self, reply: urllib3.BaseHTTPResponse, deadline: float, *, max_bytes: int, where: str) -> bytes:
-        """The body; one that trickles is cut off at the deadline, one that is too large is refused."""
-        data = bytearray()
-        try:
-            while piece := reply.read1(_READ_BYTES):
-                data += piece
-                if len(data) > max_bytes:
-                    what = "more than what was asked for can take"
-                    raise EngineError(f"{where}: its reply is over {max_bytes} bytes, {what}")
-                if self._clock() > deadline:
-                    seconds = f"{self._limits.timeout_seconds:g} seconds"
-                    raise _PassingError(f"its reply was not whole after {seconds}")
-        except BaseException:
-            reply.close()  # with its connection, on which the rest may still come
-            raise
-        reply.release_conn()
-        return bytes(data)
+    def _exchange(
+        self, method: str, url: str, body: bytes | None, *, max_bytes: int
+    ) -> tuple[int, HTTPMessage, bytes]:
+        """Status, headers and body, of which the first `max_bytes` + 1; each request has its own connection."""
+        parts, begun, seconds = urlsplit(url), time.monotonic(), self._limits.timeout_seconds
+        tls = self._tls if parts.scheme == "https" else None
+        connection = HTTPConnection(str(parts.hostname), parts.port or (80 if tls is None else 443))
+        connection.default_port = 80 if tls is None else 443
+        line = socket.create_connection((connection.host, connection.port), min(CONNECT_SECONDS, seconds))
+        with contextlib.closing(connection), line, line.dup() as same, _ended(same, begun, seconds=seconds):
+            line.settimeout(None)
+            connection.sock = line if tls is None else tls.wrap_socket(line, server_hostname=connection.host)
+            connection.request(method, parts.path, body, self._headers())
+            with connection.getresponse() as reply:
+                data = reply.read(max_bytes + 1)
+                if reply.length and len(data) <= max_bytes:
+                    raise IncompleteRead(data, reply.length)
+        return reply.status, reply.headers, data
+
+    def _failure(self, where: str, error: Exception) -> EngineError | _PassingError:
+        """What an exchange that did not come to its end means."""
+        what = f"{type(error).__name__}: {self._clean(str(error))}"
+        if isinstance(error, ssl.SSLCertVerificationError):
+            hint = "they are always checked: runtime.server.ca_bundle names a file with others to trust"
+            return EngineError(f"{where}: {what}", hint=hint)
+        no_http = isinstance(error, BadStatusLine) and not isinstance(error, RemoteDisconnected)
+        if no_http or isinstance(error, UnicodeError) or getattr(error, "reason", "") in _NO_TLS:
+            hint = "see the URL: its host and port, and whether it begins with http or https"
+            return EngineError(f"{where}: no HTTP server answers there: {what}", hint=hint)
+        return _PassingError(what)
+
+    def _no_json(self, where: str, headers: HTTPMessage, data: bytes) -> EngineError | _PassingError:
+        """What a whole reply means that is no JSON: one that begins like it was cut before it got here."""
+        kind, encoding = headers.get("Content-Type", "no content type"), headers.get("Content-Encoding", "")
+        said = f"HTTP 200 with {len(data)} bytes of {kind} {encoding}"
+        what = f"{self._clean(said)}, no JSON: {self._clean(_decoded(data))[:_FIRST_WORDS]}"
+        if data.lstrip().startswith(b"{") and not encoding:
+            return _PassingError(what)
+        hint = "a login page, a proxy or another program answers there: see the URL, and what is before the server"
+        return EngineError(f"{where}: {what}", hint=hint)
 
     def _refusal(
-        self, where: str, reply: urllib3.BaseHTTPResponse, data: bytes
+        self, where: str, status: int, headers: HTTPMessage, data: bytes
     ) -> EngineError | _PassingError:
         """What a status other than 200 means."""
-        status, said = reply.status, self._clean(_message(data))
+        said = self._clean(_message(data))
         what = f"HTTP {status}" + (f": {said}" if said else "")
         if status in (408, 429) or status >= 500:
-            return _PassingError(what, after_seconds=_retry_after(reply.headers.get("Retry-After")))
+            return _PassingError(what, after_seconds=_retry_after(headers.get("Retry-After")))
         if 300 <= status < 400:
             hint = "redirects are not followed, since the key would travel along: write the last URL"
             return EngineError(f"{where}: redirects elsewhere (HTTP {status})", hint=hint)
@@ -279,6 +288,7 @@ class HttpClient:
         headers = {
             "Content-Type": "application/json",
             "Accept": "application/json",
+            "Connection": "close",
             "User-Agent": f"kdpipe/{__version__}",
         }
         return headers if self._key is None else {**headers, "Authorization": f"Bearer {self._key}"}
@@ -297,20 +307,59 @@ class HttpClient:
         with self._lock:
             self._turn += 1
             order = [self.urls[(self._turn + i) % len(self.urls)] for i in range(len(self.urls))]
-            now = self._clock()
+            now = time.monotonic()
             return min(order, key=lambda url: max(self._resting.get(url, (0, 0.0))[1] - now, 0.0))
 
     def _rest(self, url: str, after_seconds: float = 0.0) -> None:
         with self._lock:
             failures = self._resting.get(url, (0, 0.0))[0] + 1
             seconds = max(min(FIRST_DELAY_SECONDS * 2 ** min(failures, 20), MAX_DELAY_SECONDS), after_seconds)
-            self._resting[url] = (failures, self._clock() + seconds)
+            self._resting[url] = (failures, time.monotonic() + seconds)
 
     def _another_is_up(self, failed: str) -> bool:
         """Whether a server other than the one that just failed may be asked at once."""
         with self._lock:
-            now = self._clock()
+            now = time.monotonic()
             return any(url != failed and self._resting.get(url, (0, 0.0))[1] <= now for url in self.urls)
+
+
+@contextlib.contextmanager
+def _ended(line: socket.socket, begun: float, *, seconds: float) -> Iterator[None]:
+    """Shuts a socket down from outside once the time is over, and raises TimeoutError.
+
+    Whatever reads or writes it then ends, in whatever part of a reply that comes byte by byte.
+    """
+    is_over = threading.Event()
+
+    def end() -> None:
+        is_over.set()
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(
+                line, socket.SHUT_RDWR
+            )  # that of TLS would drop its state under the reader
+
+    timer = threading.Timer(max(begun + seconds - time.monotonic(), 0), end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (HTTPException, OSError):
+        if not is_over.is_set():
+            raise
+    finally:
+        timer.cancel()
+        timer.join()  # before the socket is closed and its number another's
+    if is_over.is_set():
+        raise TimeoutError(f"its reply was not whole after {seconds:g} seconds")
+
+
+def _certificates(bundle: Path | None) -> ssl.SSLContext:
+    """What vouches for servers: the certificates in a file, or the system's."""
+    try:
+        return ssl.create_default_context(cafile=bundle)
+    except OSError as error:
+        why = "no such file" if isinstance(error, FileNotFoundError) else "holds no certificates"
+        raise EngineError(f"{bundle}: {why}", hint="fix runtime.server.ca_bundle") from None
 
 
 def _read_key(name: str) -> str:
@@ -335,17 +384,18 @@ def _delay(attempt: int) -> float:
 
 def _retry_after(value: str | None) -> float:
     """What a Retry-After header asks for, in seconds and within reason; 0 without one."""
-    if value is None:
-        return 0.0
     try:
-        return min(Retry().parse_retry_after(value), MAX_RETRY_AFTER_SECONDS)
-    except (InvalidHeader, ValueError, OverflowError):
+        if value is None or value.strip().isdecimal():
+            return float(min(int(value or 0), MAX_RETRY_AFTER_SECONDS))
+        seconds = parsedate_to_datetime(value).timestamp() - time.time()
+    except (ValueError, OverflowError, OSError):
         return 0.0
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS)
 
 
 def _message(data: bytes) -> str:
     """What an error reply says: the message of OpenAI's form, else its text."""
-    text = data[: 1 << 16].decode("utf-8", errors="replace")
+    text = _decoded(data)
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -353,3 +403,8 @@ def _message(data: bytes) -> str:
     inner = found.get("error", found) if isinstance(found, dict) else found
     said = inner.get("message", inner) if isinstance(inner, dict) else inner
     return said if isinstance(said, str) else json.dumps(said)
+
+
+def _decoded(data: bytes) -> str:
+    """The beginning of a body as text, whatever it is."""
+    return data[: 1 << 16].decode("utf-8", errors="replace")
