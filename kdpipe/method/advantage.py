@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kdpipe.method.losses import signal_of
+from kdpipe.method.losses import SampledKd, signal_of
 from kdpipe.method.token_batch import NonFiniteError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from kdpipe.recipe.objective import Objective, SampledTerm
+    from kdpipe.recipe.objective import Objective
 
 STD_EPSILON = 1e-5  # AReaL's
 
@@ -83,7 +83,7 @@ def _sample_std(values: Sequence[float]) -> float:
 
 
 def baselines(
-    kd: SampledTerm, differences: Sequence[Tensor], taught: Sequence[Tensor], scopes: Sequence[Hashable]
+    kd: SampledKd, differences: Sequence[Tensor], taught: Sequence[Tensor], scopes: Sequence[Hashable]
 ) -> list[float]:
     """The mean signal of the *other* completions of the same scope, for each completion; 0 without any.
 

@@ -11,7 +11,7 @@ result, or a product with 0, still sends nan gradients back from the inputs that
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -21,7 +21,6 @@ from kdpipe.recipe.objective import (
     K2Term,
     K3Term,
     RklTerm,
-    SampledTerm,
     SkewKlTerm,
     SkewRklTerm,
 )
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+
+SampledKd: TypeAlias = RklTerm | K2Term | K3Term
 
 # ------------------------------------------------------------------------------------- a recipe's terms
 
@@ -45,7 +46,7 @@ def divergence(term: DistributionTerm, student_NS: Tensor, teacher_NS: Tensor) -
             return skew_rkl(student_NS, teacher_NS, alpha)
 
 
-def signal_of(term: SampledTerm, difference_N: Tensor, lengths: Sequence[int]) -> Tensor:
+def signal_of(term: SampledKd, difference_N: Tensor, lengths: Sequence[int]) -> Tensor:
     """The signal a of the term at each token, [N], from d = q - s, which is 0 where it does not look."""
     match term:
         case RklTerm(gamma=gamma):
@@ -54,11 +55,10 @@ def signal_of(term: SampledTerm, difference_N: Tensor, lengths: Sequence[int]) -
             return difference_N.expm1()
         case K2Term():
             return difference_N
-    raise AssertionError(f"no signal for {term}")
 
 
 def sampled_loss(
-    term: SampledTerm,
+    term: SampledKd,
     student_N: Tensor,
     teacher_N: Tensor,
     *,
@@ -74,8 +74,6 @@ def sampled_loss(
             loss_N = k2(student_N, teacher_N, weight_N)
         case K3Term():
             loss_N = k3(student_N, teacher_N, weight_N)
-        case _:
-            raise AssertionError(f"no loss for {term}")
     # Value 0, and the gradient that the baseline takes off.
     return loss_N + (weight_N * baseline_N).detach() * (student_N - student_N.detach())
 
@@ -97,11 +95,6 @@ def student_support(logprobs_NV: Tensor, ids_NK: Tensor) -> Tensor:
     is_empty_N1 = (complement_NV == -math.inf).all(dim=-1, keepdim=True)
     tail_N1 = complement_NV.masked_fill(is_empty_N1, 0).logsumexp(dim=-1, keepdim=True)
     return torch.cat([support_NK, tail_N1.masked_fill(is_empty_N1, -math.inf)], dim=-1)
-
-
-def teacher_support(logprobs_NK: Tensor, tail_N: Tensor) -> Tensor:
-    """The teacher's log-probs on the same support, [N, K + 1]: those of the ids, then its tail."""
-    return torch.cat([logprobs_NK, tail_N.unsqueeze(-1)], dim=-1)
 
 
 def kl(first_NS: Tensor, second_NS: Tensor) -> Tensor:
@@ -189,24 +182,6 @@ def discounted_future_sum(values_N: Tensor, lengths: Sequence[int], *, gamma: fl
     return sums_N
 
 
-# -------------------------------------------------------------------------------------- ratio weights
-
-
-def truncated(ratio_N: Tensor, *, cap: float) -> Tensor:
-    """The ratio, at most `cap` (truncated importance sampling)."""
-    return ratio_N.clamp(max=cap)
-
-
-def masked(ratio_N: Tensor, *, low: float, high: float) -> Tensor:
-    """The ratio inside [low, high], 0 outside (IcePop)."""
-    return ratio_N.masked_fill((ratio_N < low) | (ratio_N > high), 0)
-
-
-def clipped(ratio_N: Tensor, signal_N: Tensor, *, low: float, high: float) -> Tensor:
-    """The ratio; 0 where PPO's clip kills the gradient, distances `low` and `high` being measured from 1."""
-    return ratio_N.masked_fill(_moved_enough(ratio_N, signal_N, low=low, high=high), 0)
-
-
 # ------------------------------------------------------------------------------------------------- RL
 
 
@@ -227,7 +202,7 @@ def ppo_loss(
     ratio_N = (student_N - proximal_N.detach()).exp()
     advantage_N = advantage_N.detach()
     loss_N = torch.maximum(-advantage_N * ratio_N, -advantage_N * ratio_N.clamp(1 - clip_low, 1 + clip_high))
-    is_flat_N = _moved_enough(ratio_N.detach(), advantage_N, low=clip_low, high=clip_high)
+    is_flat_N = moved_enough(ratio_N.detach(), advantage_N, low=clip_low, high=clip_high)
     if dual_clip is not None:
         limit_N = dual_clip * advantage_N.abs()
         is_over_N = loss_N.detach() > limit_N  # only where A < 0: elsewhere the loss is at most 0
@@ -236,6 +211,6 @@ def ppo_loss(
     return loss_N, is_flat_N
 
 
-def _moved_enough(ratio_N: Tensor, signal_N: Tensor, *, low: float, high: float) -> Tensor:
+def moved_enough(ratio_N: Tensor, signal_N: Tensor, *, low: float, high: float) -> Tensor:
     """Where the ratio has already moved past a bound in the direction in which the signal pushes it."""
     return ((signal_N > 0) & (ratio_N > 1 + high)) | ((signal_N < 0) & (ratio_N < 1 - low))

@@ -86,8 +86,7 @@ class RoundScores:
             if (part := self._part(teacher, place, numbers, device)) is not None
         ]
         if len(self.teachers) == 1:
-            states = parts[0].states
-            return TeacherHidden(states.hidden_NG, states.head, states.temperature, top_k)
+            return replace(parts[0].states, top_k=top_k)
         num_ids = max(t.hidden.head.weight_VH.shape[0] for t in self.teachers if t.hidden is not None)
         return TeacherMixture(parts, num_ids, top_k)
 
@@ -140,9 +139,7 @@ def join_scores(
             number = numbers.get((row.prompt_id, row.sample))
             if number is None or number in place:
                 what = "occurs twice" if number is not None else "is not among its rollouts"
-                raise _wrong(
-                    round_number, row.prompt_id, row.sample, f"{what} in the scores of {teacher.name!r}"
-                )
+                raise _wrong(round_number, row, f"{what} in the scores of {teacher.name!r}")
             place[number] = index
         places.append(place)
     wanted = 1 if weights is None else len(teachers)
@@ -156,28 +153,26 @@ def join_scores(
         if len(found) != wanted:
             names = ", ".join(found) or "no teacher"
             what = f"is scored by {names}, expected {'one' if weights is None else f'all {wanted}'}"
-            raise _wrong(round_number, rollout.prompt_id, rollout.sample, what)
+            raise _wrong(round_number, rollout, what)
         rows.append(next(iter(found.values())) if weights is None else _mixed(found, weights))
     return RoundScores(_equally_wide(rows), teachers, places, weights)
 
 
-def _wrong(round_number: int, prompt_id: str, sample: int, what: str) -> ArtifactError:
+def _wrong(round_number: int, row: Rollout | Scores, what: str) -> ArtifactError:
     return ArtifactError(
-        f"round {round_number}: scores and rollouts hold different rows: {prompt_id}, sample {sample} {what}",
+        f"round {round_number}: scores and rollouts hold different rows: {row.prompt_id}, sample {row.sample} {what}",
         hint=f"score again: repeat the run with --force for the teacher-score steps of round {round_number}",
     )
 
 
 def _mixed(found: Mapping[str, Scores], weights: Mapping[str, float]) -> Scores:
     """One row of the mixture, without any support."""
-    first = next(iter(found.values()))
-    scorable = np.logical_and.reduce([row.scorable for row in found.values()])
-    logprobs = mixed_logprobs(
-        [row.teacher_logprobs for row in found.values()], [weights[name] for name in found]
-    )
+    rows = list(found.values())
+    scorable = np.logical_and.reduce([row.scorable for row in rows])
+    logprobs = mixed_logprobs([row.teacher_logprobs for row in rows], [weights[name] for name in found])
     return Scores(
-        prompt_id=first.prompt_id,
-        sample=first.sample,
+        prompt_id=rows[0].prompt_id,
+        sample=rows[0].sample,
         teacher=" + ".join(found),
         teacher_prompt_token_ids=[],
         teacher_logprobs=np.where(scorable, logprobs, np.float32(0)),

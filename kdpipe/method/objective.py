@@ -83,13 +83,12 @@ def distribution_value(
     the token id that makes a KL infinite; `places_N` are the positions in the micro-batch, for its index.
     """
     kd = objective.kd
-    result_N = logprobs_NV.new_zeros(len(logprobs_NV))
     at = taught_N.nonzero().squeeze(-1)
     student_nS, teacher_nS = support.at(at).pair(logprobs_NV[at])
     values_n = _compared(kd, student_nS, teacher_nS)
     if not bool(torch.isfinite(values_n).all()):
         _explain(kd, places_N[at], support.at(at), student_nS.detach(), teacher_nS)
-    return result_N.index_put((at,), values_n)
+    return logprobs_NV.new_zeros(len(logprobs_NV)).index_put((at,), values_n)
 
 
 def _compared(kd: KdTerm, student_NS: Tensor, teacher_NS: Tensor) -> Tensor:
@@ -151,17 +150,16 @@ def token_loss(
         metrics |= rl_metrics
     if objective.has_kd:
         metrics |= _kd_metrics(batch, student_N, taught)
-    if objective.has_kd and objective.kind != "srpo":
-        kd_n, kd_metrics = _kd_term(objective.kd, batch, student_N, distribution_N, taught)
-        parts.append(objective.distill_weight * (batch.share[taught] * kd_n).sum())
-        metrics |= kd_metrics
-    if objective.has_kd and batch.off_policy is not None:
-        at = batch.given(objective).nonzero().squeeze(-1)
-        given_n = _off_policy_term(objective, student_N, distribution_N, at)
-        parts.append(objective.distill_weight * (batch.share[at] * given_n).sum())
-        metrics["off_policy_tokens"] = torch.tensor(len(at), device=at.device)
-        metrics["off_policy_loss"] = given_n.detach().sum()
-    if objective.has_kd:
+        if objective.kind != "srpo":
+            kd_n, kd_metrics = _kd_term(objective.kd, batch, student_N, distribution_N, taught)
+            parts.append(objective.distill_weight * (batch.share[taught] * kd_n).sum())
+            metrics |= kd_metrics
+        if batch.off_policy is not None:
+            at = batch.given(objective).nonzero().squeeze(-1)
+            given_n = _off_policy_term(objective, student_N, distribution_N, at)
+            parts.append(objective.distill_weight * (batch.share[at] * given_n).sum())
+            metrics["off_policy_tokens"] = torch.tensor(len(at), device=at.device)
+            metrics["off_policy_loss"] = given_n.detach().sum()
         metrics |= _signal_metrics(objective, batch, student_N.detach(), distribution_N)
     return torch.stack(parts).sum(), metrics
 
@@ -176,11 +174,8 @@ def _signal_metrics(
     """
     at = batch.compared(objective)
     is_rounding_N = at & (not isinstance(objective.kd, K1LossTerm))
-    for read_N in (
-        None if batch.teacher is None else batch.teacher - student_N,
-        distribution_N,
-        batch.baseline,
-    ):
+    difference_N = None if batch.teacher is None else batch.teacher - student_N
+    for read_N in (difference_N, distribution_N, batch.baseline):
         if read_N is not None:
             is_rounding_N = is_rounding_N & (read_N.detach().abs() <= ROUNDING_NATS)
     signal = (at & ~is_rounding_N).sum()
@@ -199,10 +194,9 @@ def _off_policy_term(
     if objective.off_policy_loss == "cross_entropy":
         require_finite(at, {"the student's log-prob": student_N[at]})
         return -student_N[at]
-    if distribution_N is None:
-        raise ValueError("off_policy_term kd needs distribution_N")
-    require_finite(at, {"the divergence": distribution_N[at]})
-    return distribution_N[at]
+    given = _needed(distribution_N, "distribution_N")[at]
+    require_finite(at, {"the divergence": given})
+    return given
 
 
 def _rl_signal(objective: Objective, batch: TokenBatch, student_N: Tensor, taught: Tensor) -> Tensor:
@@ -213,21 +207,21 @@ def _rl_signal(objective: Objective, batch: TokenBatch, student_N: Tensor, taugh
     signal_N = torch.where(batch.kd_open, 0.0, objective.rl_weight * batch.advantage)
     if objective.distill_weight == 0:
         return signal_N
-    if batch.teacher is None:
-        raise ValueError("srpo needs TokenBatch.teacher")
-    require_finite(
-        taught,
-        {"the student's log-prob": student_N[taught], "the teacher's log-prob": batch.teacher[taught]},
-    )
-    difference_n = batch.teacher[taught] - student_N[taught].detach()
+    student_n, teacher_n = student_N[taught].detach(), _needed(batch.teacher, "TokenBatch.teacher")[taught]
+    require_finite(taught, {"the student's log-prob": student_n, "the teacher's log-prob": teacher_n})
+    difference_n = teacher_n - student_n
     return signal_N.index_put((taught,), (objective.distill_weight * difference_n).to(signal_N.dtype))
 
 
 def _rl_term(
     objective: Objective, batch: TokenBatch, student_N: Tensor, signal_N: Tensor, at: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    student, proximal, behaviour = student_N[at], batch.proximal[at], batch.behaviour[at]
-    signal = signal_N[at]
+    student, proximal, behaviour, signal = (
+        student_N[at],
+        batch.proximal[at],
+        batch.behaviour[at],
+        signal_N[at],
+    )
     require_finite(
         at,
         {
@@ -246,7 +240,7 @@ def _rl_term(
         dual_clip=objective.dual_clip,
     )
     ratio = (proximal - behaviour).exp().detach()
-    weight = _behaviour_weight(objective.behaviour, ratio)
+    weight = _ratio_weight(objective.behaviour, ratio, signal)
     loss = weight * loss
     return loss, {
         "rl_loss": loss.detach().sum(),
@@ -266,61 +260,52 @@ def _kd_metrics(batch: TokenBatch, student_N: Tensor, at: Tensor) -> dict[str, T
 
 
 def _kd_term(
-    kd: KdTerm,
-    batch: TokenBatch,
-    student_N: Tensor,
-    distribution_N: Tensor | None,
-    at: Tensor,
+    kd: KdTerm, batch: TokenBatch, student_N: Tensor, distribution_N: Tensor | None, at: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     metrics: dict[str, Tensor] = {}
     if isinstance(kd, DistributionTerm):
-        if distribution_N is None:
-            raise ValueError("a distribution term needs distribution_N")
-        loss = distribution_N[at]
+        loss = _needed(distribution_N, "distribution_N")[at]
         require_finite(at, {"the divergence": loss})
-    elif batch.teacher is None:
-        raise ValueError("a sampled-token term needs TokenBatch.teacher")
     elif isinstance(kd, K1LossTerm):
-        loss = student_N[at] - batch.teacher[at].detach()
+        loss = student_N[at] - _needed(batch.teacher, "TokenBatch.teacher")[at].detach()
     else:
         loss, metrics["kd_ratio_acted"] = _sampled_token_term(kd, batch, student_N, distribution_N, at)
     return loss, metrics | {"kd_loss": loss.detach().sum()}
 
 
 def _sampled_token_term(
-    kd: SampledTerm, batch: TokenBatch, student_N: Tensor, distribution_N: Tensor | None, at: Tensor
+    kd: losses.SampledKd, batch: TokenBatch, student_N: Tensor, distribution_N: Tensor | None, at: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The weighted term at the positions `at`, and how many of them the ratio control acted on."""
-    assert batch.teacher is not None
-    student, teacher = student_N[at], batch.teacher[at].detach()
+    student, teacher = student_N[at], _needed(batch.teacher, "TokenBatch.teacher")[at].detach()
     # Tokens that are not looked at keep their place in the discounting and contribute d = 0.
     difference_N = torch.zeros_like(student_N.detach()).index_put((at,), teacher - student.detach())
     baseline = _baseline(kd, batch, distribution_N, at)
     signal = losses.signal_of(kd, difference_N, batch.lengths)[at] - baseline
-    weight, acted = _weight(kd, batch, student, signal, at)
+    weight, acted = _weight(kd, batch, student.detach(), signal, at)
     loss = losses.sampled_loss(kd, student, teacher, signal_N=signal, baseline_N=baseline, weight_N=weight)
     require_finite(at, {"the KD term": loss})
     return loss, acted
 
 
 def _baseline(kd: SampledTerm, batch: TokenBatch, distribution_N: Tensor | None, at: Tensor) -> Tensor:
-    match kd.baseline:
-        case "none":
-            return torch.zeros((), device=at.device)
-        case "exact":
-            found = distribution_N
-        case _:
-            found = batch.baseline
-    if found is None:
-        raise ValueError(f"baseline {kd.baseline} was not computed")
-    return found[at].detach()
+    if kd.baseline == "none":
+        return torch.zeros((), device=at.device)
+    found_N = distribution_N if kd.baseline == "exact" else batch.baseline
+    return _needed(found_N, f"baseline {kd.baseline}")[at].detach()
+
+
+def _needed(values_N: Tensor | None, name: str) -> Tensor:
+    if values_N is None:
+        raise ValueError(f"this objective needs {name}")
+    return values_N
 
 
 def _weight(
-    kd: SampledTerm, batch: TokenBatch, student: Tensor, signal: Tensor, at: Tensor
+    kd: SampledTerm, batch: TokenBatch, now: Tensor, signal: Tensor, at: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The weight w of each position, and at how many the control acted."""
-    behaviour, proximal, now = batch.behaviour[at], batch.proximal[at], student.detach()
+    behaviour, proximal = batch.behaviour[at], batch.proximal[at]
     require_finite(at, {"the sampler's log-prob": behaviour})
     if kd.decoupled is None:
         ratio = (now - behaviour).exp()
@@ -334,25 +319,13 @@ def _weight(
     return update_weight * before_weight, acted.sum()
 
 
-def _ratio_weight(settings: RatioControl, ratio_N: Tensor, signal_N: Tensor) -> Tensor:
+def _ratio_weight(settings: RatioControl | BehaviourControl, ratio_N: Tensor, signal_N: Tensor) -> Tensor:
+    """The ratio as its control leaves it: at most `cap`, or 0 outside a range (IcePop) or PPO's clip."""
     match settings:
-        case RatioControl(control="none"):
-            return ratio_N
-        case RatioControl(control="truncate", cap=float(cap)):
-            return losses.truncated(ratio_N, cap=cap)
         case RatioControl(control="mask", low=float(low), high=float(high)):
-            return losses.masked(ratio_N, low=low, high=high)
+            return ratio_N.masked_fill((ratio_N < low) | (ratio_N > high), 0)
         case RatioControl(control="clip", low=float(low), high=float(high)):
-            return losses.clipped(ratio_N, signal_N, low=low, high=high)
-    raise AssertionError(f"the recipe lets no such control through: {settings}")
-
-
-def _behaviour_weight(settings: BehaviourControl, ratio_N: Tensor) -> Tensor:
-    match settings:
-        case BehaviourControl(control="none"):
-            return ratio_N
-        case BehaviourControl(control="truncate", cap=float(cap)):
-            return losses.truncated(ratio_N, cap=cap)
+            return ratio_N.masked_fill(losses.moved_enough(ratio_N, signal_N, low=low, high=high), 0)
         case BehaviourControl(control="mask", cap=float(cap)):
-            return losses.masked(ratio_N, low=0, high=cap)
-    raise AssertionError(f"the recipe lets no such control through: {settings}")
+            return ratio_N.masked_fill(ratio_N > cap, 0)
+    return ratio_N if settings.cap is None else ratio_N.clamp(max=settings.cap)

@@ -8,10 +8,9 @@ time, which the end of every run would pay, and its Wilson interval takes no fra
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass
-from statistics import NormalDist
-from typing import TYPE_CHECKING
+from statistics import NormalDist, multimode
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
 Floats = npt.NDArray[np.float64]
+Totals: TypeAlias = "tuple[Sequence[float], Sequence[float]]"
+"""A sum and the number of its tokens, for each problem."""
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
 BOOTSTRAP_SEED = 0
 """The same draws for every interval, so that the same tables have the same interval."""
 MAX_DRAWS = 1 << 21  # of a resampling chunk, so that memory stays near 64 MB
@@ -39,11 +42,16 @@ class Interval:
 # ------------------------------------------------------------------------------------------ proportions
 
 
-def wilson(successes: float, trials: int, *, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a proportion; `successes` may be fractional (see `accuracy`)."""
+def wilson(fractions: Sequence[float]) -> Interval:
+    """The mean of the fraction of right samples of each problem, with Wilson's score interval.
+
+    Samples of one problem are not independent. Counting problems is Wilson's own interval for one sample each
+    and conservative for several: the variance of a mean of n fractions is at most p (1 - p) / n.
+    """
+    successes, trials = math.fsum(fractions), len(fractions)
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"{successes} successes in {trials} trials")
-    z = _z(confidence)
+    z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
     p = successes / trials
     centre = p + z * z / (2 * trials)
     spread = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
@@ -54,32 +62,10 @@ def wilson(successes: float, trials: int, *, confidence: float = 0.95) -> Interv
     return Interval(estimate=p, low=low, high=high)
 
 
-def accuracy(correct_by_problem: Sequence[Sequence[bool]], *, confidence: float = 0.95) -> Interval:
-    """Mean over problems of the fraction of right samples, with a Wilson interval that counts problems.
-
-    Samples of one problem are not independent. Counting problems is Wilson's own interval for one sample each
-    and conservative for several: the variance of a mean of n fractions is at most p (1 - p) / n.
-    """
-    if not all(len(samples) > 0 for samples in correct_by_problem):
-        raise ValueError("every problem needs at least one sample")
-    fractions = [sum(samples) / len(samples) for samples in correct_by_problem]
-    return wilson(math.fsum(fractions), len(fractions), confidence=confidence)
-
-
 def mcnemar(only_first: int, only_second: int) -> float:
-    """The exact two-sided p-value of McNemar's test.
-
-    `only_first` and `only_second` count the problems that only one of the two models got right. It sums
-    integers, so it is exact for any count.
-    """
-    if only_first < 0 or only_second < 0:
-        raise ValueError(f"counts are not negative: {only_first}, {only_second}")
+    """The exact two-sided p-value of McNemar's test; each count is of problems that only one got right."""
     n, fewer = only_first + only_second, min(only_first, only_second)
-    ways = total = 1
-    for chosen in range(fewer):
-        ways = ways * (n - chosen) // (chosen + 1)
-        total += ways
-    return min(1.0, 2 * total / (1 << n))
+    return min(1.0, 2 * sum(math.comb(n, chosen) for chosen in range(fewer + 1)) / (1 << n))
 
 
 def unpaired_difference(first: Interval, second: Interval) -> Interval:
@@ -109,110 +95,59 @@ def majority_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k
     for answer, is_right in zip(answers, correct, strict=True):
         if answer is not None and verdicts.setdefault(answer, is_right) != is_right:
             raise ValueError(f"answer {answer!r} is graded both right and wrong")
-    votes = Counter(answer for answer in answers[:k] if answer is not None)
-    if not votes:
-        return 0.0
-    most = max(votes.values())
-    winners = [answer for answer, count in votes.items() if count == most]
-    return sum(verdicts[answer] for answer in winners) / len(winners)
+    winners = multimode(answer for answer in answers[:k] if answer is not None)
+    return sum(verdicts[answer] for answer in winners) / len(winners) if winners else 0.0
 
 
 # -------------------------------------------------------------------------------------------- bootstrap
 
 
 def paired_bootstrap(
-    first: Sequence[float],
-    second: Sequence[float],
-    *,
-    seed: int,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
+    first: Sequence[float], second: Sequence[float], *, seed: int = BOOTSTRAP_SEED, resamples: int = RESAMPLES
 ) -> Interval:
     """Mean of `first - second` over problems (index i is the same problem in both), percentile interval."""
     differences = [a - b for a, b in zip(first, second, strict=True)]
-    ones = [1.0] * len(differences)
-    return bootstrap_ratio(differences, ones, seed=seed, resamples=resamples, confidence=confidence)
+    return bootstrap_ratio((differences, [1.0] * len(differences)), seed=seed, resamples=resamples)
 
 
 def bootstrap_ratio(
-    sums: Sequence[float],
-    counts: Sequence[float],
-    *,
-    seed: int,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
+    totals: Totals, before: Totals | None = None, *, seed: int = BOOTSTRAP_SEED, resamples: int = RESAMPLES
 ) -> Interval:
-    """`sum(sums) / sum(counts)` with problems resampled: a token mean, entry i being problem i's totals."""
-    columns = _columns(sums, counts)
-    draws = _resampled_totals(columns, seed=seed, resamples=resamples)
-    return _percentile(_ratio(columns.sum(axis=1)), _ratio(draws), confidence)
+    """`sum(sums) / sum(counts)` with problems resampled: a token mean, entry i being problem i's totals.
 
-
-def bootstrap_ratio_difference(
-    first_sums: Sequence[float],
-    first_counts: Sequence[float],
-    second_sums: Sequence[float],
-    second_counts: Sequence[float],
-    *,
-    seed: int,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
-) -> Interval:
-    """The difference first - second of two such ratios, each resample drawing the same problems for both."""
-    columns = _columns(first_sums, first_counts, second_sums, second_counts)
-    totals = columns.sum(axis=1)
-    draws = _resampled_totals(columns, seed=seed, resamples=resamples)
-    return _percentile(
-        _ratio(totals[:2]) - _ratio(totals[2:]), _ratio(draws[:2]) - _ratio(draws[2:]), confidence
-    )
-
-
-def _columns(*values: Sequence[float]) -> Floats:
-    lengths = {len(column) for column in values}
-    if len(lengths) != 1 or lengths == {0}:
-        raise ValueError(f"every column needs the same problems, at least one; found {sorted(lengths)}")
-    columns = np.array(values, dtype=np.float64)
-    if not np.isfinite(columns).all():
-        raise ValueError("a value is not finite")
-    return columns
-
-
-def _resampled_totals(columns_CP: Floats, *, seed: int, resamples: int) -> Floats:
-    """Column totals [C, R] of R resamples of the P problems, with replacement."""
+    With `before` it is the difference of the two ratios, each resample drawing the same problems for both.
+    """
+    columns_CP = np.array([*totals, *(before or ())], dtype=np.float64)
+    if columns_CP.shape[1] == 0 or not np.isfinite(columns_CP).all():
+        raise ValueError("a bootstrap needs at least one problem, and only finite values")
     generator = np.random.default_rng(seed)
     num_problems = columns_CP.shape[1]
-    totals_CR = np.empty((len(columns_CP), resamples))
+    drawn_CR = np.empty((len(columns_CP), resamples))
     step = max(1, MAX_DRAWS // num_problems)
     for start in range(0, resamples, step):
         stop = min(start + step, resamples)
         drawn = generator.integers(num_problems, size=(stop - start, num_problems))
-        for column, totals in zip(columns_CP, totals_CR, strict=True):
-            totals[start:stop] = column[drawn].sum(axis=1)
-    return totals_CR
+        for column, sums in zip(columns_CP, drawn_CR, strict=True):
+            sums[start:stop] = column[drawn].sum(axis=1)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(_ratio(drawn_CR), [tail, 1 - tail])
+    return Interval(float(_ratio(columns_CP.sum(axis=1))), float(low), float(high))
 
 
 def _ratio(totals: Floats) -> Floats:
-    if not (totals[1] > 0).all():
+    """The ratio of the first two rows, less that of the next two where there are any."""
+    if not (totals[1::2] > 0).all():
         raise ValueError(
             "a resample holds no token at all: leave out problems without any, and use more problems"
         )
-    return np.asarray(totals[0] / totals[1])
-
-
-def _percentile(estimate: Floats, draws_R: Floats, confidence: float) -> Interval:
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(draws_R, [tail, 1 - tail])
-    return Interval(estimate=float(estimate), low=float(low), high=float(high))
-
-
-def _z(confidence: float) -> float:
-    return NormalDist().inv_cdf(0.5 + confidence / 2)
+    ratios = totals[::2] / totals[1::2]
+    return np.asarray(ratios[0] - ratios[1] if len(ratios) > 1 else ratios[0])
 
 
 # ----------------------------------------------------------------------------------------- several seeds
 
 
-def pooled(values_SP: Floats, *, confidence: float = 0.95) -> Interval:
+def pooled(values_SP: Floats) -> Interval:
     """The mean over S seeds and P problems, for other seeds and other problems: Student's t around it.
 
     Two crossed random effects (Searle, Casella and McCulloch, Variance Components, 1992, ch. 4): with mean squares of
@@ -221,10 +156,10 @@ def pooled(values_SP: Floats, *, confidence: float = 0.95) -> Interval:
     94 to 96 % hold the truth (tests/method/test_statistics.py).
     """
     variance, freedom = _variance(values_SP)
-    return _around(float(values_SP.mean()), variance, freedom=freedom, confidence=confidence)
+    return _around(float(values_SP.mean()), variance, freedom=freedom)
 
 
-def pooled_difference(first_SP: Floats, second_SP: Floats, *, confidence: float = 0.95) -> Interval:
+def pooled_difference(first_SP: Floats, second_SP: Floats) -> Interval:
     """The difference of two such means over the same problems, the seeds of the two being unrelated."""
     num_problems = first_SP.shape[1]
     by_problem = first_SP.mean(axis=0) - second_SP.mean(axis=0)
@@ -236,7 +171,7 @@ def pooled_difference(first_SP: Floats, second_SP: Floats, *, confidence: float 
     ]
     variance = sum(part for part, _ in parts)
     freedom = _satterthwaite(variance, parts)
-    return _around(float(by_problem.mean()), variance, freedom=freedom, confidence=confidence)
+    return _around(float(by_problem.mean()), variance, freedom=freedom)
 
 
 def _variance(values_SP: Floats) -> tuple[float, float]:
@@ -267,10 +202,10 @@ def _satterthwaite(total: float, parts: Sequence[tuple[float, float]]) -> float:
     return total**2 / spread if spread > 0 else math.inf
 
 
-def _around(estimate: float, variance: float, *, freedom: float, confidence: float) -> Interval:
+def _around(estimate: float, variance: float, *, freedom: float) -> Interval:
     if variance == 0:
         return Interval(estimate, estimate, estimate)
     from scipy.special import stdtrit  # its import costs more than the rest of this module
 
-    reach = float(stdtrit(freedom, 0.5 + confidence / 2)) * math.sqrt(variance)
+    reach = float(stdtrit(freedom, 0.5 + CONFIDENCE / 2)) * math.sqrt(variance)
     return Interval(estimate, estimate - reach, estimate + reach)

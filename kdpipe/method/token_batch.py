@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kdpipe.errors import StepError
-from kdpipe.method.losses import student_support, teacher_support
+from kdpipe.method.losses import student_support
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -110,7 +110,7 @@ class TeacherSupport:
         if self.ids_NK is None or self.tail_N is None:
             return logprobs_NV, self.logprobs_NS.to(logprobs_NV.dtype)
         student_NS = student_support(logprobs_NV, self.ids_NK)
-        teacher_NS = teacher_support(self.logprobs_NS.to(student_NS.dtype), self.tail_N.to(student_NS.dtype))
+        teacher_NS = torch.cat([self.logprobs_NS, self.tail_N[:, None]], dim=-1).to(student_NS.dtype)
         return student_NS, teacher_NS
 
 

@@ -6,7 +6,6 @@ would train another student, other problems would be other questions. `pooled` t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -159,7 +158,7 @@ def _accuracy(group: Sequence[Contender]) -> Interval:
     matrix = _matrix(group)
     if len(group) == 1 or matrix is None:
         fractions = [value for one in group for value in one.correct.values()]
-        return statistics.wilson(math.fsum(fractions), len(fractions))
+        return statistics.wilson(fractions)
     found = statistics.pooled(matrix)
     return Interval(found.estimate, max(0.0, found.low), min(1.0, found.high))
 
@@ -171,9 +170,7 @@ def _difference(group: Sequence[Contender], first: Sequence[Contender]) -> tuple
         return statistics.unpaired_difference(_accuracy(group), _accuracy(first)), False
     seeds = [one.seed for one in group], [one.seed for one in first]
     if len(group) == len(first) == 1:
-        return statistics.paired_bootstrap(
-            list(mine[0]), list(theirs[0]), seed=statistics.BOOTSTRAP_SEED
-        ), True
+        return statistics.paired_bootstrap(list(mine[0]), list(theirs[0])), True
     if sorted(seeds[0]) == sorted(seeds[1]):
         order = [np.argsort(numbers, kind="stable") for numbers in seeds]
         return statistics.pooled(mine[order[0]] - theirs[order[1]]), True

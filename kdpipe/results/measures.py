@@ -173,7 +173,7 @@ class Measures:
         ones, others = self._paired(first, second)
         if not ones:
             return None
-        return statistics.paired_bootstrap(ones, others, seed=statistics.BOOTSTRAP_SEED)
+        return statistics.paired_bootstrap(ones, others)
 
     def flips(self, first: Evaluation, second: Evaluation) -> tuple[int, int] | None:
         """How many problems only the first and only the second got right; None unless each was answered once."""

@@ -12,7 +12,6 @@ paired problem by problem. The unit of every interval is the problem.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -164,7 +163,7 @@ def _grade_row(
 
 def _accuracy(settings: EvaluateSettings, grades: Rows) -> dict[str, JsonValue]:
     by_problem = _by_problem(grades)
-    interval = statistics.accuracy([[row["correct"] for row in rows] for rows in by_problem.values()])
+    interval = statistics.wilson([mean([row["correct"] for row in rows]) for rows in by_problem.values()])
     summary: dict[str, JsonValue] = {
         "problems": len(by_problem),
         "samples": settings.samples,
@@ -189,7 +188,7 @@ def _several_samples(settings: EvaluateSettings, groups: Sequence[Rows]) -> dict
             (f"pass_at_{k}", [statistics.pass_at_k(samples, n, k) for n in correct]),
             (f"maj_at_{k}", [_majority(rows, k, settings.task.headline) for rows in groups]),
         ):
-            interval = statistics.wilson(math.fsum(values), len(values))
+            interval = statistics.wilson(values)
             summary |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
     return summary
 
@@ -217,7 +216,7 @@ def _accuracy_change(grades: Rows, before: Rows) -> dict[str, JsonValue]:
     shared = sorted(now.keys() & then.keys())
     first = [mean([row["correct"] for row in now[key]]) for key in shared]
     second = [mean([row["correct"] for row in then[key]]) for key in shared]
-    change = statistics.paired_bootstrap(first, second, seed=statistics.BOOTSTRAP_SEED)
+    change = statistics.paired_bootstrap(first, second)
     summary: dict[str, JsonValue] = {
         "accuracy_change": change.estimate,
         "accuracy_change_low": change.low,
@@ -321,9 +320,9 @@ def _reverse_kl(rows: Rows) -> dict[str, JsonValue]:
     rows = _with_tokens(rows, rows)
     if not rows:
         return {}
-    found = {"reverse_kl": statistics.bootstrap_ratio(*_totals(rows), seed=statistics.BOOTSTRAP_SEED)}
+    found = {"reverse_kl": statistics.bootstrap_ratio(_totals(rows))}
     if (totals := _exact_totals(rows)) is not None:
-        found["reverse_kl_exact"] = statistics.bootstrap_ratio(*totals, seed=statistics.BOOTSTRAP_SEED)
+        found["reverse_kl_exact"] = statistics.bootstrap_ratio(totals)
     return _named(found)
 
 
@@ -332,15 +331,10 @@ def _reverse_kl_change(rows: Rows, before: Rows) -> dict[str, JsonValue]:
     rows, before = _with_tokens(rows, before), _with_tokens(before, rows)
     if not rows:
         return {}
-    pair = (*_totals(rows), *_totals(before))
-    found = {
-        "reverse_kl_change": statistics.bootstrap_ratio_difference(*pair, seed=statistics.BOOTSTRAP_SEED)
-    }
+    found = {"reverse_kl_change": statistics.bootstrap_ratio(_totals(rows), _totals(before))}
     now, then = _exact_totals(rows), _exact_totals(before)
     if now is not None and then is not None:
-        found["reverse_kl_exact_change"] = statistics.bootstrap_ratio_difference(
-            *now, *then, seed=statistics.BOOTSTRAP_SEED
-        )
+        found["reverse_kl_exact_change"] = statistics.bootstrap_ratio(now, then)
     return _named(found)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdpipe.method.mismatch import acted, ledger, mismatch
-from kdpipe.method.objective import _behaviour_weight, _ratio_weight
+from kdpipe.method.objective import _ratio_weight
 from kdpipe.recipe.objective import BehaviourControl, Objective, RatioControl
 
 DIFFERENCES = np.linspace(-1.5, 1.5, 301)
@@ -42,7 +42,7 @@ def test_a_token_counts_where_the_kd_terms_control_changes_its_weight(control: d
 )
 def test_a_token_counts_where_the_rl_terms_control_changes_its_weight(control: dict[str, Any]) -> None:
     objective = Objective.model_validate({"kind": "grpo", "behaviour": control})
-    weight = _behaviour_weight(BehaviourControl.model_validate(control), RATIOS)
+    weight = _ratio_weight(BehaviourControl.model_validate(control), RATIOS, torch.ones_like(RATIOS))
     np.testing.assert_array_equal(acted(objective, DIFFERENCES), (weight != RATIOS).numpy())
 
 

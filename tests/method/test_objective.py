@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from kdpipe.method.advantage import advantages, baselines, open_completions
-from kdpipe.method.objective import at_step, distribution_value, shares, token_loss
+from kdpipe.method.objective import _ratio_weight, at_step, distribution_value, shares, token_loss
 from kdpipe.method.token_batch import NonFiniteError, TeacherSupport, TokenBatch
 from kdpipe.models.logprobs import support_of
-from kdpipe.recipe.objective import Objective, Support
+from kdpipe.recipe.objective import BehaviourControl, Objective, RatioControl, Support
 
 Row = tuple[int, ...]
 V = 4
@@ -423,6 +423,22 @@ def test_the_ratio_clip_of_rkl_looks_at_the_discounted_signal() -> None:
         )
         found[gamma] = slopes(settings, sample).tolist()
     assert found == {1.0: pytest.approx([4.0, 6.0]), 0.0: pytest.approx([0.0, 6.0])}
+
+
+def test_ratio_weights_are_their_table() -> None:
+    ratio = torch.tensor([0.4, 0.5, 1.0, 2.0, 2.1], dtype=torch.float64)
+
+    def weights(settings: RatioControl | BehaviourControl, sign: int = 1) -> list[float]:
+        return _ratio_weight(settings, ratio, torch.full_like(ratio, sign)).tolist()
+
+    for kind in (RatioControl, BehaviourControl):
+        assert weights(kind()) == ratio.tolist()
+        assert weights(kind(control="truncate", cap=2.0)) == [0.4, 0.5, 1.0, 2.0, 2.0]
+    assert weights(RatioControl(control="mask", low=0.5, high=2.0)) == [0.0, 0.5, 1.0, 2.0, 0.0]
+    assert weights(BehaviourControl(control="mask", cap=2.0)) == [0.4, 0.5, 1.0, 2.0, 0.0]
+    clip = RatioControl(control="clip", low=0.5, high=1.0)
+    assert weights(clip) == [0.4, 0.5, 1.0, 2.0, 0.0]
+    assert weights(clip, -1) == [0.0, 0.5, 1.0, 2.0, 2.1]
 
 
 def test_distribution_terms_are_never_ratio_weighted() -> None:
