@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import socketserver
@@ -48,6 +49,8 @@ class Served:
     key: str | None = None
     url: str = ""
     names: tuple[str, ...] = (MODEL,)
+    roots: tuple[str | None, ...] = ("path/of/it",)
+    says: str | None = None  # the name in its replies, in place of the one that was asked
     bodies: list[dict[str, Any]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -55,9 +58,9 @@ class Served:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def models(self) -> Reply:
-        return Reply(
-            {"object": "list", "data": [{"id": name, "max_model_len": self.context} for name in self.names]}
-        )
+        roots = itertools.cycle(self.roots)
+        data = [{"id": name, "max_model_len": self.context, "root": next(roots)} for name in self.names]
+        return Reply({"object": "list", "data": data})
 
     def complete(self, body: dict[str, Any]) -> Reply:
         if body["prompt"] == list(SEQUENCE)[: self.context - 1]:  # asked whenever it is loaded: not counted
@@ -81,7 +84,7 @@ class Served:
         choice |= self._sampled(prompt, body)
         if body.get("return_token_ids"):
             choice["prompt_token_ids"] = prompt
-        return Reply({"object": "text_completion", "model": body["model"], "choices": [choice]})
+        return Reply({"object": "text_completion", "model": self.says or body["model"], "choices": [choice]})
 
     def _prompt_logprobs(self, ids: Sequence[int], k: int) -> list[dict[str, Any] | None]:
         [scores] = self.engine.score(

@@ -27,7 +27,7 @@ from kdpipe.data.tasks import gsm8k, jsonl
 from kdpipe.data.tasks.answers import extract_expected, flexible_answer, grade, parse_number, strict_answer
 from kdpipe.engines.protocol import Sampling
 from kdpipe.engines.server.http import HttpClient, Limits
-from kdpipe.engines.server.replies import MoreIdsNeeded, read_completion, read_scores, served_models
+from kdpipe.engines.server.replies import MoreIdsNeeded, read_completion, read_scores, served_model
 from kdpipe.engines.server.signature import require_same
 from kdpipe.errors import ArtifactError, DataError, EngineError, KdpipeError
 from kdpipe.pipeline.project import open_project
@@ -295,14 +295,14 @@ def changed(value: Any, key: str, new: Any) -> Any:
 
 def read_all(answer: dict[str, Any]) -> None:
     with contextlib.suppress(EngineError):
-        served_models(answer, where="x")
+        served_model(answer, "m", where="x")
     with contextlib.suppress(EngineError):
-        completion = read_completion(answer, IDS, SAMPLING, model="m", where="x")
+        completion = read_completion(answer, IDS, SAMPLING, names={"m"}, where="x")
         assert all(value <= 0 for value in completion.logprobs)
     for top_k in (0, 2, 3):
         with contextlib.suppress(EngineError, MoreIdsNeeded):
             scores = read_scores(
-                answer, IDS, start=1, asked=top_k, top_k=top_k, num_ids=10, model="m", where="x"
+                answer, IDS, start=1, asked=top_k, top_k=top_k, num_ids=10, names={"m"}, where="x"
             )
             assert torch.from_numpy(scores.logprobs).isfinite().all()
             assert (scores.logprobs <= 0).all()

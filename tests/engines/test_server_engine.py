@@ -546,6 +546,31 @@ def test_a_name_that_is_not_served_is_told_with_those_that_are(served: Served, t
         Asker(tmp_path, served.url).load()
 
 
+def test_another_name_of_the_same_weights_is_taken(served: Served, tmp_path: Path) -> None:
+    served.names, served.says = ("first", MODEL), "first"
+    asker = Asker(tmp_path, served.url).load()
+    np.testing.assert_allclose(asker.score()[0].logprobs, truth(tmp_path)[0].logprobs, atol=1e-6)
+    assert asker.sample().finish_reason
+
+
+@pytest.mark.parametrize(
+    ("names", "roots"),
+    [
+        (("first", MODEL), ("path/of/it", "path/of/an/adapter")),
+        (("first", MODEL), (None,)),
+        ((MODEL,), ("path/of/it",)),
+    ],
+    ids=["other weights", "a list that does not tell", "a proxy that renames"],
+)
+def test_a_reply_under_another_name_is_refused_with_the_name_to_write(
+    names: tuple[str, ...], roots: tuple[str | None, ...], served: Served, tmp_path: Path
+) -> None:
+    served.names, served.roots, served.says = names, roots, "first"
+    with pytest.raises(EngineError, match="answers as model 'first', asked was 'served'") as caught:
+        Asker(tmp_path, served.url).load()
+    assert caught.value.hint.endswith("teachers[].server.model: first")
+
+
 def test_each_server_has_to_serve_the_model(served: Served, tmp_path: Path) -> None:
     with serve(behind(tmp_path), rows=NUM_IDS, names=("other",)) as second:
         with pytest.raises(EngineError, match="serves other, not 'served'") as caught:

@@ -15,7 +15,13 @@ from pydantic import JsonValue
 
 from kdpipe.engines.protocol import Completion, TokenScores, about
 from kdpipe.engines.server.http import Halted, HttpClient, Limits
-from kdpipe.engines.server.replies import MoreIdsNeeded, read_completion, read_scores, served_models
+from kdpipe.engines.server.replies import (
+    MoreIdsNeeded,
+    ServedModel,
+    read_completion,
+    read_scores,
+    served_model,
+)
 from kdpipe.engines.server.signature import SAME_NATS, distance
 from kdpipe.errors import EngineError, ModelError
 
@@ -62,6 +68,7 @@ class ServerEngine:
         )
         self._digest: str | None = None
         self._context: int | None = None
+        self._names = frozenset({server.model})
         self.signature: list[float] = []
 
     def load(self, source: ModelSource) -> None:
@@ -70,8 +77,13 @@ class ServerEngine:
             raise EngineError(f"{source.folder}: no such folder, expected the tokenizer of {self._model!r}")
         if self._digest == source.digest:
             return
-        lengths = self._client.each("/models", None, self._context_of, max_bytes=_BYTES_OF_A_REPLY).values()
-        self._context = min((length for length in lengths if length is not None), default=None)
+
+        def read(answer: dict[str, JsonValue], url: str) -> ServedModel:
+            return served_model(answer, self._model, where=url)
+
+        found = self._client.each("/models", None, read, max_bytes=_BYTES_OF_A_REPLY).values()
+        self._names = frozenset[str]().union(*(served.names for served in found))
+        self._context = min((served.context for served in found if served.context is not None), default=None)
         self.signature = self._agreed_signature()
         self._digest = source.digest
 
@@ -97,7 +109,7 @@ class ServerEngine:
 
             def read(answer: dict[str, JsonValue], url: str) -> Completion:
                 with about(index):
-                    return read_completion(answer, prompt, sampling, model=self._model, where=url)
+                    return read_completion(answer, prompt, sampling, names=self._names, where=url)
 
             body = self._sampling_body(prompt, sampling, seed)
             tokens = len(prompt) + sampling.max_new_tokens
@@ -144,16 +156,6 @@ class ServerEngine:
 
     # one request
 
-    def _context_of(self, answer: dict[str, JsonValue], url: str) -> int | None:
-        """How long a context a server has, where it tells; raises EngineError where it serves another model."""
-        names = served_models(answer, where=url)
-        if self._model not in names:
-            raise EngineError(
-                f"{url}: serves {', '.join(sorted(names)) or 'nothing'}, not {self._model!r}",
-                hint="write the name that it serves in teachers[].server.model, or start it with that name",
-            )
-        return names[self._model]
-
     def _score(
         self, index: int, request: ScoreRequest, scoring: Scoring, *, halt: threading.Event
     ) -> TokenScores:
@@ -171,7 +173,7 @@ class ServerEngine:
                     asked=asked,
                     top_k=scoring.top_k,
                     num_ids=scoring.num_ids,
-                    model=self._model,
+                    names=self._names,
                     where=url,
                 )
 
@@ -189,7 +191,7 @@ class ServerEngine:
 
         def read(answer: dict[str, JsonValue], url: str) -> list[float]:
             scores = read_scores(
-                answer, ids, start=1, asked=0, top_k=0, num_ids=0, model=self._model, where=url
+                answer, ids, start=1, asked=0, top_k=0, num_ids=0, names=self._names, where=url
             )
             return [float(score) for score in scores.logprobs]
 

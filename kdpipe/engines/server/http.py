@@ -153,7 +153,8 @@ class HttpClient:
         try:
             return read(answer, url)
         except EngineError as error:
-            raise EngineError(self._clean(error.what), hint=error.hint, request=error.request) from None
+            what, hint = self._clean(error.what), self._clean(error.hint)
+            raise EngineError(what, hint=hint, request=error.request) from None
 
     # attempts
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,16 +46,31 @@ class _RankedLogprob:
     rank: int
 
 
-def served_models(answer: dict[str, JsonValue], *, where: str) -> dict[str, int | None]:
-    """The names that a server lists, each with the context length of its model where it tells."""
-    rows, lengths = answer.get("data"), dict[str, int | None]()
-    for row in rows if isinstance(rows, list) else [rows]:
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model that a server lists: its context length where it tells, and all names of the same weights."""
+
+    context: int | None
+    names: frozenset[str]
+
+
+def served_model(answer: dict[str, JsonValue], model: str, *, where: str) -> ServedModel:
+    """The model of that name in a server's list; raises EngineError where the list has none."""
+    data, roots, lengths = answer.get("data"), dict[str, JsonValue](), dict[str, JsonValue]()
+    for row in data if isinstance(data, list) else [data]:
         name = row.get("id") if isinstance(row, dict) else None
         if not isinstance(row, dict) or not isinstance(name, str):
             raise EngineError(f"{where}/models: lists no models, expected data with an id for each")
-        length = row.get("max_model_len")
-        lengths[name] = length if isinstance(length, int) else None
-    return lengths
+        roots[name], lengths[name] = row.get("root"), row.get("max_model_len")
+    if model not in roots:
+        raise EngineError(
+            f"{where}: serves {', '.join(sorted(roots)) or 'nothing'}, not {model!r}",
+            hint="write the name that it serves in teachers[].server.model, or start it with that name",
+        )
+    # vLLM gives replies the first of the names that it was started with.
+    same = {name for name, root in roots.items() if isinstance(root, str) and root == roots[model]}
+    length = lengths[model]
+    return ServedModel(length if isinstance(length, int) else None, frozenset({model} | same))
 
 
 def read_scores(
@@ -66,7 +81,7 @@ def read_scores(
     asked: int,
     top_k: int,
     num_ids: int,
-    model: str,
+    names: Collection[str],
     where: str,
 ) -> TokenScores:
     """The scores of `ids` from `start` on, of a reply to which they were the prompt and `asked` the top k.
@@ -74,7 +89,7 @@ def read_scores(
     Raises EngineError on a reply that cannot be right, MoreIdsNeeded where its `asked` ids hold fewer than `top_k` of
     the first `num_ids`. With all of these at hand they are normalised; else other ids keep their mass, in the tail.
     """
-    choice = _choice(answer, ids, model=model, where=where)
+    choice = _choice(answer, ids, names=names, where=where)
     rows = choice.get("prompt_logprobs")
     if not isinstance(rows, list):
         raise EngineError(f"{where}: no prompt_logprobs in its reply", hint=_WRONG_SERVER)
@@ -164,18 +179,23 @@ def _with_top_k(
 
 
 def read_completion(
-    answer: dict[str, JsonValue], prompt: Sequence[int], sampling: Sampling, *, model: str, where: str
+    answer: dict[str, JsonValue],
+    prompt: Sequence[int],
+    sampling: Sampling,
+    *,
+    names: Collection[str],
+    where: str,
 ) -> Completion:
     """The completion that a reply holds; raises EngineError on one that was not sampled as asked."""
-    choice = _choice(answer, prompt, model=model, where=where)
+    choice = _choice(answer, prompt, names=names, where=where)
     ids = _ids(choice.get("token_ids"))
     if ids is None:
         raise EngineError(f"{where}: no token_ids in its reply", hint=_WRONG_SERVER)
     said = choice.get("logprobs")
-    names, values = (
+    tokens, values = (
         (said.get("tokens"), said.get("token_logprobs")) if isinstance(said, dict) else (None, None)
     )
-    if not isinstance(values, list) or names != [f"token_id:{token}" for token in ids]:
+    if not isinstance(values, list) or tokens != [f"token_id:{token}" for token in ids]:
         raise EngineError(f"{where}: its log-probs are not of the {len(ids)} ids that it sampled")
     if len(values) != len(ids):
         raise EngineError(f"{where}: {len(values)} log-probs for {len(ids)} ids")
@@ -202,11 +222,15 @@ def read_completion(
 
 
 def _choice(
-    answer: dict[str, JsonValue], prompt: Sequence[int], *, model: str, where: str
+    answer: dict[str, JsonValue], prompt: Sequence[int], *, names: Collection[str], where: str
 ) -> dict[str, JsonValue]:
     """The only choice of a reply, its model and prompt ids compared with what was asked."""
-    if answer.get("model") != model:
-        raise EngineError(f"{where}: answers as model {answer.get('model')!r}, asked was {model!r}")
+    name = answer.get("model")
+    if not isinstance(name, str) or name not in names:
+        raise EngineError(
+            f"{where}: answers as model {name!r}, asked was {' or '.join(map(repr, sorted(names)))}",
+            hint=f"if that is the model, write its name: teachers[].server.model: {name}",
+        )
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         raise EngineError(f"{where}: expected one choice in its reply")
