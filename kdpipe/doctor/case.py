@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kdpipe.doctor.engine import TOLERANCES, Tolerance
+from kdpipe.doctor.engine import TOLERANCES, Forward, Logprobs, Tolerance
 from kdpipe.doctor.finding import Outcome
 from kdpipe.errors import EngineError
 from kdpipe.models.devices import dtype_name, resolve_dtype
+from kdpipe.models.reference import Pair, plain_logprobs
 from kdpipe.pipeline.request import Depth
 from kdpipe.stages.job import Job
 
@@ -56,6 +57,21 @@ class Case:
         model.load()
         stand_in = self.stand_ins.get(model.name)
         return Outcome(f"engine {model.engine_name}" + (f", {stand_in}" if stand_in else ""))
+
+    def plain(self, model: ModelHandle, source: ModelSource, num_ids: int) -> Forward:
+        """What transformers alone computes of the weights in `source`, in the dtype of the model."""
+
+        def forward(pairs: Sequence[Pair], temperature: float) -> Logprobs:
+            return plain_logprobs(
+                source,
+                pairs,
+                temperature=temperature,
+                num_ids=num_ids,
+                dtype=self.dtype(model),
+                device=self.device,
+            )
+
+        return forward
 
     def rest(self, model: ModelHandle) -> None:
         """Lets an engine with memory of its own free it for a forward pass made elsewhere on the same GPU."""

@@ -13,24 +13,23 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
-from kdpipe.doctor.finding import Measure, Outcome, failed
+from kdpipe.doctor.finding import Measure, Outcome, are_ok, failed
 from kdpipe.engines.protocol import ScoreRequest, Scoring
 from kdpipe.errors import EngineError
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from kdpipe.engines.handle import ModelHandle
     from kdpipe.engines.protocol import TokenScores
     from kdpipe.models.reference import Pair
     from kdpipe.models.source import ModelSource
 
-    Logprobs = list[npt.NDArray[np.float64]]
-
-Forward = Callable[["Sequence[Pair]", float], "Logprobs"]
+Logprobs = list[npt.NDArray[np.float64]]
+"""Of each completion, the log-probs of its tokens."""
+Forward = Callable[["Sequence[Pair]", float], Logprobs]
 """Pairs and a temperature -> log-probs of each completion's tokens, computed without any engine."""
-Turn = Callable[["npt.NDArray[np.float32]", "Sequence[int]"], "npt.NDArray[np.float64]"]
+Turn = Callable[[npt.NDArray[np.float32], Sequence[int]], npt.NDArray[np.float64]]
 """Hidden states [n, H] and the ids of n tokens -> their log-probs [n] at the scorer's temperature."""
 
 
@@ -90,22 +89,25 @@ def agrees(
     """Whether `scored`, by the engine, equals `forward` at the scorer's temperature; `whose` names it."""
     theirs = forward(pairs, scorer.temperature)
     measures = _apart(scored, theirs, scorer.tolerance)
+    why = "" if are_ok(measures) else f": {_diagnosis(scorer, pairs, scored, theirs, forward)}"
     tokens = sum(map(len, scored))
-    said = f"{tokens} tokens at temperature {scorer.temperature:g} against {whose}"
-    if all(measure.is_ok for measure in measures):
-        return Outcome(said, measures)
-    return failed(f"{said}: {_diagnosis(scorer, pairs, scored, theirs, forward)}", *measures)
+    return Outcome(f"{tokens} tokens at temperature {scorer.temperature:g} against {whose}{why}", measures)
 
 
 def _apart(ours: Logprobs, theirs: Logprobs, tolerance: Tolerance) -> tuple[Measure, ...]:
     """Maximum and 99th percentile of the differences, with their limits."""
     if not sum(map(len, ours)):
         raise EngineError("there is no completion token to compare", hint="raise rollout.max_new_tokens")
-    off = np.abs(np.concatenate(ours) - np.concatenate(theirs))
     return (
-        Measure("max", float(off.max()), tolerance.largest),
-        Measure("p99", float(np.quantile(off, 0.99)), tolerance.p99),
+        Measure("max", _off(ours, theirs), tolerance.largest),
+        Measure("p99", _off(ours, theirs, quantile=0.99), tolerance.p99),
     )
+
+
+def _off(ours: Logprobs, theirs: Logprobs, *, quantile: float = 1.0) -> float:
+    """How far they are apart, at most or at a quantile; 0 where there is nothing to compare."""
+    off = np.abs(np.concatenate(ours) - np.concatenate(theirs))
+    return float(np.quantile(off, quantile)) if off.size else 0.0
 
 
 def _diagnosis(
@@ -115,7 +117,7 @@ def _diagnosis(
     temperature, tolerance = scorer.temperature, scorer.tolerance
 
     def fits(found: Logprobs, wanted: Logprobs) -> bool:
-        return bool(sum(map(len, found))) and all(m.is_ok for m in _apart(found, wanted, tolerance))
+        return bool(sum(map(len, found))) and are_ok(_apart(found, wanted, tolerance))
 
     guess = -math.log(scorer.num_ids)
     if all(np.abs(row - guess).max(initial=0.0) < tolerance.largest for row in ours):
@@ -134,11 +136,11 @@ def _diagnosis(
 def sampler(drawn: Logprobs, wanted: Logprobs, *, temperature: float, tolerance: Tolerance) -> Outcome:
     """Whether the log-probs that came with samples are those of the trainer's forward."""
     measures = _apart(drawn, wanted, tolerance)
-    tokens = sum(map(len, drawn))
-    said = f"{tokens} sampled tokens at temperature {temperature:g} against the trainer's forward"
-    if all(measure.is_ok for measure in measures):
-        return Outcome(said, measures)
-    return failed(f"{said}: importance ratios would be wrong from the first update on", *measures)
+    why = "" if are_ok(measures) else ": importance ratios would be wrong from the first update on"
+    said = (
+        f"{sum(map(len, drawn))} sampled tokens at temperature {temperature:g} against the trainer's forward"
+    )
+    return Outcome(said + why, measures)
 
 
 def shift(scorer: Scorer, pair: Pair) -> Outcome:
@@ -192,21 +194,21 @@ def not_constant(scorer: Scorer, pairs: Sequence[Pair]) -> Outcome:
     guess = -math.log(scorer.num_ids)
     is_guess = abs(float(every.mean()) - guess) < scorer.tolerance.largest
     why = f"which is -ln {scorer.num_ids}: the weights are lost" if is_guess else "whatever the token"
-    return failed(f"all {len(every)} scores are {every.mean():.4g}, {why}", measure)
+    return Outcome(f"all {len(every)} scores are {every.mean():.4g}, {why}", (measure,))
 
 
 def same_twice(scorer: Scorer, pairs: Sequence[Pair]) -> Outcome:
     """Whether the same requests give the same scores again, in another order, and alone."""
-    first, second = scorer.logprobs(pairs), scorer.logprobs(pairs)
-    backwards = scorer.logprobs(pairs[::-1])[::-1]
-    alone = scorer.logprobs(pairs[:1])
-    limit = scorer.tolerance.largest
-    off = [
-        float(np.abs(np.concatenate(one) - np.concatenate(other)).max(initial=0.0))
-        for one, other in ((first, second), (first, backwards), (first[:1], alone))
-    ]
-    names = ("again", "other order", "alone")
-    measures = tuple(Measure(name, value, limit) for name, value in zip(names, off, strict=True))
+    first = scorer.logprobs(pairs)
+    others = {
+        "again": scorer.logprobs(pairs),
+        "other order": scorer.logprobs(pairs[::-1])[::-1],
+        "alone": scorer.logprobs(pairs[:1]),
+    }
+    measures = tuple(
+        Measure(name, _off(first[: len(found)], found), scorer.tolerance.largest)
+        for name, found in others.items()
+    )
     return Outcome(f"{len(pairs)} requests again, backwards, and one alone", measures)
 
 
@@ -219,25 +221,20 @@ def reload(
     again = scorer.logprobs(pairs)
     tolerance, temperature = scorer.tolerance, scorer.temperature
     wanted, wanted_other = forward(pairs, temperature), of_other(pairs, temperature)
-
-    def off(one: Logprobs, two: Logprobs, quantile: float = 1.0) -> float:
-        return float(np.quantile(np.abs(np.concatenate(one) - np.concatenate(two)), quantile))
-
-    back = Measure("A again", off(first, again), tolerance.largest)
-    moved = Measure("A and B", off(first, between), tolerance.p99, must_exceed=True)
-    of_b = Measure("B and plain", off(between, wanted_other), tolerance.largest)
-    of_b_p99 = Measure("p99", off(between, wanted_other, 0.99), tolerance.p99)
-    of_a = Measure("A and plain", off(again, wanted), tolerance.largest)
-    measures = (moved, of_b, of_b_p99, of_a, back)
-    if all(measure.is_ok for measure in measures):
-        return Outcome("A the student, B a copy of it with other weights, and A again", measures)
+    moved = Measure("A and B", _off(first, between), tolerance.p99, must_exceed=True)
+    of_b = Measure("B and plain", _off(between, wanted_other), tolerance.largest)
+    of_b_p99 = Measure("p99", _off(between, wanted_other, quantile=0.99), tolerance.p99)
+    of_a = Measure("A and plain", _off(again, wanted), tolerance.largest)
+    back = Measure("A again", _off(first, again), tolerance.largest)
     if not moved.is_ok:
-        why = "after other weights are loaded the scores are still the old ones"
-    elif not (of_b.is_ok and of_b_p99.is_ok):
-        why = "part of the weights, such as the output head, stays the old one when others are loaded"
+        said = "after other weights are loaded the scores are still the old ones"
+    elif not are_ok([of_b, of_b_p99]):
+        said = "part of the weights, such as the output head, stays the old one when others are loaded"
+    elif not are_ok([of_a, back]):
+        said = "after loading other weights and back the scores are not what they were"
     else:
-        why = "after loading other weights and back the scores are not what they were"
-    return failed(why, *measures)
+        said = "A the student, B a copy of it with other weights, and A again"
+    return Outcome(said, (moved, of_b, of_b_p99, of_a, back))
 
 
 def top_k(scorer: Scorer, pairs: Sequence[Pair], k: int) -> Outcome:
@@ -299,6 +296,4 @@ def knows_the_task(scorer: Scorer, references: Sequence[Pair], own: Sequence[Pai
     if own is not None:
         after_own = float(np.concatenate(scorer.logprobs(own)).mean())
         said += f"; after its own template's prompt {after_own:.2f}"
-    if measure.is_ok:
-        return Outcome(said, (measure,))
-    return failed(f"{said}: its weights look random", measure)
+    return Outcome(said if measure.is_ok else f"{said}: its weights look random", (measure,))

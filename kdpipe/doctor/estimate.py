@@ -77,11 +77,10 @@ def estimate(
     }
     memory |= {f"score {name}": _scoring(recipe, teacher) for name, teacher in distinct.items()}
     disk = _disk(recipe, student, teachers, prompt_tokens)
-    weights = disk["model"]
     keep = recipe.runtime.keep
     small = sum(size for name, size in disk.items() if name not in ("model", "trainer", "ema"))
     kept = (
-        (keep.weights + 2) * (weights + disk.get("ema", 0))  # and those evaluated best and last
+        (keep.weights + 2) * (disk["model"] + disk.get("ema", 0))  # and those evaluated best and last
         + keep.optimizer * disk["trainer"]
         + recipe.rounds * small
     )
@@ -97,18 +96,15 @@ def _training(recipe: Recipe, student: Sized) -> dict[str, int]:
     shape, runtime = student.shape, recipe.runtime
     trained = student.adapter or shape.parameters
     frozen = student.weights if student.adapter else 0
-    tokens = runtime.train_tokens
     width = _KEPT_PER_LAYER * shape.hidden + 3 * shape.intermediate
-    layers = (
-        tokens * shape.layers * (shape.hidden if runtime.gradient_checkpointing else width) * student.element
-    )
+    kept = shape.layers * width
     if runtime.gradient_checkpointing:
-        layers += tokens * width * student.element
+        kept = shape.layers * shape.hidden + width  # what goes into each layer, and one layer's own
     return {
         "weights": frozen + 4 * trained,
         "gradients": 4 * trained,
         "optimizer": 8 * trained,
-        "activations, roughly": layers + _logits(recipe, student),
+        "activations, roughly": runtime.train_tokens * kept * student.element + _logits(recipe, student),
     }
 
 
@@ -146,10 +142,11 @@ def _disk(
     trained = student.adapter or student.shape.parameters
     masters = 0 if student.adapter or student.dtype == "float32" else 4
     written = 4 * trained if student.adapter else student.weights
+    share = 1 / len(teachers) if recipe.is_routed else 1.0  # of the completions, for each teacher
     found = {
         "rollouts": prompt * (_ID + _TEXT) + completion * (2 * _ID + _TEXT),
         "scores": sum(
-            (prompt * _ID + completion * (1 + _kept_bytes(recipe, teacher))) * _share(recipe, len(teachers))
+            (prompt * _ID + completion * (1 + _kept_bytes(recipe, teacher))) * share
             for teacher in teachers.values()
         ),
         "completions": completion * _ID,
@@ -159,11 +156,6 @@ def _disk(
     if recipe.ema_decay is not None:
         found["ema"] = student.weights + (0 if student.dtype == "float32" else 4 * trained)
     return {name: int(size) for name, size in found.items()}
-
-
-def _share(recipe: Recipe, count: int) -> float:
-    """The share of completions that each teacher scores."""
-    return 1 / count if recipe.is_routed else 1.0
 
 
 def _kept_bytes(recipe: Recipe, teacher: Sized | None) -> int:

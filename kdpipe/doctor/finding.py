@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -12,26 +12,7 @@ from pydantic import BeforeValidator, PlainSerializer, TypeAdapter
 from kdpipe.errors import KdpipeError
 
 Verdict = Literal["ok", "FAILED", "warning", "skipped", "not applicable"]
-Probe = Literal[
-    "vocabulary",
-    "special tokens",
-    "template",
-    "end of sequence",
-    "context",
-    "load",
-    "null test",
-    "own prompt",
-    "sampler",
-    "shift",
-    "not constant",
-    "same twice",
-    "own weights",
-    "reload",
-    "top-k",
-    "hidden states",
-    "knows the task",
-]
-CATCHES: dict[Probe, str] = {
+CATCHES = {
     "vocabulary": "a teacher with other strings for the same ids, so that it scores another text",
     "special tokens": "a beginning-of-sequence token that occurs twice, or that only one of the two knows",
     "template": "a teacher that reads turns in a form that it was not trained on",
@@ -56,14 +37,6 @@ _BROKEN = (KdpipeError, OSError, RuntimeError, ValueError, LookupError, Arithmet
 """What may come out of an engine or a model's folder: it is the probe's failure, not the doctor's."""
 
 
-def _or_nan(value: object) -> object:
-    return math.nan if value is None else value
-
-
-def _or_null(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 @dataclass(frozen=True, slots=True)
 class Measure:
     """A number that may be `limit` at most, or with `must_exceed` has to be more.
@@ -72,7 +45,11 @@ class Measure:
     """
 
     name: str
-    value: Annotated[float, BeforeValidator(_or_nan), PlainSerializer(_or_null)]
+    value: Annotated[
+        float,
+        BeforeValidator(lambda value: math.nan if value is None else value),
+        PlainSerializer(lambda value: value if math.isfinite(value) else None),
+    ]
     limit: float
     must_exceed: bool = False
     of: float | None = None
@@ -127,6 +104,11 @@ PHASES = TypeAdapter(tuple[Phase, ...])
 """From and to what a worker sends."""
 
 
+def are_ok(measures: Sequence[Measure]) -> bool:
+    """Whether every number is on the right side of its limit."""
+    return all(measure.is_ok for measure in measures)
+
+
 def skipped(why: str) -> Outcome:
     """The outcome of a probe that was skipped, and why."""
     return Outcome(why, verdict="skipped")
@@ -137,7 +119,7 @@ def failed(said: str, *measures: Measure) -> Outcome:
     return Outcome(said, measures, verdict="FAILED")
 
 
-def found(probe: Probe, about: str, make: Callable[[], Outcome]) -> Finding:
+def found(probe: str, about: str, make: Callable[[], Outcome]) -> Finding:
     """The finding of one probe; what it raises is its failure."""
     try:
         outcome = make()
@@ -145,5 +127,5 @@ def found(probe: Probe, about: str, make: Callable[[], Outcome]) -> Finding:
         outcome = failed(f"{error.message}; {error.hint}" if error.hint else error.message)
     except _BROKEN as error:
         outcome = failed(f"{type(error).__name__}: {error}")
-    good: Verdict = "ok" if all(measure.is_ok for measure in outcome.measures) else "FAILED"
-    return Finding(probe, about, outcome.verdict or good, outcome.said, outcome.measures, CATCHES[probe])
+    verdict = outcome.verdict or ("ok" if are_ok(outcome.measures) else "FAILED")
+    return Finding(probe, about, verdict, outcome.said, outcome.measures, CATCHES[probe])

@@ -15,13 +15,13 @@ from kdpipe.data.seeds import permutation
 from kdpipe.doctor import engine as engines
 from kdpipe.doctor import text as texts
 from kdpipe.doctor.case import NEW_TOKENS, PROMPTS, Case, context_of, longest_problems
-from kdpipe.doctor.engine import Scorer
+from kdpipe.doctor.engine import Logprobs, Scorer
 from kdpipe.doctor.finding import Finding, Outcome, found
 from kdpipe.models.adapters import read_adapter, start_adapter, write_adapter
 from kdpipe.models.batching import make_batch
 from kdpipe.models.folder import open_model
 from kdpipe.models.prompting import reference_completion
-from kdpipe.models.reference import Pair, logprobs_of, perturb, plain_logprobs
+from kdpipe.models.reference import Pair, perturb
 from kdpipe.models.source import AdapterSource
 from kdpipe.recipe.models import Optimizer
 from kdpipe.stages.sampling import request_for, sampling_of
@@ -29,8 +29,6 @@ from kdpipe.stages.settings.model import DrawSettings, routes_of, teaches
 from kdpipe.training.local import LocalTrainer
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from kdpipe.data.rows import Problem
     from kdpipe.engines.handle import ModelHandle
     from kdpipe.engines.protocol import Completion
@@ -82,53 +80,41 @@ class ExaminedStudent:
         found = self.completions
         return [(self.model.text.prompt(p), found[p.prompt_id].token_ids) for p in problems]
 
-    def forward(self, pairs: Sequence[Pair], temperature: float) -> list[npt.NDArray[np.float64]]:
-        """Log-probs of the trainer's forward, over the student's ids in use."""
-        return self._trainer_forward(pairs, temperature)
-
     @cached_property
-    def _trainer_forward(self) -> engines.Forward:
-        """What train would compute: its weights, its autocast, one batch at a time."""
-        source, device = self.model.source, self.case.device
-        lora = self.case.recipe.student.lora
+    def _trainer(self) -> LocalTrainer:
+        """What train would compute with: its weights, its autocast."""
+        source, lora = self.model.source, self.case.recipe.student.lora
         network = open_model(
             source.folder,
             dtype=torch.float32 if lora is None else self.dtype,
-            device=device,
+            device=self.case.device,
             trust_remote_code=source.trust_remote_code,
         )
         if source.adapter is not None:
             read_adapter(network, source.adapter.folder)
         num_ids = self.model.text.num_ids
-        trainer = LocalTrainer(network, Optimizer(), num_ids=num_ids, horizon=1, compute=self.dtype)
+        return LocalTrainer(network, Optimizer(), num_ids=num_ids, horizon=1, compute=self.dtype)
 
-        def forward(pairs: Sequence[Pair], temperature: float) -> list[npt.NDArray[np.float64]]:
-            results = []
-            for prompt, completion in pairs:
-                batch = make_batch([prompt], [completion], device=device)
-                logprobs_N = trainer.logprobs(
-                    batch, temperature=temperature, chunk=self.case.recipe.runtime.head_chunk_tokens
-                )
-                results.append(logprobs_N.double().numpy())
-            return results
-
-        return forward
+    def forward(self, pairs: Sequence[Pair], temperature: float) -> Logprobs:
+        """Log-probs of the trainer's forward, over the student's ids in use, one sequence at a time."""
+        chunk = self.case.recipe.runtime.head_chunk_tokens
+        batches = (make_batch([prompt], [each], device=self.case.device) for prompt, each in pairs)
+        found_N = (self._trainer.logprobs(each, temperature=temperature, chunk=chunk) for each in batches)
+        return [logprobs_N.double().numpy() for logprobs_N in found_N]
 
     def findings(self) -> Iterator[Finding]:
         """The findings on the student alone."""
-        model, name = self.model, self.model.name
-        tokens = self.case.recipe.rollout.max_new_tokens
-
-        def context() -> Outcome:
-            prompts = [model.text.prompt(problem) for problem in longest_problems(self.case.job)]
-            limit = context_of(model.source)
-            return texts.context(prompts, max_new_tokens=tokens, limit=limit, whose="the student")
-
-        yield found("context", name, context)
-        yield found("load", name, lambda: self.case.load(model))
+        name = self.model.name
+        yield found("context", name, self._context)
+        yield found("load", name, lambda: self.case.load(self.model))
         yield found("sampler", name, self._sampler)
         if self.case.depth == "full":
             yield found("reload", name, self._reload)
+
+    def _context(self) -> Outcome:
+        prompts = [self.model.text.prompt(problem) for problem in longest_problems(self.case.job)]
+        new, limit = self.case.recipe.rollout.max_new_tokens, context_of(self.model.source)
+        return texts.context(prompts, max_new_tokens=new, limit=limit, whose="the student")
 
     def _sampler(self) -> Outcome:
         temperature = self.case.recipe.rollout.temperature
@@ -137,10 +123,12 @@ class ExaminedStudent:
         return engines.sampler(drawn, wanted, temperature=temperature, tolerance=self.tolerance)
 
     def _reload(self) -> Outcome:
-        scorer = self.scorer(self.model, temperature=1.0)
-        pairs = self.references(self.problems[:2])
-        other, of_other = self._other()
-        return engines.reload(scorer, other, pairs, forward=self._plain(self.model.source), of_other=of_other)
+        own, other = self.model.source, self._other()
+        forward, of_other = (
+            self.case.plain(self.model, source, self.model.text.num_ids) for source in (own, other)
+        )
+        scorer, pairs = self.scorer(self.model, temperature=1.0), self.references(self.problems[:2])
+        return engines.reload(scorer, other, pairs, forward=forward, of_other=of_other)
 
     def scorer(self, model: ModelHandle, *, temperature: float) -> Scorer:
         """The student's weights, scored by the engine of `model`."""
@@ -155,27 +143,13 @@ class ExaminedStudent:
             for p in problems
         ]
 
-    def _plain(self, source: ModelSource) -> engines.Forward:
-        def forward(pairs: Sequence[Pair], temperature: float) -> list[npt.NDArray[np.float64]]:
-            return plain_logprobs(
-                source,
-                pairs,
-                temperature=temperature,
-                num_ids=self.model.text.num_ids,
-                dtype=self.dtype,
-                device=self.case.device,
-            )
-
-        return forward
-
-    def _other(self) -> tuple[ModelSource, engines.Forward]:
+    def _other(self) -> ModelSource:
         """A model of the student's sizes with other weights: another adapter where that is what changes."""
         source, lora = self.model.source, self.case.recipe.student.lora
-        folder = self._scratch / "other"
+        folder, digest = self._scratch / "other", f"other than {self.model.source.digest}"
         if lora is None:
             perturb(source, folder, dtype=self.dtype, seed=0)
-            other = replace(source, folder=folder, digest=f"other than {source.digest}")
-            return other, self._plain(other)
+            return replace(source, folder=folder, digest=digest)
         network = open_model(
             source.folder,
             dtype=self.dtype,
@@ -188,10 +162,4 @@ class ExaminedStudent:
                 if weight.requires_grad:
                     weight.add_(0.1)
         write_adapter(network, folder)
-        other = replace(source, adapter=AdapterSource(folder, f"other than {source.digest}"))
-
-        def forward(pairs: Sequence[Pair], temperature: float) -> list[npt.NDArray[np.float64]]:
-            num_ids = self.model.text.num_ids
-            return logprobs_of(network.eval(), pairs, temperature=temperature, num_ids=num_ids)
-
-        return other, forward
+        return replace(source, adapter=AdapterSource(folder, digest))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,12 @@ import torch
 from kdpipe.doctor import engine as engines
 from kdpipe.doctor import text as texts
 from kdpipe.doctor.case import Case, context_of, longest_problems, sizes_of
-from kdpipe.doctor.engine import Scorer
-from kdpipe.doctor.finding import Finding, Outcome, Probe, found, skipped
+from kdpipe.doctor.engine import Forward, Scorer
+from kdpipe.doctor.finding import Finding, Outcome, found, skipped
 from kdpipe.errors import KdpipeError
 from kdpipe.models.folder import read_head
 from kdpipe.models.prompting import render_teacher_prompt
-from kdpipe.models.reference import Pair, plain_logprobs
+from kdpipe.models.reference import Pair
 from kdpipe.stages.scoring import TeacherHandle, as_teacher
 from kdpipe.stages.settings.model import SupportSettings, TeacherSettings, routes_of, teaches
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from kdpipe.data.rows import Problem
     from kdpipe.doctor.student import ExaminedStudent
     from kdpipe.engines.handle import ModelHandle
-    from kdpipe.models.prompting import Text
     from kdpipe.recipe.schema import Teacher
 
 _WITHOUT_SHARED_IDS = ("special tokens", "template", "end of sequence", "load", "null test")
@@ -43,6 +43,7 @@ class ExaminedTeacher:
         self.student = student
         self.dtype = case.dtype(model)
         self.tolerance = case.tolerance(model)
+        self.temperature = case.recipe.temperature_of(settings)
         self.problems = [problem for problem in student.problems if teaches(routes_of(settings), problem)]
 
     @cached_property
@@ -56,44 +57,35 @@ class ExaminedTeacher:
             support=SupportSettings.of(recipe),
         )
 
-    @property
-    def temperature(self) -> float:
-        """The temperature at which it scores."""
-        return self.case.recipe.temperature_of(self.settings)
-
     def findings(self) -> Iterator[Finding]:
         """The findings on this teacher."""
         name = self.model.name
         vocabulary = found("vocabulary", name, self._vocabulary)
         yield vocabulary
-        probes = self._quick() if self.case.depth == "quick" else {**self._quick(), **self._full()}
-        for probe, make in probes.items():
-            if vocabulary.verdict == "FAILED" and probe not in _WITHOUT_SHARED_IDS:
-                yield found(
-                    probe, name, lambda: skipped("its ids mean nothing to the student: see vocabulary")
-                )
-            else:
-                yield found(probe, name, make)
+        lost = skipped("its ids mean nothing to the student: see vocabulary")
+        for probe, make in self._probes().items():
+            is_lost = vocabulary.verdict == "FAILED" and probe not in _WITHOUT_SHARED_IDS
+            yield found(probe, name, (lambda: lost) if is_lost else make)
 
     def _vocabulary(self) -> Outcome:
         outcome = texts.vocabulary(self.student.model.text, self.model.text, name=self.model.name)
         assert self.handle is not None  # what else has to fit between the two, raises
         return outcome
 
-    def _quick(self) -> dict[Probe, Callable[[], Outcome]]:
+    def _probes(self) -> dict[str, Callable[[], Outcome]]:
         student, text = self.student.model.text, self.model.text
-        return {
+        quick: dict[str, Callable[[], Outcome]] = {
             "special tokens": lambda: texts.special_tokens(student, text, student.prompt(self.problems[0])),
             "template": self._template,
             "end of sequence": lambda: texts.end_of_sequence(student, text, self.case.recipe.train.objective),
             "context": self._context,
             "load": lambda: self.case.load(self.model),
-            "null test": self._null_test,
+            "null test": lambda: self._null_test(student.prompt),
         }
-
-    def _full(self) -> dict[Probe, Callable[[], Outcome]]:
-        return {
-            "own prompt": self._null_test_of_own_prompt,
+        if self.case.depth == "quick":
+            return quick
+        return quick | {
+            "own prompt": self._own_prompt,
             "shift": lambda: engines.shift(self._scorer(), max(self._references(), key=lambda p: len(p[1]))),
             "not constant": lambda: engines.not_constant(self._scorer(), self._references()),
             "same twice": lambda: engines.same_twice(self._scorer(), self._references()),
@@ -111,30 +103,17 @@ class ExaminedTeacher:
         )
 
     def _template(self) -> Outcome:
-        return texts.template(
-            self.student.model.text,
-            self._own_text(),
-            self.settings,
-            self.problems[0],
-            reads_own=self._reads_own(),
-        )
-
-    def _own_text(self) -> Text:
-        """Its text with the template arguments that its template knows, as teacher-score renders it."""
-        try:
-            return self.handle.text
-        except KdpipeError:  # another probe says why; its template can be shown all the same
-            return self.model.text
+        text = self.model.text
+        with suppress(KdpipeError):  # another probe says why; its template can be shown all the same
+            text = self.handle.text  # with the arguments that its template knows, as teacher-score renders it
+        ours, problem = self.student.model.text, self.problems[0]
+        return texts.template(ours, text, self.settings, problem, reads_own=self._reads_own())
 
     def _context(self) -> Outcome:
-        problems = [
-            problem
-            for problem in longest_problems(self.case.job)
-            if teaches(routes_of(self.settings), problem)
-        ]
-        prompts = [self._prompt(problem) for problem in problems or self.problems]
+        routes = routes_of(self.settings)
+        longest = [problem for problem in longest_problems(self.case.job) if teaches(routes, problem)]
         return texts.context(
-            prompts,
+            [self._prompt(problem) for problem in longest or self.problems],
             max_new_tokens=self.case.recipe.rollout.max_new_tokens,
             limit=context_of(self.model.source) if not self.model.is_served else None,
             whose=f"teacher {self.model.name!r}",
@@ -159,40 +138,32 @@ class ExaminedTeacher:
             for problem, (_, completion) in zip(self.problems, pairs, strict=False)
         ]
 
-    def _null_test(self) -> Outcome:
-        if (why := self._cannot_hold_the_student()) is not None:
-            return skipped(why)
-        return self._null([self.student.model.text.prompt(problem) for problem in self.problems])
+    def _own_prompt(self) -> Outcome:
+        return (
+            self._null_test(self._prompt) if self._reads_own() else skipped("it reads the student's prompt")
+        )
 
-    def _null_test_of_own_prompt(self) -> Outcome:
-        if not self._reads_own():
-            return skipped("it reads the student's prompt")
-        if (why := self._cannot_hold_the_student()) is not None:
-            return skipped(why)
-        prompts = [self._prompt(problem) for problem in self.problems]
-        if any(max(prompt) >= self.student.model.text.num_ids for prompt in prompts):
-            return skipped("its prompt holds ids that the student lacks")
-        return self._null(prompts)
-
-    def _null(self, prompts: Sequence[list[int]]) -> Outcome:
+    def _null_test(self, prompt_of: Callable[[Problem], list[int]]) -> Outcome:
         """The student's weights in this teacher's engine, after these prompts."""
+        if self.model.is_served:
+            return skipped("a server has its weights, and does not load the student's")
+        student = self.student.model
+        is_quick = self.case.depth == "quick" and self.model.engine_name != "hf"
+        if is_quick and sizes_of(self.model.source) != sizes_of(student.source):
+            return skipped("its engine would have to restart for the student: kdpipe doctor does that")
+        prompts = [prompt_of(problem) for problem in self.problems]
+        if any(max(prompt) >= student.text.num_ids for prompt in prompts):
+            return skipped("its prompt holds ids that the student lacks")
         drawn = [completion for _, completion in self.student.pairs(self.problems)]
-        pairs = list(zip(prompts, drawn, strict=True))
         scorer = self.student.scorer(self.model, temperature=self.temperature)
+        whose = "the trainer's forward"
+        return self._agrees(scorer, list(zip(prompts, drawn, strict=True)), self.student.forward, whose=whose)
+
+    def _agrees(self, scorer: Scorer, pairs: Sequence[Pair], forward: Forward, *, whose: str) -> Outcome:
+        """Whether the engine's scores are those of `forward`, for which it makes room."""
         scored = scorer.logprobs(pairs)
         self.case.rest(self.model)
-        whose = "the trainer's forward"
-        return engines.agrees(scorer, pairs, self.student.forward, whose=whose, scored=scored)
-
-    def _cannot_hold_the_student(self) -> str | None:
-        """Why the student's weights do not get into this teacher's engine, or None when they do."""
-        if self.model.is_served:
-            return "a server has its weights, and does not load the student's"
-        if self.case.depth == "full" or self.model.engine_name == "hf":
-            return None
-        if sizes_of(self.model.source) != sizes_of(self.student.model.source):
-            return "its engine would have to restart for the student: kdpipe doctor does that"
-        return None
+        return engines.agrees(scorer, pairs, forward, whose=whose, scored=scored)
 
     def _top_k(self) -> Outcome:
         k = self.case.recipe.keep.teacher_top_k
@@ -228,37 +199,19 @@ class ExaminedTeacher:
             return skipped("a server has its weights: there is no folder to compare with")
         if self.settings.quantization is not None:
             return skipped("quantization is asked for: the engine's weights are not those of the folder")
-        scorer, pairs = self._scorer(), self._references()[:2]
-        scored = scorer.logprobs(pairs)
-        self.case.rest(self.model)
-
-        def forward(pairs: Sequence[Pair], temperature: float) -> list[npt.NDArray[np.float64]]:
-            return plain_logprobs(
-                self.model.source,
-                pairs,
-                temperature=temperature,
-                num_ids=self.handle.num_ids,
-                dtype=self.dtype,
-                device=self.case.device,
-            )
-
+        forward = self.case.plain(self.model, self.model.source, self.handle.num_ids)
         whose = "a plain transformers forward of its folder"
-        return engines.agrees(scorer, pairs, forward, whose=whose, scored=scored)
+        return self._agrees(self._scorer(), self._references()[:2], forward, whose=whose)
 
     def _knows_the_task(self) -> Outcome:
         if (stand_in := self.case.stand_ins.get(self.model.name)) is not None:
             return skipped(stand_in)
         pairs = [(prompt, completion[:-1] or completion) for prompt, completion in self._references()]
-        own = None
+        own, text = pairs, self.handle.text
         if not self._reads_own():
-            text = self.handle.text
-            try:
-                prompts = [
-                    render_teacher_prompt(text.tokenizer, text.style, problem, None)
-                    for problem in self.problems[: len(pairs)]
+            with suppress(KdpipeError):  # the template probe says why it cannot be rendered
+                own = [
+                    (render_teacher_prompt(text.tokenizer, text.style, problem, None), completion)
+                    for problem, (_, completion) in zip(self.problems, pairs, strict=False)
                 ]
-            except KdpipeError:  # the template probe says so
-                prompts = [prompt for prompt, _ in pairs]
-            if prompts != [prompt for prompt, _ in pairs]:
-                own = [(prompt, completion) for prompt, (_, completion) in zip(prompts, pairs, strict=True)]
-        return engines.knows_the_task(self._scorer(), pairs, own)
+        return engines.knows_the_task(self._scorer(), pairs, own if own != pairs else None)

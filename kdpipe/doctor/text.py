@@ -26,29 +26,21 @@ def vocabulary(student: Text, teacher: Text, *, name: str) -> Outcome:
         student.tokenizer, teacher.tokenizer, names=("the student", f"teacher {name!r}")
     )
     lacking = len(both.unscorable)
-    said = f"{both.student_ids} ids in use, the teacher has {both.teacher_ids}"
-    return Outcome(
-        f"{said}; {lacking} of the student's are not scorable" if lacking else f"{said}, all shared"
-    )
+    shared = f"; {lacking} of the student's are not scorable" if lacking else ", all shared"
+    return Outcome(f"{both.student_ids} ids in use, the teacher has {both.teacher_ids}{shared}")
 
 
 def special_tokens(student: Text, teacher: Text, prompt: Sequence[int]) -> Outcome:
     """The special tokens of both, and whether the student's prompt begins as the teacher expects."""
-    sides = [_specials(student), _specials(teacher)]
-    shown = ", ".join(
-        f"{kind} {sides[0][kind]}"
-        if sides[0][kind] == sides[1][kind]
-        else f"{kind} {sides[0][kind]} and {sides[1][kind]}"
-        for kind in SPECIAL
-    )
-    bos = [text.tokenizer.bos_token_id for text in (student, teacher)]
-    if bos[0] is not None and list(prompt[:2]) == [bos[0], bos[0]]:
+    kinds = {kind: dict.fromkeys([_special(student, kind), _special(teacher, kind)]) for kind in SPECIAL}
+    shown = ", ".join(f"{kind} {' and '.join(found)}" for kind, found in kinds.items())
+    bos = student.tokenizer.bos_token_id
+    if bos is not None and list(prompt[:2]) == [bos, bos]:
         return failed(
-            f"the student's prompt begins with two beginning-of-sequence tokens (id {bos[0]}); {shown}"
+            f"the student's prompt begins with two beginning-of-sequence tokens (id {bos}); {shown}"
         )
-    begins = _begins_with_bos(student), _begins_with_bos(teacher)
-    if begins[0] != begins[1]:
-        who = "student" if begins[0] else "teacher"
+    if _begins_with_bos(student) != _begins_with_bos(teacher):
+        who = "student" if _begins_with_bos(student) else "teacher"
         return Outcome(
             f"only the {who}'s tokenizer puts a beginning-of-sequence token before a text, and the teacher reads the "
             f"student's ids; {shown}",
@@ -57,14 +49,10 @@ def special_tokens(student: Text, teacher: Text, prompt: Sequence[int]) -> Outco
     return Outcome(shown)
 
 
-def _specials(text: Text) -> dict[str, str]:
-    """Each special token with its id, `none` where the tokenizer has none."""
-    found = {}
-    for kind in SPECIAL:
-        token = text.tokenizer.special_tokens_map.get(f"{kind}_token")
-        number = None if token is None else text.tokenizer.convert_tokens_to_ids(token)
-        found[kind] = "none" if token is None else f"{token!r} {number}"
-    return found
+def _special(text: Text, kind: str) -> str:
+    """A special token with its id, `none` where the tokenizer has none."""
+    token = text.tokenizer.special_tokens_map.get(f"{kind}_token")
+    return "none" if token is None else f"{token!r} {text.tokenizer.convert_tokens_to_ids(token)}"
 
 
 def _begins_with_bos(text: Text) -> bool:
@@ -139,8 +127,5 @@ def context(
     longest = max(map(len, prompts))
     said = f"longest prompt {longest} + max_new_tokens {max_new_tokens} in a context of {limit}"
     measure = Measure("tokens", float(longest + max_new_tokens), float(limit))
-    if measure.is_ok:
-        return Outcome(said, (measure,))
-    return failed(
-        f"{said} of {whose}: lower rollout.max_new_tokens, or take out the longest problems", measure
-    )
+    why = f" of {whose}: lower rollout.max_new_tokens, or take out the longest problems"
+    return Outcome(said if measure.is_ok else said + why, (measure,))
