@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, ValidationError, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from kdpipe.recipe.models import Scratch, Sft
@@ -80,22 +80,6 @@ class TeacherFields(Section):
     """Teaches only the problems whose record has these values; without it all teachers score every completion."""
     weight: Positive | None = None
     """Its share of the mixture, where several score every completion."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fields_are_of_this_kind(cls, value: Any) -> Any:
-        """The fields without those of other kinds at their defaults; raises for those that are set."""
-        if not isinstance(value, dict):
-            return value
-        own = {info.alias or name for name, info in cls.model_fields.items()}
-        foreign = [key for key in value if key in ABSENT and key not in own]
-        wrong = [key for key in foreign if value[key] != ABSENT[key]]
-        if wrong:
-            raise ValidationError.from_exception_data(
-                cls.__name__,
-                [_at(key, value[key], f"{_owners(key)}; {cls.what}: remove it") for key in wrong],
-            )
-        return {key: item for key, item in value.items() if key not in foreign}
 
     def faults(self) -> Iterator[str]:
         if self.name == "student":
@@ -205,43 +189,51 @@ ABSENT: Mapping[str, JsonValue] = {
 """Every field of any kind, with the value that says nothing."""
 
 
+def _of_one_kind(value: Any) -> Any:
+    """A teacher's mapping without the fields of other kinds; raises where one of them says something."""
+    if not isinstance(value, dict):
+        return value
+    found = [key for key in KINDS if value.get(key) is not None]
+    if len(found) != 1:
+        _raise_wrong(value, {} if found else _near_kinds(value))
+        both = f"; this teacher has {' and '.join(found)}" if found else ""
+        raise ValueError(f"give exactly one of: {', '.join(KINDS)}{both}")
+    kind = KINDS[found[0]]
+    own = {info.alias or name for name, info in kind.model_fields.items()}
+    foreign = [key for key in value if key in ABSENT and key not in own]
+    wrong = [key for key in foreign if value[key] != ABSENT[key]]
+    _raise_wrong(value, {key: f"{_owners(key)}; {kind.what}: remove it" for key in wrong})
+    return {key: item for key, item in value.items() if key not in foreign}
+
+
 def _owners(field: str) -> str:
     """Which kinds have a field, as `goes with model or scratch`."""
     *most, last = [key for key, kind in KINDS.items() if field in kind.model_fields]
     return f"goes with {', '.join(most)}{' or ' if most else ''}{last}"
 
 
-def _at(key: str, value: object, message: str) -> InitErrorDetails:
-    """An error of one field."""
-    return InitErrorDetails(type=PydanticCustomError("field_of_kind", message), loc=(key,), input=value)
-
-
-def _one_kind(value: Any) -> Any:
-    """Raises unless a mapping sets the field of exactly one kind."""
-    if not isinstance(value, dict):
-        return value
-    found = [key for key in KINDS if value.get(key) is not None]
-    if len(found) == 1:
-        return value
+def _near_kinds(value: dict[str, object]) -> dict[str, str]:
+    """What is wrong with unknown keys that are nearly the field of a kind."""
     import difflib  # for this error alone
 
-    near = {
-        key: names[0]
-        for key in value
-        if key not in ABSENT and (names := difflib.get_close_matches(key, KINDS, n=1, cutoff=0.5))
-    }
-    if near and not found:
-        details = [_at(key, value[key], f"unknown key; did you mean {name!r}?") for key, name in near.items()]
+    near = {key: difflib.get_close_matches(key, KINDS, n=1, cutoff=0.5) for key in value if key not in ABSENT}
+    return {key: f"unknown key; did you mean {names[0]!r}?" for key, names in near.items() if names}
+
+
+def _raise_wrong(value: dict[str, object], messages: dict[str, str]) -> None:
+    """Raises an error for each field that has a message."""
+    details = [
+        InitErrorDetails(type=PydanticCustomError("teacher_field", text), loc=(key,), input=value[key])
+        for key, text in messages.items()
+    ]
+    if details:
         raise ValidationError.from_exception_data("Teacher", details)
-    both = f"; this teacher has {' and '.join(found)}" if found else ""
-    raise ValueError(f"give exactly one of: {', '.join(KINDS)}{both}")
 
 
-def _kind_of(value: Any) -> str | None:
+def _kind_of(value: Any) -> str:
     """The name of the class that a teacher is read as."""
-    if isinstance(value, dict):
-        return next((kind.__name__ for key, kind in KINDS.items() if value.get(key) is not None), None)
-    return type(value).__name__
+    own = [kind.__name__ for key, kind in KINDS.items() if isinstance(value, dict) and key in value]
+    return own[0] if own else type(value).__name__
 
 
 Teacher = Annotated[
@@ -254,5 +246,5 @@ Teacher = Annotated[
         custom_error_type="teacher",
         custom_error_message="a teacher is a mapping, as in - {self: initial}",
     ),
-    BeforeValidator(_one_kind),
+    BeforeValidator(_of_one_kind),
 ]

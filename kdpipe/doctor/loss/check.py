@@ -162,36 +162,34 @@ def _property(case: LossCase, number: int) -> tuple[str, Callable[[LossCase], li
 def _teacher_matters(case: LossCase) -> list[Measure]:
     measures = []
     for world in _worlds(case):
-        found, noises = [], []
-        for policies in (on_policy(teacher=2), on_policy(teacher=3)):
-            part_RPV, weight_R, noise = _kd_part(case, world, policies)
-            found.append(torch.einsum("r,rpv->pv", weight_R, part_RPV))
-            noises.append(noise)
-        size = max(_size(gradient) for gradient in found)
-        limit = max(1e-3 * size, 100 * ROUNDING + sum(noises))
-        measures.append(Measure("on-policy", _size(found[0] - found[1]), limit, must_exceed=True, of=size))
+        (one_RPV, weight_R, noise), (other_RPV, _, more) = (
+            _kd_part(case, world, on_policy(teacher=teacher)) for teacher in (2, 3)
+        )
+        one, other = (torch.einsum("r,rpv->pv", weight_R, part_RPV) for part_RPV in (one_RPV, other_RPV))
+        size = max(_size(one), _size(other))
+        limit = max(1e-3 * size, 100 * ROUNDING + noise + more)
+        measures.append(Measure("on-policy", _size(one - other), limit, must_exceed=True, of=size))
     return measures
 
 
 def _claim_holds(case: LossCase) -> list[Measure]:
     """The expectation with the KD mask open; and that a closed completion has no KD part at all."""
-    pairs = [("on-policy", case, on_policy())]
+    settings = [("on-policy", case, on_policy())]
     kd = case.objective.kd
     if case.objective.kind == "srpo":
         pass  # its signal goes through PPO's clip, which has no unbiased setting
     elif isinstance(kd, SampledTerm):
         free = {"ratio": RatioControl(), "decoupled": DecoupledControl() if kd.decoupled else None}
         plain = case.having({"kd": kd.model_copy(update=free)})
-        pairs.append(("off-policy, ratio none", plain, off_policy()))
+        settings.append(("off-policy, ratio none", plain, off_policy()))
     else:
-        pairs.append(("off-policy", case, off_policy()))
+        settings.append(("off-policy", case, off_policy()))
     measures = []
-    for (name, setting, policies), world in itertools.product(pairs, _worlds(case)):
+    for (name, setting, policies), world in itertools.product(settings, _worlds(case)):
         part_RPV, weight_R, noise = _kd_part(setting, world, policies, all_wrong=True)
         found = torch.einsum("r,rpv->pv", weight_R, part_RPV)
         wanted = claimed_gradient(setting.objective, world, policies)
-        size = _size(wanted)
-        measures.append(Measure(name, _size(found - wanted), 1e-10 * size + ROUNDING + noise, of=size))
+        measures.append(_apart(name, found, wanted, noise=noise))
     return measures + _closed_completions(case)
 
 
@@ -205,15 +203,12 @@ def _closed_completions(case: LossCase) -> list[Measure]:
         closed = [any(map(is_right, group)) for group in groups for _ in group]
     else:
         return []
-    rows = drawn(case, groups, on_policy())
-    whole_RPV, rest_RPV = _with_and_without_kd(case, rows, on_policy().student)
-    part_RPV = (whole_RPV - rest_RPV) / objective.distill_weight
+    part_RPV, noise = _kd_parts(case, drawn(case, groups, on_policy()), on_policy().student)
     is_closed_R = torch.tensor(closed)
-    size = _size(part_RPV[~is_closed_R])
-    noise = _noise(case, whole_RPV)
+    size, limit = _size(part_RPV[~is_closed_R]), 100 * ROUNDING + noise
     return [
         Measure("closed completions", _size(part_RPV[is_closed_R]), 0.0, of=size),
-        Measure("open completions", size, 100 * ROUNDING + noise, must_exceed=True, of=size),
+        Measure("open completions", size, limit, must_exceed=True, of=size),
     ]
 
 
@@ -244,26 +239,18 @@ def _kd_part(
     """
     groups = list(itertools.product(world, repeat=2 if case.has_others_baseline else 1))
     rows = drawn(case, groups, policies, all_wrong=all_wrong)
-    whole_RPV, rest_RPV = _with_and_without_kd(case, rows, policies.student)
+    part_RPV, noise = _kd_parts(case, rows, policies.student)
     sampler_PV = policies.behaviour.log_softmax(-1)
     chances = {
         completion: float(of_tokens(completion, sampler_PV[prefixes_of(completion)]).sum().exp())
         for completion in world
     }
     weights = [math.prod(chances[c] for c in group) / len(group) for group in groups for _ in group]
-    part_RPV = (whole_RPV - rest_RPV) / case.objective.distill_weight
-    return part_RPV, torch.tensor(weights, dtype=torch.float64), _noise(case, whole_RPV)
+    return part_RPV, torch.tensor(weights, dtype=torch.float64), noise
 
 
-def _noise(case: LossCase, whole_RPV: Tensor) -> float:
-    """The rounding error of a difference of gradients of that size, at weight 1."""
-    return 64 * torch.finfo(torch.float64).eps * _size(whole_RPV) / case.objective.distill_weight
-
-
-def _with_and_without_kd(
-    case: LossCase, rows: Sequence[EnumeratedRow], student_PV: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Each row's gradient of the objective, and of the objective at `distill_weight: 0`, [R, P, V] each.
+def _kd_parts(case: LossCase, rows: Sequence[EnumeratedRow], student_PV: Tensor) -> tuple[Tensor, float]:
+    """Each row's gradient less that at `distill_weight: 0` [R, P, V], at weight 1, and its rounding error.
 
     All rows are one micro-batch, in which each token has logits, and so a gradient, of its own.
     """
@@ -280,7 +267,10 @@ def _with_and_without_kd(
         found_NV = gradients(loss, [logits_NV])[0] * case.temperature
         return result_RPV.index_put((rows_N, prefixes_N), found_NV, accumulate=True)
 
-    return gradient(case), gradient(case.having({"distill_weight": 0.0}))
+    whole_RPV, rest_RPV = gradient(case), gradient(case.having({"distill_weight": 0.0}))
+    weight = case.objective.distill_weight
+    noise = 64 * torch.finfo(torch.float64).eps * _size(whole_RPV) / weight
+    return (whole_RPV - rest_RPV) / weight, noise
 
 
 # --------------------------------------------------------------------------------- 4 and 5: the whole loss
@@ -289,24 +279,18 @@ def _with_and_without_kd(
 def _cuts_agree(case: LossCase) -> list[Measure]:
     """The sum over micro-batches against one of all rows, on the table, and on a transformer that pads."""
     measures = []
-
-    def compare(name: str, found: Tensor, wanted: Tensor) -> None:
-        size = _size(wanted)
-        measures.append(Measure(name, _size(found - wanted), 1e-10 * size + ROUNDING, of=size))
-
-    rows = [row for row in as_step(case, table_rows(case)) if row.kept_n.any()]
-    whole = _table_outcome(case, rows)
-    for cut in _cuts(rows):
-        compare("table", torch.stack([_table_outcome(case, part) for part in cut]).sum(0), whole)
     model = transformer()
-    rows = [row for row in as_step(case, model.rows) if row.kept_n.any()]
-    whole = model.outcome(case, rows)
-    for cut in _cuts(rows):
-        parts = [model.outcome(case, part) for part in cut]
-        compare("transformer", torch.stack(parts).sum(0), whole)
-    for amount in (0, 3):
-        compare("left padding", model.outcome(case, rows, left_padding=amount), whole)
-    return measures
+    for name, given, outcome in (
+        ("table", table_rows(case), _table_outcome),
+        ("transformer", model.rows, model.outcome),
+    ):
+        rows = [row for row in as_step(case, given) if row.kept_n.any()]
+        whole = outcome(case, rows)
+        for cut in _cuts(rows):
+            parts = [outcome(case, part) for part in cut]
+            measures.append(_apart(name, torch.stack(parts).sum(0), whole))
+    padded = [model.outcome(case, rows, left_padding=amount) for amount in (0, 3)]
+    return measures + [_apart("left padding", found, whole) for found in padded]
 
 
 def _cuts(rows: Sequence[EnumeratedRow]) -> Iterator[list[Sequence[EnumeratedRow]]]:
@@ -339,6 +323,12 @@ def _table_outcome(case: LossCase, rows: Sequence[EnumeratedRow], *, harmful: fl
     logits_PV = (case.temperature * random_logits(1)).requires_grad_()
     loss = loss_of(case, rows, hidden_NP, Head(logits_PV.T, None))
     return torch.cat([loss.detach()[None], gradients(loss, [logits_PV])[0].flatten()])
+
+
+def _apart(name: str, found: Tensor, wanted: Tensor, *, noise: float = 0.0) -> Measure:
+    """How far they are apart, which rounding alone may make them."""
+    size = _size(wanted)
+    return Measure(name, _size(found - wanted), 1e-10 * size + ROUNDING + noise, of=size)
 
 
 def _size(tensor: Tensor) -> float:

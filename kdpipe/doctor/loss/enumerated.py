@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
@@ -227,11 +227,10 @@ def _drawing(policies: Policies, temperature: float) -> Callable[[Completion], E
 
 def table_rows(case: LossCase) -> list[EnumeratedRow]:
     """The completions of the step from the categorical policy, every second one drawn off-policy."""
-    on_rows, off_rows = (
-        drawn(case, [(completion,) for completion in STEP], policies)
-        for policies in (on_policy(), off_policy())
-    )
-    return [(on_rows, off_rows)[number % 2][number] for number in range(len(STEP))]
+    groups = [(completion,) for completion in STEP]
+    rows = drawn(case, groups, on_policy())
+    rows[1::2] = drawn(case, groups, off_policy())[1::2]
+    return rows
 
 
 def as_step(
@@ -318,19 +317,8 @@ def _harmed(case: LossCase, row: EnumeratedRow, value: float) -> EnumeratedRow:
 def _without_masked(row: EnumeratedRow) -> EnumeratedRow:
     """The row without its masked tokens, which are its last ones."""
     n = int(row.kept_n.sum())
-    return replace(
-        row,
-        tokens=row.tokens[:n],
-        context=row.context[:n],
-        behaviour_n=row.behaviour_n[:n],
-        proximal_n=row.proximal_n[:n],
-        teacher_nV=row.teacher_nV[:n],
-        sampler_nV=row.sampler_nV[:n],
-        advantage_n=row.advantage_n[:n],
-        baseline_n=row.baseline_n[:n],
-        kept_n=row.kept_n[:n],
-        scorable_n=row.scorable_n[:n],
-    )
+    names = [field.name for field in fields(row) if isinstance(getattr(row, field.name), (Tensor, tuple))]
+    return replace(row, **{name: getattr(row, name)[:n] for name in names})
 
 
 # --------------------------------------------------------------------------------------------- their loss
@@ -343,17 +331,12 @@ def loss_of(case: LossCase, rows: Sequence[EnumeratedRow], hidden_NH: Tensor, he
     def spread(values: list[bool] | list[float]) -> Tensor:
         return torch.tensor(values).repeat_interleave(counts)
 
+    per_token = ("behaviour", "proximal", "advantage", "kept", "scorable", "teacher", "baseline")
     batch = TokenBatch(
-        behaviour=torch.cat([row.behaviour_n for row in rows]),
-        proximal=torch.cat([row.proximal_n for row in rows]),
-        advantage=torch.cat([row.advantage_n for row in rows]),
-        kept=torch.cat([row.kept_n for row in rows]),
-        scorable=torch.cat([row.scorable_n for row in rows]),
+        **{name: torch.cat([getattr(row, f"{name}_n") for row in rows]) for name in per_token},
         kd_open=spread([row.is_open for row in rows]),
         share=spread([row.share for row in rows]).double(),
         lengths=counts.tolist(),
-        teacher=torch.cat([row.teacher_n for row in rows]),
-        baseline=torch.cat([row.baseline_n for row in rows]),
         off_policy=spread([row.is_reference for row in rows]),
     )
     loss, _ = micro_batch_loss(
