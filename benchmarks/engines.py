@@ -24,7 +24,7 @@ from kdpipe.models.cache import ModelCache
 from kdpipe.models.devices import dtype_name, resolve_device, resolve_dtype
 from kdpipe.models.folder import read_architecture
 from kdpipe.models.source import ModelSource
-from kdpipe.recipe.runtime import Vllm
+from kdpipe.recipe.runtime import Runtime, Vllm
 
 
 def main() -> None:
@@ -41,12 +41,13 @@ def main() -> None:
     sampling = Sampling(1.0, arguments.new_tokens, (), num_ids)
     engines: dict[str, Engine] = {
         "vllm": VllmEngine(
-            Vllm(max_model_len=arguments.prompt_tokens + arguments.new_tokens),
+            Runtime(
+                vllm=Vllm(max_model_len=arguments.prompt_tokens + arguments.new_tokens),
+                threads=arguments.threads,
+            ),
             device=device,
-            score_tokens=8192,
-            threads=arguments.threads,
         ),
-        "hf": HfEngine(ModelCache(device), sample_tokens=65536, score_tokens=8192, head_chunk_tokens=512),
+        "hf": HfEngine(ModelCache(device), Runtime()),
     }
     results: dict[str, object] = {
         "benchmark": "engines",

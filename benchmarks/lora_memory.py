@@ -30,6 +30,7 @@ from kdpipe.models.logprobs import Head, token_logprobs
 from kdpipe.models.prompting import arithmetic_tokenizer, open_tokenizer
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.models import Lora, Optimizer, Scratch
+from kdpipe.recipe.runtime import Runtime
 from kdpipe.training.local import LocalTrainer
 
 NUM_IDS = 4096
@@ -106,7 +107,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     cache = ModelCache(CPU)
     source = ModelSource(arguments.folder / "base", "base", dtype="float32")
     if arguments.teacher:
-        engine = HfEngine(cache, sample_tokens=65536, score_tokens=8192, head_chunk_tokens=512)
+        engine = HfEngine(cache, Runtime())
         engine.load(source)
         engine.score(
             [ScoreRequest(*pair) for pair in pairs],

@@ -18,6 +18,7 @@ from kdpipe.engines.protocol import Completion, SampleRequest, Sampling, ScoreRe
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.devices import resolve_device
 from kdpipe.models.source import ModelSource
+from kdpipe.recipe.runtime import Runtime
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     cache = ModelCache(device)
-    engine = HfEngine(cache, sample_tokens=65536, score_tokens=8192, head_chunk_tokens=512)
+    engine = HfEngine(cache, Runtime())
     source = ModelSource(arguments.model, "benchmark", dtype="float32")
     engine.load(source)
     model = cache.get(source)

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 import kdpipe.execution.roles
 from kdpipe.engines.handle import ModelHandle
-from kdpipe.engines.protocol import Ability, Completion, Engine, ScoreRequest, Scoring, TokenScores
+from kdpipe.engines.protocol import Completion, Engine, ScoreRequest, Scoring, TokenScores
 from kdpipe.execution.executor import Performer
 from kdpipe.models.prompting import arithmetic_tokenizer
 from kdpipe.models.source import ModelSource
@@ -30,6 +30,7 @@ from kdpipe.pipeline.preflight import examination
 from kdpipe.pipeline.project import open_project
 from kdpipe.pipeline.request import STEPS
 from kdpipe.recipe.file import LoadedRecipe
+from kdpipe.recipe.section import Ability
 from kdpipe.workers.worker import Report
 from tests.wire import answered, asked
 from tests.worlds import load_tiny

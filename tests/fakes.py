@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from kdpipe.engines.protocol import (
-    Ability,
     Completion,
     Progress,
     SampleRequest,
@@ -20,6 +19,7 @@ from kdpipe.engines.protocol import (
 )
 from kdpipe.errors import EngineError
 from kdpipe.models.source import ModelSource
+from kdpipe.recipe.section import Ability
 
 
 def fake_text(ids: Sequence[int]) -> str:

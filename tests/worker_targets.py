@@ -102,11 +102,22 @@ class Echo:
 
 
 def fake_host() -> Host:
-    """Serves the engine without a model; with 64 positions, as the contract wants."""
+    """Serves the engine without a model; it has hidden states, as the engine that it stands for."""
+    from dataclasses import replace
+
+    import numpy as np
+
     from kdpipe.engines.remote import Host
     from tests.fakes import FakeEngine
 
-    return Host(lambda _hosting: FakeEngine())
+    class WithHidden(FakeEngine):
+        def score(self, requests: Any, scoring: Any, *, progress: Any) -> list[Any]:
+            found = super().score(requests, replace(scoring, hidden=False), progress=progress)
+            if not scoring.hidden:
+                return list(found)
+            return [replace(one, hidden=np.ones((len(one.logprobs), 3), np.float32)) for one in found]
+
+    return Host(lambda _hosting: WithHidden())
 
 
 def failing() -> Echo:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from kdpipe.engines.protocol import (
-        Ability,
         Completion,
         Engine,
         Progress,
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     )
     from kdpipe.models.prompting import Text
     from kdpipe.models.source import ModelSource
-    from kdpipe.recipe.section import EngineName
+    from kdpipe.recipe.section import Ability, EngineName
 
     Runs: TypeAlias = EngineName | Literal["server"]
 

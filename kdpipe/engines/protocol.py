@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from kdpipe.errors import EngineError
 from kdpipe.models.source import ModelSource
+from kdpipe.recipe.section import Ability
 from kdpipe.workers.message import ArrayField, message
 
 Floats: TypeAlias = Annotated[npt.NDArray[np.float32], ArrayField()]
@@ -111,10 +112,6 @@ class TokenScores:
     topk_logprobs: Floats | None = None
     tail_logprobs: Floats | None = None
     hidden: Floats | None = None
-
-
-Ability = Literal["support", "hidden"]
-"""What not every engine can score: ids that the request gives beside the sampled ones, and the hidden states."""
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from kdpipe.engines.protocol import (
-    Ability,
     Completion,
     Engine,
     Progress,
@@ -28,14 +27,12 @@ from kdpipe.engines.protocol import (
 from kdpipe.errors import EngineError, KdpipeError
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.runtime import Runtime
-from kdpipe.recipe.section import EngineName
+from kdpipe.recipe.section import ENGINE_ABILITIES, EngineName
 from kdpipe.workers.message import Nothing, Talk, message
 from kdpipe.workers.worker import Report, Worker
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from kdpipe.models.cache import ModelCache
 
 HOST = "kdpipe.engines.remote:Host"
 
@@ -51,13 +48,6 @@ class Hosting:
     device: str
     runtime: Runtime
     num_models: int = 1
-
-
-@message
-class AskAbilities:
-    """What can the engine score?"""
-
-    hosting: Hosting
 
 
 @message
@@ -108,13 +98,6 @@ class Tokens:
 
 
 @message
-class Abilities:
-    """What the engine can score."""
-
-    names: frozenset[Ability]
-
-
-@message
 class Sampled:
     """Completions, in the order of the requests."""
 
@@ -128,10 +111,10 @@ class Scored:
     scores: list[TokenScores]
 
 
-Question: TypeAlias = AskAbilities | Load | SampleCall | ScoreCall | Sleep | End
-Answer: TypeAlias = Abilities | Sampled | Scored | Nothing
+Question: TypeAlias = Load | SampleCall | ScoreCall | Sleep | End
+Answer: TypeAlias = Sampled | Scored | Nothing
 TALK = Talk[Question, Tokens, Answer](
-    (AskAbilities, Load, SampleCall, ScoreCall, Sleep, End), (Tokens,), (Abilities, Sampled, Scored, Nothing)
+    (Load, SampleCall, ScoreCall, Sleep, End), (Tokens,), (Sampled, Scored, Nothing)
 )
 OpenEngine: TypeAlias = "Callable[[Hosting], Engine]"
 
@@ -143,30 +126,17 @@ def open_engine(hosting: Hosting) -> Engine:
     runtime, device = hosting.runtime, torch.device(hosting.device)
     match hosting.engine:
         case "hf":
+            from kdpipe.engines.hf.engine import HfEngine
             from kdpipe.models.cache import ModelCache
 
             if runtime.threads is not None:
                 torch.set_num_threads(runtime.threads)
             torch.use_deterministic_algorithms(mode=True, warn_only=True)
-            return hf_engine(ModelCache(device, limit=hosting.num_models), runtime)
+            return HfEngine(ModelCache(device, limit=hosting.num_models), runtime)
         case "vllm":
             from kdpipe.engines.vllm.engine import VllmEngine
 
-            return VllmEngine(
-                runtime.vllm, device=device, score_tokens=runtime.score_tokens, threads=runtime.threads
-            )
-
-
-def hf_engine(cache: ModelCache, runtime: Runtime) -> Engine:
-    """The engine that runs the models of `cache` in this process."""
-    from kdpipe.engines.hf.engine import HfEngine
-
-    return HfEngine(
-        cache,
-        sample_tokens=runtime.sample_tokens,
-        score_tokens=runtime.score_tokens,
-        head_chunk_tokens=runtime.head_chunk_tokens,
-    )
+            return VllmEngine(runtime, device=device)
 
 
 # --------------------------------------------------------------------------------------- the caller's side
@@ -188,22 +158,8 @@ class WorkerEngine:
     ) -> None:
         self._hosting = hosting
         self._worker = Worker(target, TALK, log=log, environment=environment, leads_group=True)
-        self._abilities: frozenset[Ability] | None = None
         self._source: ModelSource | None = None
-
-    @property
-    def pid(self) -> int | None:
-        """The process, or None while there is none."""
-        return self._worker.pid
-
-    @property
-    def abilities(self) -> frozenset[Ability]:
-        """See Engine: those of the engine in the other process."""
-        if self._abilities is None:
-            answer = self._call(AskAbilities(self._hosting))
-            assert isinstance(answer, Abilities)
-            self._abilities = answer.names
-        return self._abilities
+        self.abilities = ENGINE_ABILITIES[hosting.engine]
 
     def holds(self, source: ModelSource) -> bool:
         """Whether `load` would open nothing: this is what was loaded last."""
@@ -269,14 +225,14 @@ class Host:
 
     def __call__(self, request: Question, report: Report[Tokens]) -> Answer:
         """The answer to one call of a `WorkerEngine`."""
-        engine = self._opened(request.hosting)
+        if self._engine is None:
+            self._engine = self._open_engine(request.hosting)
+        engine = self._engine
 
         def progress(count: int) -> None:
             report.event(Tokens(count))
 
         match request:
-            case AskAbilities():
-                return Abilities(engine.abilities)
             case Load(source=source):
                 engine.load(source)
             case SampleCall(requests=requests, sampling=sampling):
@@ -289,8 +245,3 @@ class Host:
                 self._engine = None
                 engine.close()
         return Nothing()
-
-    def _opened(self, hosting: Hosting) -> Engine:
-        if self._engine is None:
-            self._engine = self._open_engine(hosting)
-        return self._engine

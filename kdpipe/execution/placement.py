@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from kdpipe.engines.handle import Turns
-from kdpipe.engines.remote import Hosting, WorkerEngine, hf_engine
+from kdpipe.engines.hf.engine import HfEngine
+from kdpipe.engines.remote import Hosting, WorkerEngine
 from kdpipe.errors import RecipeError
 from kdpipe.models.devices import resolve_device
 from kdpipe.recipe.roles import STUDENT_ROLE, Role, teacher_role
@@ -56,7 +57,7 @@ class Engines:
         self._logs = logs
         self._device = _numbered(cache.device)
         self._places = _places(recipe)
-        self._shared = hf_engine(cache, recipe.runtime)
+        self._shared = HfEngine(cache, recipe.runtime)
         self._engines: dict[str, WorkerEngine] = {}
         self._turns: dict[torch.device, Turns] = {}
 

@@ -12,11 +12,12 @@ Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 EngineName = Literal["hf", "vllm"]
-ENGINE_ABILITIES: dict[EngineName, frozenset[str]] = {
+Ability = Literal["support", "hidden"]
+"""What not every engine can score: ids that the request gives beside the sampled ones, and the hidden states."""
+ENGINE_ABILITIES: dict[EngineName, frozenset[Ability]] = {
     "hf": frozenset({"support", "hidden"}),
     "vllm": frozenset(),
 }
-"""What each engine scores beyond sampled tokens and the teacher's top k (see engines/protocol.py)."""
 TextSource = Literal["reference", "teacher"]
 
 

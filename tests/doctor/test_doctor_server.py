@@ -14,6 +14,7 @@ import torch
 from kdpipe.engines.hf.engine import HfEngine
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.source import ModelSource
+from kdpipe.recipe.runtime import Runtime
 from tests import clinic
 from tests.clinic import Findings, examined, load_world, verdicts, write_world
 from tests.serving import MODEL, Reply, Served, serve
@@ -36,7 +37,7 @@ def served(folder: Path) -> Iterator[Served]:
     with clinic.one_thread():
         torch.set_num_threads(1)
         cache = ModelCache(torch.device("cpu"))
-        engine = HfEngine(cache, sample_tokens=4096, score_tokens=4096, head_chunk_tokens=512)
+        engine = HfEngine(cache, Runtime(sample_tokens=4096, score_tokens=4096, head_chunk_tokens=512))
         engine.load(ModelSource(folder / "teacher", "teacher", dtype="float32"))
         with serve(engine, rows=clinic.NUM_IDS, context=clinic.CONTEXT) as found:
             yield found

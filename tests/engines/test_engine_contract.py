@@ -78,7 +78,7 @@ def vllm_subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
     folder = tmp_path_factory.mktemp("model")
     write_model(tiny_model("wide"), tiny_tokenizer(), folder)
     settings = Vllm(kv_cache_gib=0.25, max_num_seqs=64, batch_tokens=64)
-    engine = VllmEngine(settings, device=torch.device("cpu"), score_tokens=100)
+    engine = VllmEngine(Runtime(vllm=settings, score_tokens=100), device=torch.device("cpu"))
     yield Subject(engine, ModelSource(folder, "a", dtype="float32"), fake_text)
     engine.close()
 
@@ -105,7 +105,7 @@ def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Subject]
     else:
         write_model(tiny_model("llama"), tiny_tokenizer(), tmp_path)
         engine = HfEngine(
-            ModelCache(torch.device("cpu")), sample_tokens=400, score_tokens=100, head_chunk_tokens=7
+            ModelCache(torch.device("cpu")), Runtime(sample_tokens=400, score_tokens=100, head_chunk_tokens=7)
         )
     source = ModelSource(tmp_path, "a", dtype="float32")
     engine.load(source)

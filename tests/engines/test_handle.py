@@ -45,7 +45,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerEngine]:
 def hf_engine(num_models: int) -> Open:
     def make() -> Engine:
         cache = ModelCache(torch.device("cpu"), limit=num_models)
-        return HfEngine(cache, sample_tokens=400, score_tokens=100, head_chunk_tokens=7)
+        return HfEngine(cache, Runtime(sample_tokens=400, score_tokens=100, head_chunk_tokens=7))
 
     return make
 

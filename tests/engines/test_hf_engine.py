@@ -16,6 +16,7 @@ from kdpipe.errors import EngineError
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.folder import write_model
 from kdpipe.models.source import ModelSource
+from kdpipe.recipe.runtime import Runtime
 from tests.tiny_models import (
     CONFIGS,
     FAST,
@@ -35,7 +36,9 @@ SAMPLING = Sampling(temperature=1.0, max_new_tokens=12, end_ids=(1, 7), num_ids=
 def engine_of(model, *, sample_tokens=10_000, score_tokens=120, digest="a"):
     cache = ModelCache(torch.device("cpu"))
     cache.publish(digest, model)
-    engine = hf.HfEngine(cache, sample_tokens=sample_tokens, score_tokens=score_tokens, head_chunk_tokens=5)
+    engine = hf.HfEngine(
+        cache, Runtime(sample_tokens=sample_tokens, score_tokens=score_tokens, head_chunk_tokens=5)
+    )
     engine.load(ModelSource(Path("/not/read"), digest, dtype="float32"))
     return engine
 
@@ -113,12 +116,12 @@ def test_batch_limits_do_not_change_what_is_drawn(name, sample_tokens):
 
 def test_batches_stay_within_the_token_budget():
     engine = engine_of(tiny_model("llama"), sample_tokens=60)
-    asked = requests()
-    batches = engine._sample_batches(asked, max_new_tokens=12)
-    assert sum(map(len, batches)) == 3 * len(PROMPTS)
-    for rows in batches:
-        widest = max(len(asked[row.request].prompt_token_ids) for row in rows)
-        assert len(rows) == 1 or len(rows) * (widest + 12) <= 60
+    rows = [hf._Draw(index, 0, 0, prompt) for index, prompt in enumerate(PROMPTS) for _ in range(3)]
+    batches = engine._sample_batches(tiny_model("llama"), rows, new_tokens=12)
+    assert sorted(place for places in batches for place in places) == list(range(3 * len(PROMPTS)))
+    for places in batches:
+        widest = max(len(rows[place].prompt) for place in places)
+        assert len(places) == 1 or len(places) * (widest + 12) <= 60
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -174,7 +177,7 @@ def test_a_model_trained_in_memory_is_what_its_new_digest_samples_from(tmp_path)
     write_model(model, tiny_tokenizer(), tmp_path)
     cache = ModelCache(torch.device("cpu"))
     cache.publish("before", model)
-    engine = hf.HfEngine(cache, sample_tokens=500, score_tokens=500, head_chunk_tokens=50)
+    engine = hf.HfEngine(cache, Runtime(sample_tokens=500, score_tokens=500, head_chunk_tokens=50))
     engine.load(ModelSource(tmp_path, "before", dtype="float32"))
     before = sample(engine)
     with torch.no_grad():
@@ -263,7 +266,7 @@ def test_what_follows_the_end_of_a_completion_is_not_held_against_it(monkeypatch
     ("asked", "message"),
     [
         (SampleRequest([], (1,)), "request 0.*empty"),
-        (SampleRequest([2, ROWS], (1,)), "request 0.*the model has 16"),
+        (SampleRequest([2, ROWS], (1,)), "request 0.*from 2 to 16, expected 0 to 15"),
         (SampleRequest([2] * 60, (1,)), "request 0: 60 prompt tokens and 12 .* 64"),
     ],
 )
@@ -288,7 +291,7 @@ def test_stop_strings_that_cross_tokens_of_a_long_completion_are_found(tmp_path)
     model = tiny_model("llama")
     write_model(model, tiny_tokenizer(), tmp_path)
     engine = hf.HfEngine(
-        ModelCache(torch.device("cpu")), sample_tokens=9999, score_tokens=99, head_chunk_tokens=9
+        ModelCache(torch.device("cpu")), Runtime(sample_tokens=9999, score_tokens=99, head_chunk_tokens=9)
     )
     engine.load(ModelSource(tmp_path, "a", dtype="float32"))
     free = sample(engine, replace(SAMPLING, end_ids=(), max_new_tokens=40))

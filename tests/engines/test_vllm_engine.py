@@ -24,7 +24,7 @@ from kdpipe.engines.vllm.process import VllmProcess
 from kdpipe.errors import EngineError, ModelError
 from kdpipe.models.folder import write_model
 from kdpipe.models.source import AdapterSource, ModelSource
-from kdpipe.recipe.runtime import Vllm
+from kdpipe.recipe.runtime import Runtime, Vllm
 from tests.tiny_models import ROWS, in_float64, plain_logprobs, tiny_model
 from tests.worlds import write_recipe
 
@@ -62,7 +62,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], M
 @pytest.fixture(scope="module")
 def engine() -> Iterator[VllmEngine]:
     """One for all tests; the first test of each architecture has it start a vLLM."""
-    engine = VllmEngine(SETTINGS, device=CPU, score_tokens=60, threads=1)
+    engine = VllmEngine(Runtime(vllm=SETTINGS, score_tokens=60, threads=1), device=CPU)
     yield engine
     engine.close()
 
@@ -254,7 +254,7 @@ def test_what_does_not_fit_is_refused_before_vllm_sees_it(
     for pair, told in (
         (([], [3]), "empty"),
         (([2, ROWS], [3]), "from 2 to 16"),
-        (([2], [NUM_IDS]), "13, there are 13"),
+        (([2], [NUM_IDS]), "13, expected 0 to 12"),
     ):
         with pytest.raises(EngineError, match=told):
             score(engine, [pair])
@@ -306,7 +306,7 @@ from pathlib import Path
 import torch
 from kdpipe.models.source import ModelSource
 from kdpipe.engines.vllm.engine import VllmEngine
-from kdpipe.recipe.runtime import Vllm
+from kdpipe.recipe.runtime import Runtime, Vllm
 
 def tell():
     while not multiprocessing.active_children():
@@ -316,7 +316,7 @@ def tell():
 if __name__ == "__main__":
     threading.Thread(target=tell, daemon=True).start()
     settings = Vllm(kv_cache_gib=0.25, max_num_seqs=32, batch_tokens=64)
-    engine = VllmEngine(settings, device=torch.device("cpu"), score_tokens=60)
+    engine = VllmEngine(Runtime(vllm=settings, score_tokens=60), device=torch.device("cpu"))
     engine.load(ModelSource(Path(sys.argv[1]), "a", dtype="float32"))
     print("loaded", flush=True)
     sys.stdin.read()

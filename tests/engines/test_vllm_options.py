@@ -25,7 +25,7 @@ from kdpipe.errors import EngineError, RecipeError
 from kdpipe.models.folder import open_model, read_architecture, write_model
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.file import load_recipe
-from kdpipe.recipe.runtime import Vllm
+from kdpipe.recipe.runtime import Runtime, Vllm
 from tests.tiny_models import FLOAT32_NATS, ROWS, in_float64, plain_logprobs, tiny_model, tiny_tokenizer
 from tests.worlds import write_recipe
 
@@ -174,7 +174,7 @@ ENGINES: list[VllmEngine] = []
 def engine_of(
     settings: Vllm = DEFAULTS, *, device: torch.device = CPU, threads: int | None = None
 ) -> VllmEngine:
-    ENGINES.append(VllmEngine(settings, device=device, score_tokens=40, threads=threads))
+    ENGINES.append(VllmEngine(Runtime(vllm=settings, score_tokens=40, threads=threads), device=device))
     return ENGINES[-1]
 
 

@@ -168,7 +168,7 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Engines, l
         diary: list[str] = []
         names = iter(("trainer", "sampler", "teacher"))
         monkeypatch.setattr(kdpipe.execution.placement, "resolve_device", torch.device)
-        monkeypatch.setattr(kdpipe.execution.placement, "hf_engine", lambda *_: Sleeper(next(names), diary))
+        monkeypatch.setattr(kdpipe.execution.placement, "HfEngine", lambda *_: Sleeper(next(names), diary))
         monkeypatch.setattr(Engines, "_started", lambda _self, _name, place, _log: Sleeper(place.name, diary))
         more = {f"runtime__{name}": value for name, value in runtime.items()}
         recipe = recipe_of(runtime__device=device, runtime__placement=placement, **more)
@@ -281,7 +281,7 @@ def test_processes_of_roles_stay_over_rounds_and_end_with_the_run(
 
     def noted(self: WorkerEngine, source: ModelSource) -> None:
         load(self, source)
-        pids.append((self._worker.log.name, self.pid))
+        pids.append((self._worker.log.name, self._worker.pid))
 
     monkeypatch.setattr(WorkerEngine, "load", noted)
     run_near(load_tiny(tmp_path, rounds=3, runtime__placement={"own_process": ["sampler"]}), tmp_path / "out")

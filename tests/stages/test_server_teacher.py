@@ -20,6 +20,7 @@ from kdpipe.models.folder import scratch_model, write_model
 from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.models import Scratch
+from kdpipe.recipe.runtime import Runtime
 from tests.fakes import FakeEngine
 from tests.serving import MODEL, Reply, Served, serve
 from tests.worlds import Watcher, events_of, leftovers, load_tiny, payload_digests, run_near
@@ -44,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def served(model: Path) -> Iterator[Served]:
     engine = HfEngine(
-        ModelCache(torch.device("cpu")), sample_tokens=4096, score_tokens=4096, head_chunk_tokens=512
+        ModelCache(torch.device("cpu")), Runtime(sample_tokens=4096, score_tokens=4096, head_chunk_tokens=512)
     )
     engine.load(ModelSource(model, "teacher", dtype="float32"))
     with serve(engine, rows=NUM_IDS, context=256) as found:

@@ -42,6 +42,7 @@ from kdpipe.models.source import AdapterSource, ModelSource
 from kdpipe.pipeline.housekeeping import export
 from kdpipe.pipeline.project import Project, open_project
 from kdpipe.recipe.models import Lora, Optimizer
+from kdpipe.recipe.runtime import Runtime
 from kdpipe.training.local import LocalTrainer
 from kdpipe.training.optimizer import read_trainer
 from kdpipe.training.protocol import Trainer
@@ -465,7 +466,7 @@ def sample(model: Any) -> list[tuple[list[int], list[int], list[float]]]:
     if is_adapted(model) and any(weight.requires_grad for weight in model.parameters()):
         cache.publish("on", model)
         source = ModelSource(source.folder, "a", dtype="float32", adapter=AdapterSource(source.folder, "on"))
-    engine = HfEngine(cache, sample_tokens=400, score_tokens=60, head_chunk_tokens=5)
+    engine = HfEngine(cache, Runtime(sample_tokens=400, score_tokens=60, head_chunk_tokens=5))
     engine.load(source)
     prompts = [[2], [3, 4, 5], [6] * 17, [5, 4, 3, 2, 11, 10]]
     settings = Sampling(temperature=1.0, max_new_tokens=10, end_ids=(1,), num_ids=ROWS)

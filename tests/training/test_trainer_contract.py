@@ -17,6 +17,7 @@ from kdpipe.models.cache import ModelCache
 from kdpipe.models.folder import open_model
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.models import Optimizer
+from kdpipe.recipe.runtime import Runtime
 from kdpipe.training.local import LocalTrainer
 from kdpipe.training.optimizer import read_trainer
 from kdpipe.training.protocol import Trainer
@@ -176,7 +177,7 @@ def test_a_published_version_is_the_weights_bit_for_bit_and_each_publish_is_anot
 def test_a_withdrawn_version_is_never_sampled_from(make: Make, tmp_path: Path) -> None:
     trainer, cache = make(tiny_llama()), ModelCache(CPU)
     first = published(trainer, cache, tmp_path / "first")
-    engine = HfEngine(cache, sample_tokens=100, score_tokens=100, head_chunk_tokens=10)
+    engine = HfEngine(cache, Runtime(sample_tokens=100, score_tokens=100, head_chunk_tokens=10))
     engine.load(first)
     before = sampled(engine)
     trainer.begin()

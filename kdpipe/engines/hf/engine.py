@@ -8,6 +8,7 @@ Shapes: B rows (completions being sampled), T steps, V ids in use, H hidden size
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -18,18 +19,21 @@ from transformers import PreTrainedModel
 
 from kdpipe.engines.hf.decoding import is_llama_like, make_decoder
 from kdpipe.engines.hf.sampling import draw, uniforms
-from kdpipe.engines.protocol import Completion, TokenScores, about
-from kdpipe.errors import EngineError, ModelError
+from kdpipe.engines.limits import NOT_FINITE_HINT, require_sampling, require_scoring
+from kdpipe.engines.protocol import Completion, TokenScores
+from kdpipe.errors import EngineError
 from kdpipe.models.batching import batches_by_tokens, make_batch
 from kdpipe.models.logprobs import Head, HeadScores, head_of, hidden_states, score_tokens
 from kdpipe.models.prompting import open_tokenizer
+from kdpipe.recipe.section import ENGINE_ABILITIES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kdpipe.engines.protocol import Ability, Progress, SampleRequest, Sampling, ScoreRequest, Scoring
+    from kdpipe.engines.protocol import Progress, SampleRequest, Sampling, ScoreRequest, Scoring
     from kdpipe.models.cache import ModelCache
     from kdpipe.models.source import ModelSource
+    from kdpipe.recipe.runtime import Runtime
 
 _PROGRESS_STEPS = 32
 _COMPACT_BELOW = 0.75
@@ -37,29 +41,22 @@ _COMPACT_BELOW = 0.75
 
 @dataclass(frozen=True, slots=True)
 class _Draw:
-    """One completion to sample: the request and the place in it, and its seed."""
+    """One completion to sample: the request and the place in it, its seed and its prompt."""
 
     request: int
     sample: int
     seed: int
+    prompt: Sequence[int]
 
 
 class HfEngine:
-    """Samples and scores with the models of a cache, on the cache's device.
+    """Samples and scores with the models of a cache, on its device, within `runtime`'s token limits."""
 
-    `sample_tokens` bounds the tokens of one sampling batch, prompts and new ones; `score_tokens` those of
-    one forward pass; `head_chunk_tokens` those whose logits exist at once.
-    """
+    abilities = ENGINE_ABILITIES["hf"]
 
-    abilities: frozenset[Ability] = frozenset({"support", "hidden"})
-
-    def __init__(
-        self, models: ModelCache, *, sample_tokens: int, score_tokens: int, head_chunk_tokens: int
-    ) -> None:
+    def __init__(self, models: ModelCache, runtime: Runtime) -> None:
         self._models = models
-        self._sample_tokens = sample_tokens
-        self._score_tokens = score_tokens
-        self._head_chunk_tokens = head_chunk_tokens
+        self._runtime = runtime
         self._model: PreTrainedModel | None = None
         self._source: ModelSource | None = None
 
@@ -74,21 +71,21 @@ class HfEngine:
         self, requests: Sequence[SampleRequest], sampling: Sampling, *, progress: Progress
     ) -> list[list[Completion]]:
         """See Engine."""
-        model, _ = self._loaded()
-        for index, request in enumerate(requests):
-            with about(index):
-                _require_fit(model, request.prompt_token_ids, new_tokens=sampling.max_new_tokens)
-        _require_ids(model, sampling.num_ids)
-        results: dict[tuple[int, int], Completion] = {}
-        for rows in self._sample_batches(requests, max_new_tokens=sampling.max_new_tokens):
-            prompts = [requests[index].prompt_token_ids for index, _ in _runs(rows)]
-            completions = self._sample_rows(rows, prompts, sampling, progress=progress)
-            for row, completion in zip(rows, completions, strict=True):
-                results[row.request, row.sample] = completion
-        return [
-            [results[index, sample] for sample in range(len(request.seeds))]
+        model, source = self._loaded()
+        require_sampling(requests, sampling, **_limits(model))
+        rows = [
+            _Draw(index, sample, seed, request.prompt_token_ids)
             for index, request in enumerate(requests)
+            for sample, seed in enumerate(request.seeds)
         ]
+        ends = _Ends(sampling, source, device=self._models.device)
+        completions: dict[int, Completion] = {}
+        for places in self._sample_batches(model, rows, new_tokens=sampling.max_new_tokens):
+            batch = [rows[place] for place in places]
+            drawn = self._sample_rows(model, batch, sampling, ends, progress=progress)
+            completions |= zip(places, drawn, strict=True)
+        in_order = (completions[place] for place in range(len(rows)))
+        return [[next(in_order) for _ in request.seeds] for request in requests]
 
     @torch.inference_mode()
     def score(
@@ -96,44 +93,37 @@ class HfEngine:
     ) -> list[TokenScores]:
         """See Engine."""
         model, _ = self._loaded()
-        for index, request in enumerate(requests):
-            with about(index):
-                completion = request.completion_token_ids
-                _require_fit(model, request.prompt_token_ids, new_tokens=len(completion))
-                _require_known(model, completion)
-                _require_known(model, request.scored_ids)
-                _require_support(request, scoring.num_ids)
-        head = head_of(model, num_ids=_require_ids(model, scoring.num_ids, top_k=scoring.top_k))
+        require_scoring(requests, scoring, **_limits(model))
+        head = head_of(model, num_ids=scoring.num_ids)
         lengths = [
             len(request.prompt_token_ids) + len(request.completion_token_ids) - 1 for request in requests
         ]
         results: dict[int, TokenScores] = {}
-        for indexes in batches_by_tokens(lengths, self._score_tokens):
+        for indexes in batches_by_tokens(lengths, self._runtime.score_tokens):
+            asked = [requests[index] for index in indexes]
             batch = make_batch(
-                [requests[index].prompt_token_ids for index in indexes],
-                [requests[index].completion_token_ids for index in indexes],
+                [request.prompt_token_ids for request in asked],
+                [request.completion_token_ids for request in asked],
                 device=self._models.device,
             )
             hidden_NH = hidden_states(model, batch)
-            scored = [token for index in indexes for token in requests[index].scored_ids]
+            scored = [token for request in asked for token in request.scored_ids]
+            given = [request.support_ids for request in asked if request.support_ids is not None]
             scores = score_tokens(
                 hidden_NH,
                 head,
                 torch.tensor(scored, dtype=torch.long, device=self._models.device),
                 temperature=scoring.temperature,
                 top_k=scoring.top_k,
-                chunk=self._head_chunk_tokens,
-                support_ids_NS=self._supports([requests[index] for index in indexes]),
+                chunk=self._runtime.head_chunk_tokens,
+                support_ids_NS=torch.from_numpy(np.concatenate(given)).to(self._models.device)
+                if given
+                else None,
             )
             kept_NH = hidden_NH if scoring.hidden else None
             results |= zip(indexes, _split(scores, kept_NH, batch.counts, indexes), strict=True)
             progress(len(batch.target_ids_N))
         return [results[index] for index in range(len(requests))]
-
-    def _supports(self, requests: Sequence[ScoreRequest]) -> torch.Tensor | None:
-        """The `support_ids` of all completion tokens of the requests, one after another."""
-        given = [request.support_ids for request in requests if request.support_ids is not None]
-        return torch.from_numpy(np.concatenate(given)).to(self._models.device) if given else None
 
     def sleep(self) -> None:
         """See Engine."""
@@ -153,42 +143,34 @@ class HfEngine:
             )
         return self._model, self._source
 
-    def _sample_batches(self, requests: Sequence[SampleRequest], *, max_new_tokens: int) -> list[list[_Draw]]:
-        """Rows in batches within the token budget, longest prompts first, a request's rows side by side."""
-        model, _ = self._loaded()
-        rows = [
-            _Draw(index, sample, seed)
-            for index, request in enumerate(requests)
-            for sample, seed in enumerate(request.seeds)
-        ]
-        lengths = [len(requests[row.request].prompt_token_ids) + max_new_tokens for row in rows]
-        batches = [
-            [rows[index] for index in indexes] for indexes in batches_by_tokens(lengths, self._sample_tokens)
-        ]
+    def _sample_batches(
+        self, model: PreTrainedModel, rows: Sequence[_Draw], *, new_tokens: int
+    ) -> list[list[int]]:
+        """Places in `rows`, within the token budget, longest prompts first, a request's side by side."""
+        lengths = [len(row.prompt) + new_tokens for row in rows]
+        batches = batches_by_tokens(lengths, self._runtime.sample_tokens)
         if is_llama_like(model):
             return batches
-
-        def prompt_tokens(row: _Draw) -> int:
-            return len(requests[row.request].prompt_token_ids)
-
-        return [list(group) for batch in batches for _, group in groupby(batch, key=prompt_tokens)]
+        return [list(group) for batch in batches for _, group in groupby(batch, key=lengths.__getitem__)]
 
     def _sample_rows(
         self,
+        model: PreTrainedModel,
         rows: Sequence[_Draw],
-        prompts: Sequence[Sequence[int]],
         sampling: Sampling,
+        ends: _Ends,
         *,
         progress: Progress,
     ) -> list[Completion]:
-        """Completions of one batch of rows; `prompts` are those of its requests, in order."""
-        model, source = self._loaded()
+        """Completions of one batch of rows, in which those of a request stand side by side."""
         head = head_of(model, num_ids=sampling.num_ids)
         decoder = make_decoder(model, max_new_tokens=sampling.max_new_tokens)
-        repeats = [count for _, count in _runs(rows)]
+        prompts = {row.request: row.prompt for row in rows}  # in the order of the rows
+        repeats = Counter(row.request for row in rows)
         ledger = _Ledger(rows, sampling, device=self._models.device)
-        ends = _Ends(sampling, source, device=self._models.device)
-        hidden_HB = decoder.prefill(prompts, repeats, max_tokens=self._score_tokens)
+        hidden_HB = decoder.prefill(
+            list(prompts.values()), list(repeats.values()), max_tokens=self._runtime.score_tokens
+        )
         for step in range(sampling.max_new_tokens):
             logits_BV = _logits(hidden_HB, head)
             ids_B, logprobs_B = draw(logits_BV, ledger.uniforms_BT[:, step], sampling=sampling)
@@ -270,7 +252,7 @@ class _Ledger:
             row, token = bad.nonzero()[0].tolist()
             raise EngineError(
                 f"sample {self._rows[row].sample}: logits at completion token {token} are not finite",
-                hint="the weights hold nan, inf or values too large for the dtype; try dtype: float32",
+                hint=NOT_FINITE_HINT,
                 request=self._rows[row].request,
             )
 
@@ -314,11 +296,6 @@ class _Ends:
         return reached_B | torch.tensor(hits, device=ids_B.device)
 
 
-def _runs(rows: Sequence[_Draw]) -> list[tuple[int, int]]:
-    """Requests of the rows, in order, with the number of rows of each."""
-    return [(request, len(list(group))) for request, group in groupby(rows, key=lambda row: row.request)]
-
-
 def _logits(hidden_HB: torch.Tensor, head: Head) -> torch.Tensor:
     """Logits [B, V] over the ids in use, float32 or float64."""
     logits_VB = torch.mm(head.weight_VH, hidden_HB)
@@ -337,9 +314,7 @@ def _split(
         if not finite_C.all():
             token = int((~finite_C).nonzero()[0])
             raise EngineError(
-                f"logits at completion token {token} are not finite",
-                hint="the weights hold nan, inf or values too large for the dtype; try dtype: float32",
-                request=index,
+                f"logits at completion token {token} are not finite", hint=NOT_FINITE_HINT, request=index
             )
     columns = {"logprobs": scores.logprobs_N.float()}
     if scores.topk_ids_NS.shape[-1]:
@@ -355,42 +330,9 @@ def _split(
     ]
 
 
-def _require_fit(model: PreTrainedModel, ids: Sequence[int], *, new_tokens: int) -> None:
-    """Raises ModelError on a prompt that is too long, EngineError on an empty one or foreign ids."""
-    if not ids:
-        raise EngineError("its prompt is empty, so nothing predicts the first token")
-    limit = model.config.max_position_embeddings
-    if len(ids) + new_tokens > limit:
-        what = f"{len(ids)} prompt tokens and {new_tokens} completion tokens"
-        raise ModelError(
-            f"{what} do not fit the model's context of {limit}",
-            hint="lower max_new_tokens, drop long prompts, or take a model with a longer context",
-        )
-    _require_known(model, ids)
-
-
-def _require_known(model: PreTrainedModel, ids: Sequence[int]) -> None:
-    if not ids:
-        return
-    rows = model.get_input_embeddings().weight.shape[0]
-    if max(ids) >= rows or min(ids) < 0:
-        raise EngineError(f"token ids reach from {min(ids)} to {max(ids)}, the model has {rows}")
-
-
-def _require_support(request: ScoreRequest, num_ids: int) -> None:
-    ids = request.support_ids
-    if ids is None or not ids.size:
-        return
-    if len(ids) != len(request.completion_token_ids):
-        raise EngineError(f"support_ids for {len(ids)} of {len(request.completion_token_ids)} tokens")
-    if ids.max() >= num_ids or ids.min() < 0:
-        raise EngineError(f"support_ids reach from {ids.min()} to {ids.max()}, {num_ids} ids are in use")
-
-
-def _require_ids(model: PreTrainedModel, num_ids: int, *, top_k: int = 0) -> int:
-    rows = model.get_output_embeddings().weight.shape[0]
-    if not 0 < num_ids <= rows:
-        raise EngineError(f"{num_ids} ids in use, but the model's output head has {rows} rows")
-    if not 0 <= top_k <= num_ids:
-        raise EngineError(f"top_k is {top_k}, but there are {num_ids} ids in use")
-    return num_ids
+def _limits(model: PreTrainedModel) -> dict[str, int]:
+    """How many tokens the model holds, and the ids that it has rows for."""
+    return {
+        "context": model.config.max_position_embeddings,
+        "rows": model.get_output_embeddings().weight.shape[0],
+    }

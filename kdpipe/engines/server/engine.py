@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
 from pydantic import JsonValue
 
+from kdpipe.engines.limits import no_scores
 from kdpipe.engines.protocol import Completion, TokenScores, about
 from kdpipe.engines.server.http import Halted, HttpClient, Limits
 from kdpipe.engines.server.replies import (
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     import threading
     from pathlib import Path
 
-    from kdpipe.engines.protocol import Ability, Progress, SampleRequest, Sampling, ScoreRequest, Scoring
+    from kdpipe.engines.protocol import Progress, SampleRequest, Sampling, ScoreRequest, Scoring
     from kdpipe.models.source import ModelSource
     from kdpipe.recipe.runtime import ServerRuntime
+    from kdpipe.recipe.section import Ability
     from kdpipe.recipe.teacher import Server
 
 SEQUENCE = (5, 3, 7, 2, 6, 4, 7, 3, 5, 2, 4, 6)
@@ -161,7 +162,7 @@ class ServerEngine:
     ) -> TokenScores:
         prompt, completion = list(request.prompt_token_ids), list(request.completion_token_ids)
         if not completion:
-            return _empty(scoring.top_k)
+            return no_scores(scoring.top_k)
         ids, asked = [*prompt, *completion], scoring.top_k
 
         def read(answer: dict[str, JsonValue], url: str) -> TokenScores:
@@ -289,11 +290,3 @@ class ServerEngine:
                 hint="start it with a larger --max-model-len (scoring takes one token more than the completion ends "
                 "with), or lower max_new_tokens",
             )
-
-
-def _empty(top_k: int) -> TokenScores:
-    """The scores of a completion without tokens."""
-    none = np.zeros(0, np.float32)
-    if not top_k:
-        return TokenScores(none)
-    return TokenScores(none, np.zeros((0, top_k), np.int32), np.zeros((0, top_k), np.float32), none)

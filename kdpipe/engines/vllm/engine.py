@@ -14,29 +14,33 @@ again only where its log-probs round the same way: stored rows are the truth.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from kdpipe.engines.limits import NOT_FINITE_HINT, no_scores, require_sampling, require_scoring
 from kdpipe.engines.protocol import Completion, TokenScores, about
 from kdpipe.engines.vllm.process import VllmProcess, sampling_params, scoring_params
-from kdpipe.errors import EngineError, ModelError
+from kdpipe.errors import EngineError
 from kdpipe.models.batching import batches_by_tokens
 from kdpipe.models.devices import dtype_name, resolve_dtype
-from kdpipe.models.folder import open_model, read_architecture
+from kdpipe.models.folder import read_architecture
+from kdpipe.models.reference import plain_logprobs
+from kdpipe.recipe.section import ENGINE_ABILITIES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
 
-    from kdpipe.engines.protocol import Ability, Progress, SampleRequest, Sampling, ScoreRequest, Scoring
+    from kdpipe.engines.protocol import Progress, SampleRequest, Sampling, ScoreRequest, Scoring
     from kdpipe.models.folder import Architecture
     from kdpipe.models.source import ModelSource
-    from kdpipe.recipe.runtime import Vllm
+    from kdpipe.recipe.runtime import Runtime
 
+CPU = torch.device("cpu")
 _CPU_KV_CACHE_GIB = 2.0
 _PROBE_TOKENS = 12
 _PROBE_TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.4}
@@ -62,25 +66,19 @@ class _Started:
 
 
 class VllmEngine:
-    """Samples and scores with one vLLM, started for the first model and for each new architecture.
+    """Samples and scores with one vLLM, started for the first model and for each new architecture."""
 
-    `score_tokens` bounds the tokens of the sequences that are scored at once; `threads` are those of a CPU.
-    """
+    abilities = ENGINE_ABILITIES["vllm"]
 
-    abilities: frozenset[Ability] = frozenset()
-
-    def __init__(
-        self, settings: Vllm, *, device: torch.device, score_tokens: int, threads: int | None = None
-    ) -> None:
+    def __init__(self, runtime: Runtime, *, device: torch.device) -> None:
         if device.index:
             raise EngineError(
                 f"engine vllm takes the first device that it sees, not {device}",
                 hint="set runtime.device to cuda, and CUDA_VISIBLE_DEVICES to the devices for vLLM to use",
             )
-        self._settings = settings
+        self._runtime = runtime
+        self._settings = runtime.vllm
         self._device = device
-        self._score_tokens = score_tokens
-        self._threads = threads
         self._started: _Started | None = None
         self._source: ModelSource | None = None
         self._asleep = False
@@ -96,7 +94,7 @@ class VllmEngine:
                 hint="set the engine of this stage to hf, or train without student.lora",
             )
         started = self._alive()
-        if started is not None and self._source is not None and _is_same(self._source, source):
+        if started is not None and self._source and replace(self._source, folder=source.folder) == source:
             self._wake(started)
             return
         architecture = read_architecture(source.folder, trust_remote_code=source.trust_remote_code)
@@ -181,9 +179,9 @@ class VllmEngine:
 
     def _start(self, source: ModelSource, architecture: Architecture) -> _Started:
         environment = {}
-        if self._device.type == "cpu" and self._threads is not None:
+        if self._device.type == "cpu" and (threads := self._runtime.threads) is not None:
             # Bound by itself, vLLM takes a thread for each core, however many kdpipe may use.
-            environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(self._threads)}
+            environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
         process = VllmProcess(self.options(source, architecture), environment)
         dtype, _ = resolve_dtype(source.dtype, self._device)
         return _Started(process, architecture, dtype, source.trust_remote_code, source.quantization)
@@ -212,10 +210,14 @@ class VllmEngine:
                 f"the first is {differing[0]}",
                 hint=hint,
             )
-        ids = probe_ids(started.architecture.rows)
-        self._shape_logits(started, started.architecture.rows, 1.0)
+        rows = started.architecture.rows
+        ids = [(7919 * place + 1) % rows for place in range(_PROBE_TOKENS)]  # spread over the vocabulary
+        self._shape_logits(started, rows, 1.0)
         [found] = self._score(started, [(ids, len(ids) - 1)], top_k=0, progress=lambda _: None)
-        off = np.abs(found.logprobs - reference_logprobs(source, ids)).max()
+        [expected] = plain_logprobs(
+            source, [(ids[:1], ids[1:])], temperature=1.0, num_ids=rows, dtype=torch.float32, device=CPU
+        )
+        off = np.abs(found.logprobs - expected).max()
         if not off <= (tolerance := _PROBE_TOLERANCE[started.dtype]):
             raise EngineError(
                 f"{source.folder}: vLLM scores {len(ids)} tokens up to {off:.3g} nats off what transformers "
@@ -230,10 +232,7 @@ class VllmEngine:
     ) -> list[list[Completion]]:
         """See Engine."""
         started = self._loaded()
-        for index, request in enumerate(requests):
-            with about(index):
-                self._require_fit(started, request.prompt_token_ids, new_tokens=sampling.max_new_tokens)
-        _require_ids(started, sampling.num_ids)
+        require_sampling(requests, sampling, **self._limits(started))
         rows = [(index, seed) for index, request in enumerate(requests) for seed in request.seeds]
         completions: dict[int, Completion] = {}
 
@@ -256,24 +255,23 @@ class VllmEngine:
         started = self._loaded()
         if scoring.hidden:
             raise EngineError("engine vllm gives no hidden states", hint="set teacher_score.engine to hf")
-        jobs = []
         for index, request in enumerate(requests):
-            completion = request.completion_token_ids
-            with about(index):
-                if request.support_ids is not None or request.target_ids is not None:
-                    raise EngineError(
-                        "engine vllm scores the ids that it reads and the most probable ones, no others",
-                        hint="set teacher_score.engine to hf",
-                    )
-                self._require_fit(started, request.prompt_token_ids, new_tokens=len(completion))
-                _require_known(completion, rows=scoring.num_ids)
-            jobs.append(([*request.prompt_token_ids, *completion], len(completion)))
-        _require_ids(started, scoring.num_ids)
-        if not 0 <= scoring.top_k <= scoring.num_ids:
-            raise EngineError(f"top_k is {scoring.top_k}, but there are {scoring.num_ids} ids in use")
+            if request.support_ids is not None or request.target_ids is not None:
+                raise EngineError(
+                    "engine vllm scores the ids that it reads and the most probable ones, no others",
+                    hint="set teacher_score.engine to hf",
+                    request=index,
+                )
+        require_scoring(requests, scoring, **self._limits(started))
+        jobs = [
+            ([*request.prompt_token_ids, *request.completion_token_ids], len(request.completion_token_ids))
+            for request in requests
+        ]
         self._shape_logits(started, scoring.num_ids, scoring.temperature)
         scores = self._score(started, jobs, top_k=scoring.top_k, progress=progress)
-        return [without_tail(score) if 0 < scoring.top_k == scoring.num_ids else score for score in scores]
+        if 0 < scoring.top_k == scoring.num_ids:  # nothing is outside a support that holds all ids
+            return [replace(one, tail_logprobs=np.full_like(one.logprobs, -np.inf)) for one in scores]
+        return scores
 
     def _score(
         self, started: _Started, jobs: Sequence[tuple[list[int], int]], *, top_k: int, progress: Progress
@@ -281,7 +279,7 @@ class VllmEngine:
         """Scores of the last tokens, as many as each job says; an empty completion is not asked for."""
         results = {index: no_scores(top_k) for index, (_, count) in enumerate(jobs) if not count}
         wanted = [index for index in range(len(jobs)) if index not in results]
-        for batch in batches_by_tokens([len(jobs[index][0]) for index in wanted], self._score_tokens):
+        for batch in batches_by_tokens([len(jobs[index][0]) for index in wanted], self._runtime.score_tokens):
             indexes = [wanted[place] for place in batch]
 
             def finish(place: int, output: Any, indexes: list[int] = indexes) -> None:
@@ -307,54 +305,8 @@ class VllmEngine:
             started.process.call("kdpipe_shape_logits", num_ids, temperature)
             self._shape = (num_ids, temperature)
 
-    def _require_fit(self, started: _Started, ids: Sequence[int], *, new_tokens: int) -> None:
-        """Raises ModelError on a prompt that is too long, EngineError on an empty one or foreign ids."""
-        if not ids:
-            raise EngineError("its prompt is empty, so nothing predicts the first token")
-        limit = self._max_tokens(started.architecture)
-        if len(ids) + new_tokens > limit:
-            raise ModelError(
-                f"{len(ids)} prompt tokens and {new_tokens} completion tokens do not fit vLLM's context "
-                f"of {limit}",
-                hint="lower max_new_tokens, drop long prompts, raise runtime.vllm.max_model_len if it is set, "
-                "or take a model with a longer context",
-            )
-        _require_known(ids, rows=started.architecture.rows)
-
-
-def probe_ids(rows: int) -> list[int]:
-    """Token ids to compare two computations on: spread over the vocabulary, always the same."""
-    return [(7919 * place + 1) % rows for place in range(_PROBE_TOKENS)]
-
-
-@torch.inference_mode()
-def reference_logprobs(source: ModelSource, ids: Sequence[int]) -> npt.NDArray[np.float32]:
-    """Log-probs of all ids but the first by transformers' forward in float32 on the CPU."""
-    model = open_model(
-        source.folder,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        trust_remote_code=source.trust_remote_code,
-    )
-    logprobs_TV = model(input_ids=torch.tensor([list(ids)])).logits[0, :-1].log_softmax(-1)
-    found: npt.NDArray[np.float32] = logprobs_TV.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
-    return found
-
-
-def _is_same(held: ModelSource, wanted: ModelSource) -> bool:
-    return (held.digest, held.dtype, held.quantization) == (wanted.digest, wanted.dtype, wanted.quantization)
-
-
-def _require_known(ids: Sequence[int], *, rows: int) -> None:
-    if ids and (max(ids) >= rows or min(ids) < 0):
-        raise EngineError(f"token ids reach from {min(ids)} to {max(ids)}, there are {rows}")
-
-
-def _require_ids(started: _Started, num_ids: int) -> None:
-    if not 0 < num_ids <= started.architecture.rows:
-        raise EngineError(
-            f"{num_ids} ids in use, but the model's output head has {started.architecture.rows} rows"
-        )
+    def _limits(self, started: _Started) -> dict[str, int]:
+        return {"context": self._max_tokens(started.architecture), "rows": started.architecture.rows}
 
 
 # ------------------------------------------------------------------------------------------ what vLLM answers
@@ -389,20 +341,6 @@ def scores_of(output: Any, ids: Sequence[int], *, count: int, top_k: int) -> Tok
     )
 
 
-def no_scores(top_k: int) -> TokenScores:
-    """The scores of an empty completion."""
-    none = np.zeros(0, np.float32)
-    if not top_k:
-        return TokenScores(none)
-    return TokenScores(none, np.zeros((0, top_k), np.int32), np.zeros((0, top_k), np.float32), none)
-
-
-def without_tail(score: TokenScores) -> TokenScores:
-    """The scores of a support that holds all ids: nothing is outside it."""
-    tail = np.full(len(score.logprobs), -np.inf, np.float32)
-    return TokenScores(score.logprobs, score.topk_ids, score.topk_logprobs, tail)
-
-
 def _at_tokens(flat: Any, ids: Sequence[int], *, width: int) -> npt.NDArray[np.float64]:
     """Log-probs [n, width] at n tokens, the token's own first; raises EngineError unless finite."""
     if flat.token_ids[::width] != list(ids):
@@ -410,8 +348,5 @@ def _at_tokens(flat: Any, ids: Sequence[int], *, width: int) -> npt.NDArray[np.f
     logprobs = np.array(flat.logprobs, np.float64).reshape(len(ids), width)
     bad = ~np.isfinite(logprobs).all(axis=1)
     if bad.any():
-        raise EngineError(
-            f"log-probs at token {int(bad.argmax())} are not finite",
-            hint="the weights hold nan, inf or values too large for the dtype; try dtype: float32",
-        )
+        raise EngineError(f"log-probs at token {int(bad.argmax())} are not finite", hint=NOT_FINITE_HINT)
     return logprobs
