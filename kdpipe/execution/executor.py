@@ -14,12 +14,12 @@ from pydantic import JsonValue
 from kdpipe.data.tasks import read_problems
 from kdpipe.doctor.loss.check import unsound
 from kdpipe.errors import PreflightError
+from kdpipe.execution.context import StepContext
 from kdpipe.execution.inputs import Inputs
 from kdpipe.execution.placement import Engines
 from kdpipe.execution.probe import Probe, Problems
 from kdpipe.execution.records import check_records
 from kdpipe.execution.roles import Roles
-from kdpipe.execution.stages import Stages
 from kdpipe.execution.trainers import Trainers
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.devices import dtype_name, resolve_device, resolve_dtype
@@ -111,7 +111,6 @@ class Executor:
         self._engines = Engines(recipe, cache, logs=logs)
         self._roles = Roles(recipe, train, engines=self._engines, cache=cache)
         self._trainers = Trainers(recipe, cache)
-        self._stages = Stages(recipe, engines=self._engines, roles=self._roles, trainers=self._trainers)
         self.probe = Probe(self._roles, self._trainers, device, train, test)
         self._dtype_reported = False
 
@@ -131,12 +130,15 @@ class Executor:
             self._report_other_dtype(inputs)
             started = time.time()
             job = Job(self.recipe.runtime, step.round, step.seed, *self._problems, draft, pulse)
-            trainer = self._stages.perform(inputs, job)
+            context = StepContext(
+                inputs, job, engines=self._engines, roles=self._roles, trainers=self._trainers
+            )
+            context.perform()
             seconds = time.time() - started
             _write_speed(draft, step, pulse, seconds)
             manifest = draft.commit(inputs=digests, provenance=self._provenance(started))
-            if trainer is not None:
-                self._trainers.publish(inputs, trainer, manifest.payload_digest)
+            if context.trained is not None:
+                self._trainers.publish(inputs, context.trained, manifest.payload_digest)
             return Performed(False, manifest.payload_digest, seconds, pulse.all_tokens)
 
     def close(self) -> None:

@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kdpipe.data.payload import ROLLOUTS_FILE
-from kdpipe.data.rows import Rollout
-from kdpipe.data.tables import read_rollouts
 from kdpipe.errors import StepError
 from kdpipe.models.source import AdapterSource, ModelSource
 from kdpipe.pipeline.request import Assignment, StepEvent
-from kdpipe.recipe.roles import BASE_ROLE, STUDENT, STUDENT_ROLE, Role, RoleKind, teacher_role
+from kdpipe.recipe.roles import BASE_ROLE, STUDENT, Role, teacher_role
 from kdpipe.recipe.schema import Recipe, SelfTeacher, Student, Teacher
 from kdpipe.store.artifacts import Entry, Store
 from kdpipe.store.stage import Stage
@@ -70,28 +67,7 @@ class Inputs:
         root = self.store.entry(self.steps[role]).opened(*names)
         return root if folder else root / names[0]
 
-    def texts(self) -> list[Rollout]:
-        """What the teachers wrote for this step to read."""
-        roles = [role for role in self.steps if role.kind is RoleKind.TEXT]
-        return [row for role in roles for row in read_rollouts(self.opened(role, ROLLOUTS_FILE))]
-
     # the models
-
-    def own_role(self) -> Role:
-        """The role of the model that the step is about."""
-        if self.step.subject == STUDENT:
-            return STUDENT_ROLE
-        teachers = self.recipe.teachers
-        return next(
-            (teacher_role(self.recipe, teacher) for teacher in teachers if teacher.name == self.step.subject),
-            Role(RoleKind.TEACHER),
-        )
-
-    def own_teacher(self) -> Teacher:
-        """The teacher that the step is about."""
-        found = self.settings(self.own_role())
-        assert not isinstance(found, Student)
-        return found
 
     def settings(self, role: Role) -> Student | Teacher:
         """What the recipe says of the student or a teacher."""

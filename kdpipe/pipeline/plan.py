@@ -29,14 +29,7 @@ from kdpipe.recipe.roles import (
 from kdpipe.recipe.schema import Recipe, SelfTeacher, Student, Teacher, resolved
 from kdpipe.recipe.task import QuestionTask
 from kdpipe.stages.settings.document import document
-from kdpipe.stages.settings.stage import (
-    EvaluateSettings,
-    RolloutSettings,
-    ScoreSettings,
-    SftSettings,
-    TextSettings,
-    TrainSettings,
-)
+from kdpipe.stages.settings.stage import settings_of
 from kdpipe.store.stage import Stage
 from kdpipe.store.step import Fields, Input, Step, canonical, step_id_of
 
@@ -145,7 +138,6 @@ class _Planner:
     def __init__(self, recipe: Recipe, identities: Identities) -> None:
         self.recipe = recipe
         self.identities = identities
-        self.rollout, self.evaluate = RolloutSettings.of(recipe), EvaluateSettings.of(recipe)
         self.steps: dict[str, Step] = {}
         # Few: most rounds have the settings of the others.
         self._documents: list[tuple[object, Fields]] = []
@@ -173,8 +165,8 @@ class _Planner:
         if recipe.rollout.off_policy_text == "teacher":
             self._texts(number)
             inputs |= self._text_inputs(number)
-        fields = self._fields(self.rollout, self._named_student(inputs), split="train")
-        self._add(Stage.ROLLOUT, number, "", self._seed(recipe.rollout.seed), fields, inputs)
+        seed, named = self._seed(recipe.rollout.seed), self._named_student(inputs)
+        self._add(Stage.ROLLOUT, number, "", seed, named, inputs, split="train")
         for teacher in recipe.teachers if recipe.train.objective.in_round(number).has_kd else ():
             self._teacher_score(number, teacher)
         self._train(number)
@@ -187,9 +179,8 @@ class _Planner:
         if not model.has_cold_start:
             return
         identity = {f"{STUDENT if name == STUDENT else 'teacher'}.model": self._identity(name)}
-        fields = self._fields(SftSettings.of(self.recipe, model), identity, split="train")
         seed = self._seed(model.sft.seed if model.sft is not None else None)
-        self._add(Stage.SFT, 0, name, seed, fields, inputs or {})
+        self._add(Stage.SFT, 0, name, seed, identity, inputs or {}, split="train")
 
     def _texts(self, number: int) -> None:
         """What each teacher writes: for the student's cold start, or where it does not sample in a round."""
@@ -199,9 +190,8 @@ class _Planner:
                 **self._named_teacher(teacher, inputs),
                 f"{STUDENT}.model": self._identity(STUDENT),  # whose prompt is answered, in its ids
             }
-            fields = self._fields(TextSettings.of(self.recipe, number, teacher), named, split="train")
             seed = self._seed(self.recipe.rollout.seed)
-            self._add(Stage.ROLLOUT, number, teacher.name, seed, fields, inputs)
+            self._add(Stage.ROLLOUT, number, teacher.name, seed, named, inputs, split="train")
 
     def _teacher_score(self, number: int, teacher: Teacher) -> None:
         recipe = self.recipe
@@ -212,15 +202,13 @@ class _Planner:
             named |= self._named_student(sampler)
             inputs |= sampler
         reads_records = teacher.prompt is not None or teacher.only is not None
-        split = "train" if reads_records else None
-        fields = self._fields(ScoreSettings.of(recipe, teacher), named, split=split)
-        subject = "" if len(recipe.teachers) == 1 else teacher.name
-        self._add(Stage.TEACHER_SCORE, number, subject, recipe.seed, fields, {**inputs, **model})
+        split, subject = "train" if reads_records else None, teacher_role(recipe, teacher).name
+        self._add(Stage.TEACHER_SCORE, number, subject, recipe.seed, named, inputs | model, split=split)
 
     def _train(self, number: int) -> None:
         recipe = self.recipe
         inputs = {ROLLOUT_ROLE: _input(Stage.ROLLOUT, number), **self._student(number - 1, trainer=True)}
-        fields = self._fields(TrainSettings.of(recipe, number), self._named_student(inputs))
+        named = self._named_student(inputs)
         for teacher in recipe.teachers if recipe.train.objective.in_round(number).has_kd else ():
             role = teacher_role(recipe, teacher)
             inputs[role.as_kind(RoleKind.SCORES)] = _input(Stage.TEACHER_SCORE, number, role.name)
@@ -228,7 +216,7 @@ class _Planner:
                 inputs |= self._teacher(teacher, number - 1)
         if recipe.ema_decay is not None and number > 1:
             inputs[EMA_ROLE] = _input(Stage.TRAIN, number - 1, opens=("ema",))
-        self._add(Stage.TRAIN, number, "", self._seed(recipe.train.seed), fields, inputs)
+        self._add(Stage.TRAIN, number, "", self._seed(recipe.train.seed), named, inputs)
 
     def _evaluate_student(self, number: int) -> None:
         section, inputs = self.recipe.evaluate, self._student(number)
@@ -239,16 +227,14 @@ class _Planner:
             inputs |= found
         if number > 0:
             inputs[BASELINE_ROLE] = _input(Stage.EVALUATE, 0, STUDENT)
-        fields = self._fields(self.evaluate, named, split="test")
-        self._add(Stage.EVALUATE, number, STUDENT, self._seed(section.seed), fields, inputs)
+        self._add(Stage.EVALUATE, number, STUDENT, self._seed(section.seed), named, inputs, split="test")
 
     def _evaluate_teacher(self, teacher: Teacher) -> None:
         inputs = self._teacher(teacher, 0)
         named = self._named_teacher(teacher, inputs)
-        fields = self._fields(EvaluateSettings.of(self.recipe, teacher), named, split="test")
         inputs[BASELINE_ROLE] = _input(Stage.EVALUATE, 0, STUDENT)
         seed = self._seed(self.recipe.evaluate.seed)
-        self._add(Stage.EVALUATE, 0, teacher.name, seed, fields, inputs)
+        self._add(Stage.EVALUATE, 0, teacher.name, seed, named, inputs, split="test")
 
     # models and texts that steps made
 
@@ -283,14 +269,13 @@ class _Planner:
 
     # what models and data are
 
-    def _fields(self, settings: object, named: Fields, *, split: str | None = None) -> Fields:
-        """The settings of a stage as JSON, with the models that no step made, and the data of `split`."""
-        data: Fields = {} if split is None else {"task.data": self._data(split)}
+    def _document(self, settings: object) -> Fields:
+        """The settings of a stage as JSON."""
         found = next((known for other, known in self._documents if other == settings), None)
         if found is None:
             found = document(settings)
             self._documents.append((settings, found))
-        return {**found, **named, **data}
+        return found
 
     def _named_student(self, inputs: Inputs) -> Fields:
         """The identity of the student; None where a step made its weights.
@@ -324,8 +309,19 @@ class _Planner:
         return self.recipe.seed if own is None else own
 
     def _add(
-        self, stage: Stage, number: int, subject: str, seed: int, fields: Fields, inputs: Inputs
+        self,
+        stage: Stage,
+        number: int,
+        subject: str,
+        seed: int,
+        named: Fields,
+        inputs: Inputs,
+        *,
+        split: str | None = None,
     ) -> None:
+        """Adds a step; `named` are the models that no step made, and `split` is of the data that it reads."""
+        settings = settings_of(self.recipe, stage, number, subject=subject)
+        data: Fields = {} if split is None else {"task.data": self._data(split)}
         step_id = step_id_of(stage, subject, number)
         hashed: Fields = {
             "stage": stage,
@@ -333,7 +329,7 @@ class _Planner:
             "round": number,
             "subject": subject,
             "seed": seed,
-            "fields": fields,
+            "fields": {**self._document(settings), **named, **data},
             "inputs": {str(role): self.steps[source.step_id].fingerprint for role, source in inputs.items()},
         }
         fingerprint = hashlib.sha256(canonical(hashed)).hexdigest()

@@ -23,6 +23,7 @@ from kdpipe.data.tables import GRADES, REVERSE_KL, REVERSE_KL_OF_SEVERAL, TableR
 from kdpipe.data.tasks.answers import grade, parse_number
 from kdpipe.errors import DataError
 from kdpipe.method import statistics
+from kdpipe.recipe.roles import STUDENT
 from kdpipe.stages.held_out import Exact, has_exact, held_out_scores
 from kdpipe.stages.job import Job, mean
 from kdpipe.stages.sampling import Grader, request_for, sample_all, sampling_of
@@ -31,7 +32,6 @@ from kdpipe.store.stage import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     import pyarrow as pa
     from pydantic import JsonValue
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from kdpipe.data.rows import Problem
     from kdpipe.engines.handle import ModelHandle
     from kdpipe.engines.protocol import Completion, Sampling
+    from kdpipe.stages.context import Context
     from kdpipe.stages.scoring import TeacherHandle
     from kdpipe.stages.settings.model import Headline
     from kdpipe.stages.settings.stage import EvaluateSettings
@@ -46,24 +47,25 @@ if TYPE_CHECKING:
 Rows = list[TableRow]
 
 
-def evaluate(
-    settings: EvaluateSettings,
-    job: Job,
-    *,
-    subject: str,
-    model: ModelHandle,
-    prompt: Callable[[Problem], list[int]],
-    problems: Sequence[Problem],
-    against: Sequence[TeacherHandle],
-    baseline: Path | None,
-) -> None:
-    """Writes `grades.parquet`, `summary.json` and, with `against`, `reverse_kl.parquet`.
+def evaluate(settings: EvaluateSettings, job: Job, context: Context) -> None:
+    """Writes `grades.parquet`, `summary.json` and, with `settings.teachers`, `reverse_kl.parquet`.
 
-    `problems` are those that are graded, `against` all teachers. `baseline` is the folder of student 0's
-    evaluation, with which this one is compared problem by problem.
+    It is compared with student 0's evaluation problem by problem.
     """
-    grades, free = _grades(settings, job, model, prompt, problems)
-    summary: dict[str, JsonValue] = {"model": subject, "round": job.round, **_accuracy(settings, grades)}
+    baseline = context.baseline(GRADES_FILE, REVERSE_KL_FILE)
+    if settings.teacher is None:
+        name, model = STUDENT, context.student(settings.engine)
+        prompt = model.text.prompt
+    else:
+        teacher, student = context.teacher(settings.teacher), context.student_text()
+        name, model = teacher.name, teacher.model
+
+        def prompt(problem: Problem) -> list[int]:
+            return teacher.prompt_ids(problem, student.prompt(problem))
+
+    against = [context.teacher(one) for one in settings.teachers.values()]
+    grades, free = _grades(settings, job, model, prompt)
+    summary: dict[str, JsonValue] = {"model": name, "round": job.round, **_accuracy(settings, grades)}
     if baseline is not None:
         summary |= _accuracy_change(grades, read_rows(baseline / GRADES_FILE, GRADES))
     if against:
@@ -73,9 +75,9 @@ def evaluate(
             schema = _reverse_kl_schema(against)
             summary |= _reverse_kl_change(rows, read_rows(baseline / REVERSE_KL_FILE, schema))
     job.draft.write_json(SUMMARY_FILE, summary)
-    for name, value in summary.items():
-        if isinstance(value, int | float) and name != "round":
-            job.draft.metric(f"evaluate/{name}", value)
+    for metric, value in summary.items():
+        if isinstance(value, int | float) and metric != "round":
+            job.draft.metric(f"evaluate/{metric}", value)
 
 
 def subset(problems: Sequence[Problem], count: int | None) -> list[Problem]:
@@ -84,7 +86,7 @@ def subset(problems: Sequence[Problem], count: int | None) -> list[Problem]:
     return [problems[index] for index in order[:count]]
 
 
-def graded_problems(settings: EvaluateSettings, test: Sequence[Problem]) -> list[Problem]:
+def _graded_problems(settings: EvaluateSettings, test: Sequence[Problem]) -> list[Problem]:
     """The test problems that the student is graded on, or those of them that the teacher teaches."""
     problems = subset(test, settings.problems)
     if settings.teacher is None:
@@ -102,13 +104,9 @@ def graded_problems(settings: EvaluateSettings, test: Sequence[Problem]) -> list
 
 
 def _grades(
-    settings: EvaluateSettings,
-    job: Job,
-    model: ModelHandle,
-    prompt: Callable[[Problem], list[int]],
-    problems: Sequence[Problem],
+    settings: EvaluateSettings, job: Job, model: ModelHandle, prompt: Callable[[Problem], list[int]]
 ) -> tuple[Rows, int]:
-    sampling = sampling_of(settings.evaluate, model.text)
+    sampling, problems = sampling_of(settings.evaluate, model.text), _graded_problems(settings, job.test)
     grader = Grader(model.text, settings.evaluate.stop, settings.task.headline)
 
     def build(problems: Sequence[Problem]) -> Rows:

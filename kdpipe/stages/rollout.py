@@ -18,6 +18,8 @@ from kdpipe.models.prompting import reference_completion
 from kdpipe.stages.job import Job, mean
 from kdpipe.stages.sampling import Grader, request_for, round_problems, sample_all, sampled_ids, sampling_of
 from kdpipe.stages.settings.model import DrawSettings
+from kdpipe.stages.settings.stage import RolloutSettings, TextSettings
+from kdpipe.stages.teacher_text import write_texts
 from kdpipe.store.stage import Stage
 
 if TYPE_CHECKING:
@@ -25,18 +27,21 @@ if TYPE_CHECKING:
 
     from kdpipe.data.rows import Problem
     from kdpipe.engines.handle import ModelHandle
-    from kdpipe.stages.settings.stage import RolloutSettings
+    from kdpipe.stages.context import Context
 
 
-def rollout(
-    settings: RolloutSettings, job: Job, *, student: ModelHandle, given: Sequence[Rollout] = ()
-) -> None:
+def rollout(settings: RolloutSettings | TextSettings, job: Job, context: Context) -> None:
     """Writes `rollouts.parquet`: for each prompt of the round `rollout.samples` completions, or one text.
 
-    `given` is what teachers wrote for the prompts that are not sampled for; without any they give their references.
+    The text is what a teacher wrote where the step reads some, else the reference. What a teacher writes is a step of
+    this stage too.
     """
+    if isinstance(settings, TextSettings):
+        write_texts(settings, job, context)
+        return
     section = settings.rollout
-    written = {row.prompt_id: row for row in given}
+    student = context.student(section.engine)
+    written = {row.prompt_id: row for row in context.texts()}
     grader = Grader(student.text, section.stop, settings.task.headline)
     problems = round_problems(job, section.prompts)
     sampled = sampled_ids(job, problems, section.on_policy_prompts)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kdpipe.models.logprobs import Head
     from kdpipe.models.prompting import Text
     from kdpipe.recipe.models import Sft
+    from kdpipe.stages.context import Context
     from kdpipe.stages.job import Job
     from kdpipe.stages.settings.stage import SftSettings
     from kdpipe.training.protocol import Trainer
@@ -33,21 +34,14 @@ METRIC_EVERY = 20
 Example = tuple[list[int], list[int]]
 
 
-def sft(
-    settings: SftSettings,
-    job: Job,
-    *,
-    text: Text,
-    trainer: Trainer,
-    resumed: int,
-    written: Sequence[Rollout] | None = None,
-) -> None:
-    """Writes `model/` and `trainer/` after all optimizer steps; the first `resumed` are done already.
-
-    `written` is what teachers wrote for the problems, which it reads in place of the reference solutions.
-    """
+def sft(settings: SftSettings, job: Job, context: Context) -> None:
+    """Writes `model/` and `trainer/` after all optimizer steps; a checkpoint's are done already."""
+    context.make_room()
+    resumed, checkpoint = job.draft.checkpoint() or (0, None)
+    text, trainer = context.cold_start(settings, checkpoint)
     if (section := settings.model.sft) is not None:
         problems = [problem for problem in job.train if teaches(settings.model.only, problem)]
+        written = context.texts() if section.text == "teacher" else None
         examples = _examples(text, problems[: section.problems], written)
         _train(job, section, examples, text, trainer, resumed)
     job.draft.write("model", lambda folder: trainer.write_weights(folder, text.tokenizer))

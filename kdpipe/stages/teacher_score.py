@@ -37,30 +37,23 @@ if TYPE_CHECKING:
 
     from kdpipe.data.rows import Rollout
     from kdpipe.engines.handle import ModelHandle
+    from kdpipe.stages.context import Context
     from kdpipe.stages.settings.stage import ScoreSettings
 
 
-def teacher_score(
-    settings: ScoreSettings,
-    job: Job,
-    *,
-    rollouts: Sequence[Rollout],
-    teacher: TeacherHandle,
-    student: ModelHandle | None = None,
-) -> None:
-    """Writes `scores.parquet`, and `hidden.safetensors` where kept: a row for each rollout it teaches.
-
-    `student` is the model that sampled, where it chooses ids of the support.
-    """
+def teacher_score(settings: ScoreSettings, job: Job, context: Context) -> None:
+    """Writes `scores.parquet`, and `hidden.safetensors` where kept: a row for each rollout it teaches."""
     problems = {problem.prompt_id: problem for problem in job.train}
-    rollouts = [row for row in rollouts if teaches(settings.teacher.only, problems[row.prompt_id])]
-    keep = settings.keep
+    rollouts = [row for row in context.rollouts() if teaches(settings.teacher.only, problems[row.prompt_id])]
+    keep, teacher, student = settings.keep, context.teacher(settings.teacher), None
+    if settings.student is not None:  # the model that sampled chooses ids of the support
+        student = context.student(settings.teacher.engine, at=settings.teacher)
     head = output_head(job, teacher.model.source, num_ids=teacher.num_ids) if keep.hidden else None
 
     def build(rows: Sequence[Rollout]) -> list[Scores]:
         triples = [(problems[row.prompt_id], row.prompt_token_ids, row.completion_token_ids) for row in rows]
         supports = None
-        if student is not None and keep.student_top_k:
+        if student is not None:
             supports = _most_probable(settings, job, triples, student, num_ids=teacher.num_ids)
         scored = score_completions(
             job,

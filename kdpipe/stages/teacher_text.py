@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from kdpipe.data.payload import ROLLOUTS_FILE
 from kdpipe.data.tables import ROLLOUTS, read_rollouts
 from kdpipe.errors import PreflightError
-from kdpipe.models.prompting import Text
 from kdpipe.stages.job import Job, mean
 from kdpipe.stages.sampling import Grader, request_for, round_problems, sample_all, sampled_ids, sampling_of
 from kdpipe.stages.settings.model import teaches
@@ -22,18 +21,21 @@ if TYPE_CHECKING:
 
     from kdpipe.data.rows import Problem, Rollout
     from kdpipe.engines.protocol import Completion
+    from kdpipe.models.prompting import Text
+    from kdpipe.stages.context import Context
     from kdpipe.stages.scoring import TeacherHandle
     from kdpipe.stages.settings.stage import TextSettings
 
 
-def write_texts(settings: TextSettings, job: Job, *, teacher: TeacherHandle, student: Text) -> None:
-    """Writes `rollouts.parquet`: what `teacher` samples for those of the problems that it teaches.
+def write_texts(settings: TextSettings, job: Job, context: Context) -> None:
+    """Writes `rollouts.parquet`: what the teacher samples for those of the problems that it teaches.
 
     In round 0 the problems are those of the student's cold start, else those of the round that the student does not
     sample for. `prompt_token_ids` are the teacher's, after which it was sampled; `completion_token_ids` are what the
     student shall read, with its own end token in the place of the teacher's. Raises PreflightError when the teacher's
     vocabulary lets it write what the student has no ids for.
     """
+    teacher, student = context.teacher(settings.teacher), context.student_text()
     # It cannot draw what the student has no id for.
     sampling = replace(sampling_of(settings.rollout, teacher.text), num_ids=teacher.num_ids)
     grader = Grader(student, settings.rollout.stop, settings.task.headline)

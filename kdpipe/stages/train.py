@@ -47,28 +47,19 @@ if TYPE_CHECKING:
     from kdpipe.method.mixture import RoundScores
     from kdpipe.recipe.objective import Objective
     from kdpipe.recipe.stages import TrainSection
+    from kdpipe.stages.context import Context
     from kdpipe.stages.settings.stage import TrainSettings
-    from kdpipe.training.ema import Average
     from kdpipe.training.protocol import Trainer
 
 
-def train(
-    settings: TrainSettings,
-    job: Job,
-    *,
-    rollouts: Sequence[Rollout],
-    scores: RoundScores | None,
-    text: Text,
-    trainer: Trainer,
-    resumed: tuple[int, Path] | None,
-    average: Average | None = None,
-) -> None:
-    """Writes `model/`, `trainer/`, `completions.parquet` and with `average` `ema/`.
-
-    `resumed` is (steps done, checkpoint folder).
-    """
-    done, checkpoint = resumed or (0, None)
-    scores = _checked(settings, job, rollouts, scores)
+def train(settings: TrainSettings, job: Job, context: Context) -> None:
+    """Writes `model/`, `trainer/`, `completions.parquet` and, where an average is kept, `ema/`."""
+    context.make_room()
+    rollouts = context.rollouts()
+    scores = _checked(settings, job, rollouts, context.scores(settings, rollouts))
+    done, checkpoint = job.draft.checkpoint() or (0, None)
+    text, trainer = context.student_trainer(settings, checkpoint)
+    average = context.average(settings)
     proximal = (
         _proximal(settings, job, rollouts, trainer)
         if checkpoint is None

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -20,7 +21,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-import kdpipe.execution.stages
 import kdpipe.pipeline.request
 import kdpipe.stages.sft
 from kdpipe.cli.app import app
@@ -484,18 +484,13 @@ def test_a_mixture_of_which_too_much_is_not_scorable_stops_before_it_trains(tmp_
     scores = join_scores([rollout("p")], teachers, weights=weights, round_number=1)
     nothing = cast("Any", None)
     job = Job(loaded.recipe.runtime, 1, 1, [], [], nothing, nothing)
+    context = SimpleNamespace(
+        make_room=lambda: None, rollouts=lambda: [rollout("p")], scores=lambda *_: scores
+    )
     with pytest.raises(
         PreflightError, match="a teacher of the mixture lacks the ids of 1 of 2 sampled tokens"
     ):
-        train(
-            TrainSettings.of(loaded.recipe, 1),
-            job,
-            rollouts=[rollout("p")],
-            scores=scores,
-            text=nothing,
-            trainer=nothing,
-            resumed=None,
-        )
+        train(TrainSettings.of(loaded.recipe, 1), job, cast("Any", context))
 
 
 def test_the_cold_start_of_a_specialist_reads_only_what_it_teaches(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kdpipe.recipe.models import Scratch, Sft
+from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import ScratchTeacher, Student
 from kdpipe.stages.settings.document import named
 from kdpipe.stages.settings.model import (
@@ -18,6 +19,7 @@ from kdpipe.stages.settings.model import (
     problems_of,
     routes_of,
 )
+from kdpipe.store.stage import Stage
 
 if TYPE_CHECKING:
     from kdpipe.recipe.models import Lora
@@ -250,3 +252,26 @@ class EvaluateSettings:
             teachers={each.name: TeacherSettings.of(recipe, each, scorer) for each in scorers},
             weights=recipe.mixture if scorers else None,
         )
+
+
+StageSettings: TypeAlias = (
+    SftSettings | RolloutSettings | TextSettings | ScoreSettings | TrainSettings | EvaluateSettings
+)
+
+
+def settings_of(recipe: Recipe, stage: Stage, number: int, *, subject: str) -> StageSettings:
+    """What a step of round `number` reads; `subject` is the model that it is about, if named."""
+    teachers = {teacher.name: teacher for teacher in recipe.teachers}
+    match stage:
+        case Stage.SFT:
+            return SftSettings.of(recipe, recipe.student if subject == STUDENT else teachers[subject])
+        case Stage.ROLLOUT:
+            return (
+                TextSettings.of(recipe, number, teachers[subject]) if subject else RolloutSettings.of(recipe)
+            )
+        case Stage.TEACHER_SCORE:
+            return ScoreSettings.of(recipe, teachers.get(subject) or recipe.teacher)
+        case Stage.TRAIN:
+            return TrainSettings.of(recipe, number)
+        case Stage.EVALUATE:
+            return EvaluateSettings.of(recipe, teachers.get(subject))

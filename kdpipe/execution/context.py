@@ -1,0 +1,117 @@
+"""What the stage of a step asks for: role handles, rows of earlier steps, a trainer."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdpipe.data.hidden import HiddenFile
+from kdpipe.data.payload import HIDDEN_FILE, ROLLOUTS_FILE, SCORES_FILE
+from kdpipe.data.tables import read_rollouts, read_scores
+from kdpipe.method.mixture import HiddenTeacher, RoundScores, TeacherScores, join_scores
+from kdpipe.models.folder import head_digest
+from kdpipe.recipe.roles import BASELINE_ROLE, ROLLOUT_ROLE, STUDENT_ROLE, Role, RoleKind
+from kdpipe.stages.scoring import TeacherHandle, output_head, swapped_head
+from kdpipe.stages.settings.model import TeacherSettings
+from kdpipe.stages.settings.stage import settings_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kdpipe.data.rows import Rollout
+    from kdpipe.engines.handle import ModelHandle, Runs
+    from kdpipe.execution.inputs import Inputs
+    from kdpipe.execution.placement import Engines
+    from kdpipe.execution.roles import Roles
+    from kdpipe.execution.trainers import Trainers
+    from kdpipe.models.prompting import Text
+    from kdpipe.stages.context import Context
+    from kdpipe.stages.job import Job
+    from kdpipe.stages.settings.stage import SftSettings, TrainSettings
+    from kdpipe.training.ema import Average
+    from kdpipe.training.local import LocalTrainer
+
+
+class StepContext:
+    """The `Context` of one step. `trained` is the trainer that its stage asked for, if any."""
+
+    def __init__(
+        self, inputs: Inputs, job: Job, *, engines: Engines, roles: Roles, trainers: Trainers
+    ) -> None:
+        self.trained: LocalTrainer | None = None
+        self._inputs = inputs
+        self._job = job
+        self._engines = engines
+        self._roles = roles
+        self._trainers = trainers
+
+    def perform(self) -> None:
+        """Writes the step's draft by its stage: the function of kdpipe.stages that has the stage's name."""
+        step = self._inputs.step
+        name = step.stage.name.lower()
+        stage: Callable[[Any, Job, Context], None] = getattr(import_module(f"kdpipe.stages.{name}"), name)
+        settings = settings_of(self._inputs.recipe, step.stage, step.round, subject=step.subject)
+        stage(settings, self._job, self)
+
+    def student(self, engine: Runs, *, at: TeacherSettings | None = None) -> ModelHandle:
+        place = None if at is None else self._role(at)
+        return self._roles.open(self._inputs, STUDENT_ROLE, engine, at=place)
+
+    def student_text(self) -> Text:
+        return self._roles.text(self._inputs, STUDENT_ROLE)
+
+    def teacher(self, settings: TeacherSettings) -> TeacherHandle:
+        return self._roles.teacher(self._inputs, self._role(settings), settings)
+
+    def rollouts(self) -> list[Rollout]:
+        return read_rollouts(self._inputs.opened(ROLLOUT_ROLE, ROLLOUTS_FILE))
+
+    def texts(self) -> list[Rollout]:
+        roles = [role for role in self._inputs.steps if role.kind is RoleKind.TEXT]
+        return [row for role in roles for row in read_rollouts(self._inputs.opened(role, ROLLOUTS_FILE))]
+
+    def scores(self, settings: TrainSettings, rollouts: list[Rollout]) -> RoundScores | None:
+        inputs, found = self._inputs, []
+        if not any(role.kind is RoleKind.SCORES for role in inputs.steps):
+            return None
+        # In the order of their names, so that a mixture is summed in one order.
+        for teacher in sorted(inputs.recipe.teachers, key=lambda teacher: teacher.name):
+            asked = TeacherSettings.of(inputs.recipe, teacher, inputs.recipe.teacher_score.engine)
+            rows = read_scores(inputs.opened(self._role(asked).as_kind(RoleKind.SCORES), SCORES_FILE))
+            hidden = self._hidden(asked) if inputs.recipe.keep.hidden else None
+            found.append(TeacherScores(teacher.name, rows, hidden))
+        return join_scores(rollouts, found, weights=settings.weights, round_number=inputs.step.round)
+
+    def _hidden(self, settings: TeacherSettings) -> HiddenTeacher:
+        """A teacher's kept states with its output head, which is all that is read of its weights."""
+        teacher = self.teacher(settings)
+        head = output_head(self._job, teacher.model.source, num_ids=teacher.num_ids)
+        path = self._inputs.opened(self._role(settings).as_kind(RoleKind.SCORES), HIDDEN_FILE)
+        file = HiddenFile(path, head_sha256=head_digest(head))
+        return HiddenTeacher(file, swapped_head(head, teacher.swap), teacher.temperature)
+
+    def baseline(self, *names: str) -> Path | None:
+        if BASELINE_ROLE not in self._inputs.steps:
+            return None
+        return self._inputs.opened(BASELINE_ROLE, *names, folder=True)
+
+    def make_room(self) -> None:
+        self._engines.make_room()
+
+    def cold_start(self, settings: SftSettings, checkpoint: Path | None) -> tuple[Text, LocalTrainer]:
+        model, folder = settings.model, self._inputs.folders.get(self._inputs.step.subject)
+        text = self._roles.text_of(folder, dict(model.template), trust=model.trust_remote_code)
+        self.trained = self._trainers.cold_start(self._inputs, settings, text, checkpoint)
+        return text, self.trained
+
+    def student_trainer(self, settings: TrainSettings, checkpoint: Path | None) -> tuple[Text, LocalTrainer]:
+        text = self.student_text()
+        self.trained = self._trainers.student(self._inputs, settings, text, checkpoint)
+        return text, self.trained
+
+    def average(self, settings: TrainSettings) -> Average | None:
+        return self._trainers.average(self._inputs, settings)
+
+    def _role(self, settings: TeacherSettings) -> Role:
+        return Role(RoleKind.TEACHER, settings.name if len(self._inputs.recipe.teachers) > 1 else "")
