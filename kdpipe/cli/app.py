@@ -8,6 +8,7 @@ import functools
 import gc as collector
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, ParamSpec
@@ -21,6 +22,7 @@ from kdpipe.cli.keep import export, gc, verify
 from kdpipe.cli.look import report, samples, status, ui
 from kdpipe.cli.run import STAGE_HELP, run, stage_command
 from kdpipe.cli.start import init, recipes, schema
+from kdpipe.cli.stream import prepare_streams
 from kdpipe.cli.study import arms, compare
 from kdpipe.cli.terminal import print_error
 from kdpipe.errors import Interrupted, KdpipeError, is_machine_fault, machine_fault
@@ -52,8 +54,12 @@ def main() -> None:
     atexit.register(collector.freeze)  # no garbage is looked for on the way out, a twentieth of `kdpipe plan`
     # pydantic would look for plugins in the metadata of every installed distribution.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "true")
+    prepare_streams()
     _ensure_home()
-    app()
+    try:
+        reported(app)()
+    except typer.Exit as end:  # of what is no command's, as --version
+        sys.exit(end.exit_code)
 
 
 def _ensure_home() -> None:
@@ -72,7 +78,10 @@ def reported(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
     @functools.wraps(command)
     def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            try:
+                command(*args, **kwargs)
+            finally:
+                sys.stdout.flush()
         except KdpipeError as error:
             print_error(error)
             raise typer.Exit(error.exit_code) from None
@@ -80,7 +89,7 @@ def reported(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
             print_error(Interrupted(signal.SIGINT, "stopped before anything began"))
             raise typer.Exit(130) from None
         except BrokenPipeError:  # the reader of our output went away, as `| head` does
-            raise typer.Exit(0) from None
+            raise typer.Exit(128 + signal.SIGPIPE) from None
         except OSError as error:
             if not is_machine_fault(error):
                 raise

@@ -7,7 +7,7 @@ import typer
 
 from kdpipe.cli.parameters import WORKSPACE, Given, JsonOption, RoundOption, WorkspaceOption, on_recipe
 from kdpipe.cli.terminal import print_json, say, shown
-from kdpipe.errors import ArtifactError
+from kdpipe.errors import ArtifactError, RecipeError
 
 
 @on_recipe
@@ -44,7 +44,10 @@ def verify(
     """
     from kdpipe.pipeline.housekeeping import verify as verify_steps
 
-    findings = list(verify_steps(given.open(), full=full))
+    project = given.open()
+    findings = list(verify_steps(project, full=full))
+    if not findings:
+        raise RecipeError(f"{project.run.name}: no step is done yet", hint=f"kdpipe run {given.recipe}")
     damaged = [finding for finding in findings if finding.problem]
     steps, files = len(findings), sum(finding.files for finding in findings)
     size, what = sum(finding.bytes for finding in findings), "sha256" if full else "sizes"

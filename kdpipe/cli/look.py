@@ -163,8 +163,8 @@ def report(
 
     project = given.open()
     path = report_path(project) if output is None else output
-    if not project.run.path.exists():
-        raise RecipeError(f"{project.run.name}: nothing was run yet", hint=f"kdpipe run {given.recipe}")
+    if all(state.verdict == "to do" for state in project.states()):
+        raise RecipeError(f"{project.run.name}: no step is done yet", hint=f"kdpipe run {given.recipe}")
     if path.is_dir():
         raise RecipeError(f"{path}: is a folder", hint=f"name the file: -o {path / 'report.html'}")
     others = [Given(run, workspace=given.workspace).run_folder() for run in dict.fromkeys(against or ())]

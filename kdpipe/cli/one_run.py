@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdpipe.cli.parameters import Given
+from kdpipe.cli.stream import outlive_reader
 from kdpipe.cli.terminal import painter, print_event, shown
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def run_one(given: Given, request: "Callable[[Project], Request]") -> "Project":
     from kdpipe.report.writing import renew_report
     from kdpipe.tracking import open_mirror
 
+    outlive_reader()
     display = JsonLines() if given.as_json else Terminal()
     try:
         loaded = given.load()

@@ -167,7 +167,11 @@ def _student_folder(project: Project, round_number: int | None) -> tuple[int, Pa
                 hint=f"train it again from the nearest kept round: --force {step.id}, or raise runtime.keep.weights",
             )
         return step.round, entry.opened("model") / "model"
-    if round_number in (None, 0) and project.recipe.student.model is not None:
+    is_model = project.recipe.student.model is not None
+    if round_number == 0 and is_model:
         return 0, Sources(project.loaded, project.workspace).fetch()[STUDENT]
     which = f"student {round_number}" if round_number is not None else "a trained student"
-    raise RecipeError(f"{which} is not there yet", hint=f"kdpipe run {project.named}")
+    untrained = (
+        "; --round 0 means the model that training begins with" if is_model and not round_number else ""
+    )
+    raise RecipeError(f"{which} is not there yet", hint=f"kdpipe run {project.named}{untrained}")

@@ -22,7 +22,7 @@ from kdpipe.pipeline.runs import RunFolder
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import resolved
 from kdpipe.results.measures import cost_of
-from kdpipe.store.artifacts import linked_entry
+from kdpipe.store.artifacts import MANIFEST, linked_entry
 from kdpipe.store.stage import Stage
 from kdpipe.store.step import link_name_of
 
@@ -210,16 +210,15 @@ def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contende
         raise ArtifactError(
             f"{run.path}: its resolved.json is missing or damaged", hint="repeat the run: it is written again"
         ) from None
-    links = [link for link in run.links() if last_round is None or link.round <= last_round]
+    done = [link for link in run.links() if (link.target / MANIFEST).exists()]
+    links = [link for link in done if last_round is None or link.round <= last_round]
     evaluated = [link for link in links if link.name == link_name_of(Stage.EVALUATE, STUDENT)]
     seconds, tokens, dtypes = dict[str, float](), dict[str, float](), set[str]()
     found: tuple[int, dict[str, list[bool]]] | None = None
     for link in links:
         entry, document = linked_entry(link.target)
-        if (manifest := entry.manifest()) is None:
-            continue
-        stage = str(document["stage"])
-        if stage == Stage.TRAIN or link in evaluated:
+        stage, manifest = str(document["stage"]), entry.manifest()
+        if manifest is not None and (stage == Stage.TRAIN or link in evaluated):
             dtypes.add(str(manifest.provenance.get("dtype")))
         took, read = cost_of(entry.metrics())
         seconds[stage] = seconds.get(stage, 0.0) + took

@@ -591,6 +591,18 @@ COMMANDS = {
         ("train.objective.kind=grpo",), ("no teacher-score step",), command=("teacher-score", "RECIPE")
     ),
     "export before training": Bad(command=("export", "RECIPE", "out"), words=("not there yet", "kdpipe run")),
+    "export of a model that nothing was trained of": Bad(
+        JSONL,
+        ("a trained student is not there yet", "--round 0"),
+        command=("export", "RECIPE", "exported"),
+        models={"model": "arithmetic"},
+    ),
+    "verify before a step is done": Bad(
+        command=("verify", "RECIPE"), words=("no step is done", "kdpipe run")
+    ),
+    "a report before a step is done": Bad(
+        command=("report", "RECIPE"), words=("no step is done", "kdpipe run")
+    ),
     "export of a round to come": Bad(
         command=("export", "RECIPE", "out", "--round", "2"), words=("student 2 is not there yet",)
     ),
@@ -602,7 +614,7 @@ COMMANDS = {
     "export of the adapter before training": Bad(
         ("student={model: ./model, lora: {}}", *SELF),
         ("--adapter", "student 0 has none"),
-        command=("export", "RECIPE", "exported", "--adapter"),
+        command=("export", "RECIPE", "exported", "--adapter", "--round", "0"),
         models={"model": "arithmetic"},
     ),
     "samples before sampling": Bad(

@@ -332,6 +332,16 @@ def test_a_damaged_step_is_rebuilt_by_the_command_that_verify_names(
     assert on(world, "verify", "--full", workspace=copied).exit_code == 0
 
 
+def test_a_step_that_is_linked_and_was_not_begun_is_no_damage(world: dict[str, Any], copied: Path) -> None:
+    """As a kill leaves it between the link and the first file of its entry."""
+    [place] = copied.glob("runs/*/round-002/evaluate-student")
+    for path in place.resolve().iterdir():
+        path.unlink()
+    shown = on(world, "compare", "--json", workspace=copied).stdout
+    assert len(json.loads(shown)) == 1
+    assert on(world, "verify", workspace=copied).stdout.startswith("11 steps")
+
+
 def test_gc_says_what_could_go_and_removes_it_only_when_told(world: dict[str, Any], copied: Path) -> None:
     assert invoke("gc", "--workspace", str(copied)).stdout == "nothing to remove\n"
     for run in (copied / "runs").iterdir():

@@ -534,7 +534,7 @@ def test_the_command_writes_where_it_is_told_or_into_the_run(project: Project, t
     assert target.read_bytes() == report_path(project).read_bytes()
     assert invoke("report", *place, "-o", str(tmp_path), code=2).stderr.count("is a folder") == 1
     never = [str(project.loaded.path), "--workspace", str(tmp_path / "never")]
-    assert "nothing was run yet" in invoke("report", *never, code=2).stderr
+    assert "no step is done yet" in invoke("report", *never, code=2).stderr
     assert not (tmp_path / "never").exists()
 
 
