@@ -21,8 +21,18 @@ _ADVICE = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "raise the machine's limit of open files",
     errno.ENOMEM: "free some memory",
+    errno.EBUSY: "another program uses it: end that",
 }
 """What to do about a fault of the machine."""
+_PLACES = {
+    errno.ENOTDIR: "a part of this path is no folder; name another place",
+    errno.EISDIR: "it is a folder; name a file",
+    errno.EEXIST: "something else stands there; name another place",
+    errno.ENOTEMPTY: "something else stands there; name another place",
+    errno.ENAMETOOLONG: "name a shorter one",
+    errno.ELOOP: "it leads to itself; remove that link, or name another place",
+}
+"""What to do about a path that the system does not take."""
 
 
 class KdpipeError(Exception):
@@ -52,13 +62,20 @@ def as_os_error(error: Exception, place: str = "") -> OSError:
     return OSError(int(found[1]), text) if found else OSError(text)
 
 
-def machine_fault(error: OSError, place: object = None) -> StepError:
-    """`error` as a StepError that names the place and says what to do."""
-    where = place or error.filename
-    what = f"{where}: cannot be written: " if place else f"{where}: " if where else ""
-    advice = _ADVICE.get(error.errno or 0, "mend that")
+def refusal(error: OSError, place: object = None) -> KdpipeError:
+    """What the system refused and what to do: at a `place` of ours, or else of a path that was given."""
+    what, number = error.strerror or str(error), error.errno or 0
+    if error.args and isinstance(error.args[0], list):  # shutil's of a folder, one for each file
+        what = f"{len(error.args[0])} files could not be copied: {error.args[0][0][-1]}"
+    where = place or error.filename2 or error.filename
+    if number in _PLACES and not place:
+        return RecipeError(f"{where}: {what}", hint=_PLACES[number])
+    if number == errno.ENOENT and where is None:
+        return RecipeError("the folder that you are in was removed", hint="go to another with cd")
+    written = "cannot be written: " if place else ""
+    advice = (_ADVICE | _PLACES).get(number, "mend that")
     return StepError(
-        f"{what}{error.strerror or error}",
+        f"{where}: {written}{what}" if where else what,
         hint=f"{advice}, then repeat the command: finished pieces are kept",
     )
 

@@ -25,7 +25,7 @@ from kdpipe.cli.start import init, recipes, schema
 from kdpipe.cli.stream import prepare_streams
 from kdpipe.cli.study import arms, compare
 from kdpipe.cli.terminal import print_error
-from kdpipe.errors import Interrupted, KdpipeError, is_machine_fault, machine_fault
+from kdpipe.errors import Interrupted, KdpipeError, refusal
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -91,10 +91,9 @@ def reported(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
         except BrokenPipeError:  # the reader of our output went away, as `| head` does
             raise typer.Exit(128 + signal.SIGPIPE) from None
         except OSError as error:
-            if not is_machine_fault(error):
-                raise
-            print_error(machine_fault(error))
-            raise typer.Exit(1) from None
+            told = refusal(error)
+            print_error(told)
+            raise typer.Exit(told.exit_code) from None
 
     return wrapper
 

@@ -35,7 +35,7 @@ def plan(given: Given) -> None:
     """
     from kdpipe.pipeline.project import open_project
 
-    project = open_project(given.load(), given.workspace.resolve())
+    project = open_project(given.load(), given.place)
     states = project.survey()
     unresolved = project.identities.unresolved()
     if given.as_json:

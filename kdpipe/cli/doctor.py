@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdpipe.cli.parameters import WORKSPACE, Given, JsonOption, SetOption, WorkspaceOption, on_recipe
+from kdpipe.cli.parameters import (
+    WORKSPACE,
+    Given,
+    JsonOption,
+    SetOption,
+    WorkspaceOption,
+    on_recipe,
+    workspace_at,
+)
 from kdpipe.cli.terminal import COLUMNS, Paint, Style, counted, inert, painter, print_json
 from kdpipe.errors import PreflightError
 
@@ -65,7 +73,7 @@ def _checked_phases(recipe: "Recipe", workspace: Path) -> "tuple[Phase, ...]":
 
     # Everything is tiny: more threads would only wait for each other.
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    log = workspace.resolve() / "logs" / "check-loss.log"
+    log = workspace_at(workspace) / "logs" / "check-loss.log"
     worker = Worker("kdpipe.doctor.loss.check:LossServer", CHECK_LOSS, log=log, environment=one_thread)
     try:
         found = worker.call(CheckLoss(recipe))
@@ -112,7 +120,8 @@ def _environment(workspace: Path) -> dict[str, "JsonValue"]:
     from kdpipe.store.environment import environment
     from kdpipe.workers.worker import Worker
 
-    place = next(folder for folder in (workspace.resolve(), *workspace.resolve().parents) if folder.exists())
+    root = workspace_at(workspace)
+    place = next(folder for folder in (root, *root.parents) if folder.exists())
     found = {**environment(), "free_disk_gib": shutil.disk_usage(place).free >> 30}
     with tempfile.TemporaryDirectory(prefix="kdpipe-doctor-") as folder:
         worker = Worker("kdpipe.models.devices:DeviceServer", DEVICE, log=Path(folder) / "doctor.log")
@@ -132,7 +141,7 @@ def _examine(given: Given) -> None:
     from kdpipe.doctor.finding import FINDINGS
     from kdpipe.pipeline.preflight import examine_recipe
 
-    recipe, result = given.recipe, examine_recipe(given.load(), given.workspace.resolve())
+    recipe, result = given.recipe, examine_recipe(given.load(), given.place)
     findings = FINDINGS.validate_python(result.findings)
     failed = [f"{one.probe} ({one.about})" for one in findings if one.verdict == "FAILED"]
     if given.as_json:

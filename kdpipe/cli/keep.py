@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from kdpipe.cli.parameters import WORKSPACE, Given, JsonOption, RoundOption, WorkspaceOption, on_recipe
+from kdpipe.cli.parameters import (
+    WORKSPACE,
+    Given,
+    JsonOption,
+    RoundOption,
+    WorkspaceOption,
+    folder_at,
+    on_recipe,
+    workspace_at,
+)
 from kdpipe.cli.terminal import print_json, say, shown
 from kdpipe.errors import ArtifactError, RecipeError
 
@@ -27,8 +36,10 @@ def export(
     """
     from kdpipe.pipeline.housekeeping import export as export_student
 
-    number, folder = export_student(given.open(), target, round_number=round_number, adapter=adapter)
-    given.show({"round": number, "folder": str(folder)}, f"{folder}: student {number}")
+    number, folder = export_student(
+        given.open(), folder_at(target), round_number=round_number, adapter=adapter
+    )
+    given.show({"round": number, "folder": str(folder)}, f"{shown(folder)}: student {number}")
 
 
 @on_recipe
@@ -82,7 +93,7 @@ def gc(
     from kdpipe.pipeline.housekeeping import collect, garbage
 
     del recipe  # accepted so that the command reads like the others; the store belongs to the workspace
-    found = garbage(workspace.resolve())
+    found = garbage(workspace_at(workspace))
     for item in found:
         if delete:
             collect(item)

@@ -7,9 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kdpipe.cli.one_run import commands_again
-from kdpipe.cli.parameters import WORKSPACE, Given, RoundOption, WorkspaceOption, on_recipe, recipe_names
+from kdpipe.cli.parameters import (
+    WORKSPACE,
+    Given,
+    RoundOption,
+    WorkspaceOption,
+    on_recipe,
+    recipe_names,
+    workspace_at,
+)
 from kdpipe.cli.terminal import inert, painter, print_json, shown
 from kdpipe.errors import PreflightError, RecipeError
+from kdpipe.recipe.place import place_of
 from kdpipe.store.stage import Stage
 
 if TYPE_CHECKING:
@@ -141,7 +150,8 @@ def samples(
 def report(
     given: Given,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to write it; else into the run's folder.")
+        Path | None,
+        typer.Option("--output", "-o", help="Where to write it, - for stdout; else into the run's folder."),
     ] = None,
     against: Annotated[
         list[str] | None,
@@ -160,16 +170,20 @@ def report(
     Example: kdpipe report recipes/quickstart.yaml -o report.html
     """
     from kdpipe.report.writing import report_path, write_report
+    from kdpipe.store.target import STDOUT
 
     project = given.open()
-    path = report_path(project) if output is None else output
+    path = report_path(project) if output is None else output if output == STDOUT else place_of(output)
+    if given.as_json and path == STDOUT:
+        raise RecipeError("--json and -o -: both go to stdout", hint="one of them")
     if all(state.verdict == "to do" for state in project.states()):
         raise RecipeError(f"{project.run.name}: no step is done yet", hint=f"kdpipe run {given.recipe}")
     if path.is_dir():
         raise RecipeError(f"{path}: is a folder", hint=f"name the file: -o {path / 'report.html'}")
     others = [Given(run, workspace=given.workspace).run_folder() for run in dict.fromkeys(against or ())]
     size = write_report(project, path, commands=commands_again(project.loaded, given), others=others)
-    given.show({"report": str(path), "bytes": size}, f"{shown(path.resolve())}  {size / 1e6:.2f} MB")
+    if path != STDOUT:
+        given.show({"report": str(path), "bytes": size}, f"{shown(path.resolve())}  {size / 1e6:.2f} MB")
 
 
 def ui(
@@ -183,7 +197,7 @@ def ui(
     """
     from kdpipe.tracking import serve_ui, settle
 
-    settle(workspace.resolve())
-    code = serve_ui(workspace.resolve(), host, port)
+    settle(workspace_at(workspace))
+    code = serve_ui(workspace_at(workspace), host, port)
     if code:
         raise PreflightError(f"MLflow's page ended with exit status {code}")

@@ -30,7 +30,7 @@ def run_one(given: Given, request: "Callable[[Project], Request]") -> "Project":
         commands = commands_again(loaded, given)
         project = run_steps(
             loaded,
-            given.workspace.resolve(),
+            given.place,
             request,
             display=display,
             open_mirror=open_mirror,

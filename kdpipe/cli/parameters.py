@@ -12,6 +12,7 @@ import typer
 
 from kdpipe.cli.terminal import print_json, say
 from kdpipe.errors import RecipeError
+from kdpipe.recipe.place import place_of
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.project import Project
@@ -49,6 +50,21 @@ MAX_NAMES = 8
 Own = ParamSpec("Own")
 
 
+def workspace_at(named: Path) -> Path:
+    """A workspace's absolute path, whether it is there or not; raises RecipeError where it can be none."""
+    path = place_of(named).resolve()
+    if path.exists() and not path.is_dir():
+        raise RecipeError(f"{path}: is no folder", hint="name another place with --workspace")
+    return path
+
+
+def folder_at(named: Path) -> Path:
+    """The absolute path of a folder to make, links followed; raises RecipeError where it can be none."""
+    if named == Path("-"):
+        raise RecipeError("-: a folder cannot be written to stdout", hint="name a folder")
+    return place_of(named).resolve()
+
+
 @dataclass(frozen=True, slots=True)
 class Given:
     """What a command was given: a recipe or run, how to change it, where runs are, how to print."""
@@ -57,6 +73,11 @@ class Given:
     overrides: tuple[str, ...] = ()
     workspace: Path = WORKSPACE
     as_json: bool = False
+
+    @property
+    def place(self) -> Path:
+        """The workspace's absolute path; raises RecipeError where it can be none."""
+        return workspace_at(self.workspace)
 
     def varied(self, changes: Iterable[str]) -> "Given":
         """The same with further changes to the recipe."""
@@ -67,26 +88,27 @@ class Given:
         from kdpipe.pipeline.runs import all_runs, named_run
         from kdpipe.recipe.file import load_recipe, shipped_path
 
-        recipe, path, workspace = self.recipe, Path(self.recipe), self.workspace
-        if path.is_file() or path.suffix in (".yaml", ".yml") or "/" in recipe:
+        recipe, path = self.recipe, Path(self.recipe)
+        if place_of(path).is_file() or path.suffix in (".yaml", ".yml") or "/" in recipe:
             return load_recipe(path, self.overrides)
-        if (run := named_run(workspace.resolve(), recipe)) is not None:
+        if (run := named_run(self.place, recipe)) is not None:
             return run.loaded(self.overrides)
         try:
             return load_recipe(shipped_path(recipe), self.overrides)
         except RecipeError as error:
             if path.exists():  # a folder, which the error of reading it says
                 return load_recipe(path, self.overrides)
-            names = ", ".join(one.name for one in all_runs(workspace.resolve())[:MAX_NAMES])
+            names = ", ".join(one.name for one in all_runs(self.place)[:MAX_NAMES])
             raise RecipeError(
-                error.message, hint=f"{error.hint}; runs in {workspace}: {names}" if names else error.hint
+                error.message,
+                hint=f"{error.hint}; runs in {self.workspace}: {names}" if names else error.hint,
             ) from None
 
     def open(self) -> "Project":
         """The recipe's project in the workspace, to read; nothing is made or fetched. Raises RecipeError."""
         from kdpipe.pipeline.project import read_project
 
-        project = read_project(self.load(), self.workspace.resolve())
+        project = read_project(self.load(), self.place)
         if project.is_older:
             say(
                 f"{project.run.name}: made by an older kdpipe, and shown as that made it; kdpipe run would perform "
@@ -98,7 +120,7 @@ class Given:
         """The folder of a run by its name, or of a recipe's run; raises RecipeError where there is none."""
         from kdpipe.pipeline.runs import named_run
 
-        if not self.overrides and (named := named_run(self.workspace.resolve(), self.recipe)) is not None:
+        if not self.overrides and (named := named_run(self.place, self.recipe)) is not None:
             return named
         folder = self.open().run
         if not folder.path.exists():

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from kdpipe.cli.parameters import JsonOption
+from kdpipe.cli.parameters import JsonOption, folder_at
 from kdpipe.cli.terminal import print_json
 from kdpipe.errors import RecipeError
+from kdpipe.recipe.place import place_of
 
 
 def recipes(
@@ -46,13 +47,13 @@ def init(
     Example: kdpipe init my-distillation --recipe gsm8k-qwen3-opd
     """
     from kdpipe.recipe.file import shipped_path
+    from kdpipe.store.target import write_file
 
     target = folder / "recipe.yaml"
-    if target.exists():
+    place = place_of(folder_at(folder) / target.name)
+    if place.exists():
         raise RecipeError(f"{target}: exists already", hint="name another folder")
-    text = shipped_path(recipe).read_text(encoding="utf-8")
-    folder.mkdir(parents=True, exist_ok=True)
-    target.write_text(text, encoding="utf-8")
+    write_file(place, shipped_path(recipe).read_bytes())
     if as_json:
         print_json({"recipe": str(target)})
     else:

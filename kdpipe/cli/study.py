@@ -153,7 +153,7 @@ def run_study(
     # a mistake in the last one is reported before the first one costs anything
     recipes = [given.load().recipe for _, given in runs]
     given, first = runs[0][1], recipes[0]
-    place = given.workspace.resolve()
+    place = given.place
     names = {run_folder(place, one).name: label for one, (label, _) in zip(recipes, runs, strict=True)}
     study = make_study(place, kind, recipe=first.name, runs=names)
     status: Status = "FAILED"

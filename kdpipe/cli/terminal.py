@@ -95,8 +95,9 @@ def say(text: str) -> None:
 
 def shown(path: Path) -> str:
     """The path as a person would type it from here."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+    with contextlib.suppress(OSError, ValueError):  # where "here" was removed, or is elsewhere
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
 
 
 def watch_lines(look: Callable[[], tuple[list[str], bool]]) -> None:

@@ -22,6 +22,7 @@ from kdpipe.models.folder import require_targets
 from kdpipe.models.prompting import Text, open_text, prompt_style
 from kdpipe.models.source import ModelSource
 from kdpipe.pipeline.request import Noted
+from kdpipe.recipe.place import place_of
 from kdpipe.recipe.roles import SERVER, STUDENT_ROLE, Role
 from kdpipe.recipe.schema import Recipe, SelfTeacher, ServedTeacher, Student, Teacher
 from kdpipe.stages.scoring import TeacherHandle, as_teacher
@@ -116,7 +117,7 @@ class Roles:
         """The engine that asks a teacher's servers, after their weights were compared with those of before."""
         if role not in self._servers:
             settings, source = self._recipe.runtime.server, inputs.source(role)
-            bundle = settings.ca_bundle and inputs.folder / Path(settings.ca_bundle).expanduser()
+            bundle = settings.ca_bundle and place_of(settings.ca_bundle, inputs.folder)
             engine = ServerEngine(teacher.server, settings, ca_bundle=bundle or None)
             engine.load(source)
             who = f"teacher {teacher.name!r}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,10 +13,12 @@ from kdpipe.pipeline.project import Project
 from kdpipe.pipeline.runs import all_runs
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.store.artifacts import MANIFEST, Entry, Store, read_document
+from kdpipe.store.durable import files_below
 from kdpipe.store.locks import is_running
 from kdpipe.store.manifest import Manifest
 from kdpipe.store.stage import Stage
 from kdpipe.store.step import Step
+from kdpipe.store.target import is_vacant, write_folder
 
 # ---------------------------------------------------------------------------------------------- verify
 
@@ -104,7 +105,7 @@ def export(
     file is checked against its sha256. Raises RecipeError when there is no such student or the target is
     not empty.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if not is_vacant(target):
         raise RecipeError(
             f"{target}: exists and is not an empty folder", hint="name a folder that is not there yet"
         )
@@ -118,16 +119,18 @@ def export(
             "--adapter: student 0 has none, the adapter begins in round 1",
             hint=f"kdpipe run {project.named}",
         )
-    draft = target.with_name(f".tmp-{target.name}")
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(draft)
-    if number > 0 and project.recipe.student.lora is not None and not adapter:
-        _merge(project, folder, draft)
-    else:
-        shutil.copytree(folder, draft)
-    if target.exists():
-        target.rmdir()
-    draft.replace(target)
+    is_merged = number > 0 and project.recipe.student.lora is not None and not adapter
+
+    def write(draft: Path) -> None:
+        if is_merged:
+            _merge(project, folder, draft)
+            return
+        for file in files_below(folder):
+            place = draft / file.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
+
+    write_folder(target, write)
     return number, target
 
 

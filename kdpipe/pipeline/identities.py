@@ -19,6 +19,7 @@ from kdpipe.errors import ArtifactError, DataError, ModelError, RecipeError, Ste
 from kdpipe.models.model_folder import require_own_files
 from kdpipe.pipeline.plan import UNRESOLVED, Identities
 from kdpipe.recipe.file import LoadedRecipe
+from kdpipe.recipe.place import place_of
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import ModelTeacher, ServedTeacher, Student, Teacher
 from kdpipe.recipe.task import Gsm8kTask
@@ -210,7 +211,7 @@ def _named(model: Student | Teacher) -> _Named | None:
 
 def _local_folder(name: str, folder: Path) -> Path | None:
     """The local folder that `name` means, or None for a hub id."""
-    path = (folder / Path(name).expanduser()).resolve()
+    path = place_of(name, folder).resolve()
     if path.is_dir():
         return path
     if name.startswith((".", "/", "~")) or name.count("/") > 1:

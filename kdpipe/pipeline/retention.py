@@ -19,6 +19,7 @@ from kdpipe.pipeline.runs import RUNS, RunFolder
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.runtime import Keep
 from kdpipe.store.artifacts import Entry, linked_entry
+from kdpipe.store.link import read_link
 from kdpipe.store.locks import is_running
 from kdpipe.store.stage import Stage
 from kdpipe.store.step import Step, link_name_of
@@ -125,10 +126,10 @@ class Retention:
         if step.link_name not in (TRAINED, EVALUATED):
             return False
         if self._own is not None:
-            self._own.note(step.round, step.link_name, entry.folder.resolve())
+            self._own.note(step.round, step.link_name, entry.folder)
         for name, (_, known) in self._others.items():
             if self._links(name, step.round, step.link_name, entry.folder):
-                known.note(step.round, step.link_name, entry.folder.resolve())
+                known.note(step.round, step.link_name, entry.folder)
         return True
 
     def droppable(self) -> list[tuple[Path, str]]:
@@ -169,10 +170,7 @@ class Retention:
     def _links(self, run: str, number: int, name: str, folder: Path) -> bool:
         """Whether a run links an entry: it can by one link only, as the round is part of a fingerprint."""
         place = f"{self._workspace}/{RUNS}/{run}/round-{number:03d}/{name}"
-        try:
-            return os.readlink(place).rpartition("/")[2] == folder.name  # noqa: PTH115 (asked for each run)
-        except OSError:
-            return False
+        return (read_link(place) or "").rpartition("/")[2] == folder.name
 
     def _holdings_of(self, run: RunFolder) -> Holdings:
         """What another run has on disk: read again only where it runs now or has been started since."""

@@ -7,7 +7,7 @@ The links are for people, and they say which entries a run still counts on: rete
 
 from __future__ import annotations
 
-import os
+import contextlib
 import re
 import time
 from collections.abc import Iterator
@@ -21,8 +21,9 @@ from kdpipe.pipeline.plan import run_hash
 from kdpipe.recipe.file import LoadedRecipe, read_recipe
 from kdpipe.recipe.schema import Recipe, resolved
 from kdpipe.store.artifacts import Entry, read_document
-from kdpipe.store.durable import append_line, parse_json, read_lines, write_bytes, write_json, writing
+from kdpipe.store.durable import append_line, parse_json, read_lines, write_bytes, write_json
 from kdpipe.store.environment import environment
+from kdpipe.store.link import linked_folder, write_link
 from kdpipe.store.step import Fields, Step
 
 RUNS = "runs"
@@ -103,31 +104,23 @@ class RunFolder:
     def link(self, step: Step, entry: Entry) -> None:
         """Points the step's link at its entry."""
         place = self.path / f"round-{step.round:03d}" / step.link_name
-        target = Path(os.path.relpath(entry.folder, place.parent))
-        if place.is_symlink() and place.readlink() == target:
-            return
-        with writing(place):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            draft = place.with_name(f".tmp-{place.name}")
-            draft.unlink(missing_ok=True)
-            draft.symlink_to(target)
-            draft.replace(place)
+        write_link(place, entry.folder)
 
     def links(self) -> Iterator[Link]:
         """Every link of the run, by round."""
         for folder in sorted(self.path.glob("round-*")):
             match = ROUND.search(folder.name)
-            for place in sorted(folder.iterdir()) if match else ():
-                if match and place.is_symlink():
-                    yield Link(int(match[1]), place.name, place.resolve())
+            for place in sorted(folder.glob("*")) if match else ():
+                if match and (target := linked_folder(place)) is not None:
+                    yield Link(int(match[1]), place.name, target)
 
     def linked_document(self, step: Step) -> Fields | None:
         """The fingerprint document of what this run's link for `step` points at, or None."""
         place = self.path / f"round-{step.round:03d}" / step.link_name
-        try:
-            return read_document(place.resolve())
-        except ArtifactError:
-            return None
+        if (target := linked_folder(place)) is not None:
+            with contextlib.suppress(ArtifactError):
+                return read_document(target)
+        return None
 
     def event(self, kind: str, **fields: JsonValue) -> None:
         """Notes one event with the time."""

@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from kdpipe.errors import RecipeError
+from kdpipe.recipe.place import place_of
 from kdpipe.recipe.schema import Recipe
 from kdpipe.recipe.yaml_source import Document, dotted, read_yaml
 
 if TYPE_CHECKING:
     from pydantic.json_schema import JsonSchemaValue
     from pydantic_core import ErrorDetails
+
+
+MAX_BYTES = 1_000_000
+"""Bytes of a recipe's file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +43,17 @@ class LoadedRecipe:
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> LoadedRecipe:
     """The recipe in `path` with `a.b=c` overrides applied; raises RecipeError naming every bad field."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with place_of(path).open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise RecipeError(f"{path}: more than {MAX_BYTES:,} bytes, which no recipe has")
+        text = data.decode("utf-8")
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe", hint="kdpipe recipes  lists the shipped ones") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     recipe = read_recipe(text, str(path), overrides)
-    return LoadedRecipe(recipe=recipe, text=text, path=path.resolve(), overrides=overrides)
+    return LoadedRecipe(recipe=recipe, text=text, path=place_of(path).resolve(), overrides=overrides)
 
 
 def read_recipe(text: str, name: str, overrides: tuple[str, ...] = ()) -> Recipe:

@@ -8,7 +8,8 @@ from pathlib import Path
 from kdpipe.pipeline.project import Project
 from kdpipe.pipeline.runs import RunFolder
 from kdpipe.report.stamp import is_current, stamp
-from kdpipe.store.durable import write_bytes, write_through
+from kdpipe.store.durable import write_bytes
+from kdpipe.store.target import write_file
 
 FILE = "report.html"
 FIGURES = "figures"
@@ -72,5 +73,5 @@ def write_report(
         for chart in drawn:
             file = project.run.path / FIGURES / f"{chart.key}.svg"
             write_bytes(file, figure_file(chart, rounds_of(drawn)).encode())
-    write_through(path, page)  # last: once it is there, it says that all of this was made
+    write_file(path, page)  # last: once it is there, it says that all of this was made
     return len(page)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from kdpipe.errors import machine_fault
+from kdpipe.errors import KdpipeError, refusal
 
 TEMPORARY = ".tmp-"
 
@@ -22,18 +23,24 @@ TEMPORARY = ".tmp-"
 def write_durably(path: Path, writer: Callable[[Path], None]) -> None:
     """Makes `path` (file or folder) hold what `writer` writes, wholly or not at all."""
     draft = path.parent / f"{TEMPORARY}{path.name}"
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove(draft)
-        writer(draft)
-        for file in files_below(draft):
-            _fsync(file)
-        for folder in folders_below(draft):
-            _fsync(folder)
-        if path.is_dir():
-            remove(path)
-        draft.replace(path)
-        _fsync(path.parent)
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove(draft)
+            writer(draft)
+            set_modes(draft)
+            for file in files_below(draft):
+                _fsync(file)
+            for folder in folders_below(draft):
+                _fsync(folder)
+            if path.is_dir():
+                remove(path)
+            draft.replace(path)
+            _fsync(path.parent)
+    except BaseException:
+        with contextlib.suppress(KdpipeError):
+            remove(draft)
+        raise
 
 
 @contextlib.contextmanager
@@ -42,7 +49,22 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise machine_fault(error, path) from error
+        raise refusal(error, path) from error
+
+
+def set_modes(path: Path) -> None:
+    """Gives files the rights that the umask leaves: safetensors makes them for their owner alone."""
+    for file in files_below(path):
+        with contextlib.suppress(OSError):  # a file system without them
+            file.chmod(0o666 & ~_umask())
+
+
+@functools.cache
+def _umask() -> int:
+    """The umask of this process, which can be read by setting it only."""
+    found = os.umask(0o077)
+    os.umask(found)
+    return found
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -52,15 +74,6 @@ def write_bytes(path: Path, data: bytes) -> None:
         draft.write_bytes(data)
 
     write_durably(path, write)
-
-
-def write_through(path: Path, data: bytes) -> None:
-    """Writes where `path` leads: to the file behind a link, as `write_bytes`, or into a device or pipe."""
-    if not path.exists() or path.is_file():
-        write_bytes(path.resolve(), data)
-        return
-    with writing(path):
-        path.write_bytes(data)
 
 
 def write_json(path: Path, value: JsonValue) -> None:

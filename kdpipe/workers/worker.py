@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, Protocol
 
-from kdpipe.errors import KdpipeError, StepError, as_os_error, failure_of, is_machine_fault, machine_fault
+from kdpipe.errors import KdpipeError, StepError, as_os_error, failure_of, is_machine_fault, refusal
 from kdpipe.workers.message import (
     Event,
     Frame,
@@ -198,7 +198,7 @@ class Worker(Generic[Request, Event, Result]):
                     process_group=0 if self._leads_group else None,
                 )
         except OSError as error:
-            raise machine_fault(error, self.log if error.filename else None) from error
+            raise refusal(error, self.log if error.filename else None) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.set_blocking(process.stdout.fileno(), False)  # type: ignore[union-attr]
@@ -316,7 +316,7 @@ def explained(error: Exception) -> Exception:
             hint="free some memory, or lower runtime.train_tokens, sample_tokens or score_tokens, which change no "
             "result; then repeat the command: finished pieces are kept",
         )
-    return machine_fault(known) if is_machine_fault(known) else error
+    return refusal(known) if is_machine_fault(known) else error
 
 
 def _listen(calls: queue.Queue[Frame], report: Report[Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol, cast
 
+from kdpipe.recipe.place import place_of
 from kdpipe.recipe.task import Gsm8kTask, QuestionTask
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def hub_id(task: Task, folder: Path) -> str | None:
     if (
         not isinstance(task, Gsm8kTask)
         or task.data.startswith((".", "/", "~"))
-        or (folder / task.data).is_dir()
+        or place_of(task.data, folder).is_dir()
     ):
         return None
     return task.data

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdpipe.data.rows import Problem
@@ -11,8 +10,11 @@ from kdpipe.data.tasks import hub_id
 from kdpipe.data.tasks.answers import MARK, extract_expected, parse_number
 from kdpipe.data.tasks.jsonl import DataRecord, read_records
 from kdpipe.errors import DataError
+from kdpipe.recipe.place import place_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from kdpipe.recipe.task import Gsm8kTask
 
 SPLITS = ("train", "test")
@@ -25,7 +27,7 @@ def find_files(task: Gsm8kTask, folder: Path) -> dict[str, Path]:
     """
     if hub_id(task, folder):
         return {}
-    data = folder / Path(task.data).expanduser()
+    data = place_of(task.data, folder)
     files: dict[str, Path] = {}
     for split in SPLITS:
         paths = _split_files(data, split)
@@ -40,7 +42,7 @@ def read_problems(
 
     Raises DataError on a hub id that was not downloaded.
     """
-    data = folder / Path(task.data).expanduser()
+    data = place_of(task.data, folder)
     if name := hub_id(task, folder):
         if hub_folder is None:
             raise DataError(

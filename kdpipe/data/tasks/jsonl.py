@@ -7,15 +7,16 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdpipe.data.rows import Problem
 from kdpipe.data.tasks.answers import MARK, extract_expected, parse_number
 from kdpipe.errors import DataError
+from kdpipe.recipe.place import place_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from kdpipe.recipe.task import JsonlTask
 
@@ -83,10 +84,7 @@ _NAME_FIELDS = "task.question_field and task.answer_field of a jsonl task name t
 
 def find_files(task: JsonlTask, folder: Path) -> dict[str, Path]:
     """The file of each split; raises DataError when one is missing."""
-    files = {
-        split: folder / Path(name).expanduser()
-        for split, name in (("train", task.train), ("test", task.test))
-    }
+    files = {split: place_of(name, folder) for split, name in (("train", task.train), ("test", task.test))}
     for split, path in files.items():
         if not path.is_file():
             raise DataError(f"{path}: no such file", hint=f"task.{split} names it, from the recipe's folder")
