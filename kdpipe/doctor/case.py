@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from kdpipe.models.source import ModelSource
     from kdpipe.recipe.schema import Recipe, Teacher
 
-PROMPTS: dict[Depth, int] = {"full": 8, "quick": 4}
-NEW_TOKENS: dict[Depth, int] = {"full": 48, "quick": 16}
+PROMPTS: dict[Depth, int] = {"full": 8, "quick": 4, "servers": 2}
+NEW_TOKENS: dict[Depth, int] = {"full": 48, "quick": 16, "servers": 4}
 LONGEST = 32
 """Problems of the longest texts, whose prompts are rendered for the context probe."""
 

@@ -197,9 +197,10 @@ def not_constant(scorer: Scorer, pairs: Sequence[Pair]) -> Outcome:
     return Outcome(f"all {len(every)} scores are {every.mean():.4g}, {why}", (measure,))
 
 
-def same_twice(scorer: Scorer, pairs: Sequence[Pair]) -> Outcome:
-    """Whether the same requests give the same scores again, in another order, and alone."""
+def same_twice(scorer: Scorer, pairs: Sequence[Pair], *, between: Callable[[], None]) -> Outcome:
+    """Whether the same requests give the same scores again after `between`, in another order, and alone."""
     first = scorer.logprobs(pairs)
+    between()
     others = {
         "again": scorer.logprobs(pairs),
         "other order": scorer.logprobs(pairs[::-1])[::-1],

@@ -3,7 +3,7 @@
 `examine` runs the probes of `text.py` and `engine.py` on a recipe's own engines. What each catches is in
 `finding.py`. A full examination samples a few completions, loads every model several times, and
 writes a perturbed copy of the student to a temporary folder; the quick one, which `run` makes by itself, asks for
-nothing that the next steps would not load anyway.
+nothing that the next steps would not load anyway. That of servers, which it makes before any step, opens no weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def examine(case: Case) -> list[Finding]:
     """The findings on the student and on each teacher, in the order in which they are reported."""
     with tempfile.TemporaryDirectory(prefix="kdpipe-doctor-") as folder:
         student = ExaminedStudent(case, Path(folder))
-        findings = list(student.findings())
+        findings = [] if case.depth == "servers" else list(student.findings())
         for settings, model in case.teachers:
             findings += ExaminedTeacher(case, settings, model, student).findings()
     if case.device.type == "cuda":

@@ -11,15 +11,16 @@ import torch
 
 from kdpipe.doctor import engine as engines
 from kdpipe.doctor import text as texts
-from kdpipe.doctor.case import Case, context_of, longest_problems, sizes_of
+from kdpipe.doctor.case import NEW_TOKENS, Case, context_of, longest_problems, sizes_of
 from kdpipe.doctor.engine import Forward, Scorer
 from kdpipe.doctor.finding import Finding, Outcome, found, skipped
 from kdpipe.errors import KdpipeError
 from kdpipe.models.folder import read_head
 from kdpipe.models.prompting import render_teacher_prompt
 from kdpipe.models.reference import Pair
+from kdpipe.stages.sampling import request_for, sampling_of
 from kdpipe.stages.scoring import TeacherHandle, as_teacher
-from kdpipe.stages.settings.model import SupportSettings, TeacherSettings, routes_of, teaches
+from kdpipe.stages.settings.model import DrawSettings, SupportSettings, TeacherSettings, routes_of, teaches
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,7 +66,10 @@ class ExaminedTeacher:
         lost = skipped("its ids mean nothing to the student: see vocabulary")
         for probe, make in self._probes().items():
             is_lost = vocabulary.verdict == "FAILED" and probe not in _WITHOUT_SHARED_IDS
-            yield found(probe, name, (lambda: lost) if is_lost else make)
+            finding = found(probe, name, (lambda: lost) if is_lost else make)
+            yield finding
+            if probe == "load" and finding.verdict == "FAILED" and self.model.is_served:
+                return  # each of the others would wait for it again
 
     def _vocabulary(self) -> Outcome:
         outcome = texts.vocabulary(self.student.model.text, self.model.text, name=self.model.name)
@@ -78,22 +82,26 @@ class ExaminedTeacher:
             "special tokens": lambda: texts.special_tokens(student, text, student.prompt(self.problems[0])),
             "template": self._template,
             "end of sequence": lambda: texts.end_of_sequence(student, text, self.case.recipe.train.objective),
-            "context": self._context,
             "load": lambda: self.case.load(self.model),
+            "context": self._context,
             "null test": lambda: self._null_test(student.prompt),
         }
         if self.case.depth == "quick":
             return quick
-        return quick | {
+        full = quick | {
             "own prompt": self._own_prompt,
             "shift": lambda: engines.shift(self._scorer(), max(self._references(), key=lambda p: len(p[1]))),
             "not constant": lambda: engines.not_constant(self._scorer(), self._references()),
-            "same twice": lambda: engines.same_twice(self._scorer(), self._references()),
+            "same twice": lambda: engines.same_twice(
+                self._scorer(), self._references(), between=self._ask_otherwise
+            ),
             "top-k": self._top_k,
             "hidden states": self._hidden_states,
             "own weights": self._own_weights,
             "knows the task": self._knows_the_task,
         }
+        asked = ("load", "same twice", "context", "top-k")  # what is asked in between, is asked first there
+        return {probe: full[probe] for probe in asked} if self.case.depth == "servers" else full
 
     # text
 
@@ -112,12 +120,31 @@ class ExaminedTeacher:
     def _context(self) -> Outcome:
         routes = routes_of(self.settings)
         longest = [problem for problem in longest_problems(self.case.job) if teaches(routes, problem)]
-        return texts.context(
-            [self._prompt(problem) for problem in longest or self.problems],
-            max_new_tokens=self.case.recipe.rollout.max_new_tokens,
-            limit=context_of(self.model.source) if not self.model.is_served else None,
-            whose=f"teacher {self.model.name!r}",
-        )
+        prompts = [self._prompt(problem) for problem in longest or self.problems]
+        tokens = self.case.recipe.rollout.max_new_tokens
+        if self.model.is_served:
+            return self._served_context(max(prompts, key=len), tokens)
+        limit, whose = context_of(self.model.source), f"teacher {self.model.name!r}"
+        return texts.context(prompts, max_new_tokens=tokens, limit=limit, whose=whose)
+
+    def _served_context(self, prompt: list[int], tokens: int) -> Outcome:
+        """Whether a server scores as much at once as a step will ask for: proxies have limits too."""
+        if self.case.depth == "quick":
+            return skipped("the server was asked before the first step")
+        filler, k = self._references()[0][1] or prompt, self.case.recipe.keep.teacher_top_k
+        completion = (filler * (1 + tokens // len(filler)))[:tokens]
+        self._scorer().scores([(prompt, completion)], top_k=k)
+        return Outcome(f"longest prompt {len(prompt)} + max_new_tokens {tokens}, scored at once, top {k}")
+
+    def _ask_otherwise(self) -> None:
+        """Asks a server what steps ask between two scores: a top k, and where it is to write, a sample."""
+        recipe, references = self.case.recipe, self._references()
+        if self.model.is_served and recipe.keep.teacher_top_k:
+            self._scorer().scores(references, top_k=recipe.keep.teacher_top_k)
+        if self.model.is_served and (recipe.evaluate.teacher or recipe.has_teacher_text):
+            draws = DrawSettings(1.0, 1.0, 0, NEW_TOKENS["servers"], recipe.rollout.stop)
+            request = request_for(references[0][0], 1, self.case.job.seed, "doctor")
+            self.model.sample([request], sampling_of(draws, self.handle.text), progress=lambda _: None)
 
     def _prompt(self, problem: Problem) -> list[int]:
         """The prompt that it reads before a completion."""
@@ -132,7 +159,7 @@ class ExaminedTeacher:
     def _references(self) -> list[Pair]:
         """Its prompts with the beginning of reference solutions, without ids that it lacks."""
         lacking = self.handle.vocabulary.unscorable
-        pairs = self.student.references(self.problems[:4])
+        pairs = self.student.references(self.problems[: 2 if self.case.depth == "servers" else 4])
         return [
             (self._prompt(problem), [token for token in completion if token not in lacking])
             for problem, (_, completion) in zip(self.problems, pairs, strict=False)

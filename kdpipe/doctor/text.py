@@ -121,9 +121,9 @@ def end_of_sequence(student: Text, teacher: Text, objective: Objective) -> Outco
 def context(
     prompts: Sequence[Sequence[int]], *, max_new_tokens: int, limit: int | None, whose: str
 ) -> Outcome:
-    """Whether the longest prompt and `max_new_tokens` fit; `limit` None is a server's, unknown here."""
+    """Whether the longest prompt and `max_new_tokens` fit; `limit` None is one that no config tells."""
     if limit is None:
-        return skipped("its context is a server's, which refuses what does not fit")
+        return skipped("its config does not tell its context")
     longest = max(map(len, prompts))
     said = f"longest prompt {longest} + max_new_tokens {max_new_tokens} in a context of {limit}"
     measure = Measure("tokens", float(longest + max_new_tokens), float(limit))

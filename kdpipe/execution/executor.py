@@ -69,7 +69,7 @@ class Performer:
                 executor = self._executor_of(found, report, is_trained=True)
                 return executor.perform(Inputs.of(found, report), anew=anew)
             case Examine(assignment=found, depth=depth):
-                executor = self._executor_of(found, report, is_trained=depth == "quick")
+                executor = self._executor_of(found, report, is_trained=depth != "full")
                 teachers = [role for role in request.roles if role != STUDENT_ROLE]
                 inputs = Inputs.of(found, report)
                 return executor.probe(inputs, teachers, missing=request.missing, depth=depth)

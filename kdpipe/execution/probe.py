@@ -54,7 +54,7 @@ class Probe:
                 stand_ins[inputs.settings(role).name] = weights.format(step=step_id)
             case = self._case(inputs, teachers, stand_ins, depth, Path(folder))
             findings = FINDINGS.dump_python(tuple(examine(case)), mode="json")
-            if depth == "quick":
+            if depth != "full":
                 return Examined(findings)
             try:
                 return Examined(findings, ESTIMATE.dump_python(sizes(case), mode="json"))

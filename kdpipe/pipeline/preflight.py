@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import JsonValue
 
@@ -16,8 +16,9 @@ from kdpipe.pipeline.project import Project, open_project
 from kdpipe.pipeline.request import PERFORMER, Close, Depth, Examine, Examined, assignment_of, open_worker
 from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.recipe.roles import BASE_ROLE, STUDENT, STUDENT_ROLE, Role, teacher_role
+from kdpipe.recipe.schema import ServedTeacher
 from kdpipe.store.stage import Stage
-from kdpipe.store.step import Input, Step
+from kdpipe.store.step import Fields, Input, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,29 @@ def examine_recipe(loaded: LoadedRecipe, workspace: Path) -> Examination:
     )
 
 
+def examine_servers(
+    project: Project,
+    folders: Mapping[str, Path],
+    steps: Iterable[Step],
+    *,
+    call: Callable[[Examine], Examined],
+    warn: Callable[[str], None],
+) -> None:
+    """Asks the servers that one of `steps` reads for what the recipe will need of them.
+
+    Raises PreflightError where one does not give it.
+    """
+    recipe = project.recipe
+    roles = [teacher_role(recipe, found) for found in recipe.teachers if isinstance(found, ServedTeacher)]
+    fields = [cast("Fields", step.document["fields"]) for step in steps]
+    asked = [role for role in roles if any(f"{role}.model" in found for found in fields)]
+    if asked:
+        step = Step("preflight@0", Stage.EVALUATE, 0, STUDENT, recipe.seed, {}, {}, "")
+        missing = {STUDENT_ROLE: "the student"}  # of which the text is enough
+        request = Examine(assignment_of(project, folders, step), "servers", (STUDENT_ROLE, *asked), missing)
+        _require_fit("preflight of the servers", call(request).findings, warn)
+
+
 def examine_round(
     project: Project,
     folders: Mapping[str, Path],
@@ -74,7 +98,10 @@ def examine_round(
     request = examination(project, folders, number, depth="quick")
     if request.missing or len(request.roles) == 1:
         return
-    findings = call(request).findings
+    _require_fit(f"preflight of round {number}", call(request).findings, warn)
+
+
+def _require_fit(which: str, findings: list[dict[str, JsonValue]], warn: Callable[[str], None]) -> None:
     for finding in findings:
         if finding["verdict"] == "warning":
             warn(_sentence(finding))
@@ -82,7 +109,7 @@ def examine_round(
     if broken:
         more = "".join(f"\n  {line}" for line in broken[1:])
         raise PreflightError(
-            f"preflight of round {number}: {broken[0]}{more}",
+            f"{which}: {broken[0]}{more}",
             hint="kdpipe doctor shows the numbers; done steps are kept; --set runtime.preflight=false goes on",
         )
 

@@ -18,7 +18,7 @@ from kdpipe.workers.message import Nothing, Talk, message
 from kdpipe.workers.pulse import Progressed
 from kdpipe.workers.worker import Worker
 
-Depth = Literal["quick", "full"]
+Depth = Literal["servers", "quick", "full"]
 PERFORMER = "kdpipe.execution.executor:Performer"
 
 

@@ -109,14 +109,15 @@ class _Run:
         self.schedule = Schedule(project.plan, self.steps, pending)
         self.retention = Retention(project.run, project.workspace, self.schedule.awaits)
         self.digests: dict[str, str | None] = {}
-        self.todo = sum(step.id in pending for step in self.steps)
+        self.todo = [step for step in self.steps if step.id in pending]
 
     def go(self) -> Mapping[str, str | None]:
         """Performs every step that is not done; returns the payload digests by step id."""
         project = self.project
-        self.display.begin(project.run, self.todo, len(self.steps) - self.todo)
+        self.display.begin(project.run, len(self.todo), len(self.steps) - len(self.todo))
         if self.todo:
             require(project.recipe, self.display.warn)
+            self.worker.examine_servers(self.todo)
             self.mirror.nudge()
         is_gated = False
         while (step := self.schedule.next()) is not None:

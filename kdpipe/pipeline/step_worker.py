@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from kdpipe.pipeline.preflight import examine_round
+from kdpipe.pipeline.preflight import examine_round, examine_servers
 from kdpipe.pipeline.progress import ProgressFile
 from kdpipe.pipeline.project import Project
 from kdpipe.pipeline.request import (
@@ -81,15 +82,21 @@ class StepWorker:
         if self._has_examined or not is_due or not self._project.recipe.runtime.preflight:
             return
         self._has_examined = True
-
-        def call(request: Examine) -> Examined:
-            result = self._call(step, request, self._display.step_event)
-            if result is None:
-                self._stop.check(step.id)
-            assert isinstance(result, Examined)
-            return result
-
+        call = partial(self._examined, step)
         examine_round(self._project, self._folders, step.round, call=call, warn=self._display.warn)
+
+    def examine_servers(self, steps: Sequence[Step]) -> None:
+        """Asks the servers that the steps of a command read, before the first of these."""
+        if self._project.recipe.runtime.preflight:
+            call = partial(self._examined, steps[0])
+            examine_servers(self._project, self._folders, steps, call=call, warn=self._display.warn)
+
+    def _examined(self, step: Step, request: Examine) -> Examined:
+        result = self._call(step, request, self._display.step_event)
+        if result is None:
+            self._stop.check(step.id)
+        assert isinstance(result, Examined)
+        return result
 
     def kill(self) -> None:
         """Ends the process at once."""

@@ -20,7 +20,7 @@ from tests.clinic import Findings, examined, load_world, verdicts, write_world
 from tests.serving import MODEL, Reply, Served, serve
 
 TOP5 = {"kd": {"term": "jsd", "beta": 1.0, "support": {"teacher_top_k": 5}}}
-ELSEWHERE = {"null test", "own prompt", "own weights", "context", "hidden states"}
+ELSEWHERE = {"null test", "own prompt", "own weights", "hidden states"}
 """Probes that need the weights, or the settings, of what runs on the server."""
 
 
@@ -91,8 +91,9 @@ def other_ids(_number: int, reply: Reply) -> Reply:
 
 
 def drifting(number: int, reply: Reply) -> Reply:
-    for row, token in rows_of(reply):
-        row[token]["logprob"] -= 0.5 * number
+    for row, _ in rows_of(reply):
+        for entry in row.values():
+            entry["logprob"] -= 0.5 * number
     return reply
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from kdpipe.models.source import ModelSource
 from kdpipe.recipe.models import Scratch
 from kdpipe.recipe.runtime import Runtime
 from tests.fakes import FakeEngine
-from tests.serving import MODEL, Reply, Served, serve
+from tests.serving import MODEL, Reply, Served, Twist, serve
 from tests.worlds import Watcher, events_of, leftovers, load_tiny, payload_digests, run_near
 
 KEY = "sk-canary-9876543210"
+TOP5 = {"kd": {"term": "jsd", "beta": 1.0, "support": {"teacher_top_k": 5}}}
 NUM_IDS = num_ids_in_use(arithmetic_tokenizer(words()))
 
 
@@ -84,8 +85,7 @@ def plain(model: LlamaForCausalLM, prompt: list[int], completion: list[int]) -> 
 def test_a_run_is_taught_by_a_server_and_goes_on_elsewhere_when_it_moves(
     served: Served, model: Path, tmp_path: Path
 ) -> None:
-    support = {"kd": {"term": "jsd", "beta": 1.0, "support": {"teacher_top_k": 5}}}
-    more = {"train": {"objective": support, "minibatches": 2}}
+    more = {"train": {"objective": TOP5, "minibatches": 2}, "runtime__preflight": True}
     project = run_near(load_tiny(tmp_path, **changes(served.url, **more)), tmp_path / "out")
     wide = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
     for number in (1, 2):
@@ -117,6 +117,65 @@ def test_a_run_is_taught_by_a_server_and_goes_on_elsewhere_when_it_moves(
     assert watcher.performed == []
     assert payload_digests(tmp_path / "out") == before
     assert len(served.bodies) == asked
+
+
+def few_logprobs(served: Served) -> Twist:
+    said = {"error": {"message": "Requested prompt logprobs of 5, which is greater than max allowed: 4"}}
+    return lambda number, reply: (
+        Reply(said, 400) if (served.bodies[number].get("prompt_logprobs") or 0) > 4 else reply
+    )
+
+
+def short_requests(served: Served) -> Twist:
+    return lambda number, reply: Reply(b"", 413) if len(served.bodies[number]["prompt"]) > 24 else reply
+
+
+def otherwise_after(field: str) -> Callable[[Served], Twist]:
+    """A server whose scores are others once it was asked for something else."""
+
+    def make(served: Served) -> Twist:
+        def twist(number: int, reply: Reply) -> Reply:
+            if any(body.get(field) for body in served.bodies[:number]):
+                for row in reply.body["choices"][0].get("prompt_logprobs", [None])[1:]:
+                    for entry in row.values():
+                        entry["logprob"] -= 2.0
+            return reply
+
+        return twist
+
+    return make
+
+
+def no_sampled_ids(_served: Served) -> Twist:
+    def twist(_number: int, reply: Reply) -> Reply:
+        reply.body["choices"][0].pop("token_ids")
+        return reply
+
+    return twist
+
+
+LACKS: dict[str, tuple[Callable[[Served], Twist], str]] = {
+    "logprobs": (few_logprobs, r"HTTP 400: Requested prompt logprobs of 5.*--max-logprobs 64"),
+    "long requests": (short_requests, r"context \(teacher\): .*HTTP 413"),
+    "memory of a top k": (otherwise_after("prompt_logprobs"), r"same twice \(teacher\)"),
+    "memory of a sample": (otherwise_after("seed"), r"same twice \(teacher\)"),
+    "ids of samples": (no_sampled_ids, "no token_ids in its reply"),
+    "JSON": (lambda _: lambda _n, _r: Reply(b"<html>Sign in"), "no JSON: <html>Sign in"),
+}
+
+
+@pytest.mark.usefixtures("tokenizer")
+@pytest.mark.parametrize("lack", LACKS)
+def test_a_server_that_lacks_what_the_recipe_needs_is_told_before_the_first_step(
+    lack: str, served: Served, tmp_path: Path
+) -> None:
+    make, said = LACKS[lack]
+    served.twist = make(served)
+    more = changes(served.url, train={"objective": TOP5}, runtime__preflight=True)
+    with pytest.raises(PreflightError, match=said):
+        run_near(load_tiny(tmp_path, **more), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("store/*/*"))
+    assert len(served.bodies) < 16
 
 
 @pytest.mark.usefixtures("tokenizer")
@@ -213,6 +272,9 @@ def test_a_server_with_too_short_a_context_is_told_before_anything_is_trained(
     served.context = 16
     with pytest.raises(ModelError, match="do not fit the server's context of 16"):
         run_near(load_tiny(tmp_path, **changes(served.url)), tmp_path / "out")
+    with pytest.raises(PreflightError, match=r"of the servers: .* do not fit the server's context of 16"):
+        run_near(load_tiny(tmp_path, **changes(served.url, runtime__preflight=True)), tmp_path / "new")
+    assert not list((tmp_path / "new").glob("store/*/*"))
 
 
 def test_what_the_tokenizer_holds_counts_and_weights_beside_it_do_not(model: Path, tmp_path: Path) -> None:

@@ -270,9 +270,7 @@ class HttpClient:
         if 300 <= status < 400:
             hint = "redirects are not followed, since the key would travel along: write the last URL"
             return EngineError(f"{where}: redirects elsewhere (HTTP {status})", hint=hint)
-        hint = (
-            "see what it says, and its own log; vLLM gives a top k of 20 at most, or what --max-logprobs says"
-        )
+        hint = "see what it says, and its own log; vLLM gives a top k of 20 unless it is started with --max-logprobs 64"
         if status in (401, 403):
             hint = (
                 f"the key is read from {self._key_name}: see that it is the server's"
