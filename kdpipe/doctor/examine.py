@@ -45,10 +45,7 @@ def sizes(case: Case) -> Estimate:
     recipe, text = case.recipe, case.student.text
     prompts = [text.prompt(problem) for problem in case.job.train[:LONGEST]]
     lora, source = recipe.student.lora, case.student.source
-    adapter = 0
-    if lora is not None:
-        targets = None if lora.targets == "all-linear" else lora.targets
-        adapter = adapter_parameters(source.folder, rank=lora.rank, targets=targets)
+    adapter = 0 if lora is None else adapter_parameters(source.folder, lora)
     student = _sized(case, case.student, adapter=adapter)
     teachers = {
         model.name: student

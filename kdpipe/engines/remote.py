@@ -166,14 +166,12 @@ class WorkerEngine:
         return self._source == source
 
     def load(self, source: ModelSource) -> None:
-        """See Engine."""
         self._call(Load(self._hosting, source))
         self._source = source
 
     def sample(
         self, requests: Sequence[SampleRequest], sampling: Sampling, *, progress: Progress
     ) -> list[list[Completion]]:
-        """See Engine."""
         answer = self._call(SampleCall(self._hosting, requests, sampling), progress)
         assert isinstance(answer, Sampled)
         return answer.completions
@@ -181,7 +179,6 @@ class WorkerEngine:
     def score(
         self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Progress
     ) -> list[TokenScores]:
-        """See Engine."""
         answer = self._call(ScoreCall(self._hosting, requests, scoring), progress)
         assert isinstance(answer, Scored)
         return answer.scores

@@ -37,15 +37,11 @@ class TeacherHidden:
     temperature: float
     top_k: int = 0
 
+    @torch.no_grad()
     def at(self, index: torch.Tensor) -> TeacherSupport:
         """The distribution at the positions in `index`."""
-        with torch.no_grad():
-            logits_CV = head_logits(self.hidden_NG[index], self.head, temperature=self.temperature)
-            logprobs_CV = logits_CV.log_softmax(-1)
-            if self.top_k == 0:
-                return TeacherSupport(logprobs_CV)
-            ids_CK, topk_CK, tail_C = support_of(logprobs_CV, self.top_k)
-            return TeacherSupport(topk_CK, ids_CK, tail_C)
+        logits_CV = head_logits(self.hidden_NG[index], self.head, temperature=self.temperature)
+        return _supported(logits_CV.log_softmax(-1), self.top_k)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,24 +69,26 @@ class TeacherMixture:
     num_ids: int
     top_k: int = 0
 
+    @torch.no_grad()
     def at(self, index: torch.Tensor) -> TeacherSupport:
         """The distribution at the positions in `index`."""
-        with torch.no_grad():
-            wide = any(part.states.hidden_NG.dtype == torch.float64 for part in self.parts)
-            shape = (len(index), self.num_ids)
-            mixed_CV = torch.full(
-                shape, -torch.inf, dtype=torch.float64 if wide else torch.float32, device=index.device
-            )
-            for part in self.parts:
-                place_C = part.place_N[index]
-                own = (place_C >= 0).nonzero().squeeze(-1)
-                logprobs_cV = part.states.at(place_C[own]).logprobs_NS.to(mixed_CV.dtype) + part.log_weight
-                known = logprobs_cV.shape[-1]
-                mixed_CV[own, :known] = torch.logaddexp(mixed_CV[own, :known], logprobs_cV)
-            if self.top_k == 0:
-                return TeacherSupport(mixed_CV)
-            ids_CK, topk_CK, tail_C = support_of(mixed_CV, self.top_k)
-            return TeacherSupport(topk_CK, ids_CK, tail_C)
+        wide = any(part.states.hidden_NG.dtype == torch.float64 for part in self.parts)
+        dtype = torch.float64 if wide else torch.float32
+        mixed_CV = torch.full((len(index), self.num_ids), -torch.inf, dtype=dtype, device=index.device)
+        for part in self.parts:
+            place_C = part.place_N[index]
+            own = (place_C >= 0).nonzero().squeeze(-1)
+            logprobs_cV = part.states.at(place_C[own]).logprobs_NS.to(dtype) + part.log_weight
+            known = logprobs_cV.shape[-1]
+            mixed_CV[own, :known] = torch.logaddexp(mixed_CV[own, :known], logprobs_cV)
+        return _supported(mixed_CV, self.top_k)
+
+
+def _supported(logprobs_CV: torch.Tensor, top_k: int) -> TeacherSupport:
+    if top_k == 0:
+        return TeacherSupport(logprobs_CV)
+    ids_CK, topk_CK, tail_C = support_of(logprobs_CV, top_k)
+    return TeacherSupport(topk_CK, ids_CK, tail_C)
 
 
 def micro_batch_loss(

@@ -52,18 +52,6 @@ def pad_right(sequences: Sequence[Sequence[int]], *, device: torch.device | None
     return torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in sequences], device=device)
 
 
-def completion_positions(
-    prompt_lengths: Sequence[int], completion_lengths: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and position [N] whose hidden state predicts each completion token, sequence after sequence."""
-    prompts_B = torch.tensor(prompt_lengths, dtype=torch.long)
-    counts_B = torch.tensor(completion_lengths, dtype=torch.long)
-    rows_N = torch.repeat_interleave(torch.arange(len(counts_B)), counts_B)
-    starts_B = counts_B.cumsum(0) - counts_B
-    tokens_N = torch.arange(len(rows_N)) - starts_B[rows_N]
-    return rows_N, prompts_B[rows_N] - 1 + tokens_N
-
-
 def make_batch(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
@@ -72,13 +60,16 @@ def make_batch(
 ) -> Batch:
     """One batch of the given sequences, in their order; prompts have at least one token."""
     counts = [len(completion) for completion in completions]
-    rows_N, positions_N = completion_positions([len(prompt) for prompt in prompts], counts)
+    rows_N = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    positions = [
+        len(prompt) - 1 + t for prompt, count in zip(prompts, counts, strict=True) for t in range(count)
+    ]
     inputs = [[*prompt, *completion[:-1]] for prompt, completion in zip(prompts, completions, strict=True)]
     targets = [token for completion in completions for token in completion]
     return Batch(
         input_ids_BT=pad_right(inputs, device=device),
         rows_N=rows_N.to(device),
-        positions_N=positions_N.to(device),
+        positions_N=torch.tensor(positions, dtype=torch.long, device=device),
         target_ids_N=torch.tensor(targets, dtype=torch.long, device=device),
         counts=counts,
     )

@@ -42,23 +42,8 @@ def resolve_dtype(
     name: Dtype, device: torch.device, *, cpuinfo: Path = Path("/proc/cpuinfo")
 ) -> tuple[torch.dtype, str]:
     """The dtype that `name` means on this device, and why."""
-    match name:
-        case "float32":
-            return torch.float32, "asked for"
-        case "bfloat16":
-            return torch.bfloat16, "asked for"
-        case "float16":
-            return torch.float16, "asked for"
-        case "auto":
-            return _best_dtype(device, cpuinfo)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name by which recipes, configs and manifests call a dtype: `float32`."""
-    return str(dtype).removeprefix("torch.")
-
-
-def _best_dtype(device: torch.device, cpuinfo: Path) -> tuple[torch.dtype, str]:
+    if name != "auto":
+        return getattr(torch, name), "asked for"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, f"{torch.cuda.get_device_name(device)} has bfloat16 matrix products"
@@ -73,6 +58,11 @@ def _best_dtype(device: torch.device, cpuinfo: Path) -> tuple[torch.dtype, str]:
     return torch.float32, f"no {missing} here: bfloat16 would be emulated, 100 times slower"
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name by which recipes, configs and manifests call a dtype: `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 class DeviceServer:
     """What a worker runs for `kdpipe doctor`."""
 
@@ -82,11 +72,6 @@ class DeviceServer:
         """What torch makes of a device."""
         device = resolve_device(request.device)
         dtype, why = resolve_dtype("auto", device)
-        devices = ", ".join(_devices()) or None
+        found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+        devices = ", ".join(f"{one.name} {one.total_memory / 2**30:.0f} GiB" for one in found) or None
         return SeenDevice(str(device), devices, torch.get_num_threads(), dtype_name(dtype), why)
-
-
-def _devices() -> list[str]:
-    """Name and memory of every CUDA device."""
-    found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-    return [f"{device.name} {device.total_memory / 2**30:.0f} GiB" for device in found]

@@ -104,13 +104,13 @@ def read_head(
     Raises ModelError when the folder is not a model, or its files do not hold the head by its name.
     """
     _require_weights(folder)
-    skeleton = _skeleton(folder, trust_remote_code=trust_remote_code)
-    layer = skeleton.get_output_embeddings()
+    model = skeleton(folder, trust_remote_code=trust_remote_code)
+    layer = model.get_output_embeddings()
     found = {}
     for key, wanted in (("weight", layer.weight), ("bias", layer.bias)):
         if wanted is not None:
             # A tied head goes by the name of the input embeddings too, and files hold one of the two.
-            named = skeleton.named_parameters(remove_duplicate=False)
+            named = model.named_parameters(remove_duplicate=False)
             names = [name for name, tensor in named if tensor is wanted]
             found[key] = _read_rows_of(folder, names, num_ids).to(device, dtype).clone()
     return Head(found["weight"], found.get("bias"))
@@ -146,12 +146,12 @@ class Architecture:
 def read_architecture(folder: Path, *, trust_remote_code: bool = False) -> Architecture:
     """The architecture of the model in a folder; reads no weights, raises ModelError if it is none."""
     _require_weights(folder)
-    skeleton = _skeleton(folder, trust_remote_code=trust_remote_code)
-    head = skeleton.get_output_embeddings()
+    model = skeleton(folder, trust_remote_code=trust_remote_code)
+    head = model.get_output_embeddings()
     if head is None:
-        raise ModelError(f"{folder}: {type(skeleton).__name__} has no output head of its own")
-    named = skeleton.named_parameters(remove_duplicate=False)
-    text = skeleton.config.get_text_config()
+        raise ModelError(f"{folder}: {type(model).__name__} has no output head of its own")
+    named = model.named_parameters(remove_duplicate=False)
+    text = model.config.get_text_config()
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return Architecture(
         context=text.max_position_embeddings,
@@ -239,10 +239,10 @@ def write_merged(
 def require_targets(folder: Path, lora: Lora, *, trust_remote_code: bool = False) -> None:
     """Raises ModelError unless the model in a folder has the layers that get adapters; reads no weights."""
     _require_weights(folder)
-    target_names(_skeleton(folder, trust_remote_code=trust_remote_code), lora)
+    target_names(skeleton(folder, trust_remote_code=trust_remote_code), lora)
 
 
-def _skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
+def skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
     """The model of a folder without its weights; raises ModelError when its config.json is not of one."""
     try:
         config = AutoConfig.from_pretrained(

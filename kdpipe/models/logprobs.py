@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import linear
@@ -20,22 +20,14 @@ from torch.utils.checkpoint import checkpoint
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from transformers import PreTrainedModel
+
     from kdpipe.models.batching import Batch
 
 Extra = Callable[[torch.Tensor, slice], torch.Tensor]
 """Log-probs [C, V] of the tokens in the slice of N -> one value per token [C]."""
 _MIN_CHUNK_LOGITS = 2**22
 """Below this many logits a larger chunk costs no memory worth naming, and fewer chunks cost less time."""
-
-
-class CausalModel(Protocol):
-    """What is asked of a model: its decoder body (final norm included) and its output head."""
-
-    def get_decoder(self) -> Callable[..., Any]:
-        """Returns the body: `input_ids` to `last_hidden_state`."""
-
-    def get_output_embeddings(self) -> torch.nn.Linear:
-        """Returns the output head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +52,7 @@ class HeadScores:
     tail_logprobs_N: torch.Tensor
 
 
-def hidden_states(model: CausalModel, batch: Batch) -> torch.Tensor:
+def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Hidden states [N, H], after the final norm, that predict the batch's completion tokens."""
     hidden_BTH: torch.Tensor = model.get_decoder()(
         input_ids=batch.input_ids_BT, use_cache=False
@@ -68,7 +60,7 @@ def hidden_states(model: CausalModel, batch: Batch) -> torch.Tensor:
     return hidden_BTH[batch.rows_N, batch.positions_N]
 
 
-def head_of(model: CausalModel, *, num_ids: int) -> Head:
+def head_of(model: PreTrainedModel, *, num_ids: int) -> Head:
     """The output head without its padding rows."""
     weight_VH, bias_V = (layer := model.get_output_embeddings()).weight, layer.bias
     if num_ids == weight_VH.shape[0]:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from kdpipe.errors import ModelError
-from kdpipe.models.adapters import merge_adapter
+from kdpipe.models.adapters import merge_adapter, target_names
+from kdpipe.models.folder import skeleton
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kdpipe.models.source import ModelSource
+    from kdpipe.recipe.models import Lora
 
 Pair = tuple[list[int], list[int]]
 """The token ids of a prompt and of a completion."""
@@ -86,10 +88,8 @@ def perturb(source: ModelSource, folder: Path, *, dtype: torch.dtype, seed: int)
 
 def shape_of(folder: Path, *, trust_remote_code: bool = False) -> Shape:
     """The sizes of the model in a folder, of which only config.json is read."""
-    config = _config(folder, trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    text = config.get_text_config()
+    model = skeleton(folder, trust_remote_code=trust_remote_code)
+    text = model.config.get_text_config()
     heads = int(text.num_attention_heads)
     hidden = int(text.hidden_size)
     written = text.to_dict()
@@ -110,33 +110,12 @@ def shape_of(folder: Path, *, trust_remote_code: bool = False) -> Shape:
     )
 
 
-def adapter_parameters(folder: Path, *, rank: int, targets: Sequence[str] | None) -> int:
-    """How many weights an adapter of that rank has; `targets` None are all linear layers below the head."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_config(folder, trust_remote_code=False))
-    head = model.get_output_embeddings()
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is torch.nn.Linear and module is not head
-    }
-    return sum(
-        rank * (module.in_features + module.out_features)
-        for name, module in linear.items()
-        if targets is None or name.rpartition(".")[2] in targets
-    )
-
-
-def _config(folder: Path, trust_remote_code: bool) -> Any:
-    try:
-        return AutoConfig.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{folder}: its config.json cannot be read as a model's: {error}",
-            hint="give the folder that holds config.json, tokenizer files and *.safetensors",
-        ) from error
+def adapter_parameters(folder: Path, lora: Lora) -> int:
+    """How many weights the adapter that `lora` describes has."""
+    model = skeleton(folder, trust_remote_code=False)
+    targets = target_names(model, lora)
+    adapted = [module for name, module in model.named_modules() if name.rpartition(".")[2] in targets]
+    return sum(lora.rank * (module.in_features + module.out_features) for module in adapted)
 
 
 def _open(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool) -> Any:

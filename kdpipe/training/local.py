@@ -17,7 +17,6 @@ from kdpipe.errors import ArtifactError, StepError
 from kdpipe.models.folder import write_model
 from kdpipe.models.logprobs import head_of, hidden_states, score_tokens
 from kdpipe.training.optimizer import (
-    adamw,
     learning_rate,
     moments,
     read_trainer,
@@ -67,22 +66,26 @@ class LocalTrainer:
         self._compute = compute
         self._checkpointing = gradient_checkpointing
         self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        self._optimizer = adamw(self._trained, settings)
+        self._optimizer = torch.optim.AdamW(
+            list(self._trained.values()),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            foreach=True,
+        )
         self._published: tuple[str, ModelCache] | None = None
 
     @property
     def device(self) -> torch.device:
-        """See Trainer."""
         device: torch.device = self.model.device
         return device
 
     @property
     def version(self) -> str | None:
-        """See Trainer."""
         return None if self._published is None else self._published[0]
 
     def logprobs(self, batch: Batch, *, temperature: float, chunk: int) -> torch.Tensor:
-        """See Trainer."""
         with torch.no_grad(), self._computing():
             scores = score_tokens(
                 hidden_states(self.model, batch),
@@ -95,7 +98,6 @@ class LocalTrainer:
         return scores.logprobs_N.float().cpu()
 
     def begin(self) -> None:
-        """See Trainer."""
         self._withdraw()
         if self._checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -103,7 +105,6 @@ class LocalTrainer:
         self._optimizer.zero_grad(set_to_none=True)
 
     def accumulate(self, batch: Batch, loss: Loss) -> dict[str, float]:
-        """See Trainer."""
         with self._computing():
             hidden_NH = hidden_states(self.model, batch)
             total, metrics = loss(hidden_NH, head_of(self.model, num_ids=self._num_ids))
@@ -111,7 +112,6 @@ class LocalTrainer:
         return {name: float(value) for name, value in {"loss": total.detach(), **metrics}.items()}
 
     def apply(self, *, is_rounding: bool = False) -> Update:
-        """See Trainer."""
         found = torch.nn.utils.clip_grad_norm_(list(self._trained.values()), self._settings.max_grad_norm)
         norm, rate = float(found), learning_rate(self._settings, self.step, horizon=self._horizon)
         if not math.isfinite(norm):
@@ -128,17 +128,14 @@ class LocalTrainer:
         return Update(norm, rate, is_skipped=is_rounding)
 
     def end(self) -> None:
-        """See Trainer."""
         if self._checkpointing:
             self.model.gradient_checkpointing_disable()
         self.model.eval()
 
     def weights(self) -> Mapping[str, torch.Tensor]:
-        """See Trainer."""
         return dict(self.model.named_parameters())
 
     def write_weights(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """See Trainer."""
         write_model(self.model, tokenizer, folder, dtype=self._compute)
 
     def write_state(self, folder: Path) -> None:
@@ -146,12 +143,10 @@ class LocalTrainer:
         self._write_state(folder, masters=self.model.dtype != self._compute)
 
     def write_checkpoint(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """See Trainer."""
         write_model(self.model, tokenizer, folder / "model", dtype=torch.float32)
         self._write_state(folder / "trainer", masters=False)
 
     def restore(self, folder: Path) -> None:
-        """See Trainer."""
         self._withdraw()
         tensors, state = read_trainer(folder)
         step = state.get("optimizer_step")

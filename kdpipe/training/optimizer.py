@@ -29,18 +29,6 @@ TENSORS_FILE = "trainer.safetensors"
 STATE_FILE = "trainer.json"
 
 
-def adamw(weights: Mapping[str, torch.nn.Parameter], settings: Optimizer | SftOptimizer) -> torch.optim.AdamW:
-    """An AdamW over all of the weights, without moments yet."""
-    return torch.optim.AdamW(
-        list(weights.values()),
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        foreach=True,
-    )
-
-
 def learning_rate(settings: Optimizer | SftOptimizer, step: int, *, horizon: int) -> float:
     """The rate after `step` optimizer steps: linear warm-up, then the schedule down to 0 at the horizon."""
     warmup = settings.warmup_steps

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdpipe.models.batching import batches_by_tokens, completion_positions, make_batch
+from kdpipe.models.batching import batches_by_tokens, make_batch
 
 
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 200))
@@ -23,9 +23,9 @@ def test_batches_fill_the_budget_and_equal_lengths_keep_their_order():
 
 
 def test_completion_token_t_is_predicted_at_prompt_minus_1_plus_t():
-    rows, positions = completion_positions([1, 4, 2], [2, 0, 3])
-    assert rows.tolist() == [0, 0, 2, 2, 2]
-    assert positions.tolist() == [0, 1, 1, 2, 3]
+    batch = make_batch([[1], [1] * 4, [1] * 2], [[2, 3], [], [4, 5, 6]])
+    assert batch.rows_N.tolist() == [0, 0, 2, 2, 2]
+    assert batch.positions_N.tolist() == [0, 1, 1, 2, 3]
 
 
 def test_a_batch_points_from_each_input_to_the_token_after_it():

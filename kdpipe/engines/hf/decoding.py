@@ -93,7 +93,6 @@ class LlamaDecoder:
     def prefill(
         self, prompts: Sequence[Sequence[int]], repeats: Sequence[int], *, max_tokens: int
     ) -> torch.Tensor:
-        """See Decoder."""
         device = self._model.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         row_prompts = torch.repeat_interleave(torch.tensor(repeats, device=device))
@@ -159,7 +158,6 @@ class LlamaDecoder:
         return cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
 
     def step(self, ids_B: torch.Tensor) -> torch.Tensor:
-        """See Decoder."""
         body = self._model.get_decoder()
         x_HB = embedding(ids_B, body.embed_tokens.weight).t().contiguous()
         rotation = (
@@ -212,7 +210,6 @@ class LlamaDecoder:
         return attended.reshape(num_rows, -1).t()
 
     def keep(self, rows: torch.Tensor) -> None:
-        """See Decoder."""
         for caches in (self._keys, self._values):
             for index, old in enumerate(caches):
                 new = old.new_empty((len(rows), *old.shape[1:]))
@@ -244,7 +241,6 @@ class GenericDecoder:
         return hidden.t()
 
     def step(self, ids_B: torch.Tensor) -> torch.Tensor:
-        """See Decoder."""
         output = self._model.get_decoder()(
             input_ids=ids_B[:, None], past_key_values=self._cache, use_cache=True
         )
@@ -252,7 +248,6 @@ class GenericDecoder:
         return hidden.t()
 
     def keep(self, rows: torch.Tensor) -> None:
-        """See Decoder."""
         self._cache.batch_select_indices(rows)
 
 

@@ -70,7 +70,6 @@ class HfEngine:
     def sample(
         self, requests: Sequence[SampleRequest], sampling: Sampling, *, progress: Progress
     ) -> list[list[Completion]]:
-        """See Engine."""
         model, source = self._loaded()
         require_sampling(requests, sampling, **_limits(model))
         rows = [
@@ -91,7 +90,6 @@ class HfEngine:
     def score(
         self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Progress
     ) -> list[TokenScores]:
-        """See Engine."""
         model, _ = self._loaded()
         require_scoring(requests, scoring, **_limits(model))
         head = head_of(model, num_ids=scoring.num_ids)
@@ -126,14 +124,12 @@ class HfEngine:
         return [results[index] for index in range(len(requests))]
 
     def sleep(self) -> None:
-        """See Engine."""
         self._model = self._source = None
         self._models.clear()
         if self._models.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def close(self) -> None:
-        """See Engine."""
         self.sleep()
 
     def _loaded(self) -> tuple[PreTrainedModel, ModelSource]:

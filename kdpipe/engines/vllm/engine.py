@@ -117,7 +117,6 @@ class VllmEngine:
         self._asleep = True
 
     def close(self) -> None:
-        """See Engine."""
         started, self._started = self._started, None
         self._source, self._shape, self._asleep = None, None, False
         if started is not None:
@@ -230,7 +229,6 @@ class VllmEngine:
     def sample(
         self, requests: Sequence[SampleRequest], sampling: Sampling, *, progress: Progress
     ) -> list[list[Completion]]:
-        """See Engine."""
         started = self._loaded()
         require_sampling(requests, sampling, **self._limits(started))
         rows = [(index, seed) for index, request in enumerate(requests) for seed in request.seeds]
@@ -251,7 +249,6 @@ class VllmEngine:
     def score(
         self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Progress
     ) -> list[TokenScores]:
-        """See Engine."""
         started = self._loaded()
         if scoring.hidden:
             raise EngineError("engine vllm gives no hidden states", hint="set teacher_score.engine to hf")
