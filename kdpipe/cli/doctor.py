@@ -68,7 +68,7 @@ def check_loss(given: Given) -> None:
 
 def _checked_phases(recipe: "Recipe", workspace: Path) -> "tuple[Phase, ...]":
     """What a worker finds: torch is not for this process."""
-    from kdpipe.doctor.request import CHECK_LOSS, CheckLoss
+    from kdpipe.doctor.finding import CHECK_LOSS, CheckLoss
     from kdpipe.workers.worker import Worker
 
     # Everything is tiny: more threads would only wait for each other.

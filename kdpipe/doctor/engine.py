@@ -240,7 +240,7 @@ def reload(
 
 def top_k(scorer: Scorer, pairs: Sequence[Pair], k: int) -> Outcome:
     """Whether k distinct ids come with each token, sorted, and fit the score of the token beside them."""
-    worst_order = worst_own = worst_mass = 0.0
+    order, own_token, mass = [0.0], [0.0], [0.0]
     for number, (score, (_, completion)) in enumerate(zip(scorer.scores(pairs, top_k=k), pairs, strict=True)):
         ids, logprobs, tail = score.topk_ids, score.topk_logprobs, score.tail_logprobs
         if ids is None or logprobs is None or tail is None:
@@ -251,21 +251,19 @@ def top_k(scorer: Scorer, pairs: Sequence[Pair], k: int) -> Outcome:
             )
         if any(len(set(row)) < k for row in ids.tolist()):
             return failed(f"request {number}: an id occurs twice among the {k} most probable ones")
-        values = logprobs.astype(np.float64)
-        worst_order = max(worst_order, float(np.diff(values, axis=1).max(initial=0.0)))
-        own = np.asarray(score.logprobs, np.float64)
+        values, own = logprobs.astype(np.float64), np.asarray(score.logprobs, np.float64)
         is_own = ids == np.asarray(completion)[:, None]
-        held = np.abs(values - own[:, None])[is_own].max(initial=0.0)
-        outside = (own - values.min(axis=1))[~is_own.any(axis=1)].max(initial=0.0)
-        worst_own = max(worst_own, float(held), float(outside))
-        mass = np.exp(values).sum(axis=1) + np.exp(tail.astype(np.float64))
-        worst_mass = max(worst_mass, float(np.abs(mass - 1).max(initial=0.0)))
+        order.append(np.diff(values, axis=1).max(initial=0.0))
+        own_token.append(np.abs(values - own[:, None])[is_own].max(initial=0.0))
+        own_token.append((own - values.min(axis=1))[~is_own.any(axis=1)].max(initial=0.0))
+        total = np.exp(values).sum(axis=1) + np.exp(tail.astype(np.float64))
+        mass.append(np.abs(total - 1).max(initial=0.0))
     return Outcome(
         f"{k} distinct ids at each token, by falling log-prob, with the sampled token where it belongs",
         (
-            Measure("order", worst_order, 0.0),
-            Measure("own token", worst_own, SAME_ANSWER),
-            Measure("mass", worst_mass, SAME_ANSWER),
+            Measure("order", float(np.max(order)), 0.0),
+            Measure("own token", float(np.max(own_token)), SAME_ANSWER),
+            Measure("mass", float(np.max(mass)), SAME_ANSWER),
         ),
     )
 

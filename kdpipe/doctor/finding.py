@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, PlainSerializer, TypeAdapter
 
 from kdpipe.errors import KdpipeError
+from kdpipe.recipe.schema import Recipe
+from kdpipe.workers.message import Nothing, Talk, message
 
 Verdict = Literal["ok", "FAILED", "warning", "skipped", "not applicable"]
 CATCHES = {
@@ -99,6 +101,21 @@ class Phase:
     findings: tuple[Finding, ...]
 
 
+@message
+class CheckLoss:
+    """Check the objective of a recipe, phase by phase."""
+
+    recipe: Recipe
+
+
+@message
+class CheckedLoss:
+    """Each phase with its findings."""
+
+    phases: tuple[Phase, ...]
+
+
+CHECK_LOSS = Talk[CheckLoss, Nothing, CheckedLoss]((CheckLoss,), (Nothing,), (CheckedLoss,))
 FINDINGS = TypeAdapter(tuple[Finding, ...])
 PHASES = TypeAdapter(tuple[Phase, ...])
 """From and to what a worker sends."""

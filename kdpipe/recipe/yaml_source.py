@@ -59,7 +59,6 @@ _Loader.add_implicit_resolver(
 
 _CONSTRUCTOR = _Loader("")
 MAX_NUMBER = 2**63 - 1
-_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,62 +167,42 @@ def _construct(node: yaml.Node, path: Path, document: Document) -> JsonValue:
     line = node.start_mark.line + 1
     origin = f"{document.name}:{line}"
     document.origins.setdefault(path, origin)
-    match node:
-        case yaml.MappingNode():
-            mapping: dict[str, JsonValue] = {}
-            for key_node, value_node in node.value:
-                key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-                here = f"{document.name}:{key_node.start_mark.line + 1}"
-                if not isinstance(key, str) or key_node.tag == "tag:yaml.org,2002:merge":
-                    raise RecipeError(
-                        f"{here}: keys are plain words; merges and complex keys are not used here"
-                    )
-                if key in mapping:
-                    raise RecipeError(f"{here}: {dotted((*path, key))}: this key stands here twice")
-                document.origins[(*path, key)] = here
-                mapping[key] = _construct(value_node, (*path, key), document)
-            return mapping
-        case yaml.SequenceNode():
-            return [_construct(item, (*path, index), document) for index, item in enumerate(node.value)]
-        case yaml.ScalarNode():
-            document.spellings[path] = node.value
-            return _scalar(node, origin)
-    raise RecipeError(f"{origin}: {node.tag} is not used here")
+    if isinstance(node, yaml.ScalarNode):
+        document.spellings[path] = node.value
+        return _scalar(node, origin)
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(item, (*path, index), document) for index, item in enumerate(node.value)]
+    mapping: dict[str, JsonValue] = {}
+    for key_node, value_node in node.value:
+        key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+        here = f"{document.name}:{key_node.start_mark.line + 1}"
+        if not isinstance(key, str) or key_node.tag == "tag:yaml.org,2002:merge":
+            raise RecipeError(f"{here}: keys are plain words; merges and complex keys are not used here")
+        if key in mapping:
+            raise RecipeError(f"{here}: {dotted((*path, key))}: this key stands here twice")
+        document.origins[(*path, key)] = here
+        mapping[key] = _construct(value_node, (*path, key), document)
+    return mapping
 
 
 def _scalar(node: yaml.ScalarNode, origin: str) -> JsonValue:
-    plain = node.style is None
-    if plain and re.fullmatch(r"[-+]?0[\d_]+", node.value):
+    text, kind = node.value, node.tag.removeprefix("tag:yaml.org,2002:")
+    if node.style is None and re.fullmatch(r"[-+]?0[\d_]+", text):
         raise RecipeError(
-            f"{origin}: {node.value}: a leading zero means octal in YAML; write it without, or in quotes"
+            f"{origin}: {text}: a leading zero means octal in YAML; write it without, or in quotes"
         )
-    if plain and ":" in node.value and node.tag in _NUMBERS:
-        raise RecipeError(f"{origin}: {node.value}: means a number of base 60 in YAML; write it in quotes")
+    if kind in ("str", "timestamp"):
+        return str(text)
+    if node.tag not in _Loader.yaml_constructors:
+        raise RecipeError(f"{origin}: the YAML tag {node.tag} is not used here")
+    if ":" in text:
+        raise RecipeError(f"{origin}: {text}: means a number of base 60 in YAML; write it in quotes")
     try:
-        return _value(node, origin)
+        value: JsonValue = _Loader.yaml_constructors[node.tag](_CONSTRUCTOR, node)
     except (ValueError, KeyError):  # numbers of thousands of digits, and `0x_`
-        raise RecipeError(f"{origin}: {node.value[:40]}: not a number that can be read") from None
-
-
-def _value(node: yaml.ScalarNode, origin: str) -> JsonValue:
-    match node.tag:
-        case "tag:yaml.org,2002:null":
-            return None
-        case "tag:yaml.org,2002:bool":
-            return bool(_CONSTRUCTOR.construct_yaml_bool(node))
-        case "tag:yaml.org,2002:int":
-            number = int(_CONSTRUCTOR.construct_yaml_int(node))
-            if abs(number) > MAX_NUMBER:
-                raise RecipeError(f"{origin}: {node.value[:40]}: a number beyond 64 bits")
-            return number
-        case "tag:yaml.org,2002:float":
-            has_exponent = "e" in node.value.lower()
-            value = float(
-                node.value.replace("_", "") if has_exponent else _CONSTRUCTOR.construct_yaml_float(node)
-            )
-            if not math.isfinite(value):
-                raise RecipeError(f"{origin}: {node.value}: a number must be finite")
-            return value
-        case "tag:yaml.org,2002:str" | "tag:yaml.org,2002:timestamp":
-            return str(node.value)
-    raise RecipeError(f"{origin}: the YAML tag {node.tag} is not used here")
+        raise RecipeError(f"{origin}: {text[:40]}: not a number that can be read") from None
+    if isinstance(value, int) and abs(value) > MAX_NUMBER:
+        raise RecipeError(f"{origin}: {text[:40]}: a number beyond 64 bits")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{origin}: {text}: a number must be finite")
+    return value

@@ -28,10 +28,9 @@ from typer.testing import CliRunner
 import kdpipe.workers.worker
 from kdpipe.cli.app import app
 from kdpipe.cli.doctor import check_loss_lines
-from kdpipe.doctor.finding import Finding, Measure, Phase
+from kdpipe.doctor.finding import CHECK_LOSS, CheckLoss, Finding, Measure, Phase
 from kdpipe.doctor.loss import check as module
-from kdpipe.doctor.loss.check import LossServer, cases_of, check_loss, judged, unsound
-from kdpipe.doctor.request import CHECK_LOSS, CheckLoss
+from kdpipe.doctor.loss.check import LossServer, cases_of, judged, unsound
 from kdpipe.method import advantage, losses, micro_batch, objective
 from kdpipe.method.token_batch import TeacherSupport, TokenBatch
 from kdpipe.models import logprobs as forward
@@ -653,6 +652,10 @@ TURNS = [
         EVERY_KD[::11], cycle(KINDS), cycle(NORMALIZATIONS), cycle(SCHEDULES), strict=False
     )
 ]
+
+
+def check_loss(recipe: Recipe) -> tuple[Phase, ...]:
+    return LossServer()(CheckLoss(recipe), Report(lambda _event: None)).phases
 
 
 def passes(settings: dict[str, Any], **changes: Any) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kdpipe.doctor.finding import Finding, Measure, Phase, Verdict
+from kdpipe.doctor.finding import CHECK_LOSS, CheckedLoss, CheckLoss, Finding, Measure, Phase, Verdict
 from kdpipe.doctor.loss.claim import claim_of, claimed_gradient, description_of
 from kdpipe.doctor.loss.enumerated import (
     STEP,
@@ -45,7 +45,6 @@ from kdpipe.doctor.loss.enumerated import (
     table_rows,
 )
 from kdpipe.doctor.loss.transformer import transformer
-from kdpipe.doctor.request import CHECK_LOSS, CheckedLoss, CheckLoss
 from kdpipe.method.token_batch import NonFiniteError
 from kdpipe.models.logprobs import Head
 from kdpipe.recipe.objective import DecoupledControl, DistillSchedule, RatioControl, SampledTerm
@@ -74,16 +73,15 @@ class LossServer:
     talk = CHECK_LOSS
 
     def __call__(self, request: CheckLoss, _report: Report[Nothing]) -> CheckedLoss:
-        """The findings on each phase of a recipe's objective."""
-        return CheckedLoss(tuple(check_loss(request.recipe)))
-
-
-def check_loss(recipe: Recipe) -> list[Phase]:
-    """The findings on the five properties for each phase of the recipe's objective."""
-    return [
-        Phase(when + description_of(case.objective), tuple(judged(case, number) for number in MEANING))
-        for when, case in cases_of(recipe)
-    ]
+        """The findings on the five properties for each phase of a recipe's objective."""
+        return CheckedLoss(
+            tuple(
+                Phase(
+                    when + description_of(case.objective), tuple(judged(case, number) for number in MEANING)
+                )
+                for when, case in cases_of(request.recipe)
+            )
+        )
 
 
 def unsound(recipe: Recipe) -> list[str]:
@@ -108,17 +106,17 @@ def cases_of(recipe: Recipe) -> list[tuple[str, LossCase]]:
     case = LossCase(
         objective.model_copy(update=fixed),
         temperature=recipe.rollout.temperature,
-        teacher_temperature=recipe.temperature_of(recipe.teacher),
+        teacher_temperature=recipe.temperature_of(recipe.teachers[0]),
         keeps_hidden=recipe.keep.hidden,
         max_new_tokens=recipe.rollout.max_new_tokens,
         has_references=recipe.rollout.on_policy_fraction < 1,
     )
-    if objective.kd_rounds is None:
-        return [("", case)]
     last = objective.kd_rounds
+    phases = (
+        {"": 1} if last is None else {f"rounds 1 to {last}: ": last, f"from round {last + 1}: ": last + 1}
+    )
     return [
-        (f"rounds 1 to {last}: ", replace(case, objective=case.objective.in_round(last))),
-        (f"from round {last + 1}: ", replace(case, objective=case.objective.in_round(last + 1))),
+        (when, replace(case, objective=case.objective.in_round(number))) for when, number in phases.items()
     ]
 
 

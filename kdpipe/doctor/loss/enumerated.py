@@ -68,11 +68,6 @@ class LossCase:
         return replace(self, objective=self.objective.model_copy(update=changes))
 
     @property
-    def has_rl_loss(self) -> bool:
-        """Whether advantages and ratios to the proximal policy are read at every token that counts."""
-        return self.objective.has_rl or self.objective.kind == "srpo"
-
-    @property
     def has_others_baseline(self) -> bool:
         """Whether the KD part of a completion depends on other completions."""
         kd = self.objective.kd
@@ -300,7 +295,8 @@ def _harmed(case: LossCase, row: EnumeratedRow, value: float) -> EnumeratedRow:
         is_read = is_read_n if tensor.ndim == 1 else is_read_n[:, None]
         return torch.where(is_read, tensor, value)
 
-    by_ratio_n = row.kept_n & (not row.is_reference) if case.has_rl_loss else row.taught_n
+    reads_ratios = case.objective.has_rl or case.objective.kind == "srpo"  # of every token that counts
+    by_ratio_n = row.kept_n & (not row.is_reference) if reads_ratios else row.taught_n
     by_teacher_n = row.taught_n
     if row.is_reference and case.objective.off_policy_loss == "kd":
         by_teacher_n = row.kept_n & row.scorable_n

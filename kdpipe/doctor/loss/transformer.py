@@ -33,12 +33,6 @@ _SIZES = Scratch(
 )
 
 
-@cache
-def transformer() -> Transformer:
-    """The same one for every objective: nothing trains it."""
-    return Transformer()
-
-
 class Transformer:
     """The model, and the loss of rows on it."""
 
@@ -107,3 +101,7 @@ class Transformer:
         return torch.cat(
             [hidden[-len(row.tokens) - 1 : -1] for row, hidden in zip(rows, hidden_BTH, strict=True)]
         )
+
+
+transformer = cache(Transformer)
+"""The same one for every objective: nothing trains it."""
