@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from kdpipe.data.rows import Problem
 from kdpipe.doctor.engine import TOLERANCES, Forward, Logprobs, Tolerance
 from kdpipe.doctor.finding import Outcome
+from kdpipe.engines.handle import ModelHandle
 from kdpipe.errors import EngineError
 from kdpipe.models.devices import dtype_name, resolve_dtype
 from kdpipe.models.reference import Pair, plain_logprobs
+from kdpipe.models.source import ModelSource
 from kdpipe.pipeline.request import Depth
+from kdpipe.recipe.schema import Recipe, Teacher
 from kdpipe.stages.job import Job
-
-if TYPE_CHECKING:
-    from kdpipe.data.rows import Problem
-    from kdpipe.engines.handle import ModelHandle
-    from kdpipe.models.source import ModelSource
-    from kdpipe.recipe.schema import Recipe, Teacher
 
 PROMPTS: dict[Depth, int] = {"full": 8, "quick": 4, "servers": 2}
 NEW_TOKENS: dict[Depth, int] = {"full": 48, "quick": 16, "servers": 4}

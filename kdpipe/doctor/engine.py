@@ -10,24 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from kdpipe.doctor.finding import Measure, Outcome, are_ok, failed
-from kdpipe.engines.protocol import ScoreRequest, Scoring
+from kdpipe.engines.handle import ModelHandle
+from kdpipe.engines.protocol import ScoreRequest, Scoring, TokenScores
 from kdpipe.errors import EngineError
-
-if TYPE_CHECKING:
-    from kdpipe.engines.handle import ModelHandle
-    from kdpipe.engines.protocol import TokenScores
-    from kdpipe.models.reference import Pair
-    from kdpipe.models.source import ModelSource
+from kdpipe.models.reference import Pair
+from kdpipe.models.source import ModelSource
 
 Logprobs = list[npt.NDArray[np.float64]]
 """Of each completion, the log-probs of its tokens."""
-Forward = Callable[["Sequence[Pair]", float], Logprobs]
+Forward = Callable[[Sequence[Pair], float], Logprobs]
 """Pairs and a temperature -> log-probs of each completion's tokens, computed without any engine."""
 Turn = Callable[[npt.NDArray[np.float32], Sequence[int]], npt.NDArray[np.float64]]
 """Hidden states [n, H] and the ids of n tokens -> their log-probs [n] at the scorer's temperature."""

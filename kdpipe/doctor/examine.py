@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from kdpipe.doctor.case import LONGEST, Case
 from kdpipe.doctor.estimate import Estimate, Sized, estimate
+from kdpipe.doctor.finding import Finding
 from kdpipe.doctor.student import ExaminedStudent
 from kdpipe.doctor.teacher import ExaminedTeacher
+from kdpipe.engines.handle import ModelHandle
 from kdpipe.models.devices import dtype_name
 from kdpipe.models.reference import adapter_parameters, shape_of
 from kdpipe.recipe.schema import SelfTeacher
-
-if TYPE_CHECKING:
-    from kdpipe.doctor.finding import Finding
-    from kdpipe.engines.handle import ModelHandle
 
 
 def examine(case: Case) -> list[Finding]:

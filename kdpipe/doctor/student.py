@@ -6,33 +6,29 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from kdpipe.data.rows import Problem
 from kdpipe.data.seeds import permutation
 from kdpipe.doctor import engine as engines
 from kdpipe.doctor import text as texts
 from kdpipe.doctor.case import NEW_TOKENS, PROMPTS, Case, context_of, longest_problems
 from kdpipe.doctor.engine import Logprobs, Scorer
 from kdpipe.doctor.finding import Finding, Outcome, found
+from kdpipe.engines.handle import ModelHandle
+from kdpipe.engines.protocol import Completion
 from kdpipe.models.adapters import read_adapter, start_adapter, write_adapter
 from kdpipe.models.batching import make_batch
 from kdpipe.models.folder import open_model
 from kdpipe.models.prompting import reference_completion
 from kdpipe.models.reference import Pair, perturb
-from kdpipe.models.source import AdapterSource
+from kdpipe.models.source import AdapterSource, ModelSource
 from kdpipe.recipe.models import Optimizer
 from kdpipe.stages.sampling import request_for, sampling_of
 from kdpipe.stages.settings.model import DrawSettings, routes_of, teaches
 from kdpipe.training.local import LocalTrainer
-
-if TYPE_CHECKING:
-    from kdpipe.data.rows import Problem
-    from kdpipe.engines.handle import ModelHandle
-    from kdpipe.engines.protocol import Completion
-    from kdpipe.models.source import ModelSource
 
 _REFERENCE_TOKENS = 32
 

@@ -5,31 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
-from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from kdpipe.data.rows import Problem
 from kdpipe.doctor import engine as engines
 from kdpipe.doctor import text as texts
 from kdpipe.doctor.case import NEW_TOKENS, Case, context_of, longest_problems, sizes_of
 from kdpipe.doctor.engine import Forward, Scorer
 from kdpipe.doctor.finding import Finding, Outcome, found, skipped
+from kdpipe.doctor.student import ExaminedStudent
+from kdpipe.engines.handle import ModelHandle
 from kdpipe.errors import KdpipeError
 from kdpipe.models.folder import read_head
 from kdpipe.models.prompting import render_teacher_prompt
 from kdpipe.models.reference import Pair
+from kdpipe.recipe.schema import Teacher
 from kdpipe.stages.sampling import request_for, sampling_of
 from kdpipe.stages.scoring import TeacherHandle, as_teacher
 from kdpipe.stages.settings.model import DrawSettings, SupportSettings, TeacherSettings, routes_of, teaches
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    from kdpipe.data.rows import Problem
-    from kdpipe.doctor.student import ExaminedStudent
-    from kdpipe.engines.handle import ModelHandle
-    from kdpipe.recipe.schema import Teacher
 
 _WITHOUT_SHARED_IDS = ("special tokens", "template", "end of sequence", "load", "null test")
 

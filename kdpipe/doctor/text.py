@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
+from kdpipe.data.rows import Problem
 from kdpipe.doctor.finding import Measure, Outcome, failed, skipped
 from kdpipe.errors import KdpipeError
-from kdpipe.models.prompting import compare_vocabularies, render_teacher_prompt
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from kdpipe.data.rows import Problem
-    from kdpipe.models.prompting import Text
-    from kdpipe.recipe.objective import Objective
-    from kdpipe.recipe.schema import Teacher
+from kdpipe.models.prompting import Text, compare_vocabularies, render_teacher_prompt
+from kdpipe.recipe.objective import Objective
+from kdpipe.recipe.schema import Teacher
 
 SPECIAL = ("bos", "eos", "pad", "unk")
 _SHOWN = 60

@@ -8,15 +8,13 @@ import inspect
 import itertools
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic.json_schema import JsonSchemaValue as Schema
 
 from kdpipe.recipe.schema import Recipe
 from kdpipe.recipe.section import Section
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from pydantic.json_schema import JsonSchemaValue as Schema
 
 SCALARS = {
     "integer": "whole number",

@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -49,10 +48,8 @@ from kdpipe.method.token_batch import NonFiniteError
 from kdpipe.models.logprobs import Head
 from kdpipe.recipe.objective import DecoupledControl, DistillSchedule, RatioControl, SampledTerm
 from kdpipe.recipe.schema import Recipe
-
-if TYPE_CHECKING:
-    from kdpipe.workers.message import Nothing
-    from kdpipe.workers.worker import Report
+from kdpipe.workers.message import Nothing
+from kdpipe.workers.worker import Report
 
 ROUNDING = 1e-14  # what float64 leaves of sums that are exactly 0
 MEANING = {

@@ -7,27 +7,29 @@ their mistakes. Shapes as in `enumerated.py`; S support points.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
-from kdpipe.doctor.loss.enumerated import of_tokens, on_support, prefixes_of, support_in_world
+from kdpipe.doctor.loss.enumerated import (
+    Completion,
+    Policies,
+    of_tokens,
+    on_support,
+    prefixes_of,
+    support_in_world,
+)
 from kdpipe.recipe.objective import (
     DistributionTerm,
     JsdTerm,
     K3Term,
+    KdTerm,
     Objective,
     RklTerm,
     SkewKlTerm,
     SkewRklTerm,
 )
-
-if TYPE_CHECKING:
-    from pydantic import JsonValue
-
-    from kdpipe.doctor.loss.enumerated import Completion, Policies
-    from kdpipe.recipe.objective import KdTerm
 
 
 def description_of(objective: Objective) -> str:

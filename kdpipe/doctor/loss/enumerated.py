@@ -13,7 +13,6 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,10 +22,7 @@ from kdpipe.method.micro_batch import TeacherHidden, micro_batch_loss
 from kdpipe.method.objective import shares
 from kdpipe.method.token_batch import TeacherSupport, TokenBatch
 from kdpipe.models.logprobs import Head, support_of
-from kdpipe.recipe.objective import SampledTerm
-
-if TYPE_CHECKING:
-    from kdpipe.recipe.objective import Objective
+from kdpipe.recipe.objective import Objective, SampledTerm
 
 Completion = tuple[int, ...]
 

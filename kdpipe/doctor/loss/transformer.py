@@ -7,19 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kdpipe.doctor.loss.enumerated import END, STEP, V, gradients, loss_of, row_of
+from kdpipe.doctor.loss.enumerated import END, STEP, EnumeratedRow, LossCase, V, gradients, loss_of, row_of
 from kdpipe.models.batching import make_batch
 from kdpipe.models.folder import scratch_model
 from kdpipe.models.logprobs import Head, head_of, hidden_states
 from kdpipe.recipe.models import Scratch
-
-if TYPE_CHECKING:
-    from kdpipe.doctor.loss.enumerated import EnumeratedRow, LossCase
 
 _SIZES = Scratch(
     hidden_size=16,
