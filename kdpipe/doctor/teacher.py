@@ -20,6 +20,7 @@ from kdpipe.doctor.student import ExaminedStudent
 from kdpipe.engines.handle import ModelHandle
 from kdpipe.errors import KdpipeError
 from kdpipe.models.folder import read_head
+from kdpipe.models.logprobs import token_logprobs
 from kdpipe.models.prompting import render_teacher_prompt
 from kdpipe.models.reference import Pair
 from kdpipe.recipe.schema import Teacher
@@ -197,7 +198,7 @@ class ExaminedTeacher:
     def _hidden_states(self) -> Outcome:
         if not self.case.recipe.keep.hidden:
             return skipped("the objective needs none")
-        source, device, temperature = self.model.source, self.case.device, self.temperature
+        source, device = self.model.source, self.case.device
         head = read_head(
             source.folder,
             num_ids=self.handle.num_ids,
@@ -208,12 +209,11 @@ class ExaminedTeacher:
 
         def turn(states: npt.NDArray[np.float32], ids: Sequence[int]) -> npt.NDArray[np.float64]:
             hidden_NH = torch.from_numpy(states).to(device, self.dtype)
-            logits_NV = (hidden_NH @ head.weight_VH.T).float()
-            if head.bias_V is not None:
-                logits_NV += head.bias_V
-            logprobs_NV = (logits_NV / temperature).log_softmax(-1)
-            own = torch.tensor(list(ids), device=device)[:, None]
-            return logprobs_NV.gather(1, own)[:, 0].double().cpu().numpy()
+            own_N = torch.tensor(ids, device=device)
+            logprobs_N, _ = token_logprobs(
+                hidden_NH, head, own_N, temperature=self.temperature, chunk=max(1, len(ids))
+            )
+            return logprobs_N.double().cpu().numpy()
 
         return engines.hidden_states(self._scorer(), self._references(), turn)
 

@@ -60,7 +60,11 @@ def read_recipe(text: str, name: str, overrides: tuple[str, ...] = ()) -> Recipe
     """The recipe that `text` means with `overrides` applied; errors say the line and call the text `name`."""
     document = read_yaml(text, name)
     for override in overrides:
-        document = _apply_override(document, override)
+        key, equals, value = override.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
+            hint = "for example: --set train.optimizer.learning_rate=3e-5"
+            raise RecipeError(f"--set {override}: not of the form a.b=c", hint=hint)
+        document = document.with_value(tuple(key.split(".")), value, f"--set {override}")
     try:
         return Recipe.model_validate(document.value, strict=True)
     except ValidationError as error:
@@ -87,16 +91,6 @@ def title(path: Path) -> str:
     """The first comment line of a recipe: what it shows."""
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("#").strip()
-
-
-def _apply_override(document: Document, override: str) -> Document:
-    key, equals, text = override.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
-        raise RecipeError(
-            f"--set {override}: not of the form a.b=c",
-            hint="for example: --set train.optimizer.learning_rate=3e-5",
-        )
-    return document.with_value(tuple(key.split(".")), text, f"--set {override}")
 
 
 def _explain(document: Document, item: ErrorDetails) -> str:

@@ -7,9 +7,9 @@ import functools
 import inspect
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 from pydantic.json_schema import JsonSchemaValue as Schema
 
@@ -83,8 +83,10 @@ def _classes(kind: type[Section]) -> Iterator[type[Section]]:
 def reference() -> str:
     """docs/recipe.md: a table for each section, in the order in which a reader of a recipe meets them."""
     sections = _sections(described_schema())
+    places: dict[str, str] = {}
+    _walk(sections, "Recipe", "The recipe", places)
     pages = [TITLE]
-    for name, place in _in_reading_order(sections):
+    for name, place in places.items():
         text = sections[name]["description"].strip()
         pages.append(f"## {place}\n\n{text}\n\n{_table(sections[name], sections)}\n")
     return "\n".join(pages)
@@ -96,34 +98,24 @@ def _sections(schema: Schema) -> dict[str, Schema]:
     return {"Recipe": schema, **objects}
 
 
-def _in_reading_order(sections: dict[str, Schema]) -> Iterator[tuple[str, str]]:
-    """Each section once with the place where it is first met, depth first."""
-    seen: set[str] = set()
-
-    def walk(name: str, place: str) -> Iterator[tuple[str, str]]:
-        if name in seen:
-            return
-        seen.add(name)
-        yield name, place
-        for field, value in sections[name].get("properties", {}).items():
-            inside = [each for each in _references(value) if each in sections]
-            for each in inside:
-                path = field if name == "Recipe" else f"{place.partition(' ')[0]}.{field}"
-                path += "[]" if value.get("type") == "array" else ""
-                kind = _discriminator(sections[each])
-                yield from walk(each, f"{path} ({kind})" if kind and len(inside) > 1 else path)
-
-    yield from walk("Recipe", "The recipe")
+def _walk(sections: dict[str, Schema], name: str, place: str, places: dict[str, str]) -> None:
+    """Notes the place where this section and those inside it are first met, depth first."""
+    if name in places:
+        return
+    places[name] = place
+    for field, value in sections[name].get("properties", {}).items():
+        inside = _inside(value, sections)
+        for each in inside:
+            path = field if name == "Recipe" else f"{place.partition(' ')[0]}.{field}"
+            path += "[]" if value.get("type") == "array" else ""
+            kind = _discriminator(sections[each])
+            _walk(sections, each, f"{path} ({kind})" if kind and len(inside) > 1 else path, places)
 
 
-def _references(value: Any) -> list[str]:
+def _inside(value: Schema, sections: dict[str, Schema]) -> list[str]:
     """The sections that a field may hold, in order."""
-    if isinstance(value, dict):
-        found = [value["$ref"].rpartition("/")[2]] if "$ref" in value else []
-        return found + [
-            each for key, part in value.items() if key != "discriminator" for each in _references(part)
-        ]
-    return [each for part in value for each in _references(part)] if isinstance(value, list) else []
+    references = re.findall(r'"\$ref": "#/\$defs/(\w+)"', json.dumps(value))
+    return [name for name in references if name in sections]
 
 
 def _discriminator(section: Schema) -> str | None:
@@ -137,23 +129,20 @@ def _table(section: Schema, sections: dict[str, Schema]) -> str:
     rows = ["| field | value | default | what it is |", "|---|---|---|---|"]
     required = section.get("required", [])
     for field, value in sorted(section["properties"].items(), key=lambda item: item[0] not in required):
-        default = "" if field in required else f"`{_literal(value.get('default'))}`"
-        if any(name in sections for name in _references(value)) and value.get("default") not in (None, []):
-            default = "" if isinstance(value["default"], dict) else default
-        cells = (f"`{field}`", _kind(value, sections), default, value["description"])
+        default = value.get("default")
+        is_told = field not in required and not (isinstance(default, dict) and _inside(value, sections))
+        literal = default if isinstance(default, str) and default else json.dumps(default)
+        shown = f"`{literal}`" if is_told else ""
+        cells = (f"`{field}`", _kind(value, sections), shown, value["description"])
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)
-
-
-def _literal(value: Any) -> str:
-    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def _kind(value: Schema, sections: dict[str, Schema]) -> str:
     """The values that a field takes, in words."""
     match value:
         case {"$ref": reference}:
-            return "section" if reference.rpartition("/")[2] in sections else "any"
+            words = "section" if reference.rpartition("/")[2] in sections else "any"
         case {"const": only}:
             words = f"`{only}`"
         case {"enum": choices}:
