@@ -158,7 +158,7 @@ def _control(recipe: RecipeFields) -> Iterator[str]:
         yield f"train.control {control} needs an objective with a KD term"
     if control == "shuffled_teacher" and recipe.rollout.prompts < 2:
         yield "train.control shuffled_teacher needs rollout.prompts of 2 or more"
-    if control == "self_teacher" and not _is_the_sampler(recipe, recipe.teachers[0]):
+    if control == "self_teacher" and not _is_the_sampler(recipe, recipe.teacher):
         yield (
             "train.control self_teacher needs teachers: [{self: current}], without a prompt, template or "
             "temperature of its own"

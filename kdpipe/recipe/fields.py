@@ -68,6 +68,11 @@ class RecipeFields(Section):
         ]
 
     @property
+    def teacher(self) -> Teacher:
+        """The teacher, or the first of several."""
+        return self.teachers[0]
+
+    @property
     def is_routed(self) -> bool:
         """Whether each problem has one of several teachers."""
         return len(self.teachers) > 1 and self.teachers[0].only is not None

@@ -194,10 +194,7 @@ def _changes(recipe: Recipe, arm: ArmName) -> list[str]:
         case "self-teacher":
             # Neither a headroom over itself nor a distance to itself says anything.
             unasked = ["evaluate.teacher=false", "evaluate.reverse_kl_problems=0"]
-            own = [
-                f"teachers=[{{name: {recipe.teachers[0].name}, self: current}}]",
-                "train.control=self_teacher",
-            ]
+            own = [f"teachers=[{{name: {recipe.teacher.name}, self: current}}]", "train.control=self_teacher"]
             return [f"{objective}.kind=kd", *plain, *own, *unasked]
 
 

@@ -531,4 +531,4 @@ def test_a_quantized_teacher_is_taken_where_vllm_alone_runs_it(tmp_path: Path) -
     for evaluate in ({"engine": "vllm"}, {"teacher": False}):
         changes = {"teachers": teachers, "teacher_score": {"engine": "vllm"}, "evaluate": evaluate}
         loaded = load_recipe(write_recipe(tmp_path, **changes))
-        assert loaded.recipe.teachers[0].quantization == "fp8"
+        assert loaded.recipe.teacher.quantization == "fp8"

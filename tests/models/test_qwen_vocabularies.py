@@ -51,7 +51,7 @@ def sides(folder: Path, **teacher: Any) -> tuple[Job, Text, TeacherHandle]:
     engine = FakeEngine(num_rows=266)
     its = Text(qwen2, prompt_style(recipe.task, [], arguments), (qwen2.eos_token_id,), 262)
     model = ModelHandle("teacher", ModelSource(folder, "a"), its, "hf", lambda: engine)
-    settings = TeacherSettings.of(recipe, recipe.teachers[0], "hf")
+    settings = TeacherSettings.of(recipe, recipe.teacher, "hf")
     return job, student, as_teacher(settings, model, student=student, support=SupportSettings.of(recipe))
 
 

@@ -69,7 +69,7 @@ def test_a_teacher_that_is_the_student_has_its_dtype(
     tmp_path: Path, student: str, teacher: str, expected: str
 ) -> None:
     loaded = load(tmp_path, MINIMAL, f"student.dtype={student}", f"teachers=[{teacher}]")
-    assert loaded.recipe.teachers[0].dtype == expected
+    assert loaded.recipe.teacher.dtype == expected
     written = Recipe.model_validate(resolved(loaded.recipe))
     assert written == loaded.recipe
 
@@ -93,7 +93,7 @@ def test_a_recipe_of_a_few_lines_gets_the_documented_defaults(tmp_path: Path) ->
         "tracking.uri": None,
     }
     assert {name: found[name] for name in expected} == expected
-    assert recipe.teachers[0].name == "teacher"
+    assert recipe.teacher.name == "teacher"
     assert (recipe.keep, recipe.train.objective.has_kd, recipe.train.objective.has_rl) == (
         Keeping(),
         True,
@@ -230,8 +230,8 @@ def test_set_changes_one_field_and_makes_the_sections_it_needs(
 
 def test_set_reaches_into_lists_by_index(tmp_path: Path) -> None:
     recipe = load(tmp_path, MINIMAL, "teachers.0.name=guru", "train.optimizer.betas=[0.8, 0.9]").recipe
-    assert recipe.teachers[0].name == "guru"
-    assert recipe.teachers[0].sft is not None
+    assert recipe.teacher.name == "guru"
+    assert recipe.teacher.sft is not None
     again = "train: {optimizer: {betas: [0.9, 0.95]}}\n"
     assert load(tmp_path, MINIMAL + again, "train.optimizer.betas.1=0.5").recipe.train.optimizer.betas == (
         0.9,
@@ -428,7 +428,7 @@ SERVER = "server: {urls: ['http://a/v1'], model: m, tokenizer: t}"
 )
 def test_a_teacher_is_of_the_kind_whose_field_it_sets(tmp_path: Path, written: str, kind: type) -> None:
     recipe = load(tmp_path, MINIMAL, f"teachers=[{written}]").recipe
-    assert type(recipe.teachers[0]) is kind
+    assert type(recipe.teacher) is kind
     assert Recipe.model_validate_json(json.dumps(resolved(recipe)), strict=True) == recipe
 
 

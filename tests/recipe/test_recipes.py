@@ -70,11 +70,8 @@ def test_the_head_of_a_recipe_says_what_it_shows_needs_and_whether_it_was_run(na
 def test_kdrl_has_the_values_of_areals_example() -> None:
     recipe = recipe_of("gsm8k-qwen3-kdrl")
     objective, optimizer = recipe.train.objective, recipe.train.optimizer
-    assert (recipe.student.model, recipe.teachers[0].model) == (
-        "Qwen/Qwen3-0.6B",
-        "Qwen/Qwen2.5-14B-Instruct",
-    )
-    assert (recipe.student.dtype, recipe.teachers[0].dtype) == ("bfloat16", "bfloat16")
+    assert (recipe.student.model, recipe.teacher.model) == ("Qwen/Qwen3-0.6B", "Qwen/Qwen2.5-14B-Instruct")
+    assert (recipe.student.dtype, recipe.teacher.dtype) == ("bfloat16", "bfloat16")
     assert recipe.student.template == {"enable_thinking": False}
     rollout = recipe.rollout
     assert (rollout.prompts, rollout.samples) == (256, 4)

@@ -110,7 +110,7 @@ def test_a_stage_knows_no_recipe(path: Path) -> None:
 
 def test_a_cold_start_is_of_the_student_or_of_a_teacher() -> None:
     recipe = RECIPES["quickstart"]
-    own, its = SftSettings.of(recipe, recipe.student), SftSettings.of(recipe, recipe.teachers[0])
+    own, its = SftSettings.of(recipe, recipe.student), SftSettings.of(recipe, recipe.teacher)
     assert (own.teacher, its.student) == (None, None)
     assert own.model.sft is not None
     assert own.model.sft.seed is None, f"the seed of the {STUDENT}'s cold start is the step's"

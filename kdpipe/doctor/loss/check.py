@@ -103,7 +103,7 @@ def cases_of(recipe: Recipe) -> list[tuple[str, LossCase]]:
     case = LossCase(
         objective.model_copy(update=fixed),
         temperature=recipe.rollout.temperature,
-        teacher_temperature=recipe.temperature_of(recipe.teachers[0]),
+        teacher_temperature=recipe.temperature_of(recipe.teacher),
         keeps_hidden=recipe.keep.hidden,
         max_new_tokens=recipe.rollout.max_new_tokens,
         has_references=recipe.rollout.on_policy_fraction < 1,
