@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     )
     from kdpipe.models.prompting import Text
     from kdpipe.models.source import ModelSource
-    from kdpipe.recipe.section import Ability, EngineName
+    from kdpipe.recipe.section import EngineName
 
     Runs: TypeAlias = EngineName | Literal["server"]
 
@@ -57,11 +57,6 @@ class ModelHandle:
     def is_served(self) -> bool:
         """Whether a server has its weights: its folder then holds a tokenizer and nothing else."""
         return self.engine_name == "server"
-
-    @property
-    def abilities(self) -> frozenset[Ability]:
-        """What its engine scores beyond a completion's own ids and the most probable ones."""
-        return self.open_engine().abilities
 
     def sample(
         self, requests: Sequence[SampleRequest], sampling: Sampling, *, progress: Progress

@@ -69,17 +69,17 @@ class RoundScores:
     weights: Mapping[str, float] | None
     donors: Sequence[Donor] | None = None
 
-    @property
-    def has_hidden(self) -> bool:
-        """Whether distributions come from hidden states."""
-        return any(teacher.hidden is not None for teacher in self.teachers)
-
     def distribution(
         self, numbers: Sequence[int], *, top_k: int, device: torch.device
     ) -> TeacherHidden | TeacherMixture:
         """The teachers' distributions at the tokens of these completions, from hidden states."""
         if self.donors is not None:
-            return self._shuffled_distribution(self.donors, numbers, top_k=top_k, device=device)
+            [teacher], [place] = self.teachers, self.places  # recipes shuffle a single teacher only
+            kept = teacher.hidden
+            assert kept is not None
+            donors = [self.donors[number] for number in numbers]
+            states = [kept.file.rows([place[donor.number]])[donor.positions] for donor in donors]
+            return TeacherHidden(torch.cat(states).to(device), kept.head, kept.temperature, top_k)
         parts = [
             part
             for teacher, place in zip(self.teachers, self.places, strict=True)
@@ -89,19 +89,6 @@ class RoundScores:
             return replace(parts[0].states, top_k=top_k)
         num_ids = max(t.hidden.head.weight_VH.shape[0] for t in self.teachers if t.hidden is not None)
         return TeacherMixture(parts, num_ids, top_k)
-
-    def _shuffled_distribution(
-        self, donors: Sequence[Donor], numbers: Sequence[int], *, top_k: int, device: torch.device
-    ) -> TeacherHidden:
-        [teacher], [place] = self.teachers, self.places  # recipes shuffle a single teacher only
-        assert teacher.hidden is not None
-        states = [
-            teacher.hidden.file.rows([place[donors[number].number]])[donors[number].positions]
-            for number in numbers
-        ]
-        return TeacherHidden(
-            torch.cat(states).to(device), teacher.hidden.head, teacher.hidden.temperature, top_k
-        )
 
     def _part(
         self, teacher: TeacherScores, place: Mapping[int, int], numbers: Sequence[int], device: torch.device
@@ -168,25 +155,26 @@ def _wrong(round_number: int, row: Rollout | Scores, what: str) -> ArtifactError
 def _mixed(found: Mapping[str, Scores], weights: Mapping[str, float]) -> Scores:
     """One row of the mixture, without any support."""
     rows = list(found.values())
-    scorable = np.logical_and.reduce([row.scorable for row in rows])
-    logprobs = mixed_logprobs([row.teacher_logprobs for row in rows], [weights[name] for name in found])
+    logprobs, scorable = mixed_logprobs(
+        [(row.teacher_logprobs, row.scorable) for row in rows], [weights[name] for name in found]
+    )
     return Scores(
         prompt_id=rows[0].prompt_id,
         sample=rows[0].sample,
         teacher=" + ".join(found),
         teacher_prompt_token_ids=[],
-        teacher_logprobs=np.where(scorable, logprobs, np.float32(0)),
+        teacher_logprobs=logprobs,
         scorable=scorable,
     )
 
 
 def mixed_logprobs(
-    logprobs: Sequence[npt.NDArray[np.float32]], weights: Sequence[float]
-) -> npt.NDArray[np.float32]:
-    """`log sum_i w_i exp(q_i)` [n] of the teachers' log-probs [n] of the same tokens."""
-    terms = [one.astype(np.float64) + math.log(weight) for one, weight in zip(logprobs, weights, strict=True)]
-    mixed: npt.NDArray[np.float32] = np.logaddexp.reduce(terms).astype(np.float32)
-    return mixed
+    rows: Sequence[tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]], weights: Sequence[float]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """`log sum_i w_i exp(q_i)` [n] of the teachers' log-probs and masks [n], 0 where not all have the id."""
+    terms = [one.astype(np.float64) + math.log(w) for (one, _), w in zip(rows, weights, strict=True)]
+    scorable = np.logical_and.reduce([mask for _, mask in rows])
+    return np.where(scorable, np.logaddexp.reduce(terms), 0).astype(np.float32), scorable
 
 
 def _equally_wide(rows: list[Scores]) -> list[Scores]:

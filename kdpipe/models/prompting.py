@@ -195,7 +195,8 @@ def _render(
         for solution, question in zip(solutions, questions[1:], strict=True):
             messages += [{"role": "assistant", "content": solution}, {"role": "user", "content": question}]
         # A rendered template holds its own special tokens.
-        return _token_ids(tokenizer, _chat_text(tokenizer, style, messages), add_special_tokens=False)
+        chat: list[int] = tokenizer.encode(_chat_text(tokenizer, style, messages), add_special_tokens=False)
+        return chat
     shown = [
         f"{question}\n{solution}\n\n" for question, solution in zip(questions[:-1], solutions, strict=True)
     ]
@@ -265,8 +266,8 @@ def used_arguments(tokenizer: Tokenizer, arguments: dict[str, JsonValue]) -> dic
 
 def _plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """`text` with the special tokens the tokenizer puts before it (BOS), without those after it (EOS)."""
-    bare = _token_ids(tokenizer, text, add_special_tokens=False)
-    full = _token_ids(tokenizer, text, add_special_tokens=True)
+    bare: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    full: list[int] = tokenizer.encode(text, add_special_tokens=True)
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return full[: start + len(bare)]
@@ -275,41 +276,25 @@ def _plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     )
 
 
-def _token_ids(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-    token_ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    return token_ids
-
-
 # ----------------------------------------------------------------------------------------- completions
 
 
 def end_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """All ids that end a completion, sorted: of generation_config.json, config.json and the tokenizer."""
     found = {tokenizer.eos_token_id} - {None}
-    for name in ("generation_config.json", "config.json"):
-        found |= _configured_end_ids(folder / name)
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        value = config.get("eos_token_id") if isinstance(config, dict) else None
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(type(token_id) is not int or token_id < 0 for token_id in ids):
+            raise ModelError(f"{path}: eos_token_id is {value!r}, expected a token id or a list of them")
+        found |= set(ids)
     if not found:
         raise PreflightError(
             f"{folder}: no end-of-sequence id in generation_config.json, config.json or the tokenizer",
             hint="write eos_token_id into generation_config.json; without it no completion ends",
         )
     return tuple(sorted(found))
-
-
-def _configured_end_ids(path: Path) -> set[int]:
-    if not path.is_file():
-        return set()
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
-    value = config.get("eos_token_id") if isinstance(config, dict) else None
-    token_ids = value if isinstance(value, list) else [value] if value is not None else []
-    if any(
-        not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0 for token_id in token_ids
-    ):
-        raise ModelError(f"{path}: eos_token_id is {value!r}, expected a token id or a list of them")
-    return set(token_ids)
 
 
 def completion_text(
@@ -323,7 +308,7 @@ def completion_text(
 
 def reference_completion(tokenizer: Tokenizer, problem: Problem, *, end_id: int) -> list[int]:
     """The reference solution as a completion of `render_prompt`: its token ids and the end token."""
-    return [*_token_ids(tokenizer, problem.solution, add_special_tokens=False), end_id]
+    return [*tokenizer.encode(problem.solution, add_special_tokens=False), end_id]
 
 
 # ---------------------------------------------------------------------------------------- vocabularies

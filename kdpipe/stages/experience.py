@@ -205,7 +205,7 @@ def teacher_distribution(
     support = objective.distribution_support
     if support is None:
         return None
-    if scores is not None and scores.has_hidden:
+    if scores is not None and any(teacher.hidden is not None for teacher in scores.teachers):
         top_k = 0 if support == "vocabulary" else support.teacher_top_k or 0
         return scores.distribution([row.number for row in rows], top_k=top_k, device=device)
     ids, logprobs, tail = (

@@ -82,18 +82,15 @@ def _joined(
     names = [name for name, _ in rows]
     logprobs, scorable = rows[0][1][1].logprobs, rows[0][1][2]
     if weights is not None:
-        scorable = np.logical_and.reduce([mask for _, (_, _, mask) in rows])
-        mixed = mixed_logprobs(
-            [score.logprobs for _, (_, score, _) in rows], [weights[name] for name in names]
-        )
-        logprobs = np.where(scorable, mixed, np.float32(0))
+        scores = [(score.logprobs, mask) for _, (_, score, mask) in rows]
+        logprobs, scorable = mixed_logprobs(scores, [weights[name] for name in names])
     return HeldOutScores(names, [prompt for _, (prompt, _, _) in rows], logprobs, scorable, divergence)
 
 
 def has_exact(student: ModelHandle, against: Sequence[TeacherHandle]) -> bool:
     """Whether all distributions are at hand; a teacher that lacks ids gives them no probability at all."""
     models = (student, *(teacher.model for teacher in against))
-    gives_hidden = all("hidden" in model.abilities for model in models)
+    gives_hidden = all("hidden" in model.open_engine().abilities for model in models)
     return gives_hidden and not any(teacher.vocabulary.unscorable for teacher in against)
 
 

@@ -59,6 +59,7 @@ class LocalTrainer:
     ) -> None:
         _switch_dropout_off(model)
         self.model = model
+        self.device: torch.device = model.device
         self.step = 0
         self._settings = settings
         self._num_ids = num_ids
@@ -75,11 +76,6 @@ class LocalTrainer:
             foreach=True,
         )
         self._published: tuple[str, ModelCache] | None = None
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.model.device
-        return device
 
     @property
     def version(self) -> str | None:

@@ -260,12 +260,19 @@ def test_no_end_id_at_all_is_an_error(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ['{"eos_token_id": "</s>"}', '{"eos_token_id": [1, null]}', '{"eos_token_id": -1}', '{"eos', "\xff"],
+    ['{"eos_token_id": "</s>"}', '{"eos_token_id": [1, null]}', '{"eos_token_id": -1}'],
 )
-def test_a_configuration_that_cannot_be_read_is_an_error_that_names_it(tmp_path, content):
+def test_end_ids_that_are_none_are_an_error_that_names_the_file(tmp_path, content):
     (tmp_path / "generation_config.json").write_text(content, encoding="latin-1")
     with pytest.raises(EngineError, match=r"generation_config\.json"):
         prompting.end_ids(tmp_path, byte_tokenizer())
+
+
+@pytest.mark.parametrize("content", ['{"eos', "\xff"])
+def test_a_configuration_that_is_no_json_is_refused_before_anything_is_opened(tmp_path, content):
+    (tmp_path / "generation_config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(EngineError, match=r"generation_config\.json: cannot be read as JSON"):
+        prompting.open_tokenizer(tmp_path, trust_remote_code=False)
 
 
 def test_completion_text_lacks_the_end_token_special_tokens_and_what_follows_a_stop_string():

@@ -54,15 +54,18 @@ class _Started:
     """A vLLM and what it was started for; models of the same architecture can follow one another."""
 
     process: VllmProcess
+    source: ModelSource
     architecture: Architecture
-    dtype: torch.dtype
-    trust_remote_code: bool
-    quantization: str | None
 
     @property
     def is_quantized(self) -> bool:
         """Whether weights are stored in fewer bits: such a model is started with, never loaded in place."""
-        return self.quantization is not None or self.architecture.is_quantized
+        return self.source.quantization is not None or self.architecture.is_quantized
+
+    def takes(self, source: ModelSource, architecture: Architecture) -> bool:
+        """Whether that model's weights can take the place of those that vLLM holds."""
+        like = replace(self.source, folder=source.folder, digest=source.digest)
+        return like == source and self.architecture == architecture and not self.is_quantized
 
 
 class VllmEngine:
@@ -81,7 +84,7 @@ class VllmEngine:
         self._device = device
         self._started: _Started | None = None
         self._source: ModelSource | None = None
-        self._asleep = False
+        self._sleeps = runtime.vllm.sleep and device.type == "cuda"
         self._shape: tuple[int, float] | None = None
 
     # the model
@@ -95,30 +98,26 @@ class VllmEngine:
             )
         started = self._alive()
         if started is not None and self._source and replace(self._source, folder=source.folder) == source:
-            self._wake(started)
+            started.process.wake()
             return
         architecture = read_architecture(source.folder, trust_remote_code=source.trust_remote_code)
         self._source = None
-        if started is not None and self._fits(started, source, architecture):
-            self._wake(started)
-        else:
+        if started is None or not started.takes(source, architecture):
             self.close()
             started = self._started = self._start(source, architecture)
+        started.process.wake()
         if not started.is_quantized:
             self._load_weights(started, source)
         self._source = source
 
     def sleep(self) -> None:
         """See Engine. Only where `runtime.vllm.sleep` asks for it, and vLLM can: on CUDA."""
-        started = self._alive()
-        if started is None or self._asleep or not self._sleeps:
-            return
-        started.process.sleep()
-        self._asleep = True
+        if self._sleeps and (started := self._alive()) is not None:
+            started.process.sleep()
 
     def close(self) -> None:
         started, self._started = self._started, None
-        self._source, self._shape, self._asleep = None, None, False
+        self._source, self._shape = None, None
         if started is not None:
             started.process.close()
 
@@ -154,36 +153,15 @@ class VllmEngine:
             return {**options, "quantization": source.quantization}
         return {**options, "load_format": "dummy", "hf_overrides": {"tie_word_embeddings": False}}
 
-    @property
-    def _sleeps(self) -> bool:
-        return self._settings.sleep and self._device.type == "cuda"
-
     def _alive(self) -> _Started | None:
         return None if self._started is None or self._started.process.is_closed else self._started
-
-    def _wake(self, started: _Started) -> None:
-        if self._asleep:
-            started.process.wake()
-            self._asleep = False
-
-    def _fits(self, started: _Started, source: ModelSource, architecture: Architecture) -> bool:
-        """Whether the source's weights can take the place of those that vLLM holds."""
-        return (
-            not started.is_quantized
-            and source.quantization is None
-            and started.architecture == architecture
-            and started.dtype == resolve_dtype(source.dtype, self._device)[0]
-            and started.trust_remote_code == source.trust_remote_code
-        )
 
     def _start(self, source: ModelSource, architecture: Architecture) -> _Started:
         environment = {}
         if self._device.type == "cpu" and (threads := self._runtime.threads) is not None:
             # Bound by itself, vLLM takes a thread for each core, however many kdpipe may use.
             environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
-        process = VllmProcess(self.options(source, architecture), environment)
-        dtype, _ = resolve_dtype(source.dtype, self._device)
-        return _Started(process, architecture, dtype, source.trust_remote_code, source.quantization)
+        return _Started(VllmProcess(self.options(source, architecture), environment), source, architecture)
 
     def _max_tokens(self, architecture: Architecture) -> int:
         return min(self._settings.max_model_len or architecture.context, architecture.context)
@@ -217,10 +195,11 @@ class VllmEngine:
             source, [(ids[:1], ids[1:])], temperature=1.0, num_ids=rows, dtype=torch.float32, device=CPU
         )
         off = np.abs(found.logprobs - expected).max()
-        if not off <= (tolerance := _PROBE_TOLERANCE[started.dtype]):
+        dtype, _ = resolve_dtype(source.dtype, self._device)
+        if not off <= (tolerance := _PROBE_TOLERANCE[dtype]):
             raise EngineError(
                 f"{source.folder}: vLLM scores {len(ids)} tokens up to {off:.3g} nats off what transformers "
-                f"computes from the same files, expected at most {tolerance:g} in {started.dtype}",
+                f"computes from the same files, expected at most {tolerance:g} in {dtype}",
                 hint=hint,
             )
 
@@ -292,7 +271,7 @@ class VllmEngine:
 
     def _loaded(self) -> _Started:
         started = self._alive()
-        if started is None or self._source is None or self._asleep:
+        if started is None or self._source is None or started.process.is_asleep:
             raise EngineError("no model is loaded: call load first, also after sleep")
         return started
 

@@ -49,7 +49,7 @@ class VllmProcess:
             _end_guard(self._guard)
             raise
         self.children = [child for child in multiprocessing.active_children() if child not in before]
-        self.is_closed = False
+        self.is_closed = self.is_asleep = False
         self._fail_waiting_calls()
 
     def call(self, method: str, *args: Any) -> list[Any]:
@@ -86,12 +86,16 @@ class VllmProcess:
     def sleep(self) -> None:
         """Moves the weights to the host's memory and drops all else that the GPU holds."""
         with self._errors():
-            self._llm.sleep(level=1)
+            if not self.is_asleep:
+                self._llm.sleep(level=1)
+                self.is_asleep = True
 
     def wake(self) -> None:
         """Undoes `sleep`."""
         with self._errors():
-            self._llm.wake_up()
+            if self.is_asleep:
+                self._llm.wake_up()
+                self.is_asleep = False
 
     def close(self) -> None:
         """Ends vLLM's processes."""
@@ -189,38 +193,30 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 def sampling_params(sampling: Sampling, seed: int) -> Any:
     """The parameters of vLLM for one completion, whose logits are divided by the temperature already."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
+    return _params(
         temperature=1.0 if sampling.temperature else 0.0,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         seed=seed,
         max_tokens=sampling.max_new_tokens,
-        ignore_eos=True,  # the ids below are all that end a completion
         stop_token_ids=[token for token in sampling.end_ids if token < sampling.num_ids],
         stop=list(sampling.stop),
         detokenize=bool(sampling.stop),
         skip_special_tokens=False,
         spaces_between_special_tokens=False,
         logprobs=0,
-        flat_logprobs=True,
-        output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
 def scoring_params(top_k: int) -> Any:
     """VLLM's parameters for scoring a prompt; the one token that it must generate is ignored."""
+    return _params(temperature=0.0, max_tokens=1, detokenize=False, prompt_logprobs=top_k)
+
+
+def _params(**fields: Any) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    return SamplingParams(
-        temperature=0.0,
-        max_tokens=1,
-        ignore_eos=True,
-        detokenize=False,
-        prompt_logprobs=top_k,
-        flat_logprobs=True,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+    kind = RequestOutputKind.FINAL_ONLY
+    # Only `stop_token_ids` end a completion.
+    return SamplingParams(ignore_eos=True, flat_logprobs=True, output_kind=kind, **fields)
