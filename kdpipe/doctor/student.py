@@ -22,7 +22,6 @@ from kdpipe.engines.protocol import Completion
 from kdpipe.models.adapters import read_adapter, start_adapter, write_adapter
 from kdpipe.models.batching import make_batch
 from kdpipe.models.folder import open_model
-from kdpipe.models.prompting import reference_completion
 from kdpipe.models.reference import Pair, perturb
 from kdpipe.models.source import AdapterSource, ModelSource
 from kdpipe.recipe.models import Optimizer
@@ -134,10 +133,7 @@ class ExaminedStudent:
     def references(self, problems: Sequence[Problem]) -> list[Pair]:
         """The student's prompts of the problems with the beginning of their reference solutions."""
         text = self.model.text
-        return [
-            (text.prompt(p), reference_completion(text.tokenizer, p, end_id=text.end_id)[:_REFERENCE_TOKENS])
-            for p in problems
-        ]
+        return [(text.prompt(p), text.reference(p)[:_REFERENCE_TOKENS]) for p in problems]
 
     def _other(self) -> ModelSource:
         """A model of the student's sizes with other weights: another adapter where that is what changes."""

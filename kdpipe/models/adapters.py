@@ -48,24 +48,19 @@ def target_names(model: PreTrainedModel, lora: Lora) -> list[str]:
     known = sorted({name.rpartition(".")[2] for name in linear})
     targets = known if lora.targets == "all-linear" else sorted(set(lora.targets))
     hint = f"its linear layers are {', '.join(known[:_SHOWN_TARGETS])}" if known else "train all its weights"
+    where = f"student.lora.targets: {type(model).__name__}"
     if not targets:
-        raise ModelError(
-            f"student.lora.targets: {type(model).__name__} has no linear layers to adapt", hint=hint
-        )
+        raise ModelError(f"{where} has no linear layers to adapt", hint=hint)
     for target in targets:
         hit = [name for name in named if name.rpartition(".")[2] == target]
         if not hit:
+            raise ModelError(f"{where} has no layer called {target!r}", hint=hint)
+        for name in sorted(set(hit) - linear):
+            what = "the output head" if named[name] is head else type(named[name]).__name__
             raise ModelError(
-                f"student.lora.targets: {type(model).__name__} has no layer called {target!r}", hint=hint
+                f"{where}: {target!r} names {name}, which is {what}, expected linear layers below the output head",
+                hint=hint,
             )
-        for name in hit:
-            if name not in linear:
-                what = "the output head" if named[name] is head else type(named[name]).__name__
-                raise ModelError(
-                    f"student.lora.targets: {target!r} names {name}, which is {what}, expected linear layers "
-                    "below the output head",
-                    hint=hint,
-                )
     return targets
 
 

@@ -156,14 +156,12 @@ def render_prompt(tokenizer: Tokenizer, style: PromptStyle, problem: Problem) ->
     chat: the examples and the question as turns of the tokenizer's chat template, the instruction before the
     first question (so that all prompts share their beginning). plain: the same as lines, ending in a newline.
     """
-    examples = [example for example in style.examples if example.prompt_id != problem.prompt_id]
-    turns: list[tuple[str, str]] = [
-        (example.question, example.solution) for example in examples[: style.few_shot]
-    ]
-    questions = [*(question for question, _ in turns), problem.question]
+    others = [example for example in style.examples if example.prompt_id != problem.prompt_id]
+    examples = others[: style.few_shot]
+    questions = [*(example.question for example in examples), problem.question]
     if style.instruction:
         questions[0] = f"{style.instruction}\n\n{questions[0]}"
-    return _render(tokenizer, style, questions, [solution for _, solution in turns])
+    return _render(tokenizer, style, questions, [example.solution for example in examples])
 
 
 def render_teacher_prompt(
@@ -297,20 +295,6 @@ def end_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def completion_text(
-    tokenizer: Tokenizer, token_ids: Sequence[int], *, end_ids: Sequence[int], stop: Sequence[str]
-) -> str:
-    """The text of a completion without its end token and special tokens, cut before the first stop string."""
-    kept = list(token_ids[:-1] if token_ids and token_ids[-1] in end_ids else token_ids)
-    text: str = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text[: min((text.index(string) for string in stop if string in text), default=len(text))]
-
-
-def reference_completion(tokenizer: Tokenizer, problem: Problem, *, end_id: int) -> list[int]:
-    """The reference solution as a completion of `render_prompt`: its token ids and the end token."""
-    return [*tokenizer.encode(problem.solution, add_special_tokens=False), end_id]
-
-
 # ---------------------------------------------------------------------------------------- vocabularies
 
 
@@ -379,6 +363,16 @@ class Text:
     def prompt(self, problem: Problem) -> list[int]:
         """The prompt's token ids."""
         return render_prompt(self.tokenizer, self.style, problem)
+
+    def reference(self, problem: Problem) -> list[int]:
+        """The reference solution as a completion of the prompt: its token ids and the end token."""
+        return [*self.tokenizer.encode(problem.solution, add_special_tokens=False), self.end_id]
+
+    def completion(self, token_ids: Sequence[int], *, stop: Sequence[str]) -> str:
+        """The text of a completion without end and special tokens, cut before the first stop string."""
+        kept = list(token_ids[:-1] if token_ids and token_ids[-1] in self.end_ids else token_ids)
+        text: str = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text[: min((text.index(string) for string in stop if string in text), default=len(text))]
 
 
 def open_text(folder: Path | None, style: PromptStyle, *, trust: bool) -> Text:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from kdpipe.data.payload import ROLLOUTS_FILE
 from kdpipe.data.rows import Rollout
 from kdpipe.data.tables import ROLLOUTS, read_rollouts
-from kdpipe.models.prompting import reference_completion
 from kdpipe.stages.job import Job, mean
 from kdpipe.stages.sampling import Grader, request_for, round_problems, sample_all, sampled_ids, sampling_of
 from kdpipe.stages.settings.model import DrawSettings
@@ -101,7 +100,7 @@ def _given(grader: Grader, problem: Problem, written: Rollout | None) -> Rollout
     prompt = grader.text.prompt(problem)
     if written is not None:
         return replace(written, prompt_token_ids=prompt)  # from here on it follows the student's prompt
-    solution = reference_completion(grader.text.tokenizer, problem, end_id=grader.text.end_id)
+    solution = grader.text.reference(problem)
     return replace(grader.row(problem, prompt, solution), source="reference")
 
 

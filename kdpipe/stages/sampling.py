@@ -14,7 +14,6 @@ from kdpipe.data.seeds import chosen_ids, derive_seed, round_indices
 from kdpipe.data.tasks.answers import grade
 from kdpipe.engines.protocol import SampleRequest, Sampling
 from kdpipe.errors import DataError
-from kdpipe.models.prompting import completion_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,9 +93,7 @@ class Grader:
 
     def read(self, problem: Problem, token_ids: Sequence[int]) -> tuple[str, Graded]:
         """A completion's text and its grade."""
-        string = completion_text(
-            self.text.tokenizer, token_ids, end_ids=self.text.end_ids, stop=list(self.stop)
-        )
+        string = self.text.completion(token_ids, stop=self.stop)
         return string, grade(string, problem.expected, headline=self.headline)
 
     def row(self, problem: Problem, prompt: list[int], completion: list[int]) -> Rollout:

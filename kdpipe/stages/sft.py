@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from kdpipe.data.seeds import permutation
 from kdpipe.models.batching import batches_by_tokens, make_batch
 from kdpipe.models.logprobs import token_logprobs
-from kdpipe.models.prompting import reference_completion
 from kdpipe.stages.settings.model import teaches
 from kdpipe.store.stage import Stage
 
@@ -75,10 +74,7 @@ def _examples(
 ) -> dict[str, Example]:
     """Prompt and completion of each example, by an id of its own."""
     if written is None:
-        return {
-            p.prompt_id: (text.prompt(p), reference_completion(text.tokenizer, p, end_id=text.end_id))
-            for p in problems
-        }
+        return {p.prompt_id: (text.prompt(p), text.reference(p)) for p in problems}
     prompts = {problem.prompt_id: text.prompt(problem) for problem in problems}
     return {
         f"{row.prompt_id}/{row.sample}": (prompts[row.prompt_id], row.completion_token_ids) for row in written

@@ -15,7 +15,7 @@ import torch
 
 from kdpipe.errors import ArtifactError, StepError
 from kdpipe.models.folder import write_model
-from kdpipe.models.logprobs import head_of, hidden_states, score_tokens
+from kdpipe.models.logprobs import head_of, hidden_states, token_logprobs
 from kdpipe.training.optimizer import (
     learning_rate,
     moments,
@@ -83,15 +83,11 @@ class LocalTrainer:
 
     def logprobs(self, batch: Batch, *, temperature: float, chunk: int) -> torch.Tensor:
         with torch.no_grad(), self._computing():
-            scores = score_tokens(
-                hidden_states(self.model, batch),
-                head_of(self.model, num_ids=self._num_ids),
-                batch.target_ids_N,
-                temperature=temperature,
-                top_k=0,
-                chunk=chunk,
+            hidden_NH, head = hidden_states(self.model, batch), head_of(self.model, num_ids=self._num_ids)
+            logprobs_N, _ = token_logprobs(
+                hidden_NH, head, batch.target_ids_N, temperature=temperature, chunk=chunk
             )
-        return scores.logprobs_N.float().cpu()
+        return logprobs_N.float().cpu()
 
     def begin(self) -> None:
         self._withdraw()

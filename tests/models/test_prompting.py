@@ -10,7 +10,7 @@ from kdpipe.data.tasks.answers import grade
 from kdpipe.data.tasks.arithmetic import make_problems, words
 from kdpipe.errors import DataError, EngineError, PreflightError, RecipeError
 from kdpipe.models import prompting
-from kdpipe.models.prompting import PromptStyle, prompt_style, render_prompt, render_teacher_prompt
+from kdpipe.models.prompting import PromptStyle, Text, prompt_style, render_prompt, render_teacher_prompt
 from kdpipe.recipe.task import ArithmeticTask, Gsm8kTask
 
 PROBLEMS = [
@@ -45,6 +45,10 @@ def byte_tokenizer(*added, chat_template=None, adds=None):
     )
 
 
+def text_of(tokenizer, *end_ids):
+    return Text(tokenizer, PLAIN, end_ids, 0)
+
+
 def chat_style(**template_arguments):
     return PromptStyle("chat", "", 0, (), template_arguments)
 
@@ -61,10 +65,10 @@ def test_arithmetic_texts_come_back_as_they_were_and_are_graded_right(arithmetic
     train, test = make_problems(ArithmeticTask(kind="arithmetic", max_operand=99, train_problems=1000))
     for problem in train + test:
         prompt = render_prompt(arithmetic, PLAIN, problem)
-        completion = prompting.reference_completion(arithmetic, problem, end_id=arithmetic.eos_token_id)
+        completion = text_of(arithmetic).reference(problem)
         assert arithmetic.unk_token_id not in prompt + completion
         assert arithmetic.decode(prompt) == f"{problem.question}\n"
-        text = prompting.completion_text(arithmetic, completion, end_ids=(1,), stop=())
+        text = text_of(arithmetic, 1).completion(completion, stop=())
         assert text == problem.solution
         assert grade(text, problem.expected, headline="strict").correct
         assert grade(text, problem.expected, headline="flexible").correct
@@ -73,7 +77,7 @@ def test_arithmetic_texts_come_back_as_they_were_and_are_graded_right(arithmetic
 def test_arithmetic_prompts_and_completions_are_short(arithmetic):
     train, _ = make_problems(ArithmeticTask(kind="arithmetic"))
     assert max(len(render_prompt(arithmetic, PLAIN, problem)) for problem in train) <= 26
-    assert max(len(prompting.reference_completion(arithmetic, problem, end_id=1)) for problem in train) <= 25
+    assert max(len(text_of(arithmetic).reference(problem)) for problem in train) <= 25
     assert 40 <= prompting.num_ids_in_use(arithmetic) <= 60
 
 
@@ -281,7 +285,7 @@ def test_completion_text_lacks_the_end_token_special_tokens_and_what_follows_a_s
     end = (tokenizer.convert_tokens_to_ids("d"), tokenizer.eos_token_id)
 
     def text(token_ids, *stop):
-        return prompting.completion_text(tokenizer, token_ids, end_ids=end, stop=stop)
+        return text_of(tokenizer, *end).completion(token_ids, stop=stop)
 
     assert text([*token_ids, tokenizer.eos_token_id]) == "<think> a , b\n\nQuestion: c"
     assert text([*token_ids, end[0]]) == "<think> a , b\n\nQuestion: c"
@@ -293,8 +297,8 @@ def test_completion_text_lacks_the_end_token_special_tokens_and_what_follows_a_s
 
 def test_a_reference_completion_is_the_solution_and_one_end_token():
     tokenizer = byte_tokenizer(adds="<s> $A </s>")
-    completion = prompting.reference_completion(tokenizer, PROBLEMS[1], end_id=7)
-    assert completion[-1] == 7
+    completion = text_of(tokenizer, 7).reference(PROBLEMS[1])
+    assert completion[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(completion[:-1]) == PROBLEMS[1].solution
 
 

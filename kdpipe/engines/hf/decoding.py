@@ -10,7 +10,7 @@ fast that way round.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -35,25 +35,7 @@ _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class Decoder(Protocol):
-    """A batch of rows that grow by one token a step."""
-
-    def prefill(
-        self, prompts: Sequence[Sequence[int]], repeats: Sequence[int], *, max_tokens: int
-    ) -> torch.Tensor:
-        """Hidden states [H, B] at each prompt's last token, a prompt's row repeated as often as told.
-
-        `max_tokens` bounds the padded prompt tokens of one forward pass.
-        """
-
-    def step(self, ids_B: torch.Tensor) -> torch.Tensor:
-        """Hidden states [H, B] after one more token on each row."""
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Drops all rows but these, in this order."""
-
-
-def make_decoder(model: PreTrainedModel, *, max_new_tokens: int) -> Decoder:
+def make_decoder(model: PreTrainedModel, *, max_new_tokens: int) -> LlamaDecoder | GenericDecoder:
     """The fastest decoder that computes exactly this model."""
     if is_llama_like(model):
         return LlamaDecoder(model, max_new_tokens=max_new_tokens)
@@ -93,6 +75,10 @@ class LlamaDecoder:
     def prefill(
         self, prompts: Sequence[Sequence[int]], repeats: Sequence[int], *, max_tokens: int
     ) -> torch.Tensor:
+        """Hidden states [H, B] at each prompt's last token, a prompt's row repeated as often as told.
+
+        `max_tokens` bounds the padded prompt tokens of one forward pass.
+        """
         device = self._model.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         row_prompts = torch.repeat_interleave(torch.tensor(repeats, device=device))
@@ -158,6 +144,7 @@ class LlamaDecoder:
         return cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
 
     def step(self, ids_B: torch.Tensor) -> torch.Tensor:
+        """Hidden states [H, B] after one more token on each row."""
         body = self._model.get_decoder()
         x_HB = embedding(ids_B, body.embed_tokens.weight).t().contiguous()
         rotation = (
@@ -210,6 +197,7 @@ class LlamaDecoder:
         return attended.reshape(num_rows, -1).t()
 
     def keep(self, rows: torch.Tensor) -> None:
+        """Drops all rows but these, in this order."""
         for caches in (self._keys, self._values):
             for index, old in enumerate(caches):
                 new = old.new_empty((len(rows), *old.shape[1:]))
@@ -228,7 +216,7 @@ class GenericDecoder:
     def prefill(
         self, prompts: Sequence[Sequence[int]], repeats: Sequence[int], *, max_tokens: int
     ) -> torch.Tensor:
-        """See Decoder; `max_tokens` cannot be kept, as a cache of any kind cannot be joined to another."""
+        """See LlamaDecoder; `max_tokens` cannot be kept, as a cache of any kind cannot be joined to another."""
         del max_tokens
         self._cache = DynamicCache(config=self._model.config)
         device = self._model.device
