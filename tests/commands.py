@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from tests.worlds import events_of
 
-How = Literal["group", "parent", "SIGTERM", "SIGINT", "SIGINT to the group"]
+How = Literal["group", "parent", "SIGTERM", "SIGINT", "SIGINT to the group", "SIGHUP to the group"]
 Event = dict[str, Any]
 
 
@@ -102,10 +102,10 @@ class Command:
                 process.kill()
             case "SIGTERM" | "SIGINT":
                 process.send_signal(signal.Signals[how])
-            case "SIGINT to the group":
-                os.killpg(process.pid, signal.SIGINT)
+            case "SIGINT to the group" | "SIGHUP to the group":
+                os.killpg(process.pid, signal.Signals[how.partition(" ")[0]])
         code = process.wait(timeout=8)
-        expected = {"group": -9, "parent": -9, "SIGTERM": 143}.get(how, 130)
+        expected = {"group": -9, "parent": -9, "SIGTERM": 143, "SIGHUP to the group": 129}.get(how, 130)
         assert code == expected, self.output()
         started = time.monotonic()
         while session := members(process.pid):

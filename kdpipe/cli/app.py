@@ -86,7 +86,7 @@ def reported(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
             print_error(error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:  # before the run took over the signals
-            print_error(Interrupted(signal.SIGINT, "stopped before anything began"))
+            print_error(Interrupted(signal.SIGINT, "before anything began"))
             raise typer.Exit(130) from None
         except BrokenPipeError:  # the reader of our output went away, as `| head` does
             raise typer.Exit(128 + signal.SIGPIPE) from None

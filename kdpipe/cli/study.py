@@ -179,9 +179,7 @@ def run_study(
         finally:
             study.event("study ended", status=status)
             if trouble := end_study(study, first.tracking, status):
-                say(
-                    f"MLflow: not all of the study is mirrored yet: {trouble}; the next command goes on with it"
-                )
+                say(f"MLflow: not all of the study is mirrored yet: {trouble}")
 
 
 def _run_each(

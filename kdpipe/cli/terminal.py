@@ -71,7 +71,7 @@ def print_error(error: KdpipeError) -> None:
     lines = [f"{label} {inert(error.message)}"]
     if error.hint:
         lines.append(f"  {inert(error.hint)}")
-    if error.exit_code in (1, 5, 130, 143) and len(sys.argv) > 1:
+    if (stopped or error.exit_code in (1, 5)) and len(sys.argv) > 1:
         program = Path(sys.argv[0]).name
         command = shlex.join(["kdpipe" if program == "__main__.py" else program, *sys.argv[1:]])
         lines.append(f"  everything finished is kept; to continue: {inert(command)}")

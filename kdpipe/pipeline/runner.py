@@ -88,9 +88,7 @@ def run(
                 worker.close()
             finally:
                 if trouble := mirror.finish(status, hurry=stop.asked):
-                    display.warn(
-                        f"MLflow: not everything is mirrored yet: {trouble}; the next command goes on with it"
-                    )
+                    display.warn(f"MLflow: not everything is mirrored yet: {trouble}")
     return project
 
 

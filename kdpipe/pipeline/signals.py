@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from kdpipe.errors import Interrupted
+from kdpipe.workers.worker import STOPS
 
 
 @dataclass(slots=True)
@@ -26,16 +27,15 @@ class Stop:
         """Raises Interrupted, which names the step, once a signal has asked for it."""
         if self.number is not None:
             name = signal.Signals(self.number).name
-            raise Interrupted(
-                self.number,
-                f"stopped by {name} at {step_id}; everything finished is kept",
-                hint="the same command continues",
-            )
+            raise Interrupted(self.number, f"by {name} at {step_id}")
 
 
 @contextlib.contextmanager
 def signals() -> Iterator[Stop]:
-    """Turns the first SIGINT or SIGTERM into a request to stop, and the second into the end."""
+    """Turns the first signal of `STOPS` into a request to stop, and the second into the end.
+
+    One that is ignored stays so: nohup and a shell's background mean that.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -43,10 +43,11 @@ def signals() -> Iterator[Stop]:
 
     def handle(number: int, _frame: FrameType | None) -> None:
         if stop.asked():
-            raise Interrupted(number, "stopped at once", hint="the same command continues")
+            raise Interrupted(number, f"at once, by a second {signal.Signals(number).name}")
         stop.number = number
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heard}
     try:
         yield stop
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
 import uuid
 from pathlib import Path
 from typing import Literal
@@ -134,3 +136,30 @@ def _recipe_name(request: MirrorRequest) -> str:
 def database_uri(workspace: Path) -> str:
     """Where MLflow lives unless the recipe says otherwise."""
     return f"sqlite:///{workspace.resolve() / DATABASE}"
+
+
+def require_database(workspace: Path, uri: str | None = None) -> None:
+    """Raises ArtifactError where MLflow is to use a database that is damaged or another program's."""
+    path = workspace.resolve() / DATABASE
+    if uri is None and path.exists() and (trouble := _trouble_with(path)):
+        away = shlex.join(["mv", str(path), f"{path}.damaged"])
+        raise ArtifactError(
+            f"{path}: {trouble}", hint=f"{away} moves it away: the next `run` of each recipe fills a new one"
+        )
+
+
+def _trouble_with(path: Path) -> str | None:
+    """What is wrong with MLflow's database; None where nothing is, or it cannot be looked at now."""
+    import sqlite3  # few commands look
+
+    if not path.is_file():
+        return "is no file"
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", timeout=1, uri=True)) as database:
+            database.execute("SELECT 1 FROM experiments, runs LIMIT 0")
+            found = str(database.execute("PRAGMA quick_check(1)").fetchone()[0])
+            return None if found == "ok" else f"is damaged: {found}"
+    except sqlite3.OperationalError as error:  # also one that is locked
+        return "is no database of MLflow" if "no such table" in str(error) else None
+    except sqlite3.DatabaseError as error:
+        return f"is damaged: {error}"

@@ -22,6 +22,7 @@ from kdpipe.tracking.memory import (
     MirrorResult,
     Status,
     memory_of,
+    require_database,
     write_memory,
 )
 from kdpipe.tracking.pending import is_finished, pending, unsettled
@@ -104,7 +105,11 @@ class MlflowMirror:
             self._end()
             self._has_ended.wait(STOP_SECONDS)
             raise
-        return self.error if self._has_ended.is_set() else "it did not answer in time"
+        return (
+            self.error
+            if self._has_ended.is_set()
+            else "it did not answer in time; the next command goes on with it"
+        )
 
     def _end(self) -> None:
         """Lets the thread mirror a last time and end."""
@@ -141,6 +146,7 @@ class MlflowMirror:
     def _has_nothing_to_do(self) -> bool:
         """Whether MLflow, whose import takes seconds, has everything unless a step is performed."""
         try:
+            require_database(self._request.workspace, self._request.tracking.uri)
             return is_finished(self._request) and not unsettled(self._request.workspace)
         except (KdpipeError, OSError, ValueError, KeyError):  # its process will say what is wrong
             return False
@@ -153,7 +159,8 @@ class MlflowMirror:
             if not isinstance(error, KdpipeError) or isinstance(error, StepError):
                 self._worker.kill()  # it hangs, or is gone; one that was refused an answer can be asked again
                 self._is_loaded = False
-            self.error = str(error)
+            hint = getattr(error, "hint", "") or "the next command goes on with it"
+            self.error = f"{error}; {hint}"
             with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as log:
                 log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} not mirrored: {error}\n")
             return False
@@ -263,6 +270,8 @@ def _ask(
     tick: Callable[[], None],
 ) -> MirrorResult:
     """The result of one call of the mirror's process."""
+    if worker.pid is None:
+        require_database(request.workspace, request.tracking.uri)
     result = worker.call(request, on_event=on_event, tick=tick)
     assert result is not None  # it was not asked to stop
     return result

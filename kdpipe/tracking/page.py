@@ -15,8 +15,8 @@ from pathlib import Path
 from types import FrameType
 
 from kdpipe.errors import KdpipeError
-from kdpipe.tracking.memory import ARTIFACTS, ENVIRONMENT, database_uri
-from kdpipe.workers.worker import child_environment
+from kdpipe.tracking.memory import ARTIFACTS, ENVIRONMENT, database_uri, require_database
+from kdpipe.workers.worker import STOPS, child_environment
 
 
 def free_port(host: str, first: int = 5000) -> int:
@@ -42,7 +42,8 @@ def ui_command(workspace: Path, host: str, port: int) -> list[str]:
 
 
 def serve_ui(workspace: Path, host: str = "127.0.0.1", first_port: int = 5000) -> int:
-    """Serves MLflow's page until a signal; returns the server's exit status, 0 after SIGINT or SIGTERM."""
+    """Serves MLflow's page until a signal; returns the server's exit status, 0 after a signal."""
+    require_database(workspace)
     stopped = False
     environment = child_environment({**ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
     command = ui_command(workspace, host, free_port(host, first_port))
@@ -61,7 +62,7 @@ def serve_ui(workspace: Path, host: str = "127.0.0.1", first_port: int = 5000) -
 
 @contextlib.contextmanager
 def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handler) for number in STOPS}
     try:
         yield
     finally:

@@ -13,7 +13,15 @@ from kdpipe.recipe.runtime import Tracking
 from kdpipe.results.studies import all_studies
 from kdpipe.store.locks import is_running
 from kdpipe.tracking.items import METRICS, PARAMS, STATUS, Item, run_items
-from kdpipe.tracking.memory import Memory, MirrorRequest, Status, Subject, memory_of, read_memory
+from kdpipe.tracking.memory import (
+    Memory,
+    MirrorRequest,
+    Status,
+    Subject,
+    memory_of,
+    read_memory,
+    require_database,
+)
 from kdpipe.tracking.study import study_items
 
 
@@ -42,6 +50,10 @@ def waiting(run_folder: Path) -> list[str]:
     """What MLflow does not have yet, in sentences."""
     memory, names = read_memory(run_folder), _unsent_names(run_folder)
     found = []
+    try:
+        require_database(run_folder.parents[1], None if memory is None else memory.uri)
+    except ArtifactError as error:
+        return [f"{error.message}; {error.hint}"]
     if count := sum(name.startswith(METRICS) for name in names):
         found.append(f"{count} steps are not in MLflow yet: the next run mirrors them")
     elif memory is not None and memory.status != memory.wanted:

@@ -46,7 +46,8 @@ STOP_SECONDS = 3.5
 GUARDED = "--guarded"
 GUARD_SECONDS = 0.25
 """How often a guard looks whether its worker still lives."""
-_PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the parent decides when to stop
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What asks a command to stop: Ctrl-C, a service's manager, a terminal that is closed. Its workers leave it to that."""
 
 
 class Report(Generic[Event]):
@@ -184,7 +185,7 @@ class Worker(Generic[Request, Event, Result]):
 
     def _start(self) -> subprocess.Popen[bytes]:
         # The child inherits the mask: a signal to the group cannot kill a worker that is still importing.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS_SIGNALS)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         guarded = [GUARDED] if self._leads_group else []
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -253,9 +254,9 @@ def main(target: str, parent: int, *, guarded: bool = False) -> None:
     _die_with(parent)
     if guarded:
         _start_guard()
-    for number in _PARENTS_SIGNALS:
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENTS_SIGNALS)  # what this process starts is not born deaf
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # what this process starts is not born deaf
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is for the log, not for the parent
     lock = threading.Lock()
@@ -342,7 +343,7 @@ def _start_guard() -> None:
         raise RuntimeError(f"process {leader} does not lead its group: a guard would end what is not its own")
     if os.fork():
         return
-    for number in _PARENTS_SIGNALS:
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     os.closerange(0, 3)  # the worker's pipes end with the worker, not with its guard
     while os.getppid() == leader:

@@ -74,6 +74,7 @@ def test_a_run_stopped_by_signals_exits_in_time_and_ends_as_an_unbroken_one(tmp_
         (When("part started", "rollout@1", 0), "SIGINT"),
         (When("step started", "teacher-score@1"), "SIGTERM"),
         (When("step started", "train@1"), "SIGINT to the group"),
+        (When("part started", "rollout@2", 1), "SIGHUP to the group"),  # the terminal is closed
         (When("part started", "evaluate:student@2", 1), "SIGTERM"),
     ]
     run_chain(tmp_path, kills, rounds=2)

@@ -20,6 +20,7 @@ from kdpipe.engines.hf.engine import HfEngine
 from kdpipe.engines.protocol import TokenScores
 from kdpipe.errors import ArtifactError, Interrupted, LockError, PreflightError, RecipeError
 from kdpipe.pipeline.project import Project, open_project
+from kdpipe.pipeline.signals import signals
 from kdpipe.results.comparison import read_contender
 from kdpipe.store.locks import run_lock
 from tests.worlds import (
@@ -336,7 +337,10 @@ def test_a_run_that_another_process_holds_is_refused(world: World) -> None:
         world.run()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGHUP))],
+)
 def test_a_signal_stops_at_a_safe_point_and_the_next_command_goes_on(
     finished: World, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -364,6 +368,19 @@ def test_a_signal_stops_at_a_safe_point_and_the_next_command_goes_on(
     assert parts == [0, 1, 2, 3]
     reference = finished.digests()
     assert payload_digests(world.workspace) == {step: reference[step] for step in ROUND_0 + round_steps(1)}
+
+
+def test_a_signal_that_is_ignored_as_by_nohup_stops_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.asked()
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(Interrupted, match=r"^by SIGTERM at train@1$"):
+                stop.check("train@1")
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("kind", ["kd", pytest.param("grpo", marks=pytest.mark.slow)])

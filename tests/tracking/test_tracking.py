@@ -474,6 +474,8 @@ def test_a_finished_run_that_is_repeated_asks_mlflow_for_nothing(
     class Asked:
         """Notes what status MLflow is asked to show."""
 
+        pid = None
+
         def __init__(self, *_arguments: Any, **_settings: Any) -> None: ...
 
         def call(self, request: MirrorRequest, **_settings: Any) -> MirrorResult:

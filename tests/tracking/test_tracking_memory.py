@@ -35,6 +35,8 @@ def world(mlflow_database: Path, tmp_path: Path) -> World:
 class NearMirror:
     """A mirror's process in this one, which counts how often it would have been started."""
 
+    pid = None
+
     started = 0
 
     def __init__(self, *_arguments: Any, **_settings: Any) -> None:
