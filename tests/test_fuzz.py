@@ -526,7 +526,9 @@ SLOW_TO_MATCH = [
 
 
 @pytest.mark.parametrize("piece", SLOW_TO_MATCH)
-@pytest.mark.parametrize("end", ["", "x", "#", "-", "\n####"])
+@pytest.mark.parametrize(
+    "end", ["", *(pytest.param(end, marks=pytest.mark.slow) for end in ("x", "#", "-", "\n####"))]
+)
 def test_time_to_find_an_answer_grows_with_the_length_only(piece: str, end: str) -> None:
     def seconds(size: int) -> float:
         text = piece * (size // len(piece)) + end

@@ -645,11 +645,11 @@ EVERY_KD = [
     *(term | {"support": support} for term, support in product(DISTRIBUTIONS, SUPPORTS)),
 ]
 """Every KD term with every control, baseline and support; the default suite takes some, other choices in turn."""
-# A step of 11 has no factor in common with the number of controls, baselines or supports.
+# A step of 23 has no factor in common with the number of controls, baselines or supports.
 TURNS = [
     {"kd": kd, "normalization": normalization} | kind | schedule
     for kd, kind, normalization, schedule in zip(
-        EVERY_KD[::11], cycle(KINDS), cycle(NORMALIZATIONS), cycle(SCHEDULES), strict=False
+        EVERY_KD[::23], cycle(KINDS), cycle(NORMALIZATIONS), cycle(SCHEDULES), strict=False
     )
 ]
 

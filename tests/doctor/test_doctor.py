@@ -99,13 +99,14 @@ HEALTHY: dict[str, tuple[dict[str, Any], set[str]]] = {
     ),
     "bfloat16": (BFLOAT16, NOT_ASKED),
 }
+QUICK = ("whole distribution", "privileged", "bfloat16")
 COSTLY = pytest.mark.slow
 """Variations on what a cheaper test covers."""
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=COSTLY if name in ("self", "average", "top-k") else ()) for name in HEALTHY],
+    [pytest.param(name, marks=() if name in QUICK else COSTLY) for name in HEALTHY],
 )
 def test_a_healthy_world_passes_every_probe(name: str, folder: Path, tmp_path: Path) -> None:
     changes, skipped = HEALTHY[name]

@@ -79,9 +79,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "keep", ["hidden", *(pytest.param(name, marks=pytest.mark.slow) for name in ("token", "top-k"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", OBJECTIVES)
 def test_a_round_writes_and_reads_no_more_than_estimated_and_not_much_less(keep: str, tmp_path: Path) -> None:
     folder = write_world(tmp_path)
     rollout = {"prompts": 24, "samples": 8, "max_new_tokens": 40, "temperature": 30.0}

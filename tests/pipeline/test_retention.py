@@ -239,7 +239,9 @@ def test_a_dropped_student_is_trained_again_from_the_nearest_one_to_the_same_dig
     assert {step: after[step] for step in before} == before
 
 
-@pytest.mark.parametrize("moment", ["before the manifest says so", "before the files go"])
+@pytest.mark.parametrize(
+    "moment", ["before the manifest says so", pytest.param("before the files go", marks=pytest.mark.slow)]
+)
 def test_a_kill_while_weights_are_dropped_loses_none_that_count(
     unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:

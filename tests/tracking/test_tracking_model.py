@@ -109,6 +109,7 @@ def test_a_server_gives_the_student_that_was_trained(
         server.kill()
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_one_model(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Killed(BaseException):
         """The end of the process."""

@@ -479,7 +479,14 @@ def sample(model: Any) -> list[tuple[list[int], list[int], list[float]]]:
     ]
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "gpt2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("llama", "qwen3") else pytest.mark.slow)
+        for name in CONFIGS
+        if name != "gpt2"
+    ],
+)
 def test_sampled_logprobs_are_those_of_a_plain_forward_with_the_adapter_on_and_off(name: str) -> None:
     plain = tiny_model(name)
     model = adapted(copy.deepcopy(plain))
