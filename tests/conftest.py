@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_variable] = "1"
@@ -73,7 +72,9 @@ def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     made = shared / "mlflow-template"
-    with FileLock(shared / "mlflow-template.lock"):
+    from kdpipe.store.locks import locked
+
+    with locked(shared / "mlflow-template.lock"):
         if not made.exists():
             from kdpipe.tracking.run import make_database
 

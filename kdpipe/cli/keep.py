@@ -93,13 +93,10 @@ def gc(
     from kdpipe.pipeline.housekeeping import collect, garbage
 
     del recipe  # accepted so that the command reads like the others; the store belongs to the workspace
-    found = garbage(workspace_at(workspace))
-    for item in found:
-        if delete:
-            collect(item)
-        if not as_json:
-            print(f"{shown(item.folder)}  {item.bytes / 1e6:,.1f} MB  {item.reason}")
+    found = (collect if delete else garbage)(workspace_at(workspace))
     total = sum(item.bytes for item in found)
+    for item in () if as_json else found:
+        print(f"{shown(item.folder)}  {item.bytes / 1e6:,.1f} MB  {item.reason}")
     if as_json:
         folders = [{"folder": str(item.folder), "bytes": item.bytes, "reason": item.reason} for item in found]
         print_json({"deleted": delete, "bytes": total, "entries": folders})

@@ -96,8 +96,8 @@ def say(text: str) -> None:
 def shown(path: Path) -> str:
     """The path as a person would type it from here."""
     with contextlib.suppress(OSError, ValueError):  # where "here" was removed, or is elsewhere
-        return str(path.relative_to(Path.cwd()))
-    return str(path)
+        path = path.relative_to(Path.cwd())
+    return inert(str(path))
 
 
 def watch_lines(look: Callable[[], tuple[list[str], bool]]) -> None:

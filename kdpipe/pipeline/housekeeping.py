@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +15,8 @@ from kdpipe.pipeline.project import Project
 from kdpipe.pipeline.runs import all_runs
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.store.artifacts import MANIFEST, Entry, Store, read_document
-from kdpipe.store.durable import files_below
-from kdpipe.store.locks import is_running
+from kdpipe.store.durable import TEMPORARY, files_below
+from kdpipe.store.locks import LOCK, is_running, locked
 from kdpipe.store.manifest import Manifest
 from kdpipe.store.stage import Stage
 from kdpipe.store.step import Step
@@ -76,21 +78,39 @@ def garbage(workspace: Path) -> list[Garbage]:
     linked = {link.target for run in all_runs(workspace) for link in run.links()}
     found = []
     for folder in Store(workspace).all_folders():
-        if folder.resolve() not in linked and not is_running(folder):
+        if folder in linked or is_running(folder):
+            continue
+        if folder.is_symlink():
+            found.append(
+                Garbage(folder, 0, "a link out of the workspace, and no run links it: the link alone")
+            )
+        else:
             committed = (folder / MANIFEST).exists()
             reason = "no run links it" if committed else "unfinished, and no run links it"
             found.append(Garbage(folder, _bytes(folder), reason))
     return found
 
 
-def collect(item: Garbage) -> None:
-    """Removes the folder, its manifest first, so that a kill leaves nothing that looks whole."""
-    (item.folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(item.folder)
+def collect(workspace: Path) -> list[Garbage]:
+    """Removes what no run links, and returns it: each entry in one rename, in which no run links another."""
+    store = Store(workspace)
+    if not store.root.is_dir():
+        return []
+    aside = store.root / f"{TEMPORARY}{os.getpid()}"
+    with contextlib.ExitStack() as held:
+        with store.linking(shared=False):
+            killed = [left for left in store.root.glob(f"{TEMPORARY}*") if not is_running(left)]
+            held.enter_context(locked(aside / LOCK))  # so that no other takes it for one
+            found = garbage(workspace)
+            for number, item in enumerate(found):
+                item.folder.rename(aside / str(number))
+        for folder in (*killed, aside):
+            shutil.rmtree(folder)
+    return found
 
 
 def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 # ---------------------------------------------------------------------------------------------- export

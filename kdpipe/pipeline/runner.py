@@ -122,6 +122,7 @@ class _Run:
             if step.round > 0 and not is_gated:
                 is_gated = True
                 require_headroom(project)
+            project.run.link(step, project.store.entry(step))  # from now on gc leaves it
             state = inspect(project.store, step, self.digests)
             if state.done and step.id not in self.again:
                 self._reuse(step)
@@ -139,7 +140,6 @@ class _Run:
         assert manifest is not None
         tidy_if_free(entry, manifest)
         entry.describe(step)
-        self.project.run.link(step, entry)
         self.retention.note(step, entry)
         self._finish(step)
 

@@ -20,7 +20,7 @@ from kdpipe.errors import ArtifactError
 from kdpipe.pipeline.plan import run_hash
 from kdpipe.recipe.file import LoadedRecipe, read_recipe
 from kdpipe.recipe.schema import Recipe, resolved
-from kdpipe.store.artifacts import Entry, read_document
+from kdpipe.store.artifacts import Entry, Store, read_document
 from kdpipe.store.durable import append_line, parse_json, read_lines, write_bytes, write_json
 from kdpipe.store.environment import environment
 from kdpipe.store.link import linked_folder, write_link
@@ -104,13 +104,17 @@ class RunFolder:
     def link(self, step: Step, entry: Entry) -> None:
         """Points the step's link at its entry."""
         place = self.path / f"round-{step.round:03d}" / step.link_name
-        write_link(place, entry.folder)
+        if linked_folder(place) != entry.folder:
+            with Store(self.path.parents[1]).linking(shared=True):
+                write_link(place, entry.folder)
 
     def links(self) -> Iterator[Link]:
         """Every link of the run, by round."""
-        for folder in sorted(self.path.glob("round-*")):
-            match = ROUND.search(folder.name)
-            for place in sorted(folder.glob("*")) if match else ():
+        for folder in (
+            sorted(self.path.iterdir()) if self.path.is_dir() else ()
+        ):  # not by glob: what cannot be
+            match = ROUND.match(folder.name)  # read is not empty
+            for place in sorted(folder.iterdir()) if match and folder.is_dir() else ():
                 if match and (target := linked_folder(place)) is not None:
                     yield Link(int(match[1]), place.name, target)
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,8 @@ from kdpipe.store.durable import (
     write_durably,
     write_json,
     write_lines,
-    writing,
 )
-from kdpipe.store.locks import file_lock
+from kdpipe.store.locks import LOCK, locked, take
 from kdpipe.store.manifest import Manifest, StoredFile, parse_manifest, require_inside
 from kdpipe.store.metric import METRICS, Metric, read_metrics
 from kdpipe.store.piece import SEAL, Piece
@@ -151,7 +152,7 @@ class Entry:
         """Forgets everything of the entry, so that the step is performed from nothing."""
         remove(self.folder / MANIFEST)
         for child in self.folder.iterdir() if self.folder.is_dir() else ():
-            if child.name != ".lock":
+            if child.name != LOCK:
                 remove(child)
 
     def drop(self, prefix: str) -> int:
@@ -180,18 +181,15 @@ class Entry:
     @contextlib.contextmanager
     def locked(self, waiting: Callable[[], None]) -> Iterator[None]:
         """Holds the entry; calls `waiting` once when another run has it, and waits for that run."""
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = file_lock(self.folder / ".lock")
-            try:
-                lock.acquire(timeout=0)
-            except TimeoutError:
-                waiting()
-                lock.acquire()
+        descriptor = take(self.folder / LOCK, wait=False)
+        if descriptor is None:
+            waiting()
+            descriptor = take(self.folder / LOCK)
+            assert descriptor is not None
         try:
             yield
         finally:
-            lock.release()
+            os.close(descriptor)
 
     def _damage(self, message: str) -> ArtifactError:
         return ArtifactError(
@@ -235,10 +233,19 @@ class Store:
         """The place of a step's artifacts by its parts."""
         return Entry(Path(f"{self.workspace}/store/{stage}/{fingerprint[:16]}"), step_id, fingerprint)
 
+    @property
+    def root(self) -> Path:
+        """Where the stages' folders are."""
+        return self.workspace / "store"
+
     def all_folders(self) -> list[Path]:
-        """Every entry's folder, committed or not."""
-        root = self.workspace / "store"
-        return sorted(path for stage in root.glob("*") for path in stage.glob("*") if path.is_dir())
+        """Every entry's folder, committed or not; none of a stage that is linked in from elsewhere."""
+        stages = [stage for stage in self.root.glob("[!.]*") if stage.resolve() == stage]
+        return sorted(path for stage in stages for path in stage.glob("*") if path.is_dir())
+
+    def linking(self, *, shared: bool) -> AbstractContextManager[None]:
+        """Held by runs while they link entries (together), and while garbage is set aside (alone)."""
+        return locked(self.workspace / LOCK, shared=shared)
 
 
 class Draft:
@@ -364,17 +371,14 @@ def tidy_if_free(entry: Entry, manifest: Manifest) -> None:
             return
     except FileNotFoundError:  # it vanishes while it is looked at
         return
-    lock = file_lock(entry.folder / ".lock")
-    with writing(entry.folder):
-        try:
-            lock.acquire(timeout=0)
-        except TimeoutError:
-            return
+    descriptor = take(entry.folder / LOCK, wait=False)
+    if descriptor is None:
+        return
     try:
         if entry.manifest() == manifest:  # else it was begun anew, and its parts are not left over
             tidy(entry, manifest)
     finally:
-        lock.release()
+        os.close(descriptor)
 
 
 def _leftovers(entry: Entry, manifest: Manifest) -> list[Path]:

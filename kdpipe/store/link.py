@@ -15,8 +15,6 @@ WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # vfat and exFAT say
 def write_link(place: Path, target: Path) -> None:
     """Makes `place` lead to `target`, by the way from one to the other."""
     text = os.path.relpath(target, place.parent)
-    if read_link(str(place)) == text:
-        return
     with writing(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         draft = place.with_name(f"{TEMPORARY}{place.name}")

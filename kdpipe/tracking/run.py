@@ -30,7 +30,7 @@ from mlflow.models import Model
 
 from kdpipe.errors import KdpipeError
 from kdpipe.store.durable import write_durably
-from kdpipe.store.locks import file_lock
+from kdpipe.store.locks import locked
 from kdpipe.tracking.memory import ARTIFACTS, DATABASE, Memory, MirrorRequest, Status, database_uri
 from kdpipe.tracking.steps import MetricRow, event_times
 
@@ -320,7 +320,7 @@ def make_database(workspace: Path, beat: Callable[[], None] = lambda: None) -> N
             MlflowClient(f"sqlite:///{draft}").search_experiments()
 
     if not path.exists():
-        with file_lock(workspace / f".{DATABASE}.lock"):
+        with locked(workspace / f".{DATABASE}.lock"):
             if not path.exists():
                 write_durably(path, make)
 

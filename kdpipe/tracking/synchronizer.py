@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from kdpipe.errors import ArtifactError
 from kdpipe.recipe.runtime import Tracking
-from kdpipe.store.locks import file_lock
+from kdpipe.store.locks import locked
 from kdpipe.tracking.memory import (
     DATABASE,
     MIRROR,
@@ -51,7 +51,7 @@ class Synchronizer:
             return self._mirror(request, lambda: report.event(Alive()))
 
     def _mirror(self, order: MirrorRequest, answered: Callable[[], None]) -> MirrorResult:
-        with file_lock(order.folder / LOCK):  # a study's own mirror and those of its runs may come at once
+        with locked(order.folder / LOCK):  # a study's own mirror and those of its runs may come at once
             memory = memory_of(order)
             memory.wanted = order.status
             write_memory(order.folder, memory)  # the key is durable before the MLflow run exists

@@ -147,6 +147,7 @@ PROMISES: dict[str, Vouched | Piece | Mended | Rewritten | Unpromised] = {
     "runs/environment.json": Rewritten(),
     "runs/events.jsonl": Unpromised(),
     "runs/.lock": Unpromised(),
+    ".lock": Unpromised(),
     **{f"{stage}/.lock": Unpromised() for stage in ENTRIES},
 }
 """pins.json, digests.json and servers.json, and MLflow's files, have tests of their own below."""
@@ -157,11 +158,11 @@ MENDED = {kind: row for kind, row in PROMISES.items() if isinstance(row, Mended)
 
 def kind_of(place: Path) -> str:
     """The kind of a file, from its path inside the workspace: without hashes and numbers."""
-    top, _stage_or_run, *rest = place.parts
+    top, *rest = place.parts
     if top == "store":
-        return re.sub(r"(part|step)-\d+", r"\1-N", "/".join([place.parts[1], *rest[1:]]))
+        return re.sub(r"(part|step)-\d+", r"\1-N", "/".join([rest[0], *rest[2:]]))
     if top == "runs":
-        return "runs/link" if rest[0].startswith("round-") else "/".join(["runs", *rest])
+        return "runs/link" if rest[1].startswith("round-") else "/".join(["runs", *rest[1:]])
     return str(place)
 
 
@@ -207,7 +208,8 @@ class World:
             names = {"runs/link": "round-001/train"}
             if kind.startswith("runs/"):
                 return run.path / names.get(kind, kind.partition("/")[2])
-            return self.entry(ENTRIES[kind.partition("/")[0]]).folder / ".lock"
+            place = self.workspace if kind == ".lock" else self.entry(ENTRIES[kind.partition("/")[0]]).folder
+            return place / ".lock"
         name = kind.partition(",")[0].partition("/")[2]
         pattern = name.replace("-N", "-*")
         return sorted(self.entry(row.step, row.run).folder.glob(pattern))[0]
