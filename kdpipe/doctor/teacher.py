@@ -100,8 +100,6 @@ class ExaminedTeacher:
         asked = ("load", "same twice", "context", "top-k")  # what is asked in between, is asked first there
         return {probe: full[probe] for probe in asked} if self.case.depth == "servers" else full
 
-    # text
-
     def _reads_own(self) -> bool:
         return self.settings.prompt is not None or (
             bool(self.settings.template) and self.settings.template != self.case.recipe.student.template
@@ -146,8 +144,6 @@ class ExaminedTeacher:
     def _prompt(self, problem: Problem) -> list[int]:
         """The prompt that it reads before a completion."""
         return self.handle.prompt_ids(problem, self.student.model.text.prompt(problem))
-
-    # engine
 
     def _scorer(self) -> Scorer:
         """This teacher on its engine, as teacher-score uses it."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -60,8 +60,6 @@ MEANING = {
     5: "values at masked tokens get into the loss",
 }
 KD_PROPERTIES = (1, 2, 3)  # those that `run` insists on
-
-# ------------------------------------------------------------------------------------------------ entry
 
 
 class LossServer:
@@ -151,9 +149,6 @@ def _property(case: LossCase, number: int) -> tuple[str, Callable[[LossCase], li
             return "masked tokens change nothing", _masks_hold
 
 
-# ---------------------------------------------------------------------------------- 1 to 3: the KD part
-
-
 def _teacher_matters(case: LossCase) -> list[Measure]:
     measures = []
     for world in _worlds(case):
@@ -198,7 +193,7 @@ def _closed_completions(case: LossCase) -> list[Measure]:
         closed = [any(map(is_right, group)) for group in groups for _ in group]
     else:
         return []
-    part_RPV, noise = _kd_parts(case, drawn(case, groups, on_policy()), on_policy().student)
+    part_RPV, noise = _rows_kd_part(case, drawn(case, groups, on_policy()), on_policy().student)
     is_closed_R = torch.tensor(closed)
     size, limit = _size(part_RPV[~is_closed_R]), 100 * ROUNDING + noise
     return [
@@ -234,7 +229,7 @@ def _kd_part(
     """
     groups = list(itertools.product(world, repeat=2 if case.has_others_baseline else 1))
     rows = drawn(case, groups, policies, all_wrong=all_wrong)
-    part_RPV, noise = _kd_parts(case, rows, policies.student)
+    part_RPV, noise = _rows_kd_part(case, rows, policies.student)
     sampler_PV = policies.behaviour.log_softmax(-1)
     chances = {
         completion: float(of_tokens(completion, sampler_PV[prefixes_of(completion)]).sum().exp())
@@ -244,7 +239,7 @@ def _kd_part(
     return part_RPV, torch.tensor(weights, dtype=torch.float64), noise
 
 
-def _kd_parts(case: LossCase, rows: Sequence[EnumeratedRow], student_PV: Tensor) -> tuple[Tensor, float]:
+def _rows_kd_part(case: LossCase, rows: Sequence[EnumeratedRow], student_PV: Tensor) -> tuple[Tensor, float]:
     """Each row's gradient less that at `distill_weight: 0` [R, P, V], at weight 1, and its rounding error.
 
     All rows are one micro-batch, in which each token has logits, and so a gradient, of its own.
@@ -268,9 +263,6 @@ def _kd_parts(case: LossCase, rows: Sequence[EnumeratedRow], student_PV: Tensor)
     return (whole_RPV - rest_RPV) / weight, noise
 
 
-# --------------------------------------------------------------------------------- 4 and 5: the whole loss
-
-
 def _cuts_agree(case: LossCase) -> list[Measure]:
     """The sum over micro-batches against one of all rows, on the table, and on a transformer that pads."""
     measures = []
@@ -281,19 +273,12 @@ def _cuts_agree(case: LossCase) -> list[Measure]:
     ):
         rows = [row for row in as_step(case, given) if row.kept_n.any()]
         whole = outcome(case, rows)
-        for cut in _cuts(rows):
+        # Each row alone, two parts, the other order, and a mixed one.
+        for cut in ([[row] for row in rows], [rows[:3], rows[3:]], [rows[::-1]], [rows[1::2], rows[::-2]]):
             parts = [outcome(case, part) for part in cut]
             measures.append(_apart(name, torch.stack(parts).sum(0), whole))
     padded = [model.outcome(case, rows, left_padding=amount) for amount in (0, 3)]
     return measures + [_apart("left padding", found, whole) for found in padded]
-
-
-def _cuts(rows: Sequence[EnumeratedRow]) -> Iterator[list[Sequence[EnumeratedRow]]]:
-    """Ways to cut a step into micro-batches: each row alone, two parts, the other order, a mixed one."""
-    yield [[row] for row in rows]
-    yield [rows[:3], rows[3:]]
-    yield [rows[::-1]]
-    yield [rows[1::2], rows[::-2]]
 
 
 def _masks_hold(case: LossCase) -> list[Measure]:

@@ -115,9 +115,6 @@ class EnumeratedRow:
         return self.kept_n & self.scorable_n & (self.is_open and not self.is_reference)
 
 
-# ----------------------------------------------------------------------------------------------- policies
-
-
 def random_logits(seed: int) -> Tensor:
     """Random logits [P, V] of a categorical policy."""
     generator = torch.Generator().manual_seed(seed)
@@ -152,9 +149,6 @@ def of_tokens(completion: Completion, logprobs_nV: Tensor) -> Tensor:
 def is_right(completion: Completion) -> bool:
     """Whether the completion is right."""
     return sum(completion) % 2 == 0
-
-
-# -------------------------------------------------------------------------------------------------- rows
 
 
 def row_of(
@@ -311,9 +305,6 @@ def _without_masked(row: EnumeratedRow) -> EnumeratedRow:
     n = int(row.kept_n.sum())
     names = [field.name for field in fields(row) if isinstance(getattr(row, field.name), (Tensor, tuple))]
     return replace(row, **{name: getattr(row, name)[:n] for name in names})
-
-
-# --------------------------------------------------------------------------------------------- their loss
 
 
 def loss_of(case: LossCase, rows: Sequence[EnumeratedRow], hidden_NH: Tensor, head: Head) -> Tensor:
