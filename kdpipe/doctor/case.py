@@ -1,10 +1,9 @@
 """What the doctor examines: a recipe's student and teachers with their engines."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -30,7 +29,8 @@ LONGEST = 32
 class Case:
     """The student and the teachers of a recipe, with their settings.
 
-    `stand_ins` describes the weights of each model, by its name, that no step has made yet.
+    `stand_ins` describes the weights of each model, by its name, that no step has made yet; `folder` is for
+    what the examination writes.
     """
 
     recipe: Recipe
@@ -40,6 +40,7 @@ class Case:
     teachers: Sequence[tuple[Teacher, ModelHandle]]
     stand_ins: Mapping[str, str]
     depth: Depth
+    folder: Path
 
     def dtype(self, model: ModelHandle) -> torch.dtype:
         """The dtype that a model computes in; of a served model, which does not say, the coarsest."""

@@ -5,8 +5,6 @@ with another answer. Differences are reported as their maximum and 99th percenti
 by one differ by nats at every token, and by nearly nothing in their sum.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -2,14 +2,9 @@
 
 `examine` runs the probes of `text.py` and `engine.py` on a recipe's own engines. What each catches is in
 `finding.py`. A full examination samples a few completions, loads every model several times, and
-writes a perturbed copy of the student to a temporary folder; the quick one, which `run` makes by itself, asks for
+writes a perturbed copy of the student to the case's folder; the quick one, which `run` makes by itself, asks for
 nothing that the next steps would not load anyway. That of servers, which it makes before any step, opens no weights.
 """
-
-from __future__ import annotations
-
-import tempfile
-from pathlib import Path
 
 import torch
 
@@ -26,11 +21,10 @@ from kdpipe.recipe.schema import SelfTeacher
 
 def examine(case: Case) -> list[Finding]:
     """The findings on the student and on each teacher, in the order in which they are reported."""
-    with tempfile.TemporaryDirectory(prefix="kdpipe-doctor-") as folder:
-        student = ExaminedStudent(case, Path(folder))
-        findings = [] if case.depth == "servers" else list(student.findings())
-        for settings, model in case.teachers:
-            findings += ExaminedTeacher(case, settings, model, student).findings()
+    student = ExaminedStudent(case)
+    findings = [] if case.depth == "servers" else list(student.findings())
+    for settings, model in case.teachers:
+        findings += ExaminedTeacher(settings, model, student).findings()
     if case.device.type == "cuda":
         del student  # and with it the trainer's copy
         torch.cuda.empty_cache()
@@ -44,14 +38,10 @@ def sizes(case: Case) -> Estimate:
     lora, source = recipe.student.lora, case.student.source
     adapter = 0 if lora is None else adapter_parameters(source.folder, lora)
     student = _sized(case, case.student, adapter=adapter)
-    teachers = {
-        model.name: student
-        if isinstance(settings, SelfTeacher)
-        else None
-        if model.is_served
-        else _sized(case, model)
-        for settings, model in case.teachers
-    }
+    teachers: dict[str, Sized | None] = {}
+    for settings, model in case.teachers:
+        is_student = isinstance(settings, SelfTeacher)
+        teachers[model.name] = student if is_student else None if model.is_served else _sized(case, model)
     mean = sum(map(len, prompts)) / len(prompts)
     return estimate(recipe, student, teachers, prompt_tokens=round(mean))
 

@@ -1,11 +1,8 @@
 """The student under examination: its samples, the trainer's forward pass, and reloads."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,10 +32,9 @@ _REFERENCE_TOKENS = 32
 class ExaminedStudent:
     """The student with its samples and the forward pass of the trainer."""
 
-    def __init__(self, case: Case, scratch: Path) -> None:
+    def __init__(self, case: Case) -> None:
         self.case = case
         self.model = case.student
-        self._scratch = scratch
         self.dtype = case.dtype(self.model)
         self.tolerance = case.tolerance(self.model)
 
@@ -138,7 +134,7 @@ class ExaminedStudent:
     def _other(self) -> ModelSource:
         """A model of the student's sizes with other weights: another adapter where that is what changes."""
         source, lora = self.model.source, self.case.recipe.student.lora
-        folder, digest = self._scratch / "other", f"other than {self.model.source.digest}"
+        folder, digest = self.case.folder / "other weights", f"other than {self.model.source.digest}"
         if lora is None:
             perturb(source, folder, dtype=self.dtype, seed=0)
             return replace(source, folder=folder, digest=digest)

@@ -1,7 +1,5 @@
 """A teacher under examination, beside the student that it teaches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -13,7 +11,7 @@ import torch
 from kdpipe.data.rows import Problem
 from kdpipe.doctor import engine as engines
 from kdpipe.doctor import text as texts
-from kdpipe.doctor.case import NEW_TOKENS, Case, context_of, longest_problems, sizes_of
+from kdpipe.doctor.case import NEW_TOKENS, context_of, longest_problems, sizes_of
 from kdpipe.doctor.engine import Forward, Scorer
 from kdpipe.doctor.finding import Finding, Outcome, found, skipped
 from kdpipe.doctor.student import ExaminedStudent
@@ -34,8 +32,8 @@ _WITHOUT_SHARED_IDS = ("special tokens", "template", "end of sequence", "load", 
 class ExaminedTeacher:
     """One teacher, examined beside the student."""
 
-    def __init__(self, case: Case, settings: Teacher, model: ModelHandle, student: ExaminedStudent) -> None:
-        self.case = case
+    def __init__(self, settings: Teacher, model: ModelHandle, student: ExaminedStudent) -> None:
+        self.case = case = student.case
         self.settings = settings
         self.model = model
         self.student = student

@@ -1,7 +1,5 @@
 """Probes of text: do student and teacher mean the same by ids, turns and ends? No engine runs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from kdpipe.data.rows import Problem

@@ -83,6 +83,7 @@ class Probe:
             teachers=[(settings, model) for settings, model in opened if not isinstance(settings, Student)],
             stand_ins=stand_ins,
             depth=depth,
+            folder=folder,
         )
 
     def _stand_in(self, inputs: Inputs, role: Role, place: Path) -> tuple[Inputs, str]:

@@ -10,8 +10,6 @@ no divergence: properties 1 to 3 are about completions of which everything count
 Shapes as in `enumerated.py`; R completions.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Sequence

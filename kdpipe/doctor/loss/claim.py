@@ -4,8 +4,6 @@ Written out from probabilities, with none of kdpipe's losses: what check-loss co
 their mistakes. Shapes as in `enumerated.py`; S support points.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

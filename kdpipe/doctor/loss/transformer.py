@@ -3,8 +3,6 @@
 Shapes as in `enumerated.py`; B sequences, T positions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache, cached_property
 
