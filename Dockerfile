@@ -9,33 +9,36 @@
 #   docker run --rm --init --user "$(id -u):$(id -g)" -v "$PWD:/work" kdpipe:cpu run quickstart
 #
 # Any user id works: what is written goes to /work (the workspace, ./kdpipe-out there) and /cache.
-ARG VLLM_VERSION=v0.32.0
+# A release names both by digest too (CONTRIBUTING, "A release").
+ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 # ---------------------------------------------------------------- what both images are built from
-# A layer of its own, so that a changed source file does not install the dependencies again.
-FROM ${PYTHON_IMAGE} AS requirements
-COPY pyproject.toml /src/
-RUN python -c "import tomllib; p = tomllib.load(open('/src/pyproject.toml', 'rb'))['project']; \
-print(*p['dependencies'], *p['optional-dependencies']['lora'], sep='\n')" > /requirements.txt
-
 FROM ${PYTHON_IMAGE} AS wheel
 WORKDIR /src
+COPY requirements-image.txt /opt/requirements.txt
+RUN sed -n '/^setuptools==/,/[^\\]$/p' /opt/requirements.txt > /opt/build.txt \
+    && pip install --no-cache-dir --require-hashes -r /opt/build.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY recipes recipes
+COPY docs docs
 COPY kdpipe kdpipe
-RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
+RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheel .
 
 # ---------------------------------------------------------------- CPU
 FROM ${PYTHON_IMAGE} AS cpu
 # PyPI's torch for x86-64 brings CUDA along; PyTorch's own index has the build without.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-COPY --from=requirements /requirements.txt /opt/requirements.txt
-RUN grep '^torch[<>=]' /opt/requirements.txt > /opt/torch.txt \
-    && pip install --no-cache-dir --index-url "${TORCH_INDEX}" -r /opt/torch.txt \
-    && pip install --no-cache-dir -r /opt/requirements.txt
+COPY requirements-image.txt /opt/requirements.txt
+# torch by its version alone: the builds of that index are not those whose hashes PyPI gives.
+RUN grep -o '^torch==[^ ]*' /opt/requirements.txt > /opt/torch.txt \
+    && sed '/^torch==/,/[^\\]$/d' /opt/requirements.txt > /opt/locked.txt \
+    && pip install --no-cache-dir --no-deps --index-url "${TORCH_INDEX}" -r /opt/torch.txt \
+    && pip install --no-cache-dir --require-hashes -r /opt/locked.txt
 COPY --from=wheel /wheel /opt/wheel
-RUN pip install --no-cache-dir --no-deps /opt/wheel/*.whl \
+# Without an index: what the locked packages do not fulfil fails here.
+RUN pip install --no-cache-dir --no-index /opt/wheel/*.whl \
+    && pip check \
     && mkdir -p /cache /work && chmod 1777 /cache /work
 # A user id without an account has neither a home nor a name; libraries ask for both.
 ENV HOME=/cache \
@@ -56,16 +59,22 @@ ENTRYPOINT ["kdpipe"]
 CMD ["--help"]
 
 # ---------------------------------------------------------------- GPU
-FROM vllm/vllm-openai:${VLLM_VERSION} AS gpu
+FROM ${VLLM_IMAGE} AS gpu
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-COPY --from=requirements /requirements.txt /opt/requirements.txt
-# On top of the image's Python, whose torch and vllm are seen and stay as they are: whatever it holds is a constraint,
-# so a dependency that does not fit it fails here and not on the first GPU.
+COPY requirements-image.txt /opt/requirements.txt
+# On top of the image's Python, whose torch and vllm are seen and stay as they are: whatever it holds is a constraint and
+# the rest is locked, so a dependency that does not fit it fails here and not on the first GPU. Not held: the setuptools
+# that a new environment brings, older than what torch takes, and cachetools 8, which MLflow does not take.
 RUN python3 -m venv --system-site-packages /opt/kdpipe \
-    && /opt/kdpipe/bin/pip list --format=freeze | grep -v '^pip=' > /opt/constraints.txt \
-    && /opt/kdpipe/bin/pip install --no-cache-dir --constraint /opt/constraints.txt -r /opt/requirements.txt
+    && /opt/kdpipe/bin/pip uninstall --yes setuptools \
+    && { /opt/kdpipe/bin/pip check || true; } > /opt/before.txt \
+    && /opt/kdpipe/bin/pip list --format=freeze | grep -vE '^(pip|cachetools)=' > /opt/constraints.txt \
+    && sed -E 's/==.*//; s/[_.]/-/g; s|.*|/^\L&==/,/[^\\\\]$/d|' /opt/constraints.txt > /opt/held.sed \
+    && sed -f /opt/held.sed /opt/requirements.txt > /opt/locked.txt \
+    && /opt/kdpipe/bin/pip install --no-cache-dir --require-hashes --constraint /opt/constraints.txt -r /opt/locked.txt \
+    && ! { /opt/kdpipe/bin/pip check || true; } | grep -vxFf /opt/before.txt
 COPY --from=wheel /wheel /opt/wheel
-RUN /opt/kdpipe/bin/pip install --no-cache-dir --no-deps /opt/wheel/*.whl \
+RUN /opt/kdpipe/bin/pip install --no-cache-dir --no-index /opt/wheel/*.whl \
     && mkdir -p /cache /work && chmod 1777 /cache /work
 ENV PATH=/opt/kdpipe/bin:$PATH \
     HOME=/cache \

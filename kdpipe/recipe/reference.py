@@ -1,4 +1,4 @@
-"""The recipe's schema with a sentence for every field, as JSON Schema and as the page docs/recipe.md."""
+"""The recipe's schema with a sentence for every field, as JSON Schema and as `kdpipe docs recipe`."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _classes(kind: type[Section]) -> Iterator[type[Section]]:
 
 
 def reference() -> str:
-    """docs/recipe.md: a table for each section, in the order in which a reader of a recipe meets them."""
+    """The page `kdpipe docs recipe`: a table for each section, in the order of a recipe."""
     sections = _sections(described_schema())
     places: dict[str, str] = {}
     _walk(sections, "Recipe", "The recipe", places)

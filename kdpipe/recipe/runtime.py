@@ -146,4 +146,4 @@ class Runtime(Section):
     allow_weak_teacher: bool = False
     """Goes on although the teacher is not better than the student."""
     preflight: bool = True
-    """Whether run makes the quick probes before the first round that is not done (docs/doctor.md)."""
+    """Whether run makes the quick probes before the first round that is not done (`kdpipe docs doctor`)."""

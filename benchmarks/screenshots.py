@@ -1,6 +1,6 @@
 """Takes the pictures in docs/images/ from a finished run: report and token view, light and dark, and MLflow's page.
 
-Usage: kdpipe run quickstart && python docs/screenshots.py [RECIPE] [--workspace DIR] [--images DIR]
+Usage: kdpipe run quickstart && python benchmarks/screenshots.py [RECIPE] [--workspace DIR] [--images DIR]
 Needs Chromium, its driver (Debian: chromium, chromium-driver) and the `dev` extra.
 """
 
@@ -107,7 +107,7 @@ def take_mlflow(driver: webdriver.Chrome, project: Project, images: Path) -> Non
         raise SystemExit(f"{project.run.name}: not in MLflow; run it with tracking on")
     port = free_port("127.0.0.1", 5900)
     command = [sys.executable, "-m", "kdpipe.cli.app", "ui", "--workspace", str(project.workspace)]
-    page = subprocess.Popen([*command, "--port", str(port)])  # noqa: S603 (our own)
+    page = subprocess.Popen([*command, "--port", str(port)])
     try:
         while not asked(port, "/health"):
             if page.poll() is not None:
