@@ -78,9 +78,11 @@ class Scorer:
 
 
 def agrees(
-    scorer: Scorer, pairs: Sequence[Pair], forward: Forward, *, whose: str, scored: Logprobs
+    scorer: Scorer, pairs: Sequence[Pair], forward: Forward, *, whose: str, between: Callable[[], None]
 ) -> Outcome:
-    """Whether `scored`, by the engine, equals `forward` at the scorer's temperature; `whose` names it."""
+    """Whether the engine's scores, after `between`, equal those of `forward`; `whose` names it."""
+    scored = scorer.logprobs(pairs)
+    between()
     theirs = forward(pairs, scorer.temperature)
     measures = _apart(scored, theirs, scorer.tolerance)
     why = "" if are_ok(measures) else f": {_diagnosis(scorer, pairs, scored, theirs, forward)}"

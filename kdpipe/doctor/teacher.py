@@ -12,7 +12,7 @@ from kdpipe.data.rows import Problem
 from kdpipe.doctor import engine as engines
 from kdpipe.doctor import text as texts
 from kdpipe.doctor.case import NEW_TOKENS, context_of, longest_problems, sizes_of
-from kdpipe.doctor.engine import Forward, Scorer
+from kdpipe.doctor.engine import Scorer
 from kdpipe.doctor.finding import Finding, Outcome, found, skipped
 from kdpipe.doctor.student import ExaminedStudent
 from kdpipe.engines.handle import ModelHandle
@@ -174,14 +174,11 @@ class ExaminedTeacher:
             return skipped("its prompt holds ids that the student lacks")
         drawn = [completion for _, completion in self.student.pairs(self.problems)]
         scorer = self.student.scorer(self.model, temperature=self.temperature)
-        whose = "the trainer's forward"
-        return self._agrees(scorer, list(zip(prompts, drawn, strict=True)), self.student.forward, whose=whose)
+        pairs, whose = list(zip(prompts, drawn, strict=True)), "the trainer's forward"
+        return engines.agrees(scorer, pairs, self.student.forward, whose=whose, between=self._rest)
 
-    def _agrees(self, scorer: Scorer, pairs: Sequence[Pair], forward: Forward, *, whose: str) -> Outcome:
-        """Whether the engine's scores are those of `forward`, for which it makes room."""
-        scored = scorer.logprobs(pairs)
+    def _rest(self) -> None:
         self.case.rest(self.model)
-        return engines.agrees(scorer, pairs, forward, whose=whose, scored=scored)
 
     def _top_k(self) -> Outcome:
         k = self.case.recipe.keep.teacher_top_k
@@ -218,7 +215,8 @@ class ExaminedTeacher:
             return skipped("quantization is asked for: the engine's weights are not those of the folder")
         forward = self.case.plain(self.model, self.model.source, self.handle.num_ids)
         whose = "a plain transformers forward of its folder"
-        return self._agrees(self._scorer(), self._references()[:2], forward, whose=whose)
+        scorer, pairs = self._scorer(), self._references()[:2]
+        return engines.agrees(scorer, pairs, forward, whose=whose, between=self._rest)
 
     def _knows_the_task(self) -> Outcome:
         if (stand_in := self.case.stand_ins.get(self.model.name)) is not None:

@@ -62,9 +62,6 @@ def _trouble_of(url: str) -> str | None:
 class TeacherFields(Section):
     """What every kind of teacher has."""
 
-    what: ClassVar[str]
-    """What a teacher of this kind is, in messages."""
-
     name: Annotated[str, Field(pattern=NAME)] = "teacher"
     """What its steps, tables and messages call it."""
     trust_remote_code: bool = False
@@ -113,8 +110,6 @@ class OwnTeacher(TeacherFields):
 class ModelTeacher(OwnTeacher):
     """A teacher from a hub id or a local folder, with an optional cold start."""
 
-    what = "this teacher is a model"
-
     model: str
     """Hub id or local folder."""
     revision: str | None = None
@@ -129,8 +124,6 @@ class ModelTeacher(OwnTeacher):
 class ScratchTeacher(OwnTeacher):
     """A teacher made from random weights and its cold start, for tasks with their own tokenizer."""
 
-    what = "this teacher is made from scratch"
-
     scratch: Scratch
     """A Llama model made from the seed, for tasks that bring their tokenizer."""
     has_cold_start: ClassVar = True
@@ -142,8 +135,6 @@ class SelfTeacher(TeacherFields):
     `initial` is the student before round 1, `current` the one that sampled the round, `ema` the average of the
     students so far.
     """
-
-    what = "this teacher is the student itself"
 
     self_: Annotated[Literal["initial", "current", "ema"], Field(alias="self")]
     """The student before round 1, the one that sampled the round, or the average of the students so far."""
@@ -164,8 +155,6 @@ class SelfTeacher(TeacherFields):
 class ServedTeacher(TeacherFields):
     """A teacher behind a server, which computes in its own dtype and is not trained here."""
 
-    what = "this teacher is behind a server, which decides that itself"
-
     server: Server
     """Where the server is, the name of the model there, and its tokenizer."""
     dtype: ClassVar[DtypeName] = "auto"
@@ -181,6 +170,13 @@ KINDS: Mapping[str, type[TeacherFields]] = {
     "server": ServedTeacher,
 }
 """The kinds by the one field that only they have, and must have."""
+WHAT = {
+    "model": "is a model",
+    "scratch": "is made from scratch",
+    "self": "is the student itself",
+    "server": "is behind a server, which decides that itself",
+}
+"""What a teacher of each kind is, in messages."""
 ABSENT: Mapping[str, JsonValue] = {
     info.alias or name: None if info.is_required() else info.default
     for kind in KINDS.values()
@@ -198,11 +194,11 @@ def _of_one_kind(value: Any) -> Any:
         _raise_wrong(value, {} if found else _near_kinds(value))
         both = f"; this teacher has {' and '.join(found)}" if found else ""
         raise ValueError(f"give exactly one of: {', '.join(KINDS)}{both}")
-    kind = KINDS[found[0]]
-    own = {info.alias or name for name, info in kind.model_fields.items()}
+    own = {info.alias or name for name, info in KINDS[found[0]].model_fields.items()}
     foreign = [key for key in value if key in ABSENT and key not in own]
     wrong = [key for key in foreign if value[key] != ABSENT[key]]
-    _raise_wrong(value, {key: f"{_owners(key)}; {kind.what}: remove it" for key in wrong})
+    what = f"this teacher {WHAT[found[0]]}"
+    _raise_wrong(value, {key: f"{_owners(key)}; {what}: remove it" for key in wrong})
     return {key: item for key, item in value.items() if key not in foreign}
 
 

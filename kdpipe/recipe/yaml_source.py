@@ -72,10 +72,8 @@ class Document:
 
     def where(self, path: Path) -> str:
         """`file:line` of `path`, or of the nearest thing around it."""
-        for length in range(len(path), -1, -1):
-            if path[:length] in self.origins:
-                return self.origins[path[:length]]
-        return self.name
+        around = (path[:length] for length in range(len(path), -1, -1))
+        return next((self.origins[each] for each in around if each in self.origins), self.name)
 
     def own_path(self, location: Path) -> Path:
         """`location` without the parts that are not keys of this document (names of union members).
