@@ -116,7 +116,6 @@ Answer: TypeAlias = Sampled | Scored | Nothing
 TALK = Talk[Question, Tokens, Answer](
     (Load, SampleCall, ScoreCall, Sleep, End), (Tokens,), (Sampled, Scored, Nothing)
 )
-OpenEngine: TypeAlias = "Callable[[Hosting], Engine]"
 
 
 def open_engine(hosting: Hosting) -> Engine:
@@ -216,7 +215,7 @@ class Host:
 
     talk = TALK
 
-    def __init__(self, open_engine: OpenEngine = open_engine) -> None:
+    def __init__(self, open_engine: Callable[[Hosting], Engine] = open_engine) -> None:
         self._open_engine = open_engine
         self._engine: Engine | None = None
 

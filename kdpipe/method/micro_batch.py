@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kdpipe.method.losses import kl
 from kdpipe.method.objective import distribution_value, token_loss
 from kdpipe.method.token_batch import TeacherSupport
-from kdpipe.models.logprobs import head_logits, support_of, token_logprobs
+from kdpipe.models.logprobs import chunk_tokens, head_logits, support_of, token_logprobs, token_slices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,6 +90,24 @@ def _supported(logprobs_CV: torch.Tensor, top_k: int) -> TeacherSupport:
         return TeacherSupport(logprobs_CV)
     ids_CK, topk_CK, tail_C = support_of(logprobs_CV, top_k)
     return TeacherSupport(topk_CK, ids_CK, tail_C)
+
+
+@torch.no_grad()
+def reverse_kl(
+    hidden_NH: torch.Tensor,
+    head: Head,
+    teacher: TeacherHidden | TeacherMixture,
+    *,
+    temperature: float,
+    chunk: int,
+) -> torch.Tensor:
+    """KL(student‖teacher) over the whole vocabulary at each position, nats [N]; both have the same ids."""
+    results = []
+    for part in token_slices(len(hidden_NH), chunk_tokens(chunk, head)):
+        logits_CV = head_logits(hidden_NH[part], head, temperature=temperature)
+        index = torch.arange(part.start, part.stop, device=hidden_NH.device)
+        results.append(kl(logits_CV.log_softmax(-1), teacher.at(index).logprobs_NS))
+    return torch.cat(results)
 
 
 def micro_batch_loss(

@@ -181,15 +181,15 @@ def _variance(values_SP: Floats) -> tuple[float, float]:
         raise DataError(f"{num_problems} problem in common: an interval needs two or more")
     if num_seeds == 1:
         return float(values_SP[0].var(ddof=1)) / num_problems, num_problems - 1
-    mean = values_SP.mean()
     seeds, problems = values_SP.mean(axis=1), values_SP.mean(axis=0)
-    residual = values_SP - seeds[:, None] - problems[None, :] + mean
+    residual = values_SP - seeds[:, None] - problems[None, :] + values_SP.mean()
     freedoms = (num_seeds - 1, num_problems - 1, (num_seeds - 1) * (num_problems - 1))
-    squares = (
-        num_problems * float(((seeds - mean) ** 2).sum()) / freedoms[0],
-        num_seeds * float(((problems - mean) ** 2).sum()) / freedoms[1],
-        float((residual**2).sum()) / freedoms[2],
+    found = (
+        num_problems * seeds.var(ddof=1),
+        num_seeds * problems.var(ddof=1),
+        (residual**2).sum() / freedoms[2],
     )
+    squares = [float(square) for square in found]
     count = num_seeds * num_problems
     # An effect's own variance is not below 0, although its estimate may be.
     total = max(squares[0] + squares[1] - squares[2], squares[0], squares[1]) / count

@@ -292,9 +292,8 @@ def _require_weights(folder: Path) -> None:
             hint="give the folder that holds config.json, tokenizer files and *.safetensors",
         )
     require_own_files(folder)
-    if (
-        folder / ADAPTER_CONFIG
-    ).exists():  # transformers would open the model that it names, wherever that is
+    # Transformers would open the model that it names, wherever that is.
+    if (folder / ADAPTER_CONFIG).exists():
         raise ModelError(
             f"{folder}: holds {ADAPTER_CONFIG}, so its weights are an adapter's, or another model's with one",
             hint="merge the adapter into the weights, or remove it",

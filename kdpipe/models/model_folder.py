@@ -40,7 +40,9 @@ def require_own_files(folder: Path) -> None:
     """
     root = folder.resolve()
     home = root.parents[1] if root.parent.name == "snapshots" else root
-    for path in _files(folder):
+    templates = folder / TEMPLATES
+    inside = sorted(templates.iterdir()) if templates.is_dir() and not templates.is_symlink() else []
+    for path in [*sorted(folder.iterdir()), *inside]:
         place = path.resolve()
         if not place.is_relative_to(home):
             raise ModelError(f"{path}: is a link that leads out of the folder, to {place}", hint=_HINT)
@@ -54,13 +56,6 @@ def require_own_files(folder: Path) -> None:
             raise ModelError(f"{path}: is no plain file", hint=_HINT)
         if path.suffix == ".json":
             _require_readable(path, status.st_size)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    yield from sorted(folder.iterdir())
-    templates = folder / TEMPLATES
-    if templates.is_dir() and not templates.is_symlink():
-        yield from sorted(templates.iterdir())
 
 
 def _require_readable(path: Path, size: int) -> None:

@@ -313,7 +313,7 @@ class Vocabulary:
 
 def num_ids_in_use(tokenizer: Tokenizer) -> int:
     """One more than the highest id with a string; rows of the model from there on are padding."""
-    return max(_strings(tokenizer)) + 1
+    return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def compare_vocabularies(student: Tokenizer, teacher: Tokenizer, *, names: tuple[str, str]) -> Vocabulary:
@@ -321,7 +321,9 @@ def compare_vocabularies(student: Tokenizer, teacher: Tokenizer, *, names: tuple
 
     Raises PreflightError when an id that both have stands for different strings.
     """
-    ours, theirs = _strings(student), _strings(teacher)
+    ours, theirs = (
+        {token_id: string for string, token_id in side.get_vocab().items()} for side in (student, teacher)
+    )
     shared = ours.keys() & theirs.keys()
     differing = sorted(token_id for token_id in shared if ours[token_id] != theirs[token_id])
     if differing:
@@ -336,10 +338,6 @@ def compare_vocabularies(student: Tokenizer, teacher: Tokenizer, *, names: tuple
         )
     student_ids = max(ours) + 1
     return Vocabulary(student_ids, max(theirs) + 1, frozenset(range(student_ids)) - shared)
-
-
-def _strings(tokenizer: Tokenizer) -> dict[int, str]:
-    return {token_id: string for string, token_id in tokenizer.get_vocab().items()}
 
 
 # ------------------------------------------------------------------------------- a model's side of the text

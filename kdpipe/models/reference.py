@@ -1,6 +1,6 @@
 """A model folder run as plainly as transformers can: the reference for engines and trainer.
 
-Shares no code with `forward.py`, `batching.py` or the engines: one sequence at a time, the model's own logits, and a
+Shares no code with `logprobs.py`, `batching.py` or the engines: one sequence at a time, the model's own logits, and a
 shift by one of its own.
 """
 

@@ -14,18 +14,16 @@ import numpy as np
 import torch
 
 from kdpipe.engines.protocol import ScoreRequest, Scoring
-from kdpipe.method.exact_kl import reverse_kl
-from kdpipe.method.micro_batch import TeacherHidden, TeacherMixture, TeacherPart
+from kdpipe.method.micro_batch import TeacherHidden, TeacherMixture, TeacherPart, reverse_kl
 from kdpipe.method.mixture import mixed_logprobs
 from kdpipe.models.devices import resolve_device
 from kdpipe.stages.scoring import output_head, score_completions, swapped_head
 from kdpipe.stages.settings.model import teaches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from kdpipe.engines.handle import ModelHandle
-    from kdpipe.method.exact_kl import Side
     from kdpipe.models.logprobs import Head
     from kdpipe.stages.job import Job
     from kdpipe.stages.scoring import Scored, TeacherHandle, Triple
@@ -126,19 +124,16 @@ class Exact:
         self, student_hidden: Sequence[Any], scored: Sequence[Sequence[tuple[str, Scored]]]
     ) -> list[Any]:
         """KL(student‖teacher) [n] of each completion, the teacher being its own one or the mixture."""
-        student = (self._tensor(student_hidden, self._head), self._head, self._temperature)
         lengths = [len(hidden) for hidden in student_hidden]
-        teacher: Side | Callable[[slice], torch.Tensor]
+        teacher: TeacherHidden | TeacherMixture
         if len(self._teachers) == 1:
-            [(head, of_teacher)] = self._teachers.values()
-            teacher = (self._tensor([rows[0][1][1].hidden for rows in scored], head), head, of_teacher)
+            [(head, temperature)] = self._teachers.values()
+            states = self._tensor([rows[0][1][1].hidden for rows in scored], head)
+            teacher = TeacherHidden(states, head, temperature)
         else:
-            mixture = self._mixture(scored, lengths)
-
-            def teacher(part: slice) -> torch.Tensor:
-                return mixture.at(torch.arange(part.start, part.stop, device=self._device)).logprobs_NS
-
-        kl_N = reverse_kl(student, teacher, chunk=self._chunk)
+            teacher = self._mixture(scored, lengths)
+        hidden_NH = self._tensor(student_hidden, self._head)
+        kl_N = reverse_kl(hidden_NH, self._head, teacher, temperature=self._temperature, chunk=self._chunk)
         return list(np.split(kl_N.cpu().numpy(), np.cumsum(lengths)[:-1]))
 
     def _mixture(

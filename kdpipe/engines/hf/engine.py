@@ -167,15 +167,18 @@ class HfEngine:
         hidden_HB = decoder.prefill(
             list(prompts.values()), list(repeats.values()), max_tokens=self._runtime.score_tokens
         )
+        count = 0  # of tokens that are not yet reported
         for step in range(sampling.max_new_tokens):
             logits_BV = _logits(hidden_HB, head)
             ids_B, logprobs_B = draw(logits_BV, ledger.uniforms_BT[:, step], sampling=sampling)
+            count += ledger.num_alive
             ledger.write(step, ids_B, logprobs_B, logits_BV.sum(-1))
             ledger.end(step, ends.reached(ids_B, ledger, step))
             last = ledger.num_alive == 0 or step + 1 == sampling.max_new_tokens
             if last or (step + 1) % _PROGRESS_STEPS == 0:
                 ledger.require_finite(step)
-                progress(ledger.take_count())
+                progress(count)
+                count = 0
             if last:
                 break
             if ledger.num_alive <= _COMPACT_BELOW * len(ids_B):
@@ -206,7 +209,6 @@ class _Ledger:
         self._checks_BT = torch.zeros(shape, device=device)
         self._lengths_B = torch.full((len(rows),), sampling.max_new_tokens, device=device)
         self._stopped_B = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        self._count = 0
 
     def write(
         self, step: int, ids_B: torch.Tensor, logprobs_B: torch.Tensor, logit_sums_B: torch.Tensor
@@ -215,7 +217,6 @@ class _Ledger:
         self.ids_BT[self.owner_B, step] = ids_B
         self._logprobs_BT[self.owner_B, step] = logprobs_B.float()
         self._checks_BT[self.owner_B, step] = logit_sums_B.float()
-        self._count += self.num_alive
 
     def end(self, step: int, reached_B: torch.Tensor) -> None:
         """Ends the rows that have reached an end with this step's token."""
@@ -234,11 +235,6 @@ class _Ledger:
         self.owner_B, self.alive_B = self.owner_B[kept], self.alive_B[kept]
         self.uniforms_BT = self.uniforms_BT[kept]
         return kept
-
-    def take_count(self) -> int:
-        """How many tokens were drawn since the last call."""
-        count, self._count = self._count, 0
-        return count
 
     def require_finite(self, step: int) -> None:
         """Raises EngineError when a running row has met logits that are not finite."""

@@ -1,7 +1,7 @@
 """The engine that runs vLLM.
 
 One vLLM serves all models of one architecture, one after another: it starts with random weights, and every
-model, the first too, is loaded into it in the same way (`vllm_worker.py`), with an output head of its own
+model, the first too, is loaded into it in the same way (`worker.py`), with an output head of its own
 even where the file's is tied to the input embeddings. A model that was loaded is compared with its files, and
 its scores with those of transformers, before anything else is asked of it.
 
@@ -220,8 +220,11 @@ class VllmEngine:
 
         # A greedy completion's log-probs are those at temperature 1.
         self._shape_logits(started, sampling.num_ids, sampling.temperature or 1.0)
-        prompts = [list(requests[index].prompt_token_ids) for index, _ in rows]
-        started.process.run(prompts, [sampling_params(sampling, seed) for _, seed in rows], finish)
+        asked = {
+            row: (requests[index].prompt_token_ids, sampling_params(sampling, seed))
+            for row, (index, seed) in enumerate(rows)
+        }
+        started.process.run(asked, finish)
         drawn = (completions[row] for row in range(len(rows)))
         return [[next(drawn) for _ in request.seeds] for request in requests]
 
@@ -253,21 +256,20 @@ class VllmEngine:
         self, started: _Started, jobs: Sequence[tuple[list[int], int]], *, top_k: int, progress: Progress
     ) -> list[TokenScores]:
         """Scores of the last tokens, as many as each job says; an empty completion is not asked for."""
-        results = {index: no_scores(top_k) for index, (_, count) in enumerate(jobs) if not count}
-        wanted = [index for index in range(len(jobs)) if index not in results]
-        for batch in batches_by_tokens([len(jobs[index][0]) for index in wanted], self._runtime.score_tokens):
+        results = [no_scores(top_k)] * len(jobs)
+
+        def finish(index: int, output: Any) -> None:
+            ids, count = jobs[index]
+            with about(index):
+                results[index] = scores_of(output, ids, count=count, top_k=top_k)
+            progress(count)
+
+        wanted = [index for index, (_, count) in enumerate(jobs) if count]
+        lengths = [len(jobs[index][0]) for index in wanted]
+        for batch in batches_by_tokens(lengths, self._runtime.score_tokens):
             indexes = [wanted[place] for place in batch]
-
-            def finish(place: int, output: Any, indexes: list[int] = indexes) -> None:
-                index = indexes[place]
-                ids, count = jobs[index]
-                with about(index):
-                    results[index] = scores_of(output, ids, count=count, top_k=top_k)
-                progress(count)
-
-            params = [scoring_params(top_k)] * len(indexes)
-            started.process.run([jobs[index][0] for index in indexes], params, finish)
-        return [results[index] for index in range(len(jobs))]
+            started.process.run({index: (jobs[index][0], scoring_params(top_k)) for index in indexes}, finish)
+        return results
 
     def _loaded(self) -> _Started:
         started = self._alive()

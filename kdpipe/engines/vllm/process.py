@@ -58,17 +58,15 @@ class VllmProcess:
             found: list[Any] = self._llm.collective_rpc(method, args=args)
         return found
 
-    def run(
-        self, prompts: Sequence[list[int]], params: Sequence[Any], finish: Callable[[int, Any], None]
-    ) -> None:
-        """Hands every prompt to vLLM at once, and `finish` each one's place and output as it is done."""
+    def run(self, asked: Mapping[int, tuple[Sequence[int], Any]], finish: Callable[[int, Any], None]) -> None:
+        """Hands prompts and parameters to vLLM at once, and `finish` each one's number and output once done."""
         engine = self._llm.llm_engine
         pending = set()
         with self._errors():
             try:
-                for place, (prompt, settings) in enumerate(zip(prompts, params, strict=True)):
-                    engine.add_request(str(place), {"prompt_token_ids": prompt}, settings)
-                    pending.add(str(place))
+                for number, (prompt, settings) in asked.items():
+                    engine.add_request(str(number), {"prompt_token_ids": list(prompt)}, settings)
+                    pending.add(str(number))
                 while engine.has_unfinished_requests():
                     for output in engine.step():
                         if output.finished:
