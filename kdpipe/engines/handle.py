@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from kdpipe.recipe.section import EngineName
+
 if TYPE_CHECKING:
     from kdpipe.engines.protocol import (
         Completion,
@@ -19,9 +21,8 @@ if TYPE_CHECKING:
     )
     from kdpipe.models.prompting import Text
     from kdpipe.models.source import ModelSource
-    from kdpipe.recipe.section import EngineName
 
-    Runs: TypeAlias = EngineName | Literal["server"]
+Runs: TypeAlias = EngineName | Literal["server"]
 
 
 class Turns:

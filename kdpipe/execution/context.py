@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kdpipe.data.hidden import HiddenFile
 from kdpipe.data.payload import HIDDEN_FILE, ROLLOUTS_FILE, SCORES_FILE
+from kdpipe.data.rows import Rollout
 from kdpipe.data.tables import read_rollouts, read_scores
+from kdpipe.engines.handle import ModelHandle, Runs
+from kdpipe.execution.inputs import Inputs
+from kdpipe.execution.placement import Engines
+from kdpipe.execution.roles import Roles
+from kdpipe.execution.trainers import Trainers
 from kdpipe.method.mixture import HiddenTeacher, RoundScores, TeacherScores, join_scores
 from kdpipe.models.folder import head_digest
+from kdpipe.models.prompting import Text
 from kdpipe.recipe.roles import BASELINE_ROLE, ROLLOUT_ROLE, STUDENT_ROLE, Role, RoleKind
+from kdpipe.stages.context import Context
+from kdpipe.stages.job import Job
 from kdpipe.stages.scoring import TeacherHandle, output_head, swapped_head
 from kdpipe.stages.settings.model import TeacherSettings
-from kdpipe.stages.settings.stage import settings_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from kdpipe.data.rows import Rollout
-    from kdpipe.engines.handle import ModelHandle, Runs
-    from kdpipe.execution.inputs import Inputs
-    from kdpipe.execution.placement import Engines
-    from kdpipe.execution.roles import Roles
-    from kdpipe.execution.trainers import Trainers
-    from kdpipe.models.prompting import Text
-    from kdpipe.stages.context import Context
-    from kdpipe.stages.job import Job
-    from kdpipe.stages.settings.stage import SftSettings, TrainSettings
-    from kdpipe.training.ema import Average
-    from kdpipe.training.local import LocalTrainer
+from kdpipe.stages.settings.stage import SftSettings, TrainSettings, settings_of
+from kdpipe.training.ema import Average
+from kdpipe.training.local import LocalTrainer
 
 
 class StepContext:

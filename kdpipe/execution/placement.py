@@ -7,27 +7,23 @@ On a CUDA device that several share, one has its model there at a time: who load
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 
 from kdpipe.engines.handle import Turns
 from kdpipe.engines.hf.engine import HfEngine
+from kdpipe.engines.protocol import Engine
 from kdpipe.engines.remote import Hosting, WorkerEngine
 from kdpipe.errors import RecipeError
+from kdpipe.models.cache import ModelCache
 from kdpipe.models.devices import resolve_device
+from kdpipe.models.source import ModelSource
 from kdpipe.recipe.roles import STUDENT_ROLE, Role, teacher_role
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
-
-    from kdpipe.engines.protocol import Engine
-    from kdpipe.models.cache import ModelCache
-    from kdpipe.models.source import ModelSource
-    from kdpipe.recipe.schema import Recipe
-    from kdpipe.recipe.section import EngineName
+from kdpipe.recipe.schema import Recipe
+from kdpipe.recipe.section import EngineName
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
+from kdpipe.data.rows import Problem
 from kdpipe.errors import DataError
 from kdpipe.models.prompting import prompt_values
+from kdpipe.recipe.schema import Recipe, Teacher
 from kdpipe.stages.settings.model import routes_of, teaches
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from kdpipe.data.rows import Problem
-    from kdpipe.recipe.schema import Recipe, Teacher
 
 MAX_SHOWN = 3
 

@@ -6,12 +6,11 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
 from kdpipe.data.rows import Problem
-from kdpipe.engines.handle import ModelHandle
+from kdpipe.engines.handle import ModelHandle, Runs
 from kdpipe.engines.protocol import Engine
 from kdpipe.engines.server.engine import ServerEngine
 from kdpipe.engines.server.signature import require_same
@@ -27,9 +26,6 @@ from kdpipe.recipe.roles import SERVER, STUDENT_ROLE, Role
 from kdpipe.recipe.schema import Recipe, SelfTeacher, ServedTeacher, Student, Teacher
 from kdpipe.stages.scoring import TeacherHandle, as_teacher
 from kdpipe.stages.settings.model import SupportSettings, TeacherSettings
-
-if TYPE_CHECKING:
-    from kdpipe.engines.handle import Runs
 
 
 class Roles:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from kdpipe.data.rows import Rollout
-    from kdpipe.engines.handle import ModelHandle, Runs
-    from kdpipe.method.mixture import RoundScores
-    from kdpipe.models.prompting import Text
-    from kdpipe.stages.scoring import TeacherHandle
-    from kdpipe.stages.settings.model import TeacherSettings
-    from kdpipe.stages.settings.stage import SftSettings, TrainSettings
-    from kdpipe.training.ema import Average
-    from kdpipe.training.protocol import Trainer
+from kdpipe.data.rows import Rollout
+from kdpipe.engines.handle import ModelHandle, Runs
+from kdpipe.method.mixture import RoundScores
+from kdpipe.models.prompting import Text
+from kdpipe.stages.scoring import TeacherHandle
+from kdpipe.stages.settings.model import TeacherSettings
+from kdpipe.stages.settings.stage import SftSettings, TrainSettings
+from kdpipe.training.ema import Average
+from kdpipe.training.protocol import Trainer
 
 
 class Context(Protocol):

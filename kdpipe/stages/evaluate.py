@@ -12,37 +12,31 @@ paired problem by problem. The unit of every interval is the problem.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+from pydantic import JsonValue
 
 from kdpipe.data.payload import GRADES_FILE, REVERSE_KL_FILE, SUMMARY_FILE
+from kdpipe.data.rows import Problem
 from kdpipe.data.seeds import permutation
 from kdpipe.data.tables import GRADES, REVERSE_KL, REVERSE_KL_OF_SEVERAL, TableRow, read_rows
 from kdpipe.data.tasks.answers import grade, parse_number
+from kdpipe.engines.handle import ModelHandle
+from kdpipe.engines.protocol import Completion, Sampling
 from kdpipe.errors import DataError
 from kdpipe.method import statistics
 from kdpipe.recipe.roles import STUDENT
+from kdpipe.stages.context import Context
 from kdpipe.stages.held_out import Exact, has_exact, held_out_scores
 from kdpipe.stages.job import Job, mean
 from kdpipe.stages.sampling import Grader, request_for, sample_all, sampling_of
-from kdpipe.stages.settings.model import teaches
+from kdpipe.stages.scoring import TeacherHandle
+from kdpipe.stages.settings.model import Headline, teaches
+from kdpipe.stages.settings.stage import EvaluateSettings
 from kdpipe.store.stage import Stage
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    import pyarrow as pa
-    from pydantic import JsonValue
-
-    from kdpipe.data.rows import Problem
-    from kdpipe.engines.handle import ModelHandle
-    from kdpipe.engines.protocol import Completion, Sampling
-    from kdpipe.stages.context import Context
-    from kdpipe.stages.scoring import TeacherHandle
-    from kdpipe.stages.settings.model import Headline
-    from kdpipe.stages.settings.stage import EvaluateSettings
 
 Rows = list[TableRow]
 

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from kdpipe.data.rows import Rollout
+from kdpipe.data.tables import Scores
 from kdpipe.method.advantage import advantages, baselines, open_completions
+from kdpipe.method.micro_batch import TeacherHidden, TeacherMixture
+from kdpipe.method.mixture import RoundScores
 from kdpipe.method.objective import shares
 from kdpipe.method.token_batch import TeacherSupport, TokenBatch
 from kdpipe.recipe.objective import Objective, SampledTerm
-
-if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Mapping, Sequence
-
-    import numpy.typing as npt
-
-    from kdpipe.data.rows import Rollout
-    from kdpipe.data.tables import Scores
-    from kdpipe.method.micro_batch import TeacherHidden, TeacherMixture
-    from kdpipe.method.mixture import RoundScores
 
 
 @dataclass(frozen=True, slots=True)

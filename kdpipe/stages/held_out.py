@@ -7,27 +7,23 @@ distributions at each position.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from kdpipe.engines.handle import ModelHandle
 from kdpipe.engines.protocol import ScoreRequest, Scoring
 from kdpipe.method.micro_batch import TeacherHidden, TeacherMixture, TeacherPart, reverse_kl
 from kdpipe.method.mixture import mixed_logprobs
 from kdpipe.models.devices import resolve_device
-from kdpipe.stages.scoring import output_head, score_completions, swapped_head
+from kdpipe.models.logprobs import Head
+from kdpipe.stages.job import Job
+from kdpipe.stages.scoring import Scored, TeacherHandle, Triple, output_head, score_completions, swapped_head
 from kdpipe.stages.settings.model import teaches
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from kdpipe.engines.handle import ModelHandle
-    from kdpipe.models.logprobs import Head
-    from kdpipe.stages.job import Job
-    from kdpipe.stages.scoring import Scored, TeacherHandle, Triple
-    from kdpipe.stages.settings.stage import EvaluateSettings
+from kdpipe.stages.settings.stage import EvaluateSettings
 
 
 @dataclass(frozen=True, slots=True)

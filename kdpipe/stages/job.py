@@ -6,20 +6,17 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 
+from kdpipe.data.rows import Problem
 from kdpipe.data.tables import merge, write_rows
 from kdpipe.errors import EngineError, StepError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from kdpipe.data.rows import Problem
-    from kdpipe.recipe.runtime import Runtime
-    from kdpipe.store.artifacts import Draft
-    from kdpipe.workers.pulse import Pulse
+from kdpipe.recipe.runtime import Runtime
+from kdpipe.store.artifacts import Draft
+from kdpipe.workers.pulse import Pulse
 
 Item = TypeVar("Item")
 NAMED_PROMPTS = 8

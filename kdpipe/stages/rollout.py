@@ -8,25 +8,20 @@ again by itself with the same result.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from kdpipe.data.payload import ROLLOUTS_FILE
-from kdpipe.data.rows import Rollout
+from kdpipe.data.rows import Problem, Rollout
 from kdpipe.data.tables import ROLLOUTS, read_rollouts
+from kdpipe.engines.handle import ModelHandle
+from kdpipe.stages.context import Context
 from kdpipe.stages.job import Job, mean
 from kdpipe.stages.sampling import Grader, request_for, round_problems, sample_all, sampled_ids, sampling_of
 from kdpipe.stages.settings.model import DrawSettings
 from kdpipe.stages.settings.stage import RolloutSettings, TextSettings
 from kdpipe.stages.teacher_text import write_texts
 from kdpipe.store.stage import Stage
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from kdpipe.data.rows import Problem
-    from kdpipe.engines.handle import ModelHandle
-    from kdpipe.stages.context import Context
 
 
 def rollout(settings: RolloutSettings | TextSettings, job: Job, context: Context) -> None:

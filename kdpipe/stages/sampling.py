@@ -6,24 +6,18 @@ again by itself with the same result.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from kdpipe.data.rows import Rollout
+from kdpipe.data.rows import Graded, Problem, Rollout
 from kdpipe.data.seeds import chosen_ids, derive_seed, round_indices
 from kdpipe.data.tasks.answers import grade
-from kdpipe.engines.protocol import SampleRequest, Sampling
+from kdpipe.engines.handle import ModelHandle
+from kdpipe.engines.protocol import Completion, SampleRequest, Sampling
 from kdpipe.errors import DataError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from kdpipe.data.rows import Graded, Problem
-    from kdpipe.engines.handle import ModelHandle
-    from kdpipe.engines.protocol import Completion
-    from kdpipe.models.prompting import Text
-    from kdpipe.stages.job import Job
-    from kdpipe.stages.settings.model import DrawSettings, Headline
+from kdpipe.models.prompting import Text
+from kdpipe.stages.job import Job
+from kdpipe.stages.settings.model import DrawSettings, Headline
 
 
 def round_problems(job: Job, prompts: int) -> list[Problem]:

@@ -6,12 +6,17 @@ reads, and get no score.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from kdpipe.data.rows import Problem, Rollout
+from kdpipe.data.tables import Scores
+from kdpipe.engines.handle import ModelHandle
 from kdpipe.engines.protocol import ScoreRequest, Scoring, TokenScores
 from kdpipe.errors import PreflightError
 from kdpipe.models.devices import resolve_device, resolve_dtype
@@ -24,18 +29,9 @@ from kdpipe.models.prompting import (
     render_teacher_prompt,
     used_arguments,
 )
+from kdpipe.models.source import ModelSource
 from kdpipe.stages.job import Job
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import numpy.typing as npt
-
-    from kdpipe.data.rows import Problem, Rollout
-    from kdpipe.data.tables import Scores
-    from kdpipe.engines.handle import ModelHandle
-    from kdpipe.models.source import ModelSource
-    from kdpipe.stages.settings.model import SupportSettings, TeacherSettings
+from kdpipe.stages.settings.model import SupportSettings, TeacherSettings
 
 MAX_UNSCORABLE_FRACTION = 0.01
 Triple: TypeAlias = "tuple[Problem, list[int], list[int]]"

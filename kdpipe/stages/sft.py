@@ -7,27 +7,22 @@ Prompts are rendered as rollout renders them, so that what follows a prompt mean
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
+import torch
+
+from kdpipe.data.rows import Problem, Rollout
 from kdpipe.data.seeds import permutation
 from kdpipe.models.batching import batches_by_tokens, make_batch
-from kdpipe.models.logprobs import token_logprobs
+from kdpipe.models.logprobs import Head, token_logprobs
+from kdpipe.models.prompting import Text
+from kdpipe.recipe.models import Sft
+from kdpipe.stages.context import Context
+from kdpipe.stages.job import Job
 from kdpipe.stages.settings.model import teaches
+from kdpipe.stages.settings.stage import SftSettings
 from kdpipe.store.stage import Stage
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    import torch
-
-    from kdpipe.data.rows import Problem, Rollout
-    from kdpipe.models.logprobs import Head
-    from kdpipe.models.prompting import Text
-    from kdpipe.recipe.models import Sft
-    from kdpipe.stages.context import Context
-    from kdpipe.stages.job import Job
-    from kdpipe.stages.settings.stage import SftSettings
-    from kdpipe.training.protocol import Trainer
+from kdpipe.training.protocol import Trainer
 
 METRIC_EVERY = 20
 Example = tuple[list[int], list[int]]

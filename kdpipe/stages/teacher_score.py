@@ -7,16 +7,21 @@ reads, and get no score.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from kdpipe.data.hidden import to_bytes, write_hidden
 from kdpipe.data.payload import HIDDEN_FILE, SCORES_FILE
+from kdpipe.data.rows import Rollout
 from kdpipe.data.tables import HIDDEN_PART, SCORES, Scores, read_scores, topk_schema
+from kdpipe.engines.handle import ModelHandle
 from kdpipe.engines.protocol import ScoreRequest, Scoring
 from kdpipe.models.folder import head_digest
 from kdpipe.models.logprobs import Head
+from kdpipe.stages.context import Context
 from kdpipe.stages.job import Job
 from kdpipe.stages.scoring import (
     Scored,
@@ -28,17 +33,7 @@ from kdpipe.stages.scoring import (
     score_metrics,
 )
 from kdpipe.stages.settings.model import teaches
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    import numpy.typing as npt
-
-    from kdpipe.data.rows import Rollout
-    from kdpipe.engines.handle import ModelHandle
-    from kdpipe.stages.context import Context
-    from kdpipe.stages.settings.stage import ScoreSettings
+from kdpipe.stages.settings.stage import ScoreSettings
 
 
 def teacher_score(settings: ScoreSettings, job: Job, context: Context) -> None:

@@ -6,25 +6,21 @@ knowledge distillation (Kim and Rush 2016) is cross-entropy on them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from kdpipe.data.payload import ROLLOUTS_FILE
+from kdpipe.data.rows import Problem, Rollout
 from kdpipe.data.tables import ROLLOUTS, read_rollouts
+from kdpipe.engines.protocol import Completion
 from kdpipe.errors import PreflightError
+from kdpipe.models.prompting import Text
+from kdpipe.stages.context import Context
 from kdpipe.stages.job import Job, mean
 from kdpipe.stages.sampling import Grader, request_for, round_problems, sample_all, sampled_ids, sampling_of
+from kdpipe.stages.scoring import TeacherHandle
 from kdpipe.stages.settings.model import teaches
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from kdpipe.data.rows import Problem, Rollout
-    from kdpipe.engines.protocol import Completion
-    from kdpipe.models.prompting import Text
-    from kdpipe.stages.context import Context
-    from kdpipe.stages.scoring import TeacherHandle
-    from kdpipe.stages.settings.stage import TextSettings
+from kdpipe.stages.settings.stage import TextSettings
 
 
 def write_texts(settings: TextSettings, job: Job, context: Context) -> None:

@@ -7,23 +7,30 @@ own log-prob at the start of the round, is taken before the first update.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from kdpipe.data.payload import COMPLETIONS_FILE
+from kdpipe.data.rows import Rollout
 from kdpipe.data.seeds import permutation
 from kdpipe.data.tables import COMPLETIONS, write_rows
 from kdpipe.errors import StepError
 from kdpipe.method.micro_batch import micro_batch_loss
 from kdpipe.method.mismatch import ledger, mismatch
-from kdpipe.method.mixture import shuffled
+from kdpipe.method.mixture import RoundScores, shuffled
 from kdpipe.method.objective import at_step
 from kdpipe.method.token_batch import NonFiniteError
 from kdpipe.models.batching import Batch, batches_by_tokens, make_batch
 from kdpipe.models.prompting import Text
+from kdpipe.recipe.objective import Objective
+from kdpipe.recipe.stages import TrainSection
+from kdpipe.stages.context import Context
 from kdpipe.stages.experience import (
     Experience,
     experiences,
@@ -34,22 +41,9 @@ from kdpipe.stages.experience import (
 )
 from kdpipe.stages.job import NOTHING_PUBLISHED, Job, mean
 from kdpipe.stages.scoring import check_scorable, score_metrics
+from kdpipe.stages.settings.stage import TrainSettings
 from kdpipe.store.stage import Stage
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
-    import numpy.typing as npt
-    import torch
-
-    from kdpipe.data.rows import Rollout
-    from kdpipe.method.mixture import RoundScores
-    from kdpipe.recipe.objective import Objective
-    from kdpipe.recipe.stages import TrainSection
-    from kdpipe.stages.context import Context
-    from kdpipe.stages.settings.stage import TrainSettings
-    from kdpipe.training.protocol import Trainer
+from kdpipe.training.protocol import Trainer
 
 
 def train(settings: TrainSettings, job: Job, context: Context) -> None:

@@ -6,16 +6,12 @@ It is imported only where the recipe has that task, and where `kdpipe plan` asks
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol, cast
+from pathlib import Path
+from typing import Protocol, cast
 
+from kdpipe.data.rows import Problem
 from kdpipe.recipe.place import place_of
-from kdpipe.recipe.task import Gsm8kTask, QuestionTask
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from kdpipe.data.rows import Problem
-    from kdpipe.recipe.task import Task
+from kdpipe.recipe.task import Gsm8kTask, QuestionTask, Task
 
 
 class TaskModule(Protocol):

@@ -16,17 +16,13 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from kdpipe.data.rows import Problem
 from kdpipe.errors import DataError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from kdpipe.recipe.task import ArithmeticTask
+from kdpipe.recipe.task import ArithmeticTask
 
 _NAMES = ("Ana", "Max", "Sue", "Tom")
 _PAIRS = tuple(itertools.permutations(_NAMES, 2))

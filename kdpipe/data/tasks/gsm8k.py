@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from kdpipe.data.rows import Problem
 from kdpipe.data.tasks import hub_id
@@ -11,11 +11,7 @@ from kdpipe.data.tasks.answers import MARK, extract_expected, parse_number
 from kdpipe.data.tasks.jsonl import DataRecord, read_records
 from kdpipe.errors import DataError
 from kdpipe.recipe.place import place_of
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from kdpipe.recipe.task import Gsm8kTask
+from kdpipe.recipe.task import Gsm8kTask
 
 SPLITS = ("train", "test")
 

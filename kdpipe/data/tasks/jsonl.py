@@ -6,19 +6,15 @@ import codecs
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from kdpipe.data.rows import Problem
 from kdpipe.data.tasks.answers import MARK, extract_expected, parse_number
 from kdpipe.errors import DataError
 from kdpipe.recipe.place import place_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from kdpipe.recipe.task import JsonlTask
+from kdpipe.recipe.task import JsonlTask
 
 MAX_ID_LENGTH = 200
 _SURROGATE = re.compile(r"[\ud800-\udfff]")

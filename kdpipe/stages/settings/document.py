@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from pydantic import JsonValue
 
 from kdpipe.recipe.section import Section
 from kdpipe.stages.settings.model import TaskSettings
-
-if TYPE_CHECKING:
-    from pydantic import JsonValue
-
-    from kdpipe.store.step import Fields
+from kdpipe.store.step import Fields
 
 NAME = "name"
 

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-from kdpipe.recipe.models import Scratch, Sft
+from kdpipe.recipe.models import Lora, Scratch, Sft
+from kdpipe.recipe.objective import Objective
 from kdpipe.recipe.roles import STUDENT
-from kdpipe.recipe.schema import ScratchTeacher, Student
+from kdpipe.recipe.schema import Recipe, ScratchTeacher, Student, Teacher
+from kdpipe.recipe.section import EngineName
+from kdpipe.recipe.stages import Keeping, RolloutSection, TrainSection
 from kdpipe.stages.settings.document import named
 from kdpipe.stages.settings.model import (
     DrawSettings,
     ModelSettings,
     PromptSettings,
+    Routes,
     TaskSettings,
     TeacherSettings,
     problems_of,
     routes_of,
 )
 from kdpipe.store.stage import Stage
-
-if TYPE_CHECKING:
-    from kdpipe.recipe.models import Lora
-    from kdpipe.recipe.objective import Objective
-    from kdpipe.recipe.schema import Recipe, Teacher
-    from kdpipe.recipe.section import EngineName
-    from kdpipe.recipe.stages import Keeping, RolloutSection, TrainSection
-    from kdpipe.stages.settings.model import Routes
-    from kdpipe.store.step import Fields
+from kdpipe.store.step import Fields
 
 
 @dataclass(frozen=True, slots=True)
