@@ -77,12 +77,12 @@ def prepare(workspace: Path, *, seed: int, overrides: list[str]) -> list[str]:
 
 def write_data(folder: Path) -> None:
     """One-step word problems as JSON lines; `start.jsonl` has each twice, the second time below its solution."""
-    from kdpipe.data.tasks.arithmetic import make_problems
+    from kdpipe.data.tasks.arithmetic import read_problems
     from kdpipe.recipe.task import ArithmeticTask
 
     folder.mkdir(parents=True, exist_ok=True)
     task = ArithmeticTask(kind="arithmetic", steps=[1], max_operand=12, train_problems=600, test_problems=200)
-    train, test = ([(p.question, p.solution) for p in split] for split in make_problems(task))
+    train, test = ([(p.question, p.solution) for p in split] for split in read_problems(task))
     hinted = [row for q, a in train for row in ((q, a), (f"{a}\n{q}", a))]
     for name, rows in (("train", train), ("test", test), ("start", hinted)):
         lines = [json.dumps({"question": question, "answer": answer}) for question, answer in rows]

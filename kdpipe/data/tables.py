@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -20,101 +20,73 @@ TableRow: TypeAlias = dict[str, Any]
 
 IDS = pa.list_(pa.int32())
 LOGPROBS = pa.list_(pa.float32())
+FLAGS = pa.list_(pa.bool_())
+TYPES = {
+    "prompt_id": pa.string(),
+    "sample": pa.int32(),
+    "question": pa.string(),
+    "expected": pa.string(),
+    "prompt_token_ids": IDS,
+    "completion_token_ids": IDS,
+    "sampler_logprobs": LOGPROBS,
+    "source": pa.string(),
+    "finish_reason": pa.string(),
+    "text": pa.string(),
+    "answer_strict": pa.string(),
+    "answer_flexible": pa.string(),
+    "correct": pa.bool_(),
+    "reward": pa.float32(),
+    "teacher": pa.string(),
+    "teacher_prompt_token_ids": IDS,
+    "teacher_logprobs": LOGPROBS,
+    "scorable": FLAGS,
+    "topk_ids": pa.list_(IDS),
+    "tail_logprobs": LOGPROBS,
+    "hidden": pa.large_binary(),
+    "epoch": pa.int32(),
+    "optimizer_step": pa.int32(),
+    "advantage": pa.float32(),
+    "kept": pa.bool_(),
+    "proximal_logprobs": LOGPROBS,
+    "reverse_kl_nats": LOGPROBS,
+    "teachers": pa.list_(pa.string()),
+    "teachers_prompt_token_ids": pa.list_(IDS),
+}
+"""A column has one type in every table; that of `topk_logprobs` is a setting."""
 
-ROLLOUTS = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("sample", pa.int32()),
-        ("question", pa.string()),
-        ("expected", pa.string()),
-        ("prompt_token_ids", IDS),
-        ("completion_token_ids", IDS),
-        ("sampler_logprobs", LOGPROBS),
-        ("source", pa.string()),
-        ("finish_reason", pa.string()),
-        ("text", pa.string()),
-        ("answer_strict", pa.string()),
-        ("answer_flexible", pa.string()),
-        ("correct", pa.bool_()),
-        ("reward", pa.float32()),
-    ]
+
+def _schema(columns: str) -> pa.Schema:
+    return pa.schema([(name, TYPES[name]) for name in columns.split()])
+
+
+ROLLOUTS = _schema(
+    "prompt_id sample question expected prompt_token_ids completion_token_ids sampler_logprobs source "
+    "finish_reason text answer_strict answer_flexible correct reward"
 )
-
-_SCORES = [
-    ("prompt_id", pa.string()),
-    ("sample", pa.int32()),
-    ("teacher", pa.string()),
-    ("teacher_prompt_token_ids", IDS),
-    ("teacher_logprobs", LOGPROBS),
-    ("scorable", pa.list_(pa.bool_())),
-]
-SCORES = pa.schema(_SCORES)
-HIDDEN_PART = pa.schema([*_SCORES, ("hidden", pa.large_binary())])
+SCORES = _schema("prompt_id sample teacher teacher_prompt_token_ids teacher_logprobs scorable")
+HIDDEN_PART = pa.schema([*SCORES, ("hidden", TYPES["hidden"])])
 """A finished piece of a long scoring; at commit, its hidden states move to a file of their own."""
+COMPLETIONS = _schema("prompt_id sample epoch optimizer_step advantage kept proximal_logprobs")
+GRADES = _schema(
+    "prompt_id sample question expected text answer_strict answer_flexible correct "
+    "prompt_token_ids completion_token_ids sampler_logprobs finish_reason"
+)
+REVERSE_KL = _schema(
+    "prompt_id sample prompt_token_ids teacher_prompt_token_ids completion_token_ids sampler_logprobs "
+    "teacher_logprobs scorable reverse_kl_nats"
+)
+REVERSE_KL_OF_SEVERAL = _schema(
+    "prompt_id sample prompt_token_ids completion_token_ids sampler_logprobs "
+    "teacher_logprobs scorable reverse_kl_nats teachers teachers_prompt_token_ids"
+)
+"""With several teachers: those of the problem, and what each of them read. `teacher_logprobs` are the mixture's."""
 
 
 def topk_schema(dtype: Literal["float32", "float16"]) -> pa.Schema:
     """The columns of scores with a support, whose log-probs are stored in `dtype`."""
-    stored = pa.list_(pa.float32() if dtype == "float32" else pa.float16())
-    return pa.schema(
-        [
-            *_SCORES,
-            ("topk_ids", pa.list_(IDS)),
-            ("topk_logprobs", pa.list_(stored)),
-            ("tail_logprobs", LOGPROBS),
-        ]
-    )
-
-
-COMPLETIONS = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("sample", pa.int32()),
-        ("epoch", pa.int32()),
-        ("optimizer_step", pa.int32()),
-        ("advantage", pa.float32()),
-        ("kept", pa.bool_()),
-        ("proximal_logprobs", LOGPROBS),
-    ]
-)
-
-GRADES = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("sample", pa.int32()),
-        ("question", pa.string()),
-        ("expected", pa.string()),
-        ("text", pa.string()),
-        ("answer_strict", pa.string()),
-        ("answer_flexible", pa.string()),
-        ("correct", pa.bool_()),
-        ("prompt_token_ids", IDS),
-        ("completion_token_ids", IDS),
-        ("sampler_logprobs", LOGPROBS),
-        ("finish_reason", pa.string()),
-    ]
-)
-
-REVERSE_KL = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("sample", pa.int32()),
-        ("prompt_token_ids", IDS),
-        ("teacher_prompt_token_ids", IDS),
-        ("completion_token_ids", IDS),
-        ("sampler_logprobs", LOGPROBS),
-        ("teacher_logprobs", LOGPROBS),
-        ("scorable", pa.list_(pa.bool_())),
-        ("reverse_kl_nats", LOGPROBS),
-    ]
-)
-
-_OF_ONE = "teacher_prompt_token_ids"
-REVERSE_KL_OF_SEVERAL = pa.schema(
-    [field for field in REVERSE_KL if field.name != _OF_ONE]
-    + [pa.field("teachers", pa.list_(pa.string())), pa.field("teachers_prompt_token_ids", pa.list_(IDS))]
-)
-"""With several teachers: those of the problem, and what each of them read. `teacher_logprobs` are the mixture's."""
+    stored = pa.list_(pa.list_(pa.float32() if dtype == "float32" else pa.float16()))
+    support = [("topk_ids", TYPES["topk_ids"]), ("topk_logprobs", stored), ("tail_logprobs", LOGPROBS)]
+    return pa.schema([*SCORES, *support])
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,30 +179,32 @@ def read_rollouts(path: Path) -> list[Rollout]:
 
 def read_scores(path: Path) -> list[Scores]:
     """The rows of a scores file, with or without a support."""
-    schema = pq.read_schema(path)
-    with_topk = "topk_ids" in schema.names
-    if with_topk:
-        is_half = pa.types.is_float16(schema.field("topk_logprobs").type.value_type.value_type)
+    schema, found = SCORES, pq.read_schema(path)
+    if "topk_ids" in found.names:
+        is_half = pa.types.is_float16(found.field("topk_logprobs").type.value_type.value_type)
         schema = topk_schema("float16" if is_half else "float32")
-    table = _read(path, schema if with_topk else SCORES, None)
+    table = _read(path, schema, None)
     plain = table.select(["prompt_id", "sample", "teacher", "teacher_prompt_token_ids"]).to_pylist()
-    width = _width(table["topk_ids"]) if with_topk else 0
-    scores = []
-    for index, row in enumerate(plain):
-        n = len(table["teacher_logprobs"][index])
-        scores.append(
-            Scores(
-                **row,
-                teacher_logprobs=_numpy(table["teacher_logprobs"][index], np.float32),
-                scorable=_numpy(table["scorable"][index], np.bool_),
-                topk_ids=_matrix(table["topk_ids"][index], n, width, np.int32) if with_topk else None,
-                topk_logprobs=_matrix(table["topk_logprobs"][index], n, width, np.float32)
-                if with_topk
-                else None,
-                tail_logprobs=_numpy(table["tail_logprobs"][index], np.float32) if with_topk else None,
-            )
+    scores = [
+        Scores(
+            **row,
+            teacher_logprobs=_numpy(table["teacher_logprobs"][index], np.float32),
+            scorable=_numpy(table["scorable"][index], np.bool_),
         )
-    return scores
+        for index, row in enumerate(plain)
+    ]
+    if schema is SCORES:
+        return scores
+    width = _width(table["topk_ids"])
+    return [
+        replace(
+            score,
+            topk_ids=_matrix(table["topk_ids"][index], len(score.scorable), width, np.int32),
+            topk_logprobs=_matrix(table["topk_logprobs"][index], len(score.scorable), width, np.float32),
+            tail_logprobs=_numpy(table["tail_logprobs"][index], np.float32),
+        )
+        for index, score in enumerate(scores)
+    ]
 
 
 def _read(path: Path, schema: pa.Schema, columns: list[str] | None) -> pa.Table:

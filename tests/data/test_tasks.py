@@ -10,7 +10,8 @@ import pytest
 
 from kdpipe.data.tasks import data_files, hub_id, read_problems
 from kdpipe.data.tasks.answers import grade
-from kdpipe.data.tasks.arithmetic import make_problems, words
+from kdpipe.data.tasks.arithmetic import read_problems as make_problems
+from kdpipe.data.tasks.arithmetic import words
 from kdpipe.errors import DataError
 from kdpipe.recipe.task import ArithmeticTask, Gsm8kTask, JsonlTask
 
@@ -334,8 +335,8 @@ def test_equal_settings_make_equal_problems_and_other_seeds_others():
 def test_problems_do_not_depend_on_the_hash_seed_of_the_process():
     code = (
         "from kdpipe.recipe.task import ArithmeticTask;"
-        "from kdpipe.data.tasks.arithmetic import make_problems, words;"
-        "print(make_problems(ArithmeticTask(kind='arithmetic', train_problems=50)), words())"
+        "from kdpipe.data.tasks.arithmetic import read_problems, words;"
+        "print(read_problems(ArithmeticTask(kind='arithmetic', train_problems=50)), words())"
     )
     outputs = {
         subprocess.run(

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kdpipe.data.rows import Problem
 from kdpipe.data.tasks.answers import grade
-from kdpipe.data.tasks.arithmetic import make_problems, words
+from kdpipe.data.tasks.arithmetic import read_problems, words
 from kdpipe.errors import DataError, EngineError, PreflightError, RecipeError
 from kdpipe.models import prompting
 from kdpipe.models.prompting import PromptStyle, Text, prompt_style, render_prompt, render_teacher_prompt
@@ -62,7 +62,7 @@ def arithmetic():
 
 
 def test_arithmetic_texts_come_back_as_they_were_and_are_graded_right(arithmetic):
-    train, test = make_problems(ArithmeticTask(kind="arithmetic", max_operand=99, train_problems=1000))
+    train, test = read_problems(ArithmeticTask(kind="arithmetic", max_operand=99, train_problems=1000))
     for problem in train + test:
         prompt = render_prompt(arithmetic, PLAIN, problem)
         completion = text_of(arithmetic).reference(problem)
@@ -75,7 +75,7 @@ def test_arithmetic_texts_come_back_as_they_were_and_are_graded_right(arithmetic
 
 
 def test_arithmetic_prompts_and_completions_are_short(arithmetic):
-    train, _ = make_problems(ArithmeticTask(kind="arithmetic"))
+    train, _ = read_problems(ArithmeticTask(kind="arithmetic"))
     assert max(len(render_prompt(arithmetic, PLAIN, problem)) for problem in train) <= 26
     assert max(len(text_of(arithmetic).reference(problem)) for problem in train) <= 25
     assert 40 <= prompting.num_ids_in_use(arithmetic) <= 60

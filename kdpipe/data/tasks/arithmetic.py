@@ -38,10 +38,6 @@ class _Template:
     steps: tuple[tuple[str, ...], ...]
 
     @property
-    def num_operands(self) -> int:
-        return 3 if "{c}" in self.question else 2
-
-    @property
     def fields(self) -> dict[str, str | int | float]:
         """What a problem's record says beside question and solution."""
         signs = {sign for _, sign, _ in self.steps}
@@ -79,14 +75,7 @@ _TEMPLATES = (
 )
 
 
-def read_problems(
-    task: ArithmeticTask, _folder: Path, _hub_folder: Path | None
-) -> tuple[list[Problem], list[Problem]]:
-    """Train and test problems; see `make_problems`."""
-    return make_problems(task)
-
-
-def make_problems(task: ArithmeticTask) -> tuple[list[Problem], list[Problem]]:
+def read_problems(task: ArithmeticTask, *_: Path | None) -> tuple[list[Problem], list[Problem]]:
     """Train and test problems, the same for equal settings; test does not depend on the size of train.
 
     Raises DataError when more are asked for than there are.
@@ -134,7 +123,8 @@ def _take_turns(sources: list[Iterator[Problem]]) -> Iterator[Problem]:
 def _draw(template: _Template, task: ArithmeticTask, rng: random.Random) -> Iterator[Problem]:
     """Problems without ids for all operands whose results are 0 or more, in random order."""
     size, fields = task.max_operand, template.fields
-    for index in _permutation(size**template.num_operands, rng):
+    num_operands = 3 if "{c}" in template.question else 2
+    for index in _permutation(size**num_operands, rng):
         operands = {"a": index % size + 1, "b": index // size % size + 1, "c": index // size**2 + 1}
         lines, result = _solve(template, operands)
         if result < 0:

@@ -59,6 +59,7 @@ def read_problems(
 
 
 def _split_files(data: Path, split: str) -> list[Path]:
+    """One file, or all of those whose names say `-of-00003`; raises DataError when one is missing."""
     if not data.is_dir():
         raise DataError(
             f"{data}: no such folder", hint="task.data is a folder with GSM8K's files or a hub id"
@@ -68,8 +69,13 @@ def _split_files(data: Path, split: str) -> list[Path]:
             if (folder / name).is_file():
                 return [folder / name]
         shards = sorted(folder.glob(f"{split}-*.parquet"))
+        totals = {int(match[1]) for path in shards if (match := re.search(r"-of-(\d+)\.parquet$", path.name))}
+        if totals and totals != {len(shards)}:
+            names = ", ".join(path.name for path in shards)
+            raise DataError(
+                f"{folder}: found {names}, expected all files of one numbering", hint="copy the data again"
+            )
         if shards:
-            _check_complete(shards)
             return shards
     found = ", ".join(sorted(path.name for path in data.iterdir())[:8]) or "nothing"
     raise DataError(
@@ -77,17 +83,6 @@ def _split_files(data: Path, split: str) -> list[Path]:
         f"or {split}-*.parquet there or in its folder main",
         hint="copy GSM8K's files there, or write its hub id in task.data",
     )
-
-
-def _check_complete(shards: list[Path]) -> None:
-    """Raises DataError when the names say `-of-00003` and there are not three."""
-    totals = {int(match[1]) for path in shards if (match := re.search(r"-of-(\d+)\.parquet$", path.name))}
-    if totals and totals != {len(shards)}:
-        names = ", ".join(path.name for path in shards)
-        raise DataError(
-            f"{shards[0].parent}: found {names}, expected all files of one numbering",
-            hint="copy the data again",
-        )
 
 
 def _problem(record: DataRecord, prompt_id: str) -> Problem:
