@@ -64,7 +64,9 @@ class Engines:
         place, key = self._places[role], f"{name} {role}"
         if key not in self._engines:
             log = self._logs / f"{place.name}.log"
-            self._engines[key] = self._started(name, place, log)
+            device, environment = seen_alone(self._devices_of(name, place), os.environ)
+            hosting = Hosting(name, device, self._runtime, place.num_models)
+            self._engines[key] = WorkerEngine(hosting, log=log, environment=environment)
             note(
                 f"{place.name}: {name} on {place.device} in a process of its own, which logs to logs/{log.name}"
             )
@@ -98,11 +100,6 @@ class Engines:
         """Whether it is the engine of this process, whose models the trainer has too."""
         place = self._places[role]
         return name == "hf" and place.device == self._device and not place.has_own_process
-
-    def _started(self, name: EngineName, place: Place, log: Path) -> WorkerEngine:
-        device, environment = seen_alone(self._devices_of(name, place), os.environ)
-        hosting = Hosting(name, device, self._runtime, place.num_models)
-        return WorkerEngine(hosting, log=log, environment=environment)
 
     def _devices_of(self, name: EngineName, place: Place) -> list[torch.device]:
         """The device of a role's engine, and those that follow it where the model is spread over several."""

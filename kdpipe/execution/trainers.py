@@ -15,9 +15,10 @@ from kdpipe.models.cache import ModelCache
 from kdpipe.models.devices import resolve_dtype
 from kdpipe.models.folder import open_model, scratch_model
 from kdpipe.models.prompting import Text, arithmetic_tokenizer, num_ids_in_use
-from kdpipe.recipe.models import Scratch, Sft
+from kdpipe.recipe.models import Optimizer, Scratch, Sft, SftOptimizer
 from kdpipe.recipe.roles import EMA_ROLE, STUDENT_ROLE
 from kdpipe.recipe.schema import Recipe
+from kdpipe.recipe.section import DtypeName
 from kdpipe.stages.settings.stage import SftSettings, TrainSettings
 from kdpipe.store.stage import Stage
 from kdpipe.training.ema import Average
@@ -47,14 +48,7 @@ class Trainers:
         if settings.student is not None and lora is not None:
             target_names(network, lora)  # before it is trained for nothing
         start = model.sft or Sft(steps=1)
-        trainer = LocalTrainer(
-            network,
-            start.optimizer,
-            num_ids=text.num_ids,
-            horizon=start.steps,
-            compute=resolve_dtype(model.dtype, self._device)[0],
-            gradient_checkpointing=self._recipe.runtime.gradient_checkpointing,
-        )
+        trainer = self._fresh(network, start.optimizer, text, horizon=start.steps, dtype=model.dtype)
         if checkpoint is not None:
             trainer.restore(checkpoint / "trainer")
         return trainer
@@ -62,74 +56,59 @@ class Trainers:
     def student(
         self, inputs: Inputs, settings: TrainSettings, text: Text, checkpoint: Path | None
     ) -> LocalTrainer:
-        """The student with its optimizer: kept from the last round, from a checkpoint, or from disk."""
+        """The student, or its adapter, with its optimizer: kept, from a checkpoint, or from disk."""
         kept, self._kept = self._kept, None
-        if self._recipe.student.lora is not None:
-            return self._adapter(inputs, settings, text, checkpoint, kept)
-        return self._whole(inputs, settings, text, checkpoint, kept)
-
-    def _whole(
-        self,
-        inputs: Inputs,
-        settings: TrainSettings,
-        text: Text,
-        checkpoint: Path | None,
-        kept: LocalTrainer | None,
-    ) -> LocalTrainer:
-        """A student all of whose weights are trained."""
-        entry, name = inputs.origin(STUDENT_ROLE)
+        lora = self._recipe.student.lora
+        entry = inputs.origin(STUDENT_ROLE)[0] if lora is None else inputs.adapter(STUDENT_ROLE)
         manifest = entry.manifest() if entry else None
+        network = None if lora is None else self._shared(inputs)
+        if kept and network is not None and kept.model is not network:
+            kept = None  # the cache has opened another network since
         if checkpoint is None and kept and manifest and kept.version == manifest.payload_digest:
             return kept
-        opens = inputs.step.inputs[STUDENT_ROLE].opens if entry else ()
-        folder = entry.opened(*opens) if entry else inputs.folders[name]
-        weights = checkpoint / "model" if checkpoint else folder / "model" if entry else folder
-        network = self._network(weights, trust=settings.student.trust_remote_code)
-        trainer = self._fresh(network, settings, text)
+        if network is None:
+            network = self._whole(inputs, settings, checkpoint)
+        else:
+            if settings.lora is not None and settings.lora.seed is not None:  # it begins in this round
+                start_adapter(network, settings.lora, seed=derive_seed(settings.lora.seed, "lora"))
+            if checkpoint is not None:
+                read_adapter(network, checkpoint / "model")
+        optimizer, train = settings.train.optimizer, settings.train
+        rounds = optimizer.schedule_rounds or 1  # a constant schedule has no horizon
+        horizon = rounds * train.minibatches * train.epochs
+        trainer = self._fresh(network, optimizer, text, horizon=horizon, dtype=settings.student.dtype)
         if checkpoint is not None:
             trainer.restore(checkpoint / "trainer")
-        elif "trainer" in opens:
-            trainer.restore(folder / "trainer")
-        return trainer
-
-    def _adapter(
-        self,
-        inputs: Inputs,
-        settings: TrainSettings,
-        text: Text,
-        checkpoint: Path | None,
-        kept: LocalTrainer | None,
-    ) -> LocalTrainer:
-        """The student's adapter with its optimizer, on the network that also samples: nothing is there twice."""
-        source, entry = inputs.source(STUDENT_ROLE), inputs.adapter(STUDENT_ROLE)
-        if not self._cache.holds(source):
-            inputs.check_weights(STUDENT_ROLE)
-        model = self._cache.lend(source)
-        version = source.adapter.digest if source.adapter else None
-        # The cache may have opened another network since.
-        if checkpoint is None and kept and kept.version == version and kept.model is model:
-            return kept
-        if (lora := settings.lora) is not None and lora.seed is not None:  # it begins in this round
-            start_adapter(model, lora, seed=derive_seed(lora.seed, "lora"))
-        if checkpoint is not None:
-            read_adapter(model, checkpoint / "model")
-        trainer = self._fresh(model, settings, text)
-        if checkpoint is not None:
-            trainer.restore(checkpoint / "trainer")
-        elif entry is not None:
+        elif entry is not None and "trainer" in inputs.step.inputs[STUDENT_ROLE].opens:
             trainer.restore(entry.opened("trainer") / "trainer")
         return trainer
 
-    def _fresh(self, model: Any, settings: TrainSettings, text: Text) -> LocalTrainer:
-        """The student with a fresh optimizer."""
-        section = settings.train
-        rounds = section.optimizer.schedule_rounds or 1  # a constant schedule has no horizon
+    def _shared(self, inputs: Inputs) -> Any:
+        """The network that also samples, whose adapter is trained: nothing is there twice."""
+        source = inputs.source(STUDENT_ROLE)
+        if not self._cache.holds(source):
+            inputs.check_weights(STUDENT_ROLE)
+        return self._cache.lend(source)
+
+    def _whole(self, inputs: Inputs, settings: TrainSettings, checkpoint: Path | None) -> Any:
+        """A network all of whose weights are trained."""
+        entry, name = inputs.origin(STUDENT_ROLE)
+        if checkpoint is not None:
+            folder = checkpoint / "model"
+        else:
+            folder = entry.opened("model") / "model" if entry else inputs.folders[name]
+        return self._network(folder, trust=settings.student.trust_remote_code)
+
+    def _fresh(
+        self, network: Any, optimizer: Optimizer | SftOptimizer, text: Text, *, horizon: int, dtype: DtypeName
+    ) -> LocalTrainer:
+        """A trainer before its first of `horizon` optimizer steps."""
         return LocalTrainer(
-            model,
-            section.optimizer,
+            network,
+            optimizer,
             num_ids=text.num_ids,
-            horizon=rounds * section.minibatches * section.epochs,
-            compute=resolve_dtype(settings.student.dtype, self._device)[0],
+            horizon=horizon,
+            compute=resolve_dtype(dtype, self._device)[0],
             gradient_checkpointing=self._recipe.runtime.gradient_checkpointing,
         )
 

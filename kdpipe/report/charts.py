@@ -3,154 +3,105 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from kdpipe.method.statistics import Interval
-from kdpipe.recipe.roles import STUDENT
 from kdpipe.report.figure import Chart, Point, Series
-from kdpipe.results.measures import Evaluation, Measures
+from kdpipe.results.measures import Measures
 from kdpipe.store.stage import Stage
 
-STAGE_STYLES = {stage: (number - 1) % len(Stage) for number, stage in enumerate(Stage)}
-"""The colour of each stage, wherever stages are beside each other."""
+AROUND = "loading and saving"
+STYLES: dict[str, int] = {stage: (number - 1) % len(Stage) for number, stage in enumerate(Stage)}
+STYLES[AROUND] = len(Stage)
+"""The colour of each stage, and of what is around them, wherever they are beside each other."""
 
 
 def charts(measures: Measures) -> list[Chart]:
     """Those that have something to show."""
+    reward, length = (
+        _line(measures, f"rollout/{name}") for name in ("reward_mean", "completion_tokens_mean")
+    )
+    shares = _line(measures, "rollout/truncated_fraction")
+    is_low = all(point.value <= 0.25 for point in shares.points)
+    gradient = Series(
+        "",
+        [
+            Point(number, spread.mean, spread.low, spread.high)
+            for number, spread in sorted(measures.over_optimizer_steps("train/grad_norm").items())
+        ],
+    )
     found = [
         _reverse_kl(measures),
         _accuracy(measures),
-        _reward(measures),
-        _length(measures),
-        _truncated(measures),
-        _gradient(measures),
+        Chart("reward", "Reward", "mean of a round's samples", [reward], _number),
+        Chart("length", "Completion length", "tokens, mean", [length], _number),
+        Chart("truncated", "Truncated samples", "share", [shares], _share, ceiling=0.25 if is_low else 1.0),
+        Chart("gradient", "Gradient norm", "before clipping; mean, least, greatest", [gradient], _number),
         _mismatch(measures),
         _stage_seconds(measures),
         _speed(measures),
     ]
-    return [chart for chart in found if chart.has_points]
+    return [chart for chart in found if any(series.points for series in chart.series)]
 
 
 def _reverse_kl(measures: Measures) -> Chart:
-    held_out = [
-        _bounded(one.step.round, found)
-        for one in _of_student(measures)
-        if (found := one.reverse_kl) is not None
+    evaluated = [(one.step.round, one.reverse_kl) for one in measures.evaluations if one.is_student]
+    held_out = [_bounded(number, found) for number, found in evaluated if found is not None]
+    series = [
+        _line(measures, "score/reverse_kl_nats", label="training"),
+        Series("held out", held_out, style=1, marked=True),
     ]
-    return Chart(
-        "reverse-kl",
-        "Reverse KL",
-        "nats a token",
-        [
-            Series("training", _points(measures.by_round("score/reverse_kl_nats"))),
-            Series("held out", held_out, style=1, marked=True),
-        ],
-        _number,
-        bands="95% interval",
-    )
+    return Chart("reverse-kl", "Reverse KL", "nats a token", series, _number, bands="95% interval")
 
 
 def _accuracy(measures: Measures) -> Chart:
+    students = [_bounded(one.step.round, one.accuracy) for one in measures.evaluations if one.is_student]
     series = [
-        Series(
-            "student",
-            [_bounded(one.step.round, one.accuracy) for one in _of_student(measures)],
-            style=1,
-            marked=True,
-        )
+        Series("student", students, style=1, marked=True),
+        *(
+            Series(one.step.subject, [Point(0, one.accuracy.estimate)], style=2, reference=True)
+            for one in measures.teachers
+        ),
     ]
-    series += [
-        Series(one.step.subject, [Point(0, one.accuracy.estimate)], style=2, reference=True)
-        for one in measures.teachers
-    ]
-    return Chart(
-        "accuracy",
-        "Held-out accuracy",
-        "share of problems",
-        series,
-        _share,
-        bands="95% interval",
-        ceiling=1.0,
-    )
-
-
-def _reward(measures: Measures) -> Chart:
-    points = _points(measures.by_round("rollout/reward_mean"))
-    return Chart("reward", "Reward", "mean of a round's samples", [Series("", points)], _number)
-
-
-def _length(measures: Measures) -> Chart:
-    points = _points(measures.by_round("rollout/completion_tokens_mean"))
-    return Chart("length", "Completion length", "tokens, mean", [Series("", points)], _number)
-
-
-def _truncated(measures: Measures) -> Chart:
-    shares = measures.by_round("rollout/truncated_fraction")
-    ceiling = 0.25 if max(shares.values(), default=0.0) <= 0.25 else 1.0
-    lines = [Series("", _points(shares))]
-    return Chart("truncated", "Truncated samples", "share", lines, _share, ceiling=ceiling)
-
-
-def _gradient(measures: Measures) -> Chart:
-    points = [
-        Point(number, spread.mean, spread.low, spread.high)
-        for number, spread in sorted(measures.over_optimizer_steps("train/grad_norm").items())
-    ]
-    return Chart(
-        "gradient",
-        "Gradient norm",
-        "before clipping; mean, least, greatest",
-        [Series("", points)],
-        _number,
-        bands="",
-    )
+    title, unit = "Held-out accuracy", "share of problems"
+    return Chart("accuracy", title, unit, series, _share, bands="95% interval", ceiling=1.0)
 
 
 def _mismatch(measures: Measures) -> Chart:
-    names = {"largest": "train/mismatch_nats_max", "p99": "train/mismatch_nats_p99"}
+    largest = _line(measures, "train/mismatch_nats_max", label="largest")
+    p99 = _line(measures, "train/mismatch_nats_p99", label="p99", style=1)
     series = [
-        Series(label, [point for point in _points(measures.by_round(name)) if point.value > 0], style=style)
-        for style, (label, name) in enumerate(names.items())
+        replace(one, points=[point for point in one.points if point.value > 0]) for one in (largest, p99)
     ]
     return Chart("mismatch", "Sampler against trainer", "nats, log scale", series, _power, scale="log")
 
 
-def _short(stage: Stage) -> str:
-    return stage.removeprefix("teacher-")
-
-
 def _stage_seconds(measures: Measures) -> Chart:
-    series = [
-        Series(
-            _short(stage),
-            _points({number: value for number, value in found.items() if number > 0}),
-            style=style,
-        )
-        for stage, style in STAGE_STYLES.items()
-        if stage != Stage.SFT and (found := measures.summed_by_round(stage, "seconds"))
-    ]
-    series = [
-        Series(one.label, one.points, one.style, marked=one.label == Stage.EVALUATE and len(one.points) < 12)
-        for one in series
-    ]
+    series = []
+    for stage in Stage:
+        costs = measures.costs_by_round(stage)
+        points = _points({number: cost.seconds for number, cost in costs.items() if number > 0})
+        if costs and stage != Stage.SFT:
+            is_marked = stage == Stage.EVALUATE and len(points) < 12
+            series.append(Series(_short(stage), points, STYLES[stage], marked=is_marked))
     return Chart("stage-seconds", "Time per stage", "seconds", series, _seconds)
 
 
 def _speed(measures: Measures) -> Chart:
     series = []
     for stage in (Stage.ROLLOUT, Stage.TEACHER_SCORE, Stage.TRAIN):
-        seconds = measures.summed_by_round(stage, "seconds")
-        tokens = measures.summed_by_round(stage, "tokens")
-        rates = {
-            number: tokens[number] / seconds[number]
-            for number in seconds
-            if seconds[number] and tokens[number]
-        }
-        series.append(Series(_short(stage), _points(rates), style=STAGE_STYLES[stage]))
+        costs = measures.costs_by_round(stage).items()
+        rates = {number: cost.tokens / cost.seconds for number, cost in costs if cost.seconds and cost.tokens}
+        series.append(Series(_short(stage), _points(rates), style=STYLES[stage]))
     return Chart("speed", "Speed", "tokens a second", series, _count)
 
 
-def _of_student(measures: Measures) -> list[Evaluation]:
-    return [one for one in measures.evaluations if one.step.subject == STUDENT]
+def _short(stage: Stage) -> str:
+    return stage.removeprefix("teacher-")
+
+
+def _line(measures: Measures, name: str, *, label: str = "", style: int = 0) -> Series:
+    return Series(label, _points(measures.by_round(name)), style)
 
 
 def _bounded(number: int, interval: Interval) -> Point:

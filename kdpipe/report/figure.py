@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias
 from markupsafe import Markup, escape
 
 from kdpipe.method.statistics import Interval
+from kdpipe.results.measures import Cost
 from kdpipe.results.verdict import percent
 from kdpipe.results.visible_text import visible
 
@@ -86,11 +87,6 @@ class Chart:
     def caption(self) -> str:
         """What its numbers are."""
         return self.unit + (f"; {self.bands}" if self.bands else "")
-
-    @property
-    def has_points(self) -> bool:
-        """Whether there is anything to draw."""
-        return any(series.points for series in self.series)
 
 
 def rounds_of(charts: Sequence[Chart]) -> tuple[int, int]:
@@ -224,7 +220,7 @@ def _grid(axes: Axes, chart: Chart) -> list[Markup]:
     for tick in axes.ticks:
         y = axes.y(tick)
         kind = "axis" if tick == axes.ticks[0] else "grid"
-        marks.append(element("line", {"class": kind, "x1": LEFT, "x2": axes.right, "y1": y, "y2": y}))
+        marks.append(_segment(kind, (LEFT, axes.right), (y, y)))
         marks.append(element("text", {"class": "tick end", "x": LEFT - 6, "y": y + 3.5}, chart.show(tick)))
     for number in _round_ticks(axes.rounds):
         x = axes.x(number)
@@ -233,39 +229,23 @@ def _grid(axes: Axes, chart: Chart) -> list[Markup]:
 
 
 def _band(axes: Axes, series: Series) -> list[Markup]:
-    bounded = [point for point in thinned(series.points) if point.low is not None and point.high is not None]
+    bounded = [
+        (axes.x(point.round), axes.y(point.low), axes.y(point.high))
+        for point in thinned(series.points)
+        if point.low is not None and point.high is not None
+    ]
     if not bounded:
         return []
     if series.marked:
-        return [
-            element(
-                "line",
-                {
-                    "class": f"whisker s{series.style}",
-                    "x1": axes.x(point.round),
-                    "x2": axes.x(point.round),
-                    "y1": axes.y(point.low or 0.0),
-                    "y2": axes.y(point.high or 0.0),
-                },
-            )
-            for point in bounded
-        ]
-    upper = [(axes.x(point.round), axes.y(point.high or 0.0)) for point in bounded]
-    lower = [(axes.x(point.round), axes.y(point.low or 0.0)) for point in reversed(bounded)]
+        return [_segment(f"whisker s{series.style}", (x, x), (low, high)) for x, low, high in bounded]
+    upper, lower = [(x, high) for x, _, high in bounded], [(x, low) for x, low, _ in reversed(bounded)]
     return [element("polygon", {"class": f"band s{series.style}", "points": _pairs(upper + lower)})]
 
 
 def _line(axes: Axes, series: Series) -> list[Markup]:
     if series.reference:
         y = axes.y(series.points[0].value)
-        level: Attributes = {
-            "class": f"level s{series.style}",
-            "x1": LEFT,
-            "x2": axes.right,
-            "y1": y,
-            "y2": y,
-        }
-        return [element("line", level)]
+        return [_segment(f"level s{series.style}", (LEFT, axes.right), (y, y))]
     points = [(axes.x(point.round), axes.y(point.value)) for point in thinned(series.points)]
     parts = [element("polyline", {"class": f"line s{series.style}", "points": _pairs(points)})]
     if series.marked or len(points) == 1:
@@ -294,6 +274,10 @@ def _labels(axes: Axes, lines: Sequence[Series]) -> list[Markup]:
     ]
 
 
+def _segment(kind: str, x: tuple[float, float], y: tuple[float, float]) -> Markup:
+    return element("line", {"class": kind, "x1": x[0], "x2": x[1], "y1": y[0], "y2": y[1]})
+
+
 def _pairs(points: Sequence[tuple[float, float]]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
@@ -311,27 +295,13 @@ def interval_svg(found: Interval, *, style: int) -> Markup:
     return element(
         "svg",
         {"viewBox": "0 0 240 20", "class": "interval", "role": "img", "aria-label": spoken},
-        element("line", {"class": "grid", "x1": 4.0, "x2": 236.0, "y1": 10.0, "y2": 10.0}),
-        element(
-            "line",
-            {"class": f"whisker s{style}", "x1": x(found.low), "x2": x(found.high), "y1": 10.0, "y2": 10.0},
-        ),
+        _segment("grid", (4.0, 236.0), (10.0, 10.0)),
+        _segment(f"whisker s{style}", (x(found.low), x(found.high)), (10.0, 10.0)),
         element("circle", {"class": f"dot s{style}", "cx": x(found.estimate), "cy": 10.0, "r": 5.0}),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What a part of the run took; `style` is its colour."""
-
-    name: str
-    style: int
-    steps: int
-    seconds: float
-    tokens: float
-
-
-def shares_svg(shares: Sequence[Share]) -> Markup:
+def shares_svg(shares: Sequence[Cost], styles: Mapping[str, int]) -> Markup:
     """One bar of the whole width, cut by seconds; its segments are named by the table below it."""
     total = sum(share.seconds for share in shares) or 1.0
     names = [f"{share.name} {share.seconds / total:.0%}" for share in shares]
@@ -341,7 +311,7 @@ def shares_svg(shares: Sequence[Share]) -> Markup:
         width = 1000 * share.seconds / total
         place = {"x": at, "y": 0.0, "width": max(0.0, width - 2), "height": 18.0}
         title = element("title", {}, f"{share.name}: {share.seconds / total:.0%}")
-        segments.append(element("rect", {"class": f"share s{share.style}", **place}, title))
+        segments.append(element("rect", {"class": f"share s{styles[share.name]}", **place}, title))
         at += width
     return element(
         "svg",

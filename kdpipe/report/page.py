@@ -21,12 +21,12 @@ from markupsafe import Markup
 
 from kdpipe import __version__
 from kdpipe.pipeline.progress import duration
-from kdpipe.report.charts import STAGE_STYLES, charts
-from kdpipe.report.figure import Chart, Point, Share, chart_svg, interval_svg, rounds_of, shares_svg, thinned
+from kdpipe.report.charts import AROUND, STYLES, charts
+from kdpipe.report.figure import Chart, Point, chart_svg, interval_svg, rounds_of, shares_svg, thinned
 from kdpipe.report.stamp import NAME as STAMP_NAME
 from kdpipe.report.tokens_data import Titled, token_data
 from kdpipe.results.comparison import HEADER, ComparisonRow, cells_of, notes_on
-from kdpipe.results.measures import Evaluation, Measures
+from kdpipe.results.measures import Cost, Evaluation, Measures
 from kdpipe.results.verdict import model_name, nats, percent, points, signed, verdict, warnings
 from kdpipe.results.visible_text import visible
 
@@ -35,7 +35,6 @@ MAX_TOKEN_BYTES = 2_300_000
 MARGIN_BYTES = 20_000
 MAX_TABLE_ROWS = 60
 MAX_RECIPE_CHARACTERS = 60_000
-AROUND_STYLE = 5
 MANY = re.compile(r"(pass|maj)_at_[0-9]+")
 
 
@@ -98,6 +97,7 @@ def _template() -> Template:
         "shares_svg": shares_svg,
         "stamp_name": STAMP_NAME,
         "style": style,
+        "styles": STYLES,
         "version": __version__,
     }
     return environment.get_template("page.html.j2", globals=own)
@@ -145,7 +145,7 @@ def _shown(measures: Measures, drawn: Sequence[Chart]) -> dict[str, object]:
         "charts": [(chart, chart_svg(chart, rounds)) for chart in drawn],
         "numbers": _numbers(drawn),
         "readouts": _readouts(drawn),
-        "shares": _shares(measures),
+        "costs": _costs(measures),
         "mismatch": _mismatch(measures),
         "recipe_text": _recipe_text(measures),
         "provenance": [(name, ", ".join(values)) for name, values in measures.provenance().items()],
@@ -159,14 +159,11 @@ def _several_samples(evaluations: Sequence[Evaluation]) -> list[str]:
     return sorted(names, key=lambda name: (name.partition("_")[0] != "pass", int(name.rpartition("_")[2])))
 
 
-def _shares(measures: Measures) -> list[Share]:
+def _costs(measures: Measures) -> list[Cost]:
     """What each stage took, and last what the steps took around them: no step of its own."""
-    found = [
-        Share(cost.stage, STAGE_STYLES[cost.stage], cost.steps, cost.seconds, cost.tokens)
-        for cost in measures.costs()
-    ]
+    found = measures.costs()
     if found and (around := measures.seconds_around()):
-        found.append(Share("loading and saving", AROUND_STYLE, 0, around, 0.0))
+        found.append(Cost(AROUND, 0, around, 0.0))
     return found
 
 

@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 from pydantic import JsonValue
 
-from kdpipe.data.payload import GRADES_FILE
-from kdpipe.data.tables import GRADES, read_rows
 from kdpipe.errors import ArtifactError, DataError
 from kdpipe.method import statistics
 from kdpipe.method.statistics import Interval
 from kdpipe.pipeline.runs import RunFolder
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import resolved
-from kdpipe.results.measures import cost_of
+from kdpipe.results.measures import cost_of, right_fractions
 from kdpipe.store.artifacts import MANIFEST, linked_entry
 from kdpipe.store.stage import Stage
 from kdpipe.store.step import link_name_of
@@ -214,7 +212,7 @@ def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contende
     links = [link for link in done if last_round is None or link.round <= last_round]
     evaluated = [link for link in links if link.name == link_name_of(Stage.EVALUATE, STUDENT)]
     seconds, tokens, dtypes = dict[str, float](), dict[str, float](), set[str]()
-    found: tuple[int, dict[str, list[bool]]] | None = None
+    found: tuple[int, dict[str, float], int] | None = None
     for link in links:
         entry, document = linked_entry(link.target)
         stage, manifest = str(document["stage"]), entry.manifest()
@@ -224,16 +222,10 @@ def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contende
         seconds[stage] = seconds.get(stage, 0.0) + took
         tokens[stage] = tokens.get(stage, 0.0) + read
         if link in evaluated:
-            rows = read_rows(
-                entry.opened(GRADES_FILE) / GRADES_FILE, GRADES, columns=["prompt_id", "correct"]
-            )
-            grades: dict[str, list[bool]] = {}
-            for row in rows:
-                grades.setdefault(row["prompt_id"], []).append(row["correct"])
-            found = (link.round, grades)
+            found = (link.round, *right_fractions(entry))
     if found is None:
         raise DataError(f"{run.name}: no student was evaluated yet", hint=f"kdpipe run {run.name}")
-    number, grades = found
+    number, correct, samples = found
     settings = dict(_flat({key: value for key, value in resolved(recipe).items() if key not in SEEDLESS}))
     if recipe.student.dtype == "auto":
         settings["student.dtype"] = f"auto ({', '.join(sorted(dtypes))})"
@@ -241,8 +233,8 @@ def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contende
         run=run.name,
         seed=recipe.seed,
         round=number,
-        samples=max(map(len, grades.values())),
-        correct={key: sum(values) / len(values) for key, values in grades.items()},
+        samples=samples,
+        correct=correct,
         settings=settings,
         seconds=seconds,
         tokens=tokens,

@@ -16,6 +16,7 @@ from kdpipe.pipeline.project import Project, summary_of
 from kdpipe.pipeline.requirements import Headroom, headroom_of
 from kdpipe.pipeline.status import State
 from kdpipe.recipe.roles import STUDENT
+from kdpipe.store.artifacts import Entry
 from kdpipe.store.manifest import Manifest
 from kdpipe.store.metric import METRICS, Metric, read_metrics
 from kdpipe.store.stage import Stage
@@ -25,71 +26,60 @@ Values: TypeAlias = "dict[int, float]"
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
-    """One evaluation's summary.json, and what to call the model."""
+class Summary:
+    """An evaluation's summary.json."""
+
+    summary: Mapping[str, Any]
+
+    def interval(self, *names: str, unit: str = "") -> Interval | None:
+        """The first of these that it has."""
+        found = self.summary
+        for name in names:
+            if f"{name}{unit}" in found:
+                return Interval(found[f"{name}{unit}"], found[f"{name}_low"], found[f"{name}_high"])
+        return None
+
+    @property
+    def accuracy(self) -> Interval:
+        """With Wilson's interval."""
+        found = self.interval("accuracy")
+        assert found is not None
+        return found
+
+    @property
+    def accuracy_change(self) -> Interval | None:
+        """The paired difference to student 0."""
+        return self.interval("accuracy_change")
+
+    @property
+    def reverse_kl(self) -> Interval | None:
+        """The held-out reverse KL in nats a token, from whole distributions where they were at hand."""
+        return self.interval("reverse_kl_exact", "reverse_kl", unit="_nats")
+
+    @property
+    def reverse_kl_change(self) -> Interval | None:
+        """Its paired difference to student 0."""
+        return self.interval("reverse_kl_exact_change", "reverse_kl_change", unit="_nats")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation(Summary):
+    """The summary of a step, and what to call the model."""
 
     label: str
     step: Step
-    summary: Mapping[str, Any]
 
     @property
     def is_student(self) -> bool:
         """Whether it is one of the student."""
         return self.step.subject == STUDENT
 
-    @property
-    def accuracy(self) -> Interval:
-        """The accuracy with Wilson's interval."""
-        return accuracy_of(self.summary)
-
-    @property
-    def reverse_kl(self) -> Interval | None:
-        """The held-out reverse KL in nats a token, from whole distributions where they were at hand."""
-        return reverse_kl_of(self.summary)
-
-    @property
-    def accuracy_change(self) -> Interval | None:
-        """The paired difference to student 0."""
-        return interval_of(self.summary, "accuracy_change")
-
-    @property
-    def reverse_kl_change(self) -> Interval | None:
-        """The paired difference to student 0."""
-        return reverse_kl_change_of(self.summary)
-
-    def interval(self, name: str) -> Interval | None:
-        """What the summary says of this, if it does."""
-        return interval_of(self.summary, name)
-
-
-def accuracy_of(summary: Mapping[str, Any]) -> Interval:
-    """The accuracy in an evaluation's summary.json, with Wilson's interval."""
-    return Interval(summary["accuracy"], summary["accuracy_low"], summary["accuracy_high"])
-
-
-def reverse_kl_of(summary: Mapping[str, Any]) -> Interval | None:
-    """The held-out reverse KL in nats a token, from whole distributions where they were at hand."""
-    return interval_of(summary, "reverse_kl_exact", "reverse_kl", unit="_nats")
-
-
-def reverse_kl_change_of(summary: Mapping[str, Any]) -> Interval | None:
-    """Its paired difference to student 0."""
-    return interval_of(summary, "reverse_kl_exact_change", "reverse_kl_change", unit="_nats")
-
-
-def interval_of(summary: Mapping[str, Any], *names: str, unit: str = "") -> Interval | None:
-    """The first of these that the summary has."""
-    for name in names:
-        if f"{name}{unit}" in summary:
-            return Interval(summary[f"{name}{unit}"], summary[f"{name}_low"], summary[f"{name}_high"])
-    return None
-
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one stage took in the steps that are done."""
+    """What some steps took that are done, of one stage where it is named after one."""
 
-    stage: Stage
+    name: str
     steps: int
     seconds: float
     tokens: float
@@ -134,18 +124,13 @@ class Measures:
     @cached_property
     def evaluations(self) -> list[Evaluation]:
         """Those that are done, in the order of the plan."""
-        names = {0: "student before"}
-        return [
-            Evaluation(
-                names.get(step.round, f"student after round {step.round}")
-                if step.subject == STUDENT
-                else step.subject,
-                step,
-                summary,
-            )
-            for step in self.done
-            if step.stage == Stage.EVALUATE and (summary := summary_of(self.project, step.id)) is not None
-        ]
+        found = []
+        for step in self.done:
+            if step.stage == Stage.EVALUATE and (summary := summary_of(self.project, step.id)) is not None:
+                student = f"student after round {step.round}" if step.round else "student before"
+                label = student if step.subject == STUDENT else step.subject
+                found.append(Evaluation(summary, label, step))
+        return found
 
     @property
     def before(self) -> Evaluation | None:
@@ -193,11 +178,7 @@ class Measures:
         """The fraction of right samples of each problem."""
         if (known := self._known_fractions.get(evaluation.step.id)) is not None:
             return known
-        path = self.project.store.entry(evaluation.step).opened(GRADES_FILE) / GRADES_FILE
-        found: dict[str, list[bool]] = defaultdict(list)
-        for row in read_rows(path, GRADES, columns=["prompt_id", "correct"]):
-            found[row["prompt_id"]].append(row["correct"])
-        fractions = {key: sum(values) / len(values) for key, values in found.items()}
+        fractions, _ = right_fractions(self.project.store.entry(evaluation.step))
         self._known_fractions[evaluation.step.id] = fractions
         return fractions
 
@@ -225,26 +206,33 @@ class Measures:
             if values
         }
 
-    def summed_by_round(self, stage: Stage, what: str) -> Values:
-        """Seconds or tokens of a stage in each round, all of its steps together."""
-        found: dict[int, float] = defaultdict(float)
-        for step in self.done:
-            if step.stage == stage:
-                found[step.round] += getattr(self._took(step), what)
-        return dict(found)
-
     # costs
 
-    def costs(self) -> list[Cost]:
-        """What each stage took, in the order of the stages; a reused step costs what it took once."""
-        return [
-            Cost(stage, len(took), sum(one.seconds for one in took), sum(one.tokens for one in took))
-            for stage in Stage
-            if (took := [self._took(step) for step in self.done if step.stage == stage])
-        ]
+    def costs_by_round(self, stage: Stage) -> dict[int, Cost]:
+        """What a stage took in each round, all of its steps together; a reused step costs what it took once."""
+        found: dict[int, Cost] = {}
+        for step in self.done:
+            if step.stage == stage:
+                before = found.get(step.round, Cost(stage, 0, 0.0, 0.0))
+                seconds, tokens = cost_of(self.rows[step.id])
+                found[step.round] = Cost(
+                    stage, before.steps + 1, before.seconds + seconds, before.tokens + tokens
+                )
+        return found
 
-    def _took(self, step: Step) -> Cost:
-        return Cost(step.stage, 1, *cost_of(self.rows[step.id]))
+    def costs(self) -> list[Cost]:
+        """What each stage took, in the order of the stages."""
+        by_stage = {stage: self.costs_by_round(stage).values() for stage in Stage}
+        return [
+            Cost(
+                stage,
+                sum(cost.steps for cost in costs),
+                sum(cost.seconds for cost in costs),
+                sum(cost.tokens for cost in costs),
+            )
+            for stage, costs in by_stage.items()
+            if costs
+        ]
 
     def seconds_around(self) -> float | None:
         """Seconds of this run's steps that no stage measured: loading, comparing digests, saving."""
@@ -289,7 +277,14 @@ def last(values: Values) -> float | None:
 def cost_of(rows: Sequence[Metric]) -> tuple[float, float]:
     """Seconds and tokens that a step took, from its metrics."""
     found = {row.name.partition("/")[0]: row.value for row in rows if row.optimizer_step is None}
-    seconds = float(found.get("time", 0.0))
-    return seconds, float(
-        found.get("speed", 0.0)
-    ) * seconds  # the rate was made by dividing through these seconds
+    seconds = found.get("time", 0.0)
+    return seconds, found.get("speed", 0.0) * seconds  # the rate was made by dividing through these seconds
+
+
+def right_fractions(evaluated: Entry) -> tuple[dict[str, float], int]:
+    """The fraction of right samples of each problem of an evaluation, and how many samples one has."""
+    path = evaluated.opened(GRADES_FILE) / GRADES_FILE
+    found: dict[str, list[bool]] = defaultdict(list)
+    for row in read_rows(path, GRADES, columns=["prompt_id", "correct"]):
+        found[row["prompt_id"]].append(row["correct"])
+    return {key: sum(values) / len(values) for key, values in found.items()}, max(map(len, found.values()))

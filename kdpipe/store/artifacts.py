@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,15 +166,7 @@ class Entry:
         if not gone:
             return 0
         dropped = tuple(sorted({*manifest.dropped, *(f.path for f in gone)}))
-        changed = Manifest(
-            manifest.fingerprint,
-            manifest.files,
-            manifest.inputs,
-            manifest.payload_digest,
-            dropped,
-            manifest.provenance,
-        )
-        write_json(self.folder / MANIFEST, changed.to_json())
+        write_json(self.folder / MANIFEST, replace(manifest, dropped=dropped).to_json())
         remove(self.folder / prefix)
         return sum(f.bytes for f in gone)
 
@@ -227,11 +219,8 @@ class Store:
 
     def entry(self, step: Step) -> Entry:
         """The place of `step`'s artifacts."""
-        return self.entry_of(step.stage, step.fingerprint, step.id)
-
-    def entry_of(self, stage: str, fingerprint: str, step_id: str) -> Entry:
-        """The place of a step's artifacts by its parts."""
-        return Entry(Path(f"{self.workspace}/store/{stage}/{fingerprint[:16]}"), step_id, fingerprint)
+        folder = Path(f"{self.workspace}/store/{step.stage}/{step.fingerprint[:16]}")
+        return Entry(folder, step.id, step.fingerprint)
 
     @property
     def root(self) -> Path:
@@ -344,14 +333,13 @@ class Draft:
         ]
         files.sort(key=lambda file: file.path)
         payload: JsonValue = [[file.path, file.sha256] for file in files if file.path != METRICS]
-        digest = digest_of(payload)
         manifest = Manifest(
-            self._entry.fingerprint,
-            tuple(files),
-            dict(inputs),
-            digest,
-            (),
-            {**provenance, "step": self._step.id},
+            fingerprint=self._entry.fingerprint,
+            files=tuple(files),
+            inputs=dict(inputs),
+            payload_digest=digest_of(payload),
+            dropped=(),
+            provenance={**provenance, "step": self._step.id},
         )
         write_json(self.folder / MANIFEST, manifest.to_json())
         tidy(self._entry, manifest)

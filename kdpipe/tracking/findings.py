@@ -9,14 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdpipe.method.statistics import Interval
 from kdpipe.pipeline.requirements import headroom_of
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import Recipe
-from kdpipe.results.measures import accuracy_of, interval_of, reverse_kl_change_of, reverse_kl_of
+from kdpipe.results.measures import Summary
 from kdpipe.results.verdict import effect, nats, p_text, percent, points, signed
-
-Summary = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +25,11 @@ class Findings:
     teachers: Mapping[str, Summary]
 
     @classmethod
-    def of(cls, summaries: Sequence[Summary]) -> Findings:
+    def of(cls, summaries: Sequence[Mapping[str, Any]]) -> Findings:
         """Those among `summaries`."""
-        students = {one["round"]: one for one in summaries if one["model"] == STUDENT}
+        students = {one["round"]: Summary(one) for one in summaries if one["model"] == STUDENT}
         last = max(students, default=0)
-        teachers = {one["model"]: one for one in summaries if one["model"] != STUDENT}
+        teachers = {one["model"]: Summary(one) for one in summaries if one["model"] != STUDENT}
         return cls(students.get(0), students[last] if last else None, teachers)
 
     def tags(self, recipe: Recipe) -> dict[str, str]:
@@ -41,15 +38,19 @@ class Findings:
         if self.before is not None:
             found["student.before"] = _accuracy(self.before)
         if self.after is not None:
-            found["student.after"] = f"{_accuracy(self.after)}, round {self.after['round']}"
-            if (change := interval_of(self.after, "accuracy_change")) is not None:
-                found["student.gain"] = _gain(self.after, change)
-                found["result"] = effect(change, reverse_kl_change_of(self.after))[1]
+            summary = self.after.summary
+            found["student.after"] = f"{_accuracy(self.after)}, round {summary['round']}"
+            if (change := self.after.accuracy_change) is not None:
+                interval = f"paired 95% interval {points(change.low)} to {points(change.high)}"
+                p_value = p_text(summary.get("accuracy_change_p_value"))
+                gain = f"{points(change.estimate)} points ({interval}{p_value})"
+                found["student.gain"] = f"{gain} on {summary['problems']} problems"
+                found["result"] = effect(change, self.after.reverse_kl_change)[1]
         for teacher in recipe.teachers:
-            if (summary := self.teachers.get(teacher.name)) is not None:
+            if (own := self.teachers.get(teacher.name)) is not None:
                 suffix = "" if len(recipe.teachers) == 1 else f".{teacher.name}"
-                found[f"teacher.accuracy{suffix}"] = _accuracy(summary)
-                found[f"headroom{suffix}"] = headroom_of(teacher, summary).sentence()
+                found[f"teacher.accuracy{suffix}"] = _accuracy(own)
+                found[f"headroom{suffix}"] = headroom_of(teacher, own.summary).sentence()
         return found
 
     def note(self, recipe: Recipe) -> str:
@@ -58,7 +59,7 @@ class Findings:
         students = [("student before", self.before), ("student after", self.after)]
         shown = [(label, one) for label, one in (*students, *self.teachers.items()) if one is not None]
         lines = [f"**{found['result']}** {found['student.gain']}.", ""] if "result" in found else []
-        accuracies = [f"{label} {percent(accuracy_of(one).estimate)}" for label, one in shown]
+        accuracies = [f"{label} {percent(one.accuracy.estimate)}" for label, one in shown]
         lines += [f"Accuracy: {', '.join(accuracies)}.", ""]
         columns = ("", "accuracy", "95% interval", "reverse KL, nats a token", "cut at the length limit")
         table = [
@@ -70,25 +71,19 @@ class Findings:
 
 
 def _accuracy(summary: Summary) -> str:
-    found = accuracy_of(summary)
+    found = summary.accuracy
     return f"{percent(found.estimate)} ({percent(found.low)} to {percent(found.high)})"
 
 
-def _gain(summary: Summary, change: Interval) -> str:
-    interval = f"paired 95% interval {points(change.low)} to {points(change.high)}"
-    p_value = p_text(summary.get("accuracy_change_p_value"))
-    return f"{points(change.estimate)} points ({interval}{p_value}) on {summary['problems']} problems"
-
-
 def _row(label: str, summary: Summary) -> list[str]:
-    accuracy, divergence, change = accuracy_of(summary), reverse_kl_of(summary), reverse_kl_change_of(summary)
+    accuracy, divergence, change = summary.accuracy, summary.reverse_kl, summary.reverse_kl_change
     moved = "" if change is None else f" ({signed(change.estimate)})"
     return [
         label,
         percent(accuracy.estimate),
         f"{percent(accuracy.low)} to {percent(accuracy.high)}",
         "" if divergence is None else f"{nats(divergence.estimate)}{moved}",
-        percent(summary["truncated_fraction"]),
+        percent(summary.summary["truncated_fraction"]),
     ]
 
 

@@ -184,7 +184,7 @@ def test_gradient_norms_are_those_of_the_optimizer_steps_of_a_round(project: Pro
 
 
 def test_tokens_of_a_stage_are_those_of_its_rows(project: Project) -> None:
-    costs = {cost.stage: cost for cost in Measures(project).costs()}
+    costs = {cost.name: cost for cost in Measures(project).costs()}
     sampled = sum(
         len(row["completion_token_ids"])
         for number in (1, 2)

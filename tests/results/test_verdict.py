@@ -23,8 +23,8 @@ class Told:
         names = ("reverse_kl_change_nats", "reverse_kl_change_low", "reverse_kl_change_high")
         after |= dict(zip(names, kl, strict=True))
         step: Any = type("Step", (), {"round": 4, "subject": "student"})()
-        self.before = Evaluation("student before", step, summary)
-        self.after = Evaluation("student after", step, {**summary, **after})
+        self.before = Evaluation(summary, "student before", step)
+        self.after = Evaluation({**summary, **after}, "student after", step)
         self.teachers: list[Evaluation] = []
 
     def flips(self, _first: Evaluation, _second: Evaluation) -> tuple[int, int]:
