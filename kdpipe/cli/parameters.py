@@ -4,9 +4,8 @@ import functools
 import inspect
 import shlex
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Concatenate, NamedTuple, ParamSpec
 
 import typer
 
@@ -65,8 +64,7 @@ def folder_at(named: Path) -> Path:
     return place_of(named).resolve()
 
 
-@dataclass(frozen=True, slots=True)
-class Given:
+class Given(NamedTuple):  # a dataclass would take a hundredth of what `kdpipe --help` does
     """What a command was given: a recipe or run, how to change it, where runs are, how to print."""
 
     recipe: str
@@ -81,7 +79,7 @@ class Given:
 
     def varied(self, changes: Iterable[str]) -> "Given":
         """The same with further changes to the recipe."""
-        return replace(self, overrides=(*self.overrides, *changes))
+        return self._replace(overrides=(*self.overrides, *changes))
 
     def load(self) -> "LoadedRecipe":
         """The recipe of a file, a shipped one or that of a run, changed as --set says; raises RecipeError."""
