@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kdpipe.cli.parameters import Given, on_recipe
-from kdpipe.cli.terminal import Paint, Style, counted, inert, painter, print_json
+from kdpipe.cli.terminal import Paint, Style, counted, painter, print_json
+from kdpipe.results.visible_text import visible
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.status import State
@@ -55,7 +56,7 @@ def plan(given: Given) -> None:
     lines = plan_lines(project.run.name, states, horizon=_horizon(project.recipe), paint=painter(sys.stdout))
     if project.recipe.train.objective.has_kd:
         lines += _kept_bytes(project.recipe)
-    lines += [f"unresolved until the first run fetches and pins it: {inert(name)}" for name in unresolved]
+    lines += [f"unresolved until the first run fetches and pins it: {visible(name)}" for name in unresolved]
     print("\n".join(lines))
 
 
@@ -146,4 +147,4 @@ def _state_line(state: "State", paint: Paint, width: int) -> str:
     if state.dropped:
         notes.append(f"dropped: {', '.join(sorted(state.dropped))}")
     verdict = paint(f"{state.verdict:<8}" if notes else state.verdict, colours[state.verdict])
-    return f"  {state.step.id:<{width}}{verdict}{inert('; '.join(notes))}"
+    return f"  {state.step.id:<{width}}{verdict}{visible('; '.join(notes))}"

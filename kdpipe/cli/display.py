@@ -17,7 +17,6 @@ from kdpipe.cli.terminal import (
     Paint,
     aligned,
     counted,
-    inert,
     is_terminal,
     painter,
     print_event,
@@ -25,6 +24,7 @@ from kdpipe.cli.terminal import (
 from kdpipe.pipeline.progress import Pace, duration, pace_words
 from kdpipe.pipeline.request import Noted, Performed, StepEvent, Waiting, Warned
 from kdpipe.pipeline.runs import RunFolder
+from kdpipe.results.visible_text import visible
 from kdpipe.store.step import Step
 from kdpipe.workers.pulse import Progressed
 
@@ -66,7 +66,7 @@ class Terminal:
             case Waiting():
                 self._say(f"{step.id}: another run is making it; waiting to reuse it")
             case Noted(text=text):
-                self._say(inert(text))
+                self._say(visible(text))
             case Warned(text=text):
                 self.warn(text)
             case Progressed():
@@ -95,7 +95,7 @@ class Terminal:
 
     def warn(self, message: str) -> None:
         """Prints a warning."""
-        self._say(f"{self._paint('warning:', 'yellow')} {inert(message)}")
+        self._say(f"{self._paint('warning:', 'yellow')} {visible(message)}")
 
     def stop(self) -> None:
         """Removes the live line."""
@@ -129,11 +129,9 @@ class JsonLines:
     """Shows a run to a program: one JSON document a line, on stdout."""
 
     def begin(self, run: RunFolder, todo: int, reused: int) -> None:
-        """See Terminal."""
         print_event("begin", run=run.name, folder=str(run.path), todo=todo, reused=reused)
 
     def step_begins(self, step: Step) -> None:
-        """See Terminal."""
         print_event("step begins", step=step.id, fingerprint=step.fingerprint)
 
     def step_event(self, step: Step, event: StepEvent) -> None:
@@ -145,15 +143,12 @@ class JsonLines:
                 self.warn(text)
 
     def step_ends(self, step: Step, result: Performed) -> None:
-        """See Terminal."""
         print_event("step ends", step=step.id, **asdict(result))
 
     def round_ends(self, number: int, rounds: int, metrics: dict[str, float]) -> None:
-        """See Terminal."""
         print_event("round ends", round=number, rounds=rounds, metrics=metrics)
 
     def warn(self, message: str) -> None:
-        """See Terminal."""
         print_event("warning", message=message)
 
     def stop(self) -> None:

@@ -20,8 +20,9 @@ from kdpipe.cli.parameters import (
     on_recipe,
     workspace_at,
 )
-from kdpipe.cli.terminal import COLUMNS, Paint, Style, counted, inert, painter, print_json
+from kdpipe.cli.terminal import COLUMNS, Paint, Style, counted, painter, print_json
 from kdpipe.errors import PreflightError
+from kdpipe.results.visible_text import visible
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -215,7 +216,7 @@ def doctor_lines(run: str, findings: "Sequence[Finding]", paint: Paint) -> list[
     summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in COLOURS if counts[verdict])
     lines = [f"{paint(run, 'bold')}: {counted(len(findings), 'probe')}: {summary}"]
     for about, group in itertools.groupby(findings, lambda finding: finding.about):
-        lines += ["", paint(inert(about), "bold")]
+        lines += ["", paint(visible(about), "bold")]
         lines += [line for finding in group for line in _finding_lines(finding, width, paint)]
     return lines
 
@@ -223,7 +224,7 @@ def doctor_lines(run: str, findings: "Sequence[Finding]", paint: Paint) -> list[
 def _finding_lines(finding: "Finding", width: int, paint: Paint) -> list[str]:
     """A probe with its verdict, what it found, its numbers and, of a failure, what it catches."""
     indent = " " * (width + 13)
-    lines = _indented(inert(finding.said), indent)
+    lines = _indented(visible(finding.said), indent)
     shown = paint(f"{finding.verdict:<7}", COLOURS[finding.verdict])
     lines[0] = f"  {finding.probe:<{width}}  {shown}  {lines[0].strip()}"
     lines += _indented(", ".join(map(_limited, finding.measures)), indent)
@@ -247,7 +248,7 @@ def estimate_lines(found: "Estimate | NoEstimate", paint: Paint, *, free_bytes: 
     from kdpipe.doctor.estimate import NoEstimate
 
     if isinstance(found, NoEstimate):
-        return [f"what it takes is unknown: {inert(found.problem)}"]
+        return [f"what it takes is unknown: {visible(found.problem)}"]
     lines = [paint("takes (completions of full length, nothing compressed, activations roughly)", "bold")]
     parameters = ", ".join(f"{name} {_short_count(count)}" for name, count in found.parameters.items())
     lines.append(f"  parameters  {parameters}")

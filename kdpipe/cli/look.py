@@ -16,9 +16,10 @@ from kdpipe.cli.parameters import (
     recipe_names,
     workspace_at,
 )
-from kdpipe.cli.terminal import inert, painter, print_json, shown
+from kdpipe.cli.terminal import painter, print_json, shown
 from kdpipe.errors import PreflightError, RecipeError
 from kdpipe.recipe.place import place_of
+from kdpipe.results.visible_text import visible
 from kdpipe.store.stage import Stage
 
 if TYPE_CHECKING:
@@ -100,13 +101,13 @@ def _status_lines(project: "Project", found: "Overview", paint: "Paint") -> list
     if rounds_done:
         metrics = round_metrics(project, rounds_done)
         lines.append(round_line(rounds_done, project.recipe.rounds, metrics))
-    lines += [f"teacher {one.teacher}: {inert(one.sentence())}" for one in headrooms(project)]
+    lines += [f"teacher {one.teacher}: {visible(one.sentence())}" for one in headrooms(project)]
     if found.running:
         lines.append(progress_line(found))
     elif left:
-        lines.append(f"next: {left[0].step.id}{'; ' + inert(left[0].why) if left[0].why else ''}")
+        lines.append(f"next: {left[0].step.id}{'; ' + visible(left[0].why) if left[0].why else ''}")
     if not found.running and project.recipe.tracking.enabled:
-        lines += map(inert, waiting(project.run.path))
+        lines += map(visible, waiting(project.run.path))
     return lines
 
 

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from kdpipe.cli.terminal import COLUMNS, Paint, Style, inert
+from kdpipe.cli.terminal import COLUMNS, Paint, Style
 from kdpipe.pipeline.progress import Progress, duration, pace_words, read_progress
 from kdpipe.pipeline.project import Project
 from kdpipe.pipeline.runs import RunEvent
 from kdpipe.pipeline.status import State
+from kdpipe.results.visible_text import visible
 from kdpipe.store.locks import is_running
 
 Cell = Literal["done", "running", "stale", "to do", "damaged"]
@@ -123,7 +124,7 @@ def grid_lines(found: Overview, paint: Paint) -> list[str]:
             row = [cells.get((name, number)) for number in block]
             if any(row):
                 marks = "".join(paint(*MARKS[cell]) if cell else " " for cell in row)
-                lines.append(f"  {inert(name):<{width}}  {marks}".rstrip())
+                lines.append(f"  {visible(name):<{width}}  {marks}".rstrip())
     used = [cell for cell in MARKS if cell in cells.values()]
     legend = "   ".join(f"{paint(*MARKS[cell])} {cell}" for cell in used)
     return [*lines, f"  {'':<{width}}  {legend}"]
@@ -138,4 +139,4 @@ def progress_line(found: Overview) -> str:
     at = found.progress
     age = time.time() - at.at
     reported = f", reported {age:.0f} s ago" if age > 10 else ""
-    return inert(f"now: {at.step}, {pace_words(at)}{reported}{whole}")
+    return visible(f"now: {at.step}, {pace_words(at)}{reported}{whole}")

@@ -15,8 +15,9 @@ from kdpipe.cli.parameters import (
     on_recipe,
     recipe_names,
 )
-from kdpipe.cli.terminal import inert, print_error, print_event, print_json, say
+from kdpipe.cli.terminal import print_error, print_event, print_json, say
 from kdpipe.errors import Interrupted, KdpipeError, StepError
+from kdpipe.results.visible_text import visible
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.runner import Request
@@ -205,4 +206,4 @@ def print_rows(rows: "Sequence[ComparisonRow]", *, markdown: bool) -> None:
     from kdpipe.cli.comparison_table import markdown_lines, text_lines
 
     lines = markdown_lines(rows) if markdown else text_lines(rows)
-    print("\n".join(map(inert, lines)))
+    print("\n".join(map(visible, lines)))

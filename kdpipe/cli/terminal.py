@@ -1,6 +1,6 @@
 """What commands print: results to stdout, errors and progress to stderr.
 
-Colours and control codes appear on terminals only. Model text is shown through `inert`, which strips
+Colours and control codes appear on terminals only. Model text is shown through `visible`, which strips
 whatever a terminal would act on.
 """
 
@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
+
+from kdpipe.results.visible_text import visible
 
 if TYPE_CHECKING:
     from kdpipe.errors import KdpipeError
@@ -44,12 +46,6 @@ def is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def inert(text: str) -> str:
-    """Model or data text without control characters, so that a terminal shows it and does nothing else."""
-    kept = (c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
-    return "".join(kept)
-
-
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:
     """The rows of a table as lines: the first column begins at the left, all others end at the right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -68,13 +64,13 @@ def print_error(error: KdpipeError) -> None:
     paint = painter(sys.stderr)
     stopped = error.exit_code > 128
     label = paint("stopped:", "yellow") if stopped else paint("error:", "red")
-    lines = [f"{label} {inert(error.message)}"]
+    lines = [f"{label} {visible(error.message)}"]
     if error.hint:
-        lines.append(f"  {inert(error.hint)}")
+        lines.append(f"  {visible(error.hint)}")
     if (stopped or error.exit_code in (1, 5)) and len(sys.argv) > 1:
         program = Path(sys.argv[0]).name
         command = shlex.join(["kdpipe" if program == "__main__.py" else program, *sys.argv[1:]])
-        lines.append(f"  everything finished is kept; to continue: {inert(command)}")
+        lines.append(f"  everything finished is kept; to continue: {visible(command)}")
     print("\n".join(lines), file=sys.stderr)
 
 
@@ -90,14 +86,14 @@ def print_event(event: str, **fields: object) -> None:
 
 def say(text: str) -> None:
     """Prints a line of progress to stderr."""
-    print(inert(text), file=sys.stderr)
+    print(visible(text), file=sys.stderr)
 
 
 def shown(path: Path) -> str:
     """The path as a person would type it from here."""
     with contextlib.suppress(OSError, ValueError):  # where "here" was removed, or is elsewhere
         path = path.relative_to(Path.cwd())
-    return inert(str(path))
+    return visible(str(path))
 
 
 def watch_lines(look: Callable[[], tuple[list[str], bool]]) -> None:

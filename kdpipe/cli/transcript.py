@@ -2,7 +2,7 @@
 
 Where piped, the largest are listed with their numbers.
 Orange backgrounds: the student is surer than the teacher; blue: the teacher is. Lines are broken between tokens. Model
-and data text passes through `inert` before anything of ours is put around it.
+and data text passes through `visible` before anything of ours is put around it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 
 from rich.cells import cell_len, chop_cells
 
-from kdpipe.cli.terminal import COLUMNS, Paint, inert
+from kdpipe.cli.terminal import COLUMNS, Paint
 from kdpipe.results.completions import Change, GradedCompletion, Token
 from kdpipe.results.samples import Sample, Samples
+from kdpipe.results.visible_text import visible
 
 EDGES = (0.1, 0.5, 1.5, 4.0)
 """Nats from which a shade begins, as on the page."""
@@ -32,7 +33,7 @@ def transcript_lines(found: Samples, paint: Paint, *, coloured: bool) -> list[st
     """All of it as lines of at most 80 columns."""
     counted = f"{len(found.shown)} of {found.matching} completions"
     rest = "" if found.matching == found.total else f", of {found.total} altogether"
-    lines = [f"{paint(inert(found.step), 'bold')}: {counted}{rest}"]
+    lines = [f"{paint(visible(found.step), 'bold')}: {counted}{rest}"]
     if coloured and any(token.gap is not None for one in found.shown for token in one.completion.tokens):
         lines += _legend()
     for sample in found.shown:
@@ -60,7 +61,7 @@ def _sample_lines(sample: Sample, paint: Paint, *, coloured: bool) -> list[str]:
     found = "no answer" if completion.answer is None else f"found {completion.answer}"
     cut = ", cut at the length limit" if completion.is_truncated else ""
     outcome = f"expected {completion.expected or '?'}, {found}{cut}"
-    lines += [paint(line, "dim") for line in _ours(inert(outcome))]
+    lines += [paint(line, "dim") for line in _ours(visible(outcome))]
     if is_scored:
         lines += _disagreements(completion.tokens, paint)
     if completion.change is not None:
@@ -74,7 +75,7 @@ def _heading(completion: GradedCompletion, paint: Paint) -> list[str]:
     grade = paint("right", "green") if completion.is_right else paint("wrong", "red")
     which = "reference text" if completion.source == "reference" else f"sample {completion.sample}"
     which += " of the teacher" if completion.source == "teacher" else ""
-    return [f"{paint(f'{inert(completion.prompt_id)} {which}', 'bold')}: {grade}"]
+    return [f"{paint(f'{visible(completion.prompt_id)} {which}', 'bold')}: {grade}"]
 
 
 def _change_lines(change: Change, paint: Paint) -> list[str]:
@@ -103,7 +104,7 @@ def _token_lines(tokens: Sequence[Token], *, coloured: bool) -> Iterator[str]:
     width = COLUMNS - len(MARK)
     line, used = "", 0
     for token in tokens:
-        pieces = inert(token.piece.text).split("\n")
+        pieces = visible(token.piece.text).split("\n")
         for number, piece in enumerate(pieces):
             if number:
                 yield line + (_shaded("↵", token.gap) if coloured else "")
@@ -158,7 +159,7 @@ def _disagreements(tokens: Sequence[Token], paint: Paint) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    shown = inert(text.replace("\n", "\\n").replace("\t", "\\t"))
+    shown = visible(text.replace("\n", "\\n").replace("\t", "\\t"))
     return f"'{shown}'" if len(shown) <= 12 else f"'{shown[:11]}…'"
 
 
@@ -175,7 +176,7 @@ def _ours(text: str) -> list[str]:
 def _wrapped(text: str, mark: str) -> list[str]:
     """Each line of a text after a mark, so that model text cannot pass for ours."""
     lines: list[str] = []
-    for line in inert(text).split("\n"):
+    for line in visible(text).split("\n"):
         lines += [
             f"{mark}{piece}"
             for piece in textwrap.wrap(line, COLUMNS - len(MARK), drop_whitespace=False) or [""]

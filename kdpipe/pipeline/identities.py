@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,7 @@ from kdpipe.pipeline.plan import UNRESOLVED, Identities
 from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.recipe.place import place_of
 from kdpipe.recipe.roles import STUDENT
-from kdpipe.recipe.schema import ModelTeacher, ServedTeacher, Student, Teacher
+from kdpipe.recipe.schema import ModelTeacher, ServedTeacher, Student
 from kdpipe.recipe.task import Gsm8kTask
 from kdpipe.store.durable import file_digest, write_json
 from kdpipe.store.sealed import seal_value, unseal_value
@@ -54,7 +55,7 @@ class Sources:
 
     def identities(self) -> Identities:
         """What the recipe's models and data are; raises RecipeError or DataError when a local one is missing."""
-        models = {name: self._model(model) for name, model in self._models() if _named(model) is not None}
+        models = {role: self._model(named) for role, named in self._named().items()}
         task = self.loaded.recipe.task
         data: dict[str, Fields]
         if isinstance(task, Gsm8kTask) and (hub := hub_id(task, self.loaded.folder)):
@@ -74,11 +75,10 @@ class Sources:
     def fetch(self) -> dict[str, Path]:
         """Folders of every model by role, and of hub data as "data"; downloads and pins what is not here."""
         folders: dict[str, Path] = {}
-        for name, model in self._models():
-            if (named := _named(model)) is not None:
-                local = _local_folder(named.name, self.loaded.folder)
-                kind: Kind = "model" if named.served is None else "tokenizer"
-                folders[name] = local or self._download(named.name, named.revision, kind=kind)
+        for role, named in self._named().items():
+            local = _local_folder(named.name, self.loaded.folder)
+            kind: Kind = "model" if named.served is None else "tokenizer"
+            folders[role] = local or self._download(named.name, named.revision, kind=kind)
         task = self.loaded.recipe.task
         if isinstance(task, Gsm8kTask) and (hub := hub_id(task, self.loaded.folder)):
             folders["data"] = self._download(hub, task.revision, kind="dataset")
@@ -86,13 +86,12 @@ class Sources:
 
     def tokenizer_file(self, role: str) -> Path | None:
         """The tokenizer.json of a named model if it is on this machine; downloads nothing."""
-        named = next((_named(model) for name, model in self._models() if name == role), None)
-        if named is None:
+        if (named := self._named().get(role)) is None:
             return None
         if (folder := _local_folder(named.name, self.loaded.folder)) is not None:
             path = folder / "tokenizer.json"
             return path if path.is_file() else None
-        commit = self._pinned(_pin_key(named.name, named.revision), named.revision)
+        commit = self._pinned(named.name, named.revision)
         if commit is None:
             return None
         from huggingface_hub import try_to_load_from_cache
@@ -100,52 +99,48 @@ class Sources:
         found = try_to_load_from_cache(named.name, "tokenizer.json", revision=commit)
         return Path(found) if isinstance(found, str) else None
 
-    def _models(self) -> list[tuple[str, Student | Teacher]]:
-        recipe = self.loaded.recipe
-        return [(STUDENT, recipe.student), *((teacher.name, teacher) for teacher in recipe.teachers)]
+    def _named(self) -> dict[str, _Named]:
+        """What the recipe's models name, by role; without those that a step or the student makes."""
+        recipe, found = self.loaded.recipe, dict[str, _Named]()
+        for role, model in ((STUDENT, recipe.student), *((one.name, one) for one in recipe.teachers)):
+            match model:
+                case ServedTeacher(server=server):
+                    found[role] = _Named(server.tokenizer, server.revision, server.model)
+                case ModelTeacher(model=name) | Student(model=str(name)):
+                    found[role] = _Named(name, model.revision)
+        return found
 
-    def _model(self, model: Student | Teacher) -> Fields:
-        named = _named(model)
-        assert named is not None
+    def _model(self, named: _Named) -> Fields:
+        """What a model is; of a served one its name there, and what the tokenizer beside it is."""
+        served: Fields = {} if named.served is None else {"served": named.served}
         folder = _local_folder(named.name, self.loaded.folder)
-        if named.served is not None:
-            return {"served": named.served, **self._tokenizer(named, folder)}
         if folder is None:
-            return self._hub_identity(named.name, named.revision)
-        files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_SUFFIXES)
-        if not any(path.name == "config.json" for path in files):
+            return served | self._hub_identity(named.name, named.revision)
+        suffixes = TEXT_SUFFIXES if served else MODEL_SUFFIXES
+        files = sorted(path for path in folder.iterdir() if path.suffix in suffixes)
+        if served and not any(path.name.startswith("tokenizer") for path in files):
+            raise RecipeError(
+                f"{folder}: no tokenizer: tokenizer.json is missing",
+                hint="name the folder or hub id of the model that the server runs in teachers[].server.tokenizer",
+            )
+        if not served and not any(path.name == "config.json" for path in files):
             raise RecipeError(
                 f"{folder}: not a model folder: config.json is missing",
                 hint="name a folder that transformers' save_pretrained wrote",
             )
         require_own_files(folder)
-        return {"digest": self._digest_of(files)}
-
-    def _tokenizer(self, named: _Named, folder: Path | None) -> Fields:
-        """What the tokenizer beside a served model is, and what the recipe calls the weights there."""
-        if folder is None:
-            return self._hub_identity(named.name, named.revision)
-        files = sorted(path for path in folder.iterdir() if path.suffix in TEXT_SUFFIXES)
-        if not any(path.name.startswith("tokenizer") for path in files):
-            raise RecipeError(
-                f"{folder}: no tokenizer: tokenizer.json is missing",
-                hint="name the folder or hub id of the model that the server runs in teachers[].server.tokenizer",
-            )
-        require_own_files(folder)
-        return {"digest": self._digest_of(files), "revision": named.revision}
-
-    def _digest_of(self, files: list[Path]) -> str:
         parts: JsonValue = [[path.name, self._digest(path)] for path in files]
-        return hashlib.sha256(canonical(parts)).hexdigest()
+        digest = hashlib.sha256(canonical(parts)).hexdigest()
+        return {**served, "digest": digest, **({"revision": named.revision} if served else {})}
 
     def _hub_identity(self, name: str, revision: str | None) -> Fields:
-        return {"hub": name, "revision": self._pinned(_pin_key(name, revision), revision) or UNRESOLVED}
+        return {"hub": name, "revision": self._pinned(name, revision) or UNRESOLVED}
 
-    def _pinned(self, key: str, revision: str | None) -> str | None:
+    def _pinned(self, name: str, revision: str | None) -> str | None:
         """The commit that `revision` is or was pinned to."""
-        if _is_commit(revision):
+        if re.fullmatch(r"[0-9a-f]{40}", revision or ""):
             return revision
-        pin = self._pins.get(key)
+        pin = self._pins.get(_pin_key(name, revision))
         return pin if isinstance(pin, str) else None
 
     def _digest(self, path: Path) -> str:
@@ -168,14 +163,14 @@ class Sources:
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 
-        key = _pin_key(("datasets/" if kind == "dataset" else "") + name, revision)
+        pinned = f"datasets/{name}" if kind == "dataset" else name
         repo_type = "dataset" if kind == "dataset" else "model"
         try:
-            commit = self._pinned(key, revision)
+            commit = self._pinned(pinned, revision)
             if commit is None:
                 commit = HfApi().repo_info(name, revision=revision, repo_type=repo_type).sha
                 assert commit is not None
-                self._pins[key] = commit
+                self._pins[_pin_key(pinned, revision)] = commit
                 self.workspace.mkdir(parents=True, exist_ok=True)
                 write_json(self.workspace / "pins.json", seal_value(PINS, self._pins))
             suffixes = TEXT_SUFFIXES if kind == "tokenizer" else MODEL_SUFFIXES
@@ -199,16 +194,6 @@ class _Named:
     served: str | None = None
 
 
-def _named(model: Student | Teacher) -> _Named | None:
-    """What the section of a model names; None where a step or the student makes it."""
-    match model:
-        case ServedTeacher(server=server):
-            return _Named(server.tokenizer, server.revision, server.model)
-        case ModelTeacher(model=name) | Student(model=str(name)):
-            return _Named(name, model.revision)
-    return None
-
-
 def _local_folder(name: str, folder: Path) -> Path | None:
     """The local folder that `name` means, or None for a hub id."""
     path = place_of(name, folder).resolve()
@@ -220,10 +205,6 @@ def _local_folder(name: str, folder: Path) -> Path | None:
             hint="fix student.model, teachers[].model or teachers[].server.tokenizer in the recipe",
         )
     return None
-
-
-def _is_commit(revision: str | None) -> bool:
-    return revision is not None and len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
 
 
 def _pin_key(name: str, revision: str | None) -> str:

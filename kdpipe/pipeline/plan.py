@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from pydantic import JsonValue
@@ -58,28 +59,26 @@ class Identities:
 
     def unresolved(self) -> list[str]:
         """Hub names whose commit is not known yet: their fingerprints will change with the first run."""
-        found = {
-            str(fields["hub"])
-            for fields in (*self.models.values(), *self.data.values())
-            if _is_unresolved(fields)
-        }
-        return sorted(found)
+        known = (*self.models.values(), *self.data.values())
+        return sorted({str(fields["hub"]) for fields in known if fields.get("revision") == UNRESOLVED})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """Every step of the recipe, in the order they run."""
 
     steps: tuple[Step, ...]
-    _by_id: Mapping[str, Step] = field(init=False, repr=False, compare=False)
-    _by_round: Mapping[int, list[Step]] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        by_round: dict[int, list[Step]] = {}
+    @cached_property
+    def _by_id(self) -> Mapping[str, Step]:
+        return {step.id: step for step in self.steps}
+
+    @cached_property
+    def _by_round(self) -> Mapping[int, list[Step]]:
+        found: dict[int, list[Step]] = {}
         for step in self.steps:
-            by_round.setdefault(step.round, []).append(step)
-        object.__setattr__(self, "_by_id", {step.id: step for step in self.steps})
-        object.__setattr__(self, "_by_round", by_round)
+            found.setdefault(step.round, []).append(step)
+        return found
 
     def in_round(self, number: int) -> Sequence[Step]:
         """The steps of one round, in running order."""
@@ -104,10 +103,6 @@ class Plan:
             if candidate.id in wanted:
                 wanted.update(source.step_id for source in candidate.inputs.values())
         return tuple(candidate for candidate in self.steps if candidate.id in wanted)
-
-
-def _is_unresolved(fields: Fields) -> bool:
-    return fields.get("revision") == UNRESOLVED
 
 
 def run_hash(recipe: Recipe) -> str:

@@ -90,11 +90,9 @@ def _older_steps(project: Project) -> tuple[Step, ...] | None:
 def summary_of(project: Project, step_id: str) -> Fields | None:
     """The summary.json of an evaluation, or None when it is not done (or not in the plan)."""
     for step in project.plan.steps:
-        if step.id == step_id:
-            entry = project.store.entry(step)
-            if entry.manifest() is not None:
-                summary: Fields = entry.read_json(SUMMARY_FILE)
-                return summary
+        if step.id == step_id and (entry := project.store.entry(step)).manifest() is not None:
+            summary: Fields = entry.read_json(SUMMARY_FILE)
+            return summary
     return None
 
 

@@ -106,11 +106,11 @@ def headroom_of(teacher: Teacher, summary: Mapping[str, Any]) -> Headroom:
 
 def headrooms(project: Project) -> list[Headroom]:
     """Those of the teachers whose evaluation is done, in the order of the recipe."""
-    found = [
-        (teacher, summary_of(project, step_id_of(Stage.EVALUATE, teacher.name, 0)))
+    return [
+        headroom_of(teacher, summary)
         for teacher in project.recipe.teachers
+        if (summary := summary_of(project, step_id_of(Stage.EVALUATE, teacher.name, 0))) is not None
     ]
-    return [headroom_of(teacher, summary) for teacher, summary in found if summary is not None]
 
 
 def require_headroom(project: Project) -> None:
@@ -137,7 +137,11 @@ def require_space(project: Project, folders: Mapping[str, Path], step: Step) -> 
         copies = 5 if project.recipe.ema_decay is None else 7
         if step.round == 1 and project.recipe.student.lora is not None:
             copies = 1  # no adapter is there yet to judge by; all that one writes is less than the model
-        need += copies * max(map(_model_bytes, _model_folders(project, folders, step)), default=0)
+        sizes = (
+            sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            for folder in _model_folders(project, folders, step)
+        )
+        need += copies * max(sizes, default=0)
     free = shutil.disk_usage(project.workspace).free
     if free < need:
         raise StepError(
@@ -152,7 +156,3 @@ def _model_folders(project: Project, folders: Mapping[str, Path], step: Step) ->
     has_adapter = step.round > 1 and project.recipe.student.lora is not None
     if (name := step.subject or STUDENT) in folders and not has_adapter:
         yield folders[name]
-
-
-def _model_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

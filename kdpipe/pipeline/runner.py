@@ -123,7 +123,7 @@ class _Run:
                 is_gated = True
                 require_headroom(project)
             project.run.link(step, project.store.entry(step))  # from now on gc leaves it
-            state = inspect(project.store, step, self.digests)
+            state = self._state(step)
             if state.done and step.id not in self.again:
                 self._reuse(step)
             else:
@@ -148,9 +148,10 @@ class _Run:
         if state.verdict == "damaged" and step.id not in self.again:
             hint = f"rebuild it and what depends on it: repeat the run with --force {step.id}"
             raise ArtifactError(state.why, hint=state.hint or hint)
-        for origin in self.schedule.sorted(must_restore(self.project.plan, {step.id}, self._dropped)):
+        origins = must_restore(self.project.plan, {step.id}, lambda source: self._state(source).dropped)
+        for origin in self.schedule.sorted(origins):
             self.worker.perform(origin, anew=True)
-            self.digests[origin.id] = self._digest(origin)
+            self.digests[origin.id] = self._state(origin).digest
             self.retention.note(origin, self.project.store.entry(origin))
         self.worker.examine(step)
         self.worker.perform(step, anew=step.id in self.again or state.verdict == "stale")
@@ -160,14 +161,11 @@ class _Run:
         self.mirror.nudge()
 
     def _finish(self, step: Step) -> None:
-        digest = self.digests[step.id] = self._digest(step)
+        digest = self.digests[step.id] = self._state(step).digest
         self.schedule.finish(step, changed=self.before[step.id] not in (None, digest))
 
-    def _digest(self, step: Step) -> str | None:
-        return inspect(self.project.store, step, self.digests).digest
-
-    def _dropped(self, step: Step) -> Collection[str]:
-        return inspect(self.project.store, step, self.digests).dropped
+    def _state(self, step: Step) -> State:
+        return inspect(self.project.store, step, self.digests)
 
 
 def _performed_again(

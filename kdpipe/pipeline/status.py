@@ -6,7 +6,6 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from kdpipe.errors import ArtifactError
@@ -76,9 +75,11 @@ def states_of(plan: Plan, store: Store) -> list[State]:
 
 def survey(plan: Plan, store: Store, recipe: Recipe) -> list[State]:
     """The state of every step, with the reason where it is not done."""
-    history = _History(store.workspace, recipe)
+    own = run_folder(store.workspace, recipe)
+    others = [run for run in all_runs(store.workspace) if run.name.rpartition("-")[0] == recipe.name]
+    runs = [own, *(run for run in others if run.path != own.path)] if own.path.is_dir() else others
     return [
-        _explained(state, history, store) if state.verdict == "to do" and not state.why else state
+        _explained(state, runs, store) if state.verdict == "to do" and not state.why else state
         for state in states_of(plan, store)
     ]
 
@@ -86,24 +87,7 @@ def survey(plan: Plan, store: Store, recipe: Recipe) -> list[State]:
 # ------------------------------------------------------------------------------------------- reasons
 
 
-class _History:
-    """The fingerprint documents of earlier versions of a step, from runs of the same name."""
-
-    def __init__(self, workspace: Path, recipe: Recipe) -> None:
-        own = run_folder(workspace, recipe)
-        others = [run for run in all_runs(workspace) if run.path != own.path]
-        named = [run for run in others if run.name.rpartition("-")[0] == recipe.name]
-        self.runs: list[RunFolder] = [run for run in (own, *named) if run.path.is_dir()]
-
-    def earlier(self, step: Step) -> dict[str, Any] | None:
-        for run in self.runs:
-            document = run.linked_document(step)
-            if document is not None and document.get("fingerprint") != step.fingerprint:
-                return document
-        return None
-
-
-def _explained(state: State, history: _History, store: Store) -> State:
+def _explained(state: State, runs: list[RunFolder], store: Store) -> State:
     step = state.step
     names = [piece.path.name for piece in store.entry(step).pieces()]
     checkpoints = [name for name in names if name.startswith(CHECKPOINT)]
@@ -112,17 +96,17 @@ def _explained(state: State, history: _History, store: Store) -> State:
     if checkpoints:
         number = int(checkpoints[-1].removeprefix(CHECKPOINT))
         return State(step, "to do", f"goes on from optimizer step {number}", None, frozenset())
-    earlier = history.earlier(step)
-    if earlier is None:
-        return state
-    return State(step, "stale", _difference(earlier, step), None, frozenset())
+    for earlier in filter(None, (run.linked_document(step) for run in runs)):
+        if earlier.get("fingerprint") != step.fingerprint:
+            return State(step, "stale", _difference(earlier, step), None, frozenset())
+    return state
 
 
 def _difference(earlier: Mapping[str, Any], step: Step) -> str:
     """The difference of two fingerprint documents: format, or fields, or else inputs."""
     if (old_format := earlier.get("format")) != step.document["format"]:  # its fields have other names
         return f"format: {old_format} -> {step.document['format']} (made by another version of kdpipe)"
-    old, new = dict(_leaves(earlier.get("fields", {}))), dict(_leaves(step.document["fields"]))
+    old, new = dict(leaves(earlier.get("fields", {}))), dict(leaves(step.document["fields"]))
     reasons = [
         f"{name}: {_short(old.get(name))} -> {_short(new.get(name))}"
         for name in sorted(old.keys() | new.keys())
@@ -139,10 +123,14 @@ def _difference(earlier: Mapping[str, Any], step: Step) -> str:
     return "; ".join(reasons[:MAX_REASONS]) + more
 
 
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _leaves(item, f"{name}.{key}" if name else key)
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a document that hold no others by name, each under its dotted name."""
+    items = value
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = dict(enumerate(value))
+    if isinstance(items, dict) and items:
+        for key, item in items.items():
+            yield from leaves(item, f"{name}.{key}" if name else key)
     else:
         yield name, value
 

@@ -20,6 +20,7 @@ from pydantic import JsonValue
 from kdpipe.data.payload import SUMMARY_FILE
 from kdpipe.errors import ArtifactError
 from kdpipe.pipeline.runs import RunFolder
+from kdpipe.pipeline.status import leaves
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import Recipe, resolved
 from kdpipe.store.durable import TEMPORARY, parse_json
@@ -159,10 +160,10 @@ def _texts(step: DoneStep, headline: str) -> Iterator[Item]:
     def send_table(run: MlflowRun) -> None:
         from kdpipe.tracking.tables import table_of
 
-        table = table_of(step, headline)
-        run.log_table(f"tables/{kind}-{at}.json", table.text)
-        if table.rows < table.of:
-            run.set_tags({f"tables.{kind}": f"the first {table.rows} of {table.of}, round {step.round}"})
+        table, shown, total = table_of(step, headline)
+        run.log_table(f"tables/{kind}-{at}.json", table)
+        if shown < total:
+            run.set_tags({f"tables.{kind}": f"the first {shown} of {total}, round {step.round}"})
 
     at = f"round-{step.round:03d}"
     name = f"evaluate/{at}-{step.subject}"
@@ -236,16 +237,10 @@ def authorship() -> dict[str, str]:
     return tags
 
 
-def flatten(value: JsonValue, name: str = "") -> Iterator[tuple[str, str]]:
+def flatten(value: JsonValue) -> Iterator[tuple[str, str]]:
     """The leaves of a resolved recipe as MLflow takes them: dotted names, shortened text."""
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from flatten(item, f"{name}.{key}" if name else key)
-    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        for index, item in enumerate(value):
-            yield from flatten(item, f"{name}.{index}")
-    else:
-        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    for name, leaf in leaves(value):
+        text = leaf if isinstance(leaf, str) else json.dumps(leaf, sort_keys=True)
         yield re.sub(r"[^\w. :-]", "_", name)[:MAX_NAME], shortened(text)
 
 

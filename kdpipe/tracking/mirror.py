@@ -49,12 +49,8 @@ RETRY_SECONDS, PAUSE_RATIO = 30.0, 9.0
 class NoMirror:
     """Mirrors nothing: `tracking.enabled: false`."""
 
-    def nudge(self) -> None:
-        """Does nothing."""
-
-    def finish(self, status: str, *, hurry: Callable[[], bool] = lambda: False) -> str | None:
-        """Does nothing."""
-        return None
+    def nudge(self) -> None: ...
+    def finish(self, status: str, *, hurry: Callable[[], bool]) -> str | None: ...
 
 
 class MlflowMirror:
@@ -248,7 +244,7 @@ def settle(workspace: Path, *, seconds: float = 30.0) -> list[str]:
     try:
         for request in unsettled(workspace):
             with contextlib.suppress(KdpipeError):  # left unsettled, which the next command sees again
-                _ask(worker, request, on_event=lambda _: None, tick=check_time)
+                _ask(worker, request, tick=check_time)
                 settled.append(request.folder.name)
     finally:
         worker.kill()
@@ -266,12 +262,10 @@ def _ask(
     worker: MirrorWorker,
     request: MirrorRequest,
     *,
-    on_event: Callable[[Alive], None],
+    on_event: Callable[[Alive], None] = lambda _: None,
     tick: Callable[[], None],
-) -> MirrorResult:
-    """The result of one call of the mirror's process."""
+) -> None:
+    """Has the mirror's process do what is asked; its first call needs a database that is whole."""
     if worker.pid is None:
         require_database(request.workspace, request.tracking.uri)
-    result = worker.call(request, on_event=on_event, tick=tick)
-    assert result is not None  # it was not asked to stop
-    return result
+    worker.call(request, on_event=on_event, tick=tick)

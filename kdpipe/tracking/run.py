@@ -34,8 +34,7 @@ from kdpipe.store.locks import locked
 from kdpipe.tracking.memory import ARTIFACTS, DATABASE, Memory, MirrorRequest, Status, database_uri
 from kdpipe.tracking.steps import MetricRow, event_times
 
-MAX_METRICS = 1000  # in one batch
-MAX_PARAMS = 100  # or tags, in one batch
+MAX_METRICS = 1000  # in one call, so that each is answered soon
 MAX_TAG = 8000  # characters; MLflow cuts what is longer
 NOTE, NOTE_DIGEST = "mlflow.note.content", "kdpipe.note"  # the run's description, and which one was ours
 PARENT = "mlflow.parentRunId"
@@ -138,9 +137,7 @@ class MlflowRun:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Sets those that are not so already."""
         changed = {key: value for key, value in tags.items() if self._tags.get(key) != value}
-        entities = [RunTag(key, value) for key, value in changed.items()]
-        for start in range(0, len(entities), MAX_PARAMS):
-            self._client.log_batch(self.id, tags=entities[start : start + MAX_PARAMS])
+        self._client.log_batch(self.id, tags=[RunTag(key, value) for key, value in changed.items()])
         self._tags |= changed
 
     def set_note(self, text: str) -> None:
@@ -154,11 +151,7 @@ class MlflowRun:
         """Logs params that are not there yet, as a changed one would raise; returns those that are refused."""
         leaves = {key: without_secret(value, self._uri) for key, value in params.items()}
         new = [Param(key, value) for key, value in leaves.items() if key not in self._params]
-        return [
-            param.key
-            for start in range(0, len(new), MAX_PARAMS)
-            for param in self._refused(new[start : start + MAX_PARAMS])
-        ]
+        return [param.key for param in self._refused(new)]
 
     def _refused(self, params: Sequence[Param]) -> list[Param]:
         """Logs params together, or where MLflow refuses them by halves; returns those that it refuses alone."""

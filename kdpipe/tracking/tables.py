@@ -7,7 +7,6 @@ escaped: text is data.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 from kdpipe.data.payload import GRADES_FILE, ROLLOUTS_FILE
@@ -23,19 +22,10 @@ FIRST = ["question", "text"]  # the page aligns runs by the first column and sho
 LAST = ["correct", "expected", "finish_reason", "prompt_id", "sample"]
 
 
-@dataclass(frozen=True, slots=True)
-class TextTable:
-    """A table's JSON, and how many rows it has of how many."""
+def table_of(step: DoneStep, headline: str) -> tuple[str, int, int]:
+    """The table's JSON of a rollout or evaluation, how many rows it has, and of how many.
 
-    text: str
-    rows: int
-    of: int
-
-
-def table_of(step: DoneStep, headline: str) -> TextTable:
-    """The table of a rollout or evaluation; `headline` says which answer is graded.
-
-    Raises ArtifactError on damage.
+    `headline` says which answer is graded. Raises ArtifactError on damage.
     """
     answer = f"answer_{headline}"
     if step.stage == Stage.EVALUATE:
@@ -47,7 +37,7 @@ def table_of(step: DoneStep, headline: str) -> TextTable:
     shown = [[_cell(row[name]) for name in columns] for row in rows[:limit]]
     names = [*("completion" if name == "text" else name for name in columns), "round"]
     document = {"columns": names, "data": [[*row, step.round] for row in shown]}
-    return TextTable(json.dumps(document, allow_nan=False), len(shown), len(rows))
+    return json.dumps(document, allow_nan=False), len(shown), len(rows)
 
 
 def _cell(value: Any) -> Any:

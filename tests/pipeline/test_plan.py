@@ -16,7 +16,7 @@ from pydantic import BaseModel, JsonValue, ValidationError
 
 from kdpipe.errors import RecipeError
 from kdpipe.pipeline.plan import Identities, Plan, make_plan, run_hash
-from kdpipe.pipeline.status import _leaves
+from kdpipe.pipeline.status import leaves
 from kdpipe.recipe.roles import Role
 from kdpipe.recipe.schema import ModelTeacher, Recipe, ServedTeacher, Student
 from kdpipe.store.step import canonical
@@ -892,7 +892,7 @@ def test_a_documents_fields_have_one_name_each_so_that_a_difference_can_be_told(
     for step in plan_of(RECIPES[name]).steps:
         fields = step.document["fields"]
         assert isinstance(fields, dict)
-        names = [leaf for leaf, _ in _leaves(fields)]
+        names = [leaf for leaf, _ in leaves(fields)]
         assert len(names) == len(set(names)), step.id
 
 
