@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import ValidationError
 
 from kdpipe.errors import RecipeError
 from kdpipe.recipe.place import place_of
 from kdpipe.recipe.schema import Recipe
+from kdpipe.recipe.section import Section
 from kdpipe.recipe.yaml_source import Document, dotted, read_yaml
 
 if TYPE_CHECKING:
-    from pydantic.json_schema import JsonSchemaValue
     from pydantic_core import ErrorDetails
 
 
@@ -123,37 +122,28 @@ def _explain(document: Document, item: ErrorDetails) -> str:
     return f"{where}{message}" + (f" (found {found})" if is_leaf and found else "")
 
 
-@functools.cache
-def _json_schema() -> JsonSchemaValue:
-    return Recipe.model_json_schema(by_alias=True)
-
-
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """The keys allowed beside the unknown one at `location`, read from the JSON Schema."""
-    schema = _json_schema()
-    leaves = [schema]
+    """The keys allowed beside the unknown one at `location`."""
+    kinds: list[type[Section]] = [Recipe]
     for part in location[:-1]:
-        inside = [
-            leaf.get("items") if isinstance(part, int) else leaf.get("properties", {}).get(part)
-            for leaf in leaves
-        ]
-        if any(inside):
-            leaves = [leaf for value in inside if value for leaf in _expand(schema, value)]
-        else:  # the tag of a union's member, as pydantic writes it
-            leaves = [leaf for leaf in leaves if _is_member(leaf, part)] or leaves
-    return sorted({key for leaf in leaves for key in leaf.get("properties", {})})
+        inside = [each for kind in kinds for each in _sections_in(_fields(kind).get(str(part)))]
+        # Where it is no field, it is the tag of a union's member, or a place in a list.
+        members = [kind for kind in kinds if part == kind.__name__ or _has_constant(kind, part)]
+        kinds = inside or members or kinds
+    return sorted({key for kind in kinds for key in _fields(kind)})
 
 
-def _is_member(leaf: JsonSchemaValue, tag: int | str) -> bool:
-    consts = [value.get("const") for value in leaf.get("properties", {}).values()]
-    return tag in (leaf.get("title"), *consts)
+def _fields(kind: type[Section]) -> dict[str, Any]:
+    """The types of a section's fields, by their names in a recipe."""
+    return {info.alias or name: info.annotation for name, info in kind.model_fields.items()}
 
 
-def _expand(schema: JsonSchemaValue, node: JsonSchemaValue) -> list[JsonSchemaValue]:
-    """`node` with references and unions resolved to the object schemas they stand for."""
-    if "$ref" in node:
-        return _expand(schema, schema["$defs"][node["$ref"].rsplit("/", 1)[1]])
-    for union in ("anyOf", "oneOf", "allOf"):
-        if union in node:
-            return [leaf for member in node[union] for leaf in _expand(schema, member)]
-    return [node]
+def _has_constant(kind: type[Section], tag: int | str) -> bool:
+    return any(tag in get_args(annotation) for annotation in _fields(kind).values())
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    """The sections that a field of this type may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [each for inner in get_args(annotation) for each in _sections_in(inner)]
