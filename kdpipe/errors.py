@@ -10,17 +10,21 @@ import errno
 import re
 from dataclasses import dataclass
 
+_ELSEWHERE = "name another place with --workspace"
 _ADVICE = {
     errno.ENOSPC: "free some space (kdpipe gc shows what can go)",
     errno.EDQUOT: "free some space of your quota (kdpipe gc shows what can go)",
     errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
-    errno.EROFS: "mount it writable, or name another place with --workspace",
-    errno.EACCES: "give the user that runs kdpipe the right to it, or name another place with --workspace",
-    errno.EPERM: "give the user that runs kdpipe the right to it, or name another place with --workspace",
+    errno.EROFS: f"mount it writable, or {_ELSEWHERE}",
+    errno.EACCES: f"give the user that runs kdpipe the right to it, or {_ELSEWHERE}",
+    errno.EPERM: f"give the user that runs kdpipe the right to it, or {_ELSEWHERE}",
     errno.EIO: "mend the disk, or move the workspace to another",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "raise the machine's limit of open files",
     errno.ENOMEM: "free some memory",
+    errno.ENOLCK: f"start the lock service of this file system, or {_ELSEWHERE}",
+    errno.ENOSYS: f"this file system cannot do that: {_ELSEWHERE}",
+    errno.ENOTSUP: f"this file system cannot do that: {_ELSEWHERE}",
     errno.EBUSY: "another program uses it: end that",
 }
 """What to do about a fault of the machine."""

@@ -158,7 +158,7 @@ def refused(calls: str, error: OSError) -> Iterator[None]:
     real_write = os.write
     places: dict[str, list[tuple[Any, str, Any]]] = {
         "bytes": [(durable, "files_below", fail_after_half)],  # what is called when the writer has written
-        "fsync": [(durable, "_fsync", fail)],
+        "fsync": [(durable, "flush", fail)],
         "rename": [(Path, "replace", fail)],
         "line": [(os, "write", fail_in_the_middle)],
         "remove": [(shutil, "rmtree", fail), (Path, "unlink", fail)],
@@ -293,15 +293,15 @@ def trials(
 @contextlib.contextmanager
 def a_world() -> Iterator[World]:
     """A world to try in. No power fails here, and what an ended process has written is not lost with it."""
-    threads, fsync = torch.get_num_threads(), durable._fsync
+    threads, fsync = torch.get_num_threads(), durable.flush
     torch.set_num_threads(1)  # threads do not live in a forked child
-    durable._fsync = lambda _path: None
+    durable.flush = lambda _path: True
     try:
         with tempfile.TemporaryDirectory() as folder:
             yield World(Path(folder))
     finally:
         torch.set_num_threads(threads)
-        durable._fsync = fsync
+        durable.flush = fsync
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ from kdpipe.cli.parameters import (
     on_recipe,
     workspace_at,
 )
-from kdpipe.cli.terminal import COLUMNS, Paint, Style, counted, painter, print_json
-from kdpipe.errors import PreflightError
+from kdpipe.cli.terminal import COLUMNS, Paint, Style, counted, painter, print_json, shown
+from kdpipe.errors import KdpipeError, PreflightError
 from kdpipe.results.visible_text import visible
 
 if TYPE_CHECKING:
@@ -118,12 +118,21 @@ def _environment(workspace: Path) -> dict[str, "JsonValue"]:
     from dataclasses import asdict
 
     from kdpipe.models.device_request import DEVICE, LookAtDevice
+    from kdpipe.store.durable import TEMPORARY
     from kdpipe.store.environment import environment
+    from kdpipe.store.trial import NEEDS, try_workspace
     from kdpipe.workers.worker import Worker
 
     root = workspace_at(workspace)
     place = next(folder for folder in (root, *root.parents) if folder.exists())
     found = {**environment(), "free_disk_gib": shutil.disk_usage(place).free >> 30}
+    try:
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=place) as folder:
+            found["workspace"] = "; ".join(
+                [f"{NEEDS}: tried in {shown(place)}", *try_workspace(Path(folder))]
+            )
+    except (OSError, KdpipeError) as error:
+        found["workspace"] = f"{error}"
     with tempfile.TemporaryDirectory(prefix="kdpipe-doctor-") as folder:
         worker = Worker("kdpipe.models.devices:DeviceServer", DEVICE, log=Path(folder) / "doctor.log")
         try:

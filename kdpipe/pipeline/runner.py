@@ -25,6 +25,7 @@ from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.store.artifacts import tidy_if_free
 from kdpipe.store.locks import run_lock
 from kdpipe.store.step import Step
+from kdpipe.store.trial import try_workspace
 
 
 class Mirror(Protocol):
@@ -68,6 +69,8 @@ def run(
     """
     folders = Sources(loaded, workspace).fetch()  # pins hub names, so that every fingerprint is known
     project = open_project(loaded, workspace)
+    for lack in try_workspace(workspace):
+        display.warn(lack)
     with run_lock(project.run.path), signals() as stop:
         project.run.write_recipe(loaded)
         asked = request(project)

@@ -61,7 +61,6 @@ class StepWorker:
         project, run = self._project, self._project.run
         self._stop.check(step.id)
         require_space(project, self._folders, step)
-        run.link(step, project.store.entry(step))
         run.event("step started", step=step.id)
         self._display.step_begins(step)
         request = Perform(assignment_of(project, self._folders, step), anew)

@@ -30,13 +30,13 @@ def write_durably(path: Path, writer: Callable[[Path], None]) -> None:
             writer(draft)
             set_modes(draft)
             for file in files_below(draft):
-                _fsync(file)
+                flush(file)
             for folder in folders_below(draft):
-                _fsync(folder)
+                flush(folder)
             if path.is_dir():
                 remove(path)
             draft.replace(path)
-            _fsync(path.parent)
+            flush(path.parent)
     except BaseException:
         with contextlib.suppress(KdpipeError):
             remove(draft)
@@ -122,12 +122,18 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def flush(path: Path) -> bool:
+    """Whether a file or folder was flushed to the disk: some file systems do not take folders."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+        return False
     finally:
         os.close(descriptor)
+    return True
 
 
 def files_below(path: Path) -> list[Path]:

@@ -37,7 +37,7 @@ def read_link(place: str) -> str | None:
             return None
     with Path(place).open("rb") as file:
         text = file.read(4096).decode(errors="replace")
-    return text.removeprefix(MARK).rstrip("\n") if text.startswith(MARK) else None
+    return text.removeprefix(MARK).rstrip("\n") if text.startswith(MARK) and "\0" not in text else None
 
 
 def linked_folder(place: Path) -> Path | None:
