@@ -59,7 +59,7 @@ def is_machine_fault(error: OSError) -> bool:
     return error.errno in _ADVICE
 
 
-def as_os_error(error: Exception, place: str = "") -> OSError:
+def as_os_error(error: BaseException, place: str = "") -> OSError:
     """The OSError that a library written in Rust meant: it tells the number in its text alone."""
     found = re.search(r"\(os error (\d+)\)", str(error))
     text = f"{place}: {error}" if place else str(error)
@@ -166,7 +166,7 @@ class Failure:
         return kind(self.message, hint=self.hint)
 
 
-def failure_of(error: Exception) -> Failure:
+def failure_of(error: BaseException) -> Failure:
     """The failure that stands for an error; a class from elsewhere travels as the nearest of this module."""
     known = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == __name__]
     kind = known[0] if known else type(error).__name__

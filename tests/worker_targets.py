@@ -85,6 +85,7 @@ class Echo:
             "artifact error": _artifact_error,
             "step error": _step_error,
             "bug": _bug,
+            "panic": _panic,
             "run out of memory": lambda _request, _report: bytearray(1 << 60).clear(),
             "fill the disk": _fill_the_disk,
             "unserializable": lambda request, _report: request.update(out=object()),
@@ -161,6 +162,10 @@ def _step_error(_request: Message, _report: Report) -> None:
 
 def _bug(_request: Message, _report: Report) -> None:
     raise ZeroDivisionError("a bug")
+
+
+def _panic(_request: Message, _report: Report) -> None:
+    raise type("PanicException", (BaseException,), {})("as a library written in Rust does")
 
 
 def _die(_request: Message, _report: Report) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.logging import disable_progress_bar
 
 from kdpipe.errors import ModelError, as_os_error
@@ -22,7 +24,7 @@ from kdpipe.models.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from kdpipe.models.adapters import is_adapted, merge_adapter, target_names, write_adapter
 from kdpipe.models.devices import dtype_name, resolve_dtype
 from kdpipe.models.logprobs import Head, head_logits, head_of
-from kdpipe.models.model_folder import require_own_files
+from kdpipe.models.model_folder import require_own_files, tensors_of, unfit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -34,19 +36,11 @@ if TYPE_CHECKING:
     from kdpipe.recipe.models import Lora, Scratch
 
 _PROBE_SCALE = 1000.0
-# What transformers raises of a folder whose files say something else than it expects.
-_UNFIT = (
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    RuntimeError,
-    ImportError,
-    SafetensorError,
+_NO_WEIGHTS = re.compile(
+    r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$|rotary(_pos)?_emb\.inv_freq$|(^|\.)position_ids$"
 )
+"""Constants that old versions wrote beside the weights, but for those that transformers knows of an architecture."""
+_FLOATS = ("F64", "F32", "F16", "BF16")
 # How a model was opened or written, and what it is computed in: not what it is.
 _CONFIG_HISTORY = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 # How a tokenizer was opened, which transformers writes beside what it is.
@@ -61,11 +55,13 @@ def open_model(
 ) -> PreTrainedModel:
     """The causal language model in a Hugging Face folder, in eval mode.
 
-    Raises ModelError when the folder is not one, lacks weights, or holds a model whose logits are not
-    `hidden @ head`, which is all that kdpipe computes of them.
+    Raises ModelError when the folder is not one, its weights are not exactly those of the model, in numbers that it
+    knows to read, or its logits are not `hidden @ head`, which is all that kdpipe computes of them.
     """
     _require_weights(folder)
-    try:
+    _require_known_numbers(folder)
+    hint = "give a folder that AutoModelForCausalLM.from_pretrained opens"
+    with unfit(f"{folder}: cannot be opened as a causal language model", hint=hint):
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder),
             dtype=dtype,
@@ -74,19 +70,21 @@ def open_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except _UNFIT as error:
-        raise ModelError(
-            f"{folder}: cannot be opened as a causal language model: {error}",
-            hint="give a folder that AutoModelForCausalLM.from_pretrained opens",
-        ) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
             f"{folder}: {len(missing)} weights of the model are not in its files, the first is {missing[0]}",
             hint="the folder holds another architecture, an adapter, or an incomplete copy",
         )
+    if unexpected := sorted(name for name in info["unexpected_keys"] if not _NO_WEIGHTS.search(name)):
+        raise ModelError(
+            f"{folder}: {len(unexpected)} weights in its files are none of {type(model).__name__} as its config.json "
+            f"has it, the first is {unexpected[0][:100]}: without them it would be another model",
+            hint="see its architecture and its number of layers, or take those weights out of the files",
+        )
     model = model.to(device).eval()
     _align(model)
+    _require_finite(model, folder)
     _require_plain_head(model, folder)
     return model
 
@@ -244,14 +242,11 @@ def require_targets(folder: Path, lora: Lora, *, trust_remote_code: bool = False
 
 def skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
     """The model of a folder without its weights; raises ModelError when its config.json is not of one."""
-    try:
+    with unfit(f"{folder}: its config.json is not of a causal language model"), torch.device("meta"):
         config = AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code
         )
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except _UNFIT as error:
-        raise ModelError(f"{folder}: its config.json is not of a causal language model: {error}") from error
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -308,6 +303,43 @@ def _require_weights(folder: Path) -> None:
     )
 
 
+def _require_known_numbers(folder: Path) -> None:
+    """Raises ModelError on weights in a quantization that is unknown, or not told, and so misread."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    told = settings.get("quantization_config") if isinstance(settings, dict) else None
+    if told is None:
+        coded = (
+            (name, tensor.dtype)
+            for name, tensor in tensors_of(folder).items()
+            if name.endswith((".weight", ".bias"))
+            and tensor.dtype not in _FLOATS
+            and not _NO_WEIGHTS.search(name)
+        )
+        for name, dtype in coded:
+            raise ModelError(
+                f"{folder}: {name} holds {dtype}, and config.json has no quantization_config that says what they mean",
+                hint="take the folder of the model before it was quantized, or one whose config.json is whole",
+            )
+        return
+    method = told.get("quant_method") if isinstance(told, dict) else told
+    if not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        known = ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
+        raise ModelError(
+            f"{folder}: quant_method is {method!r}, which transformers does not know",
+            hint=f"it knows {known}",
+        )
+
+
+def _require_finite(model: PreTrainedModel, folder: Path) -> None:
+    """Raises ModelError on a weight that holds NaN or infinity, wherever in it that is."""
+    for name, weight in model.named_parameters():
+        if weight.numel() and not torch.stack(weight.detach().aminmax()).isfinite().all():
+            raise ModelError(
+                f"{folder}: {name} holds NaN or infinite numbers",
+                hint="the weights are damaged, or were when they were saved: take another copy",
+            )
+
+
 def _require_plain_head(model: PreTrainedModel, folder: Path) -> None:
     """Refuses models that cap or scale their logits; large hidden states make either show."""
 
@@ -320,7 +352,7 @@ def _require_plain_head(model: PreTrainedModel, folder: Path) -> None:
     head = model.get_output_embeddings()
     handle = model.get_decoder().register_forward_hook(enlarge)
     try:
-        with torch.no_grad():
+        with unfit(f"{folder}: a {type(model).__name__} that cannot be run"), torch.no_grad():
             ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
             logits = model(input_ids=ids, use_cache=False).logits[0].float()
             if head is None or not seen:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kdpipe.data.tasks import arithmetic
 from kdpipe.errors import DataError, ModelError, PreflightError, RecipeError
-from kdpipe.models.model_folder import require_own_files
+from kdpipe.models.model_folder import require_own_files, unfit
 from kdpipe.recipe.task import QuestionTask
 from kdpipe.recipe.teacher import PROMPT_PIECE
 
@@ -34,6 +34,8 @@ Trace: TypeAlias = "Callable[[FrameType, str, object], Trace | None]"
 
 MAX_TEMPLATE_LINES = 500_000
 """How many lines of Python one prompt's template may take; those of real models take hundreds a turn."""
+MAX_GROWTH = 1000
+"""How many times as long a tokenizer's replacements may make a text; those of real ones do not."""
 _TEMPLATE_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -57,19 +59,36 @@ def open_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder")
     require_own_files(folder)
-    try:
+    _require_bounded_growth(folder / "tokenizer.json")
+    hint = "a model folder holds tokenizer.json and tokenizer_config.json beside its weights"
+    with unfit(f"{folder}: its tokenizer cannot be opened", hint=hint):
         return AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except Exception as error:
-        # The tokenizers library raises plain Exceptions for a file that it cannot read.
-        known = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RecursionError)
-        if type(error) is not Exception and not isinstance(error, known):
-            raise
-        raise ModelError(
-            f"{folder}: its tokenizer cannot be opened: {error}",
-            hint="a model folder holds tokenizer.json and tokenizer_config.json beside its weights",
-        ) from error
+
+
+def _require_bounded_growth(path: Path) -> None:
+    """Raises ModelError where a tokenizer.json replaces pieces of text by longer ones again and again."""
+    if not path.is_file():
+        return
+    with unfit(f"{path.parent}: its tokenizer cannot be opened"):
+        value = json.loads(path.read_bytes())
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        growth, rest = 1.0, [value.get(part) if isinstance(value, dict) else None]
+        while rest:
+            found = rest.pop()
+            if isinstance(found, list):
+                rest += found
+            elif isinstance(found, dict):
+                rest += [inner for inner in found.values() if isinstance(inner, list)]
+                if found.get("type") == "Replace":
+                    plain = found["pattern"].get("String") if isinstance(found.get("pattern"), dict) else None
+                    growth *= max(1.0, len(str(found.get("content"))) / (len(plain or "") or 1))
+        if growth > MAX_GROWTH:
+            raise ModelError(
+                f"{path}: its {part} makes a text up to {growth:.3g} times as long, expected {MAX_GROWTH} at most",
+                hint="take the tokenizer only from whom you trust",
+            )
 
 
 def arithmetic_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -193,8 +212,7 @@ def _render(
         for solution, question in zip(solutions, questions[1:], strict=True):
             messages += [{"role": "assistant", "content": solution}, {"role": "user", "content": question}]
         # A rendered template holds its own special tokens.
-        chat: list[int] = tokenizer.encode(_chat_text(tokenizer, style, messages), add_special_tokens=False)
-        return chat
+        return _encoded(tokenizer, _chat_text(tokenizer, style, messages), add_special_tokens=False)
     shown = [
         f"{question}\n{solution}\n\n" for question, solution in zip(questions[:-1], solutions, strict=True)
     ]
@@ -264,14 +282,20 @@ def used_arguments(tokenizer: Tokenizer, arguments: dict[str, JsonValue]) -> dic
 
 def _plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """`text` with the special tokens the tokenizer puts before it (BOS), without those after it (EOS)."""
-    bare: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    full: list[int] = tokenizer.encode(text, add_special_tokens=True)
+    bare = _encoded(tokenizer, text, add_special_tokens=False)
+    full = _encoded(tokenizer, text, add_special_tokens=True)
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return full[: start + len(bare)]
     raise PreflightError(
         f"{tokenizer.name_or_path}: adds special tokens inside a text, expected them around it"
     )
+
+
+def _encoded(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    with unfit(f"{tokenizer.name_or_path}: its tokenizer fails on a text"):
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    return ids
 
 
 # ----------------------------------------------------------------------------------------- completions
@@ -364,12 +388,15 @@ class Text:
 
     def reference(self, problem: Problem) -> list[int]:
         """The reference solution as a completion of the prompt: its token ids and the end token."""
-        return [*self.tokenizer.encode(problem.solution, add_special_tokens=False), self.end_id]
+        return [*_encoded(self.tokenizer, problem.solution, add_special_tokens=False), self.end_id]
 
     def completion(self, token_ids: Sequence[int], *, stop: Sequence[str]) -> str:
         """The text of a completion without end and special tokens, cut before the first stop string."""
         kept = list(token_ids[:-1] if token_ids and token_ids[-1] in self.end_ids else token_ids)
-        text: str = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        with unfit(f"{self.tokenizer.name_or_path}: its tokenizer fails on token ids"):
+            text: str = self.tokenizer.decode(
+                kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
         return text[: min((text.index(string) for string in stop if string in text), default=len(text))]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from kdpipe.errors import ArtifactError
+from kdpipe.models.model_folder import unfit
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -103,7 +104,8 @@ class Detokenizer:
 
     def _decode(self, ids: Sequence[int]) -> str:
         assert self._tokenizer is not None
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        with unfit("a model's tokenizer fails on its token ids"):
+            text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
         return text
 
 

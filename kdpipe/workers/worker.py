@@ -282,7 +282,7 @@ def main(target: str, parent: int, *, guarded: bool = False) -> None:
             send("stopped", Nothing())
         except KdpipeError as error:
             send("error", failure_of(error))
-        except Exception as error:
+        except BaseException as error:  # a library written in Rust panics with one
             import traceback
 
             traceback.print_exc()
@@ -305,7 +305,7 @@ def _made(target: str) -> Serving[Any, Any, Any]:
     return made
 
 
-def explained(error: Exception) -> Exception:
+def explained(error: BaseException) -> BaseException:
     """The error as it is reported to the user: a fault of the machine is no bug of kdpipe."""
     # A library written in Rust, as tokenizers, raises a plain Exception.
     known = error if isinstance(error, OSError) else as_os_error(error)

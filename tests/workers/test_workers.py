@@ -112,7 +112,7 @@ def test_a_subclass_of_its_own_crosses_as_the_error_that_it_is(worker: Worker) -
     assert caught.value.hint == "buy some"
 
 
-@pytest.mark.parametrize("do", ["bug", "unserializable"])
+@pytest.mark.parametrize("do", ["bug", "panic", "unserializable"])
 def test_any_other_exception_is_a_step_error_that_names_the_log(worker: Worker, do: str) -> None:
     with pytest.raises(StepError, match=str(worker.log)) as caught:
         call(worker, do)
