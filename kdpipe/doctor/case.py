@@ -74,7 +74,7 @@ class Case:
     def rest(self, model: ModelHandle) -> None:
         """Lets an engine with memory of its own free it for a forward pass made elsewhere on the same GPU."""
         if self.device.type == "cuda" and model.engine_name not in ("hf", "server"):
-            model.sleep()
+            model.open_engine().sleep()
 
 
 def longest_problems(job: Job) -> list[Problem]:

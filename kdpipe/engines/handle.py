@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
+from kdpipe.engines.protocol import (
+    Completion,
+    Engine,
+    Progress,
+    SampleRequest,
+    Sampling,
+    ScoreRequest,
+    Scoring,
+    TokenScores,
+)
+from kdpipe.models.prompting import Text
+from kdpipe.models.source import ModelSource
 from kdpipe.recipe.section import EngineName
-
-if TYPE_CHECKING:
-    from kdpipe.engines.protocol import (
-        Completion,
-        Engine,
-        Progress,
-        SampleRequest,
-        Sampling,
-        ScoreRequest,
-        Scoring,
-        TokenScores,
-    )
-    from kdpipe.models.prompting import Text
-    from kdpipe.models.source import ModelSource
 
 Runs: TypeAlias = EngineName | Literal["server"]
 
@@ -78,7 +76,3 @@ class ModelHandle:
             turns.take(engine)
         engine.load(self.source)
         return engine
-
-    def sleep(self) -> None:
-        """Frees the engine's device memory until the next call."""
-        self.open_engine().sleep()

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 
-from kdpipe.engines.protocol import TokenScores, about
+from kdpipe.engines.protocol import SampleRequest, Sampling, ScoreRequest, Scoring, TokenScores, about
 from kdpipe.errors import EngineError, ModelError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from kdpipe.engines.protocol import SampleRequest, Sampling, ScoreRequest, Scoring
 
 NOT_FINITE_HINT = "the weights hold nan, inf or values too large for the dtype; try dtype: float32"
 

@@ -12,7 +12,8 @@ Importing this module is cheap: an engine's libraries are imported where it is o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from pathlib import Path
+from typing import TypeAlias
 
 from kdpipe.engines.protocol import (
     Completion,
@@ -30,9 +31,6 @@ from kdpipe.recipe.runtime import Runtime
 from kdpipe.recipe.section import ENGINE_ABILITIES, EngineName
 from kdpipe.workers.message import Nothing, Talk, message
 from kdpipe.workers.worker import Report, Worker
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 HOST = "kdpipe.engines.remote:Host"
 

@@ -7,19 +7,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Sequence
 
 import torch
+from torch import Tensor
 
 from kdpipe.method.losses import SampledKd, signal_of
 from kdpipe.method.token_batch import NonFiniteError
-
-if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
-
-    from torch import Tensor
-
-    from kdpipe.recipe.objective import Objective
+from kdpipe.recipe.objective import Objective
 
 STD_EPSILON = 1e-5  # AReaL's
 

@@ -11,9 +11,11 @@ result, or a product with 0, still sends nan gradients back from the inputs that
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from kdpipe.recipe.objective import (
     DistributionTerm,
@@ -24,11 +26,6 @@ from kdpipe.recipe.objective import (
     SkewKlTerm,
     SkewRklTerm,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
 
 SampledKd: TypeAlias = RklTerm | K2Term | K3Term
 

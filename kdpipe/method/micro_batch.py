@@ -8,22 +8,16 @@ Shapes: N completion tokens of the micro-batch, H the student's hidden size, G t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from kdpipe.method.losses import kl
 from kdpipe.method.objective import distribution_value, token_loss
-from kdpipe.method.token_batch import TeacherSupport
-from kdpipe.models.logprobs import chunk_tokens, head_logits, support_of, token_logprobs, token_slices
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from kdpipe.method.token_batch import TokenBatch
-    from kdpipe.models.logprobs import Head
-    from kdpipe.recipe.objective import Objective
+from kdpipe.method.token_batch import TeacherSupport, TokenBatch
+from kdpipe.models.logprobs import Head, chunk_tokens, head_logits, support_of, token_logprobs, token_slices
+from kdpipe.recipe.objective import Objective
 
 
 @dataclass(frozen=True, slots=True)

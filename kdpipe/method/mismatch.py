@@ -7,14 +7,10 @@ completions.parquet for the same prompt and sample.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+import numpy.typing as npt
 
 from kdpipe.recipe.objective import BehaviourControl, Objective, RatioControl, SampledTerm
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 
 def mismatch(sampler: npt.ArrayLike, trainer: npt.ArrayLike) -> npt.NDArray[np.float64]:

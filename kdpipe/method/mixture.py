@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from kdpipe.data.hidden import HiddenFile
+from kdpipe.data.rows import Rollout
 from kdpipe.data.seeds import permutation
 from kdpipe.data.tables import Scores
 from kdpipe.errors import ArtifactError, StepError
 from kdpipe.method.micro_batch import TeacherHidden, TeacherMixture, TeacherPart
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    import numpy.typing as npt
-
-    from kdpipe.data.hidden import HiddenFile
-    from kdpipe.data.rows import Rollout
-    from kdpipe.models.logprobs import Head
+from kdpipe.models.logprobs import Head
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,28 +7,23 @@ there: N flattened completion tokens, V ids in use, S support points; n is the p
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from kdpipe.method import losses
-from kdpipe.method.token_batch import NonFiniteError, require_finite
+from kdpipe.method.token_batch import NonFiniteError, TeacherSupport, TokenBatch, require_finite
 from kdpipe.recipe.objective import (
     BehaviourControl,
     DistillSchedule,
     DistributionTerm,
     K1LossTerm,
+    KdTerm,
+    Objective,
     RatioControl,
     SampledTerm,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from kdpipe.method.token_batch import TeacherSupport, TokenBatch
-    from kdpipe.recipe.objective import KdTerm, Objective
 
 ROUNDING_NATS = 2**-14
 """A difference of teacher and student at a token that float32 may have made up.

@@ -8,17 +8,15 @@ time, which the end of every run would pay, and its Wilson interval takes no fra
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, multimode
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from kdpipe.errors import DataError
-
-if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
 
 Floats = npt.NDArray[np.float64]
 Totals: TypeAlias = "tuple[Sequence[float], Sequence[float]]"
@@ -102,17 +100,13 @@ def majority_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k
 # -------------------------------------------------------------------------------------------- bootstrap
 
 
-def paired_bootstrap(
-    first: Sequence[float], second: Sequence[float], *, seed: int = BOOTSTRAP_SEED, resamples: int = RESAMPLES
-) -> Interval:
+def paired_bootstrap(first: Sequence[float], second: Sequence[float]) -> Interval:
     """Mean of `first - second` over problems (index i is the same problem in both), percentile interval."""
     differences = [a - b for a, b in zip(first, second, strict=True)]
-    return bootstrap_ratio((differences, [1.0] * len(differences)), seed=seed, resamples=resamples)
+    return bootstrap_ratio((differences, [1.0] * len(differences)))
 
 
-def bootstrap_ratio(
-    totals: Totals, before: Totals | None = None, *, seed: int = BOOTSTRAP_SEED, resamples: int = RESAMPLES
-) -> Interval:
+def bootstrap_ratio(totals: Totals, before: Totals | None = None) -> Interval:
     """`sum(sums) / sum(counts)` with problems resampled: a token mean, entry i being problem i's totals.
 
     With `before` it is the difference of the two ratios, each resample drawing the same problems for both.
@@ -120,12 +114,12 @@ def bootstrap_ratio(
     columns_CP = np.array([*totals, *(before or ())], dtype=np.float64)
     if columns_CP.shape[1] == 0 or not np.isfinite(columns_CP).all():
         raise ValueError("a bootstrap needs at least one problem, and only finite values")
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
     num_problems = columns_CP.shape[1]
-    drawn_CR = np.empty((len(columns_CP), resamples))
+    drawn_CR = np.empty((len(columns_CP), RESAMPLES))
     step = max(1, MAX_DRAWS // num_problems)
-    for start in range(0, resamples, step):
-        stop = min(start + step, resamples)
+    for start in range(0, RESAMPLES, step):
+        stop = min(start + step, RESAMPLES)
         drawn = generator.integers(num_problems, size=(stop - start, num_problems))
         for column, sums in zip(columns_CP, drawn_CR, strict=True):
             sums[start:stop] = column[drawn].sum(axis=1)

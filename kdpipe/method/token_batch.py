@@ -5,20 +5,15 @@ Shapes as in `losses.py`: N flattened completion tokens, V ids in use, K ids of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from kdpipe.errors import StepError
 from kdpipe.method.losses import student_support
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from kdpipe.recipe.objective import Objective
+from kdpipe.recipe.objective import Objective
 
 
 class NonFiniteError(StepError):

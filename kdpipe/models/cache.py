@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedModel
 
 from kdpipe.models.adapters import is_adapted, read_adapter, switch_adapter
 from kdpipe.models.devices import resolve_dtype
 from kdpipe.models.folder import open_model
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
-    from kdpipe.models.source import ModelSource
+from kdpipe.models.source import ModelSource
 
 
 @dataclass(slots=True)

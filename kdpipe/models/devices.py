@@ -6,17 +6,14 @@ Asks torch alone: `kdpipe doctor` reports it in half the time that the libraries
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from kdpipe.errors import RecipeError
 from kdpipe.models.device_request import DEVICE, LookAtDevice, SeenDevice
-
-if TYPE_CHECKING:
-    from kdpipe.models.source import Dtype
-    from kdpipe.workers.message import Nothing
-    from kdpipe.workers.worker import Report
+from kdpipe.models.source import Dtype
+from kdpipe.workers.message import Nothing
+from kdpipe.workers.worker import Report
 
 _CPU_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 

@@ -6,25 +6,21 @@ shift by one of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM
 
 from kdpipe.errors import ModelError
 from kdpipe.models.adapters import merge_adapter, target_names
 from kdpipe.models.folder import skeleton
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    import numpy.typing as npt
-
-    from kdpipe.models.source import ModelSource
-    from kdpipe.recipe.models import Lora
+from kdpipe.models.source import ModelSource
+from kdpipe.recipe.models import Lora
 
 Pair = tuple[list[int], list[int]]
 """The token ids of a prompt and of a completion."""

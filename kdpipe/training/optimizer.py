@@ -7,22 +7,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from pydantic import JsonValue
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kdpipe.errors import ArtifactError
 from kdpipe.models.folder import disk_errors
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from pydantic import JsonValue
-
-    from kdpipe.recipe.models import Optimizer, SftOptimizer
+from kdpipe.recipe.models import Optimizer, SftOptimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 TENSORS_FILE = "trainer.safetensors"

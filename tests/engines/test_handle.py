@@ -115,7 +115,7 @@ def test_a_model_that_was_put_to_sleep_is_loaded_again_when_it_is_asked(
     engine = new_engine()
     student = handle(sources[0], lambda: engine)
     before = drawn(student), scored(student)
-    student.sleep()
+    student.open_engine().sleep()
     assert (drawn(student), scored(student)) == before
 
 
@@ -126,7 +126,7 @@ def test_engines_of_one_device_sleep_in_turn_and_answer_as_if_they_had_not(
     student = handle(sources[0], lambda: engines[0], turns)
     teacher = handle(sources[1], lambda: engines[1], turns)
     first = scored(student), scored(teacher)
-    teacher.sleep()
+    teacher.open_engine().sleep()
     for engine in engines:
         with pytest.raises(EngineError, match="no model is loaded"):
             engine.score([], Scoring(temperature=1.0, num_ids=NUM_IDS), progress=lambda _: None)

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from kdpipe.errors import DataError
+from kdpipe.method import statistics
 from kdpipe.method.statistics import (
     bootstrap_ratio,
     majority_at_k,
@@ -113,66 +114,69 @@ def test_the_majority_of_the_first_k_votes_counts() -> None:
         majority_at_k(answers, right, 6)
 
 
-def test_the_bootstrap_repeats_with_its_seed_and_moves_with_another() -> None:
+def test_the_bootstrap_repeats_with_its_seed_and_moves_with_another(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = np.random.default_rng(0).normal(size=(2, 40))
-    assert paired_bootstrap(first, second, seed=1) == paired_bootstrap(first, second, seed=1)
-    assert paired_bootstrap(first, second, seed=1) != paired_bootstrap(first, second, seed=2)
+    found = paired_bootstrap(first, second)
+    assert paired_bootstrap(first, second) == found
+    monkeypatch.setattr(statistics, "BOOTSTRAP_SEED", 1)
+    assert paired_bootstrap(first, second) != found
 
 
 def test_the_bootstrap_of_two_problems_has_its_enumerated_quantiles(monkeypatch: pytest.MonkeyPatch) -> None:
     # resample means of (0, 1) are 0, 1/2, 1 with probability 1/4, 1/2, 1/4
-    interval = paired_bootstrap([0.0, 1.0], [0.0, 0.0], seed=3)
+    interval = paired_bootstrap([0.0, 1.0], [0.0, 0.0])
     assert (interval.estimate, interval.low, interval.high) == (0.5, 0.0, 1.0)
     monkeypatch.setattr("kdpipe.method.statistics.CONFIDENCE", 0.4)
-    interval = paired_bootstrap([0.0, 1.0], [0.0, 0.0], seed=3)
+    interval = paired_bootstrap([0.0, 1.0], [0.0, 0.0])
     assert (interval.low, interval.high) == (0.5, 0.5)
 
 
 def test_the_bootstrap_does_not_depend_on_how_draws_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
     sums, counts = [1.0, 5.0, 2.0], [2.0, 3.0, 9.0]
-    whole = bootstrap_ratio((sums, counts), seed=4, resamples=1000)
+    whole = bootstrap_ratio((sums, counts))
     monkeypatch.setattr("kdpipe.method.statistics.MAX_DRAWS", 30)
-    assert bootstrap_ratio((sums, counts), seed=4, resamples=1000) == whole
+    assert bootstrap_ratio((sums, counts)) == whole
 
 
 def test_pairing_removes_what_problems_have_in_common() -> None:
     generator = np.random.default_rng(5)
     difficulty = generator.normal(scale=10, size=300)
-    interval = paired_bootstrap(difficulty + 1 + generator.normal(size=300), difficulty, seed=6)
+    interval = paired_bootstrap(difficulty + 1 + generator.normal(size=300), difficulty)
     assert interval.high - interval.low < 0.4
     assert interval.low < 1 < interval.high
     assert interval.low <= interval.estimate <= interval.high
 
 
 def test_the_token_mean_weighs_problems_by_their_tokens() -> None:
-    interval = bootstrap_ratio(([10.0, 0.0], [1.0, 9.0]), seed=7)
+    interval = bootstrap_ratio(([10.0, 0.0], [1.0, 9.0]))
     assert interval.estimate == 1.0
-    assert bootstrap_ratio(([2.0, 6.0, 4.0], [1.0, 3.0, 2.0]), seed=7).high == pytest.approx(2.0)
+    assert bootstrap_ratio(([2.0, 6.0, 4.0], [1.0, 3.0, 2.0])).high == pytest.approx(2.0)
 
 
 def test_the_difference_of_token_means_draws_the_same_problems_for_both() -> None:
     sums, counts = [3.0, 1.0, 8.0], [4.0, 2.0, 5.0]
-    same = bootstrap_ratio((sums, counts), (sums, counts), seed=8)
+    same = bootstrap_ratio((sums, counts), (sums, counts))
     assert (same.estimate, same.low, same.high) == (0.0, 0.0, 0.0)
-    shifted = bootstrap_ratio(
-        ([s + c for s, c in zip(sums, counts, strict=True)], counts), (sums, counts), seed=8
-    )
+    shifted = bootstrap_ratio(([s + c for s, c in zip(sums, counts, strict=True)], counts), (sums, counts))
     assert (shifted.low, shifted.high) == (pytest.approx(1.0), pytest.approx(1.0))
 
 
 def test_bootstraps_refuse_what_has_no_mean() -> None:
     with pytest.raises(ValueError, match="no token at all"):
-        bootstrap_ratio(([1.0, 0.0], [1.0, 0.0]), seed=9)
+        bootstrap_ratio(([1.0, 0.0], [1.0, 0.0]))
     with pytest.raises(ValueError, match="at least one problem"):
-        paired_bootstrap([], [], seed=9)
+        paired_bootstrap([], [])
     with pytest.raises(ValueError, match="only finite"):
-        bootstrap_ratio(([math.nan], [1.0]), seed=9)
+        bootstrap_ratio(([math.nan], [1.0]))
     with pytest.raises(ValueError, match="argument 2"):
-        paired_bootstrap([1.0], [1.0, 2.0], seed=9)
+        paired_bootstrap([1.0], [1.0, 2.0])
 
 
 @pytest.mark.parametrize("kind", ["difference", "token mean", "difference of token means"])
-def test_bootstrap_intervals_cover_the_truth_about_as_often_as_they_say(kind: str) -> None:
+def test_bootstrap_intervals_cover_the_truth_about_as_often_as_they_say(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statistics, "RESAMPLES", 400)
     generator = np.random.default_rng(10)
     trials, problems, hits = 300, 80, 0
     for trial in range(trials):
@@ -180,14 +184,14 @@ def test_bootstrap_intervals_cover_the_truth_about_as_often_as_they_say(kind: st
         noise = generator.normal(size=(2, problems)) + generator.normal(size=problems)
         sums = counts * (0.3 + noise[0])
         others = counts * (0.1 + noise[1])
-        settings = {"seed": trial, "resamples": 400}
+        monkeypatch.setattr(statistics, "BOOTSTRAP_SEED", trial)
         match kind:
             case "difference":
-                interval, truth = paired_bootstrap(0.3 + noise[0], 0.1 + noise[1], **settings), 0.2
+                interval, truth = paired_bootstrap(0.3 + noise[0], 0.1 + noise[1]), 0.2
             case "token mean":
-                interval, truth = bootstrap_ratio((sums, counts), **settings), 0.3
+                interval, truth = bootstrap_ratio((sums, counts)), 0.3
             case _:
-                interval, truth = bootstrap_ratio((sums, counts), (others, counts), **settings), 0.2
+                interval, truth = bootstrap_ratio((sums, counts), (others, counts)), 0.2
         hits += interval.low <= truth <= interval.high
     assert 0.90 < hits / trials < 0.98
 

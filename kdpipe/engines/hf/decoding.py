@@ -10,7 +10,8 @@ fast that way round.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,9 +27,6 @@ from transformers import (
 
 from kdpipe.models.adapters import is_lora
 from kdpipe.models.batching import pad_right
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 _LLAMA_LIKE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")

@@ -9,9 +9,9 @@ Shapes: B rows (completions being sampled), T steps, V ids in use, H hidden size
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,20 +20,23 @@ from transformers import PreTrainedModel
 from kdpipe.engines.hf.decoding import is_llama_like, make_decoder
 from kdpipe.engines.hf.sampling import draw, uniforms
 from kdpipe.engines.limits import NOT_FINITE_HINT, require_sampling, require_scoring
-from kdpipe.engines.protocol import Completion, TokenScores
+from kdpipe.engines.protocol import (
+    Completion,
+    Progress,
+    SampleRequest,
+    Sampling,
+    ScoreRequest,
+    Scoring,
+    TokenScores,
+)
 from kdpipe.errors import EngineError
 from kdpipe.models.batching import batches_by_tokens, make_batch
+from kdpipe.models.cache import ModelCache
 from kdpipe.models.logprobs import Head, HeadScores, head_of, hidden_states, score_tokens
 from kdpipe.models.prompting import open_tokenizer
+from kdpipe.models.source import ModelSource
+from kdpipe.recipe.runtime import Runtime
 from kdpipe.recipe.section import ENGINE_ABILITIES
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from kdpipe.engines.protocol import Progress, SampleRequest, Sampling, ScoreRequest, Scoring
-    from kdpipe.models.cache import ModelCache
-    from kdpipe.models.source import ModelSource
-    from kdpipe.recipe.runtime import Runtime
 
 _PROGRESS_STEPS = 32
 _COMPACT_BELOW = 0.75

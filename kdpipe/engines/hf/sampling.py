@@ -5,18 +5,14 @@ Shapes: B rows (completions being sampled), V token ids in use, T steps.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn.functional import pad
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import numpy.typing as npt
-
-    from kdpipe.engines.protocol import Sampling
+from kdpipe.engines.protocol import Sampling
 
 LAST_BELOW_ONE = 1 - 2**-53
 _BLOCK = 512

@@ -14,31 +14,34 @@ again only where its log-probs round the same way: stored rows are the truth.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kdpipe.engines.limits import NOT_FINITE_HINT, no_scores, require_sampling, require_scoring
-from kdpipe.engines.protocol import Completion, TokenScores, about
+from kdpipe.engines.protocol import (
+    Completion,
+    Progress,
+    SampleRequest,
+    Sampling,
+    ScoreRequest,
+    Scoring,
+    TokenScores,
+    about,
+)
 from kdpipe.engines.vllm.process import VllmProcess, sampling_params, scoring_params
 from kdpipe.errors import EngineError
 from kdpipe.models.batching import batches_by_tokens
 from kdpipe.models.devices import dtype_name, resolve_dtype
-from kdpipe.models.folder import read_architecture
+from kdpipe.models.folder import Architecture, read_architecture
 from kdpipe.models.reference import plain_logprobs
+from kdpipe.models.source import ModelSource
+from kdpipe.recipe.runtime import Runtime
 from kdpipe.recipe.section import ENGINE_ABILITIES
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import numpy.typing as npt
-
-    from kdpipe.engines.protocol import Progress, SampleRequest, Sampling, ScoreRequest, Scoring
-    from kdpipe.models.folder import Architecture
-    from kdpipe.models.source import ModelSource
-    from kdpipe.recipe.runtime import Runtime
 
 CPU = torch.device("cpu")
 _CPU_KV_CACHE_GIB = 2.0

@@ -13,17 +13,14 @@ import secrets
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import connection, resource_tracker
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from kdpipe.engines.protocol import Sampling
 from kdpipe.engines.vllm import guard as vllm_guard
 from kdpipe.errors import EngineError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from kdpipe.engines.protocol import Sampling
 
 _SHUTDOWN_SECONDS = 5
 _ENVIRONMENT = {

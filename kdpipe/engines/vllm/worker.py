@@ -6,14 +6,12 @@ vLLM mixes `WorkerExtension` into its worker class (`worker_extension_cls`) and 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
 
 _LOADING_ERRORS = (
     AssertionError,
