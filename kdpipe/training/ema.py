@@ -15,7 +15,7 @@ from kdpipe.training.optimizer import read_trainer, write_trainer
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 MASTERS = "masters"
 
@@ -41,24 +41,19 @@ class Average:
 
         Where `dtype` is narrower than float32, the average's own weights stand beside, in `masters/`.
         """
-        model = self._open()
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                weight.mul_(self.decay).add_(students[name], alpha=1 - self.decay)
-        write_model(model, tokenizer, folder, dtype=self.dtype)
-        if self.dtype != torch.float32:
-            masters = {f"master.{name}": weight for name, weight in model.named_parameters()}
-            write_trainer(folder / MASTERS, tensors=masters, state={})
-
-    def _open(self) -> PreTrainedModel:
         model = open_model(
             self.folder, dtype=torch.float32, device=self.device, trust_remote_code=self.trust_remote_code
         )
-        if (self.folder / MASTERS).is_dir():
-            masters, _ = read_trainer(self.folder / MASTERS)
-            with torch.no_grad():
-                for name, weight in model.named_parameters():
+        kept = self.folder / MASTERS
+        masters = read_trainer(kept)[0] if kept.is_dir() else None
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if masters is not None:
                     if (master := masters.get(f"master.{name}")) is None:
-                        raise ArtifactError(f"{self.folder / MASTERS}: no master weight of {name}")
+                        raise ArtifactError(f"{kept}: no master weight of {name}")
                     weight.copy_(master)
-        return model
+                weight.mul_(self.decay).add_(students[name], alpha=1 - self.decay)
+        write_model(model, tokenizer, folder, dtype=self.dtype)
+        if self.dtype != torch.float32:
+            wide = {f"master.{name}": weight for name, weight in model.named_parameters()}
+            write_trainer(folder / MASTERS, tensors=wide, state={})

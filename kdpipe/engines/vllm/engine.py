@@ -129,7 +129,7 @@ class VllmEngine:
         settings, on_cpu = self._settings, self._device.type == "cpu"
         dtype, _ = resolve_dtype(source.dtype, self._device)
         gib = settings.kv_cache_gib or (_CPU_KV_CACHE_GIB if on_cpu else None)
-        max_tokens = self._max_tokens(architecture) + 1
+        max_tokens = self._limits(architecture)["context"] + 1
         options: dict[str, object] = {
             "model": str(source.folder),
             "tokenizer": str(source.folder),
@@ -165,9 +165,6 @@ class VllmEngine:
             # Bound by itself, vLLM takes a thread for each core, however many kdpipe may use.
             environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
         return _Started(VllmProcess(self.options(source, architecture), environment), source, architecture)
-
-    def _max_tokens(self, architecture: Architecture) -> int:
-        return min(self._settings.max_model_len or architecture.context, architecture.context)
 
     def _load_weights(self, started: _Started, source: ModelSource) -> None:
         names = list(started.architecture.head_names)
@@ -212,7 +209,7 @@ class VllmEngine:
         self, requests: Sequence[SampleRequest], sampling: Sampling, *, progress: Progress
     ) -> list[list[Completion]]:
         started = self._loaded()
-        require_sampling(requests, sampling, **self._limits(started))
+        require_sampling(requests, sampling, **self._limits(started.architecture))
         rows = [(index, seed) for index, request in enumerate(requests) for seed in request.seeds]
         completions: dict[int, Completion] = {}
 
@@ -244,7 +241,7 @@ class VllmEngine:
                     hint="set teacher_score.engine to hf",
                     request=index,
                 )
-        require_scoring(requests, scoring, **self._limits(started))
+        require_scoring(requests, scoring, **self._limits(started.architecture))
         jobs = [
             ([*request.prompt_token_ids, *request.completion_token_ids], len(request.completion_token_ids))
             for request in requests
@@ -286,8 +283,9 @@ class VllmEngine:
             started.process.call("kdpipe_shape_logits", num_ids, temperature)
             self._shape = (num_ids, temperature)
 
-    def _limits(self, started: _Started) -> dict[str, int]:
-        return {"context": self._max_tokens(started.architecture), "rows": started.architecture.rows}
+    def _limits(self, architecture: Architecture) -> dict[str, int]:
+        context = min(self._settings.max_model_len or architecture.context, architecture.context)
+        return {"context": context, "rows": architecture.rows}
 
 
 # ------------------------------------------------------------------------------------------ what vLLM answers
