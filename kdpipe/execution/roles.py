@@ -17,10 +17,10 @@ from kdpipe.engines.server.signature import require_same
 from kdpipe.execution.inputs import Inputs
 from kdpipe.execution.placement import Engines
 from kdpipe.models.cache import ModelCache
-from kdpipe.models.folder import require_targets
+from kdpipe.models.folder import reach_of
 from kdpipe.models.prompting import Text, open_text, prompt_style
 from kdpipe.models.source import ModelSource
-from kdpipe.pipeline.request import Noted
+from kdpipe.pipeline.request import Noted, Warned
 from kdpipe.recipe.place import place_of
 from kdpipe.recipe.roles import SERVER, STUDENT_ROLE, Role
 from kdpipe.recipe.schema import Recipe, SelfTeacher, ServedTeacher, Student, Teacher
@@ -59,7 +59,7 @@ class Roles:
         if not self._engines.holds(engine, place, source):
             inputs.check_weights(role)
         if isinstance(settings, Student):
-            self._require_targets(source)
+            self._require_targets(inputs, source)
         elif self._takes_turns(inputs, settings, source):
             self._cache.take_turns(source.digest)
         open_engine = partial(
@@ -96,10 +96,12 @@ class Roles:
         for server in self._servers.values():
             server.close()
 
-    def _require_targets(self, source: ModelSource) -> None:
-        """Raises, before anything is sampled, where the student has no modules that its adapter names."""
+    def _require_targets(self, inputs: Inputs, source: ModelSource) -> None:
+        """Says what the adapter reaches; raises, before anything is sampled, where it does not fit."""
         if (lora := self._recipe.student.lora) is not None and not self._lora_fits:
-            require_targets(source.folder, lora, trust_remote_code=source.trust_remote_code)
+            found = reach_of(source.folder, lora, trust_remote_code=source.trust_remote_code)
+            said = f"student.lora: adapters on {found}"
+            inputs.report.event(Noted(said) if found.layers == found.of_layers else Warned(said))
             self._lora_fits = True
 
     def _takes_turns(self, inputs: Inputs, teacher: Teacher, source: ModelSource) -> bool:

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,12 +38,29 @@ CONFIG_FILE = "adapter_config.json"
 _NAME = "default"
 _PREFIX = "base_model.model."  # how peft names the model in its files
 _SHOWN_TARGETS = 8
+_LAYER = re.compile(r".*?\.\d+(?=\.)")  # the name of a numbered layer, at the beginning of a weight's
+LEAST_OF_ALL = 0.5
+"""Share of the weights that all linear layers hold at least, where these are said to be the targets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What targets reach of a model: their share of its weights, and in how many of its layers."""
+
+    weights: float
+    layers: int
+    of_layers: int
+
+    def __str__(self) -> str:
+        share = f"{self.weights:.0%} of the weights between embeddings and head"
+        return f"{share}, in {self.layers} of {self.of_layers} layers"
 
 
 def target_names(model: PreTrainedModel, lora: Lora) -> list[str]:
     """The last parts of the names of the layers that get an adapter, sorted; `model` has none yet.
 
-    Raises ModelError on a target that names no layer, or one that is not linear, or the output head.
+    Raises ModelError on a target that names no layer, or one that is not linear, or the output head, and on all linear
+    layers where most weights are in others.
     """
     head = model.get_output_embeddings()
     named = dict(model.named_modules())
@@ -61,7 +81,30 @@ def target_names(model: PreTrainedModel, lora: Lora) -> list[str]:
                 f"{where}: {target!r} names {name}, which is {what}, expected linear layers below the output head",
                 hint=hint,
             )
+    if lora.targets == "all-linear" and (found := reach(model, targets)).weights < LEAST_OF_ALL:
+        raise ModelError(
+            f"student.lora: the linear layers of {type(model).__name__} are {found}: an adapter on them leaves out "
+            "most of the model, such as experts whose weights are no linear layers",
+            hint=f"if these are the layers to train, name them: targets: [{', '.join(known)}]",
+        )
     return targets
+
+
+def reach(model: PreTrainedModel, targets: Sequence[str]) -> Reach:
+    """What layers of these last names are of a model, counted by its matrices."""
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    ends = {id(weight) for weight in (*tables, model.get_output_embeddings().weight)}
+    weights = {
+        name: weight.numel()
+        for name, weight in model.named_parameters()
+        if weight.ndim > 1 and id(weight) not in ends
+    }
+    reached = [name for name in weights if name.removesuffix(".weight").rpartition(".")[2] in targets]
+    share = sum(weights[name] for name in reached) / max(sum(weights.values()), 1)
+    layers, every = (
+        {found[0] for name in names if (found := _LAYER.match(name))} for names in (reached, weights)
+    )
+    return Reach(share, len(layers), len(every))
 
 
 def start_adapter(model: PreTrainedModel, lora: Lora, *, seed: int) -> None:

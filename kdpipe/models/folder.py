@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from kdpipe.errors import ModelError, as_os_error
 from kdpipe.models.adapters import CONFIG_FILE as ADAPTER_CONFIG
-from kdpipe.models.adapters import is_adapted, merge_adapter, target_names, write_adapter
+from kdpipe.models.adapters import Reach, is_adapted, merge_adapter, reach, target_names, write_adapter
 from kdpipe.models.devices import dtype_name, resolve_dtype
 from kdpipe.models.logprobs import Head, head_logits, head_of
 from kdpipe.models.model_folder import require_own_files, tensors_of, unfit
@@ -234,10 +234,11 @@ def write_merged(
     write_model(model, tokenizer, folder, dtype=resolve_dtype(source.dtype, device)[0])
 
 
-def require_targets(folder: Path, lora: Lora, *, trust_remote_code: bool = False) -> None:
-    """Raises ModelError unless the model in a folder has the layers that get adapters; reads no weights."""
+def reach_of(folder: Path, lora: Lora, *, trust_remote_code: bool = False) -> Reach:
+    """What adapters reach of the model in a folder, by no weights; raises ModelError if they do not fit."""
     _require_weights(folder)
-    target_names(skeleton(folder, trust_remote_code=trust_remote_code), lora)
+    model = skeleton(folder, trust_remote_code=trust_remote_code)
+    return reach(model, target_names(model, lora))
 
 
 def skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:

@@ -18,16 +18,20 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 import kdpipe.models.cache
 import kdpipe.pipeline.requirements
+from kdpipe.data.tasks.arithmetic import words
 from kdpipe.engines.hf.decoding import is_llama_like
 from kdpipe.engines.hf.engine import HfEngine
 from kdpipe.engines.protocol import SampleRequest, Sampling
 from kdpipe.errors import ArtifactError, Interrupted, ModelError, StepError
 from kdpipe.models.adapters import (
+    LEAST_OF_ALL,
+    Reach,
     is_adapted,
+    reach,
     read_adapter,
     start_adapter,
     switch_adapter,
@@ -36,8 +40,9 @@ from kdpipe.models.adapters import (
 )
 from kdpipe.models.batching import make_batch
 from kdpipe.models.cache import ModelCache
-from kdpipe.models.folder import open_model, write_model
+from kdpipe.models.folder import open_model, reach_of, write_model
 from kdpipe.models.logprobs import Head, token_logprobs
+from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.models.source import AdapterSource, ModelSource
 from kdpipe.pipeline.housekeeping import export
 from kdpipe.pipeline.project import Project, open_project
@@ -46,7 +51,7 @@ from kdpipe.recipe.runtime import Runtime
 from kdpipe.training.local import LocalTrainer
 from kdpipe.training.optimizer import read_trainer
 from kdpipe.training.protocol import Trainer
-from tests.tiny_models import CONFIGS, FAST, FLOAT32_NATS, ROWS, tiny_model, tiny_tokenizer
+from tests.tiny_models import COMMON, CONFIGS, FAST, FLOAT32_NATS, ROWS, tiny_model, tiny_tokenizer
 from tests.worlds import NearWorker, Watcher, load_tiny, payload_digests, run_near
 
 CPU = torch.device("cpu")
@@ -631,3 +636,59 @@ def test_an_adapter_that_is_damaged_or_of_another_shape_is_refused(tmp_path: Pat
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ArtifactError, match="cannot be read"):
         read_adapter(tiny_model("llama"), tmp_path)
+
+
+def test_what_targets_reach_is_counted_in_weights_and_layers() -> None:
+    model = tiny_model("llama")  # matrices of a layer: 24 x 24 twice, 24 x 12 twice, 24 x 40 three times
+    of_layer = 2 * 24 * 24 + 2 * 24 * 12 + 3 * 24 * 40
+    assert str(reach(model, target_names(model, Lora()))) == (
+        "100% of the weights between embeddings and head, in 2 of 2 layers"
+    )
+    assert reach(model, ["q_proj", "v_proj"]) == Reach((24 * 24 + 24 * 12) / of_layer, 2, 2)
+    model.model.layers[1].self_attn.q_special = model.model.layers[1].self_attn.q_proj
+    del model.model.layers[1].self_attn.q_proj
+    assert reach(model, ["q_special"]) == Reach(24 * 24 / (2 * of_layer), 1, 2)
+
+
+def mixture(experts: int, **changes: Any) -> Any:
+    sizes = {"num_experts": experts, "num_experts_per_tok": 1, "moe_intermediate_size": 40, **changes}
+    config = Qwen3MoeConfig(**{**COMMON, "head_dim": 8, **sizes})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def test_all_linear_layers_are_refused_where_they_are_little_of_the_model(tmp_path: Path) -> None:
+    model = mixture(8)
+    with pytest.raises(ModelError, match=r"are \d+% of the weights .* in 2 of 2 layers: .*experts") as caught:
+        target_names(model, Lora())
+    assert caught.value.hint.endswith("targets: [k_proj, o_proj, q_proj, v_proj]")
+    named = Lora(targets=["k_proj", "o_proj", "q_proj", "v_proj"])
+    assert target_names(model, named) == named.targets
+    model.save_pretrained(tmp_path)
+    found = reach_of(tmp_path, named)
+    assert found.weights < LEAST_OF_ALL
+    with pytest.raises(ModelError, match="leaves out most of the model"):
+        reach_of(tmp_path, Lora())
+
+
+class Told(Exception):
+    """What a run said of its adapter, at which it ends."""
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [("all-linear", r"note.*100% of .* in 1 of 1 layers"), (["gate_proj"], r"warning.* in 1 of 2 layers")],
+)
+def test_a_run_says_what_its_adapter_reaches(targets: Any, said: str, tmp_path: Path) -> None:
+    def ends(_step: str, event: dict[str, Any]) -> None:
+        if "adapters" in event.get("text", ""):
+            raise Told(event["kind"], event["text"])
+
+    watcher = Watcher()
+    watcher.on_event = ends
+    student: dict[str, Any] = {"student__lora": {"targets": targets}}
+    if targets != "all-linear":
+        sizes = {"vocab_size": num_ids_in_use(arithmetic_tokenizer(words())), "mlp_only_layers": [0]}
+        write_model(mixture(4, **sizes), arithmetic_tokenizer(words()), tmp_path / "model")
+        student = {"student": {"model": "./model", "dtype": "float32", "lora": {"targets": targets}}}
+    with pytest.raises(Told, match=said):
+        run_near(load_tiny(tmp_path, **{**CHANGES, **student}), tmp_path / "out", watcher=watcher)
