@@ -37,7 +37,14 @@ class Server:
 
     def start(self) -> None:
         """Starts it and waits until it answers."""
-        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database_uri(self.folder)]
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--backend-store-uri",
+            database_uri(self.folder / "mlflow.db"),
+        ]
         command += ["--artifacts-destination", str(self.folder / "artifacts"), "--host", "127.0.0.1"]
         command += ["--port", str(self.port), "--workers", "1"]
         with (self.folder / "server.log").open("ab") as log:

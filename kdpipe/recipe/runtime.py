@@ -27,19 +27,29 @@ class Tracking(Section):
     loads: its weights are copied into MLflow, and the end of the run waits for that."""
 
     def faults(self) -> Iterator[str]:
-        if self.uri is not None and _holds_secret(self.uri):  # the URI itself is not repeated
+        if self.uri is not None and _may_hold_secret(self.uri):  # the URI itself is not repeated
             yield (
-                "uri holds a password: export it as MLFLOW_TRACKING_PASSWORD, with MLFLOW_TRACKING_USERNAME, or as "
-                "PGPASSWORD for PostgreSQL, and leave it out here"
+                "uri holds a password, or what could be one (before @, after ?, # or ;): export it as "
+                "MLFLOW_TRACKING_PASSWORD, with MLFLOW_TRACKING_USERNAME, or as PGPASSWORD for PostgreSQL, and leave "
+                "it out here"
             )
 
 
-def _holds_secret(uri: str) -> bool:
-    """Whether an address holds a password, or for a web server anything before an `@`."""
-    scheme, _, rest = uri.partition("://")
-    user, at, _ = re.split(r"[/?#]", rest, maxsplit=1)[0].rpartition("@")
-    in_query = re.search(r"[?&;](password|passwd|pwd|token|sslpassword)=", uri, re.IGNORECASE)
-    return bool(in_query) or bool(at and (":" in user or scheme.lower() in ("http", "https")))
+_HARMLESS = {"sslmode", "sslrootcert", "ssl_ca", "charset", "driver", "connect_timeout", "application_name"}
+"""Settings in a database's address that are no secrets."""
+
+
+def _may_hold_secret(uri: str) -> bool:
+    """Whether an address can hold a secret: more than a database's user and some of its settings."""
+    scheme, _, rest = uri.strip().partition(":")
+    kind = scheme.lower().partition("+")[0]
+    place, _, query = rest.partition("?")
+    if kind in ("postgresql", "mysql", "mssql", "sqlite"):
+        names = {setting.partition("=")[0].lower() for setting in re.split("[&;]", query) if setting}
+        has_more = ":" in place.rpartition("@")[0] or bool(re.search("[#;]", rest))
+        return not names <= _HARMLESS or (has_more and kind != "sqlite")
+    is_web = "//" in uri or kind in ("http", "https")
+    return is_web and bool(re.search("[@?#;]", rest))
 
 
 class Keep(Section):

@@ -54,7 +54,7 @@ def _trouble_of(url: str) -> str | None:
         return "is no http or https URL with a host"
     if "@" in parts.netloc:
         return "holds a user or password: name the variable of the key in api_key_env"
-    if parts.query or parts.fragment:
+    if "?" in url or "#" in url or ";" in url:
         return "holds a query or fragment"
     return None
 

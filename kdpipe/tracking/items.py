@@ -26,7 +26,7 @@ from kdpipe.recipe.schema import Recipe, resolved
 from kdpipe.store.durable import TEMPORARY, parse_json
 from kdpipe.store.sealed import digest_of
 from kdpipe.store.stage import Stage
-from kdpipe.tracking.memory import Memory
+from kdpipe.tracking.memory import Memory, artifacts_uri
 from kdpipe.tracking.steps import DoneStep, MetricRow, done_steps, event_times, metrics
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def has_room_for_files(folder: Path, memory: Memory) -> bool:
     """
     if memory.uri is not None or memory.artifact_uri is None:
         return True
-    return folder.parents[1].resolve() in Path(memory.artifact_uri).parents
+    return memory.artifact_uri.startswith(f"{artifacts_uri(folder.parents[1])}/")
 
 
 def authorship() -> dict[str, str]:

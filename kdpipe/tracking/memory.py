@@ -133,9 +133,22 @@ def _recipe_name(request: MirrorRequest) -> str:
     return study.recipe
 
 
-def database_uri(workspace: Path) -> str:
-    """Where MLflow lives unless the recipe says otherwise."""
-    return f"sqlite:///{workspace.resolve() / DATABASE}"
+def database_uri(path: Path) -> str:
+    """The address of a SQLite file for SQLAlchemy; a `?` or `%` in its path stays one."""
+    from sqlalchemy import URL, make_url  # MLflow's; few commands need it
+
+    # MLflow makes the folder of a `sqlite:///`, and for that takes an encoded path for a plain one.
+    encoded = URL.create("sqlite+pysqlite", database=str(path)).render_as_string()
+    for uri in (f"sqlite:///{path}", encoded):
+        if make_url(uri).database == str(path):
+            return uri
+    raise ArtifactError(f"{path}: MLflow cannot open such a path", hint="name another --workspace")
+
+
+def artifacts_uri(workspace: Path) -> str:
+    """Where MLflow keeps files: a path, or where that could be read as an address, an address."""
+    path = workspace.resolve() / ARTIFACTS
+    return str(path) if path.as_uri() == f"file://{path}" else path.as_uri()
 
 
 def require_database(workspace: Path, uri: str | None = None) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from kdpipe.errors import KdpipeError
-from kdpipe.tracking.memory import ARTIFACTS, ENVIRONMENT, database_uri, require_database
+from kdpipe.tracking.memory import DATABASE, ENVIRONMENT, artifacts_uri, database_uri, require_database
 from kdpipe.workers.worker import STOPS, child_environment
 
 
@@ -32,8 +32,8 @@ def free_port(host: str, first: int = 5000) -> int:
 
 def ui_command(workspace: Path, host: str, port: int) -> list[str]:
     """The command that serves MLflow's page over the workspace's store."""
-    artifacts = str(workspace.resolve() / ARTIFACTS)
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database_uri(workspace)]
+    artifacts, database = artifacts_uri(workspace), database_uri(workspace.resolve() / DATABASE)
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database]
     command += ["--default-artifact-root", artifacts, "--artifacts-destination", artifacts]
     # uvicorn imports from its app folder before all others; by default that is the working folder.
     safe_folder = shlex.join(["--app-dir", sysconfig.get_path("stdlib")])

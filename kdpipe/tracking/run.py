@@ -31,7 +31,7 @@ from mlflow.models import Model
 from kdpipe.errors import KdpipeError
 from kdpipe.store.durable import write_durably
 from kdpipe.store.locks import locked
-from kdpipe.tracking.memory import ARTIFACTS, DATABASE, Memory, MirrorRequest, Status, database_uri
+from kdpipe.tracking.memory import DATABASE, Memory, MirrorRequest, Status, artifacts_uri, database_uri
 from kdpipe.tracking.steps import MetricRow, event_times
 
 MAX_METRICS = 1000  # in one call, so that each is answered soon
@@ -67,7 +67,7 @@ class MlflowRun:
     ) -> None:
         workspace = request.workspace.resolve()
         self._uri = memory.uri
-        self._client = MlflowClient(memory.uri or database_uri(workspace))
+        self._client = MlflowClient(memory.uri or database_uri(workspace / DATABASE))
         self._answered = answered
         run = self._recorded(memory)
         if run is None:
@@ -114,7 +114,7 @@ class MlflowRun:
 
     def _experiment(self, memory: Memory, workspace: Path) -> str:
         name, is_server = memory.experiment, (memory.uri or "").startswith(("http:", "https:"))
-        location = None if is_server else str(workspace / ARTIFACTS)
+        location = None if is_server else artifacts_uri(workspace)
         if (found := self._client.get_experiment_by_name(name)) is None:
             try:
                 return str(self._client.create_experiment(name, location, EXPERIMENT_TAGS))
@@ -310,7 +310,7 @@ def make_database(workspace: Path, beat: Callable[[], None] = lambda: None) -> N
 
     def make(draft: Path) -> None:
         with beating(beat):
-            MlflowClient(f"sqlite:///{draft}").search_experiments()
+            MlflowClient(database_uri(draft)).search_experiments()
 
     if not path.exists():
         with locked(workspace / f".{DATABASE}.lock"):

@@ -158,6 +158,22 @@ RECIPES = {
         ("tracking.uri=http://kim:hunter2@host:5000",),
         ("tracking", "uri holds a password", "MLFLOW_TRACKING_PASSWORD"),
     ),
+    **{
+        f"a tracking server's {what}": Bad(
+            (f"tracking.uri={uri}",), ("uri holds a password, or what could be",)
+        )
+        for what, uri in {
+            "query": "http://host:5000/?access_token=hunter2",
+            "signature": "HTTPS://host/mlflow?sig=hunter2",
+            "fragment": "https://host/#token=hunter2",
+            "parameter": "https://host/mlflow;key=hunter2",
+            "address without slashes": "http:host?hunter2",
+            "address of a plugin": "azureml://host/x?secret=hunter2",
+            "password with a slash": "postgresql://kim:hun/hunter2@db/mlflow",
+            "key": "postgresql://db/mlflow?sslmode=require&sslkey_pass=hunter2",
+            "parameter of a database": "mssql://db/mlflow;pwd=hunter2",
+        }.items()
+    },
     "a tracking server's token": Bad(("tracking.uri=https://hunter2@host",), ("uri holds a password",)),
     "a tracking database's password": Bad(
         ("tracking.uri=postgresql+psycopg2://kim:hunter2@db:5432/mlflow",), ("holds a password", "PGPASSWORD")

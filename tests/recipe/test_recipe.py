@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kdpipe.errors import RecipeError
 from kdpipe.recipe.file import LoadedRecipe, load_recipe
 from kdpipe.recipe.objective import JsdTerm, K2Term, RklTerm
+from kdpipe.recipe.runtime import Tracking
 from kdpipe.recipe.schema import ModelTeacher, Recipe, ScratchTeacher, SelfTeacher, ServedTeacher, resolved
 from kdpipe.recipe.stages import Keeping
 from kdpipe.recipe.teacher import ABSENT
@@ -53,6 +54,24 @@ def leaves(value: Any, name: str = "") -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *(
+            "http://127.0.0.1:5000",
+            "https://host/mlflow",
+            "databricks",
+            "./mlruns",
+            "sqlite:////tmp/a#b;c.db",
+        ),
+        "postgresql+psycopg2://kim@db:5432/mlflow?sslmode=require",
+        "mssql+pyodbc://kim@host/db?driver=ODBC+Driver+18+for+SQL+Server",
+    ],
+)
+def test_a_tracking_address_without_secrets_is_taken(uri: str) -> None:
+    assert Tracking(uri=uri).uri == uri
 
 
 @pytest.mark.parametrize(

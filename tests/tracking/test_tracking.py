@@ -140,7 +140,7 @@ def test_a_lost_memory_finds_its_run_again(world: World) -> None:
 
 
 def test_on_a_shared_server_only_the_key_tells_whose_run_it_is(workspace: Path) -> None:
-    uri = database_uri(workspace)
+    uri = database_uri(workspace / "mlflow.db")
     mine = make_world(workspace)
     mine = World(mine.workspace, mine.loaded, uri)
     mine.sync()
@@ -161,7 +161,7 @@ def test_a_run_deleted_in_mlflow_is_made_again_whole(world: World) -> None:
     count = world.sync()
     memory = read_memory(world.run.path)
     assert memory is not None
-    MlflowClient(database_uri(world.workspace)).delete_run(memory.run_id)
+    MlflowClient(database_uri(world.workspace / "mlflow.db")).delete_run(memory.run_id)
     assert world.sync() == count
     now = read_memory(world.run.path)
     assert now is not None
@@ -322,6 +322,29 @@ def test_a_workspace_that_was_moved_writes_nothing_to_its_old_place(world: World
     (moved.run.path / "report.html").write_text("report")
     assert moved.sync() == 1
     assert not old.exists()
+
+
+NAMES = ["a%20b;c?d=e#f g", "ä ö", "a?b=c", "a#b", "a%20b", "a b", "file:x", "~"]
+
+
+@pytest.mark.parametrize(
+    "name", [NAMES[0], *(pytest.param(one, marks=pytest.mark.slow) for one in NAMES[1:])]
+)
+def test_a_workspace_of_any_name_keeps_database_and_files_inside(
+    name: str, mlflow_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    workspace = tmp_path / "above" / name
+    workspace.mkdir(parents=True)
+    world = make_world(workspace)
+    if name == NAMES[0]:  # else MLflow makes it, in the same way
+        shutil.copy(mlflow_database, workspace / "mlflow.db")
+    world.finish_everything()
+    assert world.sync("FINISHED") > 0
+    assert world.statuses() == ["FINISHED"]
+    assert any(path.is_file() for path in (workspace / "mlartifacts").rglob("*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["above"]
+    assert [path.name for path in (tmp_path / "above").iterdir()] == [name]
 
 
 def test_a_password_in_the_address_goes_nowhere(world: World) -> None:

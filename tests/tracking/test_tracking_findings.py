@@ -63,7 +63,7 @@ def test_a_run_is_tagged_with_what_its_evaluations_came_to_as_soon_as_they_are_t
 def test_a_run_that_an_earlier_version_mirrored_is_told_of_when_it_is_opened_again(world: World) -> None:
     world.finish("evaluate:student@0", accuracy=0.25)
     world.sync()
-    client, run = MlflowClient(database_uri(world.workspace)), run_id(world)
+    client, run = MlflowClient(database_uri(world.workspace / "mlflow.db")), run_id(world)
     for name in ("student.before", NOTE, "kdpipe.note"):
         client.delete_tag(run, name)
     memory = read_memory(world.run.path)
@@ -76,7 +76,7 @@ def test_a_run_that_an_earlier_version_mirrored_is_told_of_when_it_is_opened_aga
 
 
 def test_a_description_that_a_user_wrote_stays(world: World) -> None:
-    client = MlflowClient(database_uri(world.workspace))
+    client = MlflowClient(database_uri(world.workspace / "mlflow.db"))
     world.finish("evaluate:student@0", accuracy=0.25)
     world.sync()
     world.finish("evaluate:student@1", accuracy=0.5)

@@ -48,7 +48,7 @@ def sync(run: Path, uri: str | None = None) -> None:
 
 def models(run: Path, uri: str | None = None) -> list[LoggedModel]:
     """The logged models of the run's experiment, each an output of the run."""
-    client = MlflowClient(uri or database_uri(run.parents[1]))
+    client = MlflowClient(uri or database_uri(run.parents[1] / "mlflow.db"))
     memory = read_memory(run)
     assert memory is not None
     assert memory.run_id is not None
@@ -77,7 +77,7 @@ def require_loads(run: Path, model: LoggedModel) -> None:
 
 @pytest.mark.slow
 def test_mlflow_loads_the_student_that_was_trained(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", database_uri(run.parents[1]))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database_uri(run.parents[1] / "mlflow.db"))
     sync(run)
     [model] = models(run)
     assert (model.name, model.status) == ("student-round-001", "READY")

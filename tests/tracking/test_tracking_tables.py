@@ -30,7 +30,7 @@ def client_of(world: World) -> tuple[MlflowClient, str, str]:
     memory = read_memory(world.run.path)
     assert memory is not None
     assert memory.run_id is not None
-    client = MlflowClient(database_uri(world.workspace))
+    client = MlflowClient(database_uri(world.workspace / "mlflow.db"))
     return client, memory.run_id, client.get_run(memory.run_id).info.experiment_id
 
 
@@ -45,7 +45,9 @@ def listed(world: World) -> list[str]:
 
 
 def test_mlflow_loads_the_tables_that_it_is_told_of(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", database_uri(world.workspace))  # what load_table searches
+    monkeypatch.setenv(
+        "MLFLOW_TRACKING_URI", database_uri(world.workspace / "mlflow.db")
+    )  # what load_table searches
     grades = [Grade("p/0", text="#### 3", answer_strict="3", correct=False), Grade("p/1")]
     world.finish("evaluate:student@1", texts=grades)
     world.finish("rollout@2", texts=[sample("4 #### 4")])
