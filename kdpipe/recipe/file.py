@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 1_000_000
 """Bytes of a recipe's file."""
+MAX_TOLD = 20
+"""Mistakes that are told at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,9 @@ def read_recipe(text: str, name: str, overrides: tuple[str, ...] = ()) -> Recipe
     try:
         return Recipe.model_validate(document.value, strict=True)
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(document, item) for item in error.errors())) from None
+        told = [_explain(document, item) for item in error.errors()[:MAX_TOLD]]
+        more = error.error_count() - len(told)
+        raise RecipeError("\n".join([*told, f"and {more:,} more"] if more else told)) from None
 
 
 def shipped() -> list[Path]:

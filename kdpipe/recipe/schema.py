@@ -12,7 +12,7 @@ from pydantic import Field, JsonValue, ValidationInfo, field_validator
 from kdpipe.recipe.models import Student
 from kdpipe.recipe.objective import Support
 from kdpipe.recipe.runtime import Runtime, Tracking
-from kdpipe.recipe.section import ENGINE_ABILITIES, NAME, Count, EngineName, Section, Seed
+from kdpipe.recipe.section import ENGINE_ABILITIES, NAME, EngineName, Section, Seed
 from kdpipe.recipe.stages import (
     EvaluateSection,
     Keeping,
@@ -45,13 +45,13 @@ class Recipe(Section):
     """Every draw derives from it, by stage, round, problem and sample."""
     reproduce: bool = False
     """Runs an objective that check-loss fails, to reproduce what others did."""
-    rounds: Count
+    rounds: Annotated[int, Field(ge=1, le=10_000)]
     """Rounds of rollout, teacher-score and train."""
     task: Task
     """The problems, and how answers are graded."""
     student: Student
     """The model that learns."""
-    teachers: Annotated[list[Teacher], Field(min_length=1)]
+    teachers: Annotated[list[Teacher], Field(min_length=1, max_length=16)]
     """The models that score; several are routed by `only` or mixed by `weight`."""
     rollout: RolloutSection = RolloutSection.model_construct()
     """How each round samples."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 from kdpipe.errors import RecipeError
 from kdpipe.recipe.yaml_source import split_list
 
+MAX_RUNS = 1_000
 EXAMPLE = "for example: --sweep train.optimizer.learning_rate=1e-5,3e-5"
 
 
@@ -20,7 +22,14 @@ def points(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
     fields = [axis[0].partition("=")[0] for axis in axes]
     if twice := next((field for field in fields if fields.count(field) > 1), None):
         raise RecipeError(f"--sweep {twice}: given twice", hint=f"one list: --sweep {twice}=v1,v2,v3")
+    require_runs(math.prod(map(len, axes)))
     return list(itertools.product(*axes))
+
+
+def require_runs(count: int) -> None:
+    """Raises RecipeError where a study has more runs than anybody starts."""
+    if count > MAX_RUNS:
+        raise RecipeError(f"{count:,} runs, and a study has at most {MAX_RUNS:,}")
 
 
 def _axis(sweep: str) -> list[str]:

@@ -24,6 +24,10 @@ MAX_DEPTH = 50
 """Levels of a recipe; PyYAML's time grows with the square of the levels, until Python's stack is full."""
 
 
+MAX_VALUES = 10_000
+"""Values of a recipe: PyYAML reads some 40,000 in a second."""
+
+
 def dotted(path: Path) -> str:
     """A path as a recipe's reader writes it, `a.b.0`."""
     return ".".join(map(str, path))
@@ -32,7 +36,7 @@ def dotted(path: Path) -> str:
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads `1e-5` as a float and refuses aliases, tags and too many levels."""
 
-    _depth = 0
+    _depth = _values = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
@@ -42,7 +46,10 @@ class _Loader(yaml.SafeLoader):
             found = "tags"
         elif self._depth == MAX_DEPTH:
             found = f"more than {MAX_DEPTH} levels"
+        elif self._values == MAX_VALUES:
+            found = f"more than {MAX_VALUES:,} values"
         else:
+            self._values += 1
             self._depth += 1
             node: yaml.Node | None = super().compose_node(parent, index)
             self._depth -= 1
@@ -176,6 +183,7 @@ def _construct(node: yaml.Node, path: Path, document: Document) -> JsonValue:
         here = f"{document.name}:{key_node.start_mark.line + 1}"
         if not isinstance(key, str) or key_node.tag == "tag:yaml.org,2002:merge":
             raise RecipeError(f"{here}: keys are plain words; merges and complex keys are not used here")
+        _require_text(key, here)
         if key in mapping:
             raise RecipeError(f"{here}: {dotted((*path, key))}: this key stands here twice")
         document.origins[(*path, key)] = here
@@ -183,8 +191,19 @@ def _construct(node: yaml.Node, path: Path, document: Document) -> JsonValue:
     return mapping
 
 
+def _require_text(text: str, origin: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RecipeError(
+            f"{origin}: \\u{ord(text[error.start]):04x} is half of a character, which is no text",
+            hint="write the character itself, or \\U and its 8 digits",
+        ) from None
+
+
 def _scalar(node: yaml.ScalarNode, origin: str) -> JsonValue:
     text, kind = node.value, node.tag.removeprefix("tag:yaml.org,2002:")
+    _require_text(text, origin)
     if node.style is None and re.fullmatch(r"[-+]?0[\d_]+", text):
         raise RecipeError(
             f"{origin}: {text}: a leading zero means octal in YAML; write it without, or in quotes"

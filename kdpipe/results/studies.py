@@ -26,6 +26,7 @@ from kdpipe.errors import RecipeError
 from kdpipe.pipeline.project import Project
 from kdpipe.pipeline.runs import RunFolder
 from kdpipe.recipe.schema import Recipe, ScratchTeacher
+from kdpipe.recipe.sweep import require_runs
 from kdpipe.store.durable import parse_json, write_bytes, write_json
 from kdpipe.store.step import canonical
 
@@ -148,6 +149,7 @@ def arm_runs(recipe: Recipe, arms: Sequence[ArmName], *, seeds: int) -> list[Arm
 
     Raises RecipeError where an arm is not possible.
     """
+    require_runs(seeds * len(arms))
     if recipe.seed + seeds > MAX_SEED:
         raise RecipeError(f"--seeds {seeds}: beyond the largest seed, {MAX_SEED - 1}")
     for arm in arms:

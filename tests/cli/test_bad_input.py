@@ -74,6 +74,32 @@ RECIPES = {
     "a tag": Bad(text="seed: !!python/name:os.system x\n", words=("recipe.yaml:", "tags are not used")),
     "not UTF-8": Bad(files={"recipe.yaml": b"name: \xff\n"}, words=("recipe.yaml", "UTF-8")),
     "empty recipe": Bad(files={"recipe.yaml": ""}, words=("recipe.yaml", "mapping of sections")),
+    "half a character": Bad(
+        text='runtimes: {"a": "\\ud800"}\n',
+        words=("recipe.yaml:", "\\ud800 is half of a character", "is no text"),
+    ),
+    "half a character in a key": Bad(
+        text='"\\udfff": 1\n', words=("recipe.yaml:", "\\udfff is half of a character")
+    ),
+    "rounds without a bound": Bad(("rounds=100000000",), ("rounds", "less than or equal to 10000")),
+    "a count without a bound": Bad(
+        ("rollout.prompts=9223372036854775807",), ("rollout.prompts", "less than 2147483648")
+    ),
+    "teachers without a bound": Bad(
+        (f"teachers=[{', '.join(['{self: initial}'] * 17)}]",), ("teachers", "at most 16")
+    ),
+    "a sweep without a bound": Bad(
+        command=(
+            "run",
+            "RECIPE",
+            *(word for name in "abcd" for word in ("--sweep", f"{name}=1,2,3,4,5,6,7,8")),
+        ),
+        words=("4,096 runs, and a study has at most 1,000",),
+    ),
+    "seeds without a bound": Bad(
+        command=("arms", "RECIPE", "--seeds", "1000000", "--dry-run"),
+        words=("runs, and a study has at most 1,000",),
+    ),
     "bad set": Bad(("rounds",), ("--set rounds", "a.b=c")),
     "set beyond a list": Bad(("teachers.1.name=x",), ("list of 1",)),
     "missing recipe": Bad(command=("check", "nowhere.yaml"), words=("nowhere.yaml", "no such recipe")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -597,3 +598,20 @@ def test_any_text_is_a_recipe_or_a_recipe_error(text: str) -> None:
 @example(["name=\udc80"])
 def test_any_set_is_taken_or_a_recipe_error(overrides: list[str]) -> None:
     loads_or_refuses(MINIMAL, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[" + "1," * 490_000 + "1]", "more than 10,000 values"),
+        ("{" + "".join(f"k{number}: 1, " for number in range(80_000)) + "}", "more than 10,000 values"),
+        ("1\n" + "".join(f"k{number}: 1\n" for number in range(4_000)), "\nand 3,981 more"),
+        ("a" * 1_000_000, "more than 1,000,000 bytes"),
+    ],
+)
+def test_a_huge_recipe_is_refused_in_less_than_two_seconds(tmp_path: Path, text: str, told: str) -> None:
+    before = time.process_time()
+    message = error_of(tmp_path, f"{MINIMAL}huge: {text}")
+    assert told in message
+    assert len(message) < 5_000
+    assert time.process_time() - before < 2
