@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from kdpipe.cli.app import app
+from kdpipe.cli.comparison_table import markdown_lines, text_lines
 from kdpipe.errors import DataError
 from kdpipe.method.statistics import pooled_difference
 from kdpipe.results.comparison import Contender, compare
+from tests.nasty_texts import NASTY
 from tests.worlds import load_tiny, run_near
 
 
@@ -195,3 +198,21 @@ def test_a_damaged_table_is_not_compared(workspace: Path, tmp_path: Path) -> Non
     path.write_bytes(path.read_bytes()[:-9] + b"123456789")
     result = invoke(copy, name, code=5)
     assert "evaluate:student@1" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "nasty", [*NASTY.values(), "a | b\n| c", "\\|", "![](http://x/y.png)", "<img src=x>", "`*~"]
+)
+def test_a_label_stays_one_cell_and_does_nothing_in_markdown(nasty: str) -> None:
+    rows = compare(
+        [contender([1, 0]), contender([1, 1], run="b", **{"task.instruction": f"before {nasty} after"})]
+    )
+    lines = markdown_lines(rows)
+    assert len(lines) == 4
+    bare = [re.sub(r"\\[\\`*\[\]|~]", "", line) for line in lines]
+    assert {line.count("|") for line in bare} == {10}
+    for line in (bare[3], text_lines(rows)[2]):
+        assert "before" in line
+        assert "after" in line
+        assert line.isprintable()
+    assert not set("<`*[]~\\") & set(bare[3])
