@@ -20,7 +20,7 @@ from kdpipe.cli.parameters import (
     on_recipe,
     workspace_at,
 )
-from kdpipe.cli.terminal import COLUMNS, Paint, Style, counted, painter, print_json, shown
+from kdpipe.cli.terminal import COLUMNS, Paint, Style, counted, painter, print_json, print_result, shown
 from kdpipe.errors import KdpipeError, PreflightError
 from kdpipe.results.visible_text import visible
 
@@ -103,12 +103,9 @@ def doctor(
         _examine(Given(recipe, tuple(overrides or ()), workspace, as_json))
         return
     found = _environment(workspace)
-    if as_json:
-        print_json(found)
-        return
     width = max(map(len, found))
-    for name, value in found.items():
-        print(f"{name:<{width}}  {'-' if value is None else value}")
+    lines = [f"{name:<{width}}  {'-' if value is None else value}" for name, value in found.items()]
+    print_result(found, "\n".join(lines), as_json=as_json)
 
 
 def _environment(workspace: Path) -> dict[str, "JsonValue"]:

@@ -15,7 +15,7 @@ from kdpipe.cli.parameters import (
     on_recipe,
     workspace_at,
 )
-from kdpipe.cli.terminal import print_json, say, shown
+from kdpipe.cli.terminal import print_result, say, shown
 from kdpipe.errors import ArtifactError, RecipeError
 
 
@@ -95,13 +95,9 @@ def gc(
     del recipe  # accepted so that the command reads like the others; the store belongs to the workspace
     found = (collect if delete else garbage)(workspace_at(workspace))
     total = sum(item.bytes for item in found)
-    for item in () if as_json else found:
-        print(f"{shown(item.folder)}  {item.bytes / 1e6:,.1f} MB  {item.reason}")
-    if as_json:
-        folders = [{"folder": str(item.folder), "bytes": item.bytes, "reason": item.reason} for item in found]
-        print_json({"deleted": delete, "bytes": total, "entries": folders})
-    elif found:
-        done = "removed" if delete else "can go: kdpipe gc --delete"
-        print(f"{len(found)} entries, {total / 1e6:,.1f} MB {done}")
-    else:
-        print("nothing to remove")
+    folders = [{"folder": str(item.folder), "bytes": item.bytes, "reason": item.reason} for item in found]
+    lines = [f"{shown(item.folder)}  {item.bytes / 1e6:,.1f} MB  {item.reason}" for item in found]
+    done = "removed" if delete else "can go: kdpipe gc --delete"
+    lines.append(f"{len(found)} entries, {total / 1e6:,.1f} MB {done}" if found else "nothing to remove")
+    document = {"deleted": delete, "bytes": total, "entries": folders}
+    print_result(document, "\n".join(lines), as_json=as_json)

@@ -86,7 +86,10 @@ def _print_outcome(project: "Project", given: Given) -> None:
     from kdpipe.report.writing import report_path
 
     lines = []
-    rows = [(label, _numbers(summary)) for label, summary in _evaluations(project)]
+    rows = [
+        (label, {name: value for name, value in summary.items() if isinstance(value, int | float)})
+        for label, summary in _evaluations(project)
+    ]
     if rows:
         after = [numbers for label, numbers in rows if label.startswith("student after")]
         changes = change_lines(after[-1]) if after else []
@@ -101,7 +104,3 @@ def _print_outcome(project: "Project", given: Given) -> None:
         f"           {given.command('ui')}",
     ]
     print("\n".join(lines))
-
-
-def _numbers(summary: "Fields") -> dict[str, float]:
-    return {name: value for name, value in summary.items() if isinstance(value, int | float)}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Concatenate, NamedTuple, ParamSpec
 
 import typer
 
-from kdpipe.cli.terminal import print_json, say
+from kdpipe.cli.terminal import print_result, say
 from kdpipe.errors import RecipeError
 from kdpipe.recipe.place import place_of
 
@@ -132,10 +132,7 @@ class Given(NamedTuple):  # a dataclass would take a hundredth of what `kdpipe -
 
     def show(self, document: object, text: str) -> None:
         """Prints the command's result: with --json the document, else the text."""
-        if self.as_json:
-            print_json(document)
-        else:
-            print(text)
+        print_result(document, text, as_json=self.as_json)
 
 
 def on_recipe(command: Callable[Concatenate[Given, Own], None]) -> Callable[..., None]:

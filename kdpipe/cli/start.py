@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kdpipe.cli.parameters import JsonOption, folder_at
-from kdpipe.cli.terminal import print_json
+from kdpipe.cli.terminal import print_json, print_result
 from kdpipe.errors import RecipeError
 from kdpipe.recipe.place import place_of
 
@@ -45,18 +45,12 @@ def _print(shown: Path | list[Path], name: str | None, *, as_json: bool) -> None
 
     if isinstance(shown, Path):
         text = shown.read_text(encoding="utf-8")
-        if as_json:
-            print_json({"name": name, "text": text})
-        else:
-            print(text, end="")
+        print_result({"name": name, "text": text}, text, as_json=as_json, end="")
         return
     found = {path.stem: title(path) for path in shown}
-    if as_json:
-        print_json(found)
-        return
     width = max(map(len, found), default=0)
-    for stem, line in found.items():
-        print(f"{stem:<{width}}  {line}")
+    lines = [f"{stem:<{width}}  {line}" for stem, line in found.items()]
+    print_result(found, "\n".join(lines), as_json=as_json)
 
 
 def init(
@@ -76,10 +70,8 @@ def init(
     if place.exists():
         raise RecipeError(f"{target}: exists already", hint="name another folder")
     write_file(place, shipped_path(recipe).read_bytes())
-    if as_json:
-        print_json({"recipe": str(target)})
-    else:
-        print(f"{target}: edit it, then\n  kdpipe check {target}\n  kdpipe run {target}")
+    text = f"{target}: edit it, then\n  kdpipe check {target}\n  kdpipe run {target}"
+    print_result({"recipe": str(target)}, text, as_json=as_json)
 
 
 def schema(

@@ -79,6 +79,14 @@ def print_json(value: object) -> None:
     print(json.dumps(value, sort_keys=True, indent=1))
 
 
+def print_result(document: object, text: str, *, as_json: bool, end: str = "\n") -> None:
+    """Prints the result of a command: its document with --json, else its text."""
+    if as_json:
+        print_json(document)
+    else:
+        print(text, end=end)
+
+
 def print_event(event: str, **fields: object) -> None:
     """Prints what happened in a run as one line of JSON."""
     print(json.dumps({"event": event, **fields}, sort_keys=True), flush=True)

@@ -11,7 +11,7 @@ import hashlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import JsonValue
 
@@ -185,8 +185,7 @@ class Sources:
             raise error_type(f"{where}: cannot be fetched from the hub: {reason}", hint=HUB_HINT) from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Named:
+class _Named(NamedTuple):
     """A repository or folder named by a model's section; `served` is the model's name on its server."""
 
     name: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 
@@ -32,10 +32,7 @@ class Stop:
 
 @contextlib.contextmanager
 def signals() -> Iterator[Stop]:
-    """Turns the first signal of `STOPS` into a request to stop, and the second into the end.
-
-    One that is ignored stays so: nohup and a shell's background mean that.
-    """
+    """Turns the first signal of `STOPS` into a request to stop, and the second into the end."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -46,10 +43,20 @@ def signals() -> Iterator[Stop]:
             raise Interrupted(number, f"at once, by a second {signal.Signals(number).name}")
         stop.number = number
 
-    heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, handle) for number in heard}
-    try:
+    with handled(handle):
         yield stop
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Has `handler` called on the signals of `STOPS`.
+
+    One that is ignored stays so: nohup and a shell's background mean that.
+    """
+    heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)

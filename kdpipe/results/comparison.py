@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from pydantic import JsonValue
@@ -17,6 +16,7 @@ from kdpipe.errors import ArtifactError, DataError
 from kdpipe.method import statistics
 from kdpipe.method.statistics import Interval
 from kdpipe.pipeline.runs import RunFolder
+from kdpipe.pipeline.status import leaves
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import resolved
 from kdpipe.results.measures import cost_of, right_fractions
@@ -226,7 +226,8 @@ def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contende
     if found is None:
         raise DataError(f"{run.name}: no student was evaluated yet", hint=f"kdpipe run {run.name}")
     number, correct, samples = found
-    settings = dict(_flat({key: value for key, value in resolved(recipe).items() if key not in SEEDLESS}))
+    kept = {key: value for key, value in resolved(recipe).items() if key not in SEEDLESS}
+    settings = {name: "null" if leaf is None else str(leaf) for name, leaf in leaves(kept)}
     if recipe.student.dtype == "auto":
         settings["student.dtype"] = f"auto ({', '.join(sorted(dtypes))})"
     return Contender(
@@ -239,16 +240,6 @@ def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contende
         seconds=seconds,
         tokens=tokens,
     )
-
-
-def _flat(value: Any, place: str = "") -> list[tuple[str, str]]:
-    if isinstance(value, Mapping) and value:
-        return [
-            pair for key, part in value.items() for pair in _flat(part, f"{place}.{key}" if place else key)
-        ]
-    if isinstance(value, list) and value and isinstance(value[0], Mapping):
-        return [pair for number, part in enumerate(value) for pair in _flat(part, f"{place}.{number}")]
-    return [(place, "null" if value is None else str(value))]
 
 
 # --------------------------------------------------------------------------------------- what is shown of it

@@ -60,11 +60,13 @@ def canonical(value: JsonValue) -> bytes:
 
 def _require_text_keys(value: JsonValue) -> None:
     """Raises TypeError on keys that JSON would turn into text, making two documents one."""
-    if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str):
-                raise TypeError(f"key {key!r} is not text")
-        value = list(value.values())
-    for item in value if isinstance(value, (list, tuple)) else ():
-        if isinstance(item, (dict, list, tuple)):
-            _require_text_keys(item)
+    waiting = [value]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            for key in node:
+                if not isinstance(key, str):
+                    raise TypeError(f"key {key!r} is not text")
+            waiting += [item for item in node.values() if isinstance(item, (dict, list, tuple))]
+        elif isinstance(node, (list, tuple)):
+            waiting += [item for item in node if isinstance(item, (dict, list, tuple))]

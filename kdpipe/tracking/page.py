@@ -10,13 +10,13 @@ import socket
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
 from kdpipe.errors import KdpipeError
+from kdpipe.pipeline.signals import handled
 from kdpipe.tracking.memory import DATABASE, ENVIRONMENT, artifacts_uri, database_uri, require_database
-from kdpipe.workers.worker import STOPS, child_environment
+from kdpipe.workers.worker import child_environment
 
 
 def free_port(host: str, first: int = 5000) -> int:
@@ -55,16 +55,6 @@ def serve_ui(workspace: Path, host: str = "127.0.0.1", first_port: int = 5000) -
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL if urgent else signal.SIGTERM)
 
-    with _handling(stop):
+    with handled(stop):
         status = process.wait()
     return 0 if stopped else status
-
-
-@contextlib.contextmanager
-def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in STOPS}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
