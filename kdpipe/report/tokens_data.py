@@ -37,43 +37,36 @@ class Titled:
 
 def titled_completions(reader: Reader) -> list[Titled]:
     """The newest that a teacher scored, those of before, and the graded answers: the most telling first."""
-    evaluated = sorted(reader.evaluated_rounds())
-    found = []
-    if evaluated and (completions := reader.held_out(evaluated[-1])) is not None:
-        found.append(_held_out(completions))
-    if (number := reader.scored_round()) is not None:
-        found.append(_rollout(reader.rollout(number)))
-    if len(evaluated) > 1 and evaluated[0] == 0 and (completions := reader.held_out(0)) is not None:
-        found.append(_held_out(completions))
-    if evaluated:
-        found.append(_answers(reader.answers(evaluated[-1])))
-    return found
+    evaluated, number = sorted(reader.evaluated_rounds()), reader.scored_round()
+    found = [
+        reader.held_out(evaluated[-1]) if evaluated else None,
+        None if number is None else reader.rollout(number),
+        reader.held_out(0) if len(evaluated) > 1 and evaluated[0] == 0 else None,
+        reader.answers(evaluated[-1]) if evaluated else None,
+    ]
+    return [_titled(completions) for completions in found if completions is not None]
 
 
-def _held_out(completions: CompletionTable) -> Titled:
-    number = completions.step.round
-    who = "student before" if number == 0 else f"student {number}"
-    flips = (
-        " Flipped: its graded answer was right at first and is wrong now, or the other way round."
-        if completions.changes
-        else ""
-    )
-    note = f"Held-out problems, sampled by {who} at the rollout temperature; right or wrong is that sample.{flips}"
-    return Titled(f"held-out-{number}", f"Held out, {who}", note, completions)
-
-
-def _rollout(completions: CompletionTable) -> Titled:
-    number = completions.step.round
-    scored = "" if completions.is_scored else " No teacher scored it."
-    note = f"What student {number - 1} sampled, and student {number} was trained on.{scored}"
-    return Titled(f"rollout-{number}", f"Training, round {number}", note, completions)
-
-
-def _answers(completions: CompletionTable) -> Titled:
-    number = completions.step.round
-    pairs = ", beside the answer before training" if completions.changes else ""
-    note = f"The graded answers of student {number}{pairs}. The teacher did not score these texts."
-    return Titled(f"answers-{number}", f"Graded answers, student {number}", note, completions)
+def _titled(completions: CompletionTable) -> Titled:
+    number, changes = completions.step.round, completions.changes
+    match completions.kind:
+        case "held-out":
+            who = f"student {number}" if number else "student before"
+            title = f"Held out, {who}"
+            note = f"Held-out problems, sampled by {who} at the rollout temperature; right or wrong is that sample."
+            if changes:
+                note += (
+                    " Flipped: its graded answer was right at first and is wrong now, or the other way round."
+                )
+        case "answers":
+            title = f"Graded answers, student {number}"
+            pairs = ", beside the answer before training" if changes else ""
+            note = f"The graded answers of student {number}{pairs}. The teacher did not score these texts."
+        case _:  # sampled to train on
+            title = f"Training, round {number}"
+            note = f"What student {number - 1} sampled, and student {number} was trained on."
+            note += "" if completions.is_scored else " No teacher scored it."
+    return Titled(f"{completions.kind}-{number}", title, note, completions)
 
 
 # ----------------------------------------------------------------------------------------- the document

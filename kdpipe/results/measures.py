@@ -71,7 +71,6 @@ class Evaluation(Summary):
 
     @property
     def is_student(self) -> bool:
-        """Whether it is one of the student."""
         return self.step.subject == STUDENT
 
 

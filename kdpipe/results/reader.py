@@ -88,16 +88,10 @@ class Reader:
             return None
         path = self._file(step, REVERSE_KL_FILE)
         schema = REVERSE_KL if len(self.project.recipe.teachers) == 1 else REVERSE_KL_OF_SEVERAL
-        ids, prompts = _ids(path, schema), read_lists(path, schema, "prompt_token_ids")
+        ids, prompts = _ids(path, schema), _ids(path, schema, "prompt_token_ids")
         known = {row.prompt_id: row for row in self._grades(number)}
         rows = [
-            self._sampled_row(
-                row["prompt_id"],
-                row["sample"],
-                completion=own,
-                prompt=prompt,
-                known=known.get(row["prompt_id"]),
-            )
+            self._sampled_row(**row, completion=own, prompt=prompt, known=known.get(row["prompt_id"]))
             for row, own, prompt in zip(
                 read_rows(path, schema, columns=["prompt_id", "sample"]), ids, prompts, strict=True
             )
@@ -180,11 +174,11 @@ class Reader:
 
     def _sampled_row(
         self,
+        *,
         prompt_id: str,
         sample: int,
-        *,
         completion: npt.NDArray[Any],
-        prompt: npt.NDArray[Any] | None,
+        prompt: npt.NDArray[Any],
         known: CompletionRow | None,
     ) -> CompletionRow:
         """A held-out sample with what its table leaves out: question, text and grade of this very sample."""
@@ -192,20 +186,18 @@ class Reader:
         text = self.detokenizer.text(completion.tolist())
         for stop in recipe.rollout.stop:
             text = text.partition(stop)[0]
-        asked = [] if prompt is None else prompt.tolist()
         headline = recipe.task.headline
         graded = None if known is None else grade(text, known.expected, headline=headline)
-        strict = headline == "strict"
         ended = self.detokenizer.of(completion[-1:].tolist())
         is_full = len(completion) >= recipe.rollout.max_new_tokens
         return CompletionRow(
             prompt_id=prompt_id,
             sample=sample,
             source="student",
-            question=self.detokenizer.text(asked) if known is None else known.question,
+            question=self.detokenizer.text(prompt.tolist()) if known is None else known.question,
             expected="" if known is None else known.expected,
             text=text,
-            answer=None if graded is None else graded.answer_strict if strict else graded.answer_flexible,
+            answer=getattr(graded, f"answer_{headline}", None),
             is_right=graded is not None and graded.correct,
             is_truncated=is_full and not (ended and ended[0].kind == "special"),
         )
@@ -271,9 +263,8 @@ def _tokenizer_file(project: Project, done: dict[str, Step]) -> Path | None:
     return Sources(project.loaded, project.workspace).tokenizer_file(STUDENT)
 
 
-def _ids(path: Path, schema: pa.Schema) -> list[npt.NDArray[Any]]:
-    found = read_lists(path, schema, "completion_token_ids")
-    return [values for values in found if values is not None]
+def _ids(path: Path, schema: pa.Schema, column: str = "completion_token_ids") -> list[npt.NDArray[Any]]:
+    return [values for values in read_lists(path, schema, column) if values is not None]
 
 
 def _floats(values: Sequence[npt.NDArray[Any] | None]) -> list[Floats | None]:

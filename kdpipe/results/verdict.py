@@ -66,17 +66,10 @@ def verdict(measures: Measures) -> Verdict:
             f"The student answers {percent(after.accuracy.estimate)} of the held-out problems.",
             ("Student 0 was not evaluated, so it cannot be said what of that was gained.",),
         )
-    sentences = [_accuracy_sentence(before, after, change)]
-    sentences += filter(
-        None,
-        [
-            _flip_sentence(measures, before, after),
-            _gap_sentence(measures, after),
-            _divergence_sentence(after),
-        ],
-    )
     tone, headline = effect(change, after.reverse_kl_change)
-    return Verdict(tone, headline, tuple(sentences))
+    more = (_gap_sentence(measures, before, after), _divergence_sentence(after))
+    sentences = (*_accuracy_sentences(measures, before, after, change), *filter(None, more))
+    return Verdict(tone, headline, sentences)
 
 
 def effect(accuracy_change: Interval, reverse_kl_change: Interval | None) -> tuple[Tone, str]:
@@ -90,32 +83,29 @@ def effect(accuracy_change: Interval, reverse_kl_change: Interval | None) -> tup
     return "open", "No clear effect."
 
 
-def _accuracy_sentence(before: Evaluation, after: Evaluation, change: Interval) -> str:
+def _accuracy_sentences(
+    measures: Measures, before: Evaluation, after: Evaluation, change: Interval
+) -> Iterator[str]:
+    """The accuracies, and how many problems changed where each was answered once."""
     problems = after.summary["problems"]
     crosses = change.low <= 0 <= change.high
     chance = "chance alone would explain it" if crosses else "chance does not explain it"
-    return (
+    yield (
         f"On the same {problems} held-out problems accuracy went from {percent(before.accuracy.estimate)} to "
         f"{percent(after.accuracy.estimate)} by round {after.step.round}: {points(change.estimate)} points, "
         f"paired 95% interval {points(change.low)} to {points(change.high)}"
         f"{p_text(after.summary.get('accuracy_change_p_value'))}; {chance}."
     )
 
-
-def _flip_sentence(measures: Measures, before: Evaluation, after: Evaluation) -> str | None:
-    """How many problems the student newly got right or wrong, where each was answered once."""
-    found = measures.flips(after, before)
-    if found is None:
-        return None
-    return f"{found[0]} problems are right now that were wrong, {found[1]} the other way round."
+    if (flips := measures.flips(after, before)) is not None:
+        yield f"{flips[0]} problems are right now that were wrong, {flips[1]} the other way round."
 
 
-def _gap_sentence(measures: Measures, after: Evaluation) -> str | None:
+def _gap_sentence(measures: Measures, before: Evaluation, after: Evaluation) -> str | None:
     """What is left to the teacher, for one teacher that is clearly better than student 0."""
-    teachers, before = measures.teachers, measures.before
-    if len(teachers) != 1 or before is None:
+    if len(measures.teachers) != 1:
         return None
-    teacher = teachers[0]
+    [teacher] = measures.teachers
     left = measures.difference(teacher, after)
     had = measures.difference(teacher, before)
     if left is None or had is None or had.low <= 0:
@@ -222,14 +212,11 @@ def _headroom(measures: Measures) -> Iterator[str]:
     for headroom in measures.headrooms:
         if headroom.low <= 0:
             exempt = "" if headroom.exempt is None else f" It need not be: {headroom.exempt}."
+            who = "the teacher" if headroom.teacher == "teacher" else f"teacher {headroom.teacher}"
             yield (
-                f"Weak headroom: {_called(headroom.teacher)} is not clearly better than the untrained student "
+                f"Weak headroom: {who} is not clearly better than the untrained student "
                 f"({points(headroom.change)} points, {points(headroom.low)} to {points(headroom.high)}).{exempt}"
             )
-
-
-def _called(name: str) -> str:
-    return "the teacher" if name == "teacher" else f"teacher {name}"
 
 
 def _sampling(measures: Measures) -> Iterator[str]:

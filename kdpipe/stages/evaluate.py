@@ -25,20 +25,21 @@ from kdpipe.data.seeds import permutation
 from kdpipe.data.tables import GRADES, REVERSE_KL, REVERSE_KL_OF_SEVERAL, TableRow, read_rows
 from kdpipe.data.tasks.answers import grade, parse_number
 from kdpipe.engines.handle import ModelHandle
-from kdpipe.engines.protocol import Completion, Sampling
+from kdpipe.engines.protocol import Completion
 from kdpipe.errors import DataError
 from kdpipe.method import statistics
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.stages.context import Context
 from kdpipe.stages.held_out import Exact, has_exact, held_out_scores
 from kdpipe.stages.job import Job, mean
-from kdpipe.stages.sampling import Grader, request_for, sample_all, sampling_of
+from kdpipe.stages.sampling import Grader, sample, sampling_of
 from kdpipe.stages.scoring import TeacherHandle
 from kdpipe.stages.settings.model import Headline, teaches
 from kdpipe.stages.settings.stage import EvaluateSettings
 from kdpipe.store.stage import Stage
 
 Rows = list[TableRow]
+STAGE = Stage.EVALUATE.value
 
 
 def evaluate(settings: EvaluateSettings, job: Job, context: Context) -> None:
@@ -76,7 +77,7 @@ def evaluate(settings: EvaluateSettings, job: Job, context: Context) -> None:
 
 def subset(problems: Sequence[Problem], count: int | None) -> list[Problem]:
     """The first `count` test problems of an order that depends on nothing but their ids; None: all."""
-    order = permutation([problem.prompt_id for problem in problems], Stage.EVALUATE.value)
+    order = permutation([problem.prompt_id for problem in problems], STAGE)
     return [problems[index] for index in order[:count]]
 
 
@@ -106,33 +107,11 @@ def _grades(
     def build(problems: Sequence[Problem]) -> Rows:
         return [
             _grade_row(grader, *sampled)
-            for sampled in _sample(job, model, problems, prompt, sampling, settings.samples, purpose="grade")
+            for sampled in sample(job, model, problems, prompt, sampling, settings.samples, STAGE, "grade")
         ]
 
     free = job.in_parts(GRADES_FILE, problems, rows_per_item=settings.samples, build=build, schema=GRADES)
     return read_rows(job.draft.folder / GRADES_FILE, GRADES), free
-
-
-def _sample(
-    job: Job,
-    model: ModelHandle,
-    problems: Sequence[Problem],
-    prompt: Callable[[Problem], list[int]],
-    sampling: Sampling,
-    samples: int,
-    *,
-    purpose: str,
-) -> list[tuple[Problem, int, list[int], Completion]]:
-    requests = [
-        request_for(prompt(problem), samples, job.seed, Stage.EVALUATE.value, purpose, problem.prompt_id)
-        for problem in problems
-    ]
-    answers = sample_all(job, [problem.prompt_id for problem in problems], requests, sampling, model)
-    return [
-        (problem, number, list(request.prompt_token_ids), completion)
-        for problem, request, completions in zip(problems, requests, answers, strict=True)
-        for number, completion in enumerate(completions)
-    ]
 
 
 def _grade_row(
@@ -159,9 +138,7 @@ def _accuracy(settings: EvaluateSettings, grades: Rows) -> dict[str, JsonValue]:
     summary: dict[str, JsonValue] = {
         "problems": len(by_problem),
         "samples": settings.samples,
-        "accuracy": interval.estimate,
-        "accuracy_low": interval.low,
-        "accuracy_high": interval.high,
+        **_named("accuracy", interval),
         "accuracy_strict": mean([_right(row, "strict") for row in grades]),
         "accuracy_flexible": mean([_right(row, "flexible") for row in grades]),
         "truncated_fraction": mean([row["finish_reason"] == "length" for row in grades]),
@@ -180,8 +157,7 @@ def _several_samples(settings: EvaluateSettings, groups: Sequence[Rows]) -> dict
             (f"pass_at_{k}", [statistics.pass_at_k(samples, n, k) for n in correct]),
             (f"maj_at_{k}", [_majority(rows, k, settings.task.headline) for rows in groups]),
         ):
-            interval = statistics.wilson(values)
-            summary |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
+            summary |= _named(name, statistics.wilson(values))
     return summary
 
 
@@ -208,12 +184,7 @@ def _accuracy_change(grades: Rows, before: Rows) -> dict[str, JsonValue]:
     shared = sorted(now.keys() & then.keys())
     first = [mean([row["correct"] for row in now[key]]) for key in shared]
     second = [mean([row["correct"] for row in then[key]]) for key in shared]
-    change = statistics.paired_bootstrap(first, second)
-    summary: dict[str, JsonValue] = {
-        "accuracy_change": change.estimate,
-        "accuracy_change_low": change.low,
-        "accuracy_change_high": change.high,
-    }
+    summary = _named("accuracy_change", statistics.paired_bootstrap(first, second))
     if all(len(rows) == 1 for rows in (*now.values(), *then.values())):
         gained = sum(a > b for a, b in zip(first, second, strict=True))
         lost = sum(a < b for a, b in zip(first, second, strict=True))
@@ -245,25 +216,19 @@ def _reverse_kl_rows(
     exact = Exact(settings, job, model, against) if has_exact(model, against) else None
 
     def build(problems: Sequence[Problem]) -> Rows:
-        sampled = _sample(job, model, problems, model.text.prompt, sampling, 1, purpose="reverse KL")
+        sampled = sample(job, model, problems, model.text.prompt, sampling, 1, STAGE, "reverse KL")
         triples = [
             (problem, prompt_ids, completion.token_ids) for problem, _, prompt_ids, completion in sampled
         ]
-        student_hidden = exact.student_hidden(triples) if exact else []
-        found = held_out_scores(job, triples, against, exact, student_hidden, weights=settings.weights)
+        found = held_out_scores(job, triples, against, exact, weights=settings.weights)
         return [
             {
                 "prompt_id": problem.prompt_id,
                 "sample": number,
                 "prompt_token_ids": prompt_ids,
-                "teacher_prompt_token_ids": scores.prompts[0],
                 "completion_token_ids": completion.token_ids,
                 "sampler_logprobs": completion.logprobs,
-                "teacher_logprobs": scores.logprobs,
-                "scorable": scores.scorable,
-                "reverse_kl_nats": scores.reverse_kl,
-                "teachers": scores.names,
-                "teachers_prompt_token_ids": scores.prompts,
+                **scores,
             }
             for (problem, number, prompt_ids, completion), scores in zip(sampled, found, strict=True)
         ]
@@ -294,9 +259,8 @@ def _exact_totals(rows: Rows) -> tuple[list[float], list[float]] | None:
     values = [row["reverse_kl_nats"] for row in rows]
     if any(value is None for value in values):
         return None
-    return [float(np.sum(value, dtype=np.float64)) for value in values], [
-        float(len(value)) for value in values
-    ]
+    sums = [float(np.sum(value, dtype=np.float64)) for value in values]
+    return sums, [float(len(value)) for value in values]
 
 
 def _with_tokens(rows: Rows, others: Rows) -> Rows:
@@ -312,10 +276,10 @@ def _reverse_kl(rows: Rows) -> dict[str, JsonValue]:
     rows = _with_tokens(rows, rows)
     if not rows:
         return {}
-    found = {"reverse_kl": statistics.bootstrap_ratio(_totals(rows))}
+    found = _named("reverse_kl", statistics.bootstrap_ratio(_totals(rows)), unit="_nats")
     if (totals := _exact_totals(rows)) is not None:
-        found["reverse_kl_exact"] = statistics.bootstrap_ratio(totals)
-    return _named(found)
+        found |= _named("reverse_kl_exact", statistics.bootstrap_ratio(totals), unit="_nats")
+    return found
 
 
 def _reverse_kl_change(rows: Rows, before: Rows) -> dict[str, JsonValue]:
@@ -323,20 +287,19 @@ def _reverse_kl_change(rows: Rows, before: Rows) -> dict[str, JsonValue]:
     rows, before = _with_tokens(rows, before), _with_tokens(before, rows)
     if not rows:
         return {}
-    found = {"reverse_kl_change": statistics.bootstrap_ratio(_totals(rows), _totals(before))}
+    change = statistics.bootstrap_ratio(_totals(rows), _totals(before))
+    found = _named("reverse_kl_change", change, unit="_nats")
     now, then = _exact_totals(rows), _exact_totals(before)
     if now is not None and then is not None:
-        found["reverse_kl_exact_change"] = statistics.bootstrap_ratio(now, then)
-    return _named(found)
+        change = statistics.bootstrap_ratio(now, then)
+        found |= _named("reverse_kl_exact_change", change, unit="_nats")
+    return found
 
 
-def _named(intervals: dict[str, statistics.Interval]) -> dict[str, JsonValue]:
+def _named(name: str, interval: statistics.Interval, *, unit: str = "") -> dict[str, JsonValue]:
+    """An estimate and its interval, as a summary has them."""
     return {
-        name: value
-        for key, interval in intervals.items()
-        for name, value in (
-            (f"{key}_nats", interval.estimate),
-            (f"{key}_low", interval.low),
-            (f"{key}_high", interval.high),
-        )
+        f"{name}{unit}": interval.estimate,
+        f"{name}_low": interval.low,
+        f"{name}_high": interval.high,
     }

@@ -47,7 +47,6 @@ class Experience:
 
     @property
     def is_sampled(self) -> bool:
-        """Whether the student sampled it."""
         return self.rollout.source == "student"
 
     @property

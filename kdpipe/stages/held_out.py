@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from kdpipe.data.tables import TableRow
 from kdpipe.engines.handle import ModelHandle
 from kdpipe.engines.protocol import ScoreRequest, Scoring
 from kdpipe.method.micro_batch import TeacherHidden, TeacherMixture, TeacherPart, reverse_kl
@@ -26,33 +26,19 @@ from kdpipe.stages.settings.model import teaches
 from kdpipe.stages.settings.stage import EvaluateSettings
 
 
-@dataclass(frozen=True, slots=True)
-class HeldOutScores:
-    """The teachers of one completion, their prompts, and the log-probs [n] of its n tokens.
-
-    `scorable` [n] as in `Scores`; `reverse_kl` [n] is KL(student‖teacher) at each position, None where not exact.
-    """
-
-    names: list[str]
-    prompts: list[list[int]]
-    logprobs: Any
-    scorable: Any
-    reverse_kl: Any
-
-
 def held_out_scores(
     job: Job,
     triples: Sequence[Triple],
     against: Sequence[TeacherHandle],
     exact: Exact | None,
-    student_hidden: Sequence[Any],
     *,
     weights: Mapping[str, float] | None,
-) -> list[HeldOutScores]:
-    """The scores of each completion by its teacher, or by the mixture of all.
+) -> list[TableRow]:
+    """What `reverse_kl.parquet` has of each completion's teacher, or of the mixture of all.
 
     One teacher after another is asked. `weights` are those of a mixture, None where each problem has its own teacher.
     """
+    student_hidden = exact.student_hidden(triples) if exact else []
     scored: list[list[tuple[str, Scored]]] = [[] for _ in triples]
     for teacher in against:
         own = [
@@ -72,13 +58,21 @@ def held_out_scores(
 
 def _joined(
     rows: Sequence[tuple[str, Scored]], weights: Mapping[str, float] | None, divergence: Any
-) -> HeldOutScores:
+) -> TableRow:
     names = [name for name, _ in rows]
     logprobs, scorable = rows[0][1][1].logprobs, rows[0][1][2]
     if weights is not None:
         scores = [(score.logprobs, mask) for _, (_, score, mask) in rows]
         logprobs, scorable = mixed_logprobs(scores, [weights[name] for name in names])
-    return HeldOutScores(names, [prompt for _, (prompt, _, _) in rows], logprobs, scorable, divergence)
+    prompts = [prompt for _, (prompt, _, _) in rows]
+    return {
+        "teacher_prompt_token_ids": prompts[0],
+        "teacher_logprobs": logprobs,
+        "scorable": scorable,
+        "reverse_kl_nats": divergence,
+        "teachers": names,
+        "teachers_prompt_token_ids": prompts,
+    }
 
 
 def has_exact(student: ModelHandle, against: Sequence[TeacherHandle]) -> bool:

@@ -14,10 +14,9 @@ from dataclasses import replace
 from kdpipe.data.payload import ROLLOUTS_FILE
 from kdpipe.data.rows import Problem, Rollout
 from kdpipe.data.tables import ROLLOUTS, read_rollouts
-from kdpipe.engines.handle import ModelHandle
 from kdpipe.stages.context import Context
-from kdpipe.stages.job import Job, mean
-from kdpipe.stages.sampling import Grader, request_for, round_problems, sample_all, sampled_ids, sampling_of
+from kdpipe.stages.job import Job
+from kdpipe.stages.sampling import Grader, round_problems, sample, sampled_ids, sampling_of, write_metrics
 from kdpipe.stages.settings.model import DrawSettings
 from kdpipe.stages.settings.stage import RolloutSettings, TextSettings
 from kdpipe.stages.teacher_text import write_texts
@@ -37,12 +36,27 @@ def rollout(settings: RolloutSettings | TextSettings, job: Job, context: Context
     student = context.student(section.engine)
     written = {row.prompt_id: row for row in context.texts()}
     grader = Grader(student.text, section.stop, settings.task.headline)
+    sampling = sampling_of(DrawSettings.of(section), student.text)
     problems = round_problems(job, section.prompts)
     sampled = sampled_ids(job, problems, section.on_policy_prompts)
+    purpose = (Stage.ROLLOUT.value, job.round)
 
     def build(problems: Sequence[Problem]) -> list[Rollout]:
+        own: dict[str, list[Rollout]] = {}
         asked = [problem for problem in problems if problem.prompt_id in sampled]
-        own = _sampled(settings, job, asked, student, grader)
+        for problem, number, prompt, completion in sample(
+            job, student, asked, student.text.prompt, sampling, section.samples, *purpose
+        ):
+            row = grader.row(
+                problem,
+                prompt,
+                completion.token_ids,
+                source="student",
+                sample=number,
+                logprobs=completion.logprobs,
+                finish_reason=completion.finish_reason,
+            )
+            own.setdefault(problem.prompt_id, []).append(row)
         return [
             row
             for problem in problems
@@ -58,36 +72,11 @@ def rollout(settings: RolloutSettings | TextSettings, job: Job, context: Context
         build=build,
         schema=ROLLOUTS,
     )
-    _write_metrics(job, read_rollouts(job.draft.folder / name))
-
-
-def _sampled(
-    settings: RolloutSettings, job: Job, problems: Sequence[Problem], student: ModelHandle, grader: Grader
-) -> dict[str, list[Rollout]]:
-    """The rows of the completions that the student samples for each problem, by its id."""
-    samples, ids = settings.rollout.samples, [problem.prompt_id for problem in problems]
-    requests = [
-        request_for(
-            student.text.prompt(problem),
-            samples,
-            *(job.seed, Stage.ROLLOUT.value, job.round, problem.prompt_id),
-        )
-        for problem in problems
-    ]
-    sampling = sampling_of(DrawSettings.of(settings.rollout), student.text)
-    found = sample_all(job, ids, requests, sampling, student)
-    return {
-        problem.prompt_id: [
-            replace(
-                grader.row(problem, list(request.prompt_token_ids), completion.token_ids),
-                sample=number,
-                sampler_logprobs=completion.logprobs,
-                finish_reason=completion.finish_reason,
-            )
-            for number, completion in enumerate(completions)
-        ]
-        for problem, request, completions in zip(problems, requests, found, strict=True)
-    }
+    rows = read_rollouts(job.draft.folder / name)
+    of_student = [row for row in rows if row.source == "student"]
+    fraction = len({row.prompt_id for row in of_student}) / len({row.prompt_id for row in rows})
+    job.draft.metric("rollout/on_policy_fraction", fraction)
+    write_metrics(job, "rollout", of_student)
 
 
 def _given(grader: Grader, problem: Problem, written: Rollout | None) -> Rollout:
@@ -95,17 +84,4 @@ def _given(grader: Grader, problem: Problem, written: Rollout | None) -> Rollout
     prompt = grader.text.prompt(problem)
     if written is not None:
         return replace(written, prompt_token_ids=prompt)  # from here on it follows the student's prompt
-    solution = grader.text.reference(problem)
-    return replace(grader.row(problem, prompt, solution), source="reference")
-
-
-def _write_metrics(job: Job, rows: Sequence[Rollout]) -> None:
-    """What the student's own samples are like, and for which share of the prompts there are some."""
-    own = [row for row in rows if row.source == "student"]
-    metric = job.draft.metric
-    fraction = len({row.prompt_id for row in own}) / len({row.prompt_id for row in rows})
-    metric("rollout/on_policy_fraction", fraction)
-    if own:
-        metric("rollout/completion_tokens_mean", mean([len(row.completion_token_ids) for row in own]))
-        metric("rollout/truncated_fraction", mean([row.finish_reason == "length" for row in own]))
-        metric("rollout/reward_mean", mean([row.reward for row in own]))
+    return grader.row(problem, prompt, grader.text.reference(problem), source="reference")

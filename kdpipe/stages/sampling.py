@@ -6,18 +6,22 @@ again by itself with the same result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TypeAlias
 
-from kdpipe.data.rows import Graded, Problem, Rollout
+from kdpipe.data.rows import FinishReason, Graded, Problem, Rollout, Source
 from kdpipe.data.seeds import chosen_ids, derive_seed, round_indices
 from kdpipe.data.tasks.answers import grade
 from kdpipe.engines.handle import ModelHandle
 from kdpipe.engines.protocol import Completion, SampleRequest, Sampling
 from kdpipe.errors import DataError
 from kdpipe.models.prompting import Text
-from kdpipe.stages.job import Job
+from kdpipe.stages.job import Job, mean
 from kdpipe.stages.settings.model import DrawSettings, Headline
+
+Sampled: TypeAlias = tuple[Problem, int, list[int], Completion]
+"""A problem, the number of the sample, the prompt, and what was sampled after it."""
 
 
 def round_problems(job: Job, prompts: int) -> list[Problem]:
@@ -60,21 +64,48 @@ def sampling_of(draws: DrawSettings, text: Text) -> Sampling:
     )
 
 
-def sample_all(
+def sample(
     job: Job,
-    prompt_ids: Sequence[str],
-    requests: Sequence[SampleRequest],
-    sampling: Sampling,
     model: ModelHandle,
-) -> list[list[Completion]]:
-    """The completions of each request; raises StepError where a log-prob is not finite."""
-    if not requests:
+    problems: Sequence[Problem],
+    prompt: Callable[[Problem], list[int]],
+    sampling: Sampling,
+    samples: int,
+    *purpose: str | int,
+) -> list[Sampled]:
+    """`samples` completions of each problem, whose seeds depend on the job's, `purpose`, problem and number.
+
+    Raises StepError where a log-prob is not finite.
+    """
+    if not problems:
         return []
-    with job.asking(prompt_ids):
-        found = model.sample(requests, sampling, progress=job.pulse.tokens)
-    for prompt_id, row in zip(prompt_ids, found, strict=True):
-        job.require_finite([prompt_id] * len(row), [each.logprobs for each in row], "the sampler's log-prob")
+    ids = [problem.prompt_id for problem in problems]
+    prompts = [prompt(problem) for problem in problems]
+    requests = [
+        request_for(tokens, samples, job.seed, *purpose, name)
+        for tokens, name in zip(prompts, ids, strict=True)
+    ]
+    with job.asking(ids):
+        answers = model.sample(requests, sampling, progress=job.pulse.tokens)
+    found = [
+        (problem, number, tokens, completion)
+        for problem, tokens, completions in zip(problems, prompts, answers, strict=True)
+        for number, completion in enumerate(completions)
+    ]
+    logprobs = [completion.logprobs for _, _, _, completion in found]
+    job.require_finite([problem.prompt_id for problem, *_ in found], logprobs, "the sampler's log-prob")
     return found
+
+
+def write_metrics(job: Job, prefix: str, rows: Sequence[Rollout]) -> None:
+    """What sampled texts are like; nothing where there are none."""
+    if rows:
+        lengths = [len(row.completion_token_ids) for row in rows]
+        job.draft.metric(f"{prefix}/completion_tokens_mean", mean(lengths))
+        job.draft.metric(
+            f"{prefix}/truncated_fraction", mean([row.finish_reason == "length" for row in rows])
+        )
+        job.draft.metric(f"{prefix}/reward_mean", mean([row.reward for row in rows]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,22 +121,30 @@ class Grader:
         string = self.text.completion(token_ids, stop=self.stop)
         return string, grade(string, problem.expected, headline=self.headline)
 
-    def row(self, problem: Problem, prompt: list[int], completion: list[int]) -> Rollout:
-        """The row of a completion that ended, with its grade."""
-        string, graded = self.read(problem, completion)
+    def row(
+        self,
+        problem: Problem,
+        prompt: list[int],
+        ids: list[int],
+        *,
+        source: Source,
+        sample: int = 0,
+        logprobs: list[float] | None = None,
+        finish_reason: FinishReason = "stop",
+    ) -> Rollout:
+        """The row of a completion, with its grade."""
+        string, graded = self.read(problem, ids)
         return Rollout(
             prompt_id=problem.prompt_id,
-            sample=0,
+            sample=sample,
             question=problem.question,
             expected=problem.expected,
             prompt_token_ids=prompt,
-            completion_token_ids=completion,
-            sampler_logprobs=None,
-            source="student",
-            finish_reason="stop",
+            completion_token_ids=ids,
+            sampler_logprobs=logprobs,
+            source=source,
+            finish_reason=finish_reason,
             text=string,
-            answer_strict=graded.answer_strict,
-            answer_flexible=graded.answer_flexible,
-            correct=graded.correct,
+            **asdict(graded),
             reward=float(graded.correct),
         )

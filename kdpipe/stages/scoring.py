@@ -55,17 +55,14 @@ class TeacherHandle:
 
     @property
     def name(self) -> str:
-        """The teacher's name."""
         return self.settings.name
 
     @property
     def temperature(self) -> float:
-        """The temperature at which it scores."""
         return self.settings.temperature
 
     @property
     def text(self) -> Text:
-        """Its side of the text."""
         return self.model.text
 
     @property

@@ -16,8 +16,8 @@ from kdpipe.engines.protocol import Completion
 from kdpipe.errors import PreflightError
 from kdpipe.models.prompting import Text
 from kdpipe.stages.context import Context
-from kdpipe.stages.job import Job, mean
-from kdpipe.stages.sampling import Grader, request_for, round_problems, sample_all, sampled_ids, sampling_of
+from kdpipe.stages.job import Job
+from kdpipe.stages.sampling import Grader, round_problems, sample, sampled_ids, sampling_of, write_metrics
 from kdpipe.stages.scoring import TeacherHandle
 from kdpipe.stages.settings.model import teaches
 from kdpipe.stages.settings.stage import TextSettings
@@ -39,43 +39,24 @@ def write_texts(settings: TextSettings, job: Job, context: Context) -> None:
     known = frozenset(student.tokenizer.get_vocab().values())
     problems = [problem for problem in _problems(settings, job) if teaches(settings.teacher.only, problem)]
 
+    def prompt_of(problem: Problem) -> list[int]:
+        return teacher.prompt_ids(problem, student.prompt(problem))
+
     def build(problems: Sequence[Problem]) -> list[Rollout]:
-        requests = [
-            request_for(
-                teacher.prompt_ids(problem, student.prompt(problem)),
-                settings.samples,
-                *(job.seed, "teacher text", teacher.name, job.round, problem.prompt_id),
-            )
-            for problem in problems
-        ]
-        found = sample_all(
-            job, [problem.prompt_id for problem in problems], requests, sampling, teacher.model
-        )
         rows = []
-        for problem, request, completions in zip(problems, requests, found, strict=True):
-            for number, completion in enumerate(completions):
-                ids = _for_student(completion, teacher, student)
-                _require_known(ids, known, teacher, problem)
-                row = grader.row(problem, list(request.prompt_token_ids), ids)
-                reason = completion.finish_reason
-                rows.append(replace(row, sample=number, source="teacher", finish_reason=reason))
+        purpose = ("teacher text", teacher.name, job.round)
+        for problem, number, prompt, completion in sample(
+            job, teacher.model, problems, prompt_of, sampling, settings.samples, *purpose
+        ):
+            ids, reason = _for_student(completion, teacher, student), completion.finish_reason
+            _require_known(ids, known, teacher, problem)
+            row = grader.row(problem, prompt, ids, source="teacher", sample=number, finish_reason=reason)
+            rows.append(row)
         return rows
 
     name = ROLLOUTS_FILE
     job.in_parts(name, problems, rows_per_item=settings.samples, build=build, schema=ROLLOUTS)
-    _write_metrics(job, teacher.name, read_rollouts(job.draft.folder / name))
-
-
-def _write_metrics(job: Job, name: str, rows: Sequence[Rollout]) -> None:
-    """What the teacher's text is like; nothing where it had no problem to write for."""
-    if not rows:
-        return
-    for metric, value in (
-        ("completion_tokens_mean", mean([len(row.completion_token_ids) for row in rows])),
-        ("truncated_fraction", mean([row.finish_reason == "length" for row in rows])),
-        ("reward_mean", mean([row.reward for row in rows])),
-    ):
-        job.draft.metric(f"rollout/{name}/{metric}", value)
+    write_metrics(job, f"rollout/{teacher.name}", read_rollouts(job.draft.folder / name))
 
 
 def _problems(settings: TextSettings, job: Job) -> list[Problem]:

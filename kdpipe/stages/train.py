@@ -54,11 +54,11 @@ def train(settings: TrainSettings, job: Job, context: Context) -> None:
     done, checkpoint = job.draft.checkpoint() or (0, None)
     text, trainer = context.student_trainer(settings, checkpoint)
     average = context.average(settings)
-    proximal = (
-        _proximal(settings, job, rollouts, trainer)
-        if checkpoint is None
-        else _read_proximal(checkpoint, rollouts)
-    )
+    if checkpoint is None:
+        proximal = _proximal(settings, job, rollouts, trainer)
+    else:
+        ends = np.cumsum([len(row.completion_token_ids) for row in rollouts])
+        proximal = np.split(np.load(checkpoint / "proximal.npy", allow_pickle=False), ends[:-1])
     rows = experiences(
         settings.train.objective,
         rollouts,
@@ -236,12 +236,6 @@ def _proximal(
     return [found[i] for i in range(len(rollouts))]
 
 
-def _read_proximal(folder: Path, rollouts: Sequence[Rollout]) -> list[npt.NDArray[np.float32]]:
-    flat = np.load(folder / "proximal.npy", allow_pickle=False)
-    ends = np.cumsum([len(row.completion_token_ids) for row in rollouts])
-    return list(np.split(flat, ends[:-1]))
-
-
 def _batch(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
     return make_batch(
         [row.prompt_token_ids for row in rollouts],
@@ -277,19 +271,14 @@ def _write(
     job.draft.write(COMPLETIONS_FILE, lambda path: write_rows(path, completions, COMPLETIONS))
     job.draft.write("model", lambda folder: trainer.write_weights(folder, text.tokenizer))
     job.draft.write("trainer", trainer.write_state)
-    if settings.has_several_teachers:
-        _write_score_totals(job, rows)
+    if settings.has_several_teachers:  # of all completions, each against its teacher or the mixture
+        pairs = [(row.rollout, row.scores) for row in rows if row.scores is not None]
+        for name, value in score_metrics(pairs).items():
+            job.draft.metric(f"score/{name}", value)
     if settings.has_rl:
         found = [abs(row.advantage) for row in rows if row.advantage is not None]
         job.draft.metric("train/advantage_abs_mean", mean(found))
     _write_mismatch(settings, job, rows)
-
-
-def _write_score_totals(job: Job, rows: Sequence[Experience]) -> None:
-    """Writes the score metrics of all completions, each against its teacher or the mixture."""
-    pairs = [(row.rollout, row.scores) for row in rows if row.scores is not None]
-    for name, value in score_metrics(pairs).items():
-        job.draft.metric(f"score/{name}", value)
 
 
 def _write_mismatch(settings: TrainSettings, job: Job, rows: Sequence[Experience]) -> None:

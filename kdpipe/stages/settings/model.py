@@ -31,7 +31,6 @@ class TaskSettings:
 
     @classmethod
     def of(cls, task: Task) -> TaskSettings:
-        """The settings of a stage that grades."""
         return cls(problems_of(task), task.headline)
 
 
@@ -50,7 +49,6 @@ class ModelSettings:
 
     @classmethod
     def of(cls, model: Student | Teacher) -> ModelSettings:
-        """Those of the student or a teacher."""
         return cls(model.dtype, model.trust_remote_code, model.template)
 
 
@@ -111,7 +109,6 @@ class SupportSettings:
 
     @classmethod
     def of(cls, recipe: Recipe) -> SupportSettings:
-        """That of the recipe's objective, and of what it keeps."""
         support = recipe.train.objective.distribution_support
         return cls(support == "vocabulary", max(recipe.keep.teacher_top_k, recipe.keep.student_top_k))
 
@@ -161,7 +158,6 @@ class PromptSettings:
 
     @classmethod
     def of(cls, rollout: RolloutSection) -> PromptSettings:
-        """Those of every round."""
         return cls(rollout.prompts, rollout.on_policy_fraction)
 
     @property

@@ -46,7 +46,6 @@ class SftSettings:
 
     @classmethod
     def of(cls, recipe: Recipe, model: Student | Teacher) -> SftSettings:
-        """The settings of that model's cold start."""
         is_student = isinstance(model, Student)
         start = ColdStart(
             dtype=model.dtype,
@@ -108,7 +107,6 @@ class RolloutSettings:
 
     @classmethod
     def of(cls, recipe: Recipe) -> RolloutSettings:
-        """The settings of every round."""
         rollout = recipe.rollout.model_copy(update={"seed": None})
         return cls(TaskSettings.of(recipe.task), ModelSettings.of(recipe.student), rollout)
 
@@ -131,7 +129,6 @@ class ScoreSettings:
 
     @classmethod
     def of(cls, recipe: Recipe, teacher: Teacher) -> ScoreSettings:
-        """The settings of every round."""
         keep = recipe.keep
         return cls(
             task=problems_of(recipe.task),
@@ -166,8 +163,9 @@ class TrainSettings:
 
     @classmethod
     def of(cls, recipe: Recipe, number: int) -> TrainSettings:
-        """The settings of round `number`."""
-        objective = _objective(recipe, number)
+        objective = recipe.train.objective.in_round(number)
+        if recipe.rollout.on_policy_fraction < 1:  # what it leaves to be inferred
+            objective = objective.model_copy(update={"off_policy_term": objective.off_policy_loss})
         lora = recipe.student.lora if number == 1 else None  # later rounds go on with the adapter of this one
         if lora is not None and lora.seed is None:
             lora = lora.model_copy(update={"seed": recipe.seed})
@@ -184,14 +182,6 @@ class TrainSettings:
             has_rl=recipe.train.objective.has_rl,
             ema_decay=recipe.ema_decay,
         )
-
-
-def _objective(recipe: Recipe, number: int) -> Objective:
-    """The objective of the round, with what it leaves to be inferred."""
-    objective = recipe.train.objective.in_round(number)
-    if recipe.rollout.on_policy_fraction == 1:
-        return objective
-    return objective.model_copy(update={"off_policy_term": objective.off_policy_loss})
 
 
 def _section(recipe: Recipe, objective: Objective) -> TrainSection:
