@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,46 +30,44 @@ from kdpipe.training.ema import Average
 from kdpipe.training.local import LocalTrainer
 
 
+@dataclass(slots=True)
 class StepContext:
     """The `Context` of one step. `trained` is the trainer that its stage asked for, if any."""
 
-    def __init__(
-        self, inputs: Inputs, job: Job, *, engines: Engines, roles: Roles, trainers: Trainers
-    ) -> None:
-        self.trained: LocalTrainer | None = None
-        self._inputs = inputs
-        self._job = job
-        self._engines = engines
-        self._roles = roles
-        self._trainers = trainers
+    inputs: Inputs
+    job: Job
+    engines: Engines
+    roles: Roles
+    trainers: Trainers
+    trained: LocalTrainer | None = None
 
     def perform(self) -> None:
         """Writes the step's draft by its stage: the function of kdpipe.stages that has the stage's name."""
-        step = self._inputs.step
+        step = self.inputs.step
         name = step.stage.name.lower()
         stage: Callable[[Any, Job, Context], None] = getattr(import_module(f"kdpipe.stages.{name}"), name)
-        settings = settings_of(self._inputs.recipe, step.stage, step.round, subject=step.subject)
-        stage(settings, self._job, self)
+        settings = settings_of(self.inputs.recipe, step.stage, step.round, subject=step.subject)
+        stage(settings, self.job, self)
 
     def student(self, engine: Runs, *, at: TeacherSettings | None = None) -> ModelHandle:
         place = None if at is None else self._role(at)
-        return self._roles.open(self._inputs, STUDENT_ROLE, engine, at=place)
+        return self.roles.open(self.inputs, STUDENT_ROLE, engine, at=place)
 
     def student_text(self) -> Text:
-        return self._roles.text(self._inputs, STUDENT_ROLE)
+        return self.roles.text(self.inputs, STUDENT_ROLE)
 
     def teacher(self, settings: TeacherSettings) -> TeacherHandle:
-        return self._roles.teacher(self._inputs, self._role(settings), settings)
+        return self.roles.teacher(self.inputs, self._role(settings), settings)
 
     def rollouts(self) -> list[Rollout]:
-        return read_rollouts(self._inputs.opened(ROLLOUT_ROLE, ROLLOUTS_FILE))
+        return read_rollouts(self.inputs.opened(ROLLOUT_ROLE, ROLLOUTS_FILE))
 
     def texts(self) -> list[Rollout]:
-        roles = [role for role in self._inputs.steps if role.kind is RoleKind.TEXT]
-        return [row for role in roles for row in read_rollouts(self._inputs.opened(role, ROLLOUTS_FILE))]
+        roles = [role for role in self.inputs.steps if role.kind is RoleKind.TEXT]
+        return [row for role in roles for row in read_rollouts(self.inputs.opened(role, ROLLOUTS_FILE))]
 
     def scores(self, settings: TrainSettings, rollouts: list[Rollout]) -> RoundScores | None:
-        inputs, found = self._inputs, []
+        inputs, found = self.inputs, []
         if not any(role.kind is RoleKind.SCORES for role in inputs.steps):
             return None
         # In the order of their names, so that a mixture is summed in one order.
@@ -82,32 +81,32 @@ class StepContext:
     def _hidden(self, settings: TeacherSettings) -> HiddenTeacher:
         """A teacher's kept states with its output head, which is all that is read of its weights."""
         teacher = self.teacher(settings)
-        head = output_head(self._job, teacher.model.source, num_ids=teacher.num_ids)
-        path = self._inputs.opened(self._role(settings).as_kind(RoleKind.SCORES), HIDDEN_FILE)
+        head = output_head(self.job, teacher.model.source, num_ids=teacher.num_ids)
+        path = self.inputs.opened(self._role(settings).as_kind(RoleKind.SCORES), HIDDEN_FILE)
         file = HiddenFile(path, head_sha256=head_digest(head))
         return HiddenTeacher(file, swapped_head(head, teacher.swap), teacher.temperature)
 
     def baseline(self, *names: str) -> Path | None:
-        if BASELINE_ROLE not in self._inputs.steps:
+        if BASELINE_ROLE not in self.inputs.steps:
             return None
-        return self._inputs.opened(BASELINE_ROLE, *names, folder=True)
+        return self.inputs.opened(BASELINE_ROLE, *names, folder=True)
 
     def make_room(self) -> None:
-        self._engines.make_room()
+        self.engines.make_room()
 
     def cold_start(self, settings: SftSettings, checkpoint: Path | None) -> tuple[Text, LocalTrainer]:
-        model, folder = settings.model, self._inputs.folders.get(self._inputs.step.subject)
-        text = self._roles.text_of(folder, dict(model.template), trust=model.trust_remote_code)
-        self.trained = self._trainers.cold_start(self._inputs, settings, text, checkpoint)
+        model, folder = settings.model, self.inputs.folders.get(self.inputs.step.subject)
+        text = self.roles.text_of(folder, dict(model.template), trust=model.trust_remote_code)
+        self.trained = self.trainers.cold_start(self.inputs, settings, text, checkpoint)
         return text, self.trained
 
     def student_trainer(self, settings: TrainSettings, checkpoint: Path | None) -> tuple[Text, LocalTrainer]:
         text = self.student_text()
-        self.trained = self._trainers.student(self._inputs, settings, text, checkpoint)
+        self.trained = self.trainers.student(self.inputs, settings, text, checkpoint)
         return text, self.trained
 
     def average(self, settings: TrainSettings) -> Average | None:
-        return self._trainers.average(self._inputs, settings)
+        return self.trainers.average(self.inputs, settings)
 
     def _role(self, settings: TeacherSettings) -> Role:
-        return Role(RoleKind.TEACHER, settings.name if len(self._inputs.recipe.teachers) > 1 else "")
+        return Role(RoleKind.TEACHER, settings.name if len(self.inputs.recipe.teachers) > 1 else "")

@@ -130,9 +130,7 @@ class Executor:
             self._report_other_dtype(inputs)
             started = time.time()
             job = Job(self.recipe.runtime, step.round, step.seed, *self._problems, draft, pulse)
-            context = StepContext(
-                inputs, job, engines=self._engines, roles=self._roles, trainers=self._trainers
-            )
+            context = StepContext(inputs, job, self._engines, self._roles, self._trainers)
             context.perform()
             seconds = time.time() - started
             _write_speed(draft, step, pulse, seconds)

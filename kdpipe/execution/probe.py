@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,16 +32,15 @@ from kdpipe.workers.pulse import Pulse
 Problems = Sequence[Problem]
 
 
+@dataclass(frozen=True, slots=True)
 class Probe:
     """Examines the student and the teachers of a step by the engines that would run them."""
 
-    def __init__(
-        self, roles: Roles, trainers: Trainers, device: torch.device, train: Problems, test: Problems
-    ) -> None:
-        self._roles = roles
-        self._trainers = trainers
-        self._device = device
-        self._problems = (train, test)
+    roles: Roles
+    trainers: Trainers
+    device: torch.device
+    train: Problems
+    test: Problems
 
     def __call__(
         self, inputs: Inputs, teachers: Sequence[Role], *, missing: Mapping[Role, str], depth: Depth
@@ -52,7 +51,24 @@ class Probe:
             for role, step_id in missing.items():
                 inputs, weights = self._stand_in(inputs, role, Path(folder))
                 stand_ins[inputs.settings(role).name] = weights.format(step=step_id)
-            case = self._case(inputs, teachers, stand_ins, depth, Path(folder))
+            recipe, step = inputs.recipe, inputs.step
+            entry = Entry(Path(folder) / "step", step.id, step.fingerprint)
+            draft = Draft(entry, step, note=lambda _kind, _fields: None)
+            pulse = Pulse(lambda _fields: None, inputs.report.stopping.is_set)
+            case = Case(
+                recipe=recipe,
+                job=Job(recipe.runtime, step.round, step.seed, self.train, self.test, draft, pulse),
+                device=self.device,
+                student=self.roles.open(inputs, STUDENT_ROLE, recipe.rollout.engine),
+                teachers=[
+                    (settings, self.roles.open(inputs, role, recipe.teacher_score.engine))
+                    for role in teachers
+                    if not isinstance(settings := inputs.settings(role), Student)
+                ],
+                stand_ins=stand_ins,
+                depth=depth,
+                folder=Path(folder),
+            )
             findings = FINDINGS.dump_python(tuple(examine(case)), mode="json")
             if depth != "full":
                 return Examined(findings)
@@ -60,31 +76,6 @@ class Probe:
                 return Examined(findings, ESTIMATE.dump_python(sizes(case), mode="json"))
             except KdpipeError as error:  # the findings are not lost with it
                 return Examined(findings, {"problem": error.message})
-
-    def _case(
-        self,
-        inputs: Inputs,
-        teachers: Sequence[Role],
-        stand_ins: Mapping[str, str],
-        depth: Depth,
-        folder: Path,
-    ) -> Case:
-        recipe, step = inputs.recipe, inputs.step
-        entry = Entry(folder / "step", step.id, step.fingerprint)
-        draft = Draft(entry, step, note=lambda _kind, _fields: None)
-        pulse = Pulse(lambda _fields: None, inputs.report.stopping.is_set)
-        scorer = recipe.teacher_score.engine
-        opened = [(inputs.settings(role), self._roles.open(inputs, role, scorer)) for role in teachers]
-        return Case(
-            recipe=recipe,
-            job=Job(recipe.runtime, step.round, step.seed, *self._problems, draft, pulse),
-            device=self._device,
-            student=self._roles.open(inputs, STUDENT_ROLE, recipe.rollout.engine),
-            teachers=[(settings, model) for settings, model in opened if not isinstance(settings, Student)],
-            stand_ins=stand_ins,
-            depth=depth,
-            folder=folder,
-        )
 
     def _stand_in(self, inputs: Inputs, role: Role, place: Path) -> tuple[Inputs, str]:
         """Inputs with other weights in the place of those that no step has made yet, and what they are."""
@@ -94,7 +85,7 @@ class Probe:
             return inputs, "its weights before {step}, which is not done"
         name = origin.name
         if name not in inputs.folders:
-            model = self._trainers.scratch(inputs, origin.scratch)
+            model = self.trainers.scratch(inputs, origin.scratch)
             write_model(model, arithmetic_tokenizer(words()), place / name)
             folders = {**inputs.folders, name: place / name}
             identities = {**inputs.identities, name: f"untrained {name}"}

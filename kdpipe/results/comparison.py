@@ -103,10 +103,12 @@ def compare(contenders: Sequence[Contender]) -> list[ComparisonRow]:
         groups.setdefault(tuple(sorted(one.settings.items())), []).append(one)
     labels = _labels([dict(key) for key in groups])
     first, *_ = groups.values()
-    return [
-        _row(label, group, None if group is first else first)
-        for label, group in zip(labels, groups.values(), strict=True)
-    ]
+    rows = []
+    for label, group in zip(labels, groups.values(), strict=True):
+        difference, is_paired = (None, True) if group is first else _difference(group, first)
+        p_value = None if difference is None or not is_paired else _mcnemar(group, first)
+        rows.append(ComparisonRow(label, tuple(group), _accuracy(group), difference, p_value, is_paired))
+    return rows
 
 
 def _labels(settings: Sequence[Mapping[str, str]]) -> list[str]:
@@ -139,16 +141,6 @@ def _telling(settings: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list
     while len({tuple(one.get(key) for key in told) for one in settings}) < len(settings):
         told.append(max(keys, key=distinct))
     return told
-
-
-def _row(label: str, group: Sequence[Contender], first: Sequence[Contender] | None) -> ComparisonRow:
-    accuracy = _accuracy(group)
-    if first is None:
-        return ComparisonRow(label, tuple(group), accuracy, None, None, is_paired=True)
-    difference, is_paired = _difference(group, first)
-    return ComparisonRow(
-        label, tuple(group), accuracy, difference, _mcnemar(group, first) if is_paired else None, is_paired
-    )
 
 
 def _accuracy(group: Sequence[Contender]) -> Interval:

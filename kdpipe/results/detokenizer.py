@@ -43,13 +43,8 @@ class Detokenizer:
         self._special = {number: token.content for number, token in added.items() if token.special}
 
     @property
-    def knows_text(self) -> bool:
-        """Whether there is a tokenizer."""
-        return self._tokenizer is not None
-
-    @property
     def num_ids(self) -> int:
-        """One more than the largest id in use."""
+        """One more than the largest id in use; 0 without a tokenizer."""
         if self._tokenizer is None:
             return 0
         return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,11 @@ class Reader:
     def __init__(self, project: Project, done: Sequence[Step]) -> None:
         self.project = project
         self._done = {step.id: step for step in done}
-        self._detokenizer: Detokenizer | None = None
 
-    @property
+    @cached_property
     def detokenizer(self) -> Detokenizer:
         """The student's tokenizer, as far as it is on this machine."""
-        if self._detokenizer is None:
-            self._detokenizer = Detokenizer(_tokenizer_file(self.project, self._done))
-        return self._detokenizer
+        return Detokenizer(_tokenizer_file(self.project, self._done))
 
     def rollout_rounds(self) -> list[int]:
         """Rounds whose rollouts are there."""
@@ -230,7 +228,7 @@ class Reader:
     def _states(self, step: Step) -> KeptStates | None:
         recipe = self.project.recipe
         swaps = recipe.train.objective.end_token == "alias"  # noqa: S105 (no password)
-        if not recipe.keep.hidden or swaps or not self.detokenizer.knows_text:
+        if not recipe.keep.hidden or swaps or not self.detokenizer.num_ids:
             return None
         teacher = recipe.teachers[0]
         source = step.inputs.get(teacher_role(recipe, teacher))

@@ -68,7 +68,7 @@ def evaluate(settings: EvaluateSettings, job: Job, context: Context) -> None:
         summary |= _reverse_kl(rows)
         if baseline is not None:
             schema = _reverse_kl_schema(against)
-            summary |= _reverse_kl_change(rows, read_rows(baseline / REVERSE_KL_FILE, schema))
+            summary |= _reverse_kl(rows, read_rows(baseline / REVERSE_KL_FILE, schema))
     job.draft.write_json(SUMMARY_FILE, summary)
     for metric, value in summary.items():
         if isinstance(value, int | float) and metric != "round":
@@ -272,27 +272,18 @@ def _with_tokens(rows: Rows, others: Rows) -> Rows:
     ]
 
 
-def _reverse_kl(rows: Rows) -> dict[str, JsonValue]:
-    rows = _with_tokens(rows, rows)
-    if not rows:
+def _reverse_kl(rows: Rows, before: Rows | None = None) -> dict[str, JsonValue]:
+    """The held-out reverse KL; with `before` its paired difference: the same problems in every resample."""
+    change = "" if before is None else "_change"
+    both = [_with_tokens(rows, rows if before is None else before)]
+    if before is not None:
+        both.append(_with_tokens(before, rows))
+    if not both[0]:
         return {}
-    found = _named("reverse_kl", statistics.bootstrap_ratio(_totals(rows)), unit="_nats")
-    if (totals := _exact_totals(rows)) is not None:
-        found |= _named("reverse_kl_exact", statistics.bootstrap_ratio(totals), unit="_nats")
-    return found
-
-
-def _reverse_kl_change(rows: Rows, before: Rows) -> dict[str, JsonValue]:
-    """The paired difference to student 0: the same problems in every resample."""
-    rows, before = _with_tokens(rows, before), _with_tokens(before, rows)
-    if not rows:
-        return {}
-    change = statistics.bootstrap_ratio(_totals(rows), _totals(before))
-    found = _named("reverse_kl_change", change, unit="_nats")
-    now, then = _exact_totals(rows), _exact_totals(before)
-    if now is not None and then is not None:
-        change = statistics.bootstrap_ratio(now, then)
-        found |= _named("reverse_kl_exact_change", change, unit="_nats")
+    found = _named(f"reverse_kl{change}", statistics.bootstrap_ratio(*map(_totals, both)), unit="_nats")
+    exact = [totals for each in both if (totals := _exact_totals(each)) is not None]
+    if len(exact) == len(both):
+        found |= _named(f"reverse_kl_exact{change}", statistics.bootstrap_ratio(*exact), unit="_nats")
     return found
 
 

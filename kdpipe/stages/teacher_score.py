@@ -60,6 +60,15 @@ def teacher_score(settings: ScoreSettings, job: Job, context: Context) -> None:
         )
         return [_score(row, teacher, found, head) for row, found in zip(rows, scored, strict=True)]
 
+    def keep_hidden(parts: Sequence[Path]) -> None:
+        if head is not None:
+            dtype, digest = head.weight_VH.dtype, head_digest(head)
+            width = head.weight_VH.shape[1]
+            job.draft.write(
+                HIDDEN_FILE,
+                lambda path: write_hidden(path, parts, width=width, dtype=dtype, head_sha256=digest),
+            )
+
     name = SCORES_FILE
     has_support = keep.teacher_top_k or keep.student_top_k
     job.in_parts(
@@ -69,24 +78,13 @@ def teacher_score(settings: ScoreSettings, job: Job, context: Context) -> None:
         build=build,
         schema=topk_schema(settings.logprobs) if has_support else SCORES,
         part_schema=HIDDEN_PART if keep.hidden else None,
-        finish=lambda parts: _keep_hidden(job, parts, head),
+        finish=keep_hidden,
     )
     scores = read_scores(job.draft.folder / name)
     check_scorable(f"teacher {teacher.name!r} lacks", [row.scorable for row in scores])
     prefix = f"score/{teacher.name}" if settings.is_one_of_several else "score"
     for metric, value in score_metrics(list(zip(rollouts, scores, strict=True))).items():
         job.draft.metric(f"{prefix}/{metric}", value)
-
-
-def _keep_hidden(job: Job, parts: Sequence[Path], head: Head | None) -> None:
-    """Writes the hidden states of the parts for `head`, which is None where none are kept."""
-    if head is None:
-        return
-    width, dtype, digest = head.weight_VH.shape[1], head.weight_VH.dtype, head_digest(head)
-    job.draft.write(
-        HIDDEN_FILE,
-        lambda path: write_hidden(path, parts, width=width, dtype=dtype, head_sha256=digest),
-    )
 
 
 def _score(row: Rollout, teacher: TeacherHandle, scored: Scored, head: Head | None) -> Scores:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from kdpipe.recipe.models import Lora, Scratch, Sft
-from kdpipe.recipe.objective import Objective
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import Recipe, ScratchTeacher, Student, Teacher
 from kdpipe.recipe.section import EngineName
@@ -170,8 +169,12 @@ class TrainSettings:
         if lora is not None and lora.seed is None:
             lora = lora.model_copy(update={"seed": recipe.seed})
         moves = objective.distill_schedule.kind != "constant"
+        optimizer = recipe.train.optimizer
+        rounds = None if optimizer.schedule == "constant" else optimizer.schedule_rounds or recipe.rounds
+        optimizer = optimizer.model_copy(update={"schedule_rounds": rounds})
+        section = {"objective": objective, "optimizer": optimizer, "seed": None}  # the seed is the step's
         return cls(
-            train=_section(recipe, objective),
+            train=recipe.train.model_copy(update=section),
             rollout=DrawSettings.of(recipe.rollout),
             student=ModelSettings.of(recipe.student),
             lora=lora,
@@ -182,18 +185,6 @@ class TrainSettings:
             has_rl=recipe.train.objective.has_rl,
             ema_decay=recipe.ema_decay,
         )
-
-
-def _section(recipe: Recipe, objective: Objective) -> TrainSection:
-    """The section with the horizon of its schedule, None if constant. The seed is the step's."""
-    optimizer = recipe.train.optimizer
-    horizon = None if optimizer.schedule == "constant" else optimizer.schedule_rounds or recipe.rounds
-    update = {
-        "objective": objective,
-        "optimizer": optimizer.model_copy(update={"schedule_rounds": horizon}),
-        "seed": None,
-    }
-    return recipe.train.model_copy(update=update)
 
 
 @dataclass(frozen=True, slots=True)
