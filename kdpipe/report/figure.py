@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from markupsafe import Markup, escape
 
@@ -32,10 +32,9 @@ HEADING, MARGIN, ENLARGED = 44.0, 14.0, 2.0  # of a figure in a file of its own
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, sans-serif'
 EMPTY = frozenset({"line", "circle", "rect", "polyline", "polygon"})
 Scale = Literal["linear", "log"]
-Attributes: TypeAlias = Mapping[str, str | float]
 
 
-def element(name: str, attributes: Attributes, *children: str) -> Markup:
+def element(name: str, attributes: Mapping[str, str | float], *children: str) -> Markup:
     """`<name attributes>children</name>`; children that are not markup are text."""
     written = "".join(f' {key}="{_attribute(value)}"' for key, value in attributes.items())
     if name in EMPTY and not children:

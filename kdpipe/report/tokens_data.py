@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat, zip_longest
+from itertools import chain, islice, repeat, zip_longest
 from typing import TypeAlias
 
 from kdpipe.results.completions import CompletionTable, GradedCompletion, Token
@@ -125,10 +125,7 @@ def _order(completions: CompletionTable) -> Iterator[int]:
     for index in ranked:
         groups[_group(completions, index)].append(index)
     turns = chain.from_iterable(zip_longest(*groups.values()))
-    for count, index in enumerate(index for index in turns if index is not None):
-        if count == MAX_COMPLETIONS:
-            return
-        yield index
+    return islice((index for index in turns if index is not None), MAX_COMPLETIONS)
 
 
 def _group(completions: CompletionTable, index: int) -> str:

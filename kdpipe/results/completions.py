@@ -52,11 +52,6 @@ class Change:
     before: str
     after: str
 
-    @property
-    def flipped(self) -> bool:
-        """Whether the grade differs."""
-        return self.was_right != self.is_right
-
 
 @dataclass(frozen=True, slots=True)
 class CompletionRow:
@@ -119,26 +114,18 @@ class CompletionTable:
         """Whether a teacher scored any of it."""
         return any(values is not None for values in self.columns.teacher)
 
-    def gaps(self, index: int) -> Floats:
-        """Student minus teacher log-prob at the scorable tokens of a row."""
+    def worst(self, index: int) -> float:
+        """The largest disagreement about one scorable token of a row, in nats."""
         student, teacher = self.columns.student[index], self.columns.teacher[index]
         if student is None or teacher is None:
-            return np.zeros(0)
-        found = student - teacher
-        return found[~np.isnan(found)]
-
-    def worst(self, index: int) -> float:
-        """The largest disagreement about one token of a row, in nats."""
-        return float(np.abs(self.gaps(index)).max(initial=0.0))
-
-    def change(self, index: int) -> Change | None:
-        """The graded answers to the row's problem, where there are two to compare."""
-        return self.changes.get(self.rows[index].key)
+            return 0.0
+        gaps = np.abs(student - teacher)
+        return float(gaps[~np.isnan(gaps)].max(initial=0.0))
 
     def flipped(self, index: int) -> bool:
         """Whether the graded answer was right at first and is wrong now, or the other way round."""
-        change = self.change(index)
-        return change is not None and change.flipped
+        change = self.changes.get(self.rows[index].key)
+        return change is not None and change.was_right != change.is_right
 
     def completion(self, index: int) -> GradedCompletion:
         """A row with its tokens."""
@@ -147,7 +134,7 @@ class CompletionTable:
             **asdict(self.rows[index]),
             teacher="" if score is None else score.teacher,
             tokens=self._tokens(index),
-            change=self.change(index),
+            change=self.changes.get(self.rows[index].key),
         )
 
     def _tokens(self, index: int) -> tuple[Token, ...]:

@@ -258,14 +258,8 @@ class Measures:
 
     def finished_at(self) -> float | None:
         """When the last done step was committed, in seconds since the epoch."""
-        return max(
-            (
-                float(at)
-                for manifest in self.manifests.values()
-                if isinstance(at := manifest.provenance.get("finished"), int | float)
-            ),
-            default=None,
-        )
+        found = [manifest.provenance.get("finished") for manifest in self.manifests.values()]
+        return max((float(at) for at in found if isinstance(at, int | float)), default=None)
 
 
 def last(values: Values) -> float | None:

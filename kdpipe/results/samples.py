@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from pydantic import JsonValue
@@ -53,12 +52,11 @@ def choose_samples(project: Project, choice: Choice) -> Samples:
     """The completions of that choice. Raises RecipeError where there are none to choose from."""
     reader = Reader(project, [step for step in project.plan.steps if project.store.entry(step).manifest()])
     table = _table(reader, choice)
-    wanted: list[Callable[[int], bool]] = [lambda _index: True]
-    if choice.wrong:
-        wanted.append(lambda index: not table.rows[index].is_right)
-    if choice.flipped:
-        wanted.append(table.flipped)
-    found = [index for index in range(len(table)) if all(test(index) for test in wanted)]
+    found = [
+        index
+        for index, row in enumerate(table.rows)
+        if not (choice.wrong and row.is_right) and (table.flipped(index) or not choice.flipped)
+    ]
     if choice.worst:
         found.sort(key=table.worst, reverse=True)
     ledgers = _ledgers(project, table) if table.kind == "rollout" else {}

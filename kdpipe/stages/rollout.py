@@ -1,9 +1,6 @@
 """Rollout: the student samples completions for prompts of the round, and each is graded.
 
 A prompt that it does not sample for gives one row, the reference solution or what a teacher wrote.
-
-Every prompt and seed is derived from (seed, round, prompt id, sample), so that any part can be sampled
-again by itself with the same result.
 """
 
 from __future__ import annotations

@@ -73,9 +73,10 @@ def sample(
     samples: int,
     *purpose: str | int,
 ) -> list[Sampled]:
-    """`samples` completions of each problem, whose seeds depend on the job's, `purpose`, problem and number.
+    """`samples` completions of each problem.
 
-    Raises StepError where a log-prob is not finite.
+    Their seeds depend on the job's seed, `purpose`, the problem and the number of the sample. Raises StepError where a
+    log-prob is not finite.
     """
     if not problems:
         return []

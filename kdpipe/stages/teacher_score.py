@@ -1,8 +1,6 @@
 """Teacher-score: the teacher's log-prob of every token that the student sampled, after its own prompt.
 
-The signal of a token is `q_t - s_t`: what the teacher thinks of it, less what the student thinks. Token ids
-travel from the rollout unchanged; only those that the teacher's vocabulary lacks are cut from what it
-reads, and get no score.
+The signal of a token is `q_t - s_t`: what the teacher thinks of it, less what the student thinks.
 """
 
 from __future__ import annotations

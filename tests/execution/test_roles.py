@@ -169,7 +169,9 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Engines, l
         names = iter(("trainer", "sampler", "teacher"))
         monkeypatch.setattr(kdpipe.execution.placement, "resolve_device", torch.device)
         monkeypatch.setattr(kdpipe.execution.placement, "HfEngine", lambda *_: Sleeper(next(names), diary))
-        monkeypatch.setattr(Engines, "_started", lambda _self, _name, place, _log: Sleeper(place.name, diary))
+        monkeypatch.setattr(
+            kdpipe.execution.placement, "WorkerEngine", lambda _hosting, log, **_: Sleeper(log.stem, diary)
+        )
         more = {f"runtime__{name}": value for name, value in runtime.items()}
         recipe = recipe_of(runtime__device=device, runtime__placement=placement, **more)
         return Engines(recipe, ModelCache(torch.device(device)), logs=Path("nowhere")), diary
