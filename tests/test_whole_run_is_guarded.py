@@ -173,6 +173,7 @@ def write_recipe(path: Path, served: Served) -> None:
 
 def test_a_failure_that_echoes_the_key_is_told_without_it(left: Left) -> None:
     refused, failed, killed, finished = (said for _, _, said in left.said[:4])
+    assert "the key in CANARY goes to http://127.0.0.1:" in refused
     assert "HTTP 401" in refused
     assert "***" in refused
     assert "HTTP 500" in failed

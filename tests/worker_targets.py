@@ -97,6 +97,7 @@ class Echo:
             "hang": _hang,
             "hold": _hold,
             "import queue and random in grandchildren": _import_in_grandchildren,
+            "tell the environment": lambda request, _report: request.update(out=dict(os.environ)),
         }
         actions[str(request.get("do", "nothing"))](request, report)
         return Reply({"calls": self._calls, "pid": os.getpid(), "out": request.get("out")})

@@ -107,6 +107,7 @@ class Watcher:
         self.performed: list[str] = []
         self.rounds: list[int] = []
         self.warnings: list[str] = []
+        self.notes: list[str] = []
         self.todo: int | None = None
         self.on_event: Callable[[str, dict[str, Any]], None] = lambda _step, _event: None
 
@@ -119,6 +120,9 @@ class Watcher:
     def step_event(self, step: Any, event: StepEvent) -> None:
         kinds = {Progressed: "progress", Noted: "note", Warned: "warning", Waiting: "waiting"}
         self.on_event(step.id, {"kind": kinds[type(event)], **asdict(event)})
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)
@@ -152,7 +156,7 @@ class NearWorker:
     forgetful = False
 
     def __init__(
-        self, target: str, talk: Any, *, log: Path, environment: Mapping[str, str] | None = None
+        self, target: str, talk: Any, *, log: Path, environment: Mapping[str, str] | None = None, **_more: Any
     ) -> None:
         self._performer: Performer | None = None
 

@@ -93,6 +93,10 @@ class Terminal:
         """Prints the round's line."""
         self._say(round_line(number, rounds, metrics))
 
+    def note(self, message: str) -> None:
+        """Prints a line."""
+        self._say(visible(message))
+
     def warn(self, message: str) -> None:
         """Prints a warning."""
         self._say(f"{self._paint('warning:', 'yellow')} {visible(message)}")
@@ -147,6 +151,9 @@ class JsonLines:
 
     def round_ends(self, number: int, rounds: int, metrics: dict[str, float]) -> None:
         print_event("round ends", round=number, rounds=rounds, metrics=metrics)
+
+    def note(self, message: str) -> None:
+        print_event("note", text=message)
 
     def warn(self, message: str) -> None:
         print_event("warning", message=message)

@@ -20,7 +20,7 @@ from kdpipe.cli.parameters import (
     on_recipe,
     workspace_at,
 )
-from kdpipe.cli.terminal import COLUMNS, Paint, Style, counted, painter, print_json, print_result, shown
+from kdpipe.cli.terminal import COLUMNS, Paint, Style, counted, painter, print_json, print_result, say, shown
 from kdpipe.errors import KdpipeError, PreflightError
 from kdpipe.results.visible_text import visible
 
@@ -147,8 +147,12 @@ def _examine(given: Given) -> None:
     from kdpipe.doctor.estimate import ESTIMATE
     from kdpipe.doctor.finding import FINDINGS
     from kdpipe.pipeline.preflight import examine_recipe
+    from kdpipe.pipeline.requirements import key_uses
 
-    recipe, result = given.recipe, examine_recipe(given.load(), given.place)
+    loaded = given.load()
+    for use in key_uses(loaded.recipe):
+        say(use)
+    recipe, result = given.recipe, examine_recipe(loaded, given.place)
     findings = FINDINGS.validate_python(result.findings)
     failed = [f"{one.probe} ({one.about})" for one in findings if one.verdict == "FAILED"]
     if given.as_json:

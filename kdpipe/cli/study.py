@@ -179,7 +179,9 @@ def run_study(
             raise
         finally:
             study.event("study ended", status=status)
-            if trouble := end_study(study, first.tracking, status):
+            if trouble := end_study(
+                study, first.tracking, status, keys=frozenset().union(*(one.key_names for one in recipes))
+            ):
                 say(f"MLflow: not all of the study is mirrored yet: {trouble}")
 
 

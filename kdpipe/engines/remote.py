@@ -11,7 +11,7 @@ Importing this module is cheap: an engine's libraries are imported where it is o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -30,7 +30,7 @@ from kdpipe.models.source import ModelSource
 from kdpipe.recipe.runtime import Runtime
 from kdpipe.recipe.section import ENGINE_ABILITIES, EngineName
 from kdpipe.workers.message import Nothing, Talk, message
-from kdpipe.workers.worker import Report, Worker
+from kdpipe.workers.worker import Report, Worker, is_harmless
 
 HOST = "kdpipe.engines.remote:Host"
 
@@ -142,7 +142,7 @@ def open_engine(hosting: Hosting) -> Engine:
 class WorkerEngine:
     """Runs another engine in a process of its own, which the first call starts.
 
-    When that process dies, the call raises StepError with the end of `log`.
+    When that process dies, the call raises StepError with the end of `log`. It does not see the variables `keys`.
     """
 
     def __init__(
@@ -151,10 +151,18 @@ class WorkerEngine:
         *,
         log: Path,
         environment: Mapping[str, str] | None = None,
+        keys: Collection[str] = (),
         target: str = HOST,
     ) -> None:
         self._hosting = hosting
-        self._worker = Worker(target, TALK, log=log, environment=environment, leads_group=True)
+        self._worker = Worker(
+            target,
+            TALK,
+            log=log,
+            environment=environment,
+            inherits=lambda name: name not in keys and is_harmless(name),
+            leads_group=True,
+        )
         self._source: ModelSource | None = None
         self.abilities = ENGINE_ABILITIES[hosting.engine]
 

@@ -49,6 +49,7 @@ class Engines:
 
     def __init__(self, recipe: Recipe, cache: ModelCache, *, logs: Path) -> None:
         self._runtime = recipe.runtime
+        self._keys = recipe.key_names
         self._cache = cache
         self._logs = logs
         self._device = _numbered(cache.device)
@@ -66,7 +67,7 @@ class Engines:
             log = self._logs / f"{place.name}.log"
             device, environment = seen_alone(self._devices_of(name, place), os.environ)
             hosting = Hosting(name, device, self._runtime, place.num_models)
-            self._engines[key] = WorkerEngine(hosting, log=log, environment=environment)
+            self._engines[key] = WorkerEngine(hosting, log=log, environment=environment, keys=self._keys)
             note(
                 f"{place.name}: {name} on {place.device} in a process of its own, which logs to logs/{log.name}"
             )

@@ -16,7 +16,7 @@ from kdpipe.recipe.schema import Recipe
 from kdpipe.store.step import Step, canonical
 from kdpipe.workers.message import Nothing, Talk, message
 from kdpipe.workers.pulse import Progressed
-from kdpipe.workers.worker import Worker
+from kdpipe.workers.worker import Worker, is_harmless
 
 Depth = Literal["servers", "quick", "full"]
 PERFORMER = "kdpipe.execution.executor:Performer"
@@ -121,7 +121,14 @@ def open_worker(project: Project, performer: str, *, log: Path) -> StepTalker:
     }
     if threads is not None:
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    return Worker(performer, STEPS, log=log, environment=environment)
+    keys = project.recipe.key_names  # it talks to the servers
+    return Worker(
+        performer,
+        STEPS,
+        log=log,
+        environment=environment,
+        inherits=lambda name: name in keys or is_harmless(name),
+    )
 
 
 def assignment_of(project: Project, folders: Mapping[str, Path], step: Step) -> Assignment:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from kdpipe.errors import PreflightError, StepError
 from kdpipe.pipeline.project import Project, summary_of
@@ -20,6 +22,26 @@ from kdpipe.store.step import Step, step_id_of
 
 FREE_BYTES_FLOOR = 64 << 20
 PEFT = "peft>=0.21"  # as the extra `lora` says
+
+
+def key_uses(recipe: Recipe) -> list[str]:
+    """Which environment variable goes to which host, a sentence each."""
+    servers = [(one.name, one.server) for one in recipe.teachers if isinstance(one, ServedTeacher)]
+    found = [
+        f"teacher {name!r}: the key in {server.api_key_env} goes to {', '.join(map(_origin, server.urls))}"
+        for name, server in servers
+        if server.api_key_env
+    ]
+    uri = recipe.tracking.uri if recipe.tracking.enabled else None
+    if uri and uri.startswith("http"):
+        set_ = [name for name in os.environ if re.match("MLFLOW_TRACKING_(USERNAME|PASSWORD|TOKEN)$", name)]
+        found += [f"MLflow: {name} goes to {_origin(uri)}" for name in set_]
+    return found
+
+
+def _origin(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 def require(recipe: Recipe, warn: Callable[[str], None]) -> None:

@@ -109,6 +109,12 @@ class Recipe(Section):
         return all(isinstance(teacher, ServedTeacher) for teacher in self.teachers)
 
     @property
+    def key_names(self) -> frozenset[str]:
+        """The environment variables that hold keys of teachers' servers."""
+        servers = [teacher.server for teacher in self.teachers if isinstance(teacher, ServedTeacher)]
+        return frozenset(server.api_key_env for server in servers if server.api_key_env)
+
+    @property
     def engines(self) -> set[EngineName]:
         """The engines that some step runs."""
         found = {self.rollout.engine, self.evaluate.engine or self.rollout.engine}

@@ -37,10 +37,23 @@ class Server(Section):
     api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
     """Environment variable that holds the key; the key itself is never written."""
 
+    allow_http: bool = False
+    """Whether prompts, completions and the key may go to another machine unencrypted."""
+
     def faults(self) -> Iterator[str]:
         for number, url in enumerate(self.urls):
             if trouble := _trouble_of(url):  # the URL itself is not repeated: it may hold a password
-                yield f"urls.{number} {trouble}; write it as http://host:8000/v1"
+                yield f"urls.{number} {trouble}; write it as https://host:8000/v1"
+            if not self.allow_http and urlsplit(url).scheme == "http" and not _is_this_machine(url):
+                yield (
+                    f"urls.{number} is plain http to another machine: the key and all texts can be read and changed "
+                    "on their way; use https, or say allow_http: true"
+                )
+
+
+def _is_this_machine(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
 
 
 def _trouble_of(url: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
@@ -56,14 +56,14 @@ class NoMirror:
 class MlflowMirror:
     """Mirrors one run or study from a thread of its own; no method raises, and only `finish` waits.
 
-    `error` is what went wrong last, or None.
+    `error` is what went wrong last, or None. Its process does not see the variables `keys`.
     """
 
-    def __init__(self, request: MirrorRequest) -> None:
+    def __init__(self, request: MirrorRequest, *, keys: Collection[str] = ()) -> None:
         self.error: str | None = None
         self._request = request
         self._log = request.folder / LOG
-        self._worker = _worker(self._log)
+        self._worker = _worker(self._log, keys)
         self._wake = threading.Event()
         self._ending = threading.Event()
         self._is_nudged = False
@@ -208,7 +208,9 @@ def open_mirror(project: Project) -> Mirror:
     tracking = project.recipe.tracking
     if not tracking.enabled:
         return NoMirror()
-    return MlflowMirror(MirrorRequest("run", project.run.path, tracking, "RUNNING"))
+    return MlflowMirror(
+        MirrorRequest("run", project.run.path, tracking, "RUNNING"), keys=project.recipe.key_names
+    )
 
 
 def begin_study(study: Study, tracking: Tracking) -> None:
@@ -221,11 +223,11 @@ def begin_study(study: Study, tracking: Tracking) -> None:
     write_memory(study.path, memory)
 
 
-def end_study(study: Study, tracking: Tracking, status: Status) -> str | None:
+def end_study(study: Study, tracking: Tracking, status: Status, *, keys: Collection[str] = ()) -> str | None:
     """Mirrors a study that has ended, in bounded time; returns why what is left waits for a later command."""
     if not tracking.enabled:
         return None
-    return MlflowMirror(MirrorRequest("study", study.path, tracking, status)).finish(status)
+    return MlflowMirror(MirrorRequest("study", study.path, tracking, status), keys=keys).finish(status)
 
 
 def settle(workspace: Path, *, seconds: float = 30.0) -> list[str]:
@@ -234,7 +236,7 @@ def settle(workspace: Path, *, seconds: float = 30.0) -> list[str]:
     Starts MLflow's process only when there is such a run, and gives up after `seconds`.
     """
     deadline = time.monotonic() + seconds
-    worker = _worker(workspace / "mlflow.log")
+    worker = _worker(workspace / "mlflow.log", ())
     settled = []
 
     def check_time() -> None:
@@ -254,8 +256,14 @@ def settle(workspace: Path, *, seconds: float = 30.0) -> list[str]:
 MirrorWorker: TypeAlias = Worker[MirrorRequest, Alive, MirrorResult]
 
 
-def _worker(log: Path) -> MirrorWorker:
-    return Worker("kdpipe.tracking.synchronizer:serve", MIRROR, log=log, environment=ENVIRONMENT)
+def _worker(log: Path, keys: Collection[str]) -> MirrorWorker:
+    return Worker(
+        "kdpipe.tracking.synchronizer:serve",
+        MIRROR,
+        log=log,
+        environment=ENVIRONMENT,
+        inherits=lambda name: name not in keys,
+    )
 
 
 def _ask(

@@ -16,6 +16,7 @@ import gc
 import importlib
 import os
 import queue
+import re
 import selectors
 import signal
 import subprocess
@@ -72,13 +73,27 @@ class Serving(Protocol[Request, Event, Result]):
 # ---------------------------------------------------------------------------------------- parent's side
 
 
-def child_environment(more: Mapping[str, str]) -> dict[str, str]:
+_SECRET = re.compile(
+    r"(^|_)(TOKEN|SECRET|KEY|CREDENTIALS?|PASSPHRASE)(_|$)|PASSWORD|PASSWD|MYSQL_PWD", re.IGNORECASE
+)
+
+
+def is_harmless(name: str) -> bool:
+    """Whether an environment variable of this name holds no secret, as secrets are called."""
+    return not _SECRET.search(name)
+
+
+def child_environment(
+    more: Mapping[str, str], *, inherits: Callable[[str], bool] = is_harmless
+) -> dict[str, str]:
     """The environment of a Python that kdpipe starts, which imports nothing from the working folder.
 
     That holds for what it starts too. A `queue.py` or `random.py` there would run in place of Python's own. In
-    PYTHONPATH an empty entry means that folder, as `.` does: `$PYTHONPATH:/more` where it was not set.
+    PYTHONPATH an empty entry means that folder, as `.` does: `$PYTHONPATH:/more` where it was not set. It has those
+    variables of this process whose name `inherits` accepts.
     """
-    environment = {**os.environ, **more, "PYTHONSAFEPATH": "1"}
+    inherited = {name: value for name, value in os.environ.items() if inherits(name)}
+    environment = {**inherited, **more, "PYTHONSAFEPATH": "1"}
     places = environment.pop("PYTHONPATH", "").split(os.pathsep)
     if named := [place for place in places if os.path.normpath(place) != "."]:
         environment["PYTHONPATH"] = os.pathsep.join(named)
@@ -99,12 +114,14 @@ class Worker(Generic[Request, Event, Result]):
         *,
         log: Path,
         environment: Mapping[str, str] | None = None,
+        inherits: Callable[[str], bool] = is_harmless,
         leads_group: bool = False,
     ) -> None:
         self.target = target
         self.talk = talk
         self.log = log
         self._environment = dict(environment or {})
+        self._inherits = inherits
         self._leads_group = leads_group
         self._process: subprocess.Popen[bytes] | None = None
         self._frames = FrameReader()
@@ -195,7 +212,7 @@ class Worker(Generic[Request, Event, Result]):
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
-                    env=child_environment(self._environment),
+                    env=child_environment(self._environment, inherits=self._inherits),
                     process_group=0 if self._leads_group else None,
                 )
         except OSError as error:

@@ -35,7 +35,7 @@ ROUTED = (
     "teachers=[{name: a, self: initial, only: {operation: addition}}, "
     "{name: b, self: initial, only: {operation: subtraction}}]"
 )
-SERVER = "server: {urls: ['http://a:8000/v1'], model: m, tokenizer: ./tokenizer}"
+SERVER = "server: {urls: ['https://a:8000/v1'], model: m, tokenizer: ./tokenizer}"
 CHECK = ("check", "RECIPE")
 RUN = ("run", "RECIPE")
 PLAN = ("plan", "RECIPE")
@@ -172,13 +172,14 @@ RECIPES = {
         (f"teachers=[{{model: ./m, {SERVER}}}]",), ("exactly one of: model, scratch, self, server",)
     ),
     "a server without a tokenizer": Bad(
-        ("teachers=[{server: {urls: ['http://a/v1'], model: m}}]",), ("server.tokenizer", "required")
+        ("teachers=[{server: {urls: ['https://a/v1'], model: m}}]",), ("server.tokenizer", "required")
     ),
     "no URL": Bad(
-        (f"teachers=[{{{SERVER.replace('http://a:8000/v1', '')}}}]",), ("urls.0 is no http or https",)
+        (f"teachers=[{{{SERVER.replace('https://a:8000/v1', '')}}}]",), ("urls.0 is no http or https",)
     ),
     "a URL of a file": Bad(
-        (f"teachers=[{{{SERVER.replace('http://a:8000', 'file:///etc')}}}]",), ("urls.0 is no http or https",)
+        (f"teachers=[{{{SERVER.replace('https://a:8000', 'file:///etc')}}}]",),
+        ("urls.0 is no http or https",),
     ),
     "a tracking server's password": Bad(
         ("tracking.uri=http://kim:hunter2@host:5000",),
@@ -210,6 +211,12 @@ RECIPES = {
     "a URL with a password": Bad(
         (f"teachers=[{{{SERVER.replace('//a', '//me:secret@a')}}}]",),
         ("urls.0 holds a user or password", "api_key_env"),
+    ),
+    "a URL of another machine without TLS": Bad(
+        (f"teachers=[{{{SERVER.replace('https', 'HTTP')}}}]",), ("urls.0 is plain http", "allow_http: true")
+    ),
+    "a URL of a name that begins as this machine's": Bad(
+        (f"teachers=[{{{SERVER.replace('https://a', 'http://127.0.0.1.evil.example')}}}]",), ("plain http",)
     ),
     "a URL with a query": Bad(
         (f"teachers=[{{{SERVER.replace('/v1', '/v1?key=secret')}}}]",), ("urls.0 holds a query",)
@@ -602,7 +609,7 @@ MODELS = {
     ),
     "a server that is not there": Bad(
         (
-            f"teachers=[{{{SERVER.replace('http://a:8000', 'http://127.0.0.1:1')}}}]",
+            f"teachers=[{{{SERVER.replace('https://a:8000', 'http://127.0.0.1:1')}}}]",
             "runtime.server.retries=0",
             "student={model: ./model}",
         ),

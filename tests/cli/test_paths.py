@@ -74,7 +74,7 @@ COMMANDS: dict[str, list[str]] = {
         "plan",
         "recipe.yaml",
         "--set",
-        "teachers=[{server: {urls: ['http://a:8000/v1'], model: m, tokenizer: PATH}}]",
+        "teachers=[{server: {urls: ['https://a:8000/v1'], model: m, tokenizer: PATH}}]",
     ],
 }  # fmt: skip
 

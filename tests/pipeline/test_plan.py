@@ -107,7 +107,7 @@ SERVED: Document = {
     "teachers": [
         {
             "server": {
-                "urls": ["http://one:8000/v1", "https://two/v1"],
+                "urls": ["https://one:8000/v1", "https://two/v1"],
                 "model": "big",
                 "tokenizer": "org/teacher",
                 "api_key_env": "KEY",
@@ -819,7 +819,7 @@ def test_a_server_may_move_and_what_it_serves_may_not() -> None:
         [teacher] = SERVED["teachers"]
         return {**SERVED, "teachers": [{"server": {**teacher["server"], **server}}]}
 
-    elsewhere = moved(urls=["http://three/v1"], api_key_env=None)
+    elsewhere = moved(urls=["https://three/v1"], api_key_env=None)
     assert prints(elsewhere) == prints(SERVED)
     assert run_hash(recipe_of(elsewhere)) == run_hash(recipe_of(SERVED))
     before = prints(SERVED)

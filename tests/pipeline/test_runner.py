@@ -20,6 +20,7 @@ from kdpipe.engines.hf.engine import HfEngine
 from kdpipe.engines.protocol import TokenScores
 from kdpipe.errors import ArtifactError, Interrupted, LockError, PreflightError, RecipeError
 from kdpipe.pipeline.project import Project, open_project
+from kdpipe.pipeline.requirements import key_uses
 from kdpipe.pipeline.signals import signals
 from kdpipe.results.comparison import read_contender
 from kdpipe.store.locks import run_lock
@@ -368,6 +369,19 @@ def test_a_signal_stops_at_a_safe_point_and_the_next_command_goes_on(
     assert parts == [0, 1, 2, 3]
     reference = finished.digests()
     assert payload_digests(world.workspace) == {step: reference[step] for step in ROUND_0 + round_steps(1)}
+
+
+def test_a_run_says_which_secret_goes_to_which_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "secret")
+    server = {"urls": ["https://a.example:8000/v1"], "model": "m", "tokenizer": "t", "api_key_env": "FAR_KEY"}
+    recipe = load_tiny(
+        tmp_path, teachers=[{"server": server}], tracking={"uri": "https://b.example/mlflow"}
+    ).recipe
+    assert key_uses(recipe) == [
+        "teacher 'teacher': the key in FAR_KEY goes to https://a.example:8000",
+        "MLflow: MLFLOW_TRACKING_TOKEN goes to https://b.example",
+    ]
+    assert key_uses(load_tiny(tmp_path).recipe) == []
 
 
 def test_a_signal_that_is_ignored_as_by_nohup_stops_nothing() -> None:

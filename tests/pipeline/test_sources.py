@@ -77,7 +77,7 @@ def test_a_hub_name_is_unresolved_until_a_fetch_pins_it(tmp_path: Path, hub: Hub
 def test_of_a_teacher_behind_a_server_the_tokenizer_is_fetched_and_pinned_without_weights(
     tmp_path: Path, hub: Hub
 ) -> None:
-    server = "{urls: ['http://a/v1'], model: big, tokenizer: someone/teacher, revision: v2}"
+    server = "{urls: ['https://a/v1'], model: big, tokenizer: someone/teacher, revision: v2}"
     text = RECIPE.replace("{model: someone/teacher, revision: v2}", f"{{server: {server}}}")
     (tmp_path / "recipe.yaml").write_text(text)
     found = Sources(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "out")

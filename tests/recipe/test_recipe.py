@@ -18,7 +18,7 @@ from kdpipe.recipe.objective import JsdTerm, K2Term, RklTerm
 from kdpipe.recipe.runtime import Tracking
 from kdpipe.recipe.schema import ModelTeacher, Recipe, ScratchTeacher, SelfTeacher, ServedTeacher, resolved
 from kdpipe.recipe.stages import Keeping
-from kdpipe.recipe.teacher import ABSENT
+from kdpipe.recipe.teacher import ABSENT, Server
 from kdpipe.recipe.yaml_source import MAX_DEPTH, parse_value, read_yaml
 
 MINIMAL = """\
@@ -55,6 +55,17 @@ def leaves(value: Any, name: str = "") -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.10", "localhost", "[::1]", "a.example"])
+def test_plain_http_is_for_this_machine_unless_it_is_allowed(host: str) -> None:
+    fields = {"urls": [f"http://{host}:8000/v1"], "model": "m", "tokenizer": "t"}
+    assert Server(**fields, allow_http=True).allow_http
+    if host != "a.example":
+        Server(**fields)
+    else:
+        with pytest.raises(ValueError, match="allow_http: true"):
+            Server(**fields)
 
 
 @pytest.mark.parametrize(
@@ -432,7 +443,7 @@ def test_all_errors_are_told_at_once_a_line_each(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------ teachers
 
-SERVER = "server: {urls: ['http://a/v1'], model: m, tokenizer: t}"
+SERVER = "server: {urls: ['https://a/v1'], model: m, tokenizer: t}"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ import pytest
 from kdpipe.errors import ArtifactError, StepError
 from kdpipe.workers import worker as workers
 from kdpipe.workers.message import encode
-from kdpipe.workers.worker import explained
+from kdpipe.workers.worker import explained, is_harmless
 from tests.worker_targets import Ask, Message, Worker
 
 TARGET = "tests.worker_targets:Echo"
@@ -79,6 +79,30 @@ def test_a_worker_and_what_it_starts_run_no_module_of_the_working_folder(
     assert len(origins) == 4
     assert not any(str(origin).startswith(str(hostile)) for origin in origins)
     assert not (tmp_path / "ran").exists()
+
+
+SECRETS = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "MLFLOW_TRACKING_PASSWORD", "OTHER_API_KEY")
+
+
+def test_a_worker_has_no_secret_of_its_parent_but_those_that_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*SECRETS, "CANARY", "TOKENIZERS_PARALLELISM", "XKEYBOARD"):
+        monkeypatch.setenv(name, "1")
+    places: dict[str, Callable[[str], bool]] = {
+        "steps": lambda name: name == "CANARY" or is_harmless(name),
+        "role": lambda name: name != "CANARY" and is_harmless(name),
+        "mirror": lambda name: name != "CANARY",
+    }
+    for place, inherits in places.items():
+        worker = Worker(TARGET, log=tmp_path / "log", environment=ENVIRONMENT, inherits=inherits)
+        answer = call(worker, "tell the environment")
+        worker.kill()
+        assert answer is not None
+        has = {*answer["out"]}  # type: ignore[misc]
+        assert {"PATH", "TOKENIZERS_PARALLELISM", "XKEYBOARD"} <= has
+        assert ("CANARY" in has) == (place == "steps")
+        assert has & {*SECRETS} == ({*SECRETS} if place == "mirror" else set())
 
 
 def test_nothing_starts_before_the_first_call(worker: Worker) -> None:
