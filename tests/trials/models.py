@@ -81,14 +81,18 @@ CHANGES: dict[str, Change] = {
             }
         )
     ),
-    "a tensor less": weights(lambda tensors: tensors.pop("model.norm.weight") and None),
+    "a tensor less": weights(lambda tensors: tensors.__delitem__("model.norm.weight")),
     "a tensor of another shape": weights(
         lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)})
     ),
     "integers": every(lambda tensor: torch.ones(tensor.shape, dtype=torch.int8)),
     "booleans": every(lambda tensor: torch.ones(tensor.shape, dtype=torch.bool)),
-    "nan": weights(lambda tensors: tensors["model.norm.weight"].fill_(float("nan")) and None),
-    "inf": weights(lambda tensors: tensors["model.norm.weight"].fill_(float("inf")) and None),
+    "nan": weights(
+        lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"] * float("nan")})
+    ),
+    "inf": weights(
+        lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"] * float("inf")})
+    ),
     "no tensor at all": weights(lambda tensors: tensors.clear()),
     "an unknown quantization": edited("config.json", quantization_config={"quant_method": "evil"}),
     "a quantization without a method": edited("config.json", quantization_config={}),
