@@ -20,8 +20,8 @@ def place_of(name: str | Path, folder: Path | None = None) -> Path:
     text = os.fspath(name)
     shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
     try:
-        text.encode()
         path = ((folder or Path()) / Path(text).expanduser()).absolute()
+        str(path).encode()
         path.stat()
     except UnicodeEncodeError:
         raise RecipeError(f"{shown}: a path that is not UTF-8", hint="name another place") from None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import gc
 import importlib
 import os
@@ -25,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Generic, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol
 
 from kdpipe.errors import KdpipeError, StepError, as_os_error, failure_of, is_machine_fault, refusal
 from kdpipe.workers.message import (
@@ -41,6 +42,9 @@ from kdpipe.workers.message import (
     failure,
 )
 from kdpipe.workers.pulse import Stopped
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 STOP_SECONDS = 3.5
 """How long a worker may take to reach a safe point after it was asked to stop."""
@@ -94,10 +98,22 @@ def child_environment(
     """
     inherited = {name: value for name, value in os.environ.items() if inherits(name)}
     environment = {**inherited, **more, "PYTHONSAFEPATH": "1"}
+    environment.pop("PYTHONOPTIMIZE", None)  # without docstrings transformers cannot be imported
     places = environment.pop("PYTHONPATH", "").split(os.pathsep)
     if named := [place for place in places if os.path.normpath(place) != "."]:
         environment["PYTHONPATH"] = os.pathsep.join(named)
     return environment
+
+
+@functools.cache
+def _starter(_process: int) -> Executor:
+    """The thread of this process that starts all workers: Linux ends them with the thread that did.
+
+    They inherit its mask: a signal to the group cannot kill a worker that is still importing.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(1, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, STOPS))
 
 
 class Worker(Generic[Request, Event, Result]):
@@ -201,13 +217,16 @@ class Worker(Generic[Request, Event, Result]):
         self.kill()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # The child inherits the mask: a signal to the group cannot kill a worker that is still importing.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         guarded = [GUARDED] if self._leads_group else []
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
-            with self.log.open("ab") as log:
-                process = subprocess.Popen(  # noqa: S603 (our own interpreter and module)
+            log = self.log.open("ab")
+        except OSError as error:
+            raise refusal(error, self.log) from error
+        try:
+            with log:
+                start = _starter(os.getpid()).submit(
+                    subprocess.Popen,
                     [sys.executable, "-m", "kdpipe.workers.worker", self.target, str(os.getpid()), *guarded],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
@@ -215,10 +234,12 @@ class Worker(Generic[Request, Event, Result]):
                     env=child_environment(self._environment, inherits=self._inherits),
                     process_group=0 if self._leads_group else None,
                 )
+                process = start.result()
         except OSError as error:
-            raise refusal(error, self.log if error.filename else None) from error
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            raise StepError(
+                f"{sys.executable}: Python itself cannot be started: {error.strerror}",
+                hint="see that this user may run it and start processes, then repeat the command",
+            ) from error
         os.set_blocking(process.stdout.fileno(), False)  # type: ignore[union-attr]
         self._process = process
         self._frames = FrameReader()

@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from kdpipe.errors import ArtifactError, StepError
+from kdpipe.errors import ArtifactError, KdpipeError, StepError
 from kdpipe.workers import worker as workers
 from kdpipe.workers.message import encode
 from kdpipe.workers.worker import explained, is_harmless
@@ -103,6 +104,38 @@ def test_a_worker_has_no_secret_of_its_parent_but_those_that_it_needs(
         assert {"PATH", "TOKENIZERS_PARALLELISM", "XKEYBOARD"} <= has
         assert ("CANARY" in has) == (place == "steps")
         assert has & {*SECRETS} == ({*SECRETS} if place == "mirror" else set())
+
+
+def test_a_worker_outlives_the_thread_that_started_it(worker: Worker) -> None:
+    first: list[Message | None] = []
+    helper = threading.Thread(target=lambda: first.append(call(worker, "nothing")))
+    helper.start()
+    helper.join()
+    for _ in range(20):  # the signal comes at once
+        answer = call(worker, "nothing")
+    assert answer is not None
+    assert first[0] is not None
+    assert (answer["pid"], answer["calls"]) == (first[0]["pid"], 21)
+
+
+def test_a_python_that_may_not_be_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "python").write_text("")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    worker = Worker(TARGET, log=tmp_path / "log")
+    with pytest.raises(StepError, match="python: Python itself cannot be started: Permission denied"):
+        call(worker, "nothing")
+    worker = Worker(TARGET, log=tmp_path / "python" / "log")
+    with pytest.raises(KdpipeError, match="python"):
+        call(worker, "nothing")
+
+
+def test_a_worker_has_docstrings_though_its_parent_has_none(tmp_path: Path) -> None:
+    environment = {**ENVIRONMENT, "PYTHONOPTIMIZE": "2"}
+    worker = Worker(TARGET, log=tmp_path / "log", environment=environment)
+    answer = call(worker, "tell the environment")
+    worker.kill()
+    assert answer is not None
+    assert "PYTHONOPTIMIZE" not in answer["out"]  # type: ignore[operator]
 
 
 def test_nothing_starts_before_the_first_call(worker: Worker) -> None:
