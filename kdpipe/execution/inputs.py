@@ -103,11 +103,7 @@ class Inputs:
         digest = self.weights_digest(role)
         assert digest is not None
         source = ModelSource(
-            folder,
-            digest,
-            settings.dtype,
-            settings.trust_remote_code,
-            quantization=settings.quantization,
+            folder, digest, settings.dtype, settings.trust_remote_code, quantization=settings.quantization
         )
         adapter = self.adapter(role)
         if adapter is not None:

@@ -90,12 +90,7 @@ def open_model(
 
 
 def read_head(
-    folder: Path,
-    *,
-    num_ids: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    trust_remote_code: bool = False,
+    folder: Path, *, num_ids: int, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> Head:
     """The output head of the model in a folder, for `num_ids` ids in use: its rows are all that is read.
 

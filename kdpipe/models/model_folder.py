@@ -124,10 +124,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     """The tensors in a folder's safetensors files, by their headers; a broken one has none."""
     found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with (
-            contextlib.suppress(*_RAISED),
-            path.open("rb") as file,
-        ):
+        with contextlib.suppress(*_RAISED), path.open("rb") as file:
             header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _MAX_HEADER_BYTES)))
             header.pop("__metadata__", None)
             found |= {

@@ -289,8 +289,4 @@ def _reverse_kl(rows: Rows, before: Rows | None = None) -> dict[str, JsonValue]:
 
 def _named(name: str, interval: statistics.Interval, *, unit: str = "") -> dict[str, JsonValue]:
     """An estimate and its interval, as a summary has them."""
-    return {
-        f"{name}{unit}": interval.estimate,
-        f"{name}_low": interval.low,
-        f"{name}_high": interval.high,
-    }
+    return {f"{name}{unit}": interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}

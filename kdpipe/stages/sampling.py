@@ -39,10 +39,7 @@ def round_problems(job: Job, prompts: int) -> list[Problem]:
 def sampled_ids(job: Job, problems: Sequence[Problem], count: int) -> frozenset[str]:
     """Which `count` of the round's problems the student samples for."""
     return chosen_ids(
-        [problem.prompt_id for problem in problems],
-        count=count,
-        round_number=job.round,
-        seed=job.seed,
+        [problem.prompt_id for problem in problems], count=count, round_number=job.round, seed=job.seed
     )
 
 

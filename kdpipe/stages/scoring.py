@@ -214,11 +214,7 @@ def output_head(job: Job, source: ModelSource, *, num_ids: int) -> Head:
     device = resolve_device(job.runtime.device)
     dtype, _ = resolve_dtype(source.dtype, device)
     return read_head(
-        source.folder,
-        num_ids=num_ids,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=source.trust_remote_code,
+        source.folder, num_ids=num_ids, dtype=dtype, device=device, trust_remote_code=source.trust_remote_code
     )
 
 

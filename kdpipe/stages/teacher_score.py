@@ -49,12 +49,7 @@ def teacher_score(settings: ScoreSettings, job: Job, context: Context) -> None:
         if student is not None:
             supports = _most_probable(settings, job, triples, student, num_ids=teacher.num_ids)
         scored = score_completions(
-            job,
-            triples,
-            teacher=teacher,
-            top_k=keep.teacher_top_k,
-            hidden=keep.hidden,
-            supports=supports,
+            job, triples, teacher=teacher, top_k=keep.teacher_top_k, hidden=keep.hidden, supports=supports
         )
         return [_score(row, teacher, found, head) for row, found in zip(rows, scored, strict=True)]
 

@@ -145,10 +145,7 @@ class LlamaDecoder:
         """Hidden states [H, B] after one more token on each row."""
         body = self._model.get_decoder()
         x_HB = embedding(ids_B, body.embed_tokens.weight).t().contiguous()
-        rotation = (
-            self._cos[self._positions].t().contiguous(),
-            self._sin[self._positions].t().contiguous(),
-        )
+        rotation = (self._cos[self._positions].t().contiguous(), self._sin[self._positions].t().contiguous())
         mask = None if self._mask is None else self._mask[..., : self._slot + 1]
         for index, layer in enumerate(body.layers):
             h_HB = _norm(x_HB, layer.input_layernorm)

@@ -313,10 +313,7 @@ def scores_of(output: Any, ids: Sequence[int], *, count: int, top_k: int) -> Tok
     support = np.take_along_axis(logprobs[:, 1:], order, axis=1)
     tail = np.log(np.maximum(1 - np.exp(support).sum(axis=1), _TAIL_FLOOR))
     return TokenScores(
-        token,
-        np.take_along_axis(found, order, axis=1),
-        support.astype(np.float32),
-        tail.astype(np.float32),
+        token, np.take_along_axis(found, order, axis=1), support.astype(np.float32), tail.astype(np.float32)
     )
 
 
