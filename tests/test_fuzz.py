@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 
 from kdpipe.data.tasks import gsm8k, jsonl
 from kdpipe.data.tasks.answers import extract_expected, flexible_answer, grade, parse_number, strict_answer
-from kdpipe.engines.protocol import Sampling
-from kdpipe.engines.server.http import HttpClient, Limits
+from kdpipe.engines.protocol import Sampling, Scoring
+from kdpipe.engines.server.http import HttpClient
 from kdpipe.engines.server.replies import MoreIdsNeeded, read_completion, read_scores, served_model
 from kdpipe.engines.server.signature import require_same
 from kdpipe.errors import ArtifactError, DataError, EngineError, KdpipeError
@@ -34,6 +34,7 @@ from kdpipe.pipeline.project import open_project
 from kdpipe.pipeline.status import inspect
 from kdpipe.recipe.file import load_recipe, shipped
 from kdpipe.recipe.models import SftOptimizer
+from kdpipe.recipe.runtime import ServerRuntime
 from kdpipe.recipe.task import Gsm8kTask, JsonlTask
 from kdpipe.store.artifacts import Store
 from kdpipe.store.durable import read_lines
@@ -302,7 +303,7 @@ def read_all(answer: dict[str, Any]) -> None:
     for top_k in (0, 2, 3):
         with contextlib.suppress(EngineError, MoreIdsNeeded):
             scores = read_scores(
-                answer, IDS, start=1, asked=top_k, top_k=top_k, num_ids=10, names={"m"}, where="x"
+                answer, IDS, Scoring(1.0, 10, top_k), start=1, asked=top_k, names={"m"}, where="x"
             )
             assert torch.from_numpy(scores.logprobs).isfinite().all()
             assert (scores.logprobs <= 0).all()
@@ -343,7 +344,11 @@ BODIES = st.one_of(
     ),
 )
 def test_any_body_of_a_reply_is_read_or_refused(data: bytes, status: int, after: str | None) -> None:
-    client = HttpClient(["http://127.0.0.1:9"], Limits(1.0, 1, 2), sleep=lambda _seconds: None)
+    client = HttpClient(
+        ["http://127.0.0.1:9"],
+        ServerRuntime(timeout_seconds=1.0, retries=1, max_failures=2),
+        sleep=lambda _seconds: None,
+    )
     headers = Message()
     if after is not None:
         headers["Retry-After"] = after

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kdpipe.engines.server.http import HttpClient, Limits
+from kdpipe.engines.server.http import HttpClient
 from kdpipe.errors import EngineError
+from kdpipe.recipe.runtime import ServerRuntime
 from tests.engines.test_server_engine import certificate
 
 if TYPE_CHECKING:
@@ -87,7 +88,11 @@ def trickling(pieces: Pieces, *, pause: float = 0.01, tls: ssl.SSLContext | None
 
 def ask(port: int, *, scheme: str = "http", ca_bundle: Path | None = None) -> str:
     """What a client says of that server, asked once."""
-    client = HttpClient([f"{scheme}://127.0.0.1:{port}/v1"], Limits(SECONDS, 0, 9), ca_bundle=ca_bundle)
+    client = HttpClient(
+        [f"{scheme}://127.0.0.1:{port}/v1"],
+        ServerRuntime(timeout_seconds=SECONDS, retries=0, max_failures=9),
+        ca_bundle=ca_bundle,
+    )
     with pytest.raises(EngineError) as caught:
         client.post("/completions", {}, lambda answer, _url: answer, max_bytes=1 << 30, halt=client.begin())
     return caught.value.message
@@ -122,7 +127,9 @@ def test_a_reply_within_tls_ends_at_the_deadline(part: str, certificate: tuple[P
 def test_a_server_that_reads_nothing_of_a_large_request_ends_at_the_deadline() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:  # accepted by the kernel, read by nobody
         port = listener.getsockname()[1]
-        client = HttpClient([f"http://127.0.0.1:{port}"], Limits(SECONDS, 0, 9))
+        client = HttpClient(
+            [f"http://127.0.0.1:{port}"], ServerRuntime(timeout_seconds=SECONDS, retries=0, max_failures=9)
+        )
         with pytest.raises(EngineError, match="not whole after"):
             client.post("/", {"a": "x" * (12 << 20)}, lambda a, _: a, max_bytes=9, halt=client.begin())
 

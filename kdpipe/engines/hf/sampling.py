@@ -39,7 +39,10 @@ def draw(
     log-prob at temperature 1.
     """
     if sampling.temperature == 0:
-        ids_B = _lowest_argmax(logits_BV)
+        # Argmax promises no order among ties. Rows of nan have no best id; the caller finds them by their log-prob.
+        num_ids = logits_BV.shape[-1]
+        is_best_BV = logits_BV == logits_BV.amax(-1, keepdim=True)
+        ids_B = torch.where(is_best_BV, torch.arange(num_ids, device=logits_BV.device), num_ids - 1).amin(-1)
         logprobs_BV = logits_BV.log_softmax(-1)
     else:
         if sampling.temperature != 1:
@@ -66,15 +69,6 @@ def truncated(logits_BV: torch.Tensor, *, top_k: int, top_p: float) -> torch.Ten
         before_BV[:, 0] = 0
         sorted_BV = sorted_BV.masked_fill(before_BV >= top_p, -torch.inf)
     return torch.empty_like(logits_BV).scatter_(-1, order_BV, sorted_BV)
-
-
-def _lowest_argmax(logits_BV: torch.Tensor) -> torch.Tensor:
-    """The lowest id among the largest logits; argmax promises no order among ties."""
-    num_ids = logits_BV.shape[-1]
-    ids_V = torch.arange(num_ids, device=logits_BV.device)
-    is_best_BV = logits_BV == logits_BV.amax(-1, keepdim=True)
-    # Rows of nan have no best id; the caller finds them by their log-prob.
-    return torch.where(is_best_BV, ids_V, num_ids - 1).amin(-1)
 
 
 def _invert(probs_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import JsonValue
 
 from kdpipe.engines.limits import no_scores
-from kdpipe.engines.protocol import Completion, TokenScores, about
-from kdpipe.engines.server.http import Halted, HttpClient, Limits
+from kdpipe.engines.protocol import Completion, Scoring, TokenScores, about
+from kdpipe.engines.server.http import Halted, HttpClient
 from kdpipe.engines.server.replies import (
     MoreIdsNeeded,
     ServedModel,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import threading
     from pathlib import Path
 
-    from kdpipe.engines.protocol import Progress, SampleRequest, Sampling, ScoreRequest, Scoring
+    from kdpipe.engines.protocol import Progress, SampleRequest, Sampling, ScoreRequest
     from kdpipe.models.source import ModelSource
     from kdpipe.recipe.runtime import ServerRuntime
     from kdpipe.recipe.section import Ability
@@ -62,7 +62,7 @@ class ServerEngine:
         self._concurrency = settings.concurrency
         self._client = HttpClient(
             server.urls,
-            Limits(settings.timeout_seconds, settings.retries, settings.max_failures),
+            settings,
             key_name=server.api_key_env,
             ca_bundle=ca_bundle,
             sleep=sleep,
@@ -151,7 +151,6 @@ class ServerEngine:
         self._digest = None
 
     def close(self) -> None:
-        """See Engine."""
         self._digest = None
         self._client.close()
 
@@ -167,15 +166,9 @@ class ServerEngine:
 
         def read(answer: dict[str, JsonValue], url: str) -> TokenScores:
             with about(index):
+                start = len(prompt)
                 return read_scores(
-                    answer,
-                    ids,
-                    start=len(prompt),
-                    asked=asked,
-                    top_k=scoring.top_k,
-                    num_ids=scoring.num_ids,
-                    names=self._names,
-                    where=url,
+                    answer, ids, scoring, start=start, asked=asked, names=self._names, where=url
                 )
 
         while True:
@@ -189,11 +182,10 @@ class ServerEngine:
     def _agreed_signature(self) -> list[float]:
         """Log-probs of a fixed sequence; raises EngineError where the servers hold different weights."""
         ids = list(SEQUENCE if self._context is None else SEQUENCE[: self._context - 1])
+        alone = Scoring(temperature=1.0, num_ids=0)  # without a top k
 
         def read(answer: dict[str, JsonValue], url: str) -> list[float]:
-            scores = read_scores(
-                answer, ids, start=1, asked=0, top_k=0, num_ids=0, names=self._names, where=url
-            )
+            scores = read_scores(answer, ids, alone, start=1, asked=0, names=self._names, where=url)
             return [float(score) for score in scores.logprobs]
 
         body = self._scoring_body(ids, 0)

@@ -16,7 +16,6 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http.client import (
     BadStatusLine,
@@ -37,6 +36,8 @@ from kdpipe.errors import EngineError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from kdpipe.recipe.runtime import ServerRuntime
+
 CONNECT_SECONDS = 10.0
 FIRST_DELAY_SECONDS = 0.5
 MAX_DELAY_SECONDS = 30.0
@@ -48,15 +49,6 @@ Read: TypeAlias = Callable[[dict[str, JsonValue], str], Found]
 """Reads the answer of a URL; raises EngineError on one that cannot be right."""
 _NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST")
 _KEPT = "finished parts are kept: fix it and repeat the command, which continues after them"
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How long a request may take, how often it is repeated, and how many failures in a row are allowed."""
-
-    timeout_seconds: float
-    retries: int
-    max_failures: int
 
 
 class _PassingError(Exception):
@@ -81,14 +73,14 @@ class HttpClient:
     def __init__(
         self,
         urls: Sequence[str],
-        limits: Limits,
+        settings: ServerRuntime,
         *,
         key_name: str | None = None,
         ca_bundle: Path | None = None,
         sleep: Callable[[float], None] | None = None,
     ) -> None:
         self.urls = tuple(dict.fromkeys(url.rstrip("/") for url in urls))
-        self._limits = limits
+        self._settings = settings
         self._key = None if key_name is None else _read_key(key_name)
         self._key_name = key_name
         is_tls = any(url.startswith("https:") for url in self.urls)
@@ -122,7 +114,7 @@ class HttpClient:
 
         Raises EngineError when no attempt succeeds, and at once where another attempt would be no use or `read` raises.
         """
-        answer, url = self._ask("POST", path, json.dumps(body).encode(), max_bytes=max_bytes, halt=halt)
+        answer, url = self._ask(path, json.dumps(body).encode(), max_bytes=max_bytes, halt=halt)
         return self._taken(answer, url, read)
 
     def each(
@@ -132,15 +124,15 @@ class HttpClient:
 
         Without a body it is got, with one posted.
         """
-        method, data = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
+        data = None if body is None else json.dumps(body).encode()
         found = {}
         for url in self.urls:
             try:
-                found[url] = self._attempt(method, url, path, data, max_bytes=max_bytes)
+                found[url] = self._attempt(url, path, data, max_bytes=max_bytes)
             except _PassingError:
                 self._rest(url)
         if not found:
-            answer, url = self._ask(method, path, data, max_bytes=max_bytes, halt=self.begin())
+            answer, url = self._ask(path, data, max_bytes=max_bytes, halt=self.begin())
             found[url] = answer
         return {url: self._taken(answer, url, read) for url, answer in found.items()}
 
@@ -159,7 +151,7 @@ class HttpClient:
     # attempts
 
     def _ask(
-        self, method: str, path: str, body: bytes | None, *, max_bytes: int, halt: threading.Event
+        self, path: str, body: bytes | None, *, max_bytes: int, halt: threading.Event
     ) -> tuple[dict[str, JsonValue], str]:
         sleep = self._sleep or halt.wait
         attempt = 0
@@ -168,11 +160,12 @@ class HttpClient:
                 raise Halted("given up: another request failed")
             url = self._next_url()
             try:
-                answer = self._attempt(method, url, path, body, max_bytes=max_bytes)
+                answer = self._attempt(url, path, body, max_bytes=max_bytes)
             except _PassingError as failure:
                 self._note_failure(url, path, failure, attempt)
                 if not self._another_is_up(url):
-                    sleep(max(_delay(attempt), failure.after_seconds))
+                    # Not all at once.
+                    sleep(max(_pause(attempt) * random.uniform(0.5, 1.5), failure.after_seconds))
                 attempt += 1
             else:
                 with self._lock:
@@ -186,23 +179,21 @@ class HttpClient:
         with self._lock:
             self._failures += 1
             failures = self._failures
-        if failures >= self._limits.max_failures:
+        if failures >= self._settings.max_failures:
             raise EngineError(
                 f"{url}{path}: {failures} requests in a row failed, this one: {failure.what}",
                 hint=f"{_KEPT}; runtime.server.max_failures is how many are allowed",
             )
-        if attempt >= self._limits.retries:
+        if attempt >= self._settings.retries:
             raise EngineError(
                 f"{url}{path}: failed {attempt + 1} times, at last: {failure.what}",
                 hint=f"{_KEPT}; runtime.server.retries and timeout_seconds say how patient it is",
             )
 
-    def _attempt(
-        self, method: str, url: str, path: str, body: bytes | None, *, max_bytes: int
-    ) -> dict[str, JsonValue]:
+    def _attempt(self, url: str, path: str, body: bytes | None, *, max_bytes: int) -> dict[str, JsonValue]:
         """One request. Raises _PassingError where another may succeed, EngineError where none will."""
         try:
-            status, headers, data = self._exchange(method, url + path, body, max_bytes=max_bytes)
+            status, headers, data = self._exchange(url + path, body, max_bytes=max_bytes)
         except (HTTPException, OSError, UnicodeError) as error:
             raise self._failure(url + path, error) from None
         if status != 200:
@@ -218,11 +209,9 @@ class HttpClient:
             raise EngineError(f"{url}{path}: its reply is a JSON {type(answer).__name__}, expected an object")
         return answer
 
-    def _exchange(
-        self, method: str, url: str, body: bytes | None, *, max_bytes: int
-    ) -> tuple[int, HTTPMessage, bytes]:
+    def _exchange(self, url: str, body: bytes | None, *, max_bytes: int) -> tuple[int, HTTPMessage, bytes]:
         """Status, headers and body, of which the first `max_bytes` + 1; each request has its own connection."""
-        parts, begun, seconds = urlsplit(url), time.monotonic(), self._limits.timeout_seconds
+        parts, begun, seconds = urlsplit(url), time.monotonic(), self._settings.timeout_seconds
         tls = self._tls if parts.scheme == "https" else None
         connection = HTTPConnection(str(parts.hostname), parts.port or (80 if tls is None else 443))
         connection.default_port = 80 if tls is None else 443
@@ -230,7 +219,7 @@ class HttpClient:
         with contextlib.closing(connection), line, line.dup() as same, _ended(same, begun, seconds=seconds):
             line.settimeout(None)
             connection.sock = line if tls is None else tls.wrap_socket(line, server_hostname=connection.host)
-            connection.request(method, parts.path, body, self._headers())
+            connection.request("GET" if body is None else "POST", parts.path, body, self._headers())
             with connection.getresponse() as reply:
                 data = reply.read(max_bytes + 1)
                 if reply.length and len(data) <= max_bytes:
@@ -312,8 +301,7 @@ class HttpClient:
     def _rest(self, url: str, after_seconds: float = 0.0) -> None:
         with self._lock:
             failures = self._resting.get(url, (0, 0.0))[0] + 1
-            seconds = max(min(FIRST_DELAY_SECONDS * 2 ** min(failures, 20), MAX_DELAY_SECONDS), after_seconds)
-            self._resting[url] = (failures, time.monotonic() + seconds)
+            self._resting[url] = (failures, time.monotonic() + max(_pause(failures), after_seconds))
 
     def _another_is_up(self, failed: str) -> bool:
         """Whether a server other than the one that just failed may be asked at once."""
@@ -333,9 +321,8 @@ def _ended(line: socket.socket, begun: float, *, seconds: float) -> Iterator[Non
     def end() -> None:
         is_over.set()
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(
-                line, socket.SHUT_RDWR
-            )  # that of TLS would drop its state under the reader
+            # That of TLS would drop its state under the reader.
+            socket.socket.shutdown(line, socket.SHUT_RDWR)
 
     timer = threading.Timer(max(begun + seconds - time.monotonic(), 0), end)
     timer.daemon = True
@@ -374,11 +361,9 @@ def _read_key(name: str) -> str:
     return key
 
 
-def _delay(attempt: int) -> float:
-    """Seconds before the next attempt: twice as long each time, and not all at once."""
-    return float(
-        min(FIRST_DELAY_SECONDS * 2 ** min(attempt, 20), MAX_DELAY_SECONDS) * random.uniform(0.5, 1.5)
-    )
+def _pause(failures: int) -> float:
+    """Seconds to wait after so many failures: twice as long each time, within reason."""
+    return min(FIRST_DELAY_SECONDS * 2.0 ** min(failures, 20), MAX_DELAY_SECONDS)
 
 
 def _retry_after(value: str | None) -> float:

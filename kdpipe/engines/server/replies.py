@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from pydantic import JsonValue
 
-from kdpipe.engines.protocol import Completion, Sampling, TokenScores
+from kdpipe.engines.protocol import Completion, Sampling, Scoring, TokenScores
 from kdpipe.errors import EngineError
 
 TOLERANCE_NATS = 1e-4
@@ -76,18 +76,17 @@ def served_model(answer: dict[str, JsonValue], model: str, *, where: str) -> Ser
 def read_scores(
     answer: dict[str, JsonValue],
     ids: Sequence[int],
+    scoring: Scoring,
     *,
     start: int,
     asked: int,
-    top_k: int,
-    num_ids: int,
     names: Collection[str],
     where: str,
 ) -> TokenScores:
     """The scores of `ids` from `start` on, of a reply to which they were the prompt and `asked` the top k.
 
-    Raises EngineError on a reply that cannot be right, MoreIdsNeeded where its `asked` ids hold fewer than `top_k` of
-    the first `num_ids`. With all of these at hand they are normalised; else other ids keep their mass, in the tail.
+    Raises EngineError on a reply that cannot be right, MoreIdsNeeded where its `asked` ids hold fewer than the top k
+    of the ids in use. With all of these at hand they are normalised; else other ids keep their mass, in the tail.
     """
     choice = _choice(answer, ids, names=names, where=where)
     rows = choice.get("prompt_logprobs")
@@ -109,9 +108,9 @@ def read_scores(
             )
         found.append((row, token, f"{where}: position {position}"))
     scored = [_position(row, token, asked=asked, where=place) for row, token, place in found[start - 1 :]]
-    if not top_k:
+    if not scoring.top_k:
         return TokenScores(np.array([own.logprob for own, _ in scored], np.float32))
-    return _with_top_k(scored, top_k=top_k, num_ids=num_ids)
+    return _with_top_k(scored, top_k=scoring.top_k, num_ids=scoring.num_ids)
 
 
 def _position(
