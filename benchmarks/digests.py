@@ -160,7 +160,7 @@ def main() -> int:
     parser.add_argument("--tree", type=Path, default=ROOT, help="the checkout whose kdpipe is run")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="a recipe; repeatable")
     parser.add_argument("--folder", type=Path, help="an empty folder, in which the runs stay")
-    parser.add_argument("-o", "--output", type=Path, help="a file in place of stdout")
+    parser.add_argument("-o", "--output", type=Path, help="a file; - or none is stdout")
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("A", "B"), help="of two outputs; runs nothing"
     )
@@ -176,7 +176,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kdpipe-digests-") as temporary:
         digests = measure((arguments.folder or Path(temporary)).resolve(), tree, arguments.only)
     text = json.dumps({**surroundings, "digests": digests}, indent=1, sort_keys=True) + "\n"
-    if arguments.output:
+    if arguments.output not in (None, Path("-")):
         arguments.output.write_text(text)
     else:
         print(text, end="")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +144,46 @@ def test_a_run_whose_links_cannot_be_read_is_not_one_without_links(
     monkeypatch.setattr(os, "listdir", refused)
     result = CliRunner().invoke(app, ["gc", "--delete", "--workspace", str(world / "out")])
     assert (result.exit_code, "round-000: Permission denied" in result.stderr) == (1, True), result.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("entries", "killed"), [(400, False), (1200, True)])
+def test_real_runs_and_real_gc_at_once_lose_nothing(
+    begun: Path, tmp_path: Path, entries: int, killed: bool
+) -> None:
+    """Two runs that share entries which nobody links any more, and two gc beside them, one of which may be killed."""
+    world = Path(shutil.copytree(begun, tmp_path / "world", symlinks=True))
+    workspace = world / "out"
+    before = payload_digests(workspace)
+    shutil.rmtree(workspace / "runs")
+    for number in range(entries):  # garbage, so that removing it takes its time
+        folder = workspace / "store" / "train" / f"{number:016x}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").touch()
+    recipes = [
+        load_tiny(world, **SMALLEST, name=name).path.rename(world / f"{name}.yaml") for name in ("tiny", "b")
+    ]
+    place = ["--workspace", str(workspace)]
+
+    def start(*words: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "kdpipe", *words, *place], cwd=world, stderr=subprocess.PIPE
+        )
+
+    runs = [start("run", str(recipe), "--rounds", "0") for recipe in recipes]
+    collectors = [start("gc", "--delete") for _ in range(2)]
+    if killed:
+        while collectors[0].poll() is None and not list((workspace / "store").glob(".tmp-*/*")):
+            os.sched_yield()
+        collectors[0].kill()
+    ends = [process.communicate() for process in (*runs, *collectors)]
+    codes = [process.returncode for process in (*runs, *collectors)]
+    assert codes in ([0, 0, 0, 0], [0, 0, -9, 0]), ends
+    assert payload_digests(workspace) == before
+    for recipe in recipes:
+        status = CliRunner().invoke(app, ["status", str(recipe), *place, "--json"])
+        grid = json.loads(status.stdout)["grid"]
+        assert {cells["0"] for cells in grid.values() if "0" in cells} == {"done"}
+    collect(workspace)
+    assert garbage(workspace) == []
+    assert not list((workspace / "store").glob(".tmp-*"))

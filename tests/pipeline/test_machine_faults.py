@@ -142,7 +142,7 @@ def test_a_workspace_that_can_only_be_read_is_looked_at_and_not_run(
     place = half.workspace
     with mounted(place, "--bind", str(place)):
         subprocess.run(["mount", "-o", "remount,ro,bind", str(place)], check=True)
-        failed(half, f"{place}/runs/", "Read-only file system", "--workspace")
+        failed(half, f"{place}/.lock", "Read-only file system", "--workspace")
         for looking in ("status", "plan", "verify"):
             code, said = answer(half, looking)
             assert (code, "Traceback" in said) == (0, False), said
@@ -158,7 +158,7 @@ def test_a_workspace_of_someone_else_is_looked_at_and_not_run(half: Command, dig
     for path, mode in modes.items():
         path.chmod(mode & 0o555)
     try:
-        failed(half, f"{half.workspace}/runs/", "Permission denied", "the right to it")
+        failed(half, f"{half.workspace}/.lock", "Permission denied", "the right to it")
         for looking in ("status", "plan", "verify"):
             code, said = answer(half, looking)
             assert (code, "Traceback" in said) == (0, False), said
