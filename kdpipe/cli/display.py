@@ -70,13 +70,11 @@ class Terminal:
             case Warned(text=text):
                 self.warn(text)
             case Progressed():
-                self._pace.note(event)
-                self._show_pace(step)
+                self._show_pace(step, event, pace_words(self._pace.note(event)))
 
-    def _show_pace(self, step: Step) -> None:
-        words = pace_words(self._pace)
+    def _show_pace(self, step: Step, event: Progressed, words: str) -> None:
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, total=self._pace.total, completed=self._pace.done, words=words)
+            self._progress.update(self._task, total=event.total, completed=event.done, words=words)
         elif time.monotonic() - self._said > PLAIN_SECONDS:
             self._said = time.monotonic()
             self._say(f"{step.id}: {words}")

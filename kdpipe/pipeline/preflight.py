@@ -59,57 +59,30 @@ def examine_recipe(loaded: LoadedRecipe, workspace: Path) -> Examination:
     )
 
 
-def examine_servers(
-    project: Project,
-    folders: Mapping[str, Path],
-    steps: Iterable[Step],
-    *,
-    call: Callable[[Examine], Examined],
-    warn: Callable[[str], None],
-) -> None:
-    """Asks the servers that one of `steps` reads for what the recipe will need of them.
-
-    Raises PreflightError where one does not give it.
-    """
+def server_examination(
+    project: Project, folders: Mapping[str, Path], steps: Iterable[Step]
+) -> Examine | None:
+    """The request to examine the servers that one of `steps` reads; None where none does."""
     recipe = project.recipe
     roles = [teacher_role(recipe, found) for found in recipe.teachers if isinstance(found, ServedTeacher)]
     fields = [cast("Fields", step.document["fields"]) for step in steps]
     asked = [role for role in roles if any(f"{role}.model" in found for found in fields)]
-    if asked:
-        step = Step("preflight@0", Stage.EVALUATE, 0, STUDENT, recipe.seed, {}, {}, "")
-        missing = {STUDENT_ROLE: "the student"}  # of which the text is enough
-        request = Examine(assignment_of(project, folders, step), "servers", (STUDENT_ROLE, *asked), missing)
-        _require_fit("preflight of the servers", call(request).findings, warn)
+    if not asked:
+        return None
+    step = Step("preflight@0", Stage.EVALUATE, 0, STUDENT, recipe.seed, {}, {}, "")
+    missing = {STUDENT_ROLE: "the student"}  # of which the text is enough
+    return Examine(assignment_of(project, folders, step), "servers", (STUDENT_ROLE, *asked), missing)
 
 
-def examine_round(
-    project: Project,
-    folders: Mapping[str, Path],
-    number: int,
-    *,
-    call: Callable[[Examine], Examined],
-    warn: Callable[[str], None],
-) -> None:
-    """Examines the student and teachers of round `number` quickly.
-
-    Examines nothing while one of them is not made yet, nor a student without teachers. Raises PreflightError where a
-    model is unfit.
-    """
-    request = examination(project, folders, number, depth="quick")
-    if request.missing or len(request.roles) == 1:
-        return
-    _require_fit(f"preflight of round {number}", call(request).findings, warn)
-
-
-def _require_fit(which: str, findings: list[dict[str, JsonValue]], warn: Callable[[str], None]) -> None:
-    for finding in findings:
-        if finding["verdict"] == "warning":
-            warn(_sentence(finding))
-    broken = [_sentence(finding) for finding in findings if finding["verdict"] == "FAILED"]
-    if broken:
-        more = "".join(f"\n  {line}" for line in broken[1:])
+def require_fit(which: str, findings: Iterable[Mapping[str, Any]], warn: Callable[[str], None]) -> None:
+    """Raises PreflightError with the findings that failed, after the warnings were told."""
+    said = [(one["verdict"], f"{one['probe']} ({one['about']}): {one['said']}") for one in findings]
+    for verdict, text in said:
+        if verdict == "warning":
+            warn(text)
+    if broken := [text for verdict, text in said if verdict == "FAILED"]:
         raise PreflightError(
-            f"{which}: {broken[0]}{more}",
+            f"{which}: " + "\n  ".join(broken),
             hint="kdpipe doctor shows the numbers; done steps are kept; --set runtime.preflight=false goes on",
         )
 
@@ -133,7 +106,3 @@ def examination(project: Project, folders: Mapping[str, Path], number: int, *, d
     inputs = {role: source for role, source in found.items() if role not in missing}
     step = Step(f"preflight@{number}", Stage.EVALUATE, number, STUDENT, recipe.seed, inputs, {}, "")
     return Examine(assignment_of(project, folders, step), depth, tuple(roles), missing)
-
-
-def _sentence(finding: Mapping[str, Any]) -> str:
-    return f"{finding['probe']} ({finding['about']}): {finding['said']}"

@@ -35,31 +35,27 @@ class Progress:
 class Pace:
     """How fast a step goes on and how long it will take; counted from the first event of each unit."""
 
-    def __init__(self) -> None:
-        self.unit, self.done, self.total = "", 0, 0
-        self._tokens = 0
-        self._began, self._first_done, self._first_tokens = 0.0, 0, 0
-        self._seconds = 0.0
+    def __init__(self, step_id: str = "") -> None:
+        self.step = step_id
+        self._began = 0.0
+        self._first: Progressed | None = None
 
-    def note(self, event: Progressed) -> None:
-        """Takes in how far a step is."""
+    def note(self, event: Progressed) -> Progress:
+        """How far the step is by now; its pace and the time left are None before anything is finished."""
         now = time.monotonic()
-        if event.unit != self.unit:
-            self._began, self._first_done, self._first_tokens = now, event.done, event.tokens
-        self.unit, self.done, self.total, self._tokens = event.unit, event.done, event.total, event.tokens
-        self._seconds = max(now - self._began, 1e-3)
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """None before any token."""
-        tokens = self._tokens - self._first_tokens
-        return tokens / self._seconds if tokens > 0 else None
-
-    @property
-    def seconds_left(self) -> float | None:
-        """None before anything is finished."""
-        finished = self.done - self._first_done
-        return self._seconds * (self.total - self.done) / finished if finished > 0 else None
+        if self._first is None or event.unit != self._first.unit:
+            self._began, self._first = now, event
+        seconds = max(now - self._began, 1e-3)
+        tokens, finished = event.tokens - self._first.tokens, event.done - self._first.done
+        return Progress(
+            self.step,
+            event.unit,
+            event.done,
+            event.total,
+            tokens_per_second=tokens / seconds if tokens > 0 else None,
+            seconds_left=seconds * (event.total - event.done) / finished if finished > 0 else None,
+            at=time.time(),
+        )
 
 
 class ProgressFile:
@@ -68,29 +64,24 @@ class ProgressFile:
     def __init__(self, run_folder: Path) -> None:
         self._path = run_folder / PROGRESS
         self._draft = run_folder / f".tmp-{PROGRESS}"
-        self._step = ""
         self._pace = Pace()
-        self._written = -math.inf
+        self._unit, self._written = "", -math.inf
 
     def note(self, step_id: str, event: Progressed) -> None:
         """Notes how far a step is, unless that was noted within the last second."""
-        if step_id != self._step:
-            self._step, self._pace = step_id, Pace()
-        now, pace = time.monotonic(), self._pace
-        if event.unit == pace.unit and now - self._written < INTERVAL_SECONDS:
+        if step_id != self._pace.step:
+            self._pace = Pace(step_id)
+        found, now = self._pace.note(event), time.monotonic()
+        if found.unit == self._unit and now - self._written < INTERVAL_SECONDS:
             return
-        self._written = now
-        pace.note(event)
-        found = Progress(
-            step_id, pace.unit, pace.done, pace.total, pace.tokens_per_second, pace.seconds_left, time.time()
-        )
+        self._unit, self._written = found.unit, now
         with contextlib.suppress(OSError):  # it is only shown: nothing depends on it
             self._draft.write_text(json.dumps(asdict(found)), encoding="utf-8")
             self._draft.replace(self._path)
 
     def clear(self) -> None:
         """Removes the file, also what a kill left of one: no step is running."""
-        self._step, self._written = "", -math.inf
+        self._pace, self._unit = Pace(), ""
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
             self._draft.unlink(missing_ok=True)
@@ -104,13 +95,14 @@ def read_progress(run_folder: Path) -> Progress | None:
         return None
 
 
-def pace_words(pace: Progress | Pace) -> str:
+def pace_words(pace: Progress) -> str:
     """How far a step is, how fast it goes on and how long it will take."""
     pieces = [f"{pace.done}/{pace.total} {pace.unit}"]
     if pace.tokens_per_second is not None:
         pieces.append(f"{pace.tokens_per_second:,.0f} tokens/s")
-    if pace.seconds_left:
-        pieces.append(f"{time_left(pace.seconds_left)} left")
+    if left := pace.seconds_left:
+        rough = f"{left:.0f} s" if left < 60 else f"{left / 60:.0f} min"
+        pieces.append(f"{rough if left < 3600 else duration(left)} left")
     return ", ".join(pieces)
 
 
@@ -121,10 +113,3 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def time_left(seconds: float) -> str:
-    """An estimate: `12 s`, `4 min`, `2 h 07 min`."""
-    if seconds >= 3600:
-        return duration(seconds)
-    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.0f} min"

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -159,10 +159,13 @@ def require_space(project: Project, folders: Mapping[str, Path], step: Step) -> 
         copies = 5 if project.recipe.ema_decay is None else 7
         if step.round == 1 and project.recipe.student.lora is not None:
             copies = 1  # no adapter is there yet to judge by; all that one writes is less than the model
-        sizes = (
-            sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-            for folder in _model_folders(project, folders, step)
-        )
+        models = []
+        if (source := step.inputs.get(STUDENT_ROLE)) is not None:
+            models.append(project.store.entry(project.plan.step(source.step_id)).folder / "model")
+        has_adapter = step.round > 1 and project.recipe.student.lora is not None
+        if (name := step.subject or STUDENT) in folders and not has_adapter:
+            models.append(folders[name])
+        sizes = (sum(path.stat().st_size for path in model.glob("*.safetensors")) for model in models)
         need += copies * max(sizes, default=0)
     free = shutil.disk_usage(project.workspace).free
     if free < need:
@@ -170,11 +173,3 @@ def require_space(project: Project, folders: Mapping[str, Path], step: Step) -> 
             f"{project.workspace}: {free >> 20} MiB free, {step.id} may need {need >> 20} MiB",
             hint="free some space (kdpipe gc shows what can go), then repeat the command",
         )
-
-
-def _model_folders(project: Project, folders: Mapping[str, Path], step: Step) -> Iterator[Path]:
-    if (source := step.inputs.get(STUDENT_ROLE)) is not None:
-        yield project.store.entry(project.plan.step(source.step_id)).folder / "model"
-    has_adapter = step.round > 1 and project.recipe.student.lora is not None
-    if (name := step.subject or STUDENT) in folders and not has_adapter:
-        yield folders[name]

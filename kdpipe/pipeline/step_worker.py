@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from kdpipe.pipeline.preflight import examine_round, examine_servers
+from kdpipe.pipeline.preflight import examination, require_fit, server_examination
 from kdpipe.pipeline.progress import ProgressFile
 from kdpipe.pipeline.project import Project
 from kdpipe.pipeline.request import (
@@ -64,9 +63,8 @@ class StepWorker:
         require_space(project, self._folders, step)
         run.event("step started", step=step.id)
         self._display.step_begins(step)
-        request = Perform(assignment_of(project, self._folders, step), anew)
         try:
-            result = self._call(step, request, self._note)
+            result = self._call(step, Perform(assignment_of(project, self._folders, step), anew))
         finally:
             self._progress.clear()
         if result is None:
@@ -77,26 +75,30 @@ class StepWorker:
         self._display.step_ends(step, result)
 
     def examine(self, step: Step) -> None:
-        """Examines student and teachers, quickly and once, before a round samples or scores."""
+        """Examines student and teachers, quickly and once, before a round samples or scores.
+
+        Nothing while one of them is not made yet, nor a student without teachers.
+        """
         is_due = step.round > 0 and step.stage in (Stage.ROLLOUT, Stage.TEACHER_SCORE)
         if self._has_examined or not is_due or not self._project.recipe.runtime.preflight:
             return
         self._has_examined = True
-        call = partial(self._examined, step)
-        examine_round(self._project, self._folders, step.round, call=call, warn=self._display.warn)
+        request = examination(self._project, self._folders, step.round, depth="quick")
+        if not request.missing and len(request.roles) > 1:
+            self._require_fit(f"preflight of round {step.round}", step, request)
 
     def examine_servers(self, steps: Sequence[Step]) -> None:
         """Asks the servers that the steps of a command read, before the first of these."""
-        if self._project.recipe.runtime.preflight:
-            call = partial(self._examined, steps[0])
-            examine_servers(self._project, self._folders, steps, call=call, warn=self._display.warn)
+        request = server_examination(self._project, self._folders, steps)
+        if request is not None and self._project.recipe.runtime.preflight:
+            self._require_fit("preflight of the servers", steps[0], request)
 
-    def _examined(self, step: Step, request: Examine) -> Examined:
-        result = self._call(step, request, self._display.step_event)
+    def _require_fit(self, which: str, step: Step, request: Examine) -> None:
+        result = self._call(step, request)
         if result is None:
             self._stop.check(step.id)
         assert isinstance(result, Examined)
-        return result
+        require_fit(which, result.findings, self._display.warn)
 
     def kill(self) -> None:
         """Ends the process at once."""
@@ -106,12 +108,10 @@ class StepWorker:
         """Lets the process end what it has started, and end."""
         self._worker.stop(Close())
 
-    def _call(
-        self, step: Step, request: StepRequest, on_event: Callable[[Step, StepEvent], None]
-    ) -> StepResult | None:
-        return self._worker.call(request, on_event=lambda event: on_event(step, event), stop=self._stop.asked)
+    def _call(self, step: Step, request: StepRequest) -> StepResult | None:
+        def note(event: StepEvent) -> None:
+            if isinstance(event, Progressed):
+                self._progress.note(step.id, event)
+            self._display.step_event(step, event)
 
-    def _note(self, step: Step, event: StepEvent) -> None:
-        if isinstance(event, Progressed):
-            self._progress.note(step.id, event)
-        self._display.step_event(step, event)
+        return self._worker.call(request, on_event=note, stop=self._stop.asked)
