@@ -21,6 +21,7 @@ from kdpipe.cli.parameters import (
     workspace_at,
 )
 from kdpipe.cli.terminal import COLUMNS, Paint, Style, counted, painter, print_json, print_result, say, shown
+from kdpipe.cli.trust import TrustOption, require_trust
 from kdpipe.errors import KdpipeError, PreflightError
 from kdpipe.results.visible_text import visible
 
@@ -91,6 +92,7 @@ def doctor(
     overrides: SetOption = None,
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
+    trust: TrustOption = False,
 ) -> None:
     """Print the environment, or examine a recipe's models.
 
@@ -100,7 +102,7 @@ def doctor(
     Example: kdpipe doctor quickstart
     """
     if recipe is not None:
-        _examine(Given(recipe, tuple(overrides or ()), workspace, as_json))
+        _examine(Given(recipe, tuple(overrides or ()), workspace, as_json, trust))
         return
     found = _environment(workspace)
     width = max(map(len, found))
@@ -150,6 +152,7 @@ def _examine(given: Given) -> None:
     from kdpipe.pipeline.requirements import key_uses
 
     loaded = given.load()
+    require_trust(loaded, given.place, trusts=given.trusts)
     for use in key_uses(loaded.recipe):
         say(use)
     recipe, result = given.recipe, examine_recipe(loaded, given.place)

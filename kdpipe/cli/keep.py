@@ -16,6 +16,7 @@ from kdpipe.cli.parameters import (
     workspace_at,
 )
 from kdpipe.cli.terminal import print_result, say, shown
+from kdpipe.cli.trust import TrustOption, require_trust
 from kdpipe.errors import ArtifactError, RecipeError
 
 
@@ -27,6 +28,7 @@ def export(
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Only the LoRA adapter, as peft loads it, not merged.")
     ] = False,
+    trust: TrustOption = False,
 ) -> None:
     """Write the student as a Hugging Face folder.
 
@@ -36,9 +38,9 @@ def export(
     """
     from kdpipe.pipeline.housekeeping import export as export_student
 
-    number, folder = export_student(
-        given.open(), folder_at(target), round_number=round_number, adapter=adapter
-    )
+    project = given.open()
+    require_trust(project.loaded, given.place, trusts=trust)
+    number, folder = export_student(project, folder_at(target), round_number=round_number, adapter=adapter)
     given.show({"round": number, "folder": str(folder)}, f"{shown(folder)}: student {number}")
 
 

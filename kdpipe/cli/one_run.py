@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from kdpipe.cli.parameters import Given
 from kdpipe.cli.stream import outlive_reader
 from kdpipe.cli.terminal import painter, print_event, shown
+from kdpipe.cli.trust import require_trust
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.project import Project
@@ -27,6 +28,7 @@ def run_one(given: Given, request: "Callable[[Project], Request]") -> "Project":
     display = JsonLines() if given.as_json else Terminal()
     try:
         loaded = given.load()
+        require_trust(loaded, given.place, trusts=given.trusts)
         commands = commands_again(loaded, given)
         project = run_steps(
             loaded,

@@ -71,6 +71,7 @@ class Given(NamedTuple):  # a dataclass would take a hundredth of what `kdpipe -
     overrides: tuple[str, ...] = ()
     workspace: Path = WORKSPACE
     as_json: bool = False
+    trusts: bool = False
 
     @property
     def place(self) -> Path:

@@ -8,6 +8,7 @@ import typer
 from kdpipe.cli.one_run import run_one
 from kdpipe.cli.parameters import Given, RoundOption, on_recipe
 from kdpipe.cli.study import run_study
+from kdpipe.cli.trust import TrustOption
 from kdpipe.errors import RecipeError
 from kdpipe.store.stage import Stage
 
@@ -28,6 +29,7 @@ def run(
         list[str] | None,
         typer.Option(metavar="A.B=C,D", help="A run for each value; several make a grid."),
     ] = None,
+    trust: TrustOption = False,
 ) -> None:
     """Run every step that is not done. Repeating the command resumes.
 
@@ -38,6 +40,7 @@ def run(
     """
     from kdpipe.pipeline.runner import Request
 
+    given = given._replace(trusts=trust)
     request = Request(rounds=rounds, force=tuple(force or ()))
     if sweep:
         _sweep(given, sweep, request)
@@ -78,8 +81,8 @@ def stage_command(stage: Stage) -> Callable[..., None]:
     """The command that runs one step of a stage."""
 
     @on_recipe
-    def command(given: Given, round_number: RoundOption = None) -> None:
-        _one_step(stage, given, round_number)
+    def command(given: Given, round_number: RoundOption = None, trust: TrustOption = False) -> None:
+        _one_step(stage, given._replace(trusts=trust), round_number)
 
     return command
 

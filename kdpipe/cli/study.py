@@ -16,6 +16,7 @@ from kdpipe.cli.parameters import (
     recipe_names,
 )
 from kdpipe.cli.terminal import print_error, print_event, print_json, say
+from kdpipe.cli.trust import TrustOption
 from kdpipe.errors import Interrupted, KdpipeError, StepError
 from kdpipe.results.visible_text import visible
 
@@ -72,6 +73,7 @@ def arms(
         bool, typer.Option("--dry-run", help="List the runs and what they need; run none.")
     ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    trust: TrustOption = False,
 ) -> None:
     """Run a recipe's control arms on several seeds.
 
@@ -83,6 +85,7 @@ def arms(
     """
     from kdpipe.results.studies import arm_runs, parse_arms
 
+    given = given._replace(trusts=trust)
     study = arm_runs(given.load().recipe, parse_arms(which), seeds=seeds)
     if dry_run:
         _print_forecast(given, study, rounds)

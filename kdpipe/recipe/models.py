@@ -136,7 +136,7 @@ class Student(Section):
     dtype: DtypeName = "auto"
     """Numbers that the model computes in; auto is float32 where bfloat16 would be emulated."""
     trust_remote_code: bool = False
-    """Whether code that comes with the model may run. It is shown when on."""
+    """Whether code that comes with the model may run; commands ask for --trust, once in a workspace."""
     template: dict[str, JsonValue] = {}
     """Arguments of the chat template, such as enable_thinking."""
     sft: Sft | None = None

@@ -78,7 +78,7 @@ class TeacherFields(Section):
     name: Annotated[str, Field(pattern=NAME)] = "teacher"
     """What its steps, tables and messages call it."""
     trust_remote_code: bool = False
-    """Whether code that comes with the model may run. It is shown when on."""
+    """Whether code that comes with the model may run; commands ask for --trust, once in a workspace."""
     template: dict[str, JsonValue] = {}
     """Arguments of the chat template, such as enable_thinking; empty are the student's."""
     prompt: str | None = None

@@ -1,0 +1,66 @@
+"""Code that comes with models: it is announced, and asked about once in a workspace."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kdpipe.cli.terminal import say
+from kdpipe.errors import RecipeError
+
+if TYPE_CHECKING:
+    from kdpipe.recipe.file import LoadedRecipe
+
+TRUSTED = "trusted.json"
+TrustOption = Annotated[
+    bool,
+    typer.Option("--trust", help="Let code run that comes with the recipe's models (trust_remote_code)."),
+]
+
+
+def require_trust(loaded: "LoadedRecipe", workspace: Path, *, trusts: bool) -> None:
+    """Raises RecipeError where code of a model would run that nobody has trusted in this workspace."""
+    from kdpipe.store.durable import write_json
+
+    trusted = _trusted(workspace)
+    new = [name for name in dict.fromkeys(_models_with_code(loaded)) if name not in trusted]
+    if not new:
+        return
+    what = f"trust_remote_code: Python code that comes with {' and '.join(new)} is to run here with all your rights"
+    say(what)
+    if not trusts and not (sys.stdin.isatty() and sys.stderr.isatty() and typer.confirm("Run it?", err=True)):
+        raise RecipeError(
+            "trust_remote_code: the code was not trusted",
+            hint="read it, then repeat the command with --trust, once in a workspace; or leave trust_remote_code out",
+        )
+    workspace.mkdir(parents=True, exist_ok=True)
+    write_json(workspace / TRUSTED, {"folder": workspace.stat().st_ino, "models": [*trusted, *new]})
+
+
+def _trusted(workspace: Path) -> list[str]:
+    """The models trusted in this very folder: a file that came with it, or with a copy, trusts none."""
+    try:
+        found = json.loads((workspace / TRUSTED).read_bytes())
+        return list(map(str, found["models"])) if found["folder"] == workspace.stat().st_ino else []
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+
+
+def _models_with_code(loaded: "LoadedRecipe") -> Iterator[str]:
+    """Folders, and hub names with their revision, of the models whose code the recipe lets run."""
+    from kdpipe.recipe.schema import ModelTeacher, ServedTeacher
+
+    recipe = loaded.recipe
+    named = [(recipe.student.model, recipe.student.revision)] if recipe.student.trust_remote_code else []
+    for teacher in recipe.teachers:
+        if teacher.trust_remote_code and isinstance(teacher, ModelTeacher):
+            named.append((teacher.model, teacher.revision))
+        elif teacher.trust_remote_code and isinstance(teacher, ServedTeacher):
+            named.append((teacher.server.tokenizer, teacher.server.revision))
+    for name, revision in named:
+        if name is not None:
+            place = loaded.folder / Path(name).expanduser()
+            yield str(place.resolve()) if place.exists() else f"{name}@{revision or 'its newest revision'}"
