@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["certificate"]
 SECONDS = 0.2
 MOST_PIECES = 1000
-"""After so many a server gives up itself, which the client then tells otherwise."""
+"""After so many a server gives up itself, long after the deadline."""
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 
@@ -62,19 +62,21 @@ def trickling(pieces: Pieces, *, pause: float = 0.01, tls: ssl.SSLContext | None
     """The port of a server that sends these pieces to its only peer until that goes away."""
     listener = socket.create_server(("127.0.0.1", 0))
 
+    gave_up = threading.Event()
+
     def send() -> None:
         with contextlib.suppress(OSError), listener.accept()[0] as line:
             spoken = line if tls is None else tls.wrap_socket(line, server_side=True)
             with spoken:
                 spoken.recv(1 << 16)
                 spoken.settimeout(pause)
-                for piece in itertools.chain(
-                    pieces, itertools.repeat(pieces[-1], MOST_PIECES if pause else 1 << 20)
-                ):
+                more = itertools.repeat(pieces[-1], MOST_PIECES if pause else 1 << 20)
+                for piece in itertools.chain(pieces, more):
                     spoken.sendall(piece)
                     with contextlib.suppress(TimeoutError, ssl.SSLWantReadError, BlockingIOError):
                         if not spoken.recv(1 << 16):
                             return
+                gave_up.set()
 
     thread = threading.Thread(target=send, daemon=True)
     thread.start()
@@ -84,6 +86,7 @@ def trickling(pieces: Pieces, *, pause: float = 0.01, tls: ssl.SSLContext | None
         listener.close()
         thread.join(20)
         assert not thread.is_alive(), "the connection is still open"
+        assert not gave_up.is_set(), "the client waited for the server to give up"
 
 
 def ask(port: int, *, scheme: str = "http", ca_bundle: Path | None = None) -> str:

@@ -321,8 +321,7 @@ def _ended(line: socket.socket, begun: float, *, seconds: float) -> Iterator[Non
     def end() -> None:
         is_over.set()
         with contextlib.suppress(OSError):
-            # That of TLS would drop its state under the reader.
-            socket.socket.shutdown(line, socket.SHUT_RDWR)
+            line.shutdown(socket.SHUT_RDWR)
 
     timer = threading.Timer(max(begun + seconds - time.monotonic(), 0), end)
     timer.daemon = True
