@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,17 +75,19 @@ class ExaminedStudent:
     @cached_property
     def _trainer(self) -> LocalTrainer:
         """What train would compute with: its weights, its autocast."""
-        source, lora = self.model.source, self.case.recipe.student.lora
-        network = open_model(
-            source.folder,
-            dtype=torch.float32 if lora is None else self.dtype,
-            device=self.case.device,
-            trust_remote_code=source.trust_remote_code,
+        lora, adapter, num_ids = (
+            self.case.recipe.student.lora,
+            self.model.source.adapter,
+            self.model.text.num_ids,
         )
-        if source.adapter is not None:
-            read_adapter(network, source.adapter.folder)
-        num_ids = self.model.text.num_ids
+        network = self._network(torch.float32 if lora is None else self.dtype)
+        if adapter is not None:
+            read_adapter(network, adapter.folder)
         return LocalTrainer(network, Optimizer(), num_ids=num_ids, horizon=1, compute=self.dtype)
+
+    def _network(self, dtype: torch.dtype) -> Any:
+        folder, trust = self.model.source.folder, self.model.source.trust_remote_code
+        return open_model(folder, dtype=dtype, device=self.case.device, trust_remote_code=trust)
 
     def forward(self, pairs: Sequence[Pair], temperature: float) -> Logprobs:
         """Log-probs of the trainer's forward, over the student's ids in use, one sequence at a time."""
@@ -94,7 +97,6 @@ class ExaminedStudent:
         return [logprobs_N.double().numpy() for logprobs_N in found_N]
 
     def findings(self) -> Iterator[Finding]:
-        """The findings on the student alone."""
         name = self.model.name
         yield found("context", name, self._context)
         yield found("load", name, lambda: self.case.load(self.model))
@@ -115,9 +117,8 @@ class ExaminedStudent:
 
     def _reload(self) -> Outcome:
         own, other = self.model.source, self._other()
-        forward, of_other = (
-            self.case.plain(self.model, source, self.model.text.num_ids) for source in (own, other)
-        )
+        num_ids = self.model.text.num_ids
+        forward, of_other = (self.case.plain(self.model, source, num_ids) for source in (own, other))
         scorer, pairs = self.scorer(self.model, temperature=1.0), self.references(self.problems[:2])
         return engines.reload(scorer, other, pairs, forward=forward, of_other=of_other)
 
@@ -138,12 +139,7 @@ class ExaminedStudent:
         if lora is None:
             perturb(source, folder, dtype=self.dtype, seed=0)
             return replace(source, folder=folder, digest=digest)
-        network = open_model(
-            source.folder,
-            dtype=self.dtype,
-            device=self.case.device,
-            trust_remote_code=source.trust_remote_code,
-        )
+        network = self._network(self.dtype)
         start_adapter(network, lora, seed=0)
         with torch.no_grad():
             for weight in network.parameters():

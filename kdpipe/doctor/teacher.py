@@ -17,13 +17,11 @@ from kdpipe.doctor.finding import Finding, Outcome, found, skipped
 from kdpipe.doctor.student import ExaminedStudent
 from kdpipe.engines.handle import ModelHandle
 from kdpipe.errors import KdpipeError
-from kdpipe.models.folder import read_head
 from kdpipe.models.logprobs import token_logprobs
-from kdpipe.models.prompting import render_teacher_prompt
 from kdpipe.models.reference import Pair
 from kdpipe.recipe.schema import Teacher
 from kdpipe.stages.sampling import request_for, sampling_of
-from kdpipe.stages.scoring import TeacherHandle, as_teacher
+from kdpipe.stages.scoring import TeacherHandle, as_teacher, output_head
 from kdpipe.stages.settings.model import DrawSettings, SupportSettings, TeacherSettings, routes_of, teaches
 
 _WITHOUT_SHARED_IDS = ("special tokens", "template", "end of sequence", "load", "null test")
@@ -37,7 +35,6 @@ class ExaminedTeacher:
         self.settings = settings
         self.model = model
         self.student = student
-        self.dtype = case.dtype(model)
         self.tolerance = case.tolerance(model)
         self.temperature = case.recipe.temperature_of(settings)
         self.problems = [problem for problem in student.problems if teaches(routes_of(settings), problem)]
@@ -54,7 +51,6 @@ class ExaminedTeacher:
         )
 
     def findings(self) -> Iterator[Finding]:
-        """The findings on this teacher."""
         name = self.model.name
         vocabulary = found("vocabulary", name, self._vocabulary)
         yield vocabulary
@@ -113,7 +109,7 @@ class ExaminedTeacher:
     def _context(self) -> Outcome:
         routes = routes_of(self.settings)
         longest = [problem for problem in longest_problems(self.case.job) if teaches(routes, problem)]
-        prompts = [self._prompt(problem) for problem in longest or self.problems]
+        prompts = [self.handle.prompt(problem) for problem in longest or self.problems]
         tokens = self.case.recipe.rollout.max_new_tokens
         if self.model.is_served:
             return self._served_context(max(prompts, key=len), tokens)
@@ -139,10 +135,6 @@ class ExaminedTeacher:
             request = request_for(references[0][0], 1, self.case.job.seed, "doctor")
             self.model.sample([request], sampling_of(draws, self.handle.text), progress=lambda _: None)
 
-    def _prompt(self, problem: Problem) -> list[int]:
-        """The prompt that it reads before a completion."""
-        return self.handle.prompt_ids(problem, self.student.model.text.prompt(problem))
-
     def _scorer(self) -> Scorer:
         """This teacher on its engine, as teacher-score uses it."""
         return Scorer(self.model, self.temperature, self.handle.num_ids, self.tolerance)
@@ -152,14 +144,14 @@ class ExaminedTeacher:
         lacking = self.handle.vocabulary.unscorable
         pairs = self.student.references(self.problems[: 2 if self.case.depth == "servers" else 4])
         return [
-            (self._prompt(problem), [token for token in completion if token not in lacking])
+            (self.handle.prompt(problem), [token for token in completion if token not in lacking])
             for problem, (_, completion) in zip(self.problems, pairs, strict=False)
         ]
 
     def _own_prompt(self) -> Outcome:
-        return (
-            self._null_test(self._prompt) if self._reads_own() else skipped("it reads the student's prompt")
-        )
+        if not self._reads_own():
+            return skipped("it reads the student's prompt")
+        return self._null_test(self.handle.prompt)
 
     def _null_test(self, prompt_of: Callable[[Problem], list[int]]) -> Outcome:
         """The student's weights in this teacher's engine, after these prompts."""
@@ -189,22 +181,14 @@ class ExaminedTeacher:
     def _hidden_states(self) -> Outcome:
         if not self.case.recipe.keep.hidden:
             return skipped("the objective needs none")
-        source, device = self.model.source, self.case.device
-        head = read_head(
-            source.folder,
-            num_ids=self.handle.num_ids,
-            dtype=self.dtype,
-            device=device,
-            trust_remote_code=source.trust_remote_code,
-        )
+        head = output_head(self.case.job, self.model.source, num_ids=self.handle.num_ids)
+        weight, heat = head.weight_VH, self.temperature
 
         def turn(states: npt.NDArray[np.float32], ids: Sequence[int]) -> npt.NDArray[np.float64]:
-            hidden_NH = torch.from_numpy(states).to(device, self.dtype)
-            own_N = torch.tensor(ids, device=device)
-            logprobs_N, _ = token_logprobs(
-                hidden_NH, head, own_N, temperature=self.temperature, chunk=max(1, len(ids))
-            )
-            return logprobs_N.double().cpu().numpy()
+            hidden_NH = torch.from_numpy(states).to(weight.device, weight.dtype)
+            own_N = torch.tensor(ids, device=weight.device)
+            found_N, _ = token_logprobs(hidden_NH, head, own_N, temperature=heat, chunk=max(1, len(ids)))
+            return found_N.double().cpu().numpy()
 
         return engines.hidden_states(self._scorer(), self._references(), turn)
 
@@ -225,8 +209,6 @@ class ExaminedTeacher:
         own, text = pairs, self.handle.text
         if not self._reads_own():
             with suppress(KdpipeError):  # the template probe says why it cannot be rendered
-                own = [
-                    (render_teacher_prompt(text.tokenizer, text.style, problem, None), completion)
-                    for problem, (_, completion) in zip(self.problems, pairs, strict=False)
-                ]
+                both = zip(self.problems, pairs, strict=False)
+                own = [(text.prompt(problem), completion) for problem, (_, completion) in both]
         return engines.knows_the_task(self._scorer(), pairs, own if own != pairs else None)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from kdpipe.data.rows import Problem
 from kdpipe.doctor.finding import Measure, Outcome, failed, skipped
 from kdpipe.errors import KdpipeError
-from kdpipe.models.prompting import Text, compare_vocabularies, render_teacher_prompt
+from kdpipe.models.prompting import Text, compare_vocabularies
 from kdpipe.recipe.objective import Objective
 from kdpipe.recipe.schema import Teacher
 
@@ -63,7 +63,7 @@ def template(
     """
     ours = student.prompt(problem)
     if reads_own:
-        own = render_teacher_prompt(teacher.tokenizer, teacher.style, problem, settings.prompt)
+        own = teacher.prompt(problem, settings.prompt)
         return Outcome(
             f"the teacher reads a prompt of its own, {len(own)} tokens: {_shown(teacher, own)}; "
             f"the student {len(ours)}: {_shown(student, ours)}"

@@ -60,13 +60,11 @@ class ModelHandle:
     def sample(
         self, requests: Sequence[SampleRequest], sampling: Sampling, *, progress: Progress
     ) -> list[list[Completion]]:
-        """Completions in the order of `requests`, one for each seed (see `Engine.sample`)."""
         return self.load().sample(requests, sampling, progress=progress)
 
     def score(
         self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Progress
     ) -> list[TokenScores]:
-        """Scores in the order of `requests` (see `Engine.score`)."""
         return self.load().score(requests, scoring, progress=progress)
 
     def load(self) -> Engine:

@@ -136,9 +136,6 @@ def open_engine(hosting: Hosting) -> Engine:
             return VllmEngine(runtime, device=device)
 
 
-# --------------------------------------------------------------------------------------- the caller's side
-
-
 class WorkerEngine:
     """Runs another engine in a process of its own, which the first call starts.
 
@@ -213,9 +210,6 @@ class WorkerEngine:
         return answer
 
 
-# ------------------------------------------------------------------------------------------ the host's side
-
-
 class Host:
     """Serves one engine to the process that started this one (see workers.worker)."""
 
@@ -226,7 +220,6 @@ class Host:
         self._engine: Engine | None = None
 
     def __call__(self, request: Question, report: Report[Tokens]) -> Answer:
-        """The answer to one call of a `WorkerEngine`."""
         if self._engine is None:
             self._engine = self._open_engine(request.hosting)
         engine = self._engine

@@ -26,6 +26,7 @@ from kdpipe.stages.job import Job
 from kdpipe.stages.scoring import TeacherHandle, output_head, swapped_head
 from kdpipe.stages.settings.model import TeacherSettings
 from kdpipe.stages.settings.stage import SftSettings, TrainSettings, settings_of
+from kdpipe.store.stage import Stage
 from kdpipe.training.ema import Average
 from kdpipe.training.local import LocalTrainer
 
@@ -47,6 +48,8 @@ class StepContext:
         name = step.stage.name.lower()
         stage: Callable[[Any, Job, Context], None] = getattr(import_module(f"kdpipe.stages.{name}"), name)
         settings = settings_of(self.inputs.recipe, step.stage, step.round, subject=step.subject)
+        if step.stage in (Stage.SFT, Stage.TRAIN):  # what trains has the trainer's device to itself
+            self.engines.make_room()
         stage(settings, self.job, self)
 
     def student(self, engine: Runs, *, at: TeacherSettings | None = None) -> ModelHandle:
@@ -90,9 +93,6 @@ class StepContext:
         if BASELINE_ROLE not in self.inputs.steps:
             return None
         return self.inputs.opened(BASELINE_ROLE, *names, folder=True)
-
-    def make_room(self) -> None:
-        self.engines.make_room()
 
     def cold_start(self, settings: SftSettings, checkpoint: Path | None) -> tuple[Text, LocalTrainer]:
         model, folder = settings.model, self.inputs.folders.get(self.inputs.step.subject)

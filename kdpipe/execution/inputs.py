@@ -37,7 +37,6 @@ class Inputs:
 
     @classmethod
     def of(cls, found: Assignment, report: Report[StepEvent]) -> Inputs:
-        """The inputs of the step of an assignment."""
         return cls(
             recipe=found.recipe,
             step=found.step,
@@ -49,8 +48,6 @@ class Inputs:
             identities=found.identities,
             report=report,
         )
-
-    # the store
 
     def digests(self) -> dict[str, str]:
         """The payload digest of every input; raises StepError where one is not there."""
@@ -67,10 +64,7 @@ class Inputs:
         root = self.store.entry(self.steps[role]).opened(*names)
         return root if folder else root / names[0]
 
-    # the models
-
     def settings(self, role: Role) -> Student | Teacher:
-        """What the recipe says of the student or a teacher."""
         for teacher in self.recipe.teachers:
             if role == teacher_role(self.recipe, teacher):
                 return teacher

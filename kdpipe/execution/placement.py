@@ -91,7 +91,6 @@ class Engines:
             self._turns_on(self._device).take(self._shared)
 
     def close(self) -> None:
-        """Ends every engine and its process."""
         for engine in self._engines.values():
             engine.close()
         self._engines.clear()

@@ -92,7 +92,6 @@ class Roles:
         return open_text(folder, prompt_style(self._recipe.task, self._train, template), trust=trust)
 
     def close(self) -> None:
-        """Closes the connections to servers."""
         for server in self._servers.values():
             server.close()
 

@@ -109,5 +109,4 @@ class ModelCache:
             del self._models[key]
 
     def clear(self) -> None:
-        """Drops all models."""
         self._models.clear()

@@ -66,7 +66,6 @@ class DeviceServer:
     talk = DEVICE
 
     def __call__(self, request: LookAtDevice, _report: Report[Nothing]) -> SeenDevice:
-        """What torch makes of a device."""
         device = resolve_device(request.device)
         dtype, why = resolve_dtype("auto", device)
         found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]

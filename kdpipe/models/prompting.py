@@ -49,9 +49,6 @@ _TEMPLATE_ERRORS = (
 """What a template's own mistakes raise, beside what its language does."""
 
 
-# ------------------------------------------------------------------------------------------ tokenizers
-
-
 def open_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
     """The tokenizer saved in a model folder; never looks on the network."""
     from transformers import AutoTokenizer
@@ -124,9 +121,6 @@ def arithmetic_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-# --------------------------------------------------------------------------------------------- prompts
-
-
 @dataclass(frozen=True, slots=True)
 class PromptStyle:
     """How a question becomes a prompt.
@@ -169,33 +163,26 @@ def prompt_style(
     return style
 
 
-def render_prompt(tokenizer: Tokenizer, style: PromptStyle, problem: Problem) -> list[int]:
-    """The prompt's token ids, up to where the answer begins.
+def render_prompt(
+    tokenizer: Tokenizer, style: PromptStyle, problem: Problem, own: str | None = None
+) -> list[int]:
+    """The prompt's token ids, up to where the answer begins; with `own`, that is the whole user text.
 
     chat: the examples and the question as turns of the tokenizer's chat template, the instruction before the
     first question (so that all prompts share their beginning). plain: the same as lines, ending in a newline.
+    In `own`, {name} is replaced by that field of the record, once and literally; {{ and }} are braces, and so is any
+    other brace.
     """
+    if own is not None:
+        values = prompt_values(problem)
+        text = PROMPT_PIECE.sub(lambda piece: str(values[piece[1]]) if piece[1] else piece[0][0], own)
+        return _render(tokenizer, style, [text], [])
     others = [example for example in style.examples if example.prompt_id != problem.prompt_id]
     examples = others[: style.few_shot]
     questions = [*(example.question for example in examples), problem.question]
     if style.instruction:
         questions[0] = f"{style.instruction}\n\n{questions[0]}"
     return _render(tokenizer, style, questions, [example.solution for example in examples])
-
-
-def render_teacher_prompt(
-    tokenizer: Tokenizer, style: PromptStyle, problem: Problem, template_text: str | None
-) -> list[int]:
-    """The teacher's prompt: `template_text` as the whole user text; without it, as `render_prompt`.
-
-    {name} is replaced by that field of the record, once and literally; {{ and }} are braces, and so is any other
-    brace. The instruction and the examples are not added to a teacher's own text.
-    """
-    if template_text is None:
-        return render_prompt(tokenizer, style, problem)
-    values = prompt_values(problem)
-    text = PROMPT_PIECE.sub(lambda piece: str(values[piece[1]]) if piece[1] else piece[0][0], template_text)
-    return _render(tokenizer, style, [text], [])
 
 
 def prompt_values(problem: Problem) -> dict[str, str | int | float]:
@@ -298,9 +285,6 @@ def _encoded(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> li
     return ids
 
 
-# ----------------------------------------------------------------------------------------- completions
-
-
 def end_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """All ids that end a completion, sorted: of generation_config.json, config.json and the tokenizer."""
     found = {tokenizer.eos_token_id} - {None}
@@ -317,9 +301,6 @@ def end_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
             hint="write eos_token_id into generation_config.json; without it no completion ends",
         )
     return tuple(sorted(found))
-
-
-# ---------------------------------------------------------------------------------------- vocabularies
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,9 +345,6 @@ def compare_vocabularies(student: Tokenizer, teacher: Tokenizer, *, names: tuple
     return Vocabulary(student_ids, max(theirs) + 1, frozenset(range(student_ids)) - shared)
 
 
-# ------------------------------------------------------------------------------- a model's side of the text
-
-
 @dataclass(frozen=True, slots=True)
 class Text:
     """A model's tokenizer and prompt style, its `end_ids`, and `num_ids`, the number of ids in use."""
@@ -382,9 +360,8 @@ class Text:
         own: int | None = self.tokenizer.eos_token_id
         return self.end_ids[0] if own is None else own
 
-    def prompt(self, problem: Problem) -> list[int]:
-        """The prompt's token ids."""
-        return render_prompt(self.tokenizer, self.style, problem)
+    def prompt(self, problem: Problem, own: str | None = None) -> list[int]:
+        return render_prompt(self.tokenizer, self.style, problem, own)
 
     def reference(self, problem: Problem) -> list[int]:
         """The reference solution as a completion of the prompt: its token ids and the end token."""

@@ -36,10 +36,9 @@ class Shape:
     intermediate: int
     kv_width: int
     rows: int
-    context: int
-    tied: bool
 
 
+@torch.no_grad()
 def plain_logprobs(
     source: ModelSource,
     pairs: Sequence[Pair],
@@ -53,14 +52,7 @@ def plain_logprobs(
     model = _open(source.folder, dtype=dtype, trust_remote_code=source.trust_remote_code).to(device)
     if source.adapter is not None:
         merge_adapter(model, source.adapter.folder)
-    return logprobs_of(model.eval(), pairs, temperature=temperature, num_ids=num_ids)
-
-
-@torch.no_grad()
-def logprobs_of(
-    model: Any, pairs: Sequence[Pair], *, temperature: float, num_ids: int
-) -> list[npt.NDArray[np.float64]]:
-    """Log-probs of every completion's tokens by a transformers model in memory."""
+    model.eval()
     results = []
     for prompt, completion in pairs:
         ids = torch.tensor([[*prompt, *completion]], device=model.device)
@@ -86,23 +78,19 @@ def shape_of(folder: Path, *, trust_remote_code: bool = False) -> Shape:
     """The sizes of the model in a folder, of which only config.json is read."""
     model = skeleton(folder, trust_remote_code=trust_remote_code)
     text = model.config.get_text_config()
-    heads = int(text.num_attention_heads)
-    hidden = int(text.hidden_size)
+    heads, hidden = int(text.num_attention_heads), int(text.hidden_size)
     written = text.to_dict()
     # Not every architecture has these fields: without them heads are all alike, and the MLP four times as wide.
     kv_heads = written.get("num_key_value_heads") or heads
     head_dim = written.get("head_dim") or hidden // heads
     intermediate = written.get("intermediate_size") or written.get("n_inner") or 4 * hidden
-    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return Shape(
         parameters=sum(weight.numel() for weight in model.parameters()),
         layers=int(text.num_hidden_layers),
         hidden=hidden,
         intermediate=int(intermediate),
         kv_width=int(kv_heads) * int(head_dim),
-        rows=int(embeddings.shape[0]),
-        context=int(text.max_position_embeddings),
-        tied=head is embeddings,
+        rows=int(model.get_input_embeddings().weight.shape[0]),
     )
 
 

@@ -40,9 +40,6 @@ class Context(Protocol):
     def baseline(self, *names: str) -> Path | None:
         """The folder of student 0's evaluation, with the files `names`; None for that evaluation itself."""
 
-    def make_room(self) -> None:
-        """Puts to sleep what else is on the trainer's device."""
-
     def cold_start(self, settings: SftSettings, checkpoint: Path | None) -> tuple[Text, Trainer]:
         """The model of an sft step, with a fresh optimizer or from a checkpoint."""
 

@@ -50,14 +50,10 @@ def evaluate(settings: EvaluateSettings, job: Job, context: Context) -> None:
     baseline = context.baseline(GRADES_FILE, REVERSE_KL_FILE)
     if settings.teacher is None:
         name, model = STUDENT, context.student(settings.engine)
-        prompt = model.text.prompt
+        prompt: Callable[[Problem], list[int]] = model.text.prompt
     else:
-        teacher, student = context.teacher(settings.teacher), context.student_text()
-        name, model = teacher.name, teacher.model
-
-        def prompt(problem: Problem) -> list[int]:
-            return teacher.prompt_ids(problem, student.prompt(problem))
-
+        teacher = context.teacher(settings.teacher)
+        name, model, prompt = teacher.name, teacher.model, teacher.prompt
     against = [context.teacher(one) for one in settings.teachers.values()]
     grades, free = _grades(settings, job, model, prompt)
     summary: dict[str, JsonValue] = {"model": name, "round": job.round, **_accuracy(settings, grades)}
@@ -93,9 +89,6 @@ def _graded_problems(settings: EvaluateSettings, test: Sequence[Problem]) -> lis
             hint="raise evaluate.problems, add such problems to test, or set evaluate.teacher to false",
         )
     return own
-
-
-# --------------------------------------------------------------------------------------------- accuracy
 
 
 def _grades(
@@ -197,9 +190,6 @@ def _by_problem(rows: Rows) -> dict[str, Rows]:
     for row in rows:
         groups.setdefault(row["prompt_id"], []).append(row)
     return groups
-
-
-# ------------------------------------------------------------------------------------------- reverse KL
 
 
 def _reverse_kl_rows(

@@ -62,9 +62,6 @@ class Experience:
         return np.asarray(self.rollout.sampler_logprobs, np.float32)
 
 
-# ------------------------------------------------------------------------------------------- of a round
-
-
 def experiences(
     objective: Objective,
     rollouts: Sequence[Rollout],
@@ -161,9 +158,6 @@ def _kept(objective: Objective, rollout: Rollout, end_ids: Sequence[int]) -> npt
     if objective.end_token == "mask" and rollout.finish_reason == "stop" and ids and ids[-1] in end_ids:  # noqa: S105
         kept[-1] = False
     return kept
-
-
-# ------------------------------------------------------------------------------------- of a micro-batch
 
 
 def token_batch(rows: Sequence[Experience], share: Mapping[int, float], device: torch.device) -> TokenBatch:

@@ -115,7 +115,6 @@ class Grader:
     headline: Headline
 
     def read(self, problem: Problem, token_ids: Sequence[int]) -> tuple[str, Graded]:
-        """A completion's text and its grade."""
         string = self.text.completion(token_ids, stop=self.stop)
         return string, grade(string, problem.expected, headline=self.headline)
 
@@ -130,7 +129,6 @@ class Grader:
         logprobs: list[float] | None = None,
         finish_reason: FinishReason = "stop",
     ) -> Rollout:
-        """The row of a completion, with its grade."""
         string, graded = self.read(problem, ids)
         return Rollout(
             prompt_id=problem.prompt_id,

@@ -22,13 +22,7 @@ from kdpipe.errors import PreflightError
 from kdpipe.models.devices import resolve_device, resolve_dtype
 from kdpipe.models.folder import read_head
 from kdpipe.models.logprobs import Head
-from kdpipe.models.prompting import (
-    Text,
-    Vocabulary,
-    compare_vocabularies,
-    render_teacher_prompt,
-    used_arguments,
-)
+from kdpipe.models.prompting import Text, Vocabulary, compare_vocabularies, used_arguments
 from kdpipe.models.source import ModelSource
 from kdpipe.stages.job import Job
 from kdpipe.stages.settings.model import SupportSettings, TeacherSettings
@@ -49,6 +43,7 @@ class TeacherHandle:
     """
 
     model: ModelHandle
+    student: Text
     settings: TeacherSettings
     vocabulary: Vocabulary
     swap: tuple[int, int] | None = None
@@ -70,12 +65,15 @@ class TeacherHandle:
         """Ids over which the teacher's distribution is taken: those that both models have in use."""
         return min(self.vocabulary.student_ids, self.vocabulary.teacher_ids)
 
+    def prompt(self, problem: Problem) -> list[int]:
+        return self.prompt_ids(problem, self.student.prompt(problem))
+
     def prompt_ids(self, problem: Problem, student_prompt: list[int]) -> list[int]:
         """The student's prompt as it was, unless the teacher has its own prompt, template, or vocabulary."""
         lacks = not self.vocabulary.unscorable.isdisjoint(student_prompt)
         if self.settings.prompt is None and not self.settings.has_own_template and not lacks:
             return student_prompt
-        return render_teacher_prompt(self.text.tokenizer, self.text.style, problem, self.settings.prompt)
+        return self.text.prompt(problem, self.settings.prompt)
 
 
 def as_teacher(
@@ -102,6 +100,7 @@ def as_teacher(
         teacher = replace(teacher, style=replace(teacher.style, template_arguments=known))
     return TeacherHandle(
         model=replace(model, text=teacher),
+        student=student,
         settings=settings,
         vocabulary=vocabulary,
         swap=_end_ids(vocabulary, student, teacher, names) if settings.swaps_end_token else None,

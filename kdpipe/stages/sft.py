@@ -30,7 +30,6 @@ Example = tuple[list[int], list[int]]
 
 def sft(settings: SftSettings, job: Job, context: Context) -> None:
     """Writes `model/` and `trainer/` after all optimizer steps; a checkpoint's are done already."""
-    context.make_room()
     resumed, checkpoint = job.draft.checkpoint() or (0, None)
     text, trainer = context.cold_start(settings, checkpoint)
     if (section := settings.model.sft) is not None:

@@ -39,14 +39,11 @@ def write_texts(settings: TextSettings, job: Job, context: Context) -> None:
     known = frozenset(student.tokenizer.get_vocab().values())
     problems = [problem for problem in _problems(settings, job) if teaches(settings.teacher.only, problem)]
 
-    def prompt_of(problem: Problem) -> list[int]:
-        return teacher.prompt_ids(problem, student.prompt(problem))
-
     def build(problems: Sequence[Problem]) -> list[Rollout]:
         rows = []
         purpose = ("teacher text", teacher.name, job.round)
         for problem, number, prompt, completion in sample(
-            job, teacher.model, problems, prompt_of, sampling, settings.samples, *purpose
+            job, teacher.model, problems, teacher.prompt, sampling, settings.samples, *purpose
         ):
             ids, reason = _for_student(completion, teacher, student), completion.finish_reason
             _require_known(ids, known, teacher, problem)

@@ -48,7 +48,6 @@ from kdpipe.training.protocol import Trainer
 
 def train(settings: TrainSettings, job: Job, context: Context) -> None:
     """Writes `model/`, `trainer/`, `completions.parquet` and, where an average is kept, `ema/`."""
-    context.make_room()
     rollouts = context.rollouts()
     scores = _checked(settings, job, rollouts, context.scores(settings, rollouts))
     done, checkpoint = job.draft.checkpoint() or (0, None)
@@ -115,9 +114,6 @@ def minibatches(section: TrainSection, job: Job, rows: Sequence[Experience]) -> 
             start, end = (len(order) * place // section.minibatches for place in (number, number + 1))
             plan.append((epoch, order[start:end]))
     return plan
-
-
-# ------------------------------------------------------------------------------------- one optimizer step
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,9 +209,6 @@ def _located(job: Job, rows: Sequence[Experience], error: NonFiniteError) -> Ste
     return error
 
 
-# ------------------------------------------------------------------------------- log-probs of the trainer
-
-
 def _proximal(
     settings: TrainSettings, job: Job, rollouts: Sequence[Rollout], trainer: Trainer
 ) -> list[npt.NDArray[np.float32]]:
@@ -242,9 +235,6 @@ def _batch(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
         [row.completion_token_ids for row in rollouts],
         device=device,
     )
-
-
-# ------------------------------------------------------------------------------------------------ writing
 
 
 def _write(

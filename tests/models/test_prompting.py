@@ -10,7 +10,7 @@ from kdpipe.data.tasks.answers import grade
 from kdpipe.data.tasks.arithmetic import read_problems, words
 from kdpipe.errors import DataError, EngineError, PreflightError, RecipeError
 from kdpipe.models import prompting
-from kdpipe.models.prompting import PromptStyle, Text, prompt_style, render_prompt, render_teacher_prompt
+from kdpipe.models.prompting import PromptStyle, Text, prompt_style, render_prompt
 from kdpipe.recipe.task import ArithmeticTask, Gsm8kTask
 
 PROBLEMS = [
@@ -212,13 +212,11 @@ def test_a_teachers_own_prompt_is_filled_in_literally():
     problem = Problem("p", "Is {solution} {x}?", "1", r"\1 {question} #### 1")
     style = prompt_style(Gsm8kTask(kind="gsm8k", prompt="plain", few_shot=1), PROBLEMS, {})
     text = "{{y}} {question}\nHint: {solution}\n{ z} \\boxed{}"
-    prompt = render_teacher_prompt(tokenizer, style, problem, text)
+    prompt = render_prompt(tokenizer, style, problem, text)
     assert tokenizer.decode(prompt) == "{y} Is {solution} {x}?\nHint: \\1 {question} #### 1\n{ z} \\boxed{}\n"
-    assert render_teacher_prompt(tokenizer, style, problem, None) == render_prompt(tokenizer, style, problem)
-    assert render_teacher_prompt(tokenizer, PLAIN, problem, "{question}") == render_prompt(
-        tokenizer, PLAIN, problem
-    )
-    assert render_teacher_prompt(tokenizer, PLAIN, problem, "{question}\n") == render_prompt(
+    assert render_prompt(tokenizer, style, problem, None) == render_prompt(tokenizer, style, problem)
+    assert render_prompt(tokenizer, PLAIN, problem, "{question}") == render_prompt(tokenizer, PLAIN, problem)
+    assert render_prompt(tokenizer, PLAIN, problem, "{question}\n") == render_prompt(
         tokenizer, PLAIN, problem
     )
 
@@ -228,14 +226,14 @@ def test_a_teachers_own_prompt_names_any_field_of_the_record():
     fields = {"hint": "carry the {level}", "level": 3, "share": 0.5, "solution": "not this one"}
     problem = Problem("p", "Why?", "1", "#### 1", fields)
     text = "{{{level}}} {question} {hint} {share} {solution} {{level}} \\boxed{}"
-    prompt = render_teacher_prompt(tokenizer, PLAIN, problem, text)
+    prompt = render_prompt(tokenizer, PLAIN, problem, text)
     expected = "{3} Why? carry the {level} 0.5 #### 1 {level} \\boxed{}\n"
     assert tokenizer.decode(prompt) == expected
 
 
 def test_a_teachers_own_prompt_is_a_user_turn_of_its_chat_template():
     tokenizer = byte_tokenizer(chat_template=CHAT)
-    prompt = render_teacher_prompt(tokenizer, chat_style(), PROBLEMS[1], "{question} ({solution})")
+    prompt = render_prompt(tokenizer, chat_style(), PROBLEMS[1], "{question} ({solution})")
     assert tokenizer.decode(prompt) == (
         "<s><|start|>user\nHow many 1? (It is 1.\n#### 1)<|end|>\n<|start|>assistant\n"
     )

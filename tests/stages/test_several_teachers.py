@@ -485,9 +485,7 @@ def test_a_mixture_of_which_too_much_is_not_scorable_stops_before_it_trains(tmp_
     scores = join_scores([rollout("p")], teachers, weights=weights, round_number=1)
     nothing = cast("Any", None)
     job = Job(loaded.recipe.runtime, 1, 1, [], [], nothing, nothing)
-    context = SimpleNamespace(
-        make_room=lambda: None, rollouts=lambda: [rollout("p")], scores=lambda *_: scores
-    )
+    context = SimpleNamespace(rollouts=lambda: [rollout("p")], scores=lambda *_: scores)
     with pytest.raises(
         PreflightError, match="a teacher of the mixture lacks the ids of 1 of 2 sampled tokens"
     ):

@@ -66,15 +66,11 @@ class LossServer:
     talk = CHECK_LOSS
 
     def __call__(self, request: CheckLoss, _report: Report[Nothing]) -> CheckedLoss:
-        """The findings on the five properties for each phase of a recipe's objective."""
-        return CheckedLoss(
-            tuple(
-                Phase(
-                    when + description_of(case.objective), tuple(judged(case, number) for number in MEANING)
-                )
-                for when, case in cases_of(request.recipe)
-            )
-        )
+        phases = [
+            Phase(when + description_of(case.objective), tuple(judged(case, number) for number in MEANING))
+            for when, case in cases_of(request.recipe)
+        ]
+        return CheckedLoss(tuple(phases))
 
 
 def unsound(recipe: Recipe) -> list[str]:

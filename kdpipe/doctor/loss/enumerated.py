@@ -60,7 +60,6 @@ class LossCase:
     has_references: bool = False
 
     def having(self, changes: Mapping[str, object]) -> LossCase:
-        """The same with a changed objective."""
         return replace(self, objective=self.objective.model_copy(update=changes))
 
     @property

@@ -252,7 +252,6 @@ class _Ledger:
             )
 
     def completions(self) -> list[Completion]:
-        """The completions of all rows."""
         lists = zip(
             self.ids_BT.tolist(),
             self._logprobs_BT.tolist(),

@@ -154,8 +154,6 @@ class ServerEngine:
         self._digest = None
         self._client.close()
 
-    # one request
-
     def _score(
         self, index: int, request: ScoreRequest, scoring: Scoring, *, halt: threading.Event
     ) -> TokenScores:
@@ -234,8 +232,6 @@ class ServerEngine:
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
         }
-
-    # all requests
 
     def _each(
         self, count: int, work: Callable[[int, threading.Event], Result], report: Callable[[Result], None]

@@ -148,8 +148,6 @@ class HttpClient:
             what, hint = self._clean(error.what), self._clean(error.hint)
             raise EngineError(what, hint=hint, request=error.request) from None
 
-    # attempts
-
     def _ask(
         self, path: str, body: bytes | None, *, max_bytes: int, halt: threading.Event
     ) -> tuple[dict[str, JsonValue], str]:
@@ -287,8 +285,6 @@ class HttpClient:
         if self._key is not None:
             line = line.replace(self._key, "***")
         return line if len(line) <= MAX_ERROR_CHARACTERS else line[: MAX_ERROR_CHARACTERS - 3] + "..."
-
-    # whose turn it is
 
     def _next_url(self) -> str:
         """The next in turn of those that do not rest; if all do, the one that is up first."""

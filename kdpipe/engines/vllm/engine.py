@@ -90,8 +90,6 @@ class VllmEngine:
         self._sleeps = runtime.vllm.sleep and device.type == "cuda"
         self._shape: tuple[int, float] | None = None
 
-    # the model
-
     def load(self, source: ModelSource) -> None:
         """See Engine. Weights of another model of the same architecture are loaded in place."""
         if source.adapter is not None:
@@ -203,8 +201,6 @@ class VllmEngine:
                 hint=hint,
             )
 
-    # sampling and scoring
-
     def sample(
         self, requests: Sequence[SampleRequest], sampling: Sampling, *, progress: Progress
     ) -> list[list[Completion]]:
@@ -286,9 +282,6 @@ class VllmEngine:
     def _limits(self, architecture: Architecture) -> dict[str, int]:
         context = min(self._settings.max_model_len or architecture.context, architecture.context)
         return {"context": context, "rows": architecture.rows}
-
-
-# ------------------------------------------------------------------------------------------ what vLLM answers
 
 
 def completion_of(output: Any) -> Completion:

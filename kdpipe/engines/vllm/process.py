@@ -86,14 +86,12 @@ class VllmProcess:
                 self.is_asleep = True
 
     def wake(self) -> None:
-        """Undoes `sleep`."""
         with self._errors():
             if self.is_asleep:
                 self._llm.wake_up()
                 self.is_asleep = False
 
     def close(self) -> None:
-        """Ends vLLM's processes."""
         if self.is_closed:
             return
         self.is_closed = True
