@@ -74,7 +74,7 @@ def side_by_side(folder: Path, _rounds: int) -> dict[str, Any]:
     alone = {name: digests_alone(folder, path) for name, path in recipes.items()}
     shutil.rmtree(folder / "kdpipe-out", ignore_errors=True)
     runs = {name: start(folder, ["run", path.name]) for name, path in recipes.items()}
-    watch = start(folder, ["status", "--watch"])
+    watch = start(folder, ["status", "plain.yaml", "--watch"])
     codes: Counter[str] = Counter()
     while any(process.poll() is None for process in runs.values()):
         for command in BESIDE:

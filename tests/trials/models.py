@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.trials.trial import DONE, REFUSED, Trial
 
-Change = Callable[[Path], None]
+Change = Callable[[Path], object]
 """Changes a model folder."""
 
 
@@ -28,7 +28,7 @@ def edited(name: str, **fields: Any) -> Change:
     return change
 
 
-def weights(edit: Callable[[dict[str, torch.Tensor]], None]) -> Change:
+def weights(edit: Callable[[dict[str, torch.Tensor]], object]) -> Change:
     def change(model: Path) -> None:
         tensors = load_file(model / "model.safetensors")
         edit(tensors)
@@ -81,18 +81,14 @@ CHANGES: dict[str, Change] = {
             }
         )
     ),
-    "a tensor less": weights(lambda tensors: tensors.__delitem__("model.norm.weight")),
+    "a tensor less": weights(lambda tensors: tensors.pop("model.norm.weight")),
     "a tensor of another shape": weights(
         lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)})
     ),
     "integers": every(lambda tensor: torch.ones(tensor.shape, dtype=torch.int8)),
     "booleans": every(lambda tensor: torch.ones(tensor.shape, dtype=torch.bool)),
-    "nan": weights(
-        lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"] * float("nan")})
-    ),
-    "inf": weights(
-        lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"] * float("inf")})
-    ),
+    "nan": weights(lambda tensors: tensors["model.norm.weight"].fill_(float("nan"))),
+    "inf": weights(lambda tensors: tensors["model.norm.weight"].fill_(float("inf"))),
     "no tensor at all": weights(lambda tensors: tensors.clear()),
     "an unknown quantization": edited("config.json", quantization_config={"quant_method": "evil"}),
     "a quantization without a method": edited("config.json", quantization_config={}),
@@ -108,25 +104,20 @@ CHANGES: dict[str, Change] = {
     "24 doubling normalizers": normalizers(24),
     "a pattern without end": split_by("(a+)+$"),
     "a pattern that is none": split_by("(("),
-    "a tokenizer of a text": lambda model: (model / "tokenizer.json").write_text('"x"') and None,
+    "a tokenizer of a text": lambda model: (model / "tokenizer.json").write_text('"x"'),
     "no tokenizer": lambda model: (model / "tokenizer.json").unlink(),
     "no config": lambda model: (model / "config.json").unlink(),
-    "a config that is a list": lambda model: (model / "config.json").write_text("[]") and None,
-    "weights cut": lambda model: (
-        (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-100]) and None
+    "a config that is a list": lambda model: (model / "config.json").write_text("[]"),
+    "weights cut": lambda model: (model / "model.safetensors").write_bytes(
+        (model / "model.safetensors").read_bytes()[:-100]
     ),
-    "a header of nothing": lambda model: (
-        (model / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 60)) and None
+    "a header of nothing": lambda model: (model / "model.safetensors").write_bytes(
+        struct.pack("<Q", 1 << 60)
     ),
-    "a name of weights twice": lambda model: (
-        (model / "model.safetensors").write_bytes(
-            b"\x40\0\0\0\0\0\0\0" + b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"a":1}   '
-        )
-        and None
+    "a name of weights twice": lambda model: (model / "model.safetensors").write_bytes(
+        b"\x40\0\0\0\0\0\0\0" + b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"a":1}   '
     ),
-    "generation settings of a list": lambda model: (
-        (model / "generation_config.json").write_text("[1]") and None
-    ),
+    "generation settings of a list": lambda model: (model / "generation_config.json").write_text("[1]"),
     "a template that is a number": edited("tokenizer_config.json", chat_template=5),
 }
 TAKEN = (
@@ -153,7 +144,7 @@ def is_taken(name: str) -> bool:
     return any(re.match(pattern, name) for pattern in TAKEN)
 
 
-def placed(change: Change) -> Callable[[Path], None]:
+def placed(change: Change) -> Callable[[Path], object]:
     def prepare(folder: Path) -> None:
         import yaml
 

@@ -36,12 +36,12 @@ PATHS: dict[str, str] = {
     "a dash": "-",
     "an option": "--json",
     "letters of many scripts": "日本語 ñ Ω 🙂",
-    "up and down": "x/../../here/recipe.yaml/..",
+    "up and down": "gone/../inside",
 }
 """Name -> path, relative to the folder that `oddities` fills."""
 COMMANDS: dict[str, str] = {
     "workspace of plan": "kdpipe plan recipe.yaml --workspace=PATH",
-    "workspace of status": "kdpipe status --workspace=PATH",
+    "workspace of status": "kdpipe status recipe.yaml --workspace=PATH",
     "workspace of verify": "kdpipe verify recipe.yaml --workspace=PATH",
     "workspace of gc": "kdpipe gc --delete --workspace=PATH",
     "workspace of samples": "kdpipe samples recipe.yaml --workspace=PATH",

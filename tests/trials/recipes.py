@@ -50,12 +50,12 @@ VALUES = (
 LIMIT_SECONDS = 2.0
 
 
-def big(text: Callable[[], str]) -> Callable[[Path], None]:
+def big(text: Callable[[], str]) -> Callable[[Path], object]:
     """Adds a text to the recipe file."""
-    return lambda folder: (folder / "recipe.yaml").open("a").write(text()) and None
+    return lambda folder: (folder / "recipe.yaml").open("a").write(text())
 
 
-FILES: dict[str, Callable[[Path], None]] = {
+FILES: dict[str, Callable[[Path], object]] = {
     "a list of 500,000 numbers": big(lambda: f"extra: {json.dumps(list(range(500_000)))}\n"),
     "a list of 100,000 numbers where a count is due": big(lambda: f"seeds: {json.dumps([1] * 100_000)}\n"),
     "100,000 unknown keys": big(lambda: "".join(f"k{number}: 1\n" for number in range(100_000))),

@@ -123,7 +123,7 @@ def serve(send: Send, *, lists_models: bool) -> int:
     return int(listener.getsockname()[1])
 
 
-def served(send: Send, *, lists_models: bool) -> Callable[[Path], None]:
+def served(send: Send, *, lists_models: bool) -> Callable[[Path], object]:
     """A recipe whose teacher is that server."""
 
     def prepare(folder: Path) -> None:

@@ -12,7 +12,7 @@ COMMANDS = {
     "plan": "kdpipe plan recipe.yaml",
     "plan --json": "kdpipe plan recipe.yaml --json",
     "status": "kdpipe status recipe.yaml",
-    "status of all": "kdpipe status",
+    "status --json": "kdpipe status recipe.yaml --json",
     "samples": "kdpipe samples recipe.yaml",
     "verify": "kdpipe verify recipe.yaml",
     "report": "kdpipe report recipe.yaml -o page.html",

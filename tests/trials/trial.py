@@ -67,7 +67,7 @@ class Trial:
     name: str
     command: str
     allowed: frozenset[int] = frozenset({DONE}) | REFUSED
-    prepare: Callable[[Path], None] = lambda _folder: None
+    prepare: Callable[[Path], object] = lambda _folder: None
     environment: dict[str, str] = field(default_factory=dict)
     may_write: tuple[str, ...] = ()
     silent: bool = False
