@@ -8,32 +8,21 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from kdpipe.cli.terminal import (
-    PLAIN_SECONDS,
-    Paint,
-    aligned,
-    counted,
-    is_terminal,
-    painter,
-    print_event,
-)
+from kdpipe.cli.terminal import PLAIN_SECONDS, Paint, aligned, counted, is_terminal, painter, print_event
 from kdpipe.pipeline.progress import Pace, duration, pace_words
 from kdpipe.pipeline.request import Noted, Performed, StepEvent, Waiting, Warned
 from kdpipe.pipeline.runs import RunFolder
+from kdpipe.results.evaluations import Evaluation, Summary
 from kdpipe.results.visible_text import visible
 from kdpipe.store.step import Step
 from kdpipe.workers.pulse import Progressed
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
-
-
-Numbers = Mapping[str, float]
-"""The numbers of an evaluation's summary.json, by name."""
 
 
 class Terminal:
@@ -174,48 +163,26 @@ def round_line(number: int, rounds: int, metrics: dict[str, float]) -> str:
     return "  ".join(pieces)
 
 
-def outcome_lines(rows: Sequence[tuple[str, Numbers]], paint: Paint) -> list[str]:
-    """Accuracy and reverse KL before and after with their intervals, as a table of (label, evaluation)."""
+def outcome_lines(evaluations: Sequence[Evaluation], paint: Paint) -> list[str]:
+    """Accuracy and reverse KL before and after with their intervals, as a table."""
     table = [("", "accuracy", "95 % interval", "held-out reverse KL, nats")]
-    table += [
-        (
-            label,
-            f"{summary['accuracy']:.1%}",
-            f"{summary['accuracy_low']:.1%} to {summary['accuracy_high']:.1%}",
-            _interval(summary, *_reverse_kl_keys(summary, ""), ".3f"),
-        )
-        for label, summary in rows
-    ]
+    for one in evaluations:
+        right, kl = one.accuracy, one.reverse_kl
+        divergence = "" if kl is None else f"{kl.estimate:.3f} ({kl.low:.3f} to {kl.high:.3f})"
+        table.append((one.label, f"{right.estimate:.1%}", f"{right.low:.1%} to {right.high:.1%}", divergence))
     heading, *lines = aligned(table)
     return [paint(heading, "bold"), *lines]
 
 
-def change_lines(after: Numbers) -> list[str]:
+def change_lines(after: Summary) -> list[str]:
     """The paired differences of the last evaluation to student 0, a sentence each."""
     lines = []
-    if "accuracy_change" in after:
-        low, high = after["accuracy_change_low"], after["accuracy_change_high"]
-        p_value = after.get("accuracy_change_p_value")
-        p = "" if p_value is None else f", McNemar p = {p_value:.2g}"
+    if (gain := after.accuracy_change) is not None:
         lines.append(
-            f"accuracy {100 * after['accuracy_change']:+.1f} points, paired 95 % interval "
-            f"{100 * low:+.1f} to {100 * high:+.1f}{p}"
+            f"accuracy {100 * gain.estimate:+.1f} points, paired 95 % interval "
+            f"{100 * gain.low:+.1f} to {100 * gain.high:+.1f}{after.p_text}"
         )
-    keys = _reverse_kl_keys(after, "_change")
-    if keys[0] in after:
-        value, low, high = (after[key] for key in keys)
-        lines.append(f"held-out reverse KL {value:+.3f} nats, paired 95 % interval {low:+.3f} to {high:+.3f}")
+    if (kl := after.reverse_kl_change) is not None:
+        interval = f"paired 95 % interval {kl.low:+.3f} to {kl.high:+.3f}"
+        lines.append(f"held-out reverse KL {kl.estimate:+.3f} nats, {interval}")
     return lines
-
-
-def _reverse_kl_keys(summary: Numbers, what: str) -> tuple[str, str, str]:
-    """The keys of the estimate from whole distributions where there is one: it has less variance."""
-    exact = f"reverse_kl_exact{what}"
-    name = exact if f"{exact}_nats" in summary else f"reverse_kl{what}"
-    return f"{name}_nats", f"{name}_low", f"{name}_high"
-
-
-def _interval(summary: Numbers, value: str, low: str, high: str, spec: str) -> str:
-    if value not in summary:
-        return ""
-    return f"{summary[value]:{spec}} ({summary[low]:{spec}} to {summary[high]:{spec}})"

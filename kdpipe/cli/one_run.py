@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from kdpipe.pipeline.project import Project
     from kdpipe.pipeline.runner import Request
     from kdpipe.recipe.file import LoadedRecipe
-    from kdpipe.store.step import Fields
 
 
 def run_one(given: Given, request: "Callable[[Project], Request]") -> "Project":
@@ -22,6 +21,7 @@ def run_one(given: Given, request: "Callable[[Project], Request]") -> "Project":
     from kdpipe.cli.display import JsonLines, Terminal
     from kdpipe.pipeline.runner import run as run_steps
     from kdpipe.report.writing import renew_report
+    from kdpipe.results.evaluations import Evaluated
     from kdpipe.tracking import open_mirror
 
     outlive_reader()
@@ -44,7 +44,8 @@ def run_one(given: Given, request: "Callable[[Project], Request]") -> "Project":
         display.stop()
     if given.as_json:
         folder = str(project.run.path)
-        print_event("end", run=project.run.name, folder=folder, evaluations=dict(_evaluations(project)))
+        evaluations = {one.label: one.summary for one in Evaluated(project, project.plan.steps).shown}
+        print_event("end", run=project.run.name, folder=folder, evaluations=evaluations)
     else:
         _print_outcome(project, given)
     return project
@@ -64,38 +65,15 @@ def commands_again(loaded: "LoadedRecipe", given: Given) -> list[str]:
     return [given.command(command, recipe, *sets, *flags) for command, *flags in tails]
 
 
-def _evaluations(project: "Project") -> list[tuple[str, "Fields"]]:
-    """What to call the model of each evaluation that is shown, and its summary.json."""
-    from kdpipe.pipeline.project import summary_of
-    from kdpipe.recipe.roles import STUDENT
-    from kdpipe.store.stage import Stage
-
-    done = [
-        (step, summary)
-        for step in project.plan.steps
-        if step.stage == Stage.EVALUATE and (summary := summary_of(project, step.id)) is not None
-    ]
-    of_student = [(step, summary) for step, summary in done if step.subject == STUDENT]
-    rows = [("student before", summary) for step, summary in of_student if step.round == 0]
-    rows += [
-        (f"student after round {step.round}", summary) for step, summary in of_student[-1:] if step.round
-    ]
-    return [*rows, *((step.subject, summary) for step, summary in done if step.subject != STUDENT)]
-
-
 def _print_outcome(project: "Project", given: Given) -> None:
     from kdpipe.cli.display import change_lines, outcome_lines
     from kdpipe.report.writing import report_path
+    from kdpipe.results.evaluations import Evaluated
 
-    lines = []
-    rows = [
-        (label, {name: value for name, value in summary.items() if isinstance(value, int | float)})
-        for label, summary in _evaluations(project)
-    ]
-    if rows:
-        after = [numbers for label, numbers in rows if label.startswith("student after")]
-        changes = change_lines(after[-1]) if after else []
-        lines = [*outcome_lines(rows, painter(sys.stdout)), *changes, ""]
+    evaluated, lines = Evaluated(project, project.plan.steps), []
+    if evaluated.shown:
+        changes = [] if evaluated.after is None else change_lines(evaluated.after)
+        lines = [*outcome_lines(evaluated.shown, painter(sys.stdout)), *changes, ""]
     lines += [f"artifacts  {shown(project.run.path)}"]
     if (page := report_path(project)).exists():
         lines.append(f"report     {shown(page)}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from statistics import NormalDist, multimode
 from typing import TypeAlias
 
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdpipe.errors import DataError
+from kdpipe.method.interval import Interval
 
 Floats = npt.NDArray[np.float64]
 Totals: TypeAlias = "tuple[Sequence[float], Sequence[float]]"
@@ -26,15 +26,6 @@ RESAMPLES = 10_000
 BOOTSTRAP_SEED = 0
 """The same draws for every interval, so that the same tables have the same interval."""
 MAX_DRAWS = 1 << 21  # of a resampling chunk, so that memory stays near 64 MB
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """An estimate with its confidence bounds."""
-
-    estimate: float
-    low: float
-    high: float
 
 
 # ------------------------------------------------------------------------------------------ proportions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from kdpipe.method.statistics import Interval
+from kdpipe.method.interval import Interval
 from kdpipe.report.figure import Chart, Point, Series
 from kdpipe.results.measures import Measures
 from kdpipe.store.stage import Stage

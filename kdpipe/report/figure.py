@@ -16,7 +16,7 @@ from typing import Literal
 
 from markupsafe import Markup, escape
 
-from kdpipe.method.statistics import Interval
+from kdpipe.method.interval import Interval
 from kdpipe.results.measures import Cost
 from kdpipe.results.verdict import percent
 from kdpipe.results.visible_text import visible

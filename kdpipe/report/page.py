@@ -26,7 +26,8 @@ from kdpipe.report.figure import Chart, Point, chart_svg, interval_svg, rounds_o
 from kdpipe.report.stamp import NAME as STAMP_NAME
 from kdpipe.report.tokens_data import Titled, token_data
 from kdpipe.results.comparison import HEADER, ComparisonRow, cells_of, notes_on
-from kdpipe.results.measures import Cost, Evaluation, Measures
+from kdpipe.results.evaluations import Evaluation
+from kdpipe.results.measures import Cost, Measures
 from kdpipe.results.verdict import model_name, nats, percent, points, signed, verdict, warnings
 from kdpipe.results.visible_text import visible
 
@@ -130,7 +131,6 @@ def embedded(value: object) -> Markup:
 def _shown(measures: Measures, drawn: Sequence[Chart]) -> dict[str, object]:
     """The names that the template knows."""
     rounds = rounds_of(drawn)
-    evaluations = [one for one in (measures.before, measures.after) if one is not None] + measures.teachers
     finished = measures.finished_at()
     return {
         "measures": measures,
@@ -140,8 +140,8 @@ def _shown(measures: Measures, drawn: Sequence[Chart]) -> dict[str, object]:
         "model_name": partial(model_name, measures),
         "verdict": verdict(measures),
         "warnings": warnings(measures),
-        "evaluations": evaluations,
-        "several": _several_samples(evaluations),
+        "evaluations": measures.shown,
+        "several": _several_samples(measures.shown),
         "charts": [(chart, chart_svg(chart, rounds)) for chart in drawn],
         "numbers": _numbers(drawn),
         "readouts": _readouts(drawn),

@@ -14,7 +14,7 @@ from pydantic import JsonValue
 
 from kdpipe.errors import ArtifactError, DataError
 from kdpipe.method import statistics
-from kdpipe.method.statistics import Interval
+from kdpipe.method.interval import Interval
 from kdpipe.pipeline.runs import RunFolder
 from kdpipe.pipeline.status import leaves
 from kdpipe.recipe.roles import STUDENT

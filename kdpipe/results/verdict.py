@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from kdpipe.method.statistics import Interval
+from kdpipe.method.interval import Interval
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import ModelTeacher, ScratchTeacher, SelfTeacher, ServedTeacher
-from kdpipe.results.measures import Evaluation, Measures, last
+from kdpipe.results.evaluations import Evaluation
+from kdpipe.results.measures import Measures, last
 
 Tone = Literal["good", "bad", "open"]
 FEW_PROBLEMS = 100
@@ -44,13 +45,6 @@ def nats(value: float) -> str:
 def signed(value: float) -> str:
     """A difference in nats, to a thousandth."""
     return f"{value:+.3f}".replace("-", "−")
-
-
-def p_text(value: float | None) -> str:
-    """McNemar's p-value as it is read."""
-    if value is None:
-        return ""
-    return f", McNemar p = {value:.2g}"
 
 
 def verdict(measures: Measures) -> Verdict:
@@ -94,7 +88,7 @@ def _accuracy_sentences(
         f"On the same {problems} held-out problems accuracy went from {percent(before.accuracy.estimate)} to "
         f"{percent(after.accuracy.estimate)} by round {after.step.round}: {points(change.estimate)} points, "
         f"paired 95% interval {points(change.low)} to {points(change.high)}"
-        f"{p_text(after.summary.get('accuracy_change_p_value'))}; {chance}."
+        f"{after.p_text}; {chance}."
     )
 
     if (flips := measures.flips(after, before)) is not None:

@@ -28,6 +28,7 @@ from kdpipe.engines.handle import ModelHandle
 from kdpipe.engines.protocol import Completion
 from kdpipe.errors import DataError
 from kdpipe.method import statistics
+from kdpipe.method.interval import Interval
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.stages.context import Context
 from kdpipe.stages.held_out import Exact, has_exact, held_out_scores
@@ -277,6 +278,6 @@ def _reverse_kl(rows: Rows, before: Rows | None = None) -> dict[str, JsonValue]:
     return found
 
 
-def _named(name: str, interval: statistics.Interval, *, unit: str = "") -> dict[str, JsonValue]:
+def _named(name: str, interval: Interval, *, unit: str = "") -> dict[str, JsonValue]:
     """An estimate and its interval, as a summary has them."""
     return {f"{name}{unit}": interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}

@@ -12,8 +12,8 @@ from typing import Any
 from kdpipe.pipeline.requirements import headroom_of
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import Recipe
-from kdpipe.results.measures import Summary
-from kdpipe.results.verdict import effect, nats, p_text, percent, points, signed
+from kdpipe.results.evaluations import Summary
+from kdpipe.results.verdict import effect, nats, percent, points, signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,7 @@ class Findings:
             found["student.after"] = f"{_accuracy(self.after)}, round {summary['round']}"
             if (change := self.after.accuracy_change) is not None:
                 interval = f"paired 95% interval {points(change.low)} to {points(change.high)}"
-                p_value = p_text(summary.get("accuracy_change_p_value"))
-                gain = f"{points(change.estimate)} points ({interval}{p_value})"
+                gain = f"{points(change.estimate)} points ({interval}{self.after.p_text})"
                 found["student.gain"] = f"{gain} on {summary['problems']} problems"
                 found["result"] = effect(change, self.after.reverse_kl_change)[1]
         for teacher in recipe.teachers:

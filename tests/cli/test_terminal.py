@@ -18,6 +18,7 @@ from kdpipe.cli.terminal import painter
 from kdpipe.pipeline.request import Performed, Waiting, Warned
 from kdpipe.pipeline.runs import RunFolder
 from kdpipe.pipeline.status import State
+from kdpipe.results.evaluations import Evaluation, Summary
 from kdpipe.results.visible_text import visible
 from kdpipe.store.step import Step
 from kdpipe.workers.pulse import Progressed
@@ -50,6 +51,10 @@ def state(
     step_id: str, number: int, verdict: Any = "to do", why: str = "", dropped: tuple[str, ...] = ()
 ) -> State:
     return State(step(step_id, number), verdict, why, None, frozenset(dropped))
+
+
+def evaluation(label: str, **more: float) -> Evaluation:
+    return Evaluation(SUMMARY | more, label, step("evaluate:student@0", 0))
 
 
 # ------------------------------------------------------------------------------------------- model text
@@ -115,7 +120,7 @@ def test_the_line_of_a_round_fits_80_columns_and_leaves_out_what_was_not_measure
 
 
 def test_the_outcome_is_a_table_of_80_columns_with_the_numbers_under_their_names() -> None:
-    lines = outcome_lines([("student before", SUMMARY), ("student after round 290", SUMMARY)], bare)
+    lines = outcome_lines([evaluation("student before"), evaluation("student after round 290")], bare)
     assert len(lines) == 3
     assert max(map(len, lines)) <= 80
     assert lines[1].split("  ")[0] == "student before"
@@ -131,37 +136,38 @@ def test_the_estimate_from_whole_distributions_is_shown_where_there_is_one() -> 
         "reverse_kl_exact_low": 0.3012,
         "reverse_kl_exact_high": 0.3234,
     }
-    text = "\n".join(outcome_lines([("student", SUMMARY | exact)], bare))
+    text = "\n".join(outcome_lines([evaluation("student", **exact)], bare))
     assert "0.311 (0.301 to 0.323)" in text
     assert "0.457" not in text
 
 
 def test_a_model_without_reverse_kl_has_an_empty_place() -> None:
     summary = {name: value for name, value in SUMMARY.items() if not name.startswith("reverse")}
-    assert (
-        outcome_lines([("teacher", summary)], bare)[1]
-        == outcome_lines([("teacher", summary)], bare)[1].rstrip()
-    )
+    line = outcome_lines([Evaluation(summary, "teacher", step("evaluate:teacher@0", 0))], bare)[1]
+    assert line == line.rstrip()
+    assert line.endswith("8.6% to 17.8%")
 
 
 def test_changes_are_told_with_their_paired_intervals() -> None:
     lines = change_lines(
-        {
-            "accuracy_change": 0.25,
-            "accuracy_change_low": 0.125,
-            "accuracy_change_high": 0.375,
-            "accuracy_change_p_value": 0.00012,
-            "reverse_kl_change_nats": -0.5,
-            "reverse_kl_change_low": -0.75,
-            "reverse_kl_change_high": -0.25,
-        }
+        Summary(
+            {
+                "accuracy_change": 0.25,
+                "accuracy_change_low": 0.125,
+                "accuracy_change_high": 0.375,
+                "accuracy_change_p_value": 0.00012,
+                "reverse_kl_change_nats": -0.5,
+                "reverse_kl_change_low": -0.75,
+                "reverse_kl_change_high": -0.25,
+            }
+        )
     )
     assert lines == [
         "accuracy +25.0 points, paired 95 % interval +12.5 to +37.5, McNemar p = 0.00012",
         "held-out reverse KL -0.500 nats, paired 95 % interval -0.750 to -0.250",
     ]
     assert max(map(len, lines)) <= 80
-    assert change_lines({}) == []
+    assert change_lines(Summary({})) == []
 
 
 def test_rounds_that_differ_are_told_and_rounds_that_repeat_are_counted() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kdpipe.results.measures import Evaluation
+from kdpipe.results.evaluations import Evaluation
 from kdpipe.results.verdict import verdict
 
 
