@@ -55,21 +55,16 @@ def main() -> None:
     # pydantic would look for plugins in the metadata of every installed distribution.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "true")
     prepare_streams()
-    _ensure_home()
+    try:
+        Path.home()
+    except RuntimeError:  # a user id without an account, as in a container: MLflow needs a home
+        import tempfile
+
+        os.environ["HOME"] = os.environ.get("XDG_CACHE_HOME") or tempfile.gettempdir()
     try:
         reported(app)()
     except typer.Exit as end:  # of what is no command's, as --version
         sys.exit(end.exit_code)
-
-
-def _ensure_home() -> None:
-    """Gives a user id without an account a home, as in a container: MLflow cannot be imported without one."""
-    try:
-        Path.home()
-    except RuntimeError:
-        import tempfile
-
-        os.environ["HOME"] = os.environ.get("XDG_CACHE_HOME") or tempfile.gettempdir()
 
 
 def reported(command: Callable[Parameters, None]) -> Callable[Parameters, None]:

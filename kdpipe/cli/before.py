@@ -1,5 +1,6 @@
 """What is asked before a run: is the recipe valid, and which steps would it run?"""
 
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -115,30 +116,22 @@ def plan_lines(run: str, states: "Sequence[State]", *, horizon: str, paint: Pain
     todo = sum(not state.done for state in states)
     lines = [f"{paint(run, 'bold')}: {counted(len(states), 'step')}, {todo} to run"]
     width = max([24, *(len(state.step.id) + 2 for state in states)])
-    rounds: dict[int, list[State]] = {}
-    for state in states:
-        rounds.setdefault(state.step.round, []).append(state)
-    before: Sequence[tuple[str, str, str]] = ()
-    repeats: list[int] = []
-    for number, members in rounds.items():
-        shape = [(s.step.link_name, s.verdict, s.why.replace(f"@{number}", "@this")) for s in members]
-        shape = [(name, verdict, why.replace(f"@{number - 1}", "@last")) for name, verdict, why in shape]
-        if shape == before:
-            repeats.append(number)
-            continue
-        lines += _repeat_line(repeats, paint)
-        repeats = []
-        before = shape
+    rounds = itertools.groupby(states, lambda state: state.step.round)
+    shaped = [(_shape(members := list(group), number), number, members) for number, group in rounds]
+    for _, alike in itertools.groupby(shaped, lambda one: one[0]):
+        (_, _, members), *repeats = alike
         lines += [_state_line(state, paint, width) for state in members]
-    lines += _repeat_line(repeats, paint)
+        if repeats:
+            first, final = repeats[0][1], repeats[-1][1]
+            which = f"round {first}" if first == final else f"rounds {first} to {final}"
+            lines.append(paint(f"  {which}: the same", "dim"))
     return [*lines, horizon] if horizon else lines
 
 
-def _repeat_line(rounds: list[int], paint: Paint) -> list[str]:
-    if not rounds:
-        return []
-    which = f"round {rounds[0]}" if len(rounds) == 1 else f"rounds {rounds[0]} to {rounds[-1]}"
-    return [paint(f"  {which}: the same", "dim")]
+def _shape(states: "Sequence[State]", number: int) -> list[tuple[str, str, str]]:
+    """What is shown of a round's steps, alike in rounds that only their number tells apart."""
+    this, last = (f"@{number}", "@this"), (f"@{number - 1}", "@last")
+    return [(s.step.link_name, s.verdict, s.why.replace(*this).replace(*last)) for s in states]
 
 
 def _state_line(state: "State", paint: Paint, width: int) -> str:

@@ -42,7 +42,6 @@ class Terminal:
         self._say(f"{self._paint(run.name, 'bold')}: {counted(todo, 'step')} to do{done}")
 
     def step_begins(self, step: Step) -> None:
-        """Starts the step's line."""
         self._pace = Pace()
         self._said = time.monotonic()
         if self.live:
@@ -50,7 +49,6 @@ class Terminal:
             self._progress.start()
 
     def step_event(self, step: Step, event: StepEvent) -> None:
-        """Shows how far the step is."""
         match event:
             case Waiting():
                 self._say(f"{step.id}: another run is making it; waiting to reuse it")
@@ -59,14 +57,12 @@ class Terminal:
             case Warned(text=text):
                 self.warn(text)
             case Progressed():
-                self._show_pace(step, event, pace_words(self._pace.note(event)))
-
-    def _show_pace(self, step: Step, event: Progressed, words: str) -> None:
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, total=event.total, completed=event.done, words=words)
-        elif time.monotonic() - self._said > PLAIN_SECONDS:
-            self._said = time.monotonic()
-            self._say(f"{step.id}: {words}")
+                words = pace_words(self._pace.note(event))
+                if self._progress is not None and self._task is not None:
+                    self._progress.update(self._task, total=event.total, completed=event.done, words=words)
+                elif time.monotonic() - self._said > PLAIN_SECONDS:
+                    self._said = time.monotonic()
+                    self._say(f"{step.id}: {words}")
 
     def step_ends(self, step: Step, result: Performed) -> None:
         """Ends the step's line; steps of round 0 leave one, as no line of a round follows them."""
@@ -77,7 +73,6 @@ class Terminal:
             self._say(f"{step.id}: {duration(result.seconds)}")
 
     def round_ends(self, number: int, rounds: int, metrics: dict[str, float]) -> None:
-        """Prints the round's line."""
         self._say(round_line(number, rounds, metrics))
 
     def note(self, message: str) -> None:
@@ -85,11 +80,9 @@ class Terminal:
         self._say(visible(message))
 
     def warn(self, message: str) -> None:
-        """Prints a warning."""
         self._say(f"{self._paint('warning:', 'yellow')} {visible(message)}")
 
     def stop(self) -> None:
-        """Removes the live line."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

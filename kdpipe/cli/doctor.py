@@ -20,7 +20,18 @@ from kdpipe.cli.parameters import (
     on_recipe,
     workspace_at,
 )
-from kdpipe.cli.terminal import COLUMNS, Paint, Style, counted, painter, print_json, print_result, say, shown
+from kdpipe.cli.terminal import (
+    COLUMNS,
+    Paint,
+    Style,
+    counted,
+    indented,
+    painter,
+    print_json,
+    print_result,
+    say,
+    shown,
+)
 from kdpipe.cli.trust import TrustOption, require_trust
 from kdpipe.errors import KdpipeError, PreflightError
 from kdpipe.results.visible_text import visible
@@ -169,9 +180,8 @@ def _examine(given: Given) -> None:
             lines += ["", *_after_doctor(given, result.missing)]
         print("\n".join(lines))
     if failed:
-        count = f"{len(failed)} probe{'s'[: len(failed) != 1]}"
         raise PreflightError(
-            f"{recipe}: {count} failed: {', '.join(failed)}",
+            f"{recipe}: {counted(len(failed), 'probe')} failed: {', '.join(failed)}",
             hint=f"`kdpipe docs doctor` says what each catches; fix it and repeat: kdpipe doctor {recipe}",
         )
 
@@ -208,7 +218,7 @@ def check_loss_lines(phase: "Phase", paint: Paint) -> list[str]:
         if finding.verdict == "FAILED":
             numbers = [f"{m.name} {_shown_number(m, '.2g')}" for m in finding.measures]
             why = ", ".join([*numbers, *filter(None, [finding.said])])
-            lines += _indented(f"{number} FAILED: {finding.catches} ({why})", "  ", "     ")
+            lines += indented(f"{number} FAILED: {finding.catches} ({why})", "  ", "     ")
     return lines
 
 
@@ -225,23 +235,20 @@ def _measured(finding: "Finding") -> str:
 def doctor_lines(run: str, findings: "Sequence[Finding]", paint: Paint) -> list[str]:
     """The findings as a table of 80 columns: model, probe, verdict, and what was found."""
     width = max(len(finding.probe) for finding in findings)
+    indent = " " * (width + 13)
     counts = Counter(finding.verdict for finding in findings)
     summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in COLOURS if counts[verdict])
     lines = [f"{paint(run, 'bold')}: {counted(len(findings), 'probe')}: {summary}"]
     for about, group in itertools.groupby(findings, lambda finding: finding.about):
         lines += ["", paint(visible(about), "bold")]
-        lines += [line for finding in group for line in _finding_lines(finding, width, paint)]
+        for finding in group:
+            said, *more = indented(visible(finding.said), indent)
+            shown = paint(f"{finding.verdict:<7}", COLOURS[finding.verdict])
+            lines += [f"  {finding.probe:<{width}}  {shown}  {said.strip()}", *more]
+            lines += indented(", ".join(map(_limited, finding.measures)), indent)
+            if finding.verdict == "FAILED":
+                lines += indented(f"catches {finding.catches}", indent)
     return lines
-
-
-def _finding_lines(finding: "Finding", width: int, paint: Paint) -> list[str]:
-    """A probe with its verdict, what it found, its numbers and, of a failure, what it catches."""
-    indent = " " * (width + 13)
-    lines = _indented(visible(finding.said), indent)
-    shown = paint(f"{finding.verdict:<7}", COLOURS[finding.verdict])
-    lines[0] = f"  {finding.probe:<{width}}  {shown}  {lines[0].strip()}"
-    lines += _indented(", ".join(map(_limited, finding.measures)), indent)
-    return lines + (_indented(f"catches {finding.catches}", indent) if finding.verdict == "FAILED" else [])
 
 
 def _limited(measure: "Measure") -> str:
@@ -263,31 +270,24 @@ def estimate_lines(found: "Estimate | NoEstimate", paint: Paint, *, free_bytes: 
     if isinstance(found, NoEstimate):
         return [f"what it takes is unknown: {visible(found.problem)}"]
     lines = [paint("takes (completions of full length, nothing compressed, activations roughly)", "bold")]
-    parameters = ", ".join(f"{name} {_short_count(count)}" for name, count in found.parameters.items())
+    parameters = ", ".join(
+        f"{name} {count / 1e9:.2f} B" if count >= 1e9 else f"{name} {count / 1e6:.2f} M"
+        for name, count in found.parameters.items()
+    )
     lines.append(f"  parameters  {parameters}")
     for role, parts in found.memory_bytes.items():
         kept = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
-        lines += _indented(f"{role} {_size(sum(parts.values()))}: {kept}", "  memory      ", " " * 16)
+        lines += indented(f"{role} {_size(sum(parts.values()))}: {kept}", "  memory      ", " " * 16)
     disk = found.disk_bytes_per_round
     files = ", ".join(f"{name} {_size(size)}" for name, size in disk.items())
     text = (
         f"{_size(sum(disk.values()))} a round ({files}); {_size(found.disk_bytes_kept)} stay at the end, "
         f"{_size(free_bytes)} are free"
     )
-    lines += _indented(text, "  disk        ", " " * 16)
+    lines += indented(text, "  disk        ", " " * 16)
     tokens = ", ".join(f"{count:,} {name}" for name, count in found.tokens_per_round.items())
     lines.append(f"  tokens      {tokens}, a round")
     return lines
-
-
-def _indented(text: str, first: str, others: str | None = None) -> list[str]:
-    """The text in lines of 80 columns, the first of which begins with `first`, all others with `others`."""
-    rest = first if others is None else others
-    return textwrap.wrap(text, COLUMNS, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
-
-
-def _short_count(count: int) -> str:
-    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
 def _size(count: int) -> str:

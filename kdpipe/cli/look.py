@@ -20,7 +20,6 @@ from kdpipe.cli.terminal import painter, print_json, shown
 from kdpipe.errors import PreflightError, RecipeError
 from kdpipe.recipe.place import place_of
 from kdpipe.results.visible_text import visible
-from kdpipe.store.stage import Stage
 
 if TYPE_CHECKING:
     from kdpipe.cli.overview import Overview
@@ -56,12 +55,8 @@ def status(
         print_json(_status_json(project, found))
     elif not watch:
         print("\n".join(_status_lines(project, found, paint)))
-    if check_only and any(not state.done for state in found.states):
+    if check_only and found.left:
         raise typer.Exit(6)
-
-
-def _rounds_done(found: "Overview") -> int:
-    return max((s.step.round for s in found.states if s.step.stage == Stage.TRAIN and s.done), default=0)
 
 
 def _status_json(project: "Project", found: "Overview") -> dict[str, object]:
@@ -70,14 +65,13 @@ def _status_json(project: "Project", found: "Overview") -> dict[str, object]:
     from kdpipe.pipeline.requirements import headrooms
     from kdpipe.tracking import pending
 
-    left = [state for state in found.states if not state.done]
     return {
         "run": project.run.name,
         "running": found.running,
-        "rounds_done": _rounds_done(found),
+        "rounds_done": found.rounds_done,
         "rounds": project.recipe.rounds,
-        "steps_left": len(left),
-        "next": left[0].step.id if left else None,
+        "steps_left": len(found.left),
+        "next": found.left[0].step.id if found.left else None,
         "not_mirrored": pending(project.run.path) if project.recipe.tracking.enabled else 0,
         "headroom": [asdict(headroom) for headroom in headrooms(project)],
         **found.to_json(),
@@ -91,8 +85,7 @@ def _status_lines(project: "Project", found: "Overview", paint: "Paint") -> list
     from kdpipe.pipeline.requirements import headrooms
     from kdpipe.tracking import waiting
 
-    states, rounds_done = found.states, _rounds_done(found)
-    left = [state for state in states if not state.done]
+    states, left, rounds_done = found.states, found.left, found.rounds_done
     lines = [
         f"{project.run.name}: {'running' if found.running else 'not running'}",
         f"{len(states) - len(left)} of {len(states)} steps, {rounds_done} of {project.recipe.rounds} rounds done",

@@ -15,6 +15,7 @@ from kdpipe.pipeline.runs import RunEvent
 from kdpipe.pipeline.status import State
 from kdpipe.results.visible_text import visible
 from kdpipe.store.locks import is_running
+from kdpipe.store.stage import Stage
 
 Cell = Literal["done", "running", "stale", "to do", "damaged"]
 LAST_STEPS = 5  # of a stage, whose median is the estimate of the next one
@@ -37,6 +38,17 @@ class Overview:
     progress: Progress | None
     seconds_left: float | None
 
+    @property
+    def left(self) -> list[State]:
+        """The steps that are not done."""
+        return [state for state in self.states if not state.done]
+
+    @property
+    def rounds_done(self) -> int:
+        """The last round whose training is done."""
+        done = [state.step for state in self.states if state.done]
+        return max((step.round for step in done if step.stage == Stage.TRAIN), default=0)
+
     def cell(self, state: State) -> Cell:
         """What the grid shows of a step."""
         return "running" if state.step.id == self.current else state.verdict
@@ -46,26 +58,26 @@ class Overview:
         grid: dict[str, dict[str, str]] = {}
         for state in self.states:
             grid.setdefault(state.step.link_name, {})[str(state.step.round)] = self.cell(state)
-        progress = None if self.progress is None else asdict(self.progress)
         return {
             "grid": grid,
             "current": self.current,
-            "progress": progress,
+            "progress": None if self.progress is None else asdict(self.progress),
             "seconds_left": self.seconds_left,
         }
 
 
 def overview(project: Project) -> Overview:
     """The overview of a run as it is now."""
-    running = is_running(project.run.path)
-    progress = read_progress(project.run.path) if running else None
-    events = project.run.events() if running else []
-    current = _current(events)
+    states = tuple(project.survey())
+    if not is_running(project.run.path):
+        return Overview(states, False, None, None, None)
+    events, progress = project.run.events(), read_progress(project.run.path)
+    ends = ("step started", "step done", "step stopped")
+    latest = next((event for event in reversed(events) if event.kind in ends), None)
+    current = latest.step if latest is not None and latest.kind == "step started" else None
     if progress is not None and progress.step != current:
         progress = None
-    states = tuple(project.survey())
-    left = seconds_left(states, events, now=time.time()) if running else None
-    return Overview(states, running, current, progress, left)
+    return Overview(states, True, current, progress, seconds_left(states, events, now=time.time()))
 
 
 def seconds_left(states: Sequence[State], events: Sequence[RunEvent], *, now: float) -> float | None:
@@ -96,16 +108,6 @@ def seconds_left(states: Sequence[State], events: Sequence[RunEvent], *, now: fl
         if step.id in begun
     ]
     return sum(expected) - sum(spent[:1])
-
-
-def _current(events: Sequence[RunEvent]) -> str | None:
-    """The step that began last, unless it has ended."""
-    for event in reversed(events):
-        if event.kind in ("step done", "step stopped"):
-            return None
-        if event.kind == "step started":
-            return event.step
-    return None
 
 
 def grid_lines(found: Overview, paint: Paint) -> list[str]:

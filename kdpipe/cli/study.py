@@ -15,7 +15,7 @@ from kdpipe.cli.parameters import (
     on_recipe,
     recipe_names,
 )
-from kdpipe.cli.terminal import print_error, print_event, print_json, say
+from kdpipe.cli.terminal import print_error, print_event, print_result, say
 from kdpipe.cli.trust import TrustOption
 from kdpipe.errors import Interrupted, KdpipeError, StepError
 from kdpipe.results.visible_text import visible
@@ -55,10 +55,7 @@ def compare(
     changes = tuple(overrides or ())
     folders = [Given(run, changes, workspace).run_folder() for run in dict.fromkeys(runs)]
     rows = rows_of([read_contender(folder) for folder in folders])
-    if as_json:
-        print_json(comparison_json(rows))
-        return
-    print_rows(rows, markdown=markdown)
+    print_result(comparison_json(rows), table_text(rows, markdown=markdown), as_json=as_json)
 
 
 @on_recipe
@@ -172,8 +169,7 @@ def run_study(
             if given.as_json:
                 print_event("comparison", rows=found)
             elif rows:
-                print()
-                print_rows(rows, markdown=markdown)
+                print(f"\n{table_text(rows, markdown=markdown)}")
             if failed:
                 raise StepError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
             status = "FINISHED"
@@ -206,9 +202,9 @@ def _run_each(
     return done, failed
 
 
-def print_rows(rows: "Sequence[ComparisonRow]", *, markdown: bool) -> None:
-    """Prints a comparison as text, or as Markdown."""
+def table_text(rows: "Sequence[ComparisonRow]", *, markdown: bool) -> str:
+    """A comparison as text, or as Markdown."""
     from kdpipe.cli.comparison_table import markdown_lines, text_lines
 
     lines = markdown_lines(rows) if markdown else text_lines(rows)
-    print("\n".join(map(visible, lines)))
+    return "\n".join(map(visible, lines))

@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,6 +58,12 @@ def aligned(table: Sequence[Sequence[str]]) -> list[str]:
 def counted(number: int, noun: str) -> str:
     """`1 step`, `2 steps`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def indented(text: str, first: str, others: str | None = None) -> list[str]:
+    """The text in lines of 80 columns, the first of which begins with `first`, all others with `others`."""
+    rest = first if others is None else others
+    return textwrap.wrap(text, COLUMNS, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
 def print_error(error: KdpipeError) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.cells import cell_len, chop_cells
 
-from kdpipe.cli.terminal import COLUMNS, Paint
+from kdpipe.cli.terminal import COLUMNS, Paint, counted, indented
 from kdpipe.results.completions import Change, GradedCompletion, Token
 from kdpipe.results.samples import Sample, Samples
 from kdpipe.results.visible_text import visible
@@ -35,16 +35,12 @@ def transcript_lines(found: Samples, paint: Paint, *, coloured: bool) -> list[st
     rest = "" if found.matching == found.total else f", of {found.total} altogether"
     lines = [f"{paint(visible(found.step), 'bold')}: {counted}{rest}"]
     if coloured and any(token.gap is not None for one in found.shown for token in one.completion.tokens):
-        lines += _legend()
+        less = [_shaded(f" -{edge:g} ", -edge) for edge in reversed(EDGES)]
+        more = [_shaded(f" +{edge:g} ", edge) for edge in EDGES]
+        lines.append(f"teacher surer {''.join(less)} 0 {''.join(more)} student surer, nats")
     for sample in found.shown:
         lines += ["", *_sample_lines(sample, paint, coloured=coloured)]
     return lines
-
-
-def _legend() -> list[str]:
-    less = [_shaded(f" -{edge:g} ", -edge) for edge in reversed(EDGES)]
-    more = [_shaded(f" +{edge:g} ", edge) for edge in EDGES]
-    return [f"teacher surer {''.join(less)} 0 {''.join(more)} student surer, nats"]
 
 
 def _sample_lines(sample: Sample, paint: Paint, *, coloured: bool) -> list[str]:
@@ -61,13 +57,13 @@ def _sample_lines(sample: Sample, paint: Paint, *, coloured: bool) -> list[str]:
     found = "no answer" if completion.answer is None else f"found {completion.answer}"
     cut = ", cut at the length limit" if completion.is_truncated else ""
     outcome = f"expected {completion.expected or '?'}, {found}{cut}"
-    lines += [paint(line, "dim") for line in _ours(visible(outcome))]
+    lines += [paint(line, "dim") for line in indented(visible(outcome), "  ", "    ")]
     if is_scored:
         lines += _disagreements(completion.tokens, paint)
     if completion.change is not None:
         lines += _change_lines(completion.change, paint)
     if sample.mismatch:
-        lines += [paint(line, "dim") for line in _ours(_mismatch_line(sample))]
+        lines += [paint(line, "dim") for line in indented(_mismatch_line(sample), "  ", "    ")]
     return lines
 
 
@@ -91,8 +87,7 @@ def _change_lines(change: Change, paint: Paint) -> list[str]:
 
 def _mismatch_line(sample: Sample) -> str:
     mean, most = sample.mismatch["mismatch_nats_mean"], sample.mismatch["mismatch_nats_max"]
-    acted = f"{sample.mismatch['mismatch_acted_tokens']:.0f} of {sample.num_tokens}"
-    tokens = f"{acted} token{'s'[: sample.num_tokens != 1]}"
+    tokens = f"{sample.mismatch['mismatch_acted_tokens']:.0f} of {counted(sample.num_tokens, 'token')}"
     return f"sampler minus trainer: mean {mean:+.1e}, at most {most:.1e} nats; controls act on {tokens}"
 
 
@@ -166,11 +161,6 @@ def _quoted(text: str) -> str:
 def _chance(logprob: float) -> str:
     share = 100 * math.exp(logprob)
     return f"{share:5.1f}%" if share >= 0.1 else f"{share:5.1g}%"
-
-
-def _ours(text: str) -> list[str]:
-    """A sentence of ours, indented."""
-    return textwrap.wrap(text, COLUMNS, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
 
 
 def _wrapped(text: str, mark: str) -> list[str]:
