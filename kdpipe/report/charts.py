@@ -23,20 +23,21 @@ def charts(measures: Measures) -> list[Chart]:
     )
     shares = _line(measures, "rollout/truncated_fraction")
     is_low = all(point.value <= 0.25 for point in shares.points)
-    gradient = Series(
-        "",
-        [
-            Point(number, spread.mean, spread.low, spread.high)
-            for number, spread in sorted(measures.over_optimizer_steps("train/grad_norm").items())
-        ],
-    )
+    norms = sorted(measures.over_optimizer_steps("train/grad_norm").items())
+    gradient = [Point(number, sum(of) / len(of), min(of), max(of)) for number, of in norms if of]
     found = [
         _reverse_kl(measures),
         _accuracy(measures),
         Chart("reward", "Reward", "mean of a round's samples", [reward], _number),
         Chart("length", "Completion length", "tokens, mean", [length], _number),
         Chart("truncated", "Truncated samples", "share", [shares], _share, ceiling=0.25 if is_low else 1.0),
-        Chart("gradient", "Gradient norm", "before clipping; mean, least, greatest", [gradient], _number),
+        Chart(
+            "gradient",
+            "Gradient norm",
+            "before clipping; mean, least, greatest",
+            [Series("", gradient)],
+            _number,
+        ),
         _mismatch(measures),
         _stage_seconds(measures),
         _speed(measures),

@@ -23,7 +23,6 @@ from kdpipe import __version__
 from kdpipe.pipeline.progress import duration
 from kdpipe.report.charts import AROUND, STYLES, charts
 from kdpipe.report.figure import Chart, Point, chart_svg, interval_svg, rounds_of, shares_svg, thinned
-from kdpipe.report.stamp import NAME as STAMP_NAME
 from kdpipe.report.tokens_data import Titled, token_data
 from kdpipe.results.comparison import HEADER, ComparisonRow, cells_of, notes_on
 from kdpipe.results.evaluations import Evaluation
@@ -75,7 +74,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        finalize=_visible,
+        finalize=lambda value: value if isinstance(value, Markup) else visible(str(value)),
         loader=PackageLoader("kdpipe.report", ""),
     )
     environment.filters |= {
@@ -96,17 +95,11 @@ def _template() -> Template:
         "base-uri 'none'; form-action 'none'",
         "script": script,
         "shares_svg": shares_svg,
-        "stamp_name": STAMP_NAME,
         "style": style,
         "styles": STYLES,
         "version": __version__,
     }
     return environment.get_template("page.html.j2", globals=own)
-
-
-def _visible(value: object) -> object:
-    """What the template writes for a value; the template escapes all of it but markup."""
-    return value if isinstance(value, Markup) else visible(str(value))
 
 
 def _resource(name: str) -> Markup:
@@ -163,7 +156,7 @@ def _costs(measures: Measures) -> list[Cost]:
     """What each stage took, and last what the steps took around them: no step of its own."""
     found = measures.costs()
     if found and (around := measures.seconds_around()):
-        found.append(Cost(AROUND, 0, around, 0.0))
+        found.append(Cost(AROUND, seconds=around))
     return found
 
 

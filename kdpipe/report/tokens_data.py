@@ -37,7 +37,7 @@ class Titled:
 
 def titled_completions(reader: Reader) -> list[Titled]:
     """The newest that a teacher scored, those of before, and the graded answers: the most telling first."""
-    evaluated, number = sorted(reader.evaluated_rounds()), reader.scored_round()
+    evaluated, number = sorted(reader.evaluated_rounds), reader.scored_round()
     found = [
         reader.held_out(evaluated[-1]) if evaluated else None,
         None if number is None else reader.rollout(number),

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from pydantic import JsonValue
+
+from kdpipe import __version__
 from kdpipe.pipeline.project import Project
 from kdpipe.pipeline.runs import RunFolder
-from kdpipe.report.stamp import is_current, stamp
 from kdpipe.store.durable import write_bytes
+from kdpipe.store.step import canonical
 from kdpipe.store.target import write_file
 
 FILE = "report.html"
 FIGURES = "figures"
+HEAD_BYTES = 4096
 
 
 def report_path(project: Project) -> Path:
     """Where a run's report is by default."""
     return project.run.path / FILE
+
+
+def stamp(digests: Mapping[str, str | None]) -> str:
+    """What a report is made from: the payload digest of every step of the plan, None where it is not done."""
+    document: JsonValue = {"kdpipe": __version__, "steps": dict(digests)}
+    return hashlib.sha256(canonical(document)).hexdigest()[:32]
+
+
+def is_current(path: Path, digests: Mapping[str, str | None]) -> bool:
+    """Whether the report at `path` was made from just these artifacts by this kdpipe."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError:
+        return False
+    return f'name="kdpipe-made-from" content="{stamp(digests)}"'.encode() in head
 
 
 def renew_report(

@@ -222,16 +222,7 @@ def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contende
     settings = {name: "null" if leaf is None else str(leaf) for name, leaf in leaves(kept)}
     if recipe.student.dtype == "auto":
         settings["student.dtype"] = f"auto ({', '.join(sorted(dtypes))})"
-    return Contender(
-        run=run.name,
-        seed=recipe.seed,
-        round=number,
-        samples=samples,
-        correct=correct,
-        settings=settings,
-        seconds=seconds,
-        tokens=tokens,
-    )
+    return Contender(run.name, recipe.seed, number, samples, correct, settings, seconds, tokens)
 
 
 # --------------------------------------------------------------------------------------- what is shown of it

@@ -71,9 +71,8 @@ class Detokenizer:
         added = longer[len(context) :] if longer.startswith(context) else ""
         if added and LOST not in added:
             return added
-        raw: str | None = self._tokenizer.id_to_token(
-            number
-        )  # a part of a character, as the vocabulary has it
+        # A part of a character is shown as the vocabulary has it.
+        raw: str | None = self._tokenizer.id_to_token(number)
         return raw or f"[{number}]"
 
     def text(self, ids: Sequence[int]) -> str:

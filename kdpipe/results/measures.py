@@ -29,18 +29,14 @@ class Cost:
     """What some steps took that are done, of one stage where it is named after one."""
 
     name: str
-    steps: int
-    seconds: float
-    tokens: float
+    steps: int = 0
+    seconds: float = 0.0
+    tokens: float = 0.0
 
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """The mean, least and greatest of a number over a round's optimizer steps."""
-
-    mean: float
-    low: float
-    high: float
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.name, self.steps + other.steps, self.seconds + other.seconds, self.tokens + other.tokens
+        )
 
 
 class Measures(Evaluated):
@@ -98,35 +94,29 @@ class Measures(Evaluated):
 
     def _fractions(self, evaluation: Evaluation) -> dict[str, float]:
         """The fraction of right samples of each problem."""
-        if (known := self._known_fractions.get(evaluation.step.id)) is not None:
-            return known
-        fractions, _ = right_fractions(self.project.store.entry(evaluation.step))
-        self._known_fractions[evaluation.step.id] = fractions
-        return fractions
+        known, name = self._known_fractions, evaluation.step.id
+        if name not in known:
+            known[name], _ = right_fractions(self.project.store.entry(evaluation.step))
+        return known[name]
 
     # curves
 
-    def by_round(self, name: str, *, subject: str | None = None) -> Values:
-        """A per-round metric of every done round; evaluations by the name of their model."""
+    def by_round(self, name: str) -> Values:
+        """A per-round metric of every done round."""
         return {
             step.round: row.value
             for step in self.done
-            if subject is None or step.subject == subject
             for row in self.rows[step.id]
             if row.name == name and row.optimizer_step is None
         }
 
-    def over_optimizer_steps(self, name: str) -> dict[int, Spread]:
-        """A metric of the optimizer steps, summarised by round."""
+    def over_optimizer_steps(self, name: str) -> dict[int, list[float]]:
+        """A metric of the optimizer steps, by round."""
         found: dict[int, list[float]] = defaultdict(list)
         for step in self.done:
             if step.stage == Stage.TRAIN:
                 found[step.round] += [row.value for row in self.rows[step.id] if row.name == name]
-        return {
-            number: Spread(sum(values) / len(values), min(values), max(values))
-            for number, values in found.items()
-            if values
-        }
+        return found
 
     # costs
 
@@ -135,26 +125,14 @@ class Measures(Evaluated):
         found: dict[int, Cost] = {}
         for step in self.done:
             if step.stage == stage:
-                before = found.get(step.round, Cost(stage, 0, 0.0, 0.0))
-                seconds, tokens = cost_of(self.rows[step.id])
-                found[step.round] = Cost(
-                    stage, before.steps + 1, before.seconds + seconds, before.tokens + tokens
-                )
+                cost = Cost(stage, 1, *cost_of(self.rows[step.id]))
+                found[step.round] = found.get(step.round, Cost(stage)) + cost
         return found
 
     def costs(self) -> list[Cost]:
         """What each stage took, in the order of the stages."""
         by_stage = {stage: self.costs_by_round(stage).values() for stage in Stage}
-        return [
-            Cost(
-                stage,
-                sum(cost.steps for cost in costs),
-                sum(cost.seconds for cost in costs),
-                sum(cost.tokens for cost in costs),
-            )
-            for stage, costs in by_stage.items()
-            if costs
-        ]
+        return [sum(costs, Cost(stage)) for stage, costs in by_stage.items() if costs]
 
     def seconds_around(self) -> float | None:
         """Seconds of this run's steps that no stage measured: loading, comparing digests, saving."""

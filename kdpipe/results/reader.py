@@ -43,29 +43,19 @@ class Reader:
     def __init__(self, project: Project, done: Sequence[Step]) -> None:
         self.project = project
         self._done = {step.id: step for step in done}
+        self.rollout_rounds = [one.round for one in done if one.stage == Stage.ROLLOUT and not one.subject]
+        self.evaluated_rounds = [
+            one.round for one in done if one.stage == Stage.EVALUATE and one.subject == STUDENT
+        ]
 
     @cached_property
     def detokenizer(self) -> Detokenizer:
         """The student's tokenizer, as far as it is on this machine."""
         return Detokenizer(_tokenizer_file(self.project, self._done))
 
-    def rollout_rounds(self) -> list[int]:
-        """Rounds whose rollouts are there."""
-        return [
-            step.round for step in self._done.values() if step.stage == Stage.ROLLOUT and not step.subject
-        ]
-
-    def evaluated_rounds(self) -> list[int]:
-        """Rounds whose student was evaluated."""
-        return [
-            step.round
-            for step in self._done.values()
-            if step.stage == Stage.EVALUATE and step.subject == STUDENT
-        ]
-
     def scored_round(self) -> int | None:
         """The last round whose rollouts are scored by all of its teachers, or else the last that was sampled."""
-        rounds = self.rollout_rounds()
+        rounds = self.rollout_rounds
         scored = [number for number in rounds if self._score_steps(number)]
         return max(scored or rounds, default=None)
 
@@ -161,7 +151,7 @@ class Reader:
 
     def _changes(self, number: int) -> dict[tuple[str, int], Change]:
         """By problem and sample; evaluations sample a problem alike in every round, so that they are pairs."""
-        if number == 0 or 0 not in self.evaluated_rounds():
+        if number == 0 or 0 not in self.evaluated_rounds:
             return {}
         before = {row.key: row for row in self._grades(0)}
         return {

@@ -71,13 +71,13 @@ def _table(reader: Reader, choice: Choice) -> CompletionTable:
     """The completions to choose from: held-out ones if asked for, and of round 0, which has no others."""
     recipe = reader.project.named
     if not (choice.held_out or choice.flipped or choice.round == 0):
-        rounds = reader.rollout_rounds()
+        rounds = reader.rollout_rounds
         number = max(rounds, default=None) if choice.round is None else choice.round
         if number in rounds:
             return reader.rollout(number)
         if choice.round is not None:
             raise RecipeError(f"round {choice.round}: nothing was sampled yet", hint=f"kdpipe run {recipe}")
-    rounds = reader.evaluated_rounds()
+    rounds = reader.evaluated_rounds
     number = max(rounds, default=None) if choice.round is None else choice.round
     if number is None or number not in rounds:
         which = "nothing" if number is None else f"student {number}: nothing"

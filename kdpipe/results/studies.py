@@ -134,14 +134,11 @@ class Forecast:
 
 def parse_arms(text: str) -> tuple[ArmName, ...]:
     """The arms named in `a,b,c`, each once, in that order; raises RecipeError."""
-    names = [name.strip() for name in text.split(",")]
-    found = []
-    for name in dict.fromkeys(names):
-        arm = next((arm for arm in ARMS if arm == name), None)
-        if arm is None:
+    names = dict.fromkeys(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in ARMS:
             raise RecipeError(f"--arms {text}: {name!r} is no arm", hint=f"arms: {', '.join(ARMS)}")
-        found.append(arm)
-    return tuple(found)
+    return tuple(arm for name in names for arm in ARMS if arm == name)
 
 
 def arm_runs(recipe: Recipe, arms: Sequence[ArmName], *, seeds: int) -> list[ArmRun]:

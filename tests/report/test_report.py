@@ -31,11 +31,11 @@ from typer.testing import CliRunner
 from kdpipe.cli.app import app
 from kdpipe.data.tables import SCORES, read_lists, read_scores, write_rows
 from kdpipe.pipeline.project import Project
+from kdpipe.report.charts import charts
 from kdpipe.report.figure import element
 from kdpipe.report.page import MAX_BYTES, embedded, render
-from kdpipe.report.stamp import is_current, stamp
 from kdpipe.report.tokens_data import UNITS, Titled, titled_completions, token_data
-from kdpipe.report.writing import renew_report, report_path, write_report
+from kdpipe.report.writing import is_current, renew_report, report_path, stamp, write_report
 from kdpipe.results.comparison import ComparisonRow, Contender, cells_of, compare, read_contender
 from kdpipe.results.measures import Measures
 from kdpipe.results.reader import Reader
@@ -174,13 +174,14 @@ def test_every_curve_has_the_values_of_its_metrics(project: Project, page: str) 
 
 
 def test_gradient_norms_are_those_of_the_optimizer_steps_of_a_round(project: Project) -> None:
-    found = Measures(project).over_optimizer_steps("train/grad_norm")
+    [chart] = [chart for chart in charts(Measures(project)) if chart.key == "gradient"]
+    first = chart.series[0].points[0]
     path = project.store.entry(project.plan.step("train@1")).folder / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     values = [row["value"] for row in rows if row["name"] == "train/grad_norm"]
     assert len(values) == 4
-    assert (found[1].low, found[1].high) == (min(values), max(values))
-    assert found[1].mean == pytest.approx(np.mean(values))
+    assert (first.round, first.low, first.high) == (1, min(values), max(values))
+    assert first.value == pytest.approx(np.mean(values))
 
 
 def test_tokens_of_a_stage_are_those_of_its_rows(project: Project) -> None:
