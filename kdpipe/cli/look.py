@@ -24,7 +24,6 @@ from kdpipe.results.visible_text import visible
 if TYPE_CHECKING:
     from kdpipe.cli.overview import Overview
     from kdpipe.cli.terminal import Paint
-    from kdpipe.pipeline.project import Project
 
 
 @on_recipe
@@ -47,45 +46,26 @@ def status(
 
         def look() -> tuple[list[str], bool]:
             now = overview(project)
-            return _status_lines(project, now, paint), now.running
+            return _status_lines(now, paint), now.running
 
         watch_lines(look)
     found = overview(project)
     if given.as_json:
-        print_json(_status_json(project, found))
+        print_json(found.to_json())
     elif not watch:
-        print("\n".join(_status_lines(project, found, paint)))
+        print("\n".join(_status_lines(found, paint)))
     if check_only and found.left:
         raise typer.Exit(6)
 
 
-def _status_json(project: "Project", found: "Overview") -> dict[str, object]:
-    from dataclasses import asdict
-
-    from kdpipe.pipeline.requirements import headrooms
-    from kdpipe.tracking import pending
-
-    return {
-        "run": project.run.name,
-        "running": found.running,
-        "rounds_done": found.rounds_done,
-        "rounds": project.recipe.rounds,
-        "steps_left": len(found.left),
-        "next": found.left[0].step.id if found.left else None,
-        "not_mirrored": pending(project.run.path) if project.recipe.tracking.enabled else 0,
-        "headroom": [asdict(headroom) for headroom in headrooms(project)],
-        **found.to_json(),
-    }
-
-
-def _status_lines(project: "Project", found: "Overview", paint: "Paint") -> list[str]:
+def _status_lines(found: "Overview", paint: "Paint") -> list[str]:
     from kdpipe.cli.display import round_line
     from kdpipe.cli.overview import grid_lines, progress_line
     from kdpipe.pipeline.project import round_metrics
     from kdpipe.pipeline.requirements import headrooms
     from kdpipe.tracking import waiting
 
-    states, left, rounds_done = found.states, found.left, found.rounds_done
+    project, states, left, rounds_done = found.project, found.states, found.left, found.rounds_done
     lines = [
         f"{project.run.name}: {'running' if found.running else 'not running'}",
         f"{len(states) - len(left)} of {len(states)} steps, {rounds_done} of {project.recipe.rounds} rounds done",

@@ -11,11 +11,13 @@ from typing import Literal
 from kdpipe.cli.terminal import COLUMNS, Paint, Style
 from kdpipe.pipeline.progress import Progress, duration, pace_words, read_progress
 from kdpipe.pipeline.project import Project
+from kdpipe.pipeline.requirements import headrooms
 from kdpipe.pipeline.runs import RunEvent
 from kdpipe.pipeline.status import State
 from kdpipe.results.visible_text import visible
 from kdpipe.store.locks import is_running
 from kdpipe.store.stage import Stage
+from kdpipe.tracking import pending
 
 Cell = Literal["done", "running", "stale", "to do", "damaged"]
 LAST_STEPS = 5  # of a stage, whose median is the estimate of the next one
@@ -32,6 +34,7 @@ MARKS: dict[Cell, tuple[str, Style]] = {
 class Overview:
     """The state of every step, whether the run is running, and the progress of the current step."""
 
+    project: Project
     states: tuple[State, ...]
     running: bool
     current: str | None
@@ -54,11 +57,20 @@ class Overview:
         return "running" if state.step.id == self.current else state.verdict
 
     def to_json(self) -> dict[str, object]:
-        """The grid by stage and round, and the progress of the running step."""
+        """The grid by stage and round, what is left, and the progress of the running step."""
         grid: dict[str, dict[str, str]] = {}
         for state in self.states:
             grid.setdefault(state.step.link_name, {})[str(state.step.round)] = self.cell(state)
+        recipe, run = self.project.recipe, self.project.run
         return {
+            "run": run.name,
+            "running": self.running,
+            "rounds_done": self.rounds_done,
+            "rounds": recipe.rounds,
+            "steps_left": len(self.left),
+            "next": self.left[0].step.id if self.left else None,
+            "not_mirrored": pending(run.path) if recipe.tracking.enabled else 0,
+            "headroom": [asdict(headroom) for headroom in headrooms(self.project)],
             "grid": grid,
             "current": self.current,
             "progress": None if self.progress is None else asdict(self.progress),
@@ -70,14 +82,15 @@ def overview(project: Project) -> Overview:
     """The overview of a run as it is now."""
     states = tuple(project.survey())
     if not is_running(project.run.path):
-        return Overview(states, False, None, None, None)
+        return Overview(project, states, False, None, None, None)
     events, progress = project.run.events(), read_progress(project.run.path)
     ends = ("step started", "step done", "step stopped")
     latest = next((event for event in reversed(events) if event.kind in ends), None)
     current = latest.step if latest is not None and latest.kind == "step started" else None
     if progress is not None and progress.step != current:
         progress = None
-    return Overview(states, True, current, progress, seconds_left(states, events, now=time.time()))
+    left = seconds_left(states, events, now=time.time())
+    return Overview(project, states, True, current, progress, left)
 
 
 def seconds_left(states: Sequence[State], events: Sequence[RunEvent], *, now: float) -> float | None:

@@ -26,8 +26,7 @@ def run(
         typer.Option(metavar="STEP", help="Perform a step again, as in rollout@3; repeatable."),
     ] = None,
     sweep: Annotated[
-        list[str] | None,
-        typer.Option(metavar="A.B=C,D", help="A run for each value; several make a grid."),
+        list[str] | None, typer.Option(metavar="A.B=C,D", help="A run for each value; several make a grid.")
     ] = None,
     trust: TrustOption = False,
 ) -> None:

@@ -32,9 +32,7 @@ def compare(
     runs: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN...",
-            help="Names of runs in the workspace, or recipes.",
-            autocompletion=recipe_names,
+            metavar="RUN...", help="Names of runs in the workspace, or recipes.", autocompletion=recipe_names
         ),
     ],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,

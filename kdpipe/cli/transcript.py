@@ -45,10 +45,7 @@ def transcript_lines(found: Samples, paint: Paint, *, coloured: bool) -> list[st
 
 def _sample_lines(sample: Sample, paint: Paint, *, coloured: bool) -> list[str]:
     completion = sample.completion
-    lines = [
-        *_heading(completion, paint),
-        *_wrapped(completion.question, paint("  | ", "dim")),
-    ]
+    lines = [*_heading(completion, paint), *_wrapped(completion.question, paint("  | ", "dim"))]
     is_scored = any(token.gap is not None for token in completion.tokens)
     if is_scored:
         lines += [paint(MARK, "dim") + line for line in _token_lines(completion.tokens, coloured=coloured)]

@@ -46,8 +46,8 @@ def charts(measures: Measures) -> list[Chart]:
 
 
 def _reverse_kl(measures: Measures) -> Chart:
-    evaluated = [(one.step.round, one.reverse_kl) for one in measures.evaluations if one.is_student]
-    held_out = [_bounded(number, found) for number, found in evaluated if found is not None]
+    students = [one for one in measures.evaluations if one.is_student]
+    held_out = [_bounded(one.step.round, found) for one in students if (found := one.reverse_kl)]
     series = [
         _line(measures, "score/reverse_kl_nats", label="training"),
         Series("held out", held_out, style=1, marked=True),

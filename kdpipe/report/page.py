@@ -236,11 +236,7 @@ def _readouts(drawn: Sequence[Chart]) -> dict[str, object]:
     """What the cursor says: for each chart its lines as [label, rounds, values as they are written]."""
     return {
         chart.key: [
-            [
-                series.label,
-                [point.round for point in kept],
-                [_shown_point(chart, point) for point in kept],
-            ]
+            [series.label, [point.round for point in kept], [_shown_point(chart, point) for point in kept]]
             for series in chart.series
             if (kept := thinned(series.points)) and not series.reference
         ]

@@ -34,7 +34,8 @@ from kdpipe.results.top_logprobs import KeptStates, open_states
 from kdpipe.store.stage import Stage
 from kdpipe.store.step import Step, step_id_of
 
-PLAIN = ("prompt_id", "sample", "question", "expected", "finish_reason", "text", "correct")
+KEY = ("prompt_id", "sample")
+PLAIN = (*KEY, "question", "expected", "finish_reason", "text", "correct")
 
 
 class Reader:
@@ -78,11 +79,10 @@ class Reader:
         schema = REVERSE_KL if len(self.project.recipe.teachers) == 1 else REVERSE_KL_OF_SEVERAL
         ids, prompts = _ids(path, schema), _ids(path, schema, "prompt_token_ids")
         known = {row.prompt_id: row for row in self._grades(number)}
+        keys = [(row["prompt_id"], row["sample"]) for row in read_rows(path, schema, columns=[*KEY])]
         rows = [
-            self._sampled_row(**row, completion=own, prompt=prompt, known=known.get(row["prompt_id"]))
-            for row, own, prompt in zip(
-                read_rows(path, schema, columns=["prompt_id", "sample"]), ids, prompts, strict=True
-            )
+            self._sampled_row(key, known.get(key[0]), completion=own.tolist(), prompt=prompt.tolist())
+            for key, own, prompt in zip(keys, ids, prompts, strict=True)
         ]
         student, teacher, scorable, divergence = (
             read_lists(path, schema, name)
@@ -161,28 +161,21 @@ class Reader:
         }
 
     def _sampled_row(
-        self,
-        *,
-        prompt_id: str,
-        sample: int,
-        completion: npt.NDArray[Any],
-        prompt: npt.NDArray[Any],
-        known: CompletionRow | None,
+        self, key: tuple[str, int], known: CompletionRow | None, *, completion: list[int], prompt: list[int]
     ) -> CompletionRow:
         """A held-out sample with what its table leaves out: question, text and grade of this very sample."""
         recipe = self.project.recipe
-        text = self.detokenizer.text(completion.tolist())
+        text = self.detokenizer.text(completion)
         for stop in recipe.rollout.stop:
             text = text.partition(stop)[0]
         headline = recipe.task.headline
         graded = None if known is None else grade(text, known.expected, headline=headline)
-        ended = self.detokenizer.of(completion[-1:].tolist())
+        ended = self.detokenizer.of(completion[-1:])
         is_full = len(completion) >= recipe.rollout.max_new_tokens
         return CompletionRow(
-            prompt_id=prompt_id,
-            sample=sample,
+            *key,
             source="student",
-            question=self.detokenizer.text(prompt.tolist()) if known is None else known.question,
+            question=self.detokenizer.text(prompt) if known is None else known.question,
             expected="" if known is None else known.expected,
             text=text,
             answer=getattr(graded, f"answer_{headline}", None),

@@ -47,6 +47,11 @@ def signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
+def interval_text(difference: Interval) -> str:
+    """A paired difference of shares, as it is told in sentences."""
+    return f"paired 95% interval {points(difference.low)} to {points(difference.high)}"
+
+
 def verdict(measures: Measures) -> Verdict:
     """Whether the student gained anything on held-out problems, and whether chance would explain it."""
     before, after = measures.before, measures.after
@@ -87,8 +92,7 @@ def _accuracy_sentences(
     yield (
         f"On the same {problems} held-out problems accuracy went from {percent(before.accuracy.estimate)} to "
         f"{percent(after.accuracy.estimate)} by round {after.step.round}: {points(change.estimate)} points, "
-        f"paired 95% interval {points(change.low)} to {points(change.high)}"
-        f"{after.p_text}; {chance}."
+        f"{interval_text(change)}{after.p_text}; {chance}."
     )
 
     if (flips := measures.flips(after, before)) is not None:
@@ -106,19 +110,15 @@ def _gap_sentence(measures: Measures, before: Evaluation, after: Evaluation) -> 
         return None
     closed = 1 - left.estimate / had.estimate
     if left.low > 0:
-        rest = f"the teacher is still {100 * left.estimate:.1f} points ahead ({_interval(left)})"
+        rest = f"the teacher is still {100 * left.estimate:.1f} points ahead ({interval_text(left)})"
     elif left.high < 0:
-        rest = f"the student is now ahead of the teacher ({_interval(left)})"
+        rest = f"the student is now ahead of the teacher ({interval_text(left)})"
     else:
-        rest = f"the teacher is not clearly ahead any more ({_interval(left)})"
+        rest = f"the teacher is not clearly ahead any more ({interval_text(left)})"
     share = (
         f"That closes {closed:.0%} of the gap to the teacher" if 0 < closed <= 1 else "Against the teacher"
     )
     return f"{share}: {rest}."
-
-
-def _interval(difference: Interval) -> str:
-    return f"paired 95% interval {points(difference.low)} to {points(difference.high)}"
 
 
 def _divergence_sentence(after: Evaluation) -> str | None:

@@ -13,7 +13,7 @@ from kdpipe.pipeline.requirements import headroom_of
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import Recipe
 from kdpipe.results.evaluations import Summary
-from kdpipe.results.verdict import effect, nats, percent, points, signed
+from kdpipe.results.verdict import effect, interval_text, nats, percent, points, signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,7 @@ class Findings:
             summary = self.after.summary
             found["student.after"] = f"{_accuracy(self.after)}, round {summary['round']}"
             if (change := self.after.accuracy_change) is not None:
-                interval = f"paired 95% interval {points(change.low)} to {points(change.high)}"
-                gain = f"{points(change.estimate)} points ({interval}{self.after.p_text})"
+                gain = f"{points(change.estimate)} points ({interval_text(change)}{self.after.p_text})"
                 found["student.gain"] = f"{gain} on {summary['problems']} problems"
                 found["result"] = effect(change, self.after.reverse_kl_change)[1]
         for teacher in recipe.teachers:
