@@ -108,9 +108,6 @@ def _kept_bytes(recipe: "Recipe") -> list[str]:
     ]
 
 
-# -------------------------------------------------------------------------------------------- its lines
-
-
 def plan_lines(run: str, states: "Sequence[State]", *, horizon: str, paint: Paint) -> list[str]:
     """The plan, a line a step; rounds that repeat the one before share a line."""
     todo = sum(not state.done for state in states)

@@ -88,9 +88,6 @@ def _mismatch_line(sample: Sample) -> str:
     return f"sampler minus trainer: mean {mean:+.1e}, at most {most:.1e} nats; controls act on {tokens}"
 
 
-# ------------------------------------------------------------------------------------------------ tokens
-
-
 def _token_lines(tokens: Sequence[Token], *, coloured: bool) -> Iterator[str]:
     """The text of the tokens, broken between them where a line is full, and where they hold newlines."""
     width = COLUMNS - len(MARK)

@@ -77,14 +77,8 @@ def _template() -> Template:
         finalize=lambda value: value if isinstance(value, Markup) else visible(str(value)),
         loader=PackageLoader("kdpipe.report", ""),
     )
-    environment.filters |= {
-        "duration": duration,
-        "embedded": embedded,
-        "nats": nats,
-        "percent": percent,
-        "points": points,
-        "signed": signed,
-    }
+    filters = (duration, embedded, nats, percent, points, signed)
+    environment.filters |= {function.__name__: function for function in filters}
     style, script = _resource("style.css"), _resource("script.js")
     own = {
         "HEADER": HEADER,
@@ -168,15 +162,8 @@ def _mismatch(measures: Measures) -> list[tuple[str, ...]]:
         return []
     shown = {"first": min(most), "worst": max(most, key=lambda number: most[number]), "last": max(most)}
     return [
-        (
-            name,
-            str(number),
-            power(mean[number], sign="+"),
-            power(p99[number]),
-            power(most[number]),
-            percent(acted[number]),
-        )
-        for name, number in shown.items()
+        (name, str(at), power(mean[at], sign="+"), power(p99[at]), power(most[at]), percent(acted[at]))
+        for name, at in shown.items()
     ]
 
 

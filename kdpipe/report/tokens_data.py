@@ -22,9 +22,6 @@ Numbered: TypeAlias = "dict[tuple[str, str], int]"
 """The text and kind of each token with its number in the document, so that each text stands there once."""
 
 
-# --------------------------------------------------------------------------------- which completions
-
-
 @dataclass(frozen=True, slots=True)
 class Titled:
     """Completions with what the page says of them."""
@@ -67,9 +64,6 @@ def _titled(completions: CompletionTable) -> Titled:
             note = f"What student {number - 1} sampled, and student {number} was trained on."
             note += "" if completions.is_scored else " No teacher scored it."
     return Titled(f"{completions.kind}-{number}", title, note, completions)
-
-
-# ----------------------------------------------------------------------------------------- the document
 
 
 def token_data(sets: Sequence[Titled], *, max_bytes: int) -> dict[str, object]:

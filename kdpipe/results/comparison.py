@@ -155,8 +155,7 @@ def _accuracy(group: Sequence[Contender]) -> Interval:
 
 def _difference(group: Sequence[Contender], first: Sequence[Contender]) -> tuple[Interval, bool]:
     mine, theirs = _matrix(group), _matrix(first)
-    same = mine is not None and theirs is not None and group[0].correct.keys() == first[0].correct.keys()
-    if not same or mine is None or theirs is None:
+    if mine is None or theirs is None or group[0].correct.keys() != first[0].correct.keys():
         return statistics.unpaired_difference(_accuracy(group), _accuracy(first)), False
     seeds = [one.seed for one in group], [one.seed for one in first]
     if len(group) == len(first) == 1:
