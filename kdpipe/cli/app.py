@@ -32,8 +32,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: rich would double the time that --help takes
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
-    help="On-policy knowledge distillation of language models, one resumable step at a time.\n\n"
-    "Example: kdpipe run quickstart",
 )
 
 COMMANDS = (
@@ -77,16 +75,12 @@ def reported(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
                 command(*args, **kwargs)
             finally:
                 sys.stdout.flush()
-        except KdpipeError as error:
-            print_error(error)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:  # before the run took over the signals
-            print_error(Interrupted(signal.SIGINT, "before anything began"))
-            raise typer.Exit(130) from None
         except BrokenPipeError:  # the reader of our output went away, as `| head` does
             raise typer.Exit(128 + signal.SIGPIPE) from None
-        except OSError as error:
-            told = refusal(error)
+        except (KdpipeError, KeyboardInterrupt, OSError) as error:
+            told = refusal(error) if isinstance(error, OSError) else error
+            if not isinstance(told, KdpipeError):  # Ctrl-C before the run took over the signals
+                told = Interrupted(signal.SIGINT, "before anything began")
             print_error(told)
             raise typer.Exit(told.exit_code) from None
 
@@ -101,7 +95,7 @@ def version(
 ) -> None:
     """On-policy knowledge distillation of language models, one resumable step at a time.
 
-    Example: kdpipe run recipes/quickstart.yaml
+    Example: kdpipe run quickstart
     """
     if show:
         print(f"kdpipe {__version__}")

@@ -37,7 +37,6 @@ class Terminal:
         self._said = 0.0
 
     def begin(self, run: RunFolder, todo: int, reused: int) -> None:
-        """Prints how many steps will run."""
         done = f", {reused} done already" if reused else ""
         self._say(f"{self._paint(run.name, 'bold')}: {counted(todo, 'step')} to do{done}")
 
@@ -76,7 +75,6 @@ class Terminal:
         self._say(round_line(number, rounds, metrics))
 
     def note(self, message: str) -> None:
-        """Prints a line."""
         self._say(visible(message))
 
     def warn(self, message: str) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -19,11 +19,6 @@ from kdpipe.cli.parameters import (
 from kdpipe.cli.terminal import painter, print_json, shown
 from kdpipe.errors import PreflightError, RecipeError
 from kdpipe.recipe.place import place_of
-from kdpipe.results.visible_text import visible
-
-if TYPE_CHECKING:
-    from kdpipe.cli.overview import Overview
-    from kdpipe.cli.terminal import Paint
 
 
 @on_recipe
@@ -36,7 +31,7 @@ def status(
 
     Example: kdpipe status recipes/quickstart.yaml --watch
     """
-    from kdpipe.cli.overview import overview
+    from kdpipe.cli.overview import overview, status_lines
     from kdpipe.cli.terminal import watch_lines
 
     project, paint = given.open(), painter(sys.stdout)
@@ -46,42 +41,16 @@ def status(
 
         def look() -> tuple[list[str], bool]:
             now = overview(project)
-            return _status_lines(now, paint), now.running
+            return status_lines(now, paint), now.running
 
         watch_lines(look)
     found = overview(project)
     if given.as_json:
         print_json(found.to_json())
     elif not watch:
-        print("\n".join(_status_lines(found, paint)))
+        print("\n".join(status_lines(found, paint)))
     if check_only and found.left:
         raise typer.Exit(6)
-
-
-def _status_lines(found: "Overview", paint: "Paint") -> list[str]:
-    from kdpipe.cli.display import round_line
-    from kdpipe.cli.overview import grid_lines, progress_line
-    from kdpipe.pipeline.project import round_metrics
-    from kdpipe.pipeline.requirements import headrooms
-    from kdpipe.tracking import waiting
-
-    project, states, left, rounds_done = found.project, found.states, found.left, found.rounds_done
-    lines = [
-        f"{project.run.name}: {'running' if found.running else 'not running'}",
-        f"{len(states) - len(left)} of {len(states)} steps, {rounds_done} of {project.recipe.rounds} rounds done",
-        *grid_lines(found, paint),
-    ]
-    if rounds_done:
-        metrics = round_metrics(project, rounds_done)
-        lines.append(round_line(rounds_done, project.recipe.rounds, metrics))
-    lines += [f"teacher {one.teacher}: {visible(one.sentence())}" for one in headrooms(project)]
-    if found.running:
-        lines.append(progress_line(found))
-    elif left:
-        lines.append(f"next: {left[0].step.id}{'; ' + visible(left[0].why) if left[0].why else ''}")
-    if not found.running and project.recipe.tracking.enabled:
-        lines += map(visible, waiting(project.run.path))
-    return lines
 
 
 @on_recipe

@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from kdpipe.cli.display import round_line
 from kdpipe.cli.terminal import COLUMNS, Paint, Style
 from kdpipe.pipeline.progress import Progress, duration, pace_words, read_progress
-from kdpipe.pipeline.project import Project
+from kdpipe.pipeline.project import Project, round_metrics
 from kdpipe.pipeline.requirements import headrooms
 from kdpipe.pipeline.runs import RunEvent
 from kdpipe.pipeline.status import State
 from kdpipe.results.visible_text import visible
 from kdpipe.store.locks import is_running
 from kdpipe.store.stage import Stage
-from kdpipe.tracking import pending
+from kdpipe.tracking import pending, waiting
 
 Cell = Literal["done", "running", "stale", "to do", "damaged"]
 LAST_STEPS = 5  # of a stage, whose median is the estimate of the next one
@@ -43,7 +44,6 @@ class Overview:
 
     @property
     def left(self) -> list[State]:
-        """The steps that are not done."""
         return [state for state in self.states if not state.done]
 
     @property
@@ -53,7 +53,6 @@ class Overview:
         return max((step.round for step in done if step.stage == Stage.TRAIN), default=0)
 
     def cell(self, state: State) -> Cell:
-        """What the grid shows of a step."""
         return "running" if state.step.id == self.current else state.verdict
 
     def to_json(self) -> dict[str, object]:
@@ -91,6 +90,27 @@ def overview(project: Project) -> Overview:
         progress = None
     left = seconds_left(states, events, now=time.time())
     return Overview(project, states, True, current, progress, left)
+
+
+def status_lines(found: Overview, paint: Paint) -> list[str]:
+    """How far the run is, the line of its last round, and what comes next."""
+    project, states, left, rounds_done = found.project, found.states, found.left, found.rounds_done
+    lines = [
+        f"{project.run.name}: {'running' if found.running else 'not running'}",
+        f"{len(states) - len(left)} of {len(states)} steps, {rounds_done} of {project.recipe.rounds} rounds done",
+        *grid_lines(found, paint),
+    ]
+    if rounds_done:
+        metrics = round_metrics(project, rounds_done)
+        lines.append(round_line(rounds_done, project.recipe.rounds, metrics))
+    lines += [f"teacher {one.teacher}: {visible(one.sentence())}" for one in headrooms(project)]
+    if found.running:
+        lines.append(progress_line(found))
+    elif left:
+        lines.append(f"next: {left[0].step.id}{'; ' + visible(left[0].why) if left[0].why else ''}")
+    if not found.running and project.recipe.tracking.enabled:
+        lines += map(visible, waiting(project.run.path))
+    return lines
 
 
 def seconds_left(states: Sequence[State], events: Sequence[RunEvent], *, now: float) -> float | None:

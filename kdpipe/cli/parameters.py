@@ -79,7 +79,6 @@ class Given(NamedTuple):  # a dataclass would take a hundredth of what `kdpipe -
         return workspace_at(self.workspace)
 
     def varied(self, changes: Iterable[str]) -> "Given":
-        """The same with further changes to the recipe."""
         return self._replace(overrides=(*self.overrides, *changes))
 
     def load(self) -> "LoadedRecipe":

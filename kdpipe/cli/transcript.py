@@ -124,17 +124,16 @@ def _shaded(text: str, gap: float | None) -> str:
 
 def _disagreements(tokens: Sequence[Token], paint: Paint) -> list[str]:
     """The tokens of largest disagreement, with their numbers and what the teacher would have said."""
-    gaps = [(abs(gap), index) for index, token in enumerate(tokens) if (gap := token.gap) is not None]
-    notable = sorted((one for one in gaps if one[0] >= NOTABLE_NATS), reverse=True)[:MOST]
-    mean = sum(token.gap or 0.0 for token in tokens) / max(1, len(gaps))
+    gaps = {index: gap for index, token in enumerate(tokens) if (gap := token.gap) is not None}
+    notable = sorted(gaps, key=lambda index: (abs(gaps[index]), index), reverse=True)[:MOST]
+    mean = sum(gaps.values()) / max(1, len(gaps))
     lines = [paint(f"  reverse KL {mean:+.3f} nats a token, mean of {len(gaps)}", "dim")]
-    for _, index in sorted(notable, key=lambda one: one[1]):
+    for index in sorted(index for index in notable if abs(gaps[index]) >= NOTABLE_NATS):
         token = tokens[index]
-        assert token.gap is not None
         assert token.student is not None
         assert token.teacher is not None
         shown = (
-            f"{index:>5}  {_quoted(token.piece.text):<14} {token.gap:+8.3f} nats  "
+            f"{index:>5}  {_quoted(token.piece.text):<14} {gaps[index]:+8.3f} nats  "
             f"{_chance(token.student)} against {_chance(token.teacher)}"
         )
         others = [

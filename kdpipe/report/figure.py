@@ -84,7 +84,6 @@ class Chart:
 
     @property
     def caption(self) -> str:
-        """What its numbers are."""
         return self.unit + (f"; {self.bands}" if self.bands else "")
 
 

@@ -111,7 +111,6 @@ class CompletionTable:
 
     @property
     def is_scored(self) -> bool:
-        """Whether a teacher scored any of it."""
         return any(values is not None for values in self.columns.teacher)
 
     def worst(self, index: int) -> float:
@@ -128,7 +127,6 @@ class CompletionTable:
         return change is not None and change.was_right != change.is_right
 
     def completion(self, index: int) -> GradedCompletion:
-        """A row with its tokens."""
         score = self.scores.get(index)
         return GradedCompletion(
             **asdict(self.rows[index]),

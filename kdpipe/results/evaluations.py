@@ -99,7 +99,6 @@ class Evaluated:
 
     @property
     def teachers(self) -> list[Evaluation]:
-        """Those of the teachers."""
         return [one for one in self.evaluations if not one.is_student]
 
     @property

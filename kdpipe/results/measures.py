@@ -93,7 +93,6 @@ class Measures(Evaluated):
         return [a[key] for key in shared], [b[key] for key in shared]
 
     def _fractions(self, evaluation: Evaluation) -> dict[str, float]:
-        """The fraction of right samples of each problem."""
         known, name = self._known_fractions, evaluation.step.id
         if name not in known:
             known[name], _ = right_fractions(self.project.store.entry(evaluation.step))

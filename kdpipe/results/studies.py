@@ -59,7 +59,6 @@ class Study:
         return self.path.name
 
     def event(self, kind: str, **fields: JsonValue) -> None:
-        """Notes one event with the time."""
         RunFolder(self.path).event(kind, **fields)
 
     def comparison(self) -> dict[str, JsonValue] | None:
