@@ -9,14 +9,15 @@ import torch
 
 from kdpipe.data.rows import Problem
 from kdpipe.doctor.engine import TOLERANCES, Forward, Logprobs, Tolerance
+from kdpipe.doctor.estimate import Estimate, Sized, estimate
 from kdpipe.doctor.finding import Outcome
 from kdpipe.engines.handle import ModelHandle
 from kdpipe.errors import EngineError
 from kdpipe.models.devices import dtype_name, resolve_dtype
-from kdpipe.models.reference import Pair, plain_logprobs
+from kdpipe.models.reference import Pair, adapter_parameters, plain_logprobs, shape_of
 from kdpipe.models.source import ModelSource
 from kdpipe.pipeline.request import Depth
-from kdpipe.recipe.schema import Recipe, Teacher
+from kdpipe.recipe.schema import Recipe, SelfTeacher, Teacher
 from kdpipe.stages.job import Job
 
 PROMPTS: dict[Depth, int] = {"full": 8, "quick": 4, "servers": 2}
@@ -75,6 +76,24 @@ class Case:
         """Lets an engine with memory of its own free it for a forward pass made elsewhere on the same GPU."""
         if self.device.type == "cuda" and model.engine_name not in ("hf", "server"):
             model.open_engine().sleep()
+
+    def sizes(self) -> Estimate:
+        """The estimate of the recipe, from the configs of its models and the length of its prompts."""
+        recipe, text, source = self.recipe, self.student.text, self.student.source
+        prompts = [text.prompt(problem) for problem in self.job.train[:LONGEST]]
+        lora = recipe.student.lora
+        adapter = 0 if lora is None else adapter_parameters(source.folder, lora)
+        student = self._sized(self.student, adapter=adapter)
+        teachers: dict[str, Sized | None] = {}
+        for settings, model in self.teachers:
+            is_student = isinstance(settings, SelfTeacher)
+            teachers[model.name] = student if is_student else None if model.is_served else self._sized(model)
+        mean = sum(map(len, prompts)) / len(prompts)
+        return estimate(recipe, student, teachers, prompt_tokens=round(mean))
+
+    def _sized(self, model: ModelHandle, *, adapter: int = 0) -> Sized:
+        shape = shape_of(model.source.folder, trust_remote_code=model.source.trust_remote_code)
+        return Sized(model.name, shape, dtype_name(self.dtype(model)), adapter)
 
 
 def longest_problems(job: Job) -> list[Problem]:

@@ -11,7 +11,7 @@ import torch
 from kdpipe.data.rows import Problem
 from kdpipe.doctor import engine as engines
 from kdpipe.doctor import text as texts
-from kdpipe.doctor.case import NEW_TOKENS, context_of, longest_problems, sizes_of
+from kdpipe.doctor.case import NEW_TOKENS, Case, context_of, longest_problems, sizes_of
 from kdpipe.doctor.engine import Scorer
 from kdpipe.doctor.finding import Finding, Outcome, found, skipped
 from kdpipe.doctor.student import ExaminedStudent
@@ -212,3 +212,15 @@ class ExaminedTeacher:
                 both = zip(self.problems, pairs, strict=False)
                 own = [(text.prompt(problem), completion) for problem, (_, completion) in both]
         return engines.knows_the_task(self._scorer(), pairs, own if own != pairs else None)
+
+
+def examine(case: Case) -> list[Finding]:
+    """The findings on the student and on each teacher, in the order in which they are reported."""
+    student = ExaminedStudent(case)
+    findings = [] if case.depth == "servers" else list(student.findings())
+    for settings, model in case.teachers:
+        findings += ExaminedTeacher(settings, model, student).findings()
+    if case.device.type == "cuda":
+        del student  # and with it the trainer's copy
+        torch.cuda.empty_cache()
+    return findings

@@ -13,8 +13,8 @@ from kdpipe.data.rows import Problem
 from kdpipe.data.tasks.arithmetic import words
 from kdpipe.doctor.case import Case
 from kdpipe.doctor.estimate import ESTIMATE
-from kdpipe.doctor.examine import examine, sizes
 from kdpipe.doctor.finding import FINDINGS
+from kdpipe.doctor.teacher import examine
 from kdpipe.errors import KdpipeError
 from kdpipe.execution.inputs import Inputs
 from kdpipe.execution.roles import Roles
@@ -73,7 +73,7 @@ class Probe:
             if depth != "full":
                 return Examined(findings)
             try:
-                return Examined(findings, ESTIMATE.dump_python(sizes(case), mode="json"))
+                return Examined(findings, ESTIMATE.dump_python(case.sizes(), mode="json"))
             except KdpipeError as error:  # the findings are not lost with it
                 return Examined(findings, {"problem": error.message})
 

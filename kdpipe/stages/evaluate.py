@@ -4,8 +4,6 @@ Reverse KL is estimated twice from the same completions: by the sampled tokens, 
 engine gives hidden states by KL(student‖teacher) of the two whole distributions at each position. Both have
 the same expectation (given a prefix, the second is the mean of the first), the second much less variance.
 
-With several teachers it is measured against each problem's own one, or against their mixture.
-
 Seeds leave the round out and the subset leaves the seed out, so that any two evaluations of one recipe are
 paired problem by problem. The unit of every interval is the problem.
 """
@@ -13,19 +11,17 @@ paired problem by problem. The unit of every interval is the problem.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
 from pydantic import JsonValue
 
 from kdpipe.data.payload import GRADES_FILE, REVERSE_KL_FILE, SUMMARY_FILE
-from kdpipe.data.rows import Problem
+from kdpipe.data.rows import Problem, Rollout
 from kdpipe.data.seeds import permutation
 from kdpipe.data.tables import GRADES, REVERSE_KL, REVERSE_KL_OF_SEVERAL, TableRow, read_rows
 from kdpipe.data.tasks.answers import grade, parse_number
 from kdpipe.engines.handle import ModelHandle
-from kdpipe.engines.protocol import Completion
 from kdpipe.errors import DataError
 from kdpipe.method import statistics
 from kdpipe.method.interval import Interval
@@ -61,10 +57,10 @@ def evaluate(settings: EvaluateSettings, job: Job, context: Context) -> None:
     if baseline is not None:
         summary |= _accuracy_change(grades, read_rows(baseline / GRADES_FILE, GRADES))
     if against:
-        rows = _reverse_kl_rows(settings, job, model, against, first_part=free)
+        schema = REVERSE_KL if len(against) == 1 else REVERSE_KL_OF_SEVERAL
+        rows = _reverse_kl_rows(settings, job, model, against, schema=schema, first_part=free)
         summary |= _reverse_kl(rows)
         if baseline is not None:
-            schema = _reverse_kl_schema(against)
             summary |= _reverse_kl(rows, read_rows(baseline / REVERSE_KL_FILE, schema))
     job.draft.write_json(SUMMARY_FILE, summary)
     for metric, value in summary.items():
@@ -98,32 +94,12 @@ def _grades(
     sampling, problems = sampling_of(settings.evaluate, model.text), _graded_problems(settings, job.test)
     grader = Grader(model.text, settings.evaluate.stop, settings.task.headline)
 
-    def build(problems: Sequence[Problem]) -> Rows:
-        return [
-            _grade_row(grader, *sampled)
-            for sampled in sample(job, model, problems, prompt, sampling, settings.samples, STAGE, "grade")
-        ]
+    def build(problems: Sequence[Problem]) -> list[Rollout]:
+        drawn = sample(job, model, problems, prompt, sampling, settings.samples, STAGE, "grade")
+        return [grader.sampled(*one) for one in drawn]
 
     free = job.in_parts(GRADES_FILE, problems, rows_per_item=settings.samples, build=build, schema=GRADES)
     return read_rows(job.draft.folder / GRADES_FILE, GRADES), free
-
-
-def _grade_row(
-    grader: Grader, problem: Problem, number: int, prompt_ids: list[int], completion: Completion
-) -> TableRow:
-    string, graded = grader.read(problem, completion.token_ids)
-    return {
-        "prompt_id": problem.prompt_id,
-        "sample": number,
-        "question": problem.question,
-        "expected": problem.expected,
-        "text": string,
-        **asdict(graded),
-        "prompt_token_ids": prompt_ids,
-        "completion_token_ids": completion.token_ids,
-        "sampler_logprobs": completion.logprobs,
-        "finish_reason": completion.finish_reason,
-    }
 
 
 def _accuracy(settings: EvaluateSettings, grades: Rows) -> dict[str, JsonValue]:
@@ -199,6 +175,7 @@ def _reverse_kl_rows(
     model: ModelHandle,
     against: Sequence[TeacherHandle],
     *,
+    schema: pa.Schema,
     first_part: int,
 ) -> Rows:
     """Held-out prompts sampled at the rollout temperature, scored by the teachers after their own prompts."""
@@ -225,13 +202,8 @@ def _reverse_kl_rows(
         ]
 
     problems = subset(job.test, settings.reverse_kl_problems)
-    name, schema = REVERSE_KL_FILE, _reverse_kl_schema(against)
-    job.in_parts(name, problems, rows_per_item=1, build=build, schema=schema, first=first_part)
-    return read_rows(job.draft.folder / name, schema)
-
-
-def _reverse_kl_schema(against: Sequence[TeacherHandle]) -> pa.Schema:
-    return REVERSE_KL if len(against) == 1 else REVERSE_KL_OF_SEVERAL
+    job.in_parts(REVERSE_KL_FILE, problems, rows_per_item=1, build=build, schema=schema, first=first_part)
+    return read_rows(job.draft.folder / REVERSE_KL_FILE, schema)
 
 
 def _totals(rows: Rows) -> tuple[list[float], list[float]]:

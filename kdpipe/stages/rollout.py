@@ -41,19 +41,9 @@ def rollout(settings: RolloutSettings | TextSettings, job: Job, context: Context
     def build(problems: Sequence[Problem]) -> list[Rollout]:
         own: dict[str, list[Rollout]] = {}
         asked = [problem for problem in problems if problem.prompt_id in sampled]
-        for problem, number, prompt, completion in sample(
-            job, student, asked, student.text.prompt, sampling, section.samples, *purpose
-        ):
-            row = grader.row(
-                problem,
-                prompt,
-                completion.token_ids,
-                source="student",
-                sample=number,
-                logprobs=completion.logprobs,
-                finish_reason=completion.finish_reason,
-            )
-            own.setdefault(problem.prompt_id, []).append(row)
+        for one in sample(job, student, asked, student.text.prompt, sampling, section.samples, *purpose):
+            row = grader.sampled(*one)
+            own.setdefault(row.prompt_id, []).append(row)
         return [
             row
             for problem in problems

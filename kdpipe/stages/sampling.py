@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeAlias
 
-from kdpipe.data.rows import FinishReason, Graded, Problem, Rollout, Source
+from kdpipe.data.rows import FinishReason, Problem, Rollout, Source
 from kdpipe.data.seeds import chosen_ids, derive_seed, round_indices
 from kdpipe.data.tasks.answers import grade
 from kdpipe.engines.handle import ModelHandle
@@ -114,9 +114,13 @@ class Grader:
     stop: Sequence[str]
     headline: Headline
 
-    def read(self, problem: Problem, token_ids: Sequence[int]) -> tuple[str, Graded]:
-        string = self.text.completion(token_ids, stop=self.stop)
-        return string, grade(string, problem.expected, headline=self.headline)
+    def sampled(self, problem: Problem, number: int, prompt: list[int], completion: Completion) -> Rollout:
+        """The row of what the model samples for itself."""
+        own, reason = completion.logprobs, completion.finish_reason
+        ids = completion.token_ids
+        return self.row(
+            problem, prompt, ids, source="student", sample=number, logprobs=own, finish_reason=reason
+        )
 
     def row(
         self,
@@ -129,7 +133,8 @@ class Grader:
         logprobs: list[float] | None = None,
         finish_reason: FinishReason = "stop",
     ) -> Rollout:
-        string, graded = self.read(problem, ids)
+        string = self.text.completion(ids, stop=self.stop)
+        graded = grade(string, problem.expected, headline=self.headline)
         return Rollout(
             prompt_id=problem.prompt_id,
             sample=sample,

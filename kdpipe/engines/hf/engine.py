@@ -110,6 +110,7 @@ class HfEngine:
             hidden_NH = hidden_states(model, batch)
             scored = [token for request in asked for token in request.scored_ids]
             given = [request.support_ids for request in asked if request.support_ids is not None]
+            supports = torch.from_numpy(np.concatenate(given)).to(self._models.device) if given else None
             scores = score_tokens(
                 hidden_NH,
                 head,
@@ -117,9 +118,7 @@ class HfEngine:
                 temperature=scoring.temperature,
                 top_k=scoring.top_k,
                 chunk=self._runtime.head_chunk_tokens,
-                support_ids_NS=torch.from_numpy(np.concatenate(given)).to(self._models.device)
-                if given
-                else None,
+                support_ids_NS=supports,
             )
             kept_NH = hidden_NH if scoring.hidden else None
             results |= zip(indexes, _split(scores, kept_NH, batch.counts, indexes), strict=True)

@@ -80,18 +80,16 @@ class TextSettings:
     @classmethod
     def of(cls, recipe: Recipe, number: int, teacher: Teacher) -> TextSettings:
         """The settings of round `number`; 0 is the student's cold start."""
-        sft, rollout = recipe.student.sft, recipe.rollout
+        sft, rollout = recipe.student.sft if number == 0 else None, recipe.rollout
         settings = TeacherSettings.of(recipe, teacher, rollout.engine)
-        heat = settings.temperature
-        if number == 0 and sft is not None:
-            heat = sft.temperature
+        heat = sft.temperature if sft else settings.temperature
         return cls(
             task=TaskSettings.of(recipe.task),
             teacher=settings,
             student=ModelSettings.of(recipe.student),
             rollout=DrawSettings.of(rollout, temperature=heat),
-            samples=sft.samples if number == 0 and sft is not None else 1,
-            problems=sft.problems if number == 0 and sft is not None else None,
+            samples=sft.samples if sft else 1,
+            problems=sft.problems if sft else None,
             prompts=PromptSettings.of(rollout) if number else None,
         )
 
