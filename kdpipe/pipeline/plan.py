@@ -160,8 +160,8 @@ class _Planner:
         if recipe.rollout.off_policy_text == "teacher":
             self._texts(number)
             inputs |= self._text_inputs(number)
-        seed, named = self._seed(recipe.rollout.seed), self._named_student(inputs)
-        self._add(Stage.ROLLOUT, number, "", seed, named, inputs, split="train")
+        named = self._named_student(inputs)
+        self._add(Stage.ROLLOUT, number, "", named, inputs, seed=recipe.rollout.seed, split="train")
         for teacher in recipe.teachers if recipe.train.objective.in_round(number).has_kd else ():
             self._teacher_score(number, teacher)
         self._train(number)
@@ -174,8 +174,8 @@ class _Planner:
         if not model.has_cold_start:
             return
         identity = {f"{STUDENT if name == STUDENT else 'teacher'}.model": self._identity(name)}
-        seed = self._seed(model.sft.seed if model.sft is not None else None)
-        self._add(Stage.SFT, 0, name, seed, identity, inputs or {}, split="train")
+        seed = None if model.sft is None else model.sft.seed
+        self._add(Stage.SFT, 0, name, identity, inputs or {}, seed=seed, split="train")
 
     def _texts(self, number: int) -> None:
         """What each teacher writes: for the student's cold start, or where it does not sample in a round."""
@@ -185,8 +185,8 @@ class _Planner:
                 **self._named_teacher(teacher, inputs),
                 f"{STUDENT}.model": self._identity(STUDENT),  # whose prompt is answered, in its ids
             }
-            seed = self._seed(self.recipe.rollout.seed)
-            self._add(Stage.ROLLOUT, number, teacher.name, seed, named, inputs, split="train")
+            seed = self.recipe.rollout.seed
+            self._add(Stage.ROLLOUT, number, teacher.name, named, inputs, seed=seed, split="train")
 
     def _teacher_score(self, number: int, teacher: Teacher) -> None:
         recipe = self.recipe
@@ -198,7 +198,7 @@ class _Planner:
             inputs |= sampler
         reads_records = teacher.prompt is not None or teacher.only is not None
         split, subject = "train" if reads_records else None, teacher_role(recipe, teacher).name
-        self._add(Stage.TEACHER_SCORE, number, subject, recipe.seed, named, inputs | model, split=split)
+        self._add(Stage.TEACHER_SCORE, number, subject, named, inputs | model, split=split)
 
     def _train(self, number: int) -> None:
         recipe = self.recipe
@@ -211,7 +211,7 @@ class _Planner:
                 inputs |= self._teacher(teacher, number - 1)
         if recipe.ema_decay is not None and number > 1:
             inputs[EMA_ROLE] = _input(Stage.TRAIN, number - 1, opens=("ema",))
-        self._add(Stage.TRAIN, number, "", self._seed(recipe.train.seed), named, inputs)
+        self._add(Stage.TRAIN, number, "", named, inputs, seed=recipe.train.seed)
 
     def _evaluate_student(self, number: int) -> None:
         section, inputs = self.recipe.evaluate, self._student(number)
@@ -222,14 +222,14 @@ class _Planner:
             inputs |= found
         if number > 0:
             inputs[BASELINE_ROLE] = _input(Stage.EVALUATE, 0, STUDENT)
-        self._add(Stage.EVALUATE, number, STUDENT, self._seed(section.seed), named, inputs, split="test")
+        self._add(Stage.EVALUATE, number, STUDENT, named, inputs, seed=section.seed, split="test")
 
     def _evaluate_teacher(self, teacher: Teacher) -> None:
         inputs = self._teacher(teacher, 0)
         named = self._named_teacher(teacher, inputs)
         inputs[BASELINE_ROLE] = _input(Stage.EVALUATE, 0, STUDENT)
-        seed = self._seed(self.recipe.evaluate.seed)
-        self._add(Stage.EVALUATE, 0, teacher.name, seed, named, inputs, split="test")
+        seed = self.recipe.evaluate.seed
+        self._add(Stage.EVALUATE, 0, teacher.name, named, inputs, seed=seed, split="test")
 
     # models and texts that steps made
 
@@ -300,23 +300,24 @@ class _Planner:
         # A split in several files has a key for each: train/0, train/1.
         return {name: found[name] for name in sorted(found) if name.partition("/")[0] in splits}
 
-    def _seed(self, own: int | None) -> int:
-        return self.recipe.seed if own is None else own
-
     def _add(
         self,
         stage: Stage,
         number: int,
         subject: str,
-        seed: int,
         named: Fields,
         inputs: Inputs,
         *,
+        seed: int | None = None,
         split: str | None = None,
     ) -> None:
-        """Adds a step; `named` are the models that no step made, and `split` is of the data that it reads."""
+        """Adds a step; `named` are the models that no step made, and `split` is of the data that it reads.
+
+        Without a `seed` of its section it has the recipe's.
+        """
         settings = settings_of(self.recipe, stage, number, subject=subject)
         data: Fields = {} if split is None else {"task.data": self._data(split)}
+        seed = self.recipe.seed if seed is None else seed
         step_id = step_id_of(stage, subject, number)
         hashed: Fields = {
             "stage": stage,

@@ -64,9 +64,8 @@ class Holdings:
         for kind, count in counts.items():
             for number in self._newest(kind, count):
                 kept[number].add(kind)
-        for number in self._evaluated():
-            if number in kept:
-                kept[number].add("model")
+        for number in self._evaluated() & kept.keys():
+            kept[number].add("model")
         return kept
 
     def _newest(self, kind: str, count: int) -> Iterator[int]:
@@ -119,7 +118,12 @@ class Retention:
         """Takes in a step that was performed, and drops what it makes dispensable; all of the step is durable."""
         if self.note(step, entry):
             for folder, kind in self.droppable():
-                self._drop(folder, kind)
+                with contextlib.suppress(ArtifactError):
+                    trained, _ = linked_entry(folder)
+                    with trained.locked(lambda: None):
+                        freed = trained.drop(kind)
+                    if freed:
+                        self._run.event("dropped", entry=folder.name, payload=kind, bytes=freed)
 
     def note(self, step: Step, entry: Entry) -> bool:
         """Takes in a step that was performed; returns whether it may change what is kept."""
@@ -182,14 +186,6 @@ class Retention:
         if known is None or stamp is None or known[0] != stamp:
             known = self._others[run.name] = (stamp, holdings(run))
         return known[1]
-
-    def _drop(self, folder: Path, kind: str) -> None:
-        with contextlib.suppress(ArtifactError):
-            entry, _ = linked_entry(folder)
-            with entry.locked(lambda: None):
-                freed = entry.drop(kind)
-            if freed:
-                self._run.event("dropped", entry=folder.name, payload=kind, bytes=freed)
 
 
 def _is_whole(folder: Path, kind: str) -> bool:

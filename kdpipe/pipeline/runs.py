@@ -110,13 +110,12 @@ class RunFolder:
 
     def links(self) -> Iterator[Link]:
         """Every link of the run, by round."""
-        for folder in (
-            sorted(self.path.iterdir()) if self.path.is_dir() else ()
-        ):  # not by glob: what cannot be
-            match = ROUND.match(folder.name)  # read is not empty
-            for place in sorted(folder.iterdir()) if match and folder.is_dir() else ():
-                if match and (target := linked_folder(place)) is not None:
-                    yield Link(int(match[1]), place.name, target)
+        # Not by glob: what cannot be read is not empty.
+        for folder in sorted(self.path.iterdir()) if self.path.is_dir() else ():
+            if (match := ROUND.match(folder.name)) and folder.is_dir():
+                for place in sorted(folder.iterdir()):
+                    if (target := linked_folder(place)) is not None:
+                        yield Link(int(match[1]), place.name, target)
 
     def linked_document(self, step: Step) -> Fields | None:
         """The fingerprint document of what this run's link for `step` points at, or None."""

@@ -1,19 +1,32 @@
-"""The results of a run's evaluations as MLflow shows them: tags to compare runs by, and a description.
+"""What a run's evaluations found, as MLflow shows it: tags to compare runs by, a description, and tables of texts.
 
 In the words of the report. Tags hold what was measured with its interval, so that a column of them can be read alone.
+Tables are the JSON of `mlflow.log_table`: bounded, and with what does not print escaped, as text is data.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kdpipe.data.payload import GRADES_FILE, ROLLOUTS_FILE
+from kdpipe.data.tables import GRADES, ROLLOUTS, read_rows
 from kdpipe.pipeline.requirements import headroom_of
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import Recipe
 from kdpipe.results.evaluations import Summary
 from kdpipe.results.verdict import effect, interval_text, nats, percent, points, signed
+from kdpipe.results.visible_text import visible
+from kdpipe.store.stage import Stage
+from kdpipe.tracking.steps import DoneStep
+
+MAX_GRADES = 500
+MAX_SAMPLES = 64
+MAX_TEXT = 4000
+FIRST = ["question", "text"]  # the page aligns runs by the first column and shows the second
+LAST = ["correct", "expected", "finish_reason", "prompt_id", "sample"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +100,28 @@ def _row(label: str, summary: Summary) -> list[str]:
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def table_of(step: DoneStep, headline: str) -> tuple[str, int, int]:
+    """The table's JSON of a rollout or evaluation, how many rows it has, and of how many.
+
+    `headline` says which answer is graded. Raises ArtifactError on damage.
+    """
+    answer = f"answer_{headline}"
+    if step.stage == Stage.EVALUATE:
+        file, schema, limit, more = GRADES_FILE, GRADES, MAX_GRADES, [answer]
+    else:
+        file, schema, limit, more = ROLLOUTS_FILE, ROLLOUTS, MAX_SAMPLES, [answer, "reward", "source"]
+    columns = [*FIRST, *more, *LAST]
+    rows = read_rows(step.entry.opened(file) / file, schema, columns=columns)
+    shown = [[_shown(row[name]) for name in columns] for row in rows[:limit]]
+    names = [*("completion" if name == "text" else name for name in columns), "round"]
+    document = {"columns": names, "data": [[*row, step.round] for row in shown]}
+    return json.dumps(document, allow_nan=False), len(shown), len(rows)
+
+
+def _shown(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = visible(value)
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 3]}..."

@@ -27,7 +27,7 @@ from kdpipe.store.durable import TEMPORARY, parse_json
 from kdpipe.store.sealed import digest_of
 from kdpipe.store.stage import Stage
 from kdpipe.tracking.memory import Memory, artifacts_uri
-from kdpipe.tracking.steps import DoneStep, MetricRow, done_steps, event_times, metrics
+from kdpipe.tracking.steps import DoneStep, MetricRow, done_steps, metrics
 
 if TYPE_CHECKING:
     from kdpipe.tracking.run import MlflowRun
@@ -133,6 +133,12 @@ def _findings(recipe: Recipe, steps: Sequence[DoneStep]) -> Iterator[Item]:
 
 def _data_sets(recipe: Mapping[str, Any], steps: Sequence[DoneStep]) -> Iterator[Item]:
     """The data that finished steps have used, by split."""
+
+    def item(split: str, digest: str) -> Item:
+        source = str(task.get("data") or task.get(split) or task["kind"])
+        name = f"{task['kind']}/{split}"
+        return Item(f"data/{split}", digest, lambda run: run.log_data_set(name, digest, source, split))
+
     task, found = recipe["task"], dict[str, str]()
     for step in steps:
         if step.stage in (Stage.ROLLOUT, Stage.EVALUATE):
@@ -141,37 +147,31 @@ def _data_sets(recipe: Mapping[str, Any], steps: Sequence[DoneStep]) -> Iterator
             for split, identity in used.items():
                 digest = identity.get("digest", identity.get("revision", digest_of(identity)))
                 found[split] = digest[:MAX_DIGEST]
-    for split, digest in found.items():
-        source = str(task.get("data") or task.get(split) or task["kind"])
-        yield _data_set(f"{task['kind']}/{split}", digest, source=source, split=split)
-
-
-def _data_set(name: str, digest: str, *, source: str, split: str) -> Item:
-    return Item(f"data/{split}", digest, lambda run: run.log_data_set(name, digest, source, split))
+    yield from (item(*one) for one in found.items())
 
 
 def _texts(step: DoneStep, headline: str) -> Iterator[Item]:
     """An evaluation's summary, and the student's answers or samples as a table."""
 
     def send_summary(run: MlflowRun) -> None:
-        text = (step.entry.opened(SUMMARY_FILE) / SUMMARY_FILE).read_text(encoding="utf-8")
-        run.log_text(f"{name}.json", text)
+        path = step.entry.opened(SUMMARY_FILE) / SUMMARY_FILE
+        run.log_text(summary, path.read_text(encoding="utf-8"))
 
     def send_table(run: MlflowRun) -> None:
-        from kdpipe.tracking.tables import table_of
+        from kdpipe.tracking.findings import table_of
 
-        table, shown, total = table_of(step, headline)
-        run.log_table(f"tables/{kind}-{at}.json", table)
+        text, shown, total = table_of(step, headline)
+        run.log_text(table, text)
         if shown < total:
             run.set_tags({f"tables.{kind}": f"the first {shown} of {total}, round {step.round}"})
 
     at = f"round-{step.round:03d}"
-    name = f"evaluate/{at}-{step.subject}"
     kind = "samples" if step.stage == Stage.ROLLOUT else "evaluate"
+    summary, table = f"evaluate/{at}-{step.subject}.json", f"tables/{kind}-{at}.json"
     if step.stage == Stage.EVALUATE:
-        yield Item(f"{name}.json", step.mark, send_summary)
+        yield Item(summary, step.mark, send_summary)
     if (step.stage, step.subject) in ((Stage.EVALUATE, STUDENT), (Stage.ROLLOUT, "")):
-        yield Item(f"tables/{kind}-{at}.json", f"{DERIVED} {step.mark}", send_table)
+        yield Item(table, f"{DERIVED} {step.mark}", send_table)
 
 
 def _model(steps: Sequence[DoneStep]) -> Iterator[Item]:
@@ -200,7 +200,7 @@ def status_item(folder: Path, memory: Memory) -> Item:
     """The status that is wanted; what is over ended with its last event, whoever tells MLflow."""
 
     def send(run: MlflowRun) -> None:
-        run.set_status(memory.wanted, lambda: event_times(folder)[-1])
+        run.set_status(memory.wanted, folder)
         memory.status = memory.wanted
 
     return Item(STATUS, memory.wanted, send)

@@ -117,20 +117,18 @@ def write_memory(folder: Path, memory: Memory) -> None:
 
 def memory_of(request: MirrorRequest) -> Memory:
     """The memory of what `request` is about, or a new one for a new place; raises ArtifactError on damage."""
-    experiment = request.tracking.experiment or _recipe_name(request)
+    if not (experiment := request.tracking.experiment):
+        if request.subject == "run":
+            experiment = RunFolder(request.folder).loaded().recipe.name
+        elif (study := read_study(request.folder)) is not None:
+            experiment = study.recipe
+        else:
+            raise ArtifactError(f"{request.folder}: no study can be read here", hint="repeat its command")
     old = read_memory(request.folder)
     if old is not None and old.is_at(request.tracking.uri, experiment):
         return old
     key = old.key if old is not None else uuid.uuid4().hex
     return Memory(key=key, uri=request.tracking.uri, experiment=experiment, wanted=request.status)
-
-
-def _recipe_name(request: MirrorRequest) -> str:
-    if request.subject == "run":
-        return RunFolder(request.folder).loaded().recipe.name
-    if (study := read_study(request.folder)) is None:
-        raise ArtifactError(f"{request.folder}: no study can be read here", hint="repeat its command")
-    return study.recipe
 
 
 def database_uri(path: Path) -> str:

@@ -72,9 +72,7 @@ class MlflowRun:
         run = self._recorded(memory)
         if run is None:
             memory.forget()
-            experiment = self._experiment(memory, workspace)
-            answered()
-            run = self._found(experiment, memory, request) or self._created(experiment, memory, request)
+            run = self._made(request, memory)
             memory.run_id = run.info.run_id
         memory.status = run.info.status
         memory.artifact_uri = run.info.artifact_uri
@@ -100,16 +98,16 @@ class MlflowRun:
             return None
         return run if run.info.lifecycle_stage == "active" else None
 
-    def _found(self, experiment: str, memory: Memory, request: MirrorRequest) -> Run | None:
-        """The run that an earlier attempt made. On a server of many, only the key tells whose it is."""
-        wanted = f"tags.`kdpipe.{request.subject}` = '{request.folder.name}'"
-        found = self._client.search_runs([experiment], wanted)
-        own = memory.uri is None
-        return next((run for run in found if own or run.data.tags.get("kdpipe.key") == memory.key), None)
-
-    def _created(self, experiment: str, memory: Memory, request: MirrorRequest) -> Run:
-        name, began = request.folder.name, event_times(request.folder)[0]
-        tags = {f"kdpipe.{request.subject}": name, "kdpipe.key": memory.key}
+    def _made(self, request: MirrorRequest, memory: Memory) -> Run:
+        """The run that an earlier attempt made, else a new one."""
+        experiment = self._experiment(memory, request.workspace.resolve())
+        self._answered()
+        subject, name = f"kdpipe.{request.subject}", request.folder.name
+        for run in self._client.search_runs([experiment], f"tags.`{subject}` = '{name}'"):
+            # On a server of many, only the key tells whose it is.
+            if memory.uri is None or run.data.tags.get("kdpipe.key") == memory.key:
+                return run
+        began, tags = event_times(request.folder)[0], {subject: name, "kdpipe.key": memory.key}
         return self._client.create_run(experiment, start_time=began, tags=tags, run_name=name)
 
     def _experiment(self, memory: Memory, workspace: Path) -> str:
@@ -119,20 +117,19 @@ class MlflowRun:
             try:
                 return str(self._client.create_experiment(name, location, EXPERIMENT_TAGS))
             except MlflowException:
-                if (
-                    found := self._client.get_experiment_by_name(name)
-                ) is None:  # else another run was faster
+                found = self._client.get_experiment_by_name(name)
+                if found is None:  # else another run was faster
                     raise
         return str(found.experiment_id)
 
     # what it holds
 
-    def set_status(self, status: Status, ended: Callable[[], int]) -> None:
-        """Makes it show `status`; `ended` says when a run that is over ended, in milliseconds."""
+    def set_status(self, status: Status, folder: Path) -> None:
+        """Makes it show `status`; what is over ended with the last event of its `folder`."""
         if status == "RUNNING":
             self._client.update_run(self.id, status=status)
         else:
-            self._client.set_terminated(self.id, status, ended())
+            self._client.set_terminated(self.id, status, event_times(folder)[-1])
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Sets those that are not so already."""
@@ -172,18 +169,13 @@ class MlflowRun:
         The very same row, with its timestamp, is kept once in any case.
         """
         rows = list(rows)
-        if is_known or self._may_know_all:
-            rows = self._unlike_shown(rows)
-        self._rows += [Metric(row.name, row.value, row.timestamp, row.step) for row in rows]
-
-    def _unlike_shown(self, rows: Sequence[MetricRow]) -> list[MetricRow]:
-        """The rows without those that repeat what MLflow shows as the value of their metric and step."""
         shown: dict[tuple[str, int], tuple[int, float]] = {}
-        for name in {row.name for row in rows}:
+        for name in {row.name for row in rows} if is_known or self._may_know_all else ():
             for old in self._client.get_metric_history(self.id, name):
                 place, value = (old.key, old.step), (old.timestamp, old.value)
                 shown[place] = max(shown.get(place, value), value)
-        return [row for row in rows if shown.get((row.name, row.step), (0, None))[1] != row.value]
+        new = (row for row in rows if shown.get((row.name, row.step), (0, None))[1] != row.value)
+        self._rows += [Metric(row.name, row.value, row.timestamp, row.step) for row in new]
 
     def flush(self) -> int:
         """Sends the metrics and the list of tables that wait; returns the number of metrics."""
@@ -201,14 +193,11 @@ class MlflowRun:
         self._client.log_inputs(self.id, [DatasetInput(data, [context])])
 
     def log_text(self, name: str, text: str) -> None:
-        """Writes the artifact `name` whole, without what is secret."""
+        """Writes the artifact `name` whole, without what is secret; the page knows a table after the next `flush`."""
         self._client.log_text(self.id, without_secret(text, self._uri), name)
         self._answered()
-
-    def log_table(self, name: str, text: str) -> None:
-        """Writes a table, which the page knows as one after the next `flush`."""
-        self.log_text(name, text)
-        self._tables.add(name)
+        if name.startswith(OWN_TABLES):
+            self._tables.add(name)
 
     def adopt(self, child: str) -> None:
         """Makes the MLflow run `child` one of this one's children, unless it is there no more."""

@@ -12,9 +12,9 @@ from mlflow import MlflowClient
 
 from kdpipe.errors import ArtifactError
 from kdpipe.tracking import run as opened
+from kdpipe.tracking.findings import MAX_GRADES, MAX_SAMPLES, MAX_TEXT
 from kdpipe.tracking.memory import database_uri, read_memory
 from kdpipe.tracking.pending import is_finished
-from kdpipe.tracking.tables import MAX_GRADES, MAX_SAMPLES, MAX_TEXT
 from tests.mirrored import Grade, World, make_world, sample
 
 LISTED = "mlflow.loggedArtifacts"
