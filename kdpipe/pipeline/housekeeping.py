@@ -81,13 +81,12 @@ def garbage(workspace: Path) -> list[Garbage]:
         if folder in linked or is_running(folder):
             continue
         if folder.is_symlink():
-            found.append(
-                Garbage(folder, 0, "a link out of the workspace, and no run links it: the link alone")
-            )
+            size, reason = 0, "a link out of the workspace, and no run links it: the link alone"
         else:
+            size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
             committed = (folder / MANIFEST).exists()
             reason = "no run links it" if committed else "unfinished, and no run links it"
-            found.append(Garbage(folder, _bytes(folder), reason))
+        found.append(Garbage(folder, size, reason))
     return found
 
 
@@ -107,10 +106,6 @@ def collect(workspace: Path) -> list[Garbage]:
         for folder in (*killed, aside):
             shutil.rmtree(folder)
     return found
-
-
-def _bytes(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 # ---------------------------------------------------------------------------------------------- export

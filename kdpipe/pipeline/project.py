@@ -61,30 +61,23 @@ def open_project(loaded: LoadedRecipe, workspace: Path) -> Project:
 
 
 def read_project(loaded: LoadedRecipe, workspace: Path) -> Project:
-    """The project for who only reads: a run that an older kdpipe made has its steps as that one made them."""
-    project = open_project(loaded, workspace)
-    steps = _older_steps(project)
-    return project if steps is None else replace(project, plan=Plan(steps), is_older=True)
+    """The project for who only reads: a run that an older kdpipe made has its steps as that one made them.
 
-
-def _older_steps(project: Project) -> tuple[Step, ...] | None:
-    """The plan's steps under the fingerprints of an older kdpipe.
-
-    None where this one has made any, or none is there. They are those that the run links: payloads and the names of
-    inputs have not changed since.
+    They are those that the run links: payloads and the names of inputs have not changed since.
     """
+    project = open_project(loaded, workspace)
     steps, is_older = list[Step](), False
     for step in project.plan.steps:
         hashed = project.run.linked_document(step)
         if hashed is None:
             steps.append(step)
         elif hashed.get("format") == step.document["format"]:
-            return None
+            return project
         else:
             is_older = True
             fingerprint = str(hashed.pop(FINGERPRINT_KEY))
             steps.append(replace(step, document=hashed, fingerprint=fingerprint))
-    return tuple(steps) if is_older else None
+    return replace(project, plan=Plan(tuple(steps)), is_older=True) if is_older else project
 
 
 def summary_of(project: Project, step_id: str) -> Fields | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from kdpipe.errors import ArtifactError
@@ -28,9 +28,9 @@ class State:
 
     step: Step
     verdict: Verdict
-    why: str
-    digest: str | None
-    dropped: frozenset[str]
+    why: str = ""
+    digest: str | None = None
+    dropped: frozenset[str] = frozenset()
     hint: str = ""
 
     @property
@@ -45,21 +45,20 @@ def inspect(store: Store, step: Step, digests: Mapping[str, str | None]) -> Stat
     try:
         manifest = entry.manifest()
     except ArtifactError as error:
-        return State(step, "damaged", error.message, None, frozenset(), error.hint)
+        return State(step, "damaged", error.message, hint=error.hint)
     if manifest is None:
-        return State(step, "to do", "", None, frozenset())
+        return State(step, "to do")
     if problem := entry.problem(manifest):
-        return State(step, "damaged", problem, manifest.payload_digest, frozenset())
+        return State(step, "damaged", problem, manifest.payload_digest)
     dropped = frozenset(path.partition("/")[0] for path in manifest.dropped)
+    done = State(step, "done", "", manifest.payload_digest, dropped)
     for role, source in step.inputs.items():
         now = digests.get(source.step_id)
         if now is None:
-            why = f"needs {source.step_id}, which is not there"
-            return State(step, "to do", why, manifest.payload_digest, dropped)
+            return replace(done, verdict="to do", why=f"needs {source.step_id}, which is not there")
         if manifest.inputs.get(str(role)) != now:
-            why = f"{source.step_id} was made again and differs"
-            return State(step, "stale", why, manifest.payload_digest, dropped)
-    return State(step, "done", "", manifest.payload_digest, dropped)
+            return replace(done, verdict="stale", why=f"{source.step_id} was made again and differs")
+    return done
 
 
 def states_of(plan: Plan, store: Store) -> list[State]:
@@ -92,13 +91,13 @@ def _explained(state: State, runs: list[RunFolder], store: Store) -> State:
     names = [piece.path.name for piece in store.entry(step).pieces()]
     checkpoints = [name for name in names if name.startswith(CHECKPOINT)]
     if parts := len(names) - len(checkpoints):
-        return State(step, "to do", f"goes on after {parts} finished parts", None, frozenset())
+        return State(step, "to do", f"goes on after {parts} finished parts")
     if checkpoints:
         number = int(checkpoints[-1].removeprefix(CHECKPOINT))
-        return State(step, "to do", f"goes on from optimizer step {number}", None, frozenset())
+        return State(step, "to do", f"goes on from optimizer step {number}")
     for earlier in filter(None, (run.linked_document(step) for run in runs)):
         if earlier.get("fingerprint") != step.fingerprint:
-            return State(step, "stale", _difference(earlier, step), None, frozenset())
+            return State(step, "stale", _difference(earlier, step))
     return state
 
 

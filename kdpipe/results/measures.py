@@ -16,9 +16,8 @@ from kdpipe.pipeline.project import Project
 from kdpipe.pipeline.requirements import Headroom, headroom_of
 from kdpipe.pipeline.status import State
 from kdpipe.results.evaluations import Evaluated, Evaluation
-from kdpipe.store.artifacts import Entry
+from kdpipe.store.artifacts import METRICS, Entry, Metric, read_metrics
 from kdpipe.store.manifest import Manifest
-from kdpipe.store.metric import METRICS, Metric, read_metrics
 from kdpipe.store.stage import Stage
 
 Values: TypeAlias = "dict[int, float]"

@@ -31,13 +31,13 @@ from kdpipe.store.durable import (
 )
 from kdpipe.store.locks import LOCK, locked, take
 from kdpipe.store.manifest import Manifest, StoredFile, parse_manifest, require_inside
-from kdpipe.store.metric import METRICS, Metric, read_metrics
 from kdpipe.store.piece import SEAL, Piece
 from kdpipe.store.sealed import digest_of, unseal
 from kdpipe.store.step import Fields, Step, step_id_of
 
 MANIFEST = "manifest.json"
 FINGERPRINT = "fingerprint.json"
+METRICS = "metrics.jsonl"
 PARTS = "parts"
 CHECKPOINTS = "checkpoints"
 CHECKPOINT = "step-"  # what the names of checkpoints begin with, before the optimizer step
@@ -87,18 +87,15 @@ class Entry:
         for file in manifest.files:
             if any(file.path == prefix or file.path.startswith(f"{prefix}/") for prefix in prefixes):
                 self.check(file)
-        self._require_nothing_else(manifest, {prefix.partition("/")[0] for prefix in prefixes})
-        return self.folder
-
-    def _require_nothing_else(self, manifest: Manifest, names: set[str]) -> None:
-        """Raises ArtifactError where payload folders hold other files or links, which libraries would read."""
-        known = {file.path for file in manifest.files}
+        # Payload folders must hold no other files or links, which libraries would read.
+        known, names = {file.path for file in manifest.files}, {name.partition("/")[0] for name in prefixes}
         for path in (found for name in names for found in (self.folder / name).rglob("*")):
             if path.is_symlink():
                 raise self._damage(f"{path}: is a link, expected plain files")
             is_ours = path.relative_to(self.folder).as_posix() in known or path.name.startswith(TEMPORARY)
             if not is_ours and not path.is_dir():
                 raise self._damage(f"{path}: is not in the entry's manifest")
+        return self.folder
 
     def check(self, file: StoredFile) -> None:
         """Raises ArtifactError unless `file` is there with its sha256."""
@@ -160,15 +157,13 @@ class Entry:
         manifest = self.manifest()
         if manifest is None:
             return 0
-        gone = [
-            f for f in manifest.files if f.path.startswith(f"{prefix}/") and f.path not in manifest.dropped
-        ]
-        if not gone:
-            return 0
-        dropped = tuple(sorted({*manifest.dropped, *(f.path for f in gone)}))
-        write_json(self.folder / MANIFEST, replace(manifest, dropped=dropped).to_json())
-        remove(self.folder / prefix)
-        return sum(f.bytes for f in gone)
+        below = [file for file in manifest.files if file.path.startswith(f"{prefix}/")]
+        gone = [file for file in below if file.path not in manifest.dropped]
+        if gone:
+            dropped = tuple(sorted({*manifest.dropped, *(file.path for file in gone)}))
+            write_json(self.folder / MANIFEST, replace(manifest, dropped=dropped).to_json())
+            remove(self.folder / prefix)
+        return sum(file.bytes for file in gone)
 
     @contextlib.contextmanager
     def locked(self, waiting: Callable[[], None]) -> Iterator[None]:
@@ -209,6 +204,31 @@ def linked_entry(folder: Path) -> tuple[Entry, Fields]:
     stage, subject, number = (document.get(name) for name in ("stage", "subject", "round"))
     step_id = step_id_of(f"{stage}", f"{subject or ''}", number if isinstance(number, int) else -1)
     return Entry(folder, step_id, str(document[FINGERPRINT_KEY])), document
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A number that a step measured; `optimizer_step` is None where it is of the whole round."""
+
+    round: int
+    name: str
+    value: float
+    optimizer_step: int | None
+
+
+def read_metrics(path: Path) -> list[Metric]:
+    """The rows of a metrics.jsonl, [] where it is missing; leaves out what is no metric."""
+    found = []
+    for row in read_lines(path):
+        number, name, value, at = (row.get(key) for key in ("round", "name", "value", "optimizer_step"))
+        if (
+            isinstance(number, int)
+            and isinstance(name, str)
+            and isinstance(value, int | float)
+            and (at is None or isinstance(at, int))
+        ):
+            found.append(Metric(number, name, float(value), at))
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
@@ -23,8 +24,6 @@ PACKAGES = (
     "tokenizers",
     "numpy",
 )
-
-
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 """What decides how fast a CPU multiplies matrices, and in which dtype."""
 
@@ -70,12 +69,10 @@ def _version(name: str) -> str | None:
 
 
 def _processor() -> str | None:
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.processor() or None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from pydantic import JsonValue
@@ -35,16 +35,7 @@ class Manifest:
 
     def to_json(self) -> Fields:
         """The manifest as a sealed document."""
-        document: Fields = {
-            "format": FORMAT,
-            "fingerprint": self.fingerprint,
-            "files": [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in self.files],
-            "inputs": dict(self.inputs),
-            "payload_digest": self.payload_digest,
-            "dropped": list(self.dropped),
-            "provenance": dict(self.provenance),
-        }
-        return seal(document)
+        return seal({"format": FORMAT, **asdict(self)})
 
 
 def parse_manifest(path: Path, data: bytes, fingerprint: str) -> Manifest:

@@ -1,6 +1,6 @@
-"""What a run's evaluations found, as MLflow shows it: tags to compare runs by, a description, and tables of texts.
+"""What a run's evaluations found, as MLflow shows it: tags, a description, and tables of texts.
 
-In the words of the report. Tags hold what was measured with its interval, so that a column of them can be read alone.
+In the words of the report. Tags are to compare runs by: each has its interval, so that a column can be read alone.
 Tables are the JSON of `mlflow.log_table`: bounded, and with what does not print escaped, as text is data.
 """
 

@@ -101,11 +101,8 @@ class MlflowMirror:
             self._end()
             self._has_ended.wait(STOP_SECONDS)
             raise
-        return (
-            self.error
-            if self._has_ended.is_set()
-            else "it did not answer in time; the next command goes on with it"
-        )
+        late = "it did not answer in time; the next command goes on with it"
+        return self.error if self._has_ended.is_set() else late
 
     def _end(self) -> None:
         """Lets the thread mirror a last time and end."""

@@ -193,7 +193,7 @@ class MlflowRun:
         self._client.log_inputs(self.id, [DatasetInput(data, [context])])
 
     def log_text(self, name: str, text: str) -> None:
-        """Writes the artifact `name` whole, without what is secret; the page knows a table after the next `flush`."""
+        """Writes an artifact whole, without what is secret; the page learns of a table with the next `flush`."""
         self._client.log_text(self.id, without_secret(text, self._uri), name)
         self._answered()
         if name.startswith(OWN_TABLES):
