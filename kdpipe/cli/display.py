@@ -16,7 +16,7 @@ from kdpipe.cli.terminal import PLAIN_SECONDS, Paint, aligned, counted, is_termi
 from kdpipe.pipeline.progress import Pace, duration, pace_words
 from kdpipe.pipeline.request import Noted, Performed, StepEvent, Waiting, Warned
 from kdpipe.pipeline.runs import RunFolder
-from kdpipe.results.evaluations import Evaluation, Summary
+from kdpipe.results.evaluations import Evaluation
 from kdpipe.results.visible_text import visible
 from kdpipe.store.step import Step
 from kdpipe.workers.pulse import Progressed
@@ -165,7 +165,7 @@ def outcome_lines(evaluations: Sequence[Evaluation], paint: Paint) -> list[str]:
     return [paint(heading, "bold"), *lines]
 
 
-def change_lines(after: Summary) -> list[str]:
+def change_lines(after: Evaluation) -> list[str]:
     """The paired differences of the last evaluation to student 0, a sentence each."""
     lines = []
     if (gain := after.accuracy_change) is not None:

@@ -21,7 +21,6 @@ def run_one(given: Given, request: "Callable[[Project], Request]") -> "Project":
     from kdpipe.cli.display import JsonLines, Terminal
     from kdpipe.pipeline.runner import run as run_steps
     from kdpipe.report.writing import renew_report
-    from kdpipe.results.evaluations import Evaluated
     from kdpipe.tracking import open_mirror
 
     outlive_reader()
@@ -42,12 +41,7 @@ def run_one(given: Given, request: "Callable[[Project], Request]") -> "Project":
         )
     finally:
         display.stop()
-    if given.as_json:
-        folder = str(project.run.path)
-        evaluations = {one.label: one.summary for one in Evaluated(project, project.plan.steps).shown}
-        print_event("end", run=project.run.name, folder=folder, evaluations=evaluations)
-    else:
-        _print_outcome(project, given)
+    _print_outcome(project, given)
     return project
 
 
@@ -68,9 +62,13 @@ def commands_again(loaded: "LoadedRecipe", given: Given) -> list[str]:
 def _print_outcome(project: "Project", given: Given) -> None:
     from kdpipe.cli.display import change_lines, outcome_lines
     from kdpipe.report.writing import report_path
-    from kdpipe.results.evaluations import Evaluated
+    from kdpipe.results.evaluations import Evaluations, summaries_of
 
-    evaluated, lines = Evaluated(project, project.plan.steps), []
+    evaluated, lines = Evaluations(summaries_of(project, project.plan.steps)), []
+    if given.as_json:
+        evaluations = {one.label: one.summary for one in evaluated.shown}
+        print_event("end", run=project.run.name, folder=str(project.run.path), evaluations=evaluations)
+        return
     if evaluated.shown:
         changes = [] if evaluated.after is None else change_lines(evaluated.after)
         lines = [*outcome_lines(evaluated.shown, painter(sys.stdout)), *changes, ""]

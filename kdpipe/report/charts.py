@@ -47,7 +47,7 @@ def charts(measures: Measures) -> list[Chart]:
 
 def _reverse_kl(measures: Measures) -> Chart:
     students = [one for one in measures.evaluations if one.is_student]
-    held_out = [_bounded(one.step.round, found) for one in students if (found := one.reverse_kl)]
+    held_out = [_bounded(one.round, found) for one in students if (found := one.reverse_kl)]
     series = [
         _line(measures, "score/reverse_kl_nats", label="training"),
         Series("held out", held_out, style=1, marked=True),
@@ -56,11 +56,11 @@ def _reverse_kl(measures: Measures) -> Chart:
 
 
 def _accuracy(measures: Measures) -> Chart:
-    students = [_bounded(one.step.round, one.accuracy) for one in measures.evaluations if one.is_student]
+    students = [_bounded(one.round, one.accuracy) for one in measures.evaluations if one.is_student]
     series = [
         Series("student", students, style=1, marked=True),
         *(
-            Series(one.step.subject, [Point(0, one.accuracy.estimate)], style=2, reference=True)
+            Series(one.model, [Point(0, one.accuracy.estimate)], style=2, reference=True)
             for one in measures.teachers
         ),
     ]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from kdpipe.method.interval import Interval
 from kdpipe.pipeline.project import Project, summary_of
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.store.stage import Stage
-from kdpipe.store.step import Step
+from kdpipe.store.step import Fields, Step
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class Evaluation:
     """An evaluation's summary.json."""
 
     summary: Mapping[str, Any]
@@ -56,50 +55,49 @@ class Summary:
         """Its paired difference to student 0."""
         return self.interval("reverse_kl_exact_change", "reverse_kl_change", unit="_nats")
 
+    @property
+    def model(self) -> str:
+        return str(self.summary["model"])
 
-@dataclass(frozen=True, slots=True)
-class Evaluation(Summary):
-    """The summary of a step, and what to call the model."""
-
-    label: str
-    step: Step
+    @property
+    def round(self) -> int:
+        return int(self.summary["round"])
 
     @property
     def is_student(self) -> bool:
-        return self.step.subject == STUDENT
+        return self.model == STUDENT
+
+    @property
+    def label(self) -> str:
+        """What to call the model."""
+        if not self.is_student:
+            return self.model
+        return f"student after round {self.round}" if self.round else "student before"
 
 
-class Evaluated:
-    """The evaluations among these steps of a project."""
+def summaries_of(project: Project, steps: Iterable[Step]) -> list[Fields]:
+    """Those of the evaluations among these steps that are done, in their order."""
+    found = [summary_of(project, step.id) for step in steps if step.stage == Stage.EVALUATE]
+    return [summary for summary in found if summary is not None]
 
-    def __init__(self, project: Project, done: Sequence[Step]) -> None:
-        self.project = project
-        self.done = done
 
-    @cached_property
-    def evaluations(self) -> list[Evaluation]:
-        """Those that are done, in the order of the plan."""
-        found = []
-        for step in self.done:
-            if step.stage == Stage.EVALUATE and (summary := summary_of(self.project, step.id)) is not None:
-                student = f"student after round {step.round}" if step.round else "student before"
-                label = student if step.subject == STUDENT else step.subject
-                found.append(Evaluation(summary, label, step))
-        return found
+class Evaluations:
+    """The evaluations of a run in the order of the plan."""
+
+    def __init__(self, summaries: Iterable[Mapping[str, Any]]) -> None:
+        self.evaluations = [Evaluation(one) for one in summaries]
+        self.teachers = [one for one in self.evaluations if not one.is_student]
 
     @property
     def before(self) -> Evaluation | None:
         """That of student 0."""
-        return next((one for one in self.evaluations if one.is_student and one.step.round == 0), None)
+        return next((one for one in self.evaluations if one.is_student and one.round == 0), None)
 
     @property
     def after(self) -> Evaluation | None:
         """The last one of a trained student."""
-        return next((one for one in reversed(self.evaluations) if one.is_student and one.step.round), None)
-
-    @property
-    def teachers(self) -> list[Evaluation]:
-        return [one for one in self.evaluations if not one.is_student]
+        trained = (one for one in self.evaluations if one.is_student and one.round)
+        return max(trained, key=lambda one: one.round, default=None)
 
     @property
     def shown(self) -> list[Evaluation]:

@@ -15,10 +15,11 @@ from kdpipe.method.interval import Interval
 from kdpipe.pipeline.project import Project
 from kdpipe.pipeline.requirements import Headroom, headroom_of
 from kdpipe.pipeline.status import State
-from kdpipe.results.evaluations import Evaluated, Evaluation
-from kdpipe.store.artifacts import METRICS, Entry, Metric, read_metrics
+from kdpipe.results.evaluations import Evaluation, Evaluations, summaries_of
+from kdpipe.store.artifacts import Entry, Metric
 from kdpipe.store.manifest import Manifest
 from kdpipe.store.stage import Stage
+from kdpipe.store.step import step_id_of
 
 Values: TypeAlias = "dict[int, float]"
 
@@ -38,12 +39,14 @@ class Cost:
         )
 
 
-class Measures(Evaluated):
+class Measures(Evaluations):
     """What the done steps of a project measured."""
 
     def __init__(self, project: Project) -> None:
+        self.project = project
         self.states: list[State] = project.survey()
-        super().__init__(project, [state.step for state in self.states if state.done])
+        self.done = [state.step for state in self.states if state.done]
+        super().__init__(summaries_of(project, self.done))
         self._known_fractions: dict[str, dict[str, float]] = {}
 
     @cached_property
@@ -55,7 +58,7 @@ class Measures(Evaluated):
     @cached_property
     def rows(self) -> dict[str, list[Metric]]:
         """The metrics of every done step, by its id."""
-        return {step.id: read_metrics(self.project.store.entry(step).folder / METRICS) for step in self.done}
+        return {step.id: self.project.store.entry(step).metrics() for step in self.done}
 
     @property
     def rounds_done(self) -> int:
@@ -68,7 +71,7 @@ class Measures(Evaluated):
     def headrooms(self) -> list[Headroom]:
         """How much better each evaluated teacher is than student 0."""
         teachers = {teacher.name: teacher for teacher in self.project.recipe.teachers}
-        return [headroom_of(teachers[one.step.subject], one.summary) for one in self.teachers]
+        return [headroom_of(teachers[one.model], one.summary) for one in self.teachers]
 
     def difference(self, first: Evaluation, second: Evaluation) -> Interval | None:
         """The first accuracy less the second, over the problems of both; None where there are none."""
@@ -92,9 +95,9 @@ class Measures(Evaluated):
         return [a[key] for key in shared], [b[key] for key in shared]
 
     def _fractions(self, evaluation: Evaluation) -> dict[str, float]:
-        known, name = self._known_fractions, evaluation.step.id
+        known, name = self._known_fractions, step_id_of(Stage.EVALUATE, evaluation.model, evaluation.round)
         if name not in known:
-            known[name], _ = right_fractions(self.project.store.entry(evaluation.step))
+            known[name], _ = right_fractions(self.project.store.entry(self.project.plan.step(name)))
         return known[name]
 
     # curves

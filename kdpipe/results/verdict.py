@@ -91,7 +91,7 @@ def _accuracy_sentences(
     chance = "chance alone would explain it" if crosses else "chance does not explain it"
     yield (
         f"On the same {problems} held-out problems accuracy went from {percent(before.accuracy.estimate)} to "
-        f"{percent(after.accuracy.estimate)} by round {after.step.round}: {points(change.estimate)} points, "
+        f"{percent(after.accuracy.estimate)} by round {after.round}: {points(change.estimate)} points, "
         f"{interval_text(change)}{after.p_text}; {chance}."
     )
 
@@ -185,9 +185,9 @@ def _evaluation(measures: Measures) -> Iterator[str]:
         return
     if after is None:
         return
-    if after.step.round < measures.rounds_done:
+    if after.round < measures.rounds_done:
         yield (
-            f"The last evaluation is of round {after.step.round}, and {measures.rounds_done} rounds are trained: "
+            f"The last evaluation is of round {after.round}, and {measures.rounds_done} rounds are trained: "
             "set evaluate.every so that the last one is evaluated."
         )
     problems = after.summary["problems"]

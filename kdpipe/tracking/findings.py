@@ -7,16 +7,14 @@ Tables are the JSON of `mlflow.log_table`: bounded, and with what does not print
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from kdpipe.data.payload import GRADES_FILE, ROLLOUTS_FILE
 from kdpipe.data.tables import GRADES, ROLLOUTS, read_rows
 from kdpipe.pipeline.requirements import headroom_of
-from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import Recipe
-from kdpipe.results.evaluations import Summary
+from kdpipe.results.evaluations import Evaluation, Evaluations
 from kdpipe.results.verdict import effect, interval_text, nats, percent, points, signed
 from kdpipe.results.visible_text import visible
 from kdpipe.store.stage import Stage
@@ -29,21 +27,8 @@ FIRST = ["question", "text"]  # the page aligns runs by the first column and sho
 LAST = ["correct", "expected", "finish_reason", "prompt_id", "sample"]
 
 
-@dataclass(frozen=True, slots=True)
-class Findings:
-    """Evaluation summaries: of student 0, of the last trained student, and of each teacher by name."""
-
-    before: Summary | None
-    after: Summary | None
-    teachers: Mapping[str, Summary]
-
-    @classmethod
-    def of(cls, summaries: Sequence[Mapping[str, Any]]) -> Findings:
-        """Those among `summaries`."""
-        students = {one["round"]: Summary(one) for one in summaries if one["model"] == STUDENT}
-        last = max(students, default=0)
-        teachers = {one["model"]: Summary(one) for one in summaries if one["model"] != STUDENT}
-        return cls(students.get(0), students[last] if last else None, teachers)
+class Findings(Evaluations):
+    """What the evaluations of a run came to."""
 
     def tags(self, recipe: Recipe) -> dict[str, str]:
         """The tags that can be told so far."""
@@ -57,8 +42,9 @@ class Findings:
                 gain = f"{points(change.estimate)} points ({interval_text(change)}{self.after.p_text})"
                 found["student.gain"] = f"{gain} on {summary['problems']} problems"
                 found["result"] = effect(change, self.after.reverse_kl_change)[1]
+        teachers = {one.model: one for one in self.teachers}
         for teacher in recipe.teachers:
-            if (own := self.teachers.get(teacher.name)) is not None:
+            if (own := teachers.get(teacher.name)) is not None:
                 suffix = "" if len(recipe.teachers) == 1 else f".{teacher.name}"
                 found[f"teacher.accuracy{suffix}"] = _accuracy(own)
                 found[f"headroom{suffix}"] = headroom_of(teacher, own.summary).sentence()
@@ -67,8 +53,7 @@ class Findings:
     def note(self, recipe: Recipe) -> str:
         """A few lines of Markdown: the result, and a table of the evaluations."""
         found = self.tags(recipe)
-        students = [("student before", self.before), ("student after", self.after)]
-        shown = [(label, one) for label, one in (*students, *self.teachers.items()) if one is not None]
+        shown = [(one.label.removesuffix(f" round {one.round}"), one) for one in self.shown]
         lines = [f"**{found['result']}** {found['student.gain']}.", ""] if "result" in found else []
         accuracies = [f"{label} {percent(one.accuracy.estimate)}" for label, one in shown]
         lines += [f"Accuracy: {', '.join(accuracies)}.", ""]
@@ -81,12 +66,12 @@ class Findings:
         return "\n".join([*lines, *table, "", "The whole report is the artifact `report.html`."])
 
 
-def _accuracy(summary: Summary) -> str:
+def _accuracy(summary: Evaluation) -> str:
     found = summary.accuracy
     return f"{percent(found.estimate)} ({percent(found.low)} to {percent(found.high)})"
 
 
-def _row(label: str, summary: Summary) -> list[str]:
+def _row(label: str, summary: Evaluation) -> list[str]:
     accuracy, divergence, change = summary.accuracy, summary.reverse_kl, summary.reverse_kl_change
     moved = "" if change is None else f" ({signed(change.estimate)})"
     return [

@@ -122,7 +122,7 @@ def _findings(recipe: Recipe, steps: Sequence[DoneStep]) -> Iterator[Item]:
             with contextlib.suppress(ArtifactError):
                 summaries.append(step.entry.read_json(SUMMARY_FILE))
         if summaries:
-            findings = Findings.of(summaries)
+            findings = Findings(summaries)
             run.set_tags({name: shortened(text) for name, text in findings.tags(recipe).items()})
             run.set_note(findings.note(recipe))
 

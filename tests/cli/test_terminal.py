@@ -18,7 +18,7 @@ from kdpipe.cli.terminal import painter
 from kdpipe.pipeline.request import Performed, Waiting, Warned
 from kdpipe.pipeline.runs import RunFolder
 from kdpipe.pipeline.status import State
-from kdpipe.results.evaluations import Evaluation, Summary
+from kdpipe.results.evaluations import Evaluation
 from kdpipe.results.visible_text import visible
 from kdpipe.store.step import Step
 from kdpipe.workers.pulse import Progressed
@@ -53,8 +53,8 @@ def state(
     return State(step(step_id, number), verdict, why, None, frozenset(dropped))
 
 
-def evaluation(label: str, **more: float) -> Evaluation:
-    return Evaluation(SUMMARY | more, label, step("evaluate:student@0", 0))
+def evaluation(number: int, **more: float) -> Evaluation:
+    return Evaluation({**SUMMARY, "model": "student", "round": number, **more})
 
 
 # ------------------------------------------------------------------------------------------- model text
@@ -120,7 +120,7 @@ def test_the_line_of_a_round_fits_80_columns_and_leaves_out_what_was_not_measure
 
 
 def test_the_outcome_is_a_table_of_80_columns_with_the_numbers_under_their_names() -> None:
-    lines = outcome_lines([evaluation("student before"), evaluation("student after round 290")], bare)
+    lines = outcome_lines([evaluation(0), evaluation(290)], bare)
     assert len(lines) == 3
     assert max(map(len, lines)) <= 80
     assert lines[1].split("  ")[0] == "student before"
@@ -136,21 +136,21 @@ def test_the_estimate_from_whole_distributions_is_shown_where_there_is_one() -> 
         "reverse_kl_exact_low": 0.3012,
         "reverse_kl_exact_high": 0.3234,
     }
-    text = "\n".join(outcome_lines([evaluation("student", **exact)], bare))
+    text = "\n".join(outcome_lines([evaluation(0, **exact)], bare))
     assert "0.311 (0.301 to 0.323)" in text
     assert "0.457" not in text
 
 
 def test_a_model_without_reverse_kl_has_an_empty_place() -> None:
     summary = {name: value for name, value in SUMMARY.items() if not name.startswith("reverse")}
-    line = outcome_lines([Evaluation(summary, "teacher", step("evaluate:teacher@0", 0))], bare)[1]
+    line = outcome_lines([Evaluation({**summary, "model": "teacher"})], bare)[1]
     assert line == line.rstrip()
     assert line.endswith("8.6% to 17.8%")
 
 
 def test_changes_are_told_with_their_paired_intervals() -> None:
     lines = change_lines(
-        Summary(
+        Evaluation(
             {
                 "accuracy_change": 0.25,
                 "accuracy_change_low": 0.125,
@@ -167,7 +167,7 @@ def test_changes_are_told_with_their_paired_intervals() -> None:
         "held-out reverse KL -0.500 nats, paired 95 % interval -0.750 to -0.250",
     ]
     assert max(map(len, lines)) <= 80
-    assert change_lines(Summary({})) == []
+    assert change_lines(Evaluation({})) == []
 
 
 def test_rounds_that_differ_are_told_and_rounds_that_repeat_are_counted() -> None:

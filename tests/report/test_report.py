@@ -230,7 +230,7 @@ def test_a_paired_difference_is_the_first_less_the_second(
         "teacher": {"a": 1.0, "b": 1.0, "c": 0.0, "d": 1.0},
         "student": {"b": 1.0, "c": 1.0, "a": 0.0, "d": 0.0},
     }
-    monkeypatch.setattr(Measures, "_fractions", lambda _self, one: fractions[one.step.subject])
+    monkeypatch.setattr(Measures, "_fractions", lambda _self, one: fractions[one.model])
     measures = Measures(project)
     assert measures.before is not None
     found = measures.difference(measures.teachers[0], measures.before)

@@ -22,9 +22,8 @@ class Told:
         after |= {"reverse_kl_high": 0.2, "truncated_fraction": 0.0}
         names = ("reverse_kl_change_nats", "reverse_kl_change_low", "reverse_kl_change_high")
         after |= dict(zip(names, kl, strict=True))
-        step: Any = type("Step", (), {"round": 4, "subject": "student"})()
-        self.before = Evaluation(summary, "student before", step)
-        self.after = Evaluation({**summary, **after}, "student after", step)
+        self.before = Evaluation({**summary, "model": "student", "round": 0})
+        self.after = Evaluation({**summary, **after, "model": "student", "round": 4})
         self.teachers: list[Evaluation] = []
 
     def flips(self, _first: Evaluation, _second: Evaluation) -> tuple[int, int]:

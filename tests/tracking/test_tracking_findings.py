@@ -119,7 +119,7 @@ def test_several_teachers_have_a_tag_each_and_are_rows_of_the_description(world:
     teachers = tuple(recipe.teachers[0].model_copy(update={"name": name}) for name in ("a|b", "c"))
     recipe = recipe.model_copy(update={"teachers": teachers})
     summaries = [{**SUMMARY, "model": name, "round": 0} for name in ("a|b", "c", "student")]
-    found = Findings.of(summaries)
+    found = Findings(summaries)
     assert {name for name in found.tags(recipe) if "." in name} == {
         "student.before",
         "teacher.accuracy.a|b",
