@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kdpipe.cli.parameters import Given, on_recipe
-from kdpipe.cli.terminal import Paint, Style, counted, painter, print_json
+from kdpipe.cli.terminal import Paint, Style, counted, painter
 from kdpipe.results.visible_text import visible
 
 if TYPE_CHECKING:
@@ -40,25 +40,22 @@ def plan(given: Given) -> None:
     project = open_project(given.load(), given.place)
     states = project.survey()
     unresolved = project.identities.unresolved()
-    if given.as_json:
-        steps = [
-            {
-                "step": state.step.id,
-                "round": state.step.round,
-                "state": state.verdict,
-                "why": state.why,
-                "fingerprint": state.step.fingerprint,
-                "dropped": sorted(state.dropped),
-            }
-            for state in states
-        ]
-        print_json({"run": project.run.name, "steps": steps, "unresolved": unresolved})
-        return
+    steps = [
+        {
+            "step": state.step.id,
+            "round": state.step.round,
+            "state": state.verdict,
+            "why": state.why,
+            "fingerprint": state.step.fingerprint,
+            "dropped": sorted(state.dropped),
+        }
+        for state in states
+    ]
     lines = plan_lines(project.run.name, states, horizon=_horizon(project.recipe), paint=painter(sys.stdout))
     if project.recipe.train.objective.has_kd:
         lines += _kept_bytes(project.recipe)
     lines += [f"unresolved until the first run fetches and pins it: {visible(name)}" for name in unresolved]
-    print("\n".join(lines))
+    given.show({"run": project.run.name, "steps": steps, "unresolved": unresolved}, "\n".join(lines))
 
 
 def _horizon(recipe: "Recipe") -> str:

@@ -20,18 +20,7 @@ from kdpipe.cli.parameters import (
     on_recipe,
     workspace_at,
 )
-from kdpipe.cli.terminal import (
-    COLUMNS,
-    Paint,
-    Style,
-    counted,
-    indented,
-    painter,
-    print_json,
-    print_result,
-    say,
-    shown,
-)
+from kdpipe.cli.terminal import COLUMNS, Paint, Style, counted, indented, painter, print_result, say, shown
 from kdpipe.cli.trust import TrustOption, require_trust
 from kdpipe.errors import KdpipeError, PreflightError
 from kdpipe.results.visible_text import visible
@@ -169,16 +158,12 @@ def _examine(given: Given) -> None:
     recipe, result = given.recipe, examine_recipe(loaded, given.place)
     findings = FINDINGS.validate_python(result.findings)
     failed = [f"{one.probe} ({one.about})" for one in findings if one.verdict == "FAILED"]
-    if given.as_json:
-        print_json({"recipe": recipe, **asdict(result), "failed": failed})
-    else:
-        paint = painter(sys.stdout)
-        estimate = ESTIMATE.validate_python(result.estimate)
-        lines = [*doctor_lines(result.run, findings, paint), ""]
-        lines += estimate_lines(estimate, paint, free_bytes=result.free_disk_bytes)
-        if not failed:
-            lines += ["", *_after_doctor(given, result.missing)]
-        print("\n".join(lines))
+    paint, estimate = painter(sys.stdout), ESTIMATE.validate_python(result.estimate)
+    lines = [*doctor_lines(result.run, findings, paint), ""]
+    lines += estimate_lines(estimate, paint, free_bytes=result.free_disk_bytes)
+    if not failed:
+        lines += ["", *_after_doctor(given, result.missing)]
+    given.show({"recipe": recipe, **asdict(result), "failed": failed}, "\n".join(lines))
     if failed:
         raise PreflightError(
             f"{recipe}: {counted(len(failed), 'probe')} failed: {', '.join(failed)}",

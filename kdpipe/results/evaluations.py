@@ -86,7 +86,6 @@ class Evaluations:
 
     def __init__(self, summaries: Iterable[Mapping[str, Any]]) -> None:
         self.evaluations = [Evaluation(one) for one in summaries]
-        self.teachers = [one for one in self.evaluations if not one.is_student]
 
     @property
     def before(self) -> Evaluation | None:
@@ -98,6 +97,10 @@ class Evaluations:
         """The last one of a trained student."""
         trained = (one for one in self.evaluations if one.is_student and one.round)
         return max(trained, key=lambda one: one.round, default=None)
+
+    @property
+    def teachers(self) -> list[Evaluation]:
+        return [one for one in self.evaluations if not one.is_student]
 
     @property
     def shown(self) -> list[Evaluation]:
