@@ -76,9 +76,7 @@ class Measures(Evaluations):
     def difference(self, first: Evaluation, second: Evaluation) -> Interval | None:
         """The first accuracy less the second, over the problems of both; None where there are none."""
         ones, others = self._paired(first, second)
-        if not ones:
-            return None
-        return statistics.paired_bootstrap(ones, others)
+        return statistics.paired_bootstrap(ones, others) if ones else None
 
     def flips(self, first: Evaluation, second: Evaluation) -> tuple[int, int] | None:
         """How many problems only the first and only the second got right; None unless each was answered once."""

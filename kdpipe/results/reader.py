@@ -217,15 +217,10 @@ class Reader:
         source = step.inputs.get(teacher_role(recipe, teacher))
         if source is None:
             return None
-        model = self._folder(self.project.plan.step(source.step_id)) / (
-            source.opens[0] if source.opens else "model"
-        )
-        return open_states(
-            self._folder(step),
-            model,
-            temperature=recipe.temperature_of(teacher),
-            num_ids=self.detokenizer.num_ids,
-        )
+        made = self._folder(self.project.plan.step(source.step_id))
+        model = made / (source.opens[0] if source.opens else "model")
+        temperature, num_ids = recipe.temperature_of(teacher), self.detokenizer.num_ids
+        return open_states(self._folder(step), model, temperature=temperature, num_ids=num_ids)
 
 
 def _tokenizer_file(project: Project, done: dict[str, Step]) -> Path | None:

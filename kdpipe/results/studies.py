@@ -200,13 +200,13 @@ def _teacher_seeds(recipe: Recipe) -> list[str]:
     """Holds the recipe's seed where a teacher is made, so that all seeds of the study have the same one."""
     found = []
     for number, teacher in enumerate(recipe.teachers):
-        place = f"teachers.{number}"
         if teacher.sft is not None:
-            seed = recipe.seed if teacher.sft.seed is None else teacher.sft.seed
-            found.append(f"{place}.sft.seed={seed}")
+            what, seed = "sft", teacher.sft.seed
         elif isinstance(teacher, ScratchTeacher):
-            seed = recipe.seed if teacher.scratch.seed is None else teacher.scratch.seed
-            found.append(f"{place}.scratch.seed={seed}")
+            what, seed = "scratch", teacher.scratch.seed
+        else:
+            continue
+        found.append(f"teachers.{number}.{what}.seed={recipe.seed if seed is None else seed}")
     return found
 
 
