@@ -115,6 +115,13 @@ class Inputs:
         if adapter is not None:
             adapter.opened("model")
 
+    def opened_weights(self, role: Role) -> Path:
+        """The folder of a model's whole weights, after they were checked."""
+        entry, name = self.origin(role)
+        if entry is None:
+            return self.folders[name]
+        return entry.opened(self._weights_folder(role)) / self._weights_folder(role)
+
     def weights_digest(self, role: Role) -> str | None:
         """What identifies a model's weights; None for a student from nothing that the step does not open."""
         entry, name = self.origin(role)

@@ -67,7 +67,8 @@ class Trainers:
         if checkpoint is None and kept and manifest and kept.version == manifest.payload_digest:
             return kept
         if network is None:
-            network = self._whole(inputs, settings, checkpoint)
+            folder = checkpoint / "model" if checkpoint else inputs.opened_weights(STUDENT_ROLE)
+            network = self._network(folder, trust=settings.student.trust_remote_code)
         else:
             if settings.lora is not None and settings.lora.seed is not None:  # it begins in this round
                 start_adapter(network, settings.lora, seed=derive_seed(settings.lora.seed, "lora"))
@@ -89,15 +90,6 @@ class Trainers:
         if not self._cache.holds(source):
             inputs.check_weights(STUDENT_ROLE)
         return self._cache.lend(source)
-
-    def _whole(self, inputs: Inputs, settings: TrainSettings, checkpoint: Path | None) -> Any:
-        """A network all of whose weights are trained."""
-        entry, name = inputs.origin(STUDENT_ROLE)
-        if checkpoint is not None:
-            folder = checkpoint / "model"
-        else:
-            folder = entry.opened("model") / "model" if entry else inputs.folders[name]
-        return self._network(folder, trust=settings.student.trust_remote_code)
 
     def _fresh(
         self, network: Any, optimizer: Optimizer | SftOptimizer, text: Text, *, horizon: int, dtype: DtypeName
@@ -134,9 +126,7 @@ class Trainers:
         decay, student = settings.ema_decay, settings.student
         if decay is None:
             return None
-        role, kind = (EMA_ROLE, "ema") if EMA_ROLE in inputs.steps else (STUDENT_ROLE, "model")
-        entry, name = inputs.origin(role)
-        folder = entry.opened(kind) / kind if entry else inputs.folders[name]
+        folder = inputs.opened_weights(EMA_ROLE if EMA_ROLE in inputs.steps else STUDENT_ROLE)
         dtype, _ = resolve_dtype(student.dtype, self._device)
         return Average(decay, folder, self._device, dtype, student.trust_remote_code)
 

@@ -42,20 +42,12 @@ _SIZES = re.compile(
     r"|(num|n)_(\w+_)?(heads?|experts)"
 )
 _POSITIONS = re.compile(r"n_positions|n_ctx|max_position_embeddings")
-_NEEDED = (
-    "num_hidden_layers",
-    "n_layer",
-    "hidden_size",
-    "n_embd",
-    "vocab_size",
-    "num_attention_heads",
-    "n_head",
-)
+_NEEDED = re.compile(r"num_hidden_layers|n_layer|hidden_size|n_embd|vocab_size|num_attention_heads|n_head")
 """Sizes without which there is no model; others may be 0."""
 _UNBOUNDED = 10_000, 1 << 24, 1 << 31  # layers, sizes, and positions, where no weights tell
 _SHARED = 16  # layers that use the same weights
 _PACKED = 32  # numbers of a few bits that quantization puts into one
-_RAISED = (
+RAISED = (
     OSError,
     ValueError,
     TypeError,
@@ -66,11 +58,9 @@ _RAISED = (
     RuntimeError,
     ImportError,
 )
-_RAISED_BY_NAME = {
-    "SafetensorError",
-    "StrictDataclassError",
-    "PanicException",
-}  # of safetensors, the hub, and Rust
+"""What libraries raise of what they are given, beside errors of their own."""
+# Of safetensors, the hub, and Rust.
+_RAISED_BY_NAME = {"SafetensorError", "StrictDataclassError", "PanicException"}
 
 
 @contextlib.contextmanager
@@ -80,7 +70,7 @@ def unfit(what: str, *, hint: str = "") -> Iterator[None]:
         yield
     except BaseException as error:  # a library written in Rust panics with one
         known = {kind.__name__ for kind in type(error).__mro__} & _RAISED_BY_NAME
-        if not (known or isinstance(error, _RAISED) or type(error) is Exception):
+        if not (known or isinstance(error, RAISED) or type(error) is Exception):
             raise
         raise ModelError(f"{what}: {error}", hint=hint) from error
 
@@ -124,7 +114,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     """The tensors in a folder's safetensors files, by their headers; a broken one has none."""
     found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with contextlib.suppress(*_RAISED), path.open("rb") as file:
+        with contextlib.suppress(*RAISED), path.open("rb") as file:
             header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _MAX_HEADER_BYTES)))
             header.pop("__metadata__", None)
             found |= {
@@ -149,7 +139,9 @@ def _require_sizes(path: Path, value: JsonValue, tensors: Mapping[str, Tensor]) 
         most = next((most for names, most in bounds.items() if names.fullmatch(name)), None)
         if most is not None:
             for size in found if isinstance(found, list) else [found]:
-                _require_size(f"{path}: {name}", size, least=int(name in _NEEDED), most=most)
+                _require_size(
+                    f"{path}: {name}", size, least=int(_NEEDED.fullmatch(name) is not None), most=most
+                )
 
 
 def _fields(value: JsonValue) -> Iterator[tuple[str, JsonValue]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kdpipe.data.tasks import arithmetic
 from kdpipe.errors import DataError, ModelError, PreflightError, RecipeError
-from kdpipe.models.model_folder import require_own_files, unfit
+from kdpipe.models.model_folder import RAISED, require_own_files, unfit
 from kdpipe.recipe.task import QuestionTask
 from kdpipe.recipe.teacher import PROMPT_PIECE
 
@@ -36,17 +36,6 @@ MAX_TEMPLATE_LINES = 500_000
 """How many lines of Python one prompt's template may take; those of real models take hundreds a turn."""
 MAX_GROWTH = 1000
 """How many times as long a tokenizer's replacements may make a text; those of real ones do not."""
-_TEMPLATE_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-"""What a template's own mistakes raise, beside what its language does."""
 
 
 def open_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
@@ -224,7 +213,7 @@ def _chat_text(tokenizer: Tokenizer, style: PromptStyle, messages: list[dict[str
             text: str = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False, **style.template_arguments
             )
-    except (jinja2.TemplateError, *_TEMPLATE_ERRORS) as error:
+    except (jinja2.TemplateError, MemoryError, *RAISED) as error:
         raise PreflightError(
             f"{name}: its chat template cannot render {[message['role'] for message in messages]} "
             f"with arguments {style.template_arguments}: {str(error) or type(error).__name__}",

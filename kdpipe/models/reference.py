@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM
 
-from kdpipe.errors import ModelError
 from kdpipe.models.adapters import merge_adapter, target_names
 from kdpipe.models.folder import skeleton
+from kdpipe.models.model_folder import unfit
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.models import Lora
 
@@ -103,7 +103,7 @@ def adapter_parameters(folder: Path, lora: Lora) -> int:
 
 
 def _open(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    try:
+    with unfit(f"{folder}: transformers cannot open it"):
         return AutoModelForCausalLM.from_pretrained(
             str(folder),
             dtype=dtype,
@@ -111,5 +111,3 @@ def _open(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool) -> Any:
             local_files_only=True,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{folder}: transformers cannot open it: {error}") from error
