@@ -131,9 +131,9 @@ def skipped(why: str) -> Outcome:
     return Outcome(why, verdict="skipped")
 
 
-def failed(said: str, *measures: Measure) -> Outcome:
+def failed(said: str) -> Outcome:
     """The outcome of a probe that failed, whatever its numbers."""
-    return Outcome(said, measures, verdict="FAILED")
+    return Outcome(said, verdict="FAILED")
 
 
 def found(probe: str, about: str, make: Callable[[], Outcome]) -> Finding:

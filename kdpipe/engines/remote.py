@@ -5,8 +5,6 @@ cross unchanged: arrays as their bytes, ids and log-probs of completions as JSON
 
 A call is not broken off when the run is to stop: it ends in time, so that its part is kept, or the process that made
 it is killed and this one goes with it.
-
-Importing this module is cheap: an engine's libraries are imported where it is opened.
 """
 
 from __future__ import annotations

@@ -42,10 +42,7 @@ class Place:
 
 
 class Engines:
-    """The engines of a run: opened when first asked for, then kept.
-
-    Raises RecipeError on a device that is not there.
-    """
+    """The engines of a run, opened when first asked for; RecipeError on a device that is not there."""
 
     def __init__(self, recipe: Recipe, cache: ModelCache, *, logs: Path) -> None:
         self._runtime = recipe.runtime

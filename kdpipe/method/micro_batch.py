@@ -16,7 +16,7 @@ import torch
 from kdpipe.method.losses import kl
 from kdpipe.method.objective import distribution_value, token_loss
 from kdpipe.method.token_batch import TeacherSupport, TokenBatch
-from kdpipe.models.logprobs import Head, chunk_tokens, head_logits, support_of, token_logprobs, token_slices
+from kdpipe.models.logprobs import Head, head_logits, support_of, token_logprobs, token_slices
 from kdpipe.recipe.objective import Objective
 
 
@@ -97,7 +97,7 @@ def reverse_kl(
 ) -> torch.Tensor:
     """KL(student‖teacher) over the whole vocabulary at each position, nats [N]; both have the same ids."""
     results = []
-    for part in token_slices(len(hidden_NH), chunk_tokens(chunk, head)):
+    for part in token_slices(len(hidden_NH), chunk, head):
         logits_CV = head_logits(hidden_NH[part], head, temperature=temperature)
         index = torch.arange(part.start, part.stop, device=hidden_NH.device)
         results.append(kl(logits_CV.log_softmax(-1), teacher.at(index).logprobs_NS))

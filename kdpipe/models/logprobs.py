@@ -97,7 +97,7 @@ def token_logprobs(
         token_C = logprobs_CV.gather(-1, ids_N[part, None]).squeeze(-1)
         return (token_C,) if extra is None else (token_C, extra(logprobs_CV, part))
 
-    parts = list(token_slices(len(ids_N), chunk_tokens(chunk, head)))
+    parts = list(token_slices(len(ids_N), chunk, head))
     recompute = len(parts) > 1 and torch.is_grad_enabled()
     results = [
         checkpoint(step, hidden_NH[part], head.weight_VH, part, use_reentrant=False, preserve_rng_state=False)
@@ -122,7 +122,7 @@ def score_tokens(
 ) -> HeadScores:
     """Log-probs of `ids_N`, and of the `top_k` most probable ids and `support_ids_NS`, without gradients."""
     results = []
-    for part in token_slices(len(ids_N), chunk_tokens(chunk, head)):
+    for part in token_slices(len(ids_N), chunk, head):
         logits_CV = head_logits(hidden_NH[part], head, temperature=temperature)
         finite_C = logits_CV.sum(-1).isfinite()
         logprobs_CV = logits_CV.log_softmax(-1)
@@ -174,12 +174,8 @@ def _top_ids(logprobs_CV: torch.Tensor, top_k: int) -> torch.Tensor:
     return ids_CK
 
 
-def chunk_tokens(chunk: int, head: Head) -> int:
-    """The number of tokens whose logits are made at once."""
-    return max(chunk, _MIN_CHUNK_LOGITS // head.weight_VH.shape[0])
-
-
-def token_slices(num_tokens: int, chunk: int) -> Iterator[slice]:
-    """Slices of at most `chunk` that cover `num_tokens`; a single empty one for none."""
+def token_slices(num_tokens: int, chunk: int, head: Head) -> Iterator[slice]:
+    """Slices that cover `num_tokens`, of as many as have their logits made at once; an empty one for none."""
+    chunk = max(chunk, _MIN_CHUNK_LOGITS // head.weight_VH.shape[0])
     for start in range(0, max(num_tokens, 1), chunk):
         yield slice(start, min(start + chunk, num_tokens))

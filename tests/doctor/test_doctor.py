@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-import kdpipe.pipeline.preflight
 import kdpipe.pipeline.request
+import kdpipe.pipeline.step_worker
 from kdpipe.cli.app import app
 from kdpipe.doctor.finding import CATCHES, FINDINGS, Measure, Outcome, found
 from kdpipe.engines.protocol import Engine
@@ -469,13 +469,13 @@ def test_a_healthy_run_is_examined_once_a_command_and_told_of_warnings(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    real = kdpipe.pipeline.preflight.examination
+    real = kdpipe.pipeline.step_worker.examination
 
     def counted(*args: Any, **settings: Any) -> Any:
         asked.append(args[2])
         return real(*args, **settings)
 
-    monkeypatch.setattr(kdpipe.pipeline.preflight, "examination", counted)
+    monkeypatch.setattr(kdpipe.pipeline.step_worker, "examination", counted)
     clinic.set_template(copied / "student", TURN)
     clinic.set_template(copied / "teacher", "Tom has " + TURN)
     task = {"kind": "jsonl", "train": "train.jsonl", "test": "test.jsonl", "instruction": ""}
@@ -492,13 +492,13 @@ def test_where_teachers_write_the_models_are_examined_when_all_of_them_are_there
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    real = kdpipe.pipeline.preflight.examination
+    real = kdpipe.pipeline.step_worker.examination
 
     def seen(*args: Any, **settings: Any) -> Any:
         asked.append(real(*args, **settings))
         return asked[-1]
 
-    monkeypatch.setattr(kdpipe.pipeline.preflight, "examination", seen)
+    monkeypatch.setattr(kdpipe.pipeline.step_worker, "examination", seen)
     student = {"model": "./student", "dtype": "float32", "sft": {"steps": 2, "batch": 4, "text": "teacher"}}
     loaded = load_world(copied, student=student, runtime__preflight=True)
     watcher = Watcher()

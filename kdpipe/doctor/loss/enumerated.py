@@ -84,10 +84,7 @@ class Policies:
 
 @dataclass(frozen=True, slots=True)
 class EnumeratedRow:
-    """A completion with all that its loss reads.
-
-    `context` is the prefix of each token, or a transformer's prompt.
-    """
+    """A completion with all that its loss reads; `context` is the prefix of each token, or a prompt."""
 
     tokens: Completion
     context: tuple[int, ...]
