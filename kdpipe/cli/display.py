@@ -143,12 +143,12 @@ class JsonLines:
 def round_line(number: int, rounds: int, metrics: dict[str, float]) -> str:
     """One round in one line of at most 80 columns: reverse KL, reward, and accuracy when it was due."""
     pieces = [f"round {number:>{len(str(rounds))}}/{rounds}"]
-    if (value := metrics.get("score/reverse_kl_nats")) is not None:
-        pieces.append(f"reverse KL {value:6.3f}")
-    if (value := metrics.get("rollout/reward_mean")) is not None:
-        pieces.append(f"reward {value:5.3f}")
-    if (value := metrics.get("evaluate/accuracy")) is not None:
-        pieces.append(f"accuracy {value:6.1%}")
+    measured = (
+        ("score/reverse_kl_nats", "reverse KL", "6.3f"),
+        ("rollout/reward_mean", "reward", "5.3f"),
+        ("evaluate/accuracy", "accuracy", "6.1%"),
+    )
+    pieces += [f"{label} {metrics[name]:{spec}}" for name, label, spec in measured if name in metrics]
     seconds = sum(value for name, value in metrics.items() if name.startswith("time/"))
     pieces.append(duration(seconds))
     return "  ".join(pieces)

@@ -13,7 +13,7 @@ import shlex
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
@@ -118,28 +118,24 @@ def watch_lines(look: Callable[[], tuple[list[str], bool]]) -> None:
     """
     with contextlib.suppress(KeyboardInterrupt):
         if is_terminal(sys.stdout):
-            _watch_live(look)
+            from rich.live import Live
+            from rich.text import Text
+
+            with Live(auto_refresh=False, vertical_overflow="crop") as live:
+                for lines in _each_look(look, WATCH_SECONDS):
+                    live.update(Text.from_ansi("\n".join(lines)), refresh=True)
             return
         before: list[str] = []
-        goes_on = True
-        while goes_on:
-            lines, goes_on = look()
-            new = [line for line in lines if line not in before]
-            if new:
+        for lines in _each_look(look, PLAIN_SECONDS):
+            if new := [line for line in lines if line not in before]:
                 print("\n".join(new), flush=True)
             before = lines
-            if goes_on:
-                time.sleep(PLAIN_SECONDS)
 
 
-def _watch_live(look: Callable[[], tuple[list[str], bool]]) -> None:
-    from rich.live import Live
-    from rich.text import Text
-
+def _each_look(look: Callable[[], tuple[list[str], bool]], seconds: float) -> Iterator[list[str]]:
     goes_on = True
-    with Live(auto_refresh=False, vertical_overflow="crop") as live:
-        while goes_on:
-            lines, goes_on = look()
-            live.update(Text.from_ansi("\n".join(lines)), refresh=True)
-            if goes_on:
-                time.sleep(WATCH_SECONDS)
+    while goes_on:
+        lines, goes_on = look()
+        yield lines
+        if goes_on:
+            time.sleep(seconds)

@@ -30,9 +30,7 @@ class Evaluation:
     @property
     def accuracy(self) -> Interval:
         """With Wilson's interval."""
-        found = self.interval("accuracy")
-        assert found is not None
-        return found
+        return Interval(*(self.summary[f"accuracy{bound}"] for bound in ("", "_low", "_high")))
 
     @property
     def p_text(self) -> str:
