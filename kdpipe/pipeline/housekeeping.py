@@ -61,9 +61,6 @@ def _committed(step: Step, entry: Entry, manifest: Manifest, *, full: bool) -> V
     return Verified(step.id, len(files), sum(file.bytes for file in files), problem)
 
 
-# -------------------------------------------------------------------------------------------------- gc
-
-
 @dataclass(frozen=True, slots=True)
 class Garbage:
     """A folder that no run links, and its size."""
@@ -106,9 +103,6 @@ def collect(workspace: Path) -> list[Garbage]:
         for folder in (*killed, aside):
             shutil.rmtree(folder)
     return found
-
-
-# ---------------------------------------------------------------------------------------------- export
 
 
 def export(

@@ -65,9 +65,7 @@ class Sources:
             files = data_files(task, self.loaded.folder)
             data = {split: {"digest": self._digest(path)} for split, path in files.items()}
         if self._changed:
-            with contextlib.suppress(
-                StepError
-            ):  # it only saves reading again: plan and status need not write
+            with contextlib.suppress(StepError):  # it only saves reading again; plan need not write
                 write_json(self.workspace / "digests.json", seal_value(DIGESTS, self._digests))
             self._changed = False
         return Identities(models=models, data=data)

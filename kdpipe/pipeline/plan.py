@@ -311,10 +311,7 @@ class _Planner:
         seed: int | None = None,
         split: str | None = None,
     ) -> None:
-        """Adds a step; `named` are the models that no step made, and `split` is of the data that it reads.
-
-        Without a `seed` of its section it has the recipe's.
-        """
+        """Adds a step; `named`: models that no step made, `seed`: its section's own, `split`: data it reads."""
         settings = settings_of(self.recipe, stage, number, subject=subject)
         data: Fields = {} if split is None else {"task.data": self._data(split)}
         seed = self.recipe.seed if seed is None else seed

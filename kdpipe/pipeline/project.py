@@ -32,12 +32,10 @@ class Project:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe."""
         return self.loaded.recipe
 
     @property
     def store(self) -> Store:
-        """The workspace's store."""
         return Store(self.workspace)
 
     @property

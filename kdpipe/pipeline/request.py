@@ -26,8 +26,7 @@ PERFORMER = "kdpipe.execution.executor:Performer"
 class Assignment:
     """A step with the steps that it reads, and where everything is.
 
-    `folder` is the recipe's, `run` the run's. `folders` and `identities` are those of models that no step made, by
-    name.
+    `folder` is the recipe's, `run` the run's; `folders` and `identities` those of models that no step made.
     """
 
     workspace: Path

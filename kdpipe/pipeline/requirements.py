@@ -71,9 +71,6 @@ def require(recipe: Recipe, warn: Callable[[str], None]) -> None:
         )
 
 
-# -------------------------------------------------------------------------------------------- headroom
-
-
 @dataclass(frozen=True, slots=True)
 class Headroom:
     """Headroom of a teacher: its accuracy less that of student 0 on the same problems, paired.
@@ -147,9 +144,6 @@ def require_headroom(project: Project) -> None:
                 f"teacher {headroom.teacher!r} is not better than the student: {headroom.sentence()}",
                 hint="choose another teacher, or say --set runtime.allow_weak_teacher=true",
             )
-
-
-# ------------------------------------------------------------------------------------------ free space
 
 
 def require_space(project: Project, folders: Mapping[str, Path], step: Step) -> None:

@@ -79,14 +79,11 @@ class Schedule:
     def _await(self, step_id: str) -> None:
         if step_id not in self._pending:
             self._pending.add(step_id)
-            self._awaited.update(self._opened(self._plan.steps[self._position[step_id]]))
+            self._awaited.update(self._opened(self._plan.step(step_id)))
 
     def _opened(self, step: Step) -> list[tuple[str, str]]:
         """(fingerprint, folder) of everything that a step opens."""
-        sources = [
-            (self._plan.steps[self._position[source.step_id]], source.opens)
-            for source in step.inputs.values()
-        ]
+        sources = [(self._plan.step(source.step_id), source.opens) for source in step.inputs.values()]
         return [(source.fingerprint, name) for source, names in sources for name in names]
 
 

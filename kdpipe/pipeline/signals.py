@@ -49,10 +49,8 @@ def signals() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Has `handler` called on the signals of `STOPS`.
-
-    One that is ignored stays so: nohup and a shell's background mean that.
-    """
+    """Has `handler` called on the signals of `STOPS`."""
+    # One that is ignored stays so: nohup and a shell's background mean that.
     heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in heard}
     try:

@@ -21,10 +21,7 @@ MAX_REASONS = 3
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What is known of one step: its verdict, why, and the payload digest it has now (None: none).
-
-    `hint` says what to do where it is damaged, if that is not to force it.
-    """
+    """What is known of a step; `hint` says what to do where it is damaged, if that is not to force it."""
 
     step: Step
     verdict: Verdict
@@ -81,9 +78,6 @@ def survey(plan: Plan, store: Store, recipe: Recipe) -> list[State]:
         _explained(state, runs, store) if state.verdict == "to do" and not state.why else state
         for state in states_of(plan, store)
     ]
-
-
-# ------------------------------------------------------------------------------------------- reasons
 
 
 def _explained(state: State, runs: list[RunFolder], store: Store) -> State:

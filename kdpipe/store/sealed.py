@@ -30,8 +30,7 @@ def unseal(
 ) -> dict[str, Any]:
     """The document in the bytes of a sealed file, without its digest.
 
-    Raises ArtifactError that names `path` and `kind` where it is damaged, or of another format than `reads`; None
-    reads any.
+    Raises ArtifactError where it is damaged, or of another format than `reads`; None reads any.
     """
     try:
         document = json.loads(data)

@@ -53,10 +53,7 @@ class Item:
 
 
 def run_items(folder: Path, memory: Memory) -> Iterator[Item]:
-    """Everything that MLflow is to show of a run, in sending order.
-
-    Raises ArtifactError where the run's own files cannot be read.
-    """
+    """All that MLflow is to show of a run, in sending order; raises ArtifactError where it is damaged."""
     recipe = RunFolder(folder).loaded().recipe
     document, several = resolved(recipe), len(recipe.teachers) > 1
     steps = list(done_steps(folder))
@@ -184,9 +181,6 @@ def _model(steps: Sequence[DoneStep]) -> Iterator[Item]:
         last = max(trained, key=lambda step: step.round)
         name = f"student-round-{last.round:03d}"
         yield Item(name, last.mark, send)
-
-
-# ------------------------------------------------------------------- items of studies as well
 
 
 def metrics_item(name: str, mark: str, memory: Memory, rows: Iterable[MetricRow]) -> Item:

@@ -47,7 +47,6 @@ class MirrorRequest:
 
     @property
     def workspace(self) -> Path:
-        """The workspace that the folder lies in."""
         return self.folder.parents[1]
 
 
@@ -96,10 +95,7 @@ class Memory(BaseModel):
 
 
 def read_memory(folder: Path) -> Memory | None:
-    """The folder's `mlflow.json`, or None when there is none that can be read.
-
-    Where the workspace's database is gone, nothing is remembered of what it had.
-    """
+    """The folder's `mlflow.json`, without what a database had that is gone; None where it cannot be read."""
     try:
         memory = Memory.model_validate_json((folder / MEMORY).read_bytes())
     except (FileNotFoundError, ValidationError):

@@ -146,9 +146,9 @@ class MlflowRun:
 
     def log_params(self, params: Mapping[str, str]) -> list[str]:
         """Logs params that are not there yet, as a changed one would raise; returns those that are refused."""
-        leaves = {key: without_secret(value, self._uri) for key, value in params.items()}
-        new = [Param(key, value) for key, value in leaves.items() if key not in self._params]
-        return [param.key for param in self._refused(new)]
+        new = {key: value for key, value in params.items() if key not in self._params}
+        found = self._refused([Param(key, without_secret(text, self._uri)) for key, text in new.items()])
+        return [param.key for param in found]
 
     def _refused(self, params: Sequence[Param]) -> list[Param]:
         """Logs params together, or where MLflow refuses them by halves; returns those that it refuses alone."""

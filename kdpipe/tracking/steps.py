@@ -69,17 +69,13 @@ def event_times(folder: Path) -> list[int]:
 
 
 def metrics(step: DoneStep, *, several: bool) -> Iterator[MetricRow]:
-    """The metrics of a step; `several`: the run has more than one teacher.
-
-    Raises ArtifactError on damage.
-    """
+    """The metrics of a step of a run that has `several` teachers or one; raises ArtifactError on damage."""
     for row in step.entry.metrics():
-        per_step = row.optimizer_step is not None
+        at, per_step = row.optimizer_step, row.optimizer_step is not None
         name = metric_name(
             row.name, stage=step.stage, subject=step.subject, per_step=per_step, several=several
         )
-        at = step.round if row.optimizer_step is None else row.optimizer_step
-        yield MetricRow(name, row.value, round(step.finished * 1000), at)
+        yield MetricRow(name, row.value, round(step.finished * 1000), step.round if at is None else at)
 
 
 def metric_name(name: str, *, stage: str, subject: str, per_step: bool, several: bool = False) -> str:

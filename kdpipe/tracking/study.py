@@ -27,10 +27,7 @@ from kdpipe.tracking.steps import MetricRow
 
 
 def study_items(folder: Path, memory: Memory) -> Iterator[Item]:
-    """Everything that MLflow is to show of a study, in sending order.
-
-    Raises ArtifactError where the study cannot be read.
-    """
+    """All that MLflow is to show of a study, in sending order; raises ArtifactError where it is damaged."""
     study = read_study(folder)
     if study is None:
         raise ArtifactError(f"{folder}: no study can be read here", hint="repeat the command that made it")
