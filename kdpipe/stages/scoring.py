@@ -144,14 +144,10 @@ def score_completions(
     lacking, swap = teacher.vocabulary.unscorable, teacher.swap
     prompts = [teacher.prompt_ids(problem, prompt) for problem, prompt, _ in rows]
     masks = [np.array([token not in lacking for token in completion], np.bool_) for _, _, completion in rows]
-    given = (
-        [None] * len(rows)
-        if supports is None
-        else [swapped(s[mask], swap) for s, mask in zip(supports, masks, strict=True)]
-    )
     requests = []
-    for prompt, (_, _, completion), support in zip(prompts, rows, given, strict=True):
+    for place, (prompt, mask, (_, _, completion)) in enumerate(zip(prompts, masks, rows, strict=True)):
         read = [token for token in completion if token not in lacking]
+        support = None if supports is None else swapped(supports[place][mask], swap)
         wanted = swapped(np.array(read, np.int32), swap).tolist() if swap else None
         requests.append(ScoreRequest(prompt, read, support, wanted))
     ids = [problem.prompt_id for problem, _, _ in rows]
@@ -164,7 +160,7 @@ def score_completions(
     job.require_finite(ids, [score.logprobs for score in scores], f"the log-prob of teacher {teacher.name!r}")
     if swap is not None:  # what the teacher has at one id is the score of the other
         scores = [
-            replace(score, topk_ids=None if score.topk_ids is None else swapped(score.topk_ids, swap))
+            score if score.topk_ids is None else replace(score, topk_ids=swapped(score.topk_ids, swap))
             for score in scores
         ]
     return [

@@ -83,8 +83,7 @@ class HttpClient:
         self._settings = settings
         self._key = None if key_name is None else _read_key(key_name)
         self._key_name = key_name
-        is_tls = any(url.startswith("https:") for url in self.urls)
-        self._tls = _certificates(ca_bundle) if is_tls else None
+        self._tls = _certificates(ca_bundle) if any(url.startswith("https:") for url in self.urls) else None
         self._sleep = sleep
         self._halt = threading.Event()  # of the requests that were begun last
         self._lock = threading.Lock()
