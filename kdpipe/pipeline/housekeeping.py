@@ -22,8 +22,6 @@ from kdpipe.store.stage import Stage
 from kdpipe.store.step import Step
 from kdpipe.store.target import is_vacant, write_folder
 
-# ---------------------------------------------------------------------------------------------- verify
-
 
 @dataclass(frozen=True, slots=True)
 class Verified:
@@ -125,8 +123,7 @@ def export(
     number, folder = _student_folder(project, round_number)
     if adapter and number == 0:
         raise RecipeError(
-            "--adapter: student 0 has none, the adapter begins in round 1",
-            hint=f"kdpipe run {project.named}",
+            "--adapter: student 0 has none, the adapter begins in round 1", hint=f"kdpipe run {project.named}"
         )
     is_merged = number > 0 and project.recipe.student.lora is not None and not adapter
 

@@ -57,7 +57,8 @@ def run_items(folder: Path, memory: Memory) -> Iterator[Item]:
     recipe = RunFolder(folder).loaded().recipe
     document, several = resolved(recipe), len(recipe.teachers) > 1
     steps = list(done_steps(folder))
-    yield tags_item(_tags(folder, document, memory.key))
+    tags = _tags(folder, document, memory.key)
+    yield Item("tags", digest_of({**tags}), lambda run: run.set_tags(tags))
     yield _params(document, memory)
     yield from (metrics_item(step.name, step.mark, memory, metrics(step, several=several)) for step in steps)
     yield from _findings(recipe, steps)
@@ -198,11 +199,6 @@ def status_item(folder: Path, memory: Memory) -> Item:
         memory.status = memory.wanted
 
     return Item(STATUS, memory.wanted, send)
-
-
-def tags_item(tags: Mapping[str, str]) -> Item:
-    """These tags."""
-    return Item("tags", digest_of(dict(tags)), lambda run: run.set_tags(tags))
 
 
 def file_item(folder: Path, name: str) -> Iterator[Item]:

@@ -20,7 +20,6 @@ from kdpipe.tracking.items import (
     metrics_item,
     shortened,
     status_item,
-    tags_item,
 )
 from kdpipe.tracking.memory import Memory, read_memory
 from kdpipe.tracking.steps import MetricRow
@@ -32,7 +31,8 @@ def study_items(folder: Path, memory: Memory) -> Iterator[Item]:
     if study is None:
         raise ArtifactError(f"{folder}: no study can be read here", hint="repeat the command that made it")
     found = study.comparison()
-    yield tags_item(_tags(study, found, memory.key))
+    tags = _tags(study, found, memory.key)
+    yield Item("tags", digest_of({**tags}), lambda run: run.set_tags(tags))
     yield from _children(study, memory)
     if found is not None:
         yield metrics_item(COMPARISON, digest_of(found), memory, _comparison_metrics(found))
