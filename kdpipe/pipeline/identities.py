@@ -17,7 +17,6 @@ from pydantic import JsonValue
 
 from kdpipe.data.tasks import data_files, hub_id
 from kdpipe.errors import ArtifactError, DataError, ModelError, RecipeError, StepError
-from kdpipe.models.model_folder import require_own_files
 from kdpipe.pipeline.plan import UNRESOLVED, Identities
 from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.recipe.place import place_of
@@ -126,6 +125,8 @@ class Sources:
                 f"{folder}: not a model folder: config.json is missing",
                 hint="name a folder that transformers' save_pretrained wrote",
             )
+        from kdpipe.models.model_folder import require_own_files
+
         require_own_files(folder)
         parts: JsonValue = [[path.name, self._digest(path)] for path in files]
         digest = hashlib.sha256(canonical(parts)).hexdigest()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import JsonValue
 
@@ -30,8 +31,7 @@ RUNS = "runs"
 ROUND = re.compile(r"round-(\d+)$")
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
+class Link(NamedTuple):
     """One link of a run: the step's round and link name, and the entry's folder."""
 
     round: int
@@ -39,8 +39,7 @@ class Link:
     target: Path
 
 
-@dataclass(frozen=True, slots=True)
-class RunEvent:
+class RunEvent(NamedTuple):
     """What happened at `time`, in seconds since the epoch; `reused`: another run had made the step."""
 
     time: float

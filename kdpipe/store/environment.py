@@ -7,7 +7,6 @@ import functools
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from kdpipe import __version__
@@ -62,6 +61,8 @@ def git_commit(folder: Path | None = None) -> str | None:
 
 
 def _version(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(name)
     except PackageNotFoundError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from pydantic import JsonValue
 
@@ -15,8 +15,7 @@ from kdpipe.store.stage import Stage
 Fields: TypeAlias = dict[str, JsonValue]
 
 
-@dataclass(frozen=True, slots=True)
-class Input:
+class Input(NamedTuple):
     """An input of a step: which step makes it, and which folders of its payload are opened."""
 
     step_id: str

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
-from kdpipe.data.rows import Problem
 from kdpipe.recipe.place import place_of
 from kdpipe.recipe.task import Gsm8kTask, QuestionTask, Task
+
+if TYPE_CHECKING:
+    from kdpipe.data.rows import Problem
 
 
 class TaskModule(Protocol):

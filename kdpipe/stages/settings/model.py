@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import JsonValue
 
-from kdpipe.data.rows import Problem
 from kdpipe.recipe.roles import SERVER
 from kdpipe.recipe.schema import Recipe, SelfTeacher, ServedTeacher, Student, Teacher
 from kdpipe.recipe.section import DtypeName, EngineName
 from kdpipe.recipe.stages import RolloutSection
 from kdpipe.recipe.task import Task
 from kdpipe.store.step import Fields
+
+if TYPE_CHECKING:
+    from kdpipe.data.rows import Problem
 
 Headline: TypeAlias = Literal["strict", "flexible"]
 Routes: TypeAlias = Mapping[str, Sequence[str | int | float]]
