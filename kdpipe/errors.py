@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import re
-from dataclasses import dataclass
 
 _ELSEWHERE = "name another place with --workspace"
 _ADVICE = {
@@ -139,45 +138,3 @@ class Interrupted(KdpipeError):
     def __init__(self, signal_number: int, message: str, *, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.exit_code = 128 + signal_number
-
-
-# ------------------------------------------------------------------------------------------- over a pipe
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """An error on its way to another process: the name of its class, its message and hint."""
-
-    kind: str
-    message: str
-    hint: str = ""
-    request: int | None = None
-
-    def error(self, log: object) -> KdpipeError:
-        """The error again; one that is not of this module is a bug, whose story stands in `log`."""
-        kind = _kinds(KdpipeError).get(self.kind)
-        if kind is None or kind is Interrupted:
-            return StepError(
-                f"{self.kind}: {self.message} (the whole story is in {log})",
-                hint="this is a bug in kdpipe; finished pieces are kept, and repeating the command continues",
-            )
-        if issubclass(kind, EngineError):
-            return kind(self.message, hint=self.hint, request=self.request)
-        return kind(self.message, hint=self.hint)
-
-
-def failure_of(error: BaseException) -> Failure:
-    """The failure that stands for an error; a class from elsewhere travels as the nearest of this module."""
-    known = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == __name__]
-    kind = known[0] if known else type(error).__name__
-    if isinstance(error, EngineError):
-        return Failure(kind, error.what, error.hint, error.request)
-    return Failure(kind, str(error), error.hint if isinstance(error, KdpipeError) else "")
-
-
-def _kinds(base: type[KdpipeError]) -> dict[str, type[KdpipeError]]:
-    """The classes of this module by name, from `base` down."""
-    found = {base.__name__: base} if base.__module__ == __name__ else {}
-    for kind in base.__subclasses__():
-        found |= _kinds(kind)
-    return found

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from kdpipe.errors import ArtifactError
 from kdpipe.pipeline.plan import Plan
@@ -19,8 +18,7 @@ Verdict = Literal["done", "stale", "to do", "damaged"]
 MAX_REASONS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(NamedTuple):
     """What is known of a step; `hint` says what to do where it is damaged, if that is not to force it."""
 
     step: Step
@@ -52,9 +50,9 @@ def inspect(store: Store, step: Step, digests: Mapping[str, str | None]) -> Stat
     for role, source in step.inputs.items():
         now = digests.get(source.step_id)
         if now is None:
-            return replace(done, verdict="to do", why=f"needs {source.step_id}, which is not there")
+            return done._replace(verdict="to do", why=f"needs {source.step_id}, which is not there")
         if manifest.inputs.get(str(role)) != now:
-            return replace(done, verdict="stale", why=f"{source.step_id} was made again and differs")
+            return done._replace(verdict="stale", why=f"{source.step_id} was made again and differs")
     return done
 
 

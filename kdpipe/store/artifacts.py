@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import JsonValue
 
@@ -206,8 +206,7 @@ def linked_entry(folder: Path) -> tuple[Entry, Fields]:
     return Entry(folder, step_id, str(document[FINGERPRINT_KEY])), document
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
+class Metric(NamedTuple):
     """A number that a step measured; `optimizer_step` is None where it is of the whole round."""
 
     round: int

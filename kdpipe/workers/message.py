@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar, dataclass_transform
 
-from kdpipe.errors import Failure
+from kdpipe.workers.failure import Failure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -28,7 +28,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol
 
-from kdpipe.errors import KdpipeError, StepError, as_os_error, failure_of, is_machine_fault, refusal
+from kdpipe.errors import KdpipeError, StepError, as_os_error, is_machine_fault, refusal
+from kdpipe.workers.failure import failure_of
 from kdpipe.workers.message import (
     Event,
     Frame,

@@ -15,9 +15,10 @@ from pydantic import ValidationError
 
 from kdpipe.engines.protocol import Completion, SampleRequest, Sampling, ScoreRequest, Scoring, TokenScores
 from kdpipe.engines.remote import TALK, Hosting, Load, SampleCall, Sampled, ScoreCall, Scored
-from kdpipe.errors import ArtifactError, EngineError, ModelError, StepError, failure_of
+from kdpipe.errors import ArtifactError, EngineError, ModelError, StepError
 from kdpipe.models.source import AdapterSource, ModelSource
 from kdpipe.recipe.runtime import Runtime
+from kdpipe.workers.failure import failure_of
 from kdpipe.workers.message import (
     ArrayField,
     Frame,
