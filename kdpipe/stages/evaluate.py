@@ -238,9 +238,8 @@ def _with_tokens(rows: Rows, others: Rows) -> Rows:
 def _reverse_kl(rows: Rows, before: Rows | None = None) -> dict[str, JsonValue]:
     """The held-out reverse KL; with `before` its paired difference: the same problems in every resample."""
     change = "" if before is None else "_change"
-    both = [_with_tokens(rows, rows if before is None else before)]
-    if before is not None:
-        both.append(_with_tokens(before, rows))
+    pairs = [(rows, rows)] if before is None else [(rows, before), (before, rows)]
+    both = [_with_tokens(*pair) for pair in pairs]
     if not both[0]:
         return {}
     found = _named(f"reverse_kl{change}", statistics.bootstrap_ratio(*map(_totals, both)), unit="_nats")

@@ -50,16 +50,15 @@ def rollout(settings: RolloutSettings | TextSettings, job: Job, context: Context
             for row in own.get(problem.prompt_id) or [_given(grader, problem, written.get(problem.prompt_id))]
         ]
 
-    name = ROLLOUTS_FILE
     job.in_parts(
-        name,
+        ROLLOUTS_FILE,
         problems,
         rows_per_item=section.samples,
         rows_of=lambda problem: section.samples if problem.prompt_id in sampled else 1,
         build=build,
         schema=ROLLOUTS,
     )
-    rows = read_rollouts(job.draft.folder / name)
+    rows = read_rollouts(job.draft.folder / ROLLOUTS_FILE)
     of_student = [row for row in rows if row.source == "student"]
     fraction = len({row.prompt_id for row in of_student}) / len({row.prompt_id for row in rows})
     job.draft.metric("rollout/on_policy_fraction", fraction)

@@ -62,10 +62,9 @@ def teacher_score(settings: ScoreSettings, job: Job, context: Context) -> None:
                 lambda path: write_hidden(path, parts, width=width, dtype=dtype, head_sha256=digest),
             )
 
-    name = SCORES_FILE
     has_support = keep.teacher_top_k or keep.student_top_k
     job.in_parts(
-        name,
+        SCORES_FILE,
         rollouts,
         rows_per_item=1,
         build=build,
@@ -73,7 +72,7 @@ def teacher_score(settings: ScoreSettings, job: Job, context: Context) -> None:
         part_schema=HIDDEN_PART if keep.hidden else None,
         finish=keep_hidden,
     )
-    scores = read_scores(job.draft.folder / name)
+    scores = read_scores(job.draft.folder / SCORES_FILE)
     check_scorable(f"teacher {teacher.name!r} lacks", [row.scorable for row in scores])
     prefix = f"score/{teacher.name}" if settings.is_one_of_several else "score"
     for metric, value in score_metrics(list(zip(rollouts, scores, strict=True))).items():

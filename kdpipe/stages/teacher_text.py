@@ -51,9 +51,8 @@ def write_texts(settings: TextSettings, job: Job, context: Context) -> None:
             rows.append(row)
         return rows
 
-    name = ROLLOUTS_FILE
-    job.in_parts(name, problems, rows_per_item=settings.samples, build=build, schema=ROLLOUTS)
-    write_metrics(job, f"rollout/{teacher.name}", read_rollouts(job.draft.folder / name))
+    job.in_parts(ROLLOUTS_FILE, problems, rows_per_item=settings.samples, build=build, schema=ROLLOUTS)
+    write_metrics(job, f"rollout/{teacher.name}", read_rollouts(job.draft.folder / ROLLOUTS_FILE))
 
 
 def _problems(settings: TextSettings, job: Job) -> list[Problem]:
