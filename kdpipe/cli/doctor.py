@@ -182,9 +182,6 @@ def _after_doctor(given: Given, missing: Mapping[str, str]) -> list[str]:
     ]
 
 
-# -------------------------------------------------------------------------------------------- its lines
-
-
 def check_loss_lines(phase: "Phase", paint: Paint) -> list[str]:
     """The findings on an objective as a table of 80 columns, and below it what its failures mean."""
     heading = textwrap.wrap(phase.objective, COLUMNS, subsequent_indent="  ")

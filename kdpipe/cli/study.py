@@ -127,9 +127,6 @@ def _run_arms(given: Given, study: "list[ArmRun]", rounds: int | None, *, markdo
     run_study("arms", runs, Request(rounds=rounds), compare=table, markdown=markdown)
 
 
-# ------------------------------------------------------------------------------------- several runs as one
-
-
 def run_study(
     kind: "StudyKind",
     runs: Sequence[tuple[str, Given]],

@@ -280,9 +280,6 @@ def _pairs(points: Sequence[tuple[float, float]]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-# ------------------------------------------------------------------------------------------- intervals
-
-
 def interval_svg(found: Interval, *, style: int) -> Markup:
     """A share as a dot with whiskers on an axis from 0 to 1, as wide as its cell."""
 
@@ -322,9 +319,6 @@ def shares_svg(shares: Sequence[Cost], styles: Mapping[str, int]) -> Markup:
         },
         *segments,
     )
-
-
-# ---------------------------------------------------------------------------------------------- a file
 
 
 def figure_file(chart: Chart, rounds: tuple[int, int]) -> str:

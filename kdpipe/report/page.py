@@ -112,9 +112,6 @@ def embedded(value: object) -> Markup:
     return Markup(text)  # noqa: S704 (escaped above, as a script element needs it)
 
 
-# -------------------------------------------------------------------------------------- what is shown
-
-
 def _shown(measures: Measures, drawn: Sequence[Chart]) -> dict[str, object]:
     """The names that the template knows."""
     rounds = rounds_of(drawn)
@@ -186,9 +183,6 @@ def _digests(measures: Measures) -> list[tuple[str, str]]:
         for step in measures.done
         if step.round in (0, measures.rounds_done) and step.id in measures.manifests
     ]
-
-
-# ---------------------------------------------------------------------------------------------- curves
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,9 +183,6 @@ def _mcnemar(group: Sequence[Contender], first: Sequence[Contender]) -> float | 
     return statistics.mcnemar(gained, sum(mine[key] < theirs[key] for key in mine))
 
 
-# ------------------------------------------------------------------------------------------------ reading runs
-
-
 def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contender:
     """The run's last evaluated student, from its folder alone.
 
@@ -222,9 +219,6 @@ def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contende
     if recipe.student.dtype == "auto":
         settings["student.dtype"] = f"auto ({', '.join(sorted(dtypes))})"
     return Contender(run.name, recipe.seed, number, samples, correct, settings, seconds, tokens)
-
-
-# --------------------------------------------------------------------------------------- what is shown of it
 
 
 def comparison_json(rows: Sequence[ComparisonRow]) -> list[dict[str, JsonValue]]:

@@ -110,9 +110,6 @@ def all_studies(workspace: Path) -> list[Study]:
     return [study for study in found if study is not None]
 
 
-# -------------------------------------------------------------------------------------------- control arms
-
-
 @dataclass(frozen=True, slots=True)
 class ArmRun:
     """One run of a study: which arm on which seed, and what it changes in the recipe, as `--set` takes it."""

@@ -150,9 +150,6 @@ def _training_sentence(measures: Measures) -> str | None:
     )
 
 
-# -------------------------------------------------------------------------------------------- warnings
-
-
 def warnings(measures: Measures) -> list[str]:
     """What weakens the result, each in a sentence or two."""
     return [

@@ -75,9 +75,6 @@ class Serving(Protocol[Request, Event, Result]):
         """The answer to one request."""
 
 
-# ---------------------------------------------------------------------------------------- parent's side
-
-
 _SECRET = re.compile(
     r"(^|_)(TOKEN|SECRET|KEY|CREDENTIALS?|PASSPHRASE)(_|$)|PASSWORD|PASSWD|MYSQL_PWD", re.IGNORECASE
 )
@@ -283,9 +280,6 @@ class Worker(Generic[Request, Event, Result]):
             for pipe in (process.stdin, process.stdout):
                 with contextlib.suppress(OSError):
                     pipe.close()  # type: ignore[union-attr]
-
-
-# ---------------------------------------------------------------------------------------- worker's side
 
 
 def main(target: str, parent: int, *, guarded: bool = False) -> None:

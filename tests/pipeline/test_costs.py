@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,7 @@ EVERY_ROUND: dict[str, Any] = {"teacher": False, "reverse_kl_problems": 0, "ever
 class StubWorker:
     """Commits tiny payloads instead of training; the accuracy is highest in round 6."""
 
-    def __init__(
-        self, target: str, talk: Any, *, log: Path, environment: Mapping[str, str] | None = None
-    ) -> None: ...
+    def __init__(self, target: str, talk: Any, *, log: Path, **_settings: Any) -> None: ...
 
     def call(self, request: Perform, **_settings: Any) -> Performed:
         step, store = request.assignment.step, Store(request.assignment.workspace)
