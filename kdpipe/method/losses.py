@@ -109,8 +109,7 @@ def mixture(first_NS: Tensor, second_NS: Tensor, first_share: float) -> Tensor:
     # logaddexp(-inf, -inf) has nan gradients; where neither has mass, no KL to the mixture looks at it.
     is_zero = (first_NS == -math.inf) & (second_NS == -math.inf)
     return torch.logaddexp(
-        math.log(first_share) + first_NS,
-        math.log1p(-first_share) + second_NS.masked_fill(is_zero, 0),
+        math.log(first_share) + first_NS, math.log1p(-first_share) + second_NS.masked_fill(is_zero, 0)
     )
 
 

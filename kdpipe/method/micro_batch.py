@@ -130,11 +130,7 @@ def micro_batch_loss(
             raise ValueError("this objective needs the teacher's distribution")
         places = at[part]
         return distribution_value(
-            objective,
-            logprobs_CV,
-            teacher.at(places),
-            taught_N=is_compared_n[part],
-            places_N=places,
+            objective, logprobs_CV, teacher.at(places), taught_N=is_compared_n[part], places_N=places
         )
 
     student_n, distribution_n = token_logprobs(

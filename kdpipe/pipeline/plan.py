@@ -168,8 +168,6 @@ class _Planner:
         if evaluated(recipe, number):
             self._evaluate_student(number)
 
-    # the steps: the settings of a stage, the identities of its models and data, and its inputs
-
     def _sft(self, name: str, model: Student | Teacher, inputs: Inputs | None = None) -> None:
         if not model.has_cold_start:
             return
@@ -231,8 +229,6 @@ class _Planner:
         seed = self.recipe.evaluate.seed
         self._add(Stage.EVALUATE, 0, teacher.name, named, inputs, seed=seed, split="test")
 
-    # models and texts that steps made
-
     def _text_inputs(self, number: int) -> Inputs:
         """The inputs of a step that reads what the teachers wrote."""
         roles = [(teacher_role(self.recipe, teacher), teacher.name) for teacher in self.recipe.teachers]
@@ -261,8 +257,6 @@ class _Planner:
             case _ if teacher.has_cold_start:
                 return {role: _input(Stage.SFT, 0, teacher.name, opens=("model",))}
         return {}
-
-    # what models and data are
 
     def _document(self, settings: object) -> Fields:
         """The settings of a stage as JSON."""

@@ -65,8 +65,6 @@ class Measures(Evaluations):
         """The last round whose training is done."""
         return max((step.round for step in self.done if step.stage == Stage.TRAIN), default=0)
 
-    # evaluations
-
     @property
     def headrooms(self) -> list[Headroom]:
         """How much better each evaluated teacher is than student 0."""
@@ -98,8 +96,6 @@ class Measures(Evaluations):
             known[name], _ = right_fractions(self.project.store.entry(self.project.plan.step(name)))
         return known[name]
 
-    # curves
-
     def by_round(self, name: str) -> Values:
         """A per-round metric of every done round."""
         return {
@@ -116,8 +112,6 @@ class Measures(Evaluations):
             if step.stage == Stage.TRAIN:
                 found[step.round] += [row.value for row in self.rows[step.id] if row.name == name]
         return found
-
-    # costs
 
     def costs_by_round(self, stage: Stage) -> dict[int, Cost]:
         """What a stage took in each round, all of its steps together; a reused step costs what it took once."""
@@ -144,8 +138,6 @@ class Measures(Evaluations):
                 total += event.time - begun.pop(event.step)
         inside = sum(cost.seconds for cost in self.costs())
         return total - inside if total > inside else None
-
-    # provenance
 
     def provenance(self) -> dict[str, list[str]]:
         """What the done steps were made with: each field with all the values that it had."""

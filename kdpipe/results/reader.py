@@ -103,8 +103,6 @@ class Reader:
         changes = self._changes(number)
         return CompletionTable("answers", step, rows, columns, self.detokenizer, changes=changes)
 
-    # the parts of it
-
     def _step(self, step_id: str) -> Step:
         if step_id not in self._done:
             raise RecipeError(

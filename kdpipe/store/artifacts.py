@@ -273,8 +273,6 @@ class Draft:
             remove(leftover)
         entry.describe(step)
 
-    # payload
-
     def write(self, name: str, writer: Callable[[Path], None]) -> None:
         """Durably writes the payload file or folder `name` through `writer(temporary path)`."""
         write_durably(self.folder / _inside(name), writer)
@@ -289,8 +287,6 @@ class Draft:
         """One row of metrics.jsonl; it is durable at the next checkpoint, or at commit."""
         row: dict[str, JsonValue] = {"round": self.round, "name": name, "value": float(value)}
         self._metrics.append({**row, "optimizer_step": optimizer_step})
-
-    # parts: finished pieces of a step that handles rows
 
     def part(self, index: int, writer: Callable[[Path], None]) -> Path:
         """The path of part `index`, written through `writer` unless an earlier attempt finished it."""
@@ -310,8 +306,6 @@ class Draft:
         if problem is not None:
             self._note("damaged", {"piece": piece.path.name, "problem": problem})
         return problem is None
-
-    # checkpoints: finished states inside a step that trains
 
     def checkpoint(self) -> tuple[int, Path] | None:
         """The newest whole checkpoint as (optimizer step, folder), with the metrics of the steps before it."""
@@ -339,8 +333,6 @@ class Draft:
         for older in folder.glob(f"{CHECKPOINT}*"):
             if older.name < name:
                 remove(older)
-
-    # commit
 
     def commit(self, *, inputs: Mapping[str, str], provenance: Mapping[str, JsonValue]) -> Manifest:
         """Writes metrics and, last, the manifest; then parts and checkpoints go."""

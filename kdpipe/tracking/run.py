@@ -85,8 +85,6 @@ class MlflowRun:
         self._rows: list[Metric] = []
         answered()
 
-    # which one
-
     def _recorded(self, memory: Memory) -> Run | None:
         if memory.run_id is None:
             return None
@@ -121,8 +119,6 @@ class MlflowRun:
                 if found is None:  # else another run was faster
                     raise
         return str(found.experiment_id)
-
-    # what it holds
 
     def set_status(self, status: Status, folder: Path) -> None:
         """Makes it show `status`; what is over ended with the last event of its `folder`."""

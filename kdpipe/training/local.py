@@ -16,13 +16,7 @@ import torch
 from kdpipe.errors import ArtifactError, StepError
 from kdpipe.models.folder import write_model
 from kdpipe.models.logprobs import head_of, hidden_states, token_logprobs
-from kdpipe.training.optimizer import (
-    learning_rate,
-    moments,
-    read_trainer,
-    restore_moments,
-    write_trainer,
-)
+from kdpipe.training.optimizer import learning_rate, moments, read_trainer, restore_moments, write_trainer
 from kdpipe.training.protocol import Update
 
 if TYPE_CHECKING:

@@ -61,11 +61,7 @@ class ServerEngine:
         self._model = server.model
         self._concurrency = settings.concurrency
         self._client = HttpClient(
-            server.urls,
-            settings,
-            key_name=server.api_key_env,
-            ca_bundle=ca_bundle,
-            sleep=sleep,
+            server.urls, settings, key_name=server.api_key_env, ca_bundle=ca_bundle, sleep=sleep
         )
         self._digest: str | None = None
         self._context: int | None = None
