@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
-if TYPE_CHECKING:
-    from kdpipe.models.reference import Shape
-    from kdpipe.recipe.schema import Recipe
+from kdpipe.models.reference import Shape
+from kdpipe.recipe.schema import Recipe
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _ID = 4  # bytes of a token id, and of a log-prob

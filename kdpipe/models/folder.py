@@ -9,11 +9,13 @@ import contextlib
 import hashlib
 import json
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import JsonValue
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -25,15 +27,11 @@ from kdpipe.models.adapters import Reach, is_adapted, merge_adapter, reach, targ
 from kdpipe.models.devices import dtype_name, resolve_dtype
 from kdpipe.models.logprobs import Head, head_logits, head_of
 from kdpipe.models.model_folder import require_own_files, tensors_of, unfit
+from kdpipe.models.source import ModelSource
+from kdpipe.recipe.models import Lora, Scratch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from pydantic import JsonValue
     from transformers import PreTrainedTokenizerBase
-
-    from kdpipe.models.source import ModelSource
-    from kdpipe.recipe.models import Lora, Scratch
 
 _PROBE_SCALE = 1000.0
 _NO_WEIGHTS = re.compile(

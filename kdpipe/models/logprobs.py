@@ -9,7 +9,7 @@ K most probable ids, S ids of a support.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,12 +17,10 @@ import torch
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
+from kdpipe.models.batching import Batch
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import PreTrainedModel
-
-    from kdpipe.models.batching import Batch
 
 Extra = Callable[[torch.Tensor, slice], torch.Tensor]
 """Log-probs [C, V] of the tokens in the slice of N -> one value per token [C]."""

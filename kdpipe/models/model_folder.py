@@ -11,16 +11,13 @@ import contextlib
 import json
 import re
 import stat
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+
+from pydantic import JsonValue
 
 from kdpipe.errors import ModelError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
-
-    from pydantic import JsonValue
 
 MAX_SETTINGS_BYTES = 64 << 20  # the index of a model of 10^12 parameters takes less
 MAX_TOKENIZER_BYTES = 512 << 20

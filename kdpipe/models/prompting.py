@@ -9,25 +9,23 @@ import contextlib
 import json
 import re
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from pydantic import JsonValue
+
+from kdpipe.data.rows import Problem
 from kdpipe.data.tasks import arithmetic
 from kdpipe.errors import DataError, ModelError, PreflightError, RecipeError
 from kdpipe.models.model_folder import RAISED, require_own_files, unfit
-from kdpipe.recipe.task import QuestionTask
+from kdpipe.recipe.task import QuestionTask, Task
 from kdpipe.recipe.teacher import PROMPT_PIECE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
-    from types import FrameType
-
-    from pydantic import JsonValue
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
-    from kdpipe.data.rows import Problem
-    from kdpipe.recipe.task import Task
 
 Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 Trace: TypeAlias = "Callable[[FrameType, str, object], Trace | None]"

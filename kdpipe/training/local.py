@@ -9,26 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from kdpipe.errors import ArtifactError, StepError
+from kdpipe.models.batching import Batch
+from kdpipe.models.cache import ModelCache
 from kdpipe.models.folder import write_model
 from kdpipe.models.logprobs import head_of, hidden_states, token_logprobs
+from kdpipe.recipe.models import Optimizer, SftOptimizer
 from kdpipe.training.optimizer import learning_rate, moments, read_trainer, restore_moments, write_trainer
-from kdpipe.training.protocol import Update
+from kdpipe.training.protocol import Loss, Update
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from kdpipe.models.batching import Batch
-    from kdpipe.models.cache import ModelCache
-    from kdpipe.recipe.models import Optimizer, SftOptimizer
-    from kdpipe.training.protocol import Loss
 
 MAX_STEPS = 2**53  # what a float counts by ones
 

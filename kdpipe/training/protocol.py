@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from kdpipe.models.batching import Batch
+from kdpipe.models.cache import ModelCache
 from kdpipe.models.logprobs import Head
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedTokenizerBase
-
-    from kdpipe.models.batching import Batch
-    from kdpipe.models.cache import ModelCache
 
 Loss = Callable[[torch.Tensor, Head], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
 """From hidden states [N, H] and output head to the micro-batch's share of the step's loss, and metrics as sums."""

@@ -6,14 +6,25 @@ padding keep their mass, which lies in the tail. What a server cannot do is refu
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TypeVar
 
 from pydantic import JsonValue
 
 from kdpipe.engines.limits import no_scores
-from kdpipe.engines.protocol import Completion, Scoring, TokenScores, about
+from kdpipe.engines.protocol import (
+    Completion,
+    Progress,
+    SampleRequest,
+    Sampling,
+    ScoreRequest,
+    Scoring,
+    TokenScores,
+    about,
+)
 from kdpipe.engines.server.http import Halted, HttpClient
 from kdpipe.engines.server.replies import (
     MoreIdsNeeded,
@@ -24,16 +35,10 @@ from kdpipe.engines.server.replies import (
 )
 from kdpipe.engines.server.signature import SAME_NATS, distance
 from kdpipe.errors import EngineError, ModelError
-
-if TYPE_CHECKING:
-    import threading
-    from pathlib import Path
-
-    from kdpipe.engines.protocol import Progress, SampleRequest, Sampling, ScoreRequest
-    from kdpipe.models.source import ModelSource
-    from kdpipe.recipe.runtime import ServerRuntime
-    from kdpipe.recipe.section import Ability
-    from kdpipe.recipe.teacher import Server
+from kdpipe.models.source import ModelSource
+from kdpipe.recipe.runtime import ServerRuntime
+from kdpipe.recipe.section import Ability
+from kdpipe.recipe.teacher import Server
 
 SEQUENCE = (5, 3, 7, 2, 6, 4, 7, 3, 5, 2, 4, 6)
 """Ids that every vocabulary has, of no meaning: what a model makes of them tells it from others."""

@@ -25,18 +25,15 @@ from http.client import (
     IncompleteRead,
     RemoteDisconnected,
 )
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from pathlib import Path
+from typing import TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import JsonValue
 
 from kdpipe import __version__
 from kdpipe.errors import EngineError
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from kdpipe.recipe.runtime import ServerRuntime
+from kdpipe.recipe.runtime import ServerRuntime
 
 CONNECT_SECONDS = 10.0
 FIRST_DELAY_SECONDS = 0.5
