@@ -29,22 +29,30 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 LONGEST = (
     "test_machine_faults.py",
     "test_kills.py",
-    "test_check_loss.py",
-    "test_damage.py",
-    "test_doctor.py",
-    "test_fuzz.py",
     "test_whole_run_is_guarded.py",
     "test_roles.py",
     "test_tracking_outage.py",
-    "test_tracking.py",
-    "test_lora.py",
-    "test_runner.py",
-    "test_several_teachers.py",
-    "test_report.py",
-    "test_cli.py",
     "test_crash.py",
+    "test_hostile_folder.py",
+    "test_doctor.py",
+    "test_runner.py",
+    "test_damage.py",
+    "test_check_loss.py",
+    "test_tracking.py",
+    "test_cli.py",
+    "test_workers.py",
+    "test_house.py",
+    "test_lora.py",
+    "test_engine_contract.py",
+    "test_server_teacher.py",
+    "test_from_files.py",
+    "test_report.py",
+    "test_plan.py",
+    "test_bad_input.py",
+    "test_fuzz.py",
+    "test_several_teachers.py",
 )
-"""Files that take ten seconds or more: begun first, so that no process is left with one when the others are done."""
+"""Files that take longest, in one suite or another: begun first, so that no process is left with one at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -212,7 +212,16 @@ WIRES: dict[str, tuple[Callable[[Engine], Engine], dict[str, Any], dict[str, str
 }
 
 
-OTHERS_LIKE_IT = {"early", "cold", "deaf", "short top-k", "doubled top-k", "moved top-k"}
+OTHERS_LIKE_IT = {
+    "early",
+    "cold",
+    "crowded",
+    "deaf",
+    "other model",
+    "short top-k",
+    "doubled top-k",
+    "moved top-k",
+}
 """Faults that the default suite has the like of: the other way, another wrong list, or in a test of their own."""
 
 

@@ -111,7 +111,9 @@ def test_a_healthy_server_passes_what_can_be_asked_of_it(served: Served, folder:
     [
         (late, "shift", "scores come late"),
         (constant, "not constant", "which is -ln 20: the weights are lost"),
-        (without_top_k, "top-k", "of the 5 most probable ids it gives ranks [1]"),
+        pytest.param(
+            *(without_top_k, "top-k", "of the 5 most probable ids it gives ranks [1]"), marks=pytest.mark.slow
+        ),
         (other_ids, "shift", "read other ids than it was sent"),
         (drifting, "same twice", "4 requests again"),
     ],

@@ -101,7 +101,13 @@ def ask(port: int, *, scheme: str = "http", ca_bundle: Path | None = None) -> st
     return caught.value.message
 
 
-@pytest.mark.parametrize("part", TRICKLES)
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param(part, marks=() if number % 3 == 0 else pytest.mark.slow)
+        for number, part in enumerate(TRICKLES)
+    ],
+)
 def test_a_reply_of_which_one_part_comes_byte_by_byte_ends_at_the_deadline(part: str) -> None:
     with trickling(TRICKLES[part]) as port:
         assert ask(port).endswith(f"not whole after {SECONDS:g} seconds")

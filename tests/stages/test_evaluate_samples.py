@@ -60,6 +60,7 @@ def majority(rows: pd.DataFrame, k: int) -> float:
     return sum(vote == expected for vote in winners) / len(winners) if winners else 0.0
 
 
+@pytest.mark.slow
 def test_pass_at_k_is_the_fraction_of_subsets_with_a_right_sample(evaluation: Any) -> None:
     summary, problems = evaluation
     assert 0 < summary["accuracy"] < 1
@@ -71,6 +72,7 @@ def test_pass_at_k_is_the_fraction_of_subsets_with_a_right_sample(evaluation: An
     assert summary["pass_at_5"] > summary["pass_at_2"] > summary["accuracy"]
 
 
+@pytest.mark.slow
 def test_maj_at_k_is_the_vote_of_the_first_k_samples(evaluation: Any) -> None:
     summary, problems = evaluation
     for k in (2, 4, 5):
@@ -78,6 +80,7 @@ def test_maj_at_k_is_the_vote_of_the_first_k_samples(evaluation: Any) -> None:
         assert summary[f"maj_at_{k}"] == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_each_has_an_interval_that_counts_problems_and_no_other_k_is_told(evaluation: Any) -> None:
     summary, problems = evaluation
     told = {name for name in summary if name.startswith(("pass_at_", "maj_at_"))}

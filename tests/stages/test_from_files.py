@@ -125,8 +125,8 @@ class Files:
 @pytest.fixture(
     scope="module",
     params=[
-        # Whole distributions, and ids of both sides, hold what it does.
-        pytest.param(name, marks=pytest.mark.slow if name == "jsd-top5" else ())
+        # Whole distributions, ids of both sides, and the masked one hold what these do.
+        pytest.param(name, marks=pytest.mark.slow if name in ("jsd-top5", "kdrl") else ())
         for name in OBJECTIVES
     ],
 )

@@ -301,6 +301,7 @@ def test_a_whole_workspace_is_verified_without_a_finding(stopped: World) -> None
         )
 
 
+@pytest.mark.slow
 def test_verify_names_every_damage_of_every_file_that_is_vouched_for(world: World) -> None:
     """270 cases on one copy, each undone; removed manifests and seals are a step and a piece that are not there."""
     assert len(DAMAGES) * len(VOUCHED | PIECES | MENDED) == 270
@@ -405,7 +406,13 @@ CORNERS: list[tuple[str, Damage]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "damage"), CORNERS, ids=[f"{kind} {damage}" for kind, damage in CORNERS])
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [
+        pytest.param(kind, damage, id=f"{kind} {damage}", marks=() if number % 2 == 0 else pytest.mark.slow)
+        for number, (kind, damage) in enumerate(CORNERS)
+    ],
+)
 def test_what_is_damaged_is_not_used_and_can_be_made_again(
     kind: str, damage: Damage, world: World, ended: dict[str, dict[str, str | None]]
 ) -> None:

@@ -88,8 +88,12 @@ def test_a_finished_run_whose_report_changed_is_waiting_until_it_is_mirrored(wor
     assert waiting(world.run.path) == []
 
 
+OFTEN = ("log_batch", "set_terminated", "create_run")
+
+
 @pytest.mark.parametrize(
-    "moment", ["log_batch", "log_text", "log_inputs", "set_terminated", "create_run", "get_run"]
+    "moment",
+    [*OFTEN, *(pytest.param(call, marks=pytest.mark.slow) for call in ("log_text", "log_inputs", "get_run"))],
 )
 def test_a_kill_after_any_call_loses_nothing_and_shows_nothing_twice(
     world: World, moment: str, monkeypatch: pytest.MonkeyPatch

@@ -435,7 +435,7 @@ worker.ask({"do": sys.argv[3]}, on_event=on_event)
 
 
 @pytest.mark.parametrize("do", ["wait", "hang", "hold"])
-@pytest.mark.parametrize("state", ["running", "stopped"])
+@pytest.mark.parametrize("state", ["running", pytest.param("stopped", marks=pytest.mark.slow)])
 def test_a_parent_that_is_killed_takes_its_worker_with_it(tmp_path: Path, do: str, state: str) -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, TARGET, str(tmp_path / "log"), do, state],
