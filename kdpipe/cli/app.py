@@ -68,9 +68,7 @@ def main() -> None:
 def _without_pydantic_plugins() -> None:
     """Keeps pydantic from reading every distribution's metadata for plugins: a sixteenth of `kdpipe plan`."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "true")
-    loader = ModuleType(
-        "pydantic.plugin._loader"
-    )  # the reader of metadata alone takes longer to import than typer
+    loader = ModuleType("pydantic.plugin._loader")  # importing the reader of metadata is most of it
     loader.__dict__["get_plugins"] = lambda: ()
     sys.modules.setdefault(loader.__name__, loader)
 

@@ -51,6 +51,7 @@ def _trusted(workspace: Path) -> list[str]:
 
 def _models_with_code(loaded: "LoadedRecipe") -> Iterator[str]:
     """Folders, and hub names with their revision, of the models whose code the recipe lets run."""
+    from kdpipe.recipe.place import place_of
     from kdpipe.recipe.schema import ModelTeacher, ServedTeacher
 
     recipe = loaded.recipe
@@ -62,5 +63,5 @@ def _models_with_code(loaded: "LoadedRecipe") -> Iterator[str]:
             named.append((teacher.server.tokenizer, teacher.server.revision))
     for name, revision in named:
         if name is not None:
-            place = loaded.folder / Path(name).expanduser()
+            place = place_of(name, loaded.folder)
             yield str(place.resolve()) if place.exists() else f"{name}@{revision or 'its newest revision'}"
