@@ -62,6 +62,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_module_the_pages_the_recipes_the_type_marker_and_the_licence(
     wheel: Path,
 ) -> None:

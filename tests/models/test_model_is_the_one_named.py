@@ -174,7 +174,14 @@ def opened(folder: Path) -> int:
     return len(told)
 
 
-@pytest.mark.parametrize(("name", "field"), [(name, field) for name in NAMES for field in SIZES[name]])
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        pytest.param(name, field, marks=() if name == "llama" else pytest.mark.slow)
+        for name in NAMES
+        for field in SIZES[name]
+    ],
+)
 def test_a_size_that_cannot_be_is_refused_before_anything_is_built(
     name: str, field: str, copied: Callable[[str], Path]
 ) -> None:

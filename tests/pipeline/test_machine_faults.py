@@ -244,6 +244,7 @@ def test_a_workspace_moved_in_the_middle_goes_on_at_its_new_place(study: Study, 
     assert not old.exists(), "nothing is written to the old place"
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_finished_workspace_is_a_finished_workspace(
     half: Command, digests: dict[str, str]
 ) -> None:

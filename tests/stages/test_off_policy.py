@@ -257,7 +257,10 @@ class Files:
         return {row["name"]: row["value"] for row in rows if row["optimizer_step"] == step}
 
 
-@pytest.fixture(scope="module", params=list(OBJECTIVES))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name == "jsd" else pytest.mark.slow) for name in OBJECTIVES],
+)
 def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Files:
     folder = tmp_path_factory.mktemp(request.param)
     run_near(recipe(folder, OBJECTIVES[request.param]), folder / "out")
@@ -399,7 +402,8 @@ def test_a_round_of_reference_text_alone_is_trained_on(tmp_path: Path) -> None:
     assert found[2]["train/loss"] + found[3]["train/loss"] < found[0]["train/loss"] + found[1]["train/loss"]
 
 
-@pytest.mark.parametrize("way", ["jsd", pytest.param("joint", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["jsd", "joint"])
 def test_a_run_stopped_in_the_middle_ends_with_the_same_digests(tmp_path: Path, way: str) -> None:
     folders = tmp_path / "unbroken", tmp_path / "stopped"
     for folder in folders:

@@ -81,6 +81,7 @@ def plain(model: LlamaForCausalLM, prompt: list[int], completion: list[int]) -> 
     return logits[len(prompt) - 1 : -1, :NUM_IDS].log_softmax(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tokenizer")
 def test_a_run_is_taught_by_a_server_and_goes_on_elsewhere_when_it_moves(
     served: Served, model: Path, tmp_path: Path

@@ -74,7 +74,9 @@ def recipe(folder: Path, teacher: dict[str, Any], **changes: Any) -> LoadedRecip
     return load_tiny(folder, **{**settings, **changes})
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if "hint" in kind else pytest.mark.slow) for kind in KINDS]
+)
 def test_scores_are_of_the_prompt_that_its_own_template_renders(tmp_path: Path, kind: str) -> None:
     teacher, rendered = KINDS[kind]
     run = run_near(recipe(tmp_path, teacher), tmp_path / "out").run.path

@@ -584,7 +584,7 @@ def test_a_server_that_never_answers_does_not_hold_up_a_stop(world: World, statu
         assert mirror.error is not None
 
 
-@pytest.mark.parametrize("status", ["KILLED", "FINISHED"])
+@pytest.mark.parametrize("status", ["KILLED", pytest.param("FINISHED", marks=pytest.mark.slow)])
 def test_a_second_signal_leaves_a_note_of_what_was_not_delivered(world: World, status: str) -> None:
     class SecondSignal(Exception):
         """What the handler of a signal raises in the thread that waits."""

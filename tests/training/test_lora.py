@@ -188,6 +188,7 @@ def test_a_train_step_asks_for_no_more_space_than_an_adapter_takes(
                 run_near(loaded, tmp_path / "copy" / "out", force=force, rounds=round_number)
 
 
+@pytest.mark.slow
 def test_an_adapter_on_a_named_model_is_the_one_on_a_model_that_a_step_made(
     finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
