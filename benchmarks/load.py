@@ -47,11 +47,13 @@ RECIPES: dict[str, dict[str, Any]] = {
 ROUNDS = 3
 PAUSE_SECONDS = 30.0
 BESIDE = (
-    ["status"],
+    ["plan", "rewards.yaml"],
     ["gc", "--delete"],
     ["report", "plain.yaml", "-o", "page.html"],
     ["status", "plain.yaml"],
 )
+EARLY = "report: 2"
+"""Nothing of the run is done yet."""
 
 
 def main() -> int:
