@@ -104,7 +104,9 @@ def yaml_text(path: str) -> str:
 
 def written(where: str, path: str) -> tuple[str, ...]:
     """What a command may make: where it was pointed."""
-    if not path or path.startswith("/"):
+    if not path:
+        return ("",)  # the working folder, as Python has it
+    if path.startswith("/"):
         return ()
     first = path.split("/", maxsplit=1)[0]
     return {"loop": (), "link": ("link", "empty"), "dangling": ("dangling", "gone"), "x": ("x",)}.get(
