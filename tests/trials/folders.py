@@ -136,7 +136,7 @@ def trials() -> Iterator[Trial]:
 
 def others_may_run() -> bool:
     """Whether another user may run this interpreter, which an environment of root's own may forbid."""
-    command = [*shlex.split(AS_A_USER), sys.executable, "-c", ""]
+    command = [*shlex.split(AS_A_USER), "/bin/sh", "-c", f"exec {shlex.quote(sys.executable)} -c ''"]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 

@@ -109,9 +109,13 @@ def written(where: str, path: str) -> tuple[str, ...]:
     if path.startswith("/"):
         return ()
     first = path.split("/", maxsplit=1)[0]
-    return {"loop": (), "link": ("link", "empty"), "dangling": ("dangling", "gone"), "x": ("x",)}.get(
-        first, (first,)
-    )
+    return {
+        "loop": (),
+        "link": ("link", "empty"),
+        "dangling": ("dangling", "gone"),
+        "x": ("x",),
+        "gone": ("inside",),
+    }.get(first, (first,))
 
 
 def without_a_folder() -> Iterator[Trial]:

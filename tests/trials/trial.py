@@ -162,12 +162,12 @@ def names(place: Path) -> set[str]:
         if name.split("/", maxsplit=1)[0] == "kdpipe-out":
             continue
         status = path.lstat()
-        found.add(f"{name} {status.st_size} {status.st_mtime_ns}" if path.is_file() else name)
+        found.add(f"{name}\0{status.st_size} bytes at {status.st_mtime_ns}" if path.is_file() else name)
     return found
 
 
 def may_change(trial: Trial, name: str) -> bool:
-    return any(name.split(" ", maxsplit=1)[0].startswith(allowed) for allowed in trial.may_write)
+    return any(name.split("\0", maxsplit=1)[0].startswith(allowed) for allowed in trial.may_write)
 
 
 def all_of(*checks: Callable[[Outcome], str | None]) -> Callable[[Outcome], str | None]:
