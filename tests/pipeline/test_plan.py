@@ -575,7 +575,7 @@ def without_effect(document: Document, path: Path_) -> str | None:
         return "rewards alone are trained on, and nothing is scored"
     if path == ("teacher_score", "engine") and all("server" in teacher for teacher in document["teachers"]):
         return "servers score"
-    if "server" in path and path[-1] in ("urls", "api_key_env"):
+    if "server" in path and path[-1] in ("urls", "api_key_env", "allow_http"):
         return "where a server is and how it lets one in"
     match path[0]:
         case "name":

@@ -79,7 +79,7 @@ def trials() -> Iterator[Trial]:
                 silent=silent,
                 check=is_done_if_it_says_so,
             )
-    for name, code in {"TERM": 143, "HUP": 129, "QUIT": 131, "USR1": 138, "KILL": 137}.items():
+    for name, code in {"TERM": 143, "HUP": 129, "USR1": 138, "KILL": 137}.items():
         yield Trial(
             "streams",
             f"SIG{name} in the middle of a run",
