@@ -22,7 +22,7 @@ def results(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("name", ["kills", "every_write"])
+@pytest.mark.parametrize("name", ["kills", "every_write", "trials"])
 def test_its_table_is_that_of_the_results(name: str) -> None:
     assert f"\n\n{study(name).markdown(results(name))}\n\n" in DOC
 
@@ -49,6 +49,13 @@ def test_every_change_was_tried_and_lost_nothing() -> None:
     [commit] = {row["commit"] for row in rows}
     assert f"run at `{commit[:7]}`" in DOC
     assert not commit.endswith("-dirty")
+
+
+def test_every_trial_kept_its_promises() -> None:
+    rows = results("trials")
+    assert sum(row["trials"] for row in rows) >= 600
+    assert all(row["failed"] == [] for row in rows)
+    assert not any(row["commit"].endswith("-dirty") for row in rows)
 
 
 def test_its_bounds_are_those_of_the_harness() -> None:
