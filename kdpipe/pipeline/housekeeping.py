@@ -160,8 +160,8 @@ def _student_folder(project: Project, round_number: int | None) -> tuple[int, Pa
     candidates: list[Step] = [
         step
         for step in project.plan.steps
-        if (step.stage == Stage.TRAIN or (step.stage == Stage.SFT and step.subject == STUDENT))
-        and round_number in (None, step.round)
+        if (step.stage == Stage.TRAIN and round_number in (None, step.round))
+        or (step.stage == Stage.SFT and step.subject == STUDENT and round_number == 0)
     ]
     for step in reversed(candidates):
         entry = project.store.entry(step)
@@ -176,11 +176,8 @@ def _student_folder(project: Project, round_number: int | None) -> tuple[int, Pa
                 hint=f"train it again from the nearest kept round: --force {step.id}, or raise runtime.keep.weights",
             )
         return step.round, entry.opened("model") / "model"
-    is_model = project.recipe.student.model is not None
-    if round_number == 0 and is_model:
+    if round_number == 0 and project.recipe.student.model is not None:
         return 0, Sources(project.loaded, project.workspace).fetch()[STUDENT]
     which = f"student {round_number}" if round_number is not None else "a trained student"
-    untrained = (
-        "; --round 0 means the model that training begins with" if is_model and not round_number else ""
-    )
+    untrained = "; --round 0 means the model that training begins with" if round_number is None else ""
     raise RecipeError(f"{which} is not there yet", hint=f"kdpipe run {project.named}{untrained}")

@@ -133,11 +133,12 @@ def test_watching_prints_what_changed_and_ends_with_the_run(
     assert capsys.readouterr().out.splitlines() == ["run", "1 of 2", "2 of 2"]
 
 
-def test_ctrl_c_leaves_a_watch_quietly() -> None:
+def test_ctrl_c_leaves_a_watch_quietly(capsys: pytest.CaptureFixture[str]) -> None:
     def look() -> tuple[list[str], bool]:
         raise KeyboardInterrupt
 
     terminal.watch_lines(look)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_line_says_how_old_the_last_report_is(seen: dict[str, Any]) -> None:

@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 import kdpipe.pipeline.housekeeping
 from kdpipe.cli.app import app
-from kdpipe.pipeline.housekeeping import collect, garbage
+from kdpipe.errors import RecipeError
+from kdpipe.pipeline.housekeeping import collect, export, garbage
+from kdpipe.pipeline.project import open_project
 from kdpipe.store.artifacts import Store
 from kdpipe.store.locks import LOCK, locked, take
 from tests.worlds import SMALLEST, Watcher, load_tiny, payload_digests, run_near
@@ -187,3 +189,16 @@ def test_real_runs_and_real_gc_at_once_lose_nothing(
     collect(workspace)
     assert garbage(workspace) == []
     assert not list((workspace / "store").glob(".tmp-*"))
+
+
+def test_a_student_after_its_cold_start_alone_is_exported_only_by_its_round(
+    world: Path, tmp_path: Path
+) -> None:
+    project = open_project(load_tiny(world, **SMALLEST), world / "out")
+    with pytest.raises(RecipeError, match="a trained student is not there yet") as caught:
+        export(project, tmp_path / "exported", round_number=None)
+    assert "--round 0" in caught.value.hint
+    assert not (tmp_path / "exported").exists()
+    number, folder = export(project, tmp_path / "exported", round_number=0)
+    assert number == 0
+    assert (folder / "model.safetensors").is_file()
