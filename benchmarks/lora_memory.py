@@ -27,8 +27,8 @@ from kdpipe.models.batching import make_batch
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.folder import open_model, scratch_model, write_model
 from kdpipe.models.logprobs import Head, token_logprobs
-from kdpipe.models.prompting import arithmetic_tokenizer, open_tokenizer
 from kdpipe.models.source import ModelSource
+from kdpipe.models.tokenizer import arithmetic_tokenizer, open_tokenizer
 from kdpipe.recipe.models import Lora, Optimizer, Scratch
 from kdpipe.recipe.runtime import Runtime
 from kdpipe.training.local import LocalTrainer

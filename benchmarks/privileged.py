@@ -95,7 +95,7 @@ def write_new_model(folder: Path, *, seed: int) -> None:
 
     from kdpipe.data.tasks.arithmetic import words
     from kdpipe.models.folder import scratch_model, write_model
-    from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
+    from kdpipe.models.tokenizer import arithmetic_tokenizer, num_ids_in_use
     from kdpipe.recipe.models import Scratch
 
     tokenizer = arithmetic_tokenizer(words())

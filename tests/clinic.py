@@ -23,8 +23,8 @@ import kdpipe.execution.roles
 from kdpipe.engines.handle import ModelHandle
 from kdpipe.engines.protocol import Completion, Engine, ScoreRequest, Scoring, TokenScores
 from kdpipe.execution.executor import Performer
-from kdpipe.models.prompting import arithmetic_tokenizer
 from kdpipe.models.source import ModelSource
+from kdpipe.models.tokenizer import arithmetic_tokenizer
 from kdpipe.pipeline.identities import Sources
 from kdpipe.pipeline.preflight import examination
 from kdpipe.pipeline.project import open_project

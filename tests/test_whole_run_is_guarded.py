@@ -18,8 +18,8 @@ import pytest
 import yaml
 
 from kdpipe.data.tasks.arithmetic import words
-from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.models.source import ModelSource
+from kdpipe.models.tokenizer import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.pipeline.request import PERFORMER
 from tests.auditing import Noted, audited, listing, noted
 from tests.fakes import FakeEngine

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from kdpipe.data.rows import Problem
 from kdpipe.doctor.finding import Measure, Outcome, failed, skipped
 from kdpipe.errors import KdpipeError
-from kdpipe.models.prompting import Text, compare_vocabularies
+from kdpipe.models.prompting import Text
+from kdpipe.models.tokenizer import compare_vocabularies
 from kdpipe.recipe.objective import Objective
 from kdpipe.recipe.schema import Teacher
 

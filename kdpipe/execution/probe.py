@@ -20,7 +20,7 @@ from kdpipe.execution.inputs import Inputs
 from kdpipe.execution.roles import Roles
 from kdpipe.execution.trainers import Trainers
 from kdpipe.models.folder import write_model
-from kdpipe.models.prompting import arithmetic_tokenizer
+from kdpipe.models.tokenizer import arithmetic_tokenizer
 from kdpipe.pipeline.request import Depth, Examined
 from kdpipe.recipe.roles import STUDENT_ROLE, Role
 from kdpipe.recipe.schema import ModelTeacher, Student

@@ -14,7 +14,8 @@ from kdpipe.models.adapters import read_adapter, start_adapter, target_names
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.devices import resolve_dtype
 from kdpipe.models.folder import open_model, scratch_model
-from kdpipe.models.prompting import Text, arithmetic_tokenizer, num_ids_in_use
+from kdpipe.models.prompting import Text
+from kdpipe.models.tokenizer import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.recipe.models import Optimizer, Scratch, Sft, SftOptimizer
 from kdpipe.recipe.roles import EMA_ROLE, STUDENT_ROLE
 from kdpipe.recipe.schema import Recipe

@@ -144,8 +144,8 @@ def _merge(project: Project, adapter: Path, target: Path) -> None:
     """Writes student 0 with the adapter in a folder added to its weights."""
     from kdpipe.models.devices import resolve_device
     from kdpipe.models.folder import write_merged
-    from kdpipe.models.prompting import open_tokenizer
     from kdpipe.models.source import AdapterSource, ModelSource
+    from kdpipe.models.tokenizer import open_tokenizer
 
     student = project.recipe.student
     _, base = _student_folder(project, 0)

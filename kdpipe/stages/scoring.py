@@ -22,8 +22,10 @@ from kdpipe.errors import PreflightError
 from kdpipe.models.devices import resolve_device, resolve_dtype
 from kdpipe.models.folder import read_head
 from kdpipe.models.logprobs import Head
-from kdpipe.models.prompting import Text, Vocabulary, compare_vocabularies, used_arguments
+from kdpipe.models.prompting import Text
 from kdpipe.models.source import ModelSource
+from kdpipe.models.template import used_arguments
+from kdpipe.models.tokenizer import Vocabulary, compare_vocabularies
 from kdpipe.stages.job import Job
 from kdpipe.stages.settings.model import SupportSettings, TeacherSettings
 

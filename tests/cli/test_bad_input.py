@@ -18,7 +18,7 @@ import kdpipe.pipeline.requirements
 from kdpipe.cli.app import app
 from kdpipe.data.tasks.arithmetic import words as arithmetic_words
 from kdpipe.models.folder import scratch_model, write_model
-from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
+from kdpipe.models.tokenizer import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.recipe.models import Scratch
 from tests.worlds import NearWorker, write_recipe
 

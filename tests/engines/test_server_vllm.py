@@ -25,8 +25,8 @@ from kdpipe.data.tasks.arithmetic import words
 from kdpipe.engines.protocol import SampleRequest, Sampling, ScoreRequest, Scoring
 from kdpipe.engines.server.engine import ServerEngine
 from kdpipe.errors import EngineError
-from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.models.source import ModelSource
+from kdpipe.models.tokenizer import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.recipe.runtime import ServerRuntime
 from kdpipe.recipe.teacher import Server
 from tests.worlds import write_recipe

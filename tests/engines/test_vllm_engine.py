@@ -355,7 +355,7 @@ def test_vllm_ends_with_the_process_that_started_it(
 
 def test_two_rounds_run_from_end_to_end(tmp_path: Path) -> None:
     from kdpipe.models.folder import scratch_model
-    from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
+    from kdpipe.models.tokenizer import arithmetic_tokenizer, num_ids_in_use
     from kdpipe.recipe.models import Scratch
 
     tokenizer = arithmetic_tokenizer([*"0123456789", "+", "####", "\n", "Tom", "has", "apples"])

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kdpipe.errors import PreflightError
-from kdpipe.models.prompting import arithmetic_tokenizer
+from kdpipe.models.tokenizer import arithmetic_tokenizer
 from kdpipe.recipe.file import LoadedRecipe
 from tests.worlds import load_tiny, run_near
 

@@ -15,7 +15,8 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 from kdpipe.errors import ModelError
 from kdpipe.models.folder import open_model, read_architecture, write_model
-from kdpipe.models.prompting import PromptStyle, Text, open_tokenizer
+from kdpipe.models.prompting import PromptStyle, Text
+from kdpipe.models.tokenizer import open_tokenizer
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")

@@ -10,6 +10,7 @@ from kdpipe.data.tasks.answers import grade
 from kdpipe.data.tasks.arithmetic import read_problems, words
 from kdpipe.errors import DataError, EngineError, PreflightError, RecipeError
 from kdpipe.models import prompting
+from kdpipe.models import tokenizer as tokenizers
 from kdpipe.models.prompting import PromptStyle, Text, prompt_style, render_prompt
 from kdpipe.recipe.task import ArithmeticTask, Gsm8kTask
 
@@ -55,7 +56,7 @@ def chat_style(**template_arguments):
 
 @pytest.fixture(scope="module")
 def arithmetic():
-    return prompting.arithmetic_tokenizer(words())
+    return tokenizers.arithmetic_tokenizer(words())
 
 
 # ------------------------------------------------------------------------------------------ tokenizers
@@ -78,7 +79,7 @@ def test_arithmetic_prompts_and_completions_are_short(arithmetic):
     train, _ = read_problems(ArithmeticTask(kind="arithmetic"))
     assert max(len(render_prompt(arithmetic, PLAIN, problem)) for problem in train) <= 26
     assert max(len(text_of(arithmetic).reference(problem)) for problem in train) <= 25
-    assert 40 <= prompting.num_ids_in_use(arithmetic) <= 60
+    assert 40 <= tokenizers.num_ids_in_use(arithmetic) <= 60
 
 
 def test_digits_are_single_tokens_and_neighbours_join_to_a_number(arithmetic):
@@ -91,7 +92,7 @@ def test_digits_are_single_tokens_and_neighbours_join_to_a_number(arithmetic):
 
 def test_a_saved_arithmetic_tokenizer_is_the_same_when_opened(arithmetic, tmp_path):
     arithmetic.save_pretrained(tmp_path)
-    opened = prompting.open_tokenizer(tmp_path, trust_remote_code=False)
+    opened = tokenizers.open_tokenizer(tmp_path, trust_remote_code=False)
     text = "Ana has 12 pens.\n12 - 3 = 9 pens\n#### 9"
     assert opened.get_vocab() == arithmetic.get_vocab()
     assert opened.encode(text) == arithmetic.encode(text)
@@ -107,12 +108,12 @@ def test_a_saved_arithmetic_tokenizer_is_the_same_when_opened(arithmetic, tmp_pa
 def test_a_folder_without_a_tokenizer_is_an_error_that_names_it(tmp_path):
     for folder in (tmp_path / "gone", tmp_path):
         with pytest.raises(EngineError, match=str(folder)):
-            prompting.open_tokenizer(folder, trust_remote_code=False)
+            tokenizers.open_tokenizer(folder, trust_remote_code=False)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     for content in ("{}", "{", "[1]", '{"version": "1.0", "model": {"type": "None"}}'):
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(EngineError, match="cannot be opened"):
-            prompting.open_tokenizer(tmp_path, trust_remote_code=False)
+            tokenizers.open_tokenizer(tmp_path, trust_remote_code=False)
 
 
 # --------------------------------------------------------------------------------------------- prompts
@@ -274,7 +275,7 @@ def test_end_ids_that_are_none_are_an_error_that_names_the_file(tmp_path, conten
 def test_a_configuration_that_is_no_json_is_refused_before_anything_is_opened(tmp_path, content):
     (tmp_path / "generation_config.json").write_text(content, encoding="latin-1")
     with pytest.raises(EngineError, match=r"generation_config\.json: cannot be read as JSON"):
-        prompting.open_tokenizer(tmp_path, trust_remote_code=False)
+        tokenizers.open_tokenizer(tmp_path, trust_remote_code=False)
 
 
 def test_completion_text_lacks_the_end_token_special_tokens_and_what_follows_a_stop_string():
@@ -308,21 +309,21 @@ def test_ids_that_only_the_student_has_are_not_scorable():
     qwen3 = byte_tokenizer(
         "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"
     )
-    assert (prompting.num_ids_in_use(qwen2), prompting.num_ids_in_use(qwen3)) == (262, 266)
-    found = prompting.compare_vocabularies(qwen3, qwen2, names=("student", "teacher"))
+    assert (tokenizers.num_ids_in_use(qwen2), tokenizers.num_ids_in_use(qwen3)) == (262, 266)
+    found = tokenizers.compare_vocabularies(qwen3, qwen2, names=("student", "teacher"))
     assert (found.student_ids, found.teacher_ids) == (266, 262)
     assert found.unscorable == {262, 263, 264, 265}
     assert (
-        prompting.compare_vocabularies(qwen2, qwen3, names=("student", "teacher")).unscorable == frozenset()
+        tokenizers.compare_vocabularies(qwen2, qwen3, names=("student", "teacher")).unscorable == frozenset()
     )
-    assert prompting.compare_vocabularies(qwen3, qwen3, names=("a", "b")).unscorable == frozenset()
+    assert tokenizers.compare_vocabularies(qwen3, qwen3, names=("a", "b")).unscorable == frozenset()
 
 
 def test_different_vocabularies_are_refused_with_the_first_differing_ids():
     student = byte_tokenizer("<a>", "<b>", "<c>", "<d>", "<e>")
     teacher = byte_tokenizer("<a>", "<x>", "<y>", "<z>", "<w>")
     with pytest.raises(PreflightError) as caught:
-        prompting.compare_vocabularies(student, teacher, names=("mini", "maxi"))
+        tokenizers.compare_vocabularies(student, teacher, names=("mini", "maxi"))
     assert caught.value.message == (
         "mini and maxi have different vocabularies: 4 of 265 shared ids stand for different strings; "
         "id 261 is '<b>' in mini and '<x>' in maxi; id 262 is '<c>' in mini and '<y>' in maxi; "
@@ -333,7 +334,7 @@ def test_different_vocabularies_are_refused_with_the_first_differing_ids():
 def test_an_id_without_a_string_inside_the_students_range_is_not_scorable():
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "d": 3}, unk_token="a"))
     student = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    found = prompting.compare_vocabularies(student, student, names=("student", "teacher"))
+    found = tokenizers.compare_vocabularies(student, student, names=("student", "teacher"))
     assert (found.student_ids, found.unscorable) == (4, {2})
 
 
@@ -341,6 +342,6 @@ def test_opening_a_tokenizer_reads_the_files_it_was_given(tmp_path):
     tokenizer = byte_tokenizer("<think>", chat_template=CHAT, adds="<s> $A")
     tokenizer.save_pretrained(tmp_path)
     assert json.loads(Path(tmp_path / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
-    opened = prompting.open_tokenizer(tmp_path, trust_remote_code=False)
+    opened = tokenizers.open_tokenizer(tmp_path, trust_remote_code=False)
     for style in (PLAIN, chat_style()):
         assert render_prompt(opened, style, PROBLEMS[1]) == render_prompt(tokenizer, style, PROBLEMS[1])

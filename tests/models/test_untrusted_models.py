@@ -22,14 +22,9 @@ from kdpipe.data.tasks.arithmetic import words
 from kdpipe.errors import ArtifactError, ModelError, PreflightError
 from kdpipe.models.folder import open_model, read_architecture, read_head, scratch_model, write_model
 from kdpipe.models.model_folder import MAX_DEPTH, MAX_SETTINGS_BYTES, require_own_files
-from kdpipe.models.prompting import (
-    MAX_TEMPLATE_LINES,
-    PromptStyle,
-    arithmetic_tokenizer,
-    num_ids_in_use,
-    open_tokenizer,
-    render_prompt,
-)
+from kdpipe.models.prompting import PromptStyle, render_prompt
+from kdpipe.models.template import MAX_TEMPLATE_LINES
+from kdpipe.models.tokenizer import arithmetic_tokenizer, num_ids_in_use, open_tokenizer
 from kdpipe.pipeline.identities import Sources
 from kdpipe.recipe.models import Scratch
 from tests.worlds import load_tiny, payload_digests, run_near

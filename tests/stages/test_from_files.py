@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from kdpipe.models.prompting import arithmetic_tokenizer
+from kdpipe.models.tokenizer import arithmetic_tokenizer
 from tests.worlds import load_tiny, run_near
 
 WORDS = [*"0123456789", "+", "####", "\n", "Tom", "has", "apples", "pens"]

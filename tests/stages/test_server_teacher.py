@@ -17,8 +17,8 @@ from kdpipe.engines.hf.engine import HfEngine
 from kdpipe.errors import EngineError, ModelError, PreflightError, RecipeError
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.folder import scratch_model, write_model
-from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.models.source import ModelSource
+from kdpipe.models.tokenizer import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.recipe.models import Scratch
 from kdpipe.recipe.runtime import Runtime
 from tests.fakes import FakeEngine

@@ -42,8 +42,8 @@ from kdpipe.models.batching import make_batch
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.folder import open_model, reach_of, write_model
 from kdpipe.models.logprobs import Head, token_logprobs
-from kdpipe.models.prompting import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.models.source import AdapterSource, ModelSource
+from kdpipe.models.tokenizer import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.pipeline.housekeeping import export
 from kdpipe.pipeline.project import Project, open_project
 from kdpipe.recipe.models import Lora, Optimizer

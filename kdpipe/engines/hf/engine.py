@@ -33,8 +33,8 @@ from kdpipe.errors import EngineError
 from kdpipe.models.batching import batches_by_tokens, make_batch
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.logprobs import Head, HeadScores, head_of, hidden_states, score_tokens
-from kdpipe.models.prompting import open_tokenizer
 from kdpipe.models.source import ModelSource
+from kdpipe.models.tokenizer import open_tokenizer
 from kdpipe.recipe.runtime import Runtime
 from kdpipe.recipe.section import ENGINE_ABILITIES
 
