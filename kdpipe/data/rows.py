@@ -12,22 +12,33 @@ from typing import Literal
 
 FinishReason = Literal["stop", "length"]
 Source = Literal["student", "reference", "teacher"]
+TurnRole = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one side says in a conversation."""
+
+    role: TurnRole
+    content: str
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One question with its reference.
+    """One question with its reference, if it has one.
 
     `expected` is the reference answer as text (a number for GSM8K), `solution` the reference text that
-    ends in it; `prompt_id` is `<task>/<split>/<row>` or the record's own `id`. `fields` are the record's
-    other texts and numbers by name.
+    ends in it; both are None for a prompt alone. `prompt_id` is `<task>/<split>/<row>` or the record's own `id`.
+    `fields` are the record's other texts and numbers by name, `turns` what was said before the question: a system
+    turn at most as the first.
     """
 
     prompt_id: str
     question: str
-    expected: str
-    solution: str
+    expected: str | None
+    solution: str | None
     fields: Mapping[str, str | int | float] = field(default_factory=dict)
+    turns: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +61,7 @@ class Rollout:
     prompt_id: str
     sample: int
     question: str
-    expected: str
+    expected: str | None
     prompt_token_ids: list[int]
     completion_token_ids: list[int]
     sampler_logprobs: list[float] | None

@@ -100,7 +100,7 @@ def longest_problems(job: Job) -> list[Problem]:
     """The problems of either split with the longest texts: their prompts are likely the longest."""
 
     def length(problem: Problem) -> int:
-        return len(problem.question) + len(problem.solution)
+        return len(problem.question) + len(problem.solution or "")
 
     by_question = sorted(job.train, key=lambda p: len(p.question))[-LONGEST:]
     return [*by_question, *sorted(job.train, key=length)[-LONGEST:]]

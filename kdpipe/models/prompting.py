@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import JsonValue
 
-from kdpipe.data.rows import Problem
+from kdpipe.data.rows import Problem, Turn
 from kdpipe.data.tasks import arithmetic
 from kdpipe.errors import DataError, ModelError, PreflightError, RecipeError
 from kdpipe.models.model_folder import unfit
@@ -29,6 +29,8 @@ from kdpipe.models.tokenizer import (
 from kdpipe.recipe.task import QuestionTask, Task
 from kdpipe.recipe.teacher import PROMPT_PIECE
 
+ANSWERS_HINT = "give its record an answer, or let only what the student samples be trained on"
+
 
 @dataclass(frozen=True, slots=True)
 class PromptStyle:
@@ -36,7 +38,8 @@ class PromptStyle:
 
     `examples` are the first `few_shot` + 1 train problems. Each prompt shows the first `few_shot` of
     them that are not its own problem, so that no prompt holds its own solution and every train problem
-    stays usable. `template_arguments` go to the chat template.
+    stays usable. `template_arguments` go to the chat template, `system` is the first turn of problems that have
+    no system turn of their own.
     """
 
     kind: Literal["chat", "plain"]
@@ -44,6 +47,7 @@ class PromptStyle:
     few_shot: int
     examples: tuple[Problem, ...]
     template_arguments: dict[str, JsonValue]
+    system: str | None = None
 
 
 def prompt_style(
@@ -56,13 +60,20 @@ def prompt_style(
     """
     if isinstance(task, QuestionTask):
         examples = tuple(train_problems[: task.few_shot + 1]) if task.few_shot else ()
-        style = PromptStyle(task.prompt, task.instruction, task.few_shot, examples, template_arguments)
+        style = PromptStyle(
+            task.prompt, task.instruction, task.few_shot, examples, template_arguments, task.system
+        )
     else:
         style = PromptStyle("plain", "", 0, (), template_arguments)
     if template_arguments and style.kind == "plain":
         raise RecipeError(
             f"template: {', '.join(template_arguments)}: arguments of a chat template, but prompts are plain",
             hint="remove them, or set task.prompt to chat",
+        )
+    if unsolved := next((example for example in style.examples if example.solution is None), None):
+        raise DataError(
+            f"task.few_shot is {style.few_shot}, but {unsolved.prompt_id} has no answer to show",
+            hint="set task.few_shot to 0, or give every record of train an answer",
         )
     if style.few_shot and len(style.examples) <= style.few_shot:
         raise DataError(
@@ -77,44 +88,58 @@ def render_prompt(
 ) -> list[int]:
     """The prompt's token ids, up to where the answer begins; with `own`, that is the whole user text.
 
-    chat: the examples and the question as turns of the tokenizer's chat template, the instruction before the
-    first question (so that all prompts share their beginning). plain: the same as lines, ending in a newline.
+    chat: a system turn, the examples, the problem's earlier turns and the question as turns of the tokenizer's chat
+    template, the instruction before the first question (so that all prompts share their beginning). plain: the same
+    as lines, ending in a newline.
     In `own`, {name} is replaced by that field of the record, once and literally; {{ and }} are braces, and so is any
     other brace.
     """
     if own is not None:
         values = prompt_values(problem)
         text = PROMPT_PIECE.sub(lambda piece: str(values[piece[1]]) if piece[1] else piece[0][0], own)
-        return _render(tokenizer, style, [text], [])
+        return _render(tokenizer, style, [*_opening(style, problem), *_earlier(problem), Turn("user", text)])
     others = [example for example in style.examples if example.prompt_id != problem.prompt_id]
-    examples = others[: style.few_shot]
-    questions = [*(example.question for example in examples), problem.question]
+    turns = [turn for example in others[: style.few_shot] for turn in _example(example)]
+    turns += [*_earlier(problem), Turn("user", problem.question)]
     if style.instruction:
-        questions[0] = f"{style.instruction}\n\n{questions[0]}"
-    return _render(tokenizer, style, questions, [example.solution for example in examples])
+        first = next(index for index, turn in enumerate(turns) if turn.role == "user")
+        turns[first] = Turn("user", f"{style.instruction}\n\n{turns[first].content}")
+    return _render(tokenizer, style, [*_opening(style, problem), *turns])
+
+
+def _opening(style: PromptStyle, problem: Problem) -> list[Turn]:
+    """The system turn: the problem's own, or else that of the task."""
+    own = [turn for turn in problem.turns if turn.role == "system"]
+    return own or ([] if style.system is None else [Turn("system", style.system)])
+
+
+def _earlier(problem: Problem) -> list[Turn]:
+    return [turn for turn in problem.turns if turn.role != "system"]
+
+
+def _example(problem: Problem) -> list[Turn]:
+    """A problem as a prompt shows it to another: with its solution."""
+    assert problem.solution is not None
+    return [*_earlier(problem), Turn("user", problem.question), Turn("assistant", problem.solution)]
 
 
 def prompt_values(problem: Problem) -> dict[str, str | int | float]:
     """What a teacher's prompt may name; `question` and `solution` are never a field of the record."""
-    return {**problem.fields, "question": problem.question, "solution": problem.solution}
+    solution = {} if problem.solution is None else {"solution": problem.solution}
+    return {**problem.fields, "question": problem.question, **solution}
 
 
-def _render(
-    tokenizer: Tokenizer, style: PromptStyle, questions: list[str], solutions: list[str]
-) -> list[int]:
-    """Token ids of questions and solutions in turns; the last question has no solution yet."""
+def _render(tokenizer: Tokenizer, style: PromptStyle, turns: list[Turn]) -> list[int]:
+    """Token ids of turns, the last of which asks."""
     if style.kind == "chat":
-        messages = [{"role": "user", "content": questions[0]}]
-        for solution, question in zip(solutions, questions[1:], strict=True):
-            messages += [{"role": "assistant", "content": solution}, {"role": "user", "content": question}]
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         # A rendered template holds its own special tokens.
         return encode(
             tokenizer, render_chat(tokenizer, style.template_arguments, messages), add_special_tokens=False
         )
-    shown = [
-        f"{question}\n{solution}\n\n" for question, solution in zip(questions[:-1], solutions, strict=True)
-    ]
-    return encode_plain(tokenizer, "".join(shown) + questions[-1].removesuffix("\n") + "\n")
+    ends = {"system": "\n\n", "user": "\n", "assistant": "\n\n"}
+    shown = "".join(turn.content + ends[turn.role] for turn in turns[:-1])
+    return encode_plain(tokenizer, shown + turns[-1].content.removesuffix("\n") + "\n")
 
 
 def end_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -155,6 +180,8 @@ class Text:
 
     def reference(self, problem: Problem) -> list[int]:
         """The reference solution as a completion of the prompt: its token ids and the end token."""
+        if problem.solution is None:
+            raise DataError(f"{problem.prompt_id}: has no answer to be taught", hint=ANSWERS_HINT)
         return [*encode(self.tokenizer, problem.solution, add_special_tokens=False), self.end_id]
 
     def completion(self, token_ids: Sequence[int], *, stop: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from kdpipe.recipe.section import Count, Section, Seed
 
-DEFAULT_INSTRUCTION = (
+GSM8K_INSTRUCTION = (
     "Solve this problem step by step. End with one line that holds only the final number, in the form: #### N"
 )
 
@@ -16,7 +16,9 @@ class QuestionTask(Section):
 
     prompt: Literal["chat", "plain"] = "chat"
     """chat renders the student's own chat template, plain puts bare text."""
-    instruction: str = DEFAULT_INSTRUCTION
+    system: str | None = None
+    """A system turn before every prompt; records that have one of their own keep theirs."""
+    instruction: str = ""
     """Text before the question that asks for the form of the answer; empty is none."""
     few_shot: Annotated[int, Field(ge=0, le=64)] = 0
     """Solved problems of the train split put before the question."""
@@ -29,6 +31,8 @@ class Gsm8kTask(QuestionTask):
 
     kind: Literal["gsm8k"]
     """This task."""
+    instruction: str = GSM8K_INSTRUCTION
+    """Text before the question that asks for the form of the answer; empty is none."""
     data: str = "openai/gsm8k"
     """Hub id, or a local folder with train and test files."""
     revision: str | None = None

@@ -1,11 +1,12 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from kdpipe.data.rows import Problem
+from kdpipe.data.rows import Problem, Turn
 from kdpipe.data.tasks.answers import grade
 from kdpipe.data.tasks.arithmetic import read_problems, words
 from kdpipe.errors import DataError, EngineError, PreflightError, RecipeError
@@ -117,6 +118,44 @@ def test_a_folder_without_a_tokenizer_is_an_error_that_names_it(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------- prompts
+
+
+def conversation(*turns):
+    return Problem("c/0", "And now?", None, None, {}, tuple(Turn(*turn) for turn in turns))
+
+
+def test_a_prompt_has_its_system_turn_its_examples_its_earlier_turns_and_the_question_in_this_order():
+    tokenizer = byte_tokenizer(chat_template=CHAT)
+    asked = conversation(("user", "Hello."), ("assistant", "Good day."))
+    style = PromptStyle("chat", "Be brief.", 1, tuple(PROBLEMS[:2]), {}, system="You count.")
+    turns = [
+        ("system", "You count."),
+        ("user", "Be brief.\n\nHow many 0?"),
+        ("assistant", "It is 0.\n#### 0"),
+        ("user", "Hello."),
+        ("assistant", "Good day."),
+        ("user", "And now?"),
+    ]
+    rendered = "".join(f"<|start|>{role}\n{content}<|end|>\n" for role, content in turns)
+    assert tokenizer.decode(render_prompt(tokenizer, style, asked)) == f"<s>{rendered}<|start|>assistant\n"
+    plain = "".join(f"{text}\n{'' if role == 'user' else chr(10)}" for role, text in turns)
+    style = replace(style, kind="plain")
+    assert tokenizer.decode(render_prompt(tokenizer, style, asked)) == plain
+
+
+def test_a_record_with_a_system_turn_keeps_it_and_a_teachers_own_text_takes_the_place_of_the_question_alone():
+    tokenizer = byte_tokenizer()
+    asked = conversation(("system", "You sum."), ("user", "1"), ("assistant", "2"))
+    style = replace(PLAIN, system="You count.")
+    assert tokenizer.decode(render_prompt(tokenizer, style, asked)) == "You sum.\n\n1\n2\n\nAnd now?\n"
+    own = tokenizer.decode(render_prompt(tokenizer, style, asked, own="Q: {question}"))
+    assert own == "You sum.\n\n1\n2\n\nQ: And now?\n"
+
+
+def test_a_problem_without_an_answer_is_no_example():
+    task = Gsm8kTask(kind="gsm8k", few_shot=1)
+    with pytest.raises(DataError, match="c/0 has no answer to show"):
+        prompt_style(task, [conversation(), *PROBLEMS], {})
 
 
 def test_a_chat_prompt_has_the_bos_of_its_template_and_no_second_one():

@@ -20,13 +20,13 @@ _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 _NUMBER = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 
 
-def grade(text: str, expected: str, *, headline: Literal["strict", "flexible"]) -> Graded:
+def grade(text: str, expected: str | None, *, headline: Literal["strict", "flexible"]) -> Graded:
     """Both answers in `text`, and whether the headline one is the number `expected`.
 
     A text without an answer, or with one that is not a number, is wrong. Raises ValueError when
     `expected` is not a number: the task readers let no such problem through.
     """
-    wanted = parse_number(expected)
+    wanted = None if expected is None else parse_number(expected)
     if wanted is None:
         raise ValueError(f"the reference answer is {expected!r}, expected a number")
     strict, flexible = strict_answer(text), flexible_answer(text)
