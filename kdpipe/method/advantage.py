@@ -29,9 +29,6 @@ def open_completions(objective: Objective, correct: Sequence[bool], groups: Sequ
     return [True] * len(correct)
 
 
-# -------------------------------------------------------------------------------------------- advantages
-
-
 def advantages(objective: Objective, rewards: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
     """The advantage A of each completion, from raw rewards; call it once with all completions of a round.
 
@@ -72,9 +69,6 @@ def _batch_normalized(values: Sequence[float]) -> list[float]:
 
 def _sample_std(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-# --------------------------------------------------------------------------------------------- baselines
 
 
 def baselines(

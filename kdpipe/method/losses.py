@@ -29,8 +29,6 @@ from kdpipe.recipe.objective import (
 
 SampledKd: TypeAlias = RklTerm | K2Term | K3Term
 
-# ------------------------------------------------------------------------------------- a recipe's terms
-
 
 def divergence(term: DistributionTerm, student_NS: Tensor, teacher_NS: Tensor) -> Tensor:
     """The term's divergence of each row in nats, [N]."""
@@ -73,9 +71,6 @@ def sampled_loss(
             loss_N = k3(student_N, teacher_N, weight_N)
     # Value 0, and the gradient that the baseline takes off.
     return loss_N + (weight_N * baseline_N).detach() * (student_N - student_N.detach())
-
-
-# ---------------------------------------------------------------------------------------- distributions
 
 
 def student_support(logprobs_NV: Tensor, ids_NK: Tensor) -> Tensor:
@@ -137,9 +132,6 @@ def skew_rkl(student_NS: Tensor, teacher_NS: Tensor, alpha: float) -> Tensor:
     return kl(student_NS, mixture(student_NS, teacher_NS, alpha))
 
 
-# ---------------------------------------------------------------------------------- sampled-token terms
-
-
 def rkl_surrogate(student_N: Tensor, signal_N: Tensor, weight_N: Tensor) -> Tensor:
     """`-w * a * s` per token, [N]: its gradient, not its value, means something."""
     return -(weight_N * signal_N).detach() * student_N
@@ -176,9 +168,6 @@ def discounted_future_sum(values_N: Tensor, lengths: Sequence[int], *, gamma: fl
         sums_N = torch.cat([sums_N[:-offset] + gamma**offset * later, sums_N[-offset:]])
         offset *= 2
     return sums_N
-
-
-# ------------------------------------------------------------------------------------------------- RL
 
 
 def ppo_loss(

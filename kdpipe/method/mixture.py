@@ -188,9 +188,6 @@ def _equally_wide(rows: list[Scores]) -> list[Scores]:
     return padded
 
 
-# ---------------------------------------------------------------------------------------------- shuffled
-
-
 def shuffled(
     scores: RoundScores, rollouts: Sequence[Rollout], *, seed: int, round_number: int
 ) -> RoundScores:

@@ -32,8 +32,6 @@ A log-prob is a logit less a logsumexp. Between 8 and 16 one rounding of either 
 add in another order differ by some dozens of them: 1.3e-5 nats was seen, of 6.1e-5 here.
 """
 
-# ------------------------------------------------------------------------------------ one step of a run
-
 
 def at_step(objective: Objective, step: int, horizon: int) -> Objective:
     """The objective with the distill weight of optimizer step `step` (from 0) of `horizon`."""
@@ -63,9 +61,6 @@ def shares(objective: Objective, kept: Sequence[int | None], *, max_new_tokens: 
         case "fixed":
             completions = sum(count is not None for count in kept)
             return [1 / (max(1, completions) * (objective.fixed_length or max_new_tokens))] * len(counts)
-
-
-# ----------------------------------------------------------------------------------- distribution terms
 
 
 def distribution_value(
@@ -115,9 +110,6 @@ def _explain(
         f"{token} has log-prob {student:.6g} under the student and {teacher:.6g} under the teacher, "
         f"which {reason}",
     )
-
-
-# ------------------------------------------------------------------------------------------- token loss
 
 
 def token_loss(

@@ -28,9 +28,6 @@ BOOTSTRAP_SEED = 0
 MAX_DRAWS = 1 << 21  # of a resampling chunk, so that memory stays near 64 MB
 
 
-# ------------------------------------------------------------------------------------------ proportions
-
-
 def wilson(fractions: Sequence[float]) -> Interval:
     """The mean of the fraction of right samples of each problem, with Wilson's score interval.
 
@@ -88,9 +85,6 @@ def majority_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k
     return sum(verdicts[answer] for answer in winners) / len(winners) if winners else 0.0
 
 
-# -------------------------------------------------------------------------------------------- bootstrap
-
-
 def paired_bootstrap(first: Sequence[float], second: Sequence[float]) -> Interval:
     """Mean of `first - second` over problems (index i is the same problem in both), percentile interval."""
     differences = [a - b for a, b in zip(first, second, strict=True)]
@@ -127,9 +121,6 @@ def _ratio(totals: Floats) -> Floats:
         )
     ratios = totals[::2] / totals[1::2]
     return np.asarray(ratios[0] - ratios[1] if len(ratios) > 1 else ratios[0])
-
-
-# ----------------------------------------------------------------------------------------- several seeds
 
 
 def pooled(values_SP: Floats) -> Interval:
