@@ -13,6 +13,7 @@ from kdpipe.cli.parameters import (
     WorkspaceOption,
     folder_at,
     on_recipe,
+    path_named,
     workspace_at,
 )
 from kdpipe.cli.terminal import print_result, say, shown
@@ -23,7 +24,7 @@ from kdpipe.errors import ArtifactError, RecipeError
 @on_recipe
 def export(
     given: Given,
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", parser=path_named, help="The folder to make.")],
     round_number: RoundOption = None,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Only the LoRA adapter, as peft loads it, not merged.")

@@ -13,6 +13,7 @@ from kdpipe.cli.parameters import (
     RoundOption,
     WorkspaceOption,
     on_recipe,
+    path_named,
     recipe_names,
     workspace_at,
 )
@@ -94,7 +95,13 @@ def report(
     given: Given,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Where to write it, - for stdout; else into the run's folder."),
+        typer.Option(
+            "--output",
+            "-o",
+            parser=path_named,
+            metavar="PATH",
+            help="Where to write it, - for stdout; else into the run's folder.",
+        ),
     ] = None,
     against: Annotated[
         list[str] | None,

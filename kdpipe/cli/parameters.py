@@ -41,7 +41,19 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=C", help="Change one field of the recipe; repeatable."),
 ]
-WorkspaceOption = Annotated[Path, typer.Option("--workspace", help="Where everything is written.")]
+
+
+def path_named(text: str) -> Path:
+    """The path that an argument names; an empty text, which would be the working folder, is refused."""
+    if not text:
+        raise typer.BadParameter("names no place; expected a path")
+    return Path(text)
+
+
+WorkspaceOption = Annotated[
+    Path,
+    typer.Option("--workspace", parser=path_named, metavar="PATH", help="Where everything is written."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 RoundOption = Annotated[int | None, typer.Option("--round", min=0, help="The round; 0 is before training.")]
 WORKSPACE = Path("kdpipe-out")
@@ -87,6 +99,8 @@ class Given(NamedTuple):  # a dataclass would take a hundredth of what `kdpipe -
         from kdpipe.recipe.file import load_recipe, shipped_path
 
         recipe, path = self.recipe, Path(self.recipe)
+        if not recipe:
+            raise RecipeError("'': names no recipe", hint="kdpipe recipes lists those that are shipped")
         if place_of(path).is_file() or path.suffix in (".yaml", ".yml") or "/" in recipe:
             return load_recipe(path, self.overrides)
         if (run := named_run(self.place, recipe)) is not None:

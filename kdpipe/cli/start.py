@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kdpipe.cli.parameters import JsonOption, folder_at
+from kdpipe.cli.parameters import JsonOption, folder_at, path_named
 from kdpipe.cli.terminal import print_json, print_result
 from kdpipe.errors import RecipeError
 from kdpipe.recipe.place import place_of
@@ -54,7 +54,7 @@ def _print(shown: Path | list[Path], name: str | None, *, as_json: bool) -> None
 
 
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", parser=path_named, help="The folder to make.")],
     recipe: Annotated[str, typer.Option("--recipe", help="The shipped recipe to start from.")] = "quickstart",
     as_json: JsonOption = False,
 ) -> None:

@@ -180,6 +180,12 @@ def test_a_refused_path_is_named_with_what_to_do(place: Path) -> None:
             "~nosuchuser/x: there is no such user",
         ),
         (["export", "recipe.yaml", "-", "--round", "0"], 2, "-: a folder cannot be written to stdout"),
+        (["plan", "recipe.yaml", "--workspace", ""], 2, "names no place; expected a path"),
+        (["gc", "--workspace", ""], 2, "names no place"),
+        (["init", ""], 2, "names no place"),
+        (["export", "recipe.yaml", ""], 2, "names no place"),
+        (["report", "recipe.yaml", "-o", ""], 2, "names no place"),
+        (["plan", ""], 2, "'': names no recipe"),
         (["init", "/proc/x"], 1, "/proc/x/recipe.yaml: cannot be written: No such file or directory"),
     ):
         result = CliRunner().invoke(app, words)
