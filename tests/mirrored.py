@@ -59,7 +59,9 @@ class Grade:
     text: str = "#### 2"
     answer_strict: str | None = "2"
     answer_flexible: str | None = "2"
+    answer: str | None = "2"
     correct: bool = True
+    reward: float = 1.0
     prompt_token_ids: Sequence[int] = (1,)
     completion_token_ids: Sequence[int] = (2,)
     sampler_logprobs: Sequence[float] = (-0.5,)
@@ -70,7 +72,7 @@ def sample(text: str = "#### 2", prompt_id: str = "p/0") -> Rollout:
     """A row of rollouts.parquet."""
     ids, logprobs = [2], [-0.5]
     return Rollout(
-        prompt_id, 0, "1 + 1?", "2", [1], ids, logprobs, "student", "stop", text, "2", "2", True, 1.0
+        prompt_id, 0, "1 + 1?", "2", [1], ids, logprobs, "student", "stop", text, "2", "2", "2", True, 1.0
     )
 
 

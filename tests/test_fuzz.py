@@ -23,8 +23,14 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from kdpipe.data.graders.number import (
+    extract_expected,
+    flexible_answer,
+    grade_number,
+    parse_number,
+    strict_answer,
+)
 from kdpipe.data.tasks import gsm8k, jsonl
-from kdpipe.data.tasks.answers import extract_expected, flexible_answer, grade, parse_number, strict_answer
 from kdpipe.engines.protocol import Sampling, Scoring
 from kdpipe.engines.server.http import HttpClient
 from kdpipe.engines.server.replies import MoreIdsNeeded, read_completion, read_scores, served_model
@@ -230,7 +236,7 @@ def test_any_data_row_is_read_or_refused(
         for problem in train:
             problem.question.encode()
             json.dumps({**problem.fields, "id": problem.prompt_id}, allow_nan=False)
-            grade("#### 4", problem.expected, headline="strict")
+            grade_number("#### 4", problem.expected, reader="strict")
 
 
 # -------------------------------------------------------------------------------------------- answers
@@ -250,10 +256,10 @@ def test_any_text_has_an_answer_or_none(text: str, expected: str) -> None:
     number = parse_number(expected)
     if number is None:
         with pytest.raises(ValueError, match="expected a number"):
-            grade(text, expected, headline="flexible")
+            grade_number(text, expected, reader="flexible")
         return
     for headline in ("strict", "flexible"):
-        graded = grade(text, expected, headline=headline)
+        graded = grade_number(text, expected, reader=headline)
         answer = graded.answer_strict if headline == "strict" else graded.answer_flexible
         assert graded.correct == (answer is not None and parse_number(answer) == number)
 

@@ -43,11 +43,17 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Graded:
-    """What the grader read in one text: both answers, and whether the headline one is right."""
+    """What a grader read in one text, whether that is right, and the reward.
 
-    answer_strict: str | None
-    answer_flexible: str | None
-    correct: bool
+    All are None where nothing is graded. `answer` is what the reader in use read; the strict and the flexible answer
+    are there where numbers are graded.
+    """
+
+    answer: str | None
+    correct: bool | None
+    reward: float | None
+    answer_strict: str | None = None
+    answer_flexible: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +76,9 @@ class Rollout:
     text: str
     answer_strict: str | None
     answer_flexible: str | None
-    correct: bool
-    reward: float
+    answer: str | None
+    correct: bool | None
+    reward: float | None
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:

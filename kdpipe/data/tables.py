@@ -34,6 +34,7 @@ TYPES = {
     "text": pa.string(),
     "answer_strict": pa.string(),
     "answer_flexible": pa.string(),
+    "answer": pa.string(),
     "correct": pa.bool_(),
     "reward": pa.float32(),
     "teacher": pa.string(),
@@ -61,14 +62,14 @@ def _schema(columns: str) -> pa.Schema:
 
 ROLLOUTS = _schema(
     "prompt_id sample question expected prompt_token_ids completion_token_ids sampler_logprobs source "
-    "finish_reason text answer_strict answer_flexible correct reward"
+    "finish_reason text answer_strict answer_flexible answer correct reward"
 )
 SCORES = _schema("prompt_id sample teacher teacher_prompt_token_ids teacher_logprobs scorable")
 HIDDEN_PART = pa.schema([*SCORES, ("hidden", TYPES["hidden"])])
 """A finished piece of a long scoring; at commit, its hidden states move to a file of their own."""
 COMPLETIONS = _schema("prompt_id sample epoch optimizer_step advantage kept proximal_logprobs")
 GRADES = _schema(
-    "prompt_id sample question expected text answer_strict answer_flexible correct "
+    "prompt_id sample question expected text answer_strict answer_flexible answer correct reward "
     "prompt_token_ids completion_token_ids sampler_logprobs finish_reason"
 )
 REVERSE_KL = _schema(

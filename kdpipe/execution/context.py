@@ -8,9 +8,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from kdpipe.data.graders import grade
 from kdpipe.data.hidden import HiddenFile
 from kdpipe.data.payload import HIDDEN_FILE, ROLLOUTS_FILE, SCORES_FILE
-from kdpipe.data.rows import Rollout
+from kdpipe.data.rows import Graded, Problem, Rollout
 from kdpipe.data.tables import read_rollouts, read_scores
 from kdpipe.engines.handle import ModelHandle, Runs
 from kdpipe.execution.inputs import Inputs
@@ -24,7 +25,7 @@ from kdpipe.recipe.roles import BASELINE_ROLE, ROLLOUT_ROLE, STUDENT_ROLE, Role,
 from kdpipe.stages.context import Context
 from kdpipe.stages.job import Job
 from kdpipe.stages.scoring import TeacherHandle, output_head, swapped_head
-from kdpipe.stages.settings.model import TeacherSettings
+from kdpipe.stages.settings.model import TaskSettings, TeacherSettings
 from kdpipe.stages.settings.stage import SftSettings, TrainSettings, settings_of
 from kdpipe.store.stage import Stage
 from kdpipe.training.ema import Average
@@ -61,6 +62,9 @@ class StepContext:
 
     def teacher(self, settings: TeacherSettings) -> TeacherHandle:
         return self.roles.teacher(self.inputs, self._role(settings), settings)
+
+    def grade(self, task: TaskSettings) -> Callable[[str, Problem], Graded]:
+        return lambda text, problem: grade(text, problem.expected, grader=task.grader, reader=task.reader)
 
     def rollouts(self) -> list[Rollout]:
         return read_rollouts(self.inputs.opened(ROLLOUT_ROLE, ROLLOUTS_FILE))

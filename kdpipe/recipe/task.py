@@ -11,6 +11,10 @@ GSM8K_INSTRUCTION = (
 )
 
 
+GraderName = Literal["number", "none"]
+NumberReader = Literal["strict", "flexible"]
+
+
 class QuestionTask(Section):
     """How questions from files are asked."""
 
@@ -22,8 +26,12 @@ class QuestionTask(Section):
     """Text before the question that asks for the form of the answer; empty is none."""
     few_shot: Annotated[int, Field(ge=0, le=64)] = 0
     """Solved problems of the train split put before the question."""
-    headline: Literal["strict", "flexible"] = "flexible"
-    """Which of the two answers is the reward and the accuracy; both are stored."""
+    grader: GraderName = "number"
+    """How answers are graded: number compares the number in the answer with the reference, none grades nothing."""
+    headline: NumberReader = "flexible"
+    """Which reading of a number is the accuracy."""
+    reward: NumberReader = "flexible"
+    """Which reading of a number is the reward."""
 
 
 class Gsm8kTask(QuestionTask):
@@ -54,8 +62,12 @@ class ArithmeticTask(Section):
     """Held-out problems."""
     seed: Seed = 0
     """Seed of the problems; the recipe's seed does not change them."""
-    headline: Literal["strict", "flexible"] = "strict"
-    """Which of the two answers is the reward and the accuracy; both are stored."""
+    grader: Literal["number"] = "number"
+    """How answers are graded: the number in the answer is compared with the reference."""
+    headline: NumberReader = "strict"
+    """Which reading of a number is the accuracy."""
+    reward: NumberReader = "strict"
+    """Which reading of a number is the reward."""
 
 
 class JsonlTask(QuestionTask):

@@ -47,8 +47,8 @@ class Token:
 class Change:
     """The graded answers to one held-out problem, of student 0 and of the student evaluated."""
 
-    was_right: bool
-    is_right: bool
+    was_right: bool | None
+    is_right: bool | None
     before: str
     after: str
 
@@ -64,7 +64,7 @@ class CompletionRow:
     expected: str
     text: str
     answer: str | None
-    is_right: bool
+    is_right: bool | None
     is_truncated: bool
 
     @property

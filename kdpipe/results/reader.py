@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from kdpipe.data.graders import UNGRADED, grade
 from kdpipe.data.payload import GRADES_FILE, REVERSE_KL_FILE, ROLLOUTS_FILE, SCORES_FILE
 from kdpipe.data.tables import (
     GRADES,
@@ -23,7 +24,6 @@ from kdpipe.data.tables import (
     read_rows,
     read_scores,
 )
-from kdpipe.data.tasks.answers import grade
 from kdpipe.errors import RecipeError
 from kdpipe.pipeline.identities import Sources
 from kdpipe.pipeline.project import Project
@@ -35,7 +35,7 @@ from kdpipe.store.stage import Stage
 from kdpipe.store.step import Step, step_id_of
 
 KEY = ("prompt_id", "sample")
-PLAIN = (*KEY, "question", "expected", "finish_reason", "text", "correct")
+PLAIN = (*KEY, "question", "expected", "finish_reason", "text", "answer", "correct")
 
 
 class Reader:
@@ -127,7 +127,6 @@ class Reader:
         return steps if all(step.id in self._done for step in steps) else []
 
     def _rows(self, path: Path, schema: pa.Schema, *more: str) -> list[CompletionRow]:
-        answer = f"answer_{self.project.recipe.task.headline}"
         return [
             CompletionRow(
                 prompt_id=row["prompt_id"],
@@ -136,11 +135,11 @@ class Reader:
                 question=row["question"],
                 expected=row["expected"],
                 text=row["text"],
-                answer=row[answer],
-                is_right=bool(row["correct"]),
+                answer=row["answer"],
+                is_right=row["correct"],
                 is_truncated=row["finish_reason"] == "length",
             )
-            for row in read_rows(path, schema, columns=[*PLAIN, answer, *more])
+            for row in read_rows(path, schema, columns=[*PLAIN, *more])
         ]
 
     def _grades(self, number: int) -> list[CompletionRow]:
@@ -166,8 +165,9 @@ class Reader:
         text = self.detokenizer.text(completion)
         for stop in recipe.rollout.stop:
             text = text.partition(stop)[0]
-        headline = recipe.task.headline
-        graded = None if known is None else grade(text, known.expected, headline=headline)
+        task, graded = recipe.task, UNGRADED
+        if known is not None:
+            graded = grade(text, known.expected, grader=task.grader, reader=task.headline)
         ended = self.detokenizer.of(completion[-1:])
         is_full = len(completion) >= recipe.rollout.max_new_tokens
         return CompletionRow(
@@ -176,8 +176,8 @@ class Reader:
             question=self.detokenizer.text(prompt) if known is None else known.question,
             expected="" if known is None else known.expected,
             text=text,
-            answer=getattr(graded, f"answer_{headline}", None),
-            is_right=graded is not None and graded.correct,
+            answer=graded.answer,
+            is_right=graded.correct,
             is_truncated=is_full and not (ended and ended[0].kind == "special"),
         )
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from kdpipe.data.rows import Rollout
+from kdpipe.data.rows import Graded, Problem, Rollout
 from kdpipe.engines.handle import ModelHandle, Runs
 from kdpipe.method.mixture import RoundScores
 from kdpipe.models.prompting import Text
 from kdpipe.stages.scoring import TeacherHandle
-from kdpipe.stages.settings.model import TeacherSettings
+from kdpipe.stages.settings.model import TaskSettings, TeacherSettings
 from kdpipe.stages.settings.stage import SftSettings, TrainSettings
 from kdpipe.training.ema import Average
 from kdpipe.training.protocol import Trainer
@@ -27,6 +28,9 @@ class Context(Protocol):
 
     def teacher(self, settings: TeacherSettings) -> TeacherHandle:
         """A teacher, run as its settings say; raises PreflightError unless it fits the student."""
+
+    def grade(self, task: TaskSettings) -> Callable[[str, Problem], Graded]:
+        """What grades the text that was written for a problem."""
 
     def rollouts(self) -> list[Rollout]:
         """The completions of the round."""

@@ -16,22 +16,24 @@ import numpy as np
 import pyarrow as pa
 from pydantic import JsonValue
 
+from kdpipe.data.graders import vote
+from kdpipe.data.graders.number import is_number
 from kdpipe.data.payload import GRADES_FILE, REVERSE_KL_FILE, SUMMARY_FILE
 from kdpipe.data.rows import Problem, Rollout
 from kdpipe.data.seeds import permutation
 from kdpipe.data.tables import GRADES, REVERSE_KL, REVERSE_KL_OF_SEVERAL, TableRow, read_rows
-from kdpipe.data.tasks.answers import grade, parse_number
 from kdpipe.engines.handle import ModelHandle
 from kdpipe.errors import DataError
 from kdpipe.method import statistics
 from kdpipe.method.interval import Interval
 from kdpipe.recipe.roles import STUDENT
+from kdpipe.recipe.task import GraderName
 from kdpipe.stages.context import Context
 from kdpipe.stages.held_out import Exact, has_exact, held_out_scores
 from kdpipe.stages.job import Job, mean
 from kdpipe.stages.sampling import Grader, sample, sampling_of
 from kdpipe.stages.scoring import TeacherHandle
-from kdpipe.stages.settings.model import Headline, teaches
+from kdpipe.stages.settings.model import teaches
 from kdpipe.stages.settings.stage import EvaluateSettings
 from kdpipe.store.stage import Stage
 
@@ -52,7 +54,8 @@ def evaluate(settings: EvaluateSettings, job: Job, context: Context) -> None:
         teacher = context.teacher(settings.teacher)
         name, model, prompt = teacher.name, teacher.model, teacher.prompt
     against = [context.teacher(one) for one in settings.teachers.values()]
-    grades, free = _grades(settings, job, model, prompt)
+    grader = Grader(model.text, settings.evaluate.stop, context.grade(settings.task))
+    grades, free = _grades(settings, job, model, prompt, grader)
     summary: dict[str, JsonValue] = {"model": name, "round": job.round, **_accuracy(settings, grades)}
     if baseline is not None:
         summary |= _accuracy_change(grades, read_rows(baseline / GRADES_FILE, GRADES))
@@ -89,10 +92,13 @@ def _graded_problems(settings: EvaluateSettings, test: Sequence[Problem]) -> lis
 
 
 def _grades(
-    settings: EvaluateSettings, job: Job, model: ModelHandle, prompt: Callable[[Problem], list[int]]
+    settings: EvaluateSettings,
+    job: Job,
+    model: ModelHandle,
+    prompt: Callable[[Problem], list[int]],
+    grader: Grader,
 ) -> tuple[Rows, int]:
     sampling, problems = sampling_of(settings.evaluate, model.text), _graded_problems(settings, job.test)
-    grader = Grader(model.text, settings.evaluate.stop, settings.task.headline)
 
     def build(problems: Sequence[Problem]) -> list[Rollout]:
         drawn = sample(job, model, problems, prompt, sampling, settings.samples, STAGE, "grade")
@@ -109,8 +115,7 @@ def _accuracy(settings: EvaluateSettings, grades: Rows) -> dict[str, JsonValue]:
         "problems": len(by_problem),
         "samples": settings.samples,
         **_named("accuracy", interval),
-        "accuracy_strict": mean([_right(row, "strict") for row in grades]),
-        "accuracy_flexible": mean([_right(row, "flexible") for row in grades]),
+        **_accuracies_of_numbers(settings, grades),
         "truncated_fraction": mean([row["finish_reason"] == "length" for row in grades]),
         "completion_tokens_mean": mean([len(row["completion_token_ids"]) for row in grades]),
     }
@@ -125,7 +130,7 @@ def _several_samples(settings: EvaluateSettings, groups: Sequence[Rows]) -> dict
     for k in sample_counts(samples):
         for name, values in (
             (f"pass_at_{k}", [statistics.pass_at_k(samples, n, k) for n in correct]),
-            (f"maj_at_{k}", [_majority(rows, k, settings.task.headline) for rows in groups]),
+            (f"maj_at_{k}", [_majority(rows, k, settings.task.grader) for rows in groups]),
         ):
             summary |= _named(name, statistics.wilson(values))
     return summary
@@ -138,14 +143,19 @@ def sample_counts(samples: int) -> list[int]:
     )
 
 
-def _right(row: TableRow, headline: Headline) -> bool:
-    return grade(row["text"], row["expected"], headline=headline).correct
+def _accuracies_of_numbers(settings: EvaluateSettings, grades: Rows) -> dict[str, JsonValue]:
+    """The accuracies by the two answers that lm-evaluation-harness reads, whichever is the headline."""
+    if settings.task.grader != "number":
+        return {}
+    return {
+        f"accuracy_{reader}": mean([is_number(row[f"answer_{reader}"], row["expected"]) for row in grades])
+        for reader in ("strict", "flexible")
+    }
 
 
-def _majority(rows: Rows, k: int, headline: Headline) -> float:
-    answers = [row[f"answer_{headline}"] for row in rows]
-    numbers = [None if answer is None else parse_number(answer) for answer in answers]
-    return statistics.majority_at_k(numbers, [row["correct"] for row in rows], k)
+def _majority(rows: Rows, k: int, grader: GraderName) -> float:
+    votes = [vote(row["answer"], grader=grader) for row in rows]
+    return statistics.majority_at_k(votes, [row["correct"] for row in rows], k)
 
 
 def _accuracy_change(grades: Rows, before: Rows) -> dict[str, JsonValue]:

@@ -138,15 +138,21 @@ def _advantages(
     if not objective.has_rl:
         return found
     rows = [rollouts[number] for number in counted]
-    rewards = [0.0 if _is_cut(objective, row, "no_reward") else row.reward for row in rows]
+    rewards = [_reward(objective, row) for row in rows]
     groups = [row.prompt_id for row in rows]
     return found | dict(zip(counted, advantages(objective, rewards, groups), strict=True))
+
+
+def _reward(objective: Objective, row: Rollout) -> float:
+    """The reward that counts; an objective that reads rewards is refused where nothing is graded."""
+    assert row.reward is not None
+    return 0.0 if _is_cut(objective, row, "no_reward") else row.reward
 
 
 def _taught(objective: Objective, rollouts: Sequence[Rollout], counted: Sequence[int]) -> frozenset[int]:
     """The completions that the KD term looks at."""
     rows = [rollouts[number] for number in counted]
-    correct = [row.correct and not _is_cut(objective, row, "no_reward") for row in rows]
+    correct = [bool(row.correct) and not _is_cut(objective, row, "no_reward") for row in rows]
     is_open = open_completions(objective, correct, [row.prompt_id for row in rows])
     return frozenset(number for number, taught in zip(counted, is_open, strict=True) if taught)
 

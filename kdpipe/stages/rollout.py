@@ -32,7 +32,7 @@ def rollout(settings: RolloutSettings | TextSettings, job: Job, context: Context
     section = settings.rollout
     student = context.student(section.engine)
     written = {row.prompt_id: row for row in context.texts()}
-    grader = Grader(student.text, section.stop, settings.task.headline)
+    grader = Grader(student.text, section.stop, context.grade(settings.task))
     sampling = sampling_of(DrawSettings.of(section), student.text)
     problems = round_problems(job, section.prompts)
     sampled = sampled_ids(job, problems, section.on_policy_prompts)

@@ -10,15 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeAlias
 
-from kdpipe.data.rows import FinishReason, Problem, Rollout, Source
+from kdpipe.data.rows import FinishReason, Graded, Problem, Rollout, Source
 from kdpipe.data.seeds import chosen_ids, derive_seed, round_indices
-from kdpipe.data.tasks.answers import grade
 from kdpipe.engines.handle import ModelHandle
 from kdpipe.engines.protocol import Completion, SampleRequest, Sampling
 from kdpipe.errors import DataError
 from kdpipe.models.prompting import Text
 from kdpipe.stages.job import Job, mean
-from kdpipe.stages.settings.model import DrawSettings, Headline
+from kdpipe.stages.settings.model import DrawSettings
 
 Sampled: TypeAlias = tuple[Problem, int, list[int], Completion]
 """A problem, the number of the sample, the prompt, and what was sampled after it."""
@@ -103,16 +102,17 @@ def write_metrics(job: Job, prefix: str, rows: Sequence[Rollout]) -> None:
         job.draft.metric(
             f"{prefix}/truncated_fraction", mean([row.finish_reason == "length" for row in rows])
         )
-        job.draft.metric(f"{prefix}/reward_mean", mean([row.reward for row in rows]))
+        if rewards := [row.reward for row in rows if row.reward is not None]:
+            job.draft.metric(f"{prefix}/reward_mean", mean(rewards))
 
 
 @dataclass(frozen=True, slots=True)
 class Grader:
-    """Reads completions as text, up to the first of `stop`, and grades the answer that is the headline."""
+    """Reads completions as text, up to the first of `stop`, and grades them."""
 
     text: Text
     stop: Sequence[str]
-    headline: Headline
+    grade: Callable[[str, Problem], Graded]
 
     def sampled(self, problem: Problem, number: int, prompt: list[int], completion: Completion) -> Rollout:
         """The row of what the model samples for itself."""
@@ -134,7 +134,7 @@ class Grader:
         finish_reason: FinishReason = "stop",
     ) -> Rollout:
         string = self.text.completion(ids, stop=self.stop)
-        graded = grade(string, problem.expected, headline=self.headline)
+        graded = self.grade(string, problem)
         return Rollout(
             prompt_id=problem.prompt_id,
             sample=sample,
@@ -147,5 +147,4 @@ class Grader:
             finish_reason=finish_reason,
             text=string,
             **asdict(graded),
-            reward=float(graded.correct),
         )

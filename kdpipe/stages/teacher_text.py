@@ -34,7 +34,7 @@ def write_texts(settings: TextSettings, job: Job, context: Context) -> None:
     teacher, student = context.teacher(settings.teacher), context.student_text()
     # It cannot draw what the student has no id for.
     sampling = replace(sampling_of(settings.rollout, teacher.text), num_ids=teacher.num_ids)
-    grader = Grader(student, settings.rollout.stop, settings.task.headline)
+    grader = Grader(student, settings.rollout.stop, context.grade(settings.task))
     _require_end(teacher)
     known = frozenset(student.tokenizer.get_vocab().values())
     problems = [problem for problem in _problems(settings, job) if teaches(settings.teacher.only, problem)]

@@ -87,16 +87,15 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
-def table_of(step: DoneStep, headline: str) -> tuple[str, int, int]:
+def table_of(step: DoneStep) -> tuple[str, int, int]:
     """The table's JSON of a rollout or evaluation, how many rows it has, and of how many.
 
-    `headline` says which answer is graded. Raises ArtifactError on damage.
+    Raises ArtifactError on damage.
     """
-    answer = f"answer_{headline}"
     if step.stage == Stage.EVALUATE:
-        file, schema, limit, more = GRADES_FILE, GRADES, MAX_GRADES, [answer]
+        file, schema, limit, more = GRADES_FILE, GRADES, MAX_GRADES, ["answer"]
     else:
-        file, schema, limit, more = ROLLOUTS_FILE, ROLLOUTS, MAX_SAMPLES, [answer, "reward", "source"]
+        file, schema, limit, more = ROLLOUTS_FILE, ROLLOUTS, MAX_SAMPLES, ["answer", "reward", "source"]
     columns = [*FIRST, *more, *LAST]
     rows = read_rows(step.entry.opened(file) / file, schema, columns=columns)
     shown = [[_shown(row[name]) for name in columns] for row in rows[:limit]]

@@ -67,7 +67,7 @@ def run_items(folder: Path, memory: Memory) -> Iterator[Item]:
     if has_room_for_files(folder, memory):
         for name in (*FILES, *sorted(f"figures/{path.name}" for path in folder.glob("figures/*.svg"))):
             yield from file_item(folder, name)
-        yield from (item for step in steps for item in _texts(step, recipe.task.headline))
+        yield from (item for step in steps for item in _texts(step))
         if recipe.tracking.log_model and memory.wanted == "FINISHED":
             yield from _model(steps)
 
@@ -148,7 +148,7 @@ def _data_sets(recipe: Mapping[str, Any], steps: Sequence[DoneStep]) -> Iterator
     yield from (item(*one) for one in found.items())
 
 
-def _texts(step: DoneStep, headline: str) -> Iterator[Item]:
+def _texts(step: DoneStep) -> Iterator[Item]:
     """An evaluation's summary, and the student's answers or samples as a table."""
 
     def send_summary(run: MlflowRun) -> None:
@@ -158,7 +158,7 @@ def _texts(step: DoneStep, headline: str) -> Iterator[Item]:
     def send_table(run: MlflowRun) -> None:
         from kdpipe.tracking.findings import table_of
 
-        text, shown, total = table_of(step, headline)
+        text, shown, total = table_of(step)
         run.log_text(table, text)
         if shown < total:
             run.set_tags({f"tables.{kind}": f"the first {shown} of {total}, round {step.round}"})

@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdpipe.data.tasks.answers import extract_expected, flexible_answer, grade, parse_number, strict_answer
+from kdpipe.data.graders.number import (
+    extract_expected,
+    flexible_answer,
+    grade_number,
+    parse_number,
+    strict_answer,
+)
 
 ANSWER_LIKE = st.text(alphabet="0123456789.,$-# a\n", max_size=40)
 
@@ -40,7 +46,7 @@ def test_what_exact_match_calls_right_is_right(text, number):
     expected = f"{number:,}"
     for headline, answer in (("strict", strict_answer(text)), ("flexible", flexible_answer(text))):
         if answer is not None and oracle_is_right(answer, f"steps\n#### {expected}"):
-            assert grade(text, expected, headline=headline).correct
+            assert grade_number(text, expected, reader=headline).correct
 
 
 def test_strict_takes_the_first_marked_number_and_flexible_the_last_of_all():
@@ -60,39 +66,39 @@ def test_strict_takes_the_first_marked_number_and_flexible_the_last_of_all():
 )
 def test_one_number_in_many_writings_is_one_answer(written):
     for expected in ("1000", "1,000", "$1000.00"):
-        assert grade(f"so {written}", expected, headline="flexible").correct
+        assert grade_number(f"so {written}", expected, reader="flexible").correct
 
 
 @pytest.mark.parametrize(
     "written", ["100", "10000", "-1000", "1000.5", "1.000", "1000.0.0", "...", "$,", "-"]
 )
 def test_other_numbers_and_non_numbers_are_wrong(written):
-    assert not grade(f"so {written}", "1000", headline="flexible").correct
-    assert not grade(f"#### {written}", "1000", headline="strict").correct
+    assert not grade_number(f"so {written}", "1000", reader="flexible").correct
+    assert not grade_number(f"#### {written}", "1000", reader="strict").correct
 
 
 def test_the_headline_decides_which_answer_counts():
     text = "#### 7\nIn other words 8."
-    assert grade(text, "7", headline="strict").correct
-    assert not grade(text, "7", headline="flexible").correct
-    assert grade(text, "8", headline="flexible").correct
-    graded = grade(text, "8", headline="strict")
+    assert grade_number(text, "7", reader="strict").correct
+    assert not grade_number(text, "7", reader="flexible").correct
+    assert grade_number(text, "8", reader="flexible").correct
+    graded = grade_number(text, "8", reader="strict")
     assert (graded.answer_strict, graded.answer_flexible, graded.correct) == ("7", "8.", False)
 
 
 def test_a_text_without_an_answer_is_wrong_and_has_none():
-    graded = grade("", "7", headline="strict")
+    graded = grade_number("", "7", reader="strict")
     assert (graded.answer_strict, graded.answer_flexible, graded.correct) == (None, None, False)
 
 
 def test_a_reference_that_is_no_number_is_an_error_and_never_a_wrong_answer():
     for expected in ("", "seven", "1/2", "nan", "Infinity", "1e5", "٣"):
         with pytest.raises(ValueError, match="expected a number"):
-            grade("#### 7", expected, headline="strict")
+            grade_number("#### 7", expected, reader="strict")
 
 
 def test_negative_zero_is_zero():
-    assert grade("#### -0.0", "0", headline="strict").correct
+    assert grade_number("#### -0.0", "0", reader="strict").correct
 
 
 @pytest.mark.parametrize("pattern", ["9", ",", ".", "$", "1.", "-1", "#### ", "####", "-", "1-"])
@@ -100,16 +106,16 @@ def test_negative_zero_is_zero():
 def test_grading_time_grows_with_the_length_of_the_text_only(pattern, end):
     text = "#### " + pattern * (300_000 // len(pattern)) + end
     start = time.process_time()
-    grade(text, "9", headline="flexible")
+    grade_number(text, "9", reader="flexible")
     assert time.process_time() - start < 2
 
 
 def test_numbers_of_any_length_are_compared_exactly():
     long = "9" * 200_000
-    assert grade(f"#### {long}", long, headline="strict").correct
-    assert not grade(f"#### {long[:-1]}8", long, headline="strict").correct
-    assert grade(f"#### {long}.{'0' * 1000}", long, headline="strict").correct
-    assert not grade(f"#### 1.{'0' * 1000}1", "1", headline="strict").correct
+    assert grade_number(f"#### {long}", long, reader="strict").correct
+    assert not grade_number(f"#### {long[:-1]}8", long, reader="strict").correct
+    assert grade_number(f"#### {long}.{'0' * 1000}", long, reader="strict").correct
+    assert not grade_number(f"#### 1.{'0' * 1000}1", "1", reader="strict").correct
 
 
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-(10**9), max_value=10**9))

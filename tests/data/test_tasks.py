@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from kdpipe.data.graders.number import grade_number
 from kdpipe.data.tasks import data_files, hub_id, read_problems
-from kdpipe.data.tasks.answers import grade
 from kdpipe.data.tasks.arithmetic import read_problems as make_problems
 from kdpipe.data.tasks.arithmetic import words
 from kdpipe.errors import DataError
@@ -49,7 +49,7 @@ def arithmetic(**settings):
 def test_every_gsm8k_reference_solution_is_graded_right(headline):
     train, test = read_problems(Gsm8kTask(kind="gsm8k", data=str(REAL)), Path())
     assert (len(train), len(test)) == (7473, 1319)
-    wrong = [p for p in train + test if not grade(p.solution, p.expected, headline=headline).correct]
+    wrong = [p for p in train + test if not grade_number(p.solution, p.expected, reader=headline).correct]
     assert wrong == []
 
 
@@ -285,7 +285,7 @@ def test_worked_steps_are_true_and_end_in_the_answer():
             results.append(result)
         assert last == f"#### {problem.expected}" == f"#### {results[-1]}"
         for headline in ("strict", "flexible"):
-            assert grade(problem.solution, problem.expected, headline=headline).correct
+            assert grade_number(problem.solution, problem.expected, reader=headline).correct
 
 
 def test_the_fields_of_a_problem_are_those_of_its_worked_steps():

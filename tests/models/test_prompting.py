@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from kdpipe.data.graders.number import grade_number
 from kdpipe.data.rows import Problem, Turn
-from kdpipe.data.tasks.answers import grade
 from kdpipe.data.tasks.arithmetic import read_problems, words
 from kdpipe.errors import DataError, EngineError, PreflightError, RecipeError
 from kdpipe.models import prompting
@@ -72,8 +72,8 @@ def test_arithmetic_texts_come_back_as_they_were_and_are_graded_right(arithmetic
         assert arithmetic.decode(prompt) == f"{problem.question}\n"
         text = text_of(arithmetic, 1).completion(completion, stop=())
         assert text == problem.solution
-        assert grade(text, problem.expected, headline="strict").correct
-        assert grade(text, problem.expected, headline="flexible").correct
+        assert grade_number(text, problem.expected, reader="strict").correct
+        assert grade_number(text, problem.expected, reader="flexible").correct
 
 
 def test_arithmetic_prompts_and_completions_are_short(arithmetic):

@@ -41,7 +41,21 @@ FEW = {"rounds": 1, "rollout__prompts": 4, "rollout__samples": 2, "train__miniba
 def rollout(prompt: str, sample: int, length: int) -> Rollout:
     ids, logprobs = list(range(length)), [-1.0] * length
     return Rollout(
-        prompt, sample, "", "", [1], ids, logprobs, "student", "stop", "", None, None, correct=False, reward=0
+        prompt,
+        sample,
+        "",
+        "",
+        [1],
+        ids,
+        logprobs,
+        "student",
+        "stop",
+        "",
+        None,
+        None,
+        None,
+        correct=False,
+        reward=0,
     )
 
 

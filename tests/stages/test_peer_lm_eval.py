@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import pytest
 
-from kdpipe.data.tasks.answers import grade, parse_number
+from kdpipe.data.graders.number import grade_number, parse_number
 from tests.peer import peer_python
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def compare(cases: list[Case], folder: Path) -> dict[str, list[Both]]:
 
 
 def ours(case: Case, headline: Literal["strict", "flexible"]) -> tuple[str | None, bool]:
-    graded = grade(case.text, case.expected, headline=headline)
+    graded = grade_number(case.text, case.expected, reader=headline)
     answer = graded.answer_strict if headline == "strict" else graded.answer_flexible
     return answer, graded.correct
 

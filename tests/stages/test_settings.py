@@ -46,7 +46,7 @@ def parts(value: Any) -> Iterator[tuple[str, Any]]:
     """The name and value of each field of settings, as `document` should have them."""
     match value:
         case TaskSettings():
-            yield from [*value.problems.items(), ("headline", value.headline)]
+            yield from [*value.problems.items(), *value.grading.items()]
         case Section():
             for name, info in type(value).model_fields.items():
                 yield info.alias or name, getattr(value, name)

@@ -369,7 +369,14 @@ def test_routes_are_checked_before_anything_is_done(tmp_path: Path) -> None:
 
 
 def rollout(prompt_id: str) -> Rollout:
-    values = {"question": "", "expected": "", "text": "", "answer_strict": None, "answer_flexible": None}
+    values = {
+        "question": "",
+        "expected": "",
+        "text": "",
+        "answer_strict": None,
+        "answer_flexible": None,
+        "answer": None,
+    }
     return Rollout(
         prompt_id=prompt_id,
         sample=0,

@@ -48,14 +48,14 @@ def test_mlflow_loads_the_tables_that_it_is_told_of(world: World, monkeypatch: p
     monkeypatch.setenv(
         "MLFLOW_TRACKING_URI", database_uri(world.workspace / "mlflow.db")
     )  # what load_table searches
-    grades = [Grade("p/0", text="#### 3", answer_strict="3", correct=False), Grade("p/1")]
+    grades = [Grade("p/0", text="#### 3", answer="3", correct=False), Grade("p/1")]
     world.finish("evaluate:student@1", texts=grades)
     world.finish("rollout@2", texts=[sample("4 #### 4")])
     world.sync()
     client, run_id, experiment = client_of(world)
     assert listed(world) == ["tables/evaluate-round-001.json", "tables/samples-round-002.json"]
     frame = client.load_table(experiment, "tables/evaluate-round-001.json", run_ids=[run_id])
-    assert frame[["round", "prompt_id", "completion", "answer_strict", "correct"]].values.tolist() == [
+    assert frame[["round", "prompt_id", "completion", "answer", "correct"]].values.tolist() == [
         [1, "p/0", "#### 3", 3, False],
         [1, "p/1", "#### 2", 2, True],
     ]
@@ -64,7 +64,7 @@ def test_mlflow_loads_the_tables_that_it_is_told_of(world: World, monkeypatch: p
 
 
 def test_a_table_is_as_log_table_writes_it(world: World) -> None:
-    world.finish("evaluate:student@0", texts=[Grade("p/0"), Grade("p/1", answer_strict=None)])
+    world.finish("evaluate:student@0", texts=[Grade("p/0"), Grade("p/1", answer=None)])
     world.sync()
     ours = table(world, "evaluate-round-000")
     client, run_id, _ = client_of(world)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from kdpipe.data.graders.number import MARK, extract_expected, parse_number
 from kdpipe.data.rows import Problem
 from kdpipe.data.tasks import hub_id
-from kdpipe.data.tasks.answers import MARK, extract_expected, parse_number
 from kdpipe.data.tasks.jsonl import DataRecord, read_records
 from kdpipe.errors import DataError
 from kdpipe.recipe.place import place_of

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdpipe.data.graders.number import MARK, extract_expected, parse_number
 from kdpipe.data.rows import Problem
-from kdpipe.data.tasks.answers import MARK, extract_expected, parse_number
 from kdpipe.errors import DataError
 from kdpipe.recipe.place import place_of
 from kdpipe.recipe.task import JsonlTask

@@ -12,33 +12,49 @@ from kdpipe.recipe.roles import SERVER
 from kdpipe.recipe.schema import Recipe, SelfTeacher, ServedTeacher, Student, Teacher
 from kdpipe.recipe.section import DtypeName, EngineName
 from kdpipe.recipe.stages import RolloutSection
-from kdpipe.recipe.task import Task
+from kdpipe.recipe.task import GraderName, NumberReader, Task
 from kdpipe.store.step import Fields
 
 if TYPE_CHECKING:
     from kdpipe.data.rows import Problem
 
-Headline: TypeAlias = Literal["strict", "flexible"]
 Routes: TypeAlias = Mapping[str, Sequence[str | int | float]]
 FILES = ("data", "revision", "train", "test")
 """Fields that name files and folders: what those hold enters a fingerprint by its digest."""
+GRADING = ("grader", "headline", "reward")
 
 
 @dataclass(frozen=True, slots=True)
 class TaskSettings:
-    """How problems are made and asked, and which answer is graded."""
+    """How problems are made and asked, and how their answers are graded.
+
+    Where numbers are graded `reader` is the task's `reads`: what is trained on reads the reward, an evaluation the
+    headline.
+    """
 
     problems: Fields
-    headline: Headline
+    grader: GraderName
+    reads: Literal["headline", "reward"]
+    reader: NumberReader | None
 
     @classmethod
-    def of(cls, task: Task) -> TaskSettings:
-        return cls(problems_of(task), task.headline)
+    def of(cls, task: Task, reads: Literal["headline", "reward"]) -> TaskSettings:
+        reader: NumberReader = getattr(task, reads)
+        return cls(problems_of(task), task.grader, reads, reader if task.grader == "number" else None)
+
+    @property
+    def grading(self) -> Fields:
+        """How answers are graded, as the recipe has it."""
+        return (
+            {"grader": self.grader}
+            if self.reader is None
+            else {"grader": self.grader, self.reads: self.reader}
+        )
 
 
 def problems_of(task: Task) -> Fields:
     """How problems are made and asked, which is all that a stage reads that grades nothing."""
-    return {name: getattr(task, name) for name in type(task).model_fields if name not in (*FILES, "headline")}
+    return {name: getattr(task, name) for name in type(task).model_fields if name not in (*FILES, *GRADING)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,7 @@ class TextSettings:
         settings = TeacherSettings.of(recipe, teacher, rollout.engine)
         heat = sft.temperature if sft else settings.temperature
         return cls(
-            task=TaskSettings.of(recipe.task),
+            task=TaskSettings.of(recipe.task, "reward"),
             teacher=settings,
             student=ModelSettings.of(recipe.student),
             rollout=DrawSettings.of(rollout, temperature=heat),
@@ -105,7 +105,7 @@ class RolloutSettings:
     @classmethod
     def of(cls, recipe: Recipe) -> RolloutSettings:
         rollout = recipe.rollout.model_copy(update={"seed": None})
-        return cls(TaskSettings.of(recipe.task), ModelSettings.of(recipe.student), rollout)
+        return cls(TaskSettings.of(recipe.task, "reward"), ModelSettings.of(recipe.student), rollout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ class EvaluateSettings:
         reverse_kl_problems = section.reverse_kl_problems if teacher is None else 0
         scorer, scorers = recipe.teacher_score.engine, recipe.teachers if reverse_kl_problems else []
         return cls(
-            task=TaskSettings.of(recipe.task),
+            task=TaskSettings.of(recipe.task, "headline"),
             student=ModelSettings.of(recipe.student) if teacher is None else None,
             teacher=None if teacher is None else TeacherSettings.of(recipe, teacher, engine),
             evaluate=DrawSettings.of(

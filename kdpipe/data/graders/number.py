@@ -1,16 +1,16 @@
-"""Grading: what a text answers, and whether that is the reference number.
+"""Numbers: what a text answers, by several readers, and whether that is the reference number.
 
-Both answers are read as the gsm8k filters of lm-evaluation-harness (task version 3) read them, and stored
-as read; right or wrong is decided by comparing numbers, so `1,000`, `1000` and `$1000.0` are one answer.
+The strict and the flexible answer are read as the gsm8k filters of lm-evaluation-harness (task version 3) read them.
+Answers are stored as read; right or wrong is decided by comparing numbers, so `1,000`, `1000` and `$1000.0` are one.
 """
 
 from __future__ import annotations
 
 import re
 from decimal import Decimal
-from typing import Literal
 
 from kdpipe.data.rows import Graded
+from kdpipe.recipe.task import NumberReader
 
 MARK = "####"
 
@@ -20,18 +20,24 @@ _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 _NUMBER = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 
 
-def grade(text: str, expected: str | None, *, headline: Literal["strict", "flexible"]) -> Graded:
-    """Both answers in `text`, and whether the headline one is the number `expected`.
+def grade_number(text: str, expected: str | None, *, reader: NumberReader) -> Graded:
+    """The answers in `text`, and whether the reader's is the number `expected`.
 
     A text without an answer, or with one that is not a number, is wrong. Raises ValueError when
     `expected` is not a number: the task readers let no such problem through.
     """
+    strict, flexible = strict_answer(text), flexible_answer(text)
+    answer = {"strict": strict, "flexible": flexible}[reader]
+    correct = is_number(answer, expected)
+    return Graded(answer, correct, float(correct), strict, flexible)
+
+
+def is_number(answer: str | None, expected: str | None) -> bool:
+    """Whether an answer is the number `expected`; raises ValueError when that is none."""
     wanted = None if expected is None else parse_number(expected)
     if wanted is None:
         raise ValueError(f"the reference answer is {expected!r}, expected a number")
-    strict, flexible = strict_answer(text), flexible_answer(text)
-    answer = strict if headline == "strict" else flexible
-    return Graded(strict, flexible, correct=answer is not None and parse_number(answer) == wanted)
+    return answer is not None and parse_number(answer) == wanted
 
 
 def strict_answer(text: str) -> str | None:
