@@ -70,21 +70,27 @@ class ArithmeticTask(Section):
     """Which reading of a number is the reward."""
 
 
-class JsonlTask(QuestionTask):
-    """A user's own questions and answers: JSONL or parquet files with a question and an answer field."""
+class OwnTask(QuestionTask):
+    """A user's own prompts, with answers or without."""
+
+    kind: str
+    question_field: str | None = None
+    """Field of the question, a text or a list of turns; null is found out from the first record."""
+    answer_field: str | None = None
+    """Field of the answer, a number or a solution that ends in `#### N`; null is found out from the records."""
+    id_field: str | None = None
+    """Field of a problem's id; null counts rows."""
+
+
+class JsonlTask(OwnTask):
+    """A user's own prompts, with answers or without: JSONL, CSV or parquet files."""
 
     kind: Literal["jsonl"]
     """This task."""
     train: str
-    """JSONL or parquet file, relative to the recipe."""
+    """JSONL, CSV, TSV or parquet file, relative to the recipe."""
     test: str
-    """JSONL or parquet file of the held-out problems, relative to the recipe."""
-    question_field: str = "question"
-    """Field of the question."""
-    answer_field: str = "answer"
-    """Field of the answer: a number, or a solution that ends in `#### N`."""
-    id_field: str | None = None
-    """Field of a problem's id; null counts rows."""
+    """JSONL, CSV, TSV or parquet file of the held-out problems, relative to the recipe."""
 
 
 Task = Annotated[Gsm8kTask | ArithmeticTask | JsonlTask, Field(discriminator="kind")]

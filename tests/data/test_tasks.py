@@ -103,7 +103,7 @@ def test_gsm8k_refuses_an_answer_without_a_marked_number_and_names_its_line(tmp_
     for answer in ("it is 18", "18 ####", "#### eighteen"):
         write_jsonl(tmp_path / "train.jsonl", [ROWS[0], {"question": "q", "answer": answer}])
         write_jsonl(tmp_path / "test.jsonl", ROWS)
-        with pytest.raises(DataError, match=rf"train\.jsonl:2: the answer ends in {answer!r}, expected"):
+        with pytest.raises(DataError, match=r"train\.jsonl:2: the answer .*ends in"):
             read_problems(Gsm8kTask(kind="gsm8k", data="."), tmp_path)
 
 
@@ -180,9 +180,9 @@ GOOD = b'{"question": "q", "answer": "1"}\n'
         (GOOD + b'{"question": "caf\xe9", "answer": "1"}', r"bad\.jsonl:2: byte 18 of the line is not UTF-8"),
         (b"[" * 100_000, r"bad\.jsonl:1: not valid JSON"),
         (b'{"question": "q"}', r"bad\.jsonl:1: field 'answer' is missing; the record has: 'question'"),
-        (b'{"question": "q", "answer": 42}', r"bad\.jsonl:1: field 'answer' is 42, expected text"),
+        (b'{"question": "q", "answer": null}', r"bad\.jsonl:1: field 'answer' is null, expected text"),
         (b'{"question": null, "answer": "1"}', r"field 'question' is null, expected text"),
-        (b'{"question": ["q"], "answer": "1"}', r"field 'question' is a list, expected text"),
+        (b'{"question": ["q"], "answer": "1"}', r"field 'question\[0\]' is text, expected a turn"),
         (b'{"question": " \\n", "answer": "1"}', r"bad\.jsonl:1: field 'question' is empty"),
         (
             b'{"question": "\\ud83d", "answer": "1"}',

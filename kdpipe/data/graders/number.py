@@ -58,6 +58,16 @@ def parse_number(answer: str) -> Decimal | None:
     return Decimal(plain) if _NUMBER.fullmatch(plain) else None
 
 
+def reference_number(answer: str) -> Decimal | None:
+    """The number of a reference answer, whose thousands are groups of three digits; None if it is none.
+
+    `1,5` and `1.000,50` are numbers elsewhere, and other ones than they would be read as here.
+    """
+    plain = answer.strip().replace("$", "").rstrip(".")
+    is_grouped = "," not in plain or re.fullmatch(r"-?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", plain) is not None
+    return parse_number(plain) if is_grouped else None
+
+
 def extract_expected(solution: str) -> str | None:
     """What stands after the last `####` of a reference solution; None without it or if nothing does."""
     _, mark, after = solution.rpartition(MARK)

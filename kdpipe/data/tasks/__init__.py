@@ -5,6 +5,7 @@ It is imported only where the recipe has that task, and where `kdpipe plan` asks
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
@@ -23,7 +24,7 @@ class TaskModule(Protocol):
         """See `data_files`, which asks no task for files whose problems are generated."""
 
     def read_problems(
-        self, task: Task, folder: Path, hub_folder: Path | None
+        self, task: Task, folder: Path, hub_folder: Path | None, say: Callable[[str], None]
     ) -> tuple[list[Problem], list[Problem]]:
         """See `read_problems`."""
 
@@ -51,10 +52,17 @@ def data_files(task: Task, folder: Path) -> dict[str, Path]:
 
 
 def read_problems(
-    task: Task, folder: Path, *, hub_folder: Path | None = None
+    task: Task,
+    folder: Path,
+    *,
+    hub_folder: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Problem], list[Problem]]:
-    """Train and test problems; `hub_folder` is where a hub data set was downloaded to."""
-    return _module_of(task).read_problems(task, folder, hub_folder)
+    """Train and test problems; `hub_folder` is where a hub data set was downloaded to.
+
+    `say` is told what was found out about the data's form.
+    """
+    return _module_of(task).read_problems(task, folder, hub_folder, say)
 
 
 def _module_of(task: Task) -> TaskModule:

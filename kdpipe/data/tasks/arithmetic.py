@@ -18,7 +18,6 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from kdpipe.data.rows import Problem
 from kdpipe.errors import DataError
@@ -75,7 +74,7 @@ _TEMPLATES = (
 )
 
 
-def read_problems(task: ArithmeticTask, *_: Path | None) -> tuple[list[Problem], list[Problem]]:
+def read_problems(task: ArithmeticTask, *_: object) -> tuple[list[Problem], list[Problem]]:
     """Train and test problems, the same for equal settings; test does not depend on the size of train.
 
     Raises DataError when more are asked for than there are.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from kdpipe.data.graders.number import MARK, extract_expected, parse_number
+from kdpipe.data.graders.number import MARK
 from kdpipe.data.rows import Problem
 from kdpipe.data.tasks import hub_id
-from kdpipe.data.tasks.jsonl import DataRecord, read_records
+from kdpipe.data.tasks.data_file import read_records
+from kdpipe.data.tasks.form import read_expected
+from kdpipe.data.tasks.record import DataRecord
 from kdpipe.errors import DataError
 from kdpipe.recipe.place import place_of
 from kdpipe.recipe.task import Gsm8kTask
@@ -32,7 +35,7 @@ def find_files(task: Gsm8kTask, folder: Path) -> dict[str, Path]:
 
 
 def read_problems(
-    task: Gsm8kTask, folder: Path, hub_folder: Path | None
+    task: Gsm8kTask, folder: Path, hub_folder: Path | None, _say: Callable[[str], None]
 ) -> tuple[list[Problem], list[Problem]]:
     """Train and test problems, with ids `gsm8k/<split>/<row>`.
 
@@ -48,7 +51,7 @@ def read_problems(
         data = hub_folder
     train, test = (
         [
-            _problem(record, f"gsm8k/{split}/{row}")
+            _problem(task, record, f"gsm8k/{split}/{row}")
             for row, record in enumerate(
                 record for path in _split_files(data, split) for record in read_records(path)
             )
@@ -85,12 +88,11 @@ def _split_files(data: Path, split: str) -> list[Path]:
     )
 
 
-def _problem(record: DataRecord, prompt_id: str) -> Problem:
+def _problem(task: Gsm8kTask, record: DataRecord, prompt_id: str) -> Problem:
     solution = record.text("answer")
-    expected = extract_expected(solution)
-    if expected is None or parse_number(expected) is None:
+    if MARK not in solution:
         raise DataError(
             f"{record.place}: the answer ends in {solution[-60:]!r}, expected a last line {MARK} N",
             hint="data of another form is read by task kind jsonl",
         )
-    return Problem(prompt_id, record.text("question"), expected, solution)
+    return Problem(prompt_id, record.text("question"), read_expected(task, record, solution), solution)

@@ -1,0 +1,141 @@
+"""Which fields of a user's records are question and answer, and the problems that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from kdpipe.data.graders.number import MARK, extract_expected, grade_number, reference_number
+from kdpipe.data.rows import Problem
+from kdpipe.data.tasks.record import RIGHT_LINE, RIGHT_TURNS, DataRecord
+from kdpipe.errors import DataError
+from kdpipe.recipe.task import OwnTask, QuestionTask
+
+QUESTIONS = ("question", "prompt", "messages", "problem", "query", "conversations")
+ANSWERS = ("answer", "solution", "completion", "response")
+NO_ANSWERS_HINT = "prompts without answers are trained on with task.grader: none"
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The fields that are read of every record; without an `answer` it may be a conversation's last turn."""
+
+    question: str
+    answer: str | None
+
+    def sentence(self) -> str:
+        """Which fields those are, for people."""
+        answer = "no field is its answer" if self.answer is None else f"{self.answer!r} is its answer"
+        return f"task: of each record {self.question!r} is asked, and {answer}"
+
+
+def read_splits(
+    task: OwnTask, splits: Mapping[str, Sequence[DataRecord]], say: Callable[[str], None]
+) -> tuple[list[Problem], list[Problem]]:
+    """Train and test problems of records; their ids are the records' own, or `<kind>/<split>/<row>`.
+
+    `say` is told which fields are read, where the recipe does not name them.
+    """
+    form = _find_form(task, [record for records in splits.values() for record in records])
+    if task.question_field is None or task.answer_field is None:
+        say(form.sentence())
+    seen: dict[str, str] = {}
+    train, test = (
+        [
+            _problem(task, form, record, _identity(task, record, seen) or f"{task.kind}/{split}/{row}")
+            for row, record in enumerate(splits[split])
+        ]
+        for split in ("train", "test")
+    )
+    return train, test
+
+
+def _find_form(task: OwnTask, records: Sequence[DataRecord]) -> Form:
+    """The form that the recipe names, or else that of the first record."""
+    first = records[0]
+    question = task.question_field or next((name for name in QUESTIONS if name in first.fields), None)
+    if question is None:
+        found = ", ".join(map(repr, first.fields)) or "nothing"
+        raise DataError(
+            f"{first.place}: none of its fields is a question that is known by its name; the record has: {found}",
+            hint=f"task.question_field names it; one right line: {RIGHT_LINE}",
+        )
+    answers = [name for name in ANSWERS if name != question]
+    answer = task.answer_field or next(
+        (name for name in answers if any(name in record.fields for record in records)), None
+    )
+    return Form(question, answer)
+
+
+def _identity(task: OwnTask, record: DataRecord, seen: dict[str, str]) -> str | None:
+    """The record's own id, if the recipe names its field; raises DataError on one that was `seen`."""
+    if task.id_field is None:
+        return None
+    prompt_id = record.identity(task.id_field)
+    if prompt_id in seen:
+        raise DataError(
+            f"{record.place}: the id {prompt_id!r} stands already at {seen[prompt_id]}; "
+            "expected ids that are unique over train and test",
+            hint="without task.id_field the rows of each file are numbered",
+        )
+    seen[prompt_id] = record.place
+    return prompt_id
+
+
+def _problem(task: OwnTask, form: Form, record: DataRecord, prompt_id: str) -> Problem:
+    turns = record.asked(form.question)
+    said = turns[-1].content if turns and turns[-1].role == "assistant" else None
+    asked = turns if said is None else turns[:-1]
+    if not asked or asked[-1].role != "user":
+        last = f"a turn of the {asked[-1].role}" if asked else "no turn of the user"
+        raise DataError(
+            f"{record.place}: field {form.question!r} asks with {last}, expected the user's question",
+            hint=f"one right line: {RIGHT_TURNS}",
+        )
+    answer = _answer(task, form, record, said)
+    expected = None
+    if task.grader != "none":
+        if answer is None:
+            raise DataError(f"{record.place}: has no answer to grade by", hint=NO_ANSWERS_HINT)
+        expected = read_expected(task, record, answer)
+    return Problem(
+        prompt_id,
+        asked[-1].content,
+        expected,
+        said or answer,
+        record.others(form.question, form.answer),
+        asked[:-1],
+    )
+
+
+def _answer(task: OwnTask, form: Form, record: DataRecord, said: str | None) -> str | None:
+    """The text of the answer; what the assistant `said` where no field has it, None where nothing does."""
+    if form.answer is None:
+        return said
+    is_blank = record.fields.get(form.answer) in (None, "")
+    if is_blank and (said is not None or task.grader == "none"):
+        return said
+    return record.answer(form.answer)
+
+
+def read_expected(task: QuestionTask, record: DataRecord, answer: str) -> str:
+    """The reference in an answer: all of it, or what stands after its last mark.
+
+    Raises DataError where it is no number, or where a reader of the task would read another one in a solution.
+    """
+    expected = extract_expected(answer) if MARK in answer else answer.strip()
+    if expected is None or reference_number(expected) is None:
+        raise DataError(
+            f"{record.place}: the answer is or ends in {(expected or answer)[-60:]!r}, expected a number, alone or "
+            f"after {MARK}",
+            hint="write numbers as 1234.5 or 1,234.5; task.grader says how other answers are graded",
+        )
+    for name, reader in (("headline", task.headline), ("reward", task.reward)):
+        graded = grade_number(answer, expected, reader=reader)
+        if MARK in answer and not graded.correct:
+            raise DataError(
+                f"{record.place}: the answer ends in {expected!r}, but task.{name}: {reader} reads "
+                f"{graded.answer!r} in it",
+                hint=f"leave one {MARK} in it, followed by a space, or choose another reader",
+            )
+    return expected
