@@ -130,7 +130,7 @@ def examined(
     With a `wire`, every engine of the recipe is behind one of its own.
     """
     workspace = loaded.folder / "out"
-    folders = Sources(loaded, workspace).fetch()
+    folders = Sources(loaded, workspace).fetch(print)
     request = examination(open_project(loaded, workspace), folders, 1, depth=depth)  # type: ignore[arg-type]
     with one_thread(), pytest.MonkeyPatch.context() as patch:
         if wire is not None:

@@ -55,7 +55,7 @@ DOORS = {
     "click": {"cli.app"},
     "rich": {"cli"},
     "tokenizers": {"results.detokenizer", "models.tokenizer"},
-    "huggingface_hub": {"pipeline.identities"},
+    "huggingface_hub": {"pipeline.hub"},
     "yaml": {"recipe.yaml_source"},
     "filelock": set[str](),
     "fcntl": {"store.locks"},

@@ -39,7 +39,7 @@ def plan(given: Given) -> None:
 
     project = open_project(given.load(), given.place)
     states = project.survey()
-    unresolved = project.identities.unresolved()
+    unresolved, pinned = project.identities.unresolved(), project.identities.pinned()
     steps = [
         {
             "step": state.step.id,
@@ -54,8 +54,10 @@ def plan(given: Given) -> None:
     lines = plan_lines(project.run.name, states, horizon=_horizon(project.recipe), paint=painter(sys.stdout))
     if project.recipe.train.objective.has_kd:
         lines += _kept_bytes(project.recipe)
+    lines += [f"pinned: {visible(name)} at {', '.join(commits)}" for name, commits in pinned.items()]
     lines += [f"unresolved until the first run fetches and pins it: {visible(name)}" for name in unresolved]
-    given.show({"run": project.run.name, "steps": steps, "unresolved": unresolved}, "\n".join(lines))
+    document = {"run": project.run.name, "steps": steps, "pinned": pinned, "unresolved": unresolved}
+    given.show(document, "\n".join(lines))
 
 
 def _horizon(recipe: "Recipe") -> str:

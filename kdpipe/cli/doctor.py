@@ -155,7 +155,7 @@ def _examine(given: Given) -> None:
     require_trust(loaded, given.place, trusts=given.trusts)
     for use in key_uses(loaded.recipe):
         say(use)
-    recipe, result = given.recipe, examine_recipe(loaded, given.place)
+    recipe, result = given.recipe, examine_recipe(loaded, given.place, say)
     findings = FINDINGS.validate_python(result.findings)
     failed = [f"{one.probe} ({one.about})" for one in findings if one.verdict == "FAILED"]
     paint, estimate = painter(sys.stdout), ESTIMATE.validate_python(result.estimate)

@@ -1,7 +1,7 @@
 """Identities of models and data: local files by digest, hub repositories by commit.
 
-The only module that talks to the hub. `identities` needs no network: a hub name that was never pinned is
-"unresolved" until the first `run` fetches it and writes its commit to `pins.json`.
+`identities` needs no network: a hub name that was never pinned is "unresolved" until the first `run` fetches it and
+writes its commit to `pins.json`, with the new name of a repository that was renamed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,7 +17,7 @@ from typing import Literal, NamedTuple
 from pydantic import JsonValue
 
 from kdpipe.data.tasks import data_files, hub_id
-from kdpipe.errors import ArtifactError, DataError, ModelError, RecipeError, StepError
+from kdpipe.errors import ArtifactError, DataError, RecipeError, StepError
 from kdpipe.pipeline.plan import UNRESOLVED, Identities
 from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.recipe.place import place_of
@@ -32,7 +33,6 @@ MODEL_SUFFIXES = TEXT_SUFFIXES | {".safetensors"}
 Kind = Literal["model", "tokenizer", "dataset"]
 PINS = "memory of hub pins"
 DIGESTS = "memory of file digests"
-HUB_HINT = "check the name and the network, or name a local folder instead"
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class Sources:
         task = self.loaded.recipe.task
         data: dict[str, Fields]
         if isinstance(task, Gsm8kTask) and (hub := hub_id(task, self.loaded.folder)):
-            identity = self._hub_identity("datasets/" + hub, task.revision)
+            identity = self._hub_identity("dataset", hub, task.revision)
             data = {"train": identity, "test": identity}
         else:
             files = data_files(task, self.loaded.folder)
@@ -69,16 +69,19 @@ class Sources:
             self._changed = False
         return Identities(models=models, data=data)
 
-    def fetch(self) -> dict[str, Path]:
-        """Folders of every model by role, and of hub data as "data"; downloads and pins what is not here."""
+    def fetch(self, tell: Callable[[str], None] = lambda _text: None) -> dict[str, Path]:
+        """Folders of every model by role, and of hub data as "data"; downloads and pins what is not here.
+
+        `tell` is told what a person should know of it, and how far it is.
+        """
         folders: dict[str, Path] = {}
         for role, named in self._named().items():
             local = _local_folder(named.name, self.loaded.folder)
             kind: Kind = "model" if named.served is None else "tokenizer"
-            folders[role] = local or self._download(named.name, named.revision, kind=kind)
+            folders[role] = local or self._download(kind, named.name, named.revision, tell)
         task = self.loaded.recipe.task
         if isinstance(task, Gsm8kTask) and (hub := hub_id(task, self.loaded.folder)):
-            folders["data"] = self._download(hub, task.revision, kind="dataset")
+            folders["data"] = self._download("dataset", hub, task.revision, tell)
         return folders
 
     def tokenizer_file(self, role: str) -> Path | None:
@@ -88,13 +91,12 @@ class Sources:
         if (folder := _local_folder(named.name, self.loaded.folder)) is not None:
             path = folder / "tokenizer.json"
             return path if path.is_file() else None
-        commit = self._pinned(named.name, named.revision)
+        commit = self._pinned("model", named.name, named.revision)
         if commit is None:
             return None
-        from huggingface_hub import try_to_load_from_cache
+        from kdpipe.pipeline.hub import cached_file
 
-        found = try_to_load_from_cache(named.name, "tokenizer.json", revision=commit)
-        return Path(found) if isinstance(found, str) else None
+        return cached_file(self._name_today("model", named.name), "tokenizer.json", commit)
 
     def _named(self) -> dict[str, _Named]:
         """What the recipe's models name, by role; without those that a step or the student makes."""
@@ -112,7 +114,7 @@ class Sources:
         served: Fields = {} if named.served is None else {"served": named.served}
         folder = _local_folder(named.name, self.loaded.folder)
         if folder is None:
-            return served | self._hub_identity(named.name, named.revision)
+            return served | self._hub_identity("model", named.name, named.revision)
         suffixes = TEXT_SUFFIXES if served else MODEL_SUFFIXES
         files = sorted(path for path in folder.iterdir() if path.suffix in suffixes)
         if served and not any(path.name.startswith("tokenizer") for path in files):
@@ -132,14 +134,19 @@ class Sources:
         digest = hashlib.sha256(canonical(parts)).hexdigest()
         return {**served, "digest": digest, **({"revision": named.revision} if served else {})}
 
-    def _hub_identity(self, name: str, revision: str | None) -> Fields:
-        return {"hub": name, "revision": self._pinned(name, revision) or UNRESOLVED}
+    def _hub_identity(self, kind: Kind, name: str, revision: str | None) -> Fields:
+        hub = _hub_name(kind, self._name_today(kind, name))
+        return {"hub": hub, "revision": self._pinned(kind, name, revision) or UNRESOLVED}
 
-    def _pinned(self, name: str, revision: str | None) -> str | None:
+    def _name_today(self, kind: Kind, name: str) -> str:
+        """The name that a repository had when it was pinned."""
+        return str(self._pins.get(_hub_name(kind, name), name))
+
+    def _pinned(self, kind: Kind, name: str, revision: str | None) -> str | None:
         """The commit that `revision` is or was pinned to."""
         if re.fullmatch(r"[0-9a-f]{40}", revision or ""):
             return revision
-        pin = self._pins.get(_pin_key(name, revision))
+        pin = self._pins.get(_pin_key(kind, name, revision))
         return pin if isinstance(pin, str) else None
 
     def _digest(self, path: Path) -> str:
@@ -158,30 +165,21 @@ class Sources:
         self._changed = True
         return digest
 
-    def _download(self, name: str, revision: str | None, *, kind: Kind) -> Path:
-        from huggingface_hub import HfApi, snapshot_download
-        from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
+    def _download(self, kind: Kind, name: str, revision: str | None, tell: Callable[[str], None]) -> Path:
+        from kdpipe.pipeline.hub import Repository, download, resolve
 
-        pinned = f"datasets/{name}" if kind == "dataset" else name
-        repo_type = "dataset" if kind == "dataset" else "model"
-        try:
-            commit = self._pinned(pinned, revision)
-            if commit is None:
-                commit = HfApi().repo_info(name, revision=revision, repo_type=repo_type).sha
-                assert commit is not None
-                self._pins[_pin_key(pinned, revision)] = commit
-                self.workspace.mkdir(parents=True, exist_ok=True)
-                write_json(self.workspace / "pins.json", seal_value(PINS, self._pins))
-            suffixes = TEXT_SUFFIXES if kind == "tokenizer" else MODEL_SUFFIXES
-            patterns = ["main/*.parquet"] if kind == "dataset" else [f"*{suffix}" for suffix in suffixes]
-            return Path(
-                snapshot_download(name, revision=commit, repo_type=repo_type, allow_patterns=patterns)
-            )
-        except (HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            where = f"{kind} {name}" + (f" at {revision}" if revision else "")
-            error_type = DataError if kind == "dataset" else ModelError
-            raise error_type(f"{where}: cannot be fetched from the hub: {reason}", hint=HUB_HINT) from error
+        repo_kind: Literal["model", "dataset"] = "dataset" if kind == "dataset" else "model"
+        key = _pin_key(kind, name, revision)
+        if key not in self._pins:
+            today, self._pins[key] = resolve(Repository(repo_kind, name, revision), tell)
+            if today != name:
+                self._pins[_hub_name(kind, name)] = today
+            self.workspace.mkdir(parents=True, exist_ok=True)
+            write_json(self.workspace / "pins.json", seal_value(PINS, self._pins))
+        suffixes = TEXT_SUFFIXES if kind == "tokenizer" else MODEL_SUFFIXES
+        patterns = ["main/*.parquet"] if kind == "dataset" else [f"*{suffix}" for suffix in suffixes]
+        pinned = Repository(repo_kind, self._name_today(kind, name), str(self._pins[key]))
+        return download(pinned, patterns, tell)
 
 
 class _Named(NamedTuple):
@@ -205,8 +203,12 @@ def _local_folder(name: str, folder: Path) -> Path | None:
     return None
 
 
-def _pin_key(name: str, revision: str | None) -> str:
-    return f"{name}@{revision or 'main'}"
+def _hub_name(kind: Kind, name: str) -> str:
+    return f"datasets/{name}" if kind == "dataset" else name
+
+
+def _pin_key(kind: Kind, name: str, revision: str | None) -> str:
+    return f"{_hub_name(kind, name)}@{revision or 'main'}"
 
 
 def _read(path: Path, *, kind: str) -> dict[str, JsonValue]:

@@ -59,8 +59,19 @@ class Identities:
 
     def unresolved(self) -> list[str]:
         """Hub names whose commit is not known yet: their fingerprints will change with the first run."""
+        return sorted(name for name, commit in self._hub() if commit == UNRESOLVED)
+
+    def pinned(self) -> dict[str, list[str]]:
+        """The commits of hub names that are known: one, or one of each revision that the recipe asks for."""
+        pins: dict[str, list[str]] = {}
+        for name, commit in sorted(self._hub()):
+            if commit != UNRESOLVED:
+                pins.setdefault(name, []).append(commit)
+        return pins
+
+    def _hub(self) -> set[tuple[str, str]]:
         known = (*self.models.values(), *self.data.values())
-        return sorted({str(fields["hub"]) for fields in known if fields.get("revision") == UNRESOLVED})
+        return {(str(fields["hub"]), str(fields["revision"])) for fields in known if "hub" in fields}
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,14 @@ class Examination:
     free_disk_bytes: int
 
 
-def examine_recipe(loaded: LoadedRecipe, workspace: Path) -> Examination:
+def examine_recipe(loaded: LoadedRecipe, workspace: Path, tell: Callable[[str], None]) -> Examination:
     """The doctor's findings on a recipe's models, what it takes, and the free disk.
 
     The models are those that round 1 starts with. One that an sft step has not made yet is stood in for: by its
-    weights before that step, or untrained ones. Raises KdpipeError where there is nothing to examine.
+    weights before that step, or untrained ones. `tell` is told of what is fetched. Raises KdpipeError where there is
+    nothing to examine.
     """
-    folders = Sources(loaded, workspace).fetch()
+    folders = Sources(loaded, workspace).fetch(tell)
     project = open_project(loaded, workspace)
     request = examination(project, folders, 1, depth="full")
     worker = open_worker(project, PERFORMER, log=workspace / "logs" / "doctor.log")

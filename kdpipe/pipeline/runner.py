@@ -67,7 +67,9 @@ def run(
 
     `report` is given the payload digests of the steps, by id, once all that was asked for is done.
     """
-    folders = Sources(loaded, workspace).fetch()  # pins hub names, so that every fingerprint is known
+    folders = Sources(loaded, workspace).fetch(
+        display.note
+    )  # pins hub names, so that every fingerprint is known
     project = open_project(loaded, workspace)
     for lack in try_workspace(workspace):
         display.warn(lack)

@@ -1,21 +1,21 @@
-"""Where models and data come from: local digests, and the hub, which is never asked here."""
+"""Where models and data come from: local digests, and the hub, met by its own client in a stand-in on loopback."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import huggingface_hub
 import pytest
-from huggingface_hub.errors import HTTPError
+from huggingface_hub import constants
 
-from kdpipe.errors import DataError, EngineError
+from kdpipe.errors import KdpipeError, StepError
+from kdpipe.pipeline import hub as client
 from kdpipe.pipeline.identities import Sources
 from kdpipe.recipe.file import load_recipe
+from tests.hub import Hub, Refusal, hub_stand_in
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 RECIPE = """
 name: hub
 rounds: 1
@@ -23,39 +23,41 @@ task: {kind: gsm8k}
 student: {model: someone/student}
 teachers: [{model: someone/teacher, revision: v2}]
 """
-
-
-class Hub:
-    """Stands in for the hub: answers every name with one commit, and remembers what it was asked."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.asked: list[tuple[str, Any]] = []
-        self.patterns: dict[str, list[str]] = {}
-
-    def repo_info(self, name: str, *, revision: str | None, repo_type: str) -> SimpleNamespace:
-        self.asked.append((name, revision))
-        return SimpleNamespace(sha=COMMIT)
-
-    def snapshot_download(
-        self, name: str, *, revision: str, repo_type: str, allow_patterns: list[str]
-    ) -> str:
-        assert revision == COMMIT
-        self.patterns[name] = allow_patterns
-        return str(self.folder / repo_type)
+WEIGHTS = b"w" * 1000
+MODEL = {
+    "config.json": b"{}",
+    "tokenizer.json": b"{}",
+    "model.safetensors": WEIGHTS,
+    "pytorch_model.bin": b"pickle",
+    "original/params.pth": b"pickle",
+    "onnx/model.safetensors": WEIGHTS,
+    "consolidated.safetensors": WEIGHTS,
+}
+DATA = {"README.md": b"-", "main/train-00000-of-00001.parquet": b"t", "socratic/train.parquet": b"s"}
+TOKEN = "hf_secretOfSomebody"
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    hub = Hub(tmp_path / "cache")
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
-    return hub
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with hub_stand_in() as hub:
+        hub.enter(tmp_path / "home", monkeypatch)
+        hub.add("models", "someone/student", MODEL)
+        hub.add("models", "someone/teacher", MODEL, ref="v2")
+        hub.add("datasets", "openai/gsm8k", DATA)
+        yield hub
 
 
-def sources(folder: Path) -> Sources:
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return Sources(load_recipe(folder / "recipe.yaml"), folder / "out")
+def sources(folder: Path, text: str = RECIPE, workspace: str = "out") -> Sources:
+    (folder / "recipe.yaml").write_text(text)
+    return Sources(load_recipe(folder / "recipe.yaml"), folder / workspace)
+
+
+def commit_of(hub: Hub, name: str, ref: str = "main") -> str:
+    return hub.repositories["models", name].refs[ref]
+
+
+def files_of(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_hub_name_is_unresolved_until_a_fetch_pins_it(tmp_path: Path, hub: Hub) -> None:
@@ -64,68 +66,243 @@ def test_a_hub_name_is_unresolved_until_a_fetch_pins_it(tmp_path: Path, hub: Hub
     assert before.unresolved() == ["datasets/openai/gsm8k", "someone/student", "someone/teacher"]
     assert hub.asked == []
     folders = sources(tmp_path).fetch()
-    assert folders["student"] == tmp_path / "cache" / "model"
-    assert folders["data"] == tmp_path / "cache" / "dataset"
     after = sources(tmp_path).identities()
-    assert after.models["student"] == {"hub": "someone/student", "revision": COMMIT}
-    assert after.unresolved() == []
-    assert after.data["train"] == {"hub": "datasets/openai/gsm8k", "revision": COMMIT}
-    assert ("someone/teacher", "v2") in hub.asked
-    assert json.loads((tmp_path / "out" / "pins.json").read_text())["value"]["someone/teacher@v2"] == COMMIT
+    main, v2 = commit_of(hub, "someone/student"), commit_of(hub, "someone/teacher", "v2")
+    assert after.models["student"] == {"hub": "someone/student", "revision": main}
+    assert after.models["teacher"] == {"hub": "someone/teacher", "revision": v2}
+    assert after.data["test"]["hub"] == "datasets/openai/gsm8k"
+    assert (before.pinned(), after.unresolved()) == ({}, [])
+    assert after.pinned()["someone/student"] == [main]
+    assert list(after.pinned()) == ["datasets/openai/gsm8k", "someone/student", "someone/teacher"]
+    assert json.loads((tmp_path / "out" / "pins.json").read_text())["value"]["someone/teacher@v2"] == v2
+    assert files_of(folders["student"]) == {"config.json", "tokenizer.json", "model.safetensors"}
+    assert files_of(folders["data"]) == {"main/train-00000-of-00001.parquet"}
+    found = sources(tmp_path).tokenizer_file("student")
+    assert found == folders["student"] / "tokenizer.json"
 
 
 def test_of_a_teacher_behind_a_server_the_tokenizer_is_fetched_and_pinned_without_weights(
     tmp_path: Path, hub: Hub
 ) -> None:
     server = "{urls: ['https://a/v1'], model: big, tokenizer: someone/teacher, revision: v2}"
-    text = RECIPE.replace("{model: someone/teacher, revision: v2}", f"{{server: {server}}}")
-    (tmp_path / "recipe.yaml").write_text(text)
-    found = Sources(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "out")
+    found = sources(
+        tmp_path, RECIPE.replace("{model: someone/teacher, revision: v2}", f"{{server: {server}}}")
+    )
     before = found.identities()
     assert before.models["teacher"] == {"served": "big", "hub": "someone/teacher", "revision": "unresolved"}
     assert "someone/teacher" in before.unresolved()
-    assert found.fetch()["teacher"] == tmp_path / "cache" / "model"
-    assert ("someone/teacher", "v2") in hub.asked
-    assert "*.safetensors" in hub.patterns["someone/student"]
-    assert "*.safetensors" not in hub.patterns["someone/teacher"]
-    assert "*.json" in hub.patterns["someone/teacher"]
-    after = Sources(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "out").identities()
-    assert after.models["teacher"] == {"served": "big", "hub": "someone/teacher", "revision": COMMIT}
+    assert files_of(found.fetch()["teacher"]) == {"config.json", "tokenizer.json"}
+    pinned = {"served": "big", "hub": "someone/teacher", "revision": commit_of(hub, "someone/teacher", "v2")}
+    assert found.identities().models["teacher"] == pinned
 
 
-def test_a_pinned_name_is_not_asked_again(tmp_path: Path, hub: Hub) -> None:
-    sources(tmp_path).fetch()
+def test_a_pin_holds_when_its_branch_moves_and_is_not_asked_again(tmp_path: Path, hub: Hub) -> None:
+    folders = sources(tmp_path).fetch()
+    hub.add("models", "someone/student", MODEL | {"config.json": b"{ }"})
     hub.asked.clear()
-    sources(tmp_path).fetch()
+    assert sources(tmp_path).fetch() == folders
+    assert hub.asked == []
+    new = sources(tmp_path, workspace="new").fetch()["student"]
+    assert (new / "config.json").read_bytes() == b"{ }"
+
+
+def test_a_commit_may_be_named_and_one_that_is_not_there_is_refused(tmp_path: Path, hub: Hub) -> None:
+    old = commit_of(hub, "someone/student")
+    hub.add("models", "someone/student", MODEL | {"config.json": b"{ }"})
+    named = RECIPE.replace("student}", f"student, revision: {old}}}")
+    assert sources(tmp_path, named).identities().models["student"]["revision"] == old
+    assert (sources(tmp_path, named).fetch()["student"] / "config.json").read_bytes() == b"{}"
+    with pytest.raises(KdpipeError, match="not that revision"):
+        sources(tmp_path, named.replace(old, "f" * 40)).fetch()
+
+
+def test_a_renamed_repository_is_said_and_pinned_by_its_new_name(tmp_path: Path, hub: Hub) -> None:
+    hub.renamed["models", "someone/student"] = "new/name"
+    hub.renamed["datasets", "openai/gsm8k"] = "new/data"
+    hub.repositories["models", "new/name"] = hub.repositories.pop(("models", "someone/student"))
+    hub.repositories["datasets", "new/data"] = hub.repositories.pop(("datasets", "openai/gsm8k"))
+    told: list[str] = []
+    folders = sources(tmp_path).fetch(told.append)
+    assert [text for text in told if "the hub calls it" in text] == [
+        f"{old}: the hub calls it {new} now, and that is what is pinned: write this name in the recipe"
+        for old, new in (("model someone/student", "new/name"), ("dataset openai/gsm8k", "new/data"))
+    ]
+    pinned = sources(tmp_path).identities()
+    assert (pinned.models["student"]["hub"], pinned.data["train"]["hub"]) == ("new/name", "datasets/new/data")
+    renamed = sources(tmp_path, RECIPE.replace("someone/student", "new/name"))
+    assert renamed.fetch(told.append)["student"] == folders["student"]
+    assert renamed.identities().models["student"] == pinned.models["student"]
+    hub.asked.clear()
+    assert sources(tmp_path).fetch(told.append) == folders
+    assert sources(tmp_path).tokenizer_file("student") == folders["student"] / "tokenizer.json"
     assert hub.asked == []
 
 
-def test_a_hub_that_does_not_answer_is_one_clear_error(
+def gate(hub: Hub) -> None:
+    hub.repositories["models", "someone/student"].access = "gated"
+
+
+def hide(hub: Hub) -> None:
+    hub.repositories["models", "someone/student"].access = "private"
+
+
+def remove(hub: Hub) -> None:
+    del hub.repositories["models", "someone/student"]
+
+
+def unlist(hub: Hub) -> None:
+    del hub.repositories["models", "someone/student"].refs["main"]
+
+
+def lose_data(hub: Hub) -> None:
+    del hub.repositories["datasets", "openai/gsm8k"]
+
+
+def busy(hub: Hub) -> None:
+    hub.refusals["student"] = Refusal(429, {"Retry-After": "7"}, times=9)
+
+
+def down(hub: Hub) -> None:
+    hub.refusals["student"] = Refusal(503, {"Retry-After": "9"}, times=9)
+
+
+def log_in(hub: Hub) -> None:
+    hub.refusals["student"] = Refusal(200, {"Content-Type": "text/html"}, b"<html>Log in?", times=9)
+
+
+@pytest.mark.parametrize(
+    ("fails", "token", "code", "words"),
+    [
+        (
+            gate,
+            None,
+            4,
+            "only those whom its authors let in|ask for access at {url}/someone/student,|set HF_TOKEN",
+        ),
+        (
+            gate,
+            TOKEN,
+            4,
+            "ask for access at {url}/someone/student, with the account of the token in HF_TOKEN",
+        ),
+        (hide, None, 2, "no model of that name, or it is private|a token in HF_TOKEN"),
+        (hide, TOKEN, 2, "no model of that name, or it is private"),
+        (remove, None, 2, "no model of that name|{url}/someone/student"),
+        (unlist, None, 2, "has it, but not that revision|lists branches and tags"),
+        (lose_data, None, 2, "dataset openai/gsm8k: the hub has no dataset|{url}/datasets/openai/gsm8k"),
+        (lambda _hub: None, "hf_unknown", 4, "does not know the token in HF_TOKEN|make a token"),
+        (busy, None, 1, "the hub answers 429|wait 7 seconds; repeat the command"),
+        (down, None, 1, "the hub answers 503|wait 9 seconds; repeat the command"),
+        (log_in, None, 1, "is not the hub|HF_ENDPOINT"),
+    ],
+    ids=str,
+)
+def test_what_the_hub_refuses_is_one_sentence_with_what_to_do(
+    fails: Callable[[Hub], None],
+    token: str | None,
+    code: int,
+    words: str,
+    hub: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fails(hub)
+    hub.tokens[TOKEN] = False
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+    told: list[str] = []
+    with pytest.raises(KdpipeError) as found:
+        sources(tmp_path).fetch(told.append)
+    error = found.value
+    said = f"{error.message}\n{error.hint}"
+    assert error.exit_code == code
+    assert all(word.format(url=hub.url) in said for word in words.split("|")), said
+    assert len(said.splitlines()) == 2
+    assert "hf_" not in said + "".join(told)
+
+
+def test_a_token_opens_what_is_gated_and_is_shown_to_the_hub_alone(
     tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_args: Any, **_kwargs: Any) -> None:
-        raise HTTPError("Name or service not known")
+    gate(hub)
+    hub.tokens[TOKEN] = True
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    told: list[str] = []
+    assert "model.safetensors" in files_of(sources(tmp_path).fetch(told.append)["student"])
+    assert {one.token for one in hub.asked if "/cdn/" in one.path} == {None}
+    assert {one.token for one in hub.asked if "/resolve/" in one.path} == {TOKEN}
+    assert TOKEN not in "".join(told)
+    assert not [path for path in (tmp_path / "out").rglob("*") if TOKEN.encode() in path.read_bytes()]
 
-    monkeypatch.setattr(hub, "repo_info", refuse)
+
+def go_offline(_hub: Hub, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def lose_network(_hub: Hub, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+def bring_down(hub: Hub, _patch: pytest.MonkeyPatch) -> None:
+    hub.refusals[""] = Refusal(502, times=99)
+
+
+@pytest.mark.parametrize(
+    ("away", "why"),
+    [
+        (go_offline, "HF_HUB_OFFLINE is set"),
+        (lose_network, "no whole answer from"),
+        (bring_down, "answers 502"),
+    ],
+)
+def test_without_the_hub_the_cache_is_used_as_it_was_pinned_else_as_it_is(
+    away: Callable[[Hub, pytest.MonkeyPatch], None],
+    why: str,
+    hub: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        away(hub, patch)
+        with pytest.raises(StepError, match=f"model someone/student: .*{why}"):
+            sources(tmp_path).fetch()
+        assert not (tmp_path / "out" / "pins.json").exists()
+    hub.refusals.clear()
+    folders = sources(tmp_path).fetch()
+    away(hub, monkeypatch)
+    told: list[str] = []
+    assert sources(tmp_path).fetch(told.append) == folders
+    assert told == []
+    assert sources(tmp_path, workspace="new").fetch(told.append) == folders
+    assert len(told) == 3
+    assert told[0].startswith("model someone/student: ")
+    assert why in told[0]
+    assert folders["student"].name in told[0]
+
+
+def test_a_part_of_a_model_in_the_cache_is_not_taken_for_it(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = sources(tmp_path).fetch()["student"]
+    (folder / "model.safetensors").unlink()
+    go_offline(hub, monkeypatch)
     with pytest.raises(
-        EngineError, match=r"model someone/student: cannot be fetched .* Name or service"
-    ) as found:
+        StepError, match=r"someone/student at .*: HF_HUB_OFFLINE is set, and the cache has not all"
+    ):
         sources(tmp_path).fetch()
-    assert "local folder" in found.value.hint
-    assert found.value.exit_code == 4
 
 
-def test_data_that_cannot_be_fetched_is_a_data_error(
+def test_how_far_a_download_is_is_said_in_lines_without_a_terminal(
     tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(name: str, **_kwargs: Any) -> Any:
-        if "gsm8k" in name:
-            raise HTTPError("404")
-        return SimpleNamespace(sha=COMMIT)
-
-    monkeypatch.setattr(hub, "repo_info", refuse)
-    with pytest.raises(DataError, match="dataset openai/gsm8k: cannot be fetched"):
-        sources(tmp_path).fetch()
+    told: list[str] = []
+    monkeypatch.setattr(client, "LINE_SECONDS", 0.0)
+    hub.add("models", "someone/student", {"config.json": b"{}", "model.safetensors": b"w" * 1_000_000})
+    sources(tmp_path).fetch(told.append)
+    assert "model someone/student: 1.0 MB of 1.0 MB fetched" in told
+    again = list(told)
+    sources(tmp_path).fetch(told.append)
+    assert told == again
 
 
 def test_a_local_models_digest_follows_its_bytes_and_not_its_name(tmp_path: Path) -> None:
@@ -136,8 +313,7 @@ def test_a_local_models_digest_follows_its_bytes_and_not_its_name(tmp_path: Path
         (folder / "model.safetensors").write_bytes(weights)
         (folder / "README.md").write_text(name)
         text = RECIPE.replace("someone/student", f"./{name}").replace("someone/teacher, revision: v2", "./a")
-        (tmp_path / "recipe.yaml").write_text(text)
-        return Sources(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "out").identities().models["student"]
+        return sources(tmp_path, text).identities().models["student"]
 
     first = identity("a", b"one")
     assert identity("b", b"one") == first
