@@ -8,12 +8,14 @@ Left out on purpose: loss scaling (bfloat16 needs none).
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kdpipe.errors import ArtifactError, StepError
 from kdpipe.models.batching import Batch
@@ -84,7 +86,11 @@ class LocalTrainer:
         self._withdraw()
         if self._checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model.train(self._checkpointing)  # recomputing in backward is all that train mode changes here
+            for (
+                module
+            ) in self.model.modules():  # what recomputes does so in train mode; nothing else needs it
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = True
         self._optimizer.zero_grad(set_to_none=True)
 
     def accumulate(self, batch: Batch, loss: Loss) -> dict[str, float]:
@@ -172,8 +178,13 @@ class LocalTrainer:
 
 def _switch_dropout_off(model: PreTrainedModel) -> None:
     """Dropout is off wherever a log-prob is taken, and here one always is."""
+    quiet = copy.deepcopy(model.config)  # some layers (Falcon) ask the config, which is written as it was
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+        elif module is not model and getattr(module, "config", None) is model.config:
+            module.config = quiet
+    for owner in (quiet, *model.modules()):
+        for name, value in list(vars(owner).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(owner, name, 0.0)

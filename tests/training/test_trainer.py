@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from kdpipe.errors import ArtifactError
 from kdpipe.recipe.models import Optimizer
 from kdpipe.training.local import LocalTrainer
 from kdpipe.training.optimizer import learning_rate, read_trainer, write_trainer
-from tests.training.steps import NUM_IDS, copied, equal, take_step, tiny_llama
+from tests.training.steps import NUM_IDS, WHOLE, batch_of, copied, cross_entropy, equal, take_step, tiny_llama
 
 
 def trainer(
@@ -63,6 +64,36 @@ def test_gradient_checkpointing_changes_neither_gradients_nor_weights() -> None:
 def test_dropout_is_off_while_training() -> None:
     with_dropout, without = trainer(checkpointing=True, dropout=0.5), trainer(checkpointing=True)
     assert take_step(with_dropout) == take_step(without)
+
+
+@pytest.mark.parametrize("family", ["falcon", "bloom", "opt", "gpt2"])
+def test_so_is_every_kind_of_it_and_the_config_stays_as_it_was(family: str) -> None:
+    """Dropout as a module, as a number in a layer, as a number in the config, and whole layers that are left out."""
+    names = (
+        "hidden_dropout",
+        "attention_dropout",
+        "dropout",
+        "layerdrop",
+        "resid_pdrop",
+        "attn_pdrop",
+        "embd_pdrop",
+    )
+    config = CONFIG_MAPPING[family](
+        vocab_size=NUM_IDS, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=32,
+        word_embed_proj_dim=16, pad_token_id=0,
+    )  # fmt: skip
+    for name in names:
+        if hasattr(config, name):
+            setattr(config, name, 0.5)
+    written = config.to_dict()
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(config)
+    found = LocalTrainer(network, Optimizer(), num_ids=NUM_IDS, horizon=2, gradient_checkpointing=True)
+    found.begin()
+    losses = {found.accumulate(batch_of(WHOLE[0]), cross_entropy(batch_of(WHOLE[0])))["loss"] for _ in "ab"}
+    found.end()
+    assert len(losses) == 1
+    assert {name: network.config.to_dict()[name] for name in written} == written
 
 
 def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
