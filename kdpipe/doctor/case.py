@@ -13,6 +13,7 @@ from kdpipe.doctor.estimate import Estimate, Sized, estimate
 from kdpipe.doctor.finding import Outcome
 from kdpipe.engines.handle import ModelHandle
 from kdpipe.errors import EngineError
+from kdpipe.models import config
 from kdpipe.models.devices import dtype_name, resolve_dtype
 from kdpipe.models.reference import Pair, adapter_parameters, plain_logprobs, shape_of
 from kdpipe.models.source import ModelSource
@@ -107,20 +108,18 @@ def longest_problems(job: Job) -> list[Problem]:
 
 
 def context_of(source: ModelSource) -> int | None:
-    """How many tokens the model holds, by its config; None where there is none, or it does not say."""
+    """How many tokens the model holds, by its config; None where there is none, or it sets no limit."""
     if not (source.folder / "config.json").is_file():
         return None
-    sizes = sizes_of(source)
-    value = sizes.get("max_position_embeddings", sizes.get("n_positions"))
-    return value if isinstance(value, int) else None
+    return config.context_of(config.open_config(source.folder, trust_remote_code=source.trust_remote_code))
 
 
 def sizes_of(source: ModelSource) -> dict[str, object]:
     """What config.json says that decides which weights fit."""
     try:
-        config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+        settings = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EngineError(f"{source.folder / 'config.json'}: cannot be read: {error}") from error
-    text = config.get("text_config", config)
+    text = settings.get("text_config", settings)
     left_out = ("eos_token_id", "bos_token_id", "pad_token_id", "_name_or_path", "transformers_version")
     return {name: value for name, value in text.items() if name not in left_out}

@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import JsonValue
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.logging import disable_progress_bar
 
 from kdpipe.errors import ModelError, as_os_error
 from kdpipe.models.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from kdpipe.models.adapters import Reach, is_adapted, merge_adapter, reach, target_names, write_adapter
+from kdpipe.models.config import context_of, open_config, scale_and_cap
 from kdpipe.models.devices import dtype_name, resolve_dtype
-from kdpipe.models.logprobs import Head, head_logits, head_of
+from kdpipe.models.logprobs import Head, body_of, head_logits, head_of
 from kdpipe.models.model_folder import require_own_files, tensors_of, unfit
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.models import Lora, Scratch
@@ -33,7 +34,8 @@ from kdpipe.recipe.models import Lora, Scratch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PROBE_SCALE = 1000.0
+_PROBES = (1.0, 1.0, 30.0, 1000.0)
+"""What the hidden states of a probe's tokens are multiplied by: a wrong scale shows at small ones, a cap at large."""
 _NO_WEIGHTS = re.compile(
     r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$|rotary(_pos)?_emb\.inv_freq$|(^|\.)position_ids$"
 )
@@ -54,7 +56,7 @@ def open_model(
     """The causal language model in a Hugging Face folder, in eval mode.
 
     Raises ModelError when the folder is not one, its weights are not exactly those of the model, in numbers that it
-    knows to read, or its logits are not `hidden @ head`, which is all that kdpipe computes of them.
+    knows to read, or its logits are not those of its head (`logprobs.Head`).
     """
     _require_weights(folder)
     _require_known_numbers(folder)
@@ -83,7 +85,7 @@ def open_model(
     model = model.to(device).eval()
     _align(model)
     _require_finite(model, folder)
-    _require_plain_head(model, folder)
+    _require_own_head(model, folder)
     return model
 
 
@@ -104,7 +106,7 @@ def read_head(
             named = model.named_parameters(remove_duplicate=False)
             names = [name for name, tensor in named if tensor is wanted]
             found[key] = _read_rows_of(folder, names, num_ids).to(device, dtype).clone()
-    return Head(found["weight"], found.get("bias"))
+    return Head(found["weight"], found.get("bias"), *scale_and_cap(model.config))
 
 
 def _read_rows_of(folder: Path, names: list[str], count: int) -> torch.Tensor:
@@ -127,7 +129,7 @@ class Architecture:
     `head_names` are the names of the output head's weight: of a tied one, those of the input embeddings too.
     """
 
-    context: int
+    context: int | None
     rows: int
     head_names: tuple[str, ...]
     is_quantized: bool
@@ -142,11 +144,10 @@ def read_architecture(folder: Path, *, trust_remote_code: bool = False) -> Archi
     if head is None:
         raise ModelError(f"{folder}: {type(model).__name__} has no output head of its own")
     named = model.named_parameters(remove_duplicate=False)
-    text = model.config.get_text_config()
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return Architecture(
-        context=text.max_position_embeddings,
-        rows=text.vocab_size,
+        context=context_of(model.config),
+        rows=head.weight.shape[0],
         head_names=tuple(name for name, tensor in named if tensor is head.weight),
         is_quantized="quantization_config" in settings,
         settings={name: value for name, value in settings.items() if name not in _CONFIG_HISTORY},
@@ -155,7 +156,8 @@ def read_architecture(folder: Path, *, trust_remote_code: bool = False) -> Archi
 
 def head_digest(head: Head) -> str:
     """sha256 of the head's numbers, in its dtype: hidden states mean something only beside this very head."""
-    digest = hashlib.sha256(str(head.weight_VH.dtype).encode())
+    form = str(head.weight_VH.dtype) + (f" {head.scale} {head.cap}" if head.scale != 1 or head.cap else "")
+    digest = hashlib.sha256(form.encode())
     for tensor in (head.weight_VH, head.bias_V):
         if tensor is not None:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
@@ -204,14 +206,22 @@ def write_model(
         _write_tokenizer(tokenizer, folder)
         return
     dtype = dtype or model.dtype
-    weights = {
-        name: weight.to(dtype) if weight.is_floating_point() else weight
-        for name, weight in model.state_dict().items()
-    }
     with disk_errors(folder):
-        model.save_pretrained(str(folder), state_dict=weights)
+        model.save_pretrained(str(folder), state_dict=_cast(model.state_dict(), dtype))
     _write_tokenizer(tokenizer, folder)
     _rewrite(folder / "config.json", {"dtype": dtype_name(dtype)})
+
+
+def _cast(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights in `dtype`; what is one in memory, such as a tied head, stays one, and is written once."""
+    cast: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+    found = {}
+    for name, weight in weights.items():
+        place = weight.data_ptr(), tuple(weight.shape)
+        if weight.is_floating_point() and place not in cast:
+            cast[place] = weight.to(dtype)
+        found[name] = cast.get(place, weight)
+    return found
 
 
 def write_merged(
@@ -237,9 +247,7 @@ def reach_of(folder: Path, lora: Lora, *, trust_remote_code: bool = False) -> Re
 def skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
     """The model of a folder without its weights; raises ModelError when its config.json is not of one."""
     with unfit(f"{folder}: its config.json is not of a causal language model"), torch.device("meta"):
-        config = AutoConfig.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        config = open_config(folder, trust_remote_code=trust_remote_code)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
@@ -334,31 +342,34 @@ def _require_finite(model: PreTrainedModel, folder: Path) -> None:
             )
 
 
-def _require_plain_head(model: PreTrainedModel, folder: Path) -> None:
-    """Refuses models that cap or scale their logits; large hidden states make either show."""
+def _require_own_head(model: PreTrainedModel, folder: Path) -> None:
+    """Refuses models whose logits are not those of the head as it is read, at small and at large hidden states."""
+    sizes = torch.tensor(_PROBES, device=model.device, dtype=model.dtype)[:, None]
 
     def enlarge(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state * _PROBE_SCALE
+        output.last_hidden_state = output.last_hidden_state * sizes
         seen.append(output.last_hidden_state)
         return output
 
     seen: list[torch.Tensor] = []
-    head = model.get_output_embeddings()
-    handle = model.get_decoder().register_forward_hook(enlarge)
+    kind = type(model).__name__
+    if (head := model.get_output_embeddings()) is None:
+        raise ModelError(f"{folder}: {kind} has no output head of its own")
+    handle = body_of(model).register_forward_hook(enlarge)
     try:
-        with unfit(f"{folder}: a {type(model).__name__} that cannot be run"), torch.no_grad():
-            ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+        with unfit(f"{folder}: a {kind} that cannot be run"), torch.no_grad():
+            ids = torch.arange(len(sizes), device=model.device)[None] % head.weight.shape[0]
             logits = model(input_ids=ids, use_cache=False).logits[0].float()
-            if head is None or not seen:
-                raise ModelError(f"{folder}: {type(model).__name__} has no output head of its own")
-            plain = head_logits(seen[0][0], head_of(model, num_ids=head.weight.shape[0]), temperature=1.0)
+            if not seen:
+                raise ModelError(f"{folder}: {kind} makes its logits elsewhere than in its output head")
+            own = head_logits(seen[0][0], head_of(model, num_ids=head.weight.shape[0]), temperature=1.0)
     finally:
         handle.remove()
-    difference = (logits - plain).abs().max().item()
+    difference = (logits - own).abs().amax(1)
     # The two are one matrix product; bfloat16 rounds its result to 8 bits.
-    if not difference <= 0.02 * plain.abs().max().item():
+    if not (difference <= 0.02 * own.abs().amax(1)).all():
         raise ModelError(
-            f"{folder}: logits of {type(model).__name__} are not hidden @ head (they differ by "
-            f"{difference:.3g}): it caps or scales them, which kdpipe does not support",
-            hint="use a model without final_logit_softcapping, logit_scale or logits_scaling",
+            f"{folder}: logits of {kind} are not those of its output head, scaled and capped as its config.json says "
+            f"(they differ by {difference.max().item():.3g}): it makes something else of them, which kdpipe does not",
+            hint="use a model whose logits are hidden @ head, times a scale, under a cap",
         )

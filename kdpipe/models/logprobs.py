@@ -10,7 +10,7 @@ K most probable ids, S ids of a support.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from kdpipe.models.batching import Batch
+from kdpipe.models.config import scale_and_cap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,10 +31,15 @@ _MIN_CHUNK_LOGITS = 2**22
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The rows of the output head that belong to ids in use."""
+    """The rows of the output head that belong to ids in use, and what becomes of their products with a state.
+
+    Logits are `cap * tanh(scale * (weight @ hidden + bias) / cap)`, without a `cap` those inside the tanh.
+    """
 
     weight_VH: torch.Tensor
-    bias_V: torch.Tensor | None
+    bias_V: torch.Tensor | None = None
+    scale: float = 1.0
+    cap: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,27 +56,40 @@ class HeadScores:
     tail_logprobs_N: torch.Tensor
 
 
+def body_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model below the output head: what makes hidden states of token ids."""
+    body = model.get_decoder()
+    if body is model:  # transformers looks under the base model's name, which is not always its own (Llama 4)
+        return next((child for child in model.children() if hasattr(child, "get_input_embeddings")), model)
+    return body
+
+
 def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Hidden states [N, H], after the final norm, that predict the batch's completion tokens."""
-    hidden_BTH: torch.Tensor = model.get_decoder()(
-        input_ids=batch.input_ids_BT, use_cache=False
-    ).last_hidden_state
+    hidden_BTH: torch.Tensor = body_of(model)(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state
     return hidden_BTH[batch.rows_N, batch.positions_N]
 
 
 def head_of(model: PreTrainedModel, *, num_ids: int) -> Head:
     """The output head without its padding rows."""
     weight_VH, bias_V = (layer := model.get_output_embeddings()).weight, layer.bias
+    scale, cap = scale_and_cap(model.config)
     if num_ids == weight_VH.shape[0]:
-        return Head(weight_VH, bias_V)
-    return Head(weight_VH[:num_ids], None if bias_V is None else bias_V[:num_ids])
+        return Head(weight_VH, bias_V, scale, cap)
+    return Head(weight_VH[:num_ids], None if bias_V is None else bias_V[:num_ids], scale, cap)
+
+
+def logits_of(products: torch.Tensor, head: Head) -> torch.Tensor:
+    """Logits, float32 or float64, of what the head's rows and biases make of hidden states."""
+    logits = products if products.dtype == torch.float64 else products.float()
+    if head.scale != 1:
+        logits = logits * head.scale
+    return logits if head.cap is None else (logits / head.cap).tanh() * head.cap
 
 
 def head_logits(hidden_CH: torch.Tensor, head: Head, *, temperature: float) -> torch.Tensor:
     """Logits [C, V] divided by the temperature, in float32, or float64 when the model is."""
-    logits_CV = linear(hidden_CH, head.weight_VH, head.bias_V)
-    if logits_CV.dtype != torch.float64:
-        logits_CV = logits_CV.float()
+    logits_CV = logits_of(linear(hidden_CH, head.weight_VH, head.bias_V), head)
     return logits_CV if temperature == 1 else logits_CV / temperature
 
 
@@ -90,7 +109,7 @@ def token_logprobs(
     """
 
     def step(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, part: slice) -> tuple[torch.Tensor, ...]:
-        logits_CV = head_logits(hidden_CH, Head(weight_VH, head.bias_V), temperature=temperature)
+        logits_CV = head_logits(hidden_CH, replace(head, weight_VH=weight_VH), temperature=temperature)
         logprobs_CV = logits_CV.log_softmax(-1)
         token_C = logprobs_CV.gather(-1, ids_N[part, None]).squeeze(-1)
         return (token_C,) if extra is None else (token_C, extra(logprobs_CV, part))

@@ -203,7 +203,8 @@ def swapped_head(head: Head, swap: tuple[int, int] | None) -> Head:
         return head
     order = torch.arange(head.weight_VH.shape[0], device=head.weight_VH.device)
     order[list(swap)] = order[list(reversed(swap))]
-    return Head(head.weight_VH[order], None if head.bias_V is None else head.bias_V[order])
+    bias_V = None if head.bias_V is None else head.bias_V[order]
+    return replace(head, weight_VH=head.weight_VH[order], bias_V=bias_V)
 
 
 def output_head(job: Job, source: ModelSource, *, num_ids: int) -> Head:

@@ -247,7 +247,7 @@ def _rows_kd_part(case: LossCase, rows: Sequence[EnumeratedRow], student_PV: Ten
             return result_RPV
         logits_NV = (case.temperature * student_PV[prefixes_N]).requires_grad_()
         states_NN = torch.eye(len(logits_NV), dtype=logits_NV.dtype)
-        loss = loss_of(case, rows, states_NN, Head(logits_NV.T, None))
+        loss = loss_of(case, rows, states_NN, Head(logits_NV.T))
         found_NV = gradients(loss, [logits_NV])[0] * case.temperature
         return result_RPV.index_put((rows_N, prefixes_N), found_NV, accumulate=True)
 
@@ -295,7 +295,7 @@ def _table_outcome(case: LossCase, rows: Sequence[EnumeratedRow], *, harmful: fl
     if harmful is not None:
         hidden_NP[~torch.cat([row.kept_n for row in rows])] = harmful
     logits_PV = (case.temperature * random_logits(1)).requires_grad_()
-    loss = loss_of(case, rows, hidden_NP, Head(logits_PV.T, None))
+    loss = loss_of(case, rows, hidden_NP, Head(logits_PV.T))
     return torch.cat([loss.detach()[None], gradients(loss, [logits_PV])[0].flatten()])
 
 

@@ -338,7 +338,7 @@ def _teacher(case: LossCase, rows: Sequence[EnumeratedRow]) -> TeacherSupport | 
     teacher_NV = torch.cat([row.teacher_nV for row in rows])
     if case.keeps_hidden:
         whose, k = support_in_world(case.objective)
-        head = Head(case.teacher_temperature * torch.eye(V, dtype=teacher_NV.dtype), None)
+        head = Head(case.teacher_temperature * torch.eye(V, dtype=teacher_NV.dtype))
         return TeacherHidden(teacher_NV, head, case.teacher_temperature, k if whose == "teacher's" else 0)
     sampler_NV = torch.cat([row.sampler_nV for row in rows])
     ids_NK, logprobs_NK, tail_N = on_support(case.objective, teacher_NV, sampler_NV)

@@ -75,7 +75,7 @@ class Transformer:
         else:
             hidden_NH = self._left_padded(rows, left_padding)
         # The model's logits are those at the temperature, as everywhere in the small world.
-        head = Head(case.temperature * head_of(self.model, num_ids=V).weight_VH, None)
+        head = Head(case.temperature * head_of(self.model, num_ids=V).weight_VH)
         loss = loss_of(case, rows, hidden_NH, head)
         found = gradients(loss, list(self.model.parameters()))
         return torch.cat([loss.detach()[None], *(gradient.flatten() for gradient in found)])

@@ -27,6 +27,7 @@ from transformers import (
 
 from kdpipe.models.adapters import is_lora
 from kdpipe.models.batching import pad_right
+from kdpipe.models.logprobs import body_of
 
 _LLAMA_LIKE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
@@ -100,7 +101,7 @@ class LlamaDecoder:
             stop = min(start + prompts_at_once, len(prompts))
             ids_PT = pad_right(prompts[start:stop], device=self._model.device)
             cache = DynamicCache(config=config)
-            output = self._model.get_decoder()(input_ids=ids_PT, past_key_values=cache, use_cache=True)
+            output = body_of(self._model)(input_ids=ids_PT, past_key_values=cache, use_cache=True)
             rows = ((row_prompts >= start) & (row_prompts < stop)).nonzero().squeeze(-1)
             sources = row_prompts[rows] - start
             hidden.append(output.last_hidden_state[sources, lengths[row_prompts[rows]] - 1])
@@ -137,13 +138,13 @@ class LlamaDecoder:
         """Cosines and sines [positions, D]; the sine of the first half negated, as the rotation wants it."""
         positions = torch.arange(width + self._max_new_tokens, device=self._model.device)
         like = torch.empty(0, dtype=self._model.dtype, device=positions.device)
-        cos, sin = self._model.get_decoder().rotary_emb(like, position_ids=positions[None])
+        cos, sin = body_of(self._model).rotary_emb(like, position_ids=positions[None])
         half = sin.shape[-1] // 2
         return cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
 
     def step(self, ids_B: torch.Tensor) -> torch.Tensor:
         """Hidden states [H, B] after one more token on each row."""
-        body = self._model.get_decoder()
+        body = body_of(self._model)
         x_HB = embedding(ids_B, body.embed_tokens.weight).t().contiguous()
         rotation = (self._cos[self._positions].t().contiguous(), self._sin[self._positions].t().contiguous())
         mask = None if self._mask is None else self._mask[..., : self._slot + 1]
@@ -215,7 +216,7 @@ class GenericDecoder:
         del max_tokens
         self._cache = DynamicCache(config=self._model.config)
         device = self._model.device
-        output = self._model.get_decoder()(
+        output = body_of(self._model)(
             input_ids=pad_right(prompts, device=device), past_key_values=self._cache, use_cache=True
         )
         rows = torch.repeat_interleave(torch.tensor(repeats, device=device))
@@ -224,9 +225,7 @@ class GenericDecoder:
         return hidden.t()
 
     def step(self, ids_B: torch.Tensor) -> torch.Tensor:
-        output = self._model.get_decoder()(
-            input_ids=ids_B[:, None], past_key_values=self._cache, use_cache=True
-        )
+        output = body_of(self._model)(input_ids=ids_B[:, None], past_key_values=self._cache, use_cache=True)
         hidden: torch.Tensor = output.last_hidden_state[:, -1]
         return hidden.t()
 

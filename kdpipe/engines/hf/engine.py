@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from kdpipe.engines.hf.decoding import is_llama_like, make_decoder
 from kdpipe.engines.hf.sampling import draw, uniforms
-from kdpipe.engines.limits import NOT_FINITE_HINT, require_sampling, require_scoring
+from kdpipe.engines.limits import NOT_FINITE_HINT, Limits, require_sampling, require_scoring
 from kdpipe.engines.protocol import (
     Completion,
     Progress,
@@ -32,7 +32,8 @@ from kdpipe.engines.protocol import (
 from kdpipe.errors import EngineError
 from kdpipe.models.batching import batches_by_tokens, make_batch
 from kdpipe.models.cache import ModelCache
-from kdpipe.models.logprobs import Head, HeadScores, head_of, hidden_states, score_tokens
+from kdpipe.models.config import context_of
+from kdpipe.models.logprobs import Head, HeadScores, head_of, hidden_states, logits_of, score_tokens
 from kdpipe.models.source import ModelSource
 from kdpipe.models.tokenizer import open_tokenizer
 from kdpipe.recipe.runtime import Runtime
@@ -74,7 +75,7 @@ class HfEngine:
         self, requests: Sequence[SampleRequest], sampling: Sampling, *, progress: Progress
     ) -> list[list[Completion]]:
         model, source = self._loaded()
-        require_sampling(requests, sampling, **_limits(model))
+        require_sampling(requests, sampling, _limits(model))
         rows = [
             _Draw(index, sample, seed, request.prompt_token_ids)
             for index, request in enumerate(requests)
@@ -94,7 +95,7 @@ class HfEngine:
         self, requests: Sequence[ScoreRequest], scoring: Scoring, *, progress: Progress
     ) -> list[TokenScores]:
         model, _ = self._loaded()
-        require_scoring(requests, scoring, **_limits(model))
+        require_scoring(requests, scoring, _limits(model))
         head = head_of(model, num_ids=scoring.num_ids)
         lengths = [
             len(request.prompt_token_ids) + len(request.completion_token_ids) - 1 for request in requests
@@ -291,11 +292,10 @@ class _Ends:
 
 def _logits(hidden_HB: torch.Tensor, head: Head) -> torch.Tensor:
     """Logits [B, V] over the ids in use, float32 or float64."""
-    logits_VB = torch.mm(head.weight_VH, hidden_HB)
+    products_VB = torch.mm(head.weight_VH, hidden_HB)
     if head.bias_V is not None:
-        logits_VB += head.bias_V[:, None]
-    logits_BV = logits_VB.t().contiguous()
-    return logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
+        products_VB += head.bias_V[:, None]
+    return logits_of(products_VB.t().contiguous(), head)
 
 
 def _split(
@@ -323,9 +323,6 @@ def _split(
     ]
 
 
-def _limits(model: PreTrainedModel) -> dict[str, int]:
+def _limits(model: PreTrainedModel) -> Limits:
     """How many tokens the model holds, and the ids that it has rows for."""
-    return {
-        "context": model.config.max_position_embeddings,
-        "rows": model.get_output_embeddings().weight.shape[0],
-    }
+    return Limits(context_of(model.config), model.get_output_embeddings().weight.shape[0])

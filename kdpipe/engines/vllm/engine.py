@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdpipe.engines.limits import NOT_FINITE_HINT, no_scores, require_sampling, require_scoring
+from kdpipe.engines.limits import NOT_FINITE_HINT, Limits, no_scores, require_sampling, require_scoring
 from kdpipe.engines.protocol import (
     Completion,
     Progress,
@@ -127,7 +127,8 @@ class VllmEngine:
         settings, on_cpu = self._settings, self._device.type == "cpu"
         dtype, _ = resolve_dtype(source.dtype, self._device)
         gib = settings.kv_cache_gib or (_CPU_KV_CACHE_GIB if on_cpu else None)
-        max_tokens = self._limits(architecture)["context"] + 1
+        context = self._limits(architecture).context
+        max_tokens = None if context is None else context + 1
         options: dict[str, object] = {
             "model": str(source.folder),
             "tokenizer": str(source.folder),
@@ -146,7 +147,7 @@ class VllmEngine:
             "max_num_seqs": settings.max_num_seqs,
             # On a CPU, vLLM 0.32 dies of a prompt that has a seed and is cut in two.
             "enable_chunked_prefill": not on_cpu,
-            "max_num_batched_tokens": max(settings.batch_tokens, max_tokens * on_cpu),
+            "max_num_batched_tokens": max(settings.batch_tokens, (max_tokens or 0) * on_cpu),
             "kv_cache_memory_bytes": None if gib is None else round(gib * 2**30),
             "enable_sleep_mode": self._sleeps,
         }
@@ -205,7 +206,7 @@ class VllmEngine:
         self, requests: Sequence[SampleRequest], sampling: Sampling, *, progress: Progress
     ) -> list[list[Completion]]:
         started = self._loaded()
-        require_sampling(requests, sampling, **self._limits(started.architecture))
+        require_sampling(requests, sampling, self._limits(started.architecture))
         rows = [(index, seed) for index, request in enumerate(requests) for seed in request.seeds]
         completions: dict[int, Completion] = {}
 
@@ -237,7 +238,7 @@ class VllmEngine:
                     hint="set teacher_score.engine to hf",
                     request=index,
                 )
-        require_scoring(requests, scoring, **self._limits(started.architecture))
+        require_scoring(requests, scoring, self._limits(started.architecture))
         jobs = [
             ([*request.prompt_token_ids, *request.completion_token_ids], len(request.completion_token_ids))
             for request in requests
@@ -279,9 +280,10 @@ class VllmEngine:
             started.process.call("kdpipe_shape_logits", num_ids, temperature)
             self._shape = (num_ids, temperature)
 
-    def _limits(self, architecture: Architecture) -> dict[str, int]:
-        context = min(self._settings.max_model_len or architecture.context, architecture.context)
-        return {"context": context, "rows": architecture.rows}
+    def _limits(self, architecture: Architecture) -> Limits:
+        bounds = (self._settings.max_model_len, architecture.context)
+        context = min((bound for bound in bounds if bound is not None), default=None)
+        return Limits(context, architecture.rows)
 
 
 def completion_of(output: Any) -> Completion:
