@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kdpipe.errors import ArtifactError, StepError
 from kdpipe.models.batching import Batch
@@ -86,10 +85,8 @@ class LocalTrainer:
         self._withdraw()
         if self._checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            for (
-                module
-            ) in self.model.modules():  # what recomputes does so in train mode; nothing else needs it
-                if isinstance(module, GradientCheckpointingLayer):
+            for module in self.model.modules():  # layers recompute in train mode, which nothing else needs
+                if hasattr(module, "gradient_checkpointing") and not hasattr(module, "get_input_embeddings"):
                     module.training = True
         self._optimizer.zero_grad(set_to_none=True)
 
