@@ -1,4 +1,4 @@
-"""What a model's config says of its text model: one place for the names that architectures have for a thing."""
+"""A model's config read: the one place for the names that architectures have for the same thing."""
 
 from __future__ import annotations
 

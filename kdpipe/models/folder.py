@@ -343,7 +343,7 @@ def _require_finite(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _require_own_head(model: PreTrainedModel, folder: Path) -> None:
-    """Refuses models whose logits are not those of the head as it is read, at small and at large hidden states."""
+    """Refuses models whose logits are not those of the head as read, of small and large hidden states."""
     sizes = torch.tensor(_PROBES, device=model.device, dtype=model.dtype)[:, None]
 
     def enlarge(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:

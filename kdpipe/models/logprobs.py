@@ -31,7 +31,7 @@ _MIN_CHUNK_LOGITS = 2**22
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The rows of the output head that belong to ids in use, and what becomes of their products with a state.
+    """The rows of the output head that belong to ids in use, and what is made of their products.
 
     Logits are `cap * tanh(scale * (weight @ hidden + bias) / cap)`, without a `cap` those inside the tanh.
     """
