@@ -9,15 +9,18 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from typing import TYPE_CHECKING
 
 from kdpipe.cli.terminal import PLAIN_SECONDS, Paint, aligned, counted, is_terminal, painter, print_event
+from kdpipe.method.interval import Interval
+from kdpipe.pipeline.headline import Headline, headline_of
 from kdpipe.pipeline.progress import Pace, duration, pace_words
 from kdpipe.pipeline.request import Noted, Performed, StepEvent, Waiting, Warned
 from kdpipe.pipeline.runs import RunFolder
 from kdpipe.results.evaluations import Evaluation
 from kdpipe.results.visible_text import visible
+from kdpipe.store.stage import Stage
 from kdpipe.store.step import Step
 from kdpipe.workers.pulse import Progressed
 
@@ -141,39 +144,50 @@ class JsonLines:
 
 
 def round_line(number: int, rounds: int, metrics: dict[str, float]) -> str:
-    """One round in one line of at most 80 columns: reverse KL, reward, and accuracy when it was due."""
+    """One round in one line of at most 80 columns: reverse KL, reward, and the headline when it was due."""
     pieces = [f"round {number:>{len(str(rounds))}}/{rounds}"]
-    measured = (
-        ("score/reverse_kl_nats", "reverse KL", "6.3f"),
-        ("rollout/reward_mean", "reward", "5.3f"),
-        ("evaluate/accuracy", "accuracy", "6.1%"),
-    )
+    measured = (("score/reverse_kl_nats", "reverse KL", "6.3f"), ("rollout/reward_mean", "reward", "5.3f"))
     pieces += [f"{label} {metrics[name]:{spec}}" for name, label, spec in measured if name in metrics]
+    stage = f"{Stage.EVALUATE}/"
+    summary = {name.removeprefix(stage): value for name, value in metrics.items() if name.startswith(stage)}
+    measure = headline_of(summary)
+    if (estimate := measure.estimate(summary)) is not None:
+        pieces.append(f"{measure.brief} {measure.show(estimate):>6}")
     seconds = sum(value for name, value in metrics.items() if name.startswith("time/"))
     pieces.append(duration(seconds))
     return "  ".join(pieces)
 
 
 def outcome_lines(evaluations: Sequence[Evaluation], paint: Paint) -> list[str]:
-    """Accuracy and reverse KL before and after with their intervals, as a table."""
-    table = [("", "accuracy", "95 % interval", "held-out reverse KL, nats")]
+    """The headline before and after with its interval, and what is shown beside it, as a table."""
+    measure = evaluations[0].headline
+    beside = [measure.beside] if measure.beside else []
+    table = [("", measure.title, "95 % interval", *(other.title for other in beside))]
     for one in evaluations:
-        right, kl = one.accuracy, one.reverse_kl
-        divergence = "" if kl is None else f"{kl.estimate:.3f} ({kl.low:.3f} to {kl.high:.3f})"
-        table.append((one.label, f"{right.estimate:.1%}", f"{right.low:.1%} to {right.high:.1%}", divergence))
+        estimate, low, high = map(measure.show, astuple(one.level))
+        others = [_bounded(other, other.level(one.summary)) for other in beside]
+        table.append((one.label, estimate, f"{low} to {high}", *others))
     heading, *lines = aligned(table)
     return [paint(heading, "bold"), *lines]
 
 
+def _bounded(measure: Headline, level: Interval | None) -> str:
+    if level is None:
+        return ""
+    estimate, low, high = map(measure.show, astuple(level))
+    return f"{estimate} ({low} to {high})"
+
+
 def change_lines(after: Evaluation) -> list[str]:
     """The paired differences of the last evaluation to student 0, a sentence each."""
-    lines = []
-    if (gain := after.accuracy_change) is not None:
-        lines.append(
-            f"accuracy {100 * gain.estimate:+.1f} points, paired 95 % interval "
-            f"{100 * gain.low:+.1f} to {100 * gain.high:+.1f}{after.p_text}"
-        )
-    if (kl := after.reverse_kl_change) is not None:
-        interval = f"paired 95 % interval {kl.low:+.3f} to {kl.high:+.3f}"
-        lines.append(f"held-out reverse KL {kl.estimate:+.3f} nats, {interval}")
+    lines, headline = [], after.headline
+    for measure in filter(None, (headline, headline.beside)):
+        if (change := measure.change(after.summary)) is not None:
+            estimate, low, high = map(measure.show_change, astuple(change))
+            p = after.p_text if measure is headline else ""
+            lines.append(
+                f"{measure.name} {estimate} {measure.change_unit}, paired 95 % interval {low} to {high}{p}"
+            )
+    if headline.sign < 0 and after.effect is not None:  # that less is better needs a word
+        lines.append(after.effect[1])
     return lines

@@ -10,9 +10,9 @@ from typing import Literal
 
 from kdpipe.cli.display import round_line
 from kdpipe.cli.terminal import COLUMNS, Paint, Style
+from kdpipe.pipeline.headroom import headrooms
 from kdpipe.pipeline.progress import Progress, duration, pace_words, read_progress
 from kdpipe.pipeline.project import Project, round_metrics
-from kdpipe.pipeline.requirements import headrooms
 from kdpipe.pipeline.runs import RunEvent
 from kdpipe.pipeline.status import State
 from kdpipe.results.visible_text import visible

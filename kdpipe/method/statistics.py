@@ -123,6 +123,18 @@ def _ratio(totals: Floats) -> Floats:
     return np.asarray(ratios[0] - ratios[1] if len(ratios) > 1 else ratios[0])
 
 
+def ratio_shares(totals: Totals) -> list[float]:
+    """What each problem adds to `sum(sums) / sum(counts)`: their mean is that ratio.
+
+    Their spread is that of the ratio over problems: the linear term of its error (Cochran, Sampling Techniques, 1977,
+    6.5).
+    """
+    sums_P, counts_P = np.array(totals, dtype=np.float64)
+    ratio = sums_P.sum() / counts_P.sum()
+    shares: list[float] = (ratio + (sums_P - ratio * counts_P) / counts_P.mean()).tolist()
+    return shares
+
+
 def pooled(values_SP: Floats) -> Interval:
     """The mean over S seeds and P problems, for other seeds and other problems: Student's t around it.
 

@@ -7,18 +7,17 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from kdpipe.errors import PreflightError, StepError
-from kdpipe.pipeline.project import Project, summary_of
+from kdpipe.pipeline.headroom import headrooms
+from kdpipe.pipeline.project import Project
 from kdpipe.recipe.roles import STUDENT, STUDENT_ROLE
-from kdpipe.recipe.schema import Recipe, SelfTeacher, ServedTeacher, Teacher
+from kdpipe.recipe.schema import Recipe, ServedTeacher
 from kdpipe.store.stage import Stage
-from kdpipe.store.step import Step, step_id_of
+from kdpipe.store.step import Step
 
 FREE_BYTES_FLOOR = 64 << 20
 PEFT = "peft>=0.21"  # as the extra `lora` says
@@ -71,77 +70,15 @@ def require(recipe: Recipe, warn: Callable[[str], None]) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Headroom:
-    """Headroom of a teacher: its accuracy less that of student 0 on the same problems, paired.
-
-    `low` and `high` are its 95 % interval, `p_value` McNemar's, None where problems have several samples. `exempt` says
-    why the teacher need not be better; None: a run stops before round 1 when it is not.
-    """
-
-    teacher: str
-    problems: int
-    is_routed: bool
-    accuracy: float
-    change: float
-    low: float
-    high: float
-    p_value: float | None
-    exempt: str | None
-
-    @property
-    def stops(self) -> bool:
-        """Whether the teacher should be better and is not."""
-        return self.exempt is None and self.change <= 0
-
-    def sentence(self) -> str:
-        """All of it, for people."""
-        p = "" if self.p_value is None else f", McNemar p = {self.p_value:.2g}"
-        interval = f"paired 95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}{p}"
-        where = (
-            f"the {self.problems} problems that it teaches" if self.is_routed else f"{self.problems} problems"
-        )
-        exempt = "" if self.exempt is None else f"; it need not be better: {self.exempt}"
-        return f"accuracy {self.accuracy:.1%}, headroom {100 * self.change:+.1f} points ({interval}) on {where}{exempt}"
-
-
-def headroom_of(teacher: Teacher, summary: Mapping[str, Any]) -> Headroom:
-    """The headroom in the summary of a teacher's evaluation."""
-    reasons = ["the student itself"] if isinstance(teacher, SelfTeacher) else []
-    if teacher.is_privileged:
-        reasons.append("privileged (its prompt shows more than the question)")
-    return Headroom(
-        teacher.name,
-        summary["problems"],
-        teacher.only is not None,
-        summary["accuracy"],
-        summary["accuracy_change"],
-        summary["accuracy_change_low"],
-        summary["accuracy_change_high"],
-        summary.get("accuracy_change_p_value"),
-        " and ".join(reasons) or None,
-    )
-
-
-def headrooms(project: Project) -> list[Headroom]:
-    """Those of the teachers whose evaluation is done, in the order of the recipe."""
-    return [
-        headroom_of(teacher, summary)
-        for teacher in project.recipe.teachers
-        if (summary := summary_of(project, step_id_of(Stage.EVALUATE, teacher.name, 0))) is not None
-    ]
-
-
 def require_headroom(project: Project) -> None:
-    """Raises PreflightError where a teacher is no better than student 0 (method: headroom)."""
+    """Raises PreflightError where there is nothing to learn from a teacher (method: headroom)."""
     recipe = project.recipe
-    is_asked = recipe.evaluate.teacher and recipe.train.objective.has_kd
-    if not is_asked or recipe.runtime.allow_weak_teacher:
+    if not recipe.train.objective.has_kd or recipe.runtime.allow_weak_teacher:
         return
     for headroom in headrooms(project):
         if headroom.stops:
             raise PreflightError(
-                f"teacher {headroom.teacher!r} is not better than the student: {headroom.sentence()}",
+                headroom.fault,
                 hint="choose another teacher, or say --set runtime.allow_weak_teacher=true",
             )
 

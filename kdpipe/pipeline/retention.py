@@ -1,6 +1,6 @@
 """Which weights a run keeps, and dropping the rest, also of what other runs share.
 
-A step costs the same however many rounds are done: a run's links and accuracies are read once, and of another run only
+A step costs the same however many rounds are done: a run's links and evaluations are read once, and of another run only
 those of one that links an entry about to be dropped.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from kdpipe.data.payload import SUMMARY_FILE
 from kdpipe.errors import ArtifactError
+from kdpipe.pipeline.headline import headline_of
 from kdpipe.pipeline.runs import RUNS, RunFolder
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.runtime import Keep
@@ -31,15 +32,16 @@ PAYLOADS = ("model", "trainer", "ema")
 
 @dataclass(slots=True)
 class Holdings:
-    """What one run has on disk of the train entries that it links, by round, and its accuracies.
+    """What one run has on disk of the train entries that it links, by round, and its evaluations.
 
+    `scores` are the headlines, such that more is better: accuracy, or held-out reverse KL below 0.
     `counts` is None where the run's recipe is damaged or of another version: it keeps all that it links.
     """
 
     counts: Keep | None
     entries: dict[int, Path] = field(default_factory=dict)
     payloads: dict[int, set[str]] = field(default_factory=dict)
-    accuracies: dict[int, float] = field(default_factory=dict)
+    scores: dict[int, float] = field(default_factory=dict)
 
     def note(self, number: int, name: str, folder: Path) -> None:
         """Takes in an entry that the run links under `name` in round `number`."""
@@ -47,9 +49,9 @@ class Holdings:
             self.entries[number] = folder
             self.payloads[number] = {kind for kind in PAYLOADS if (folder / kind).exists()}
         elif name == EVALUATED:
-            self.accuracies.pop(number, None)
-            if (accuracy := _accuracy(folder)) is not None:
-                self.accuracies[number] = accuracy
+            self.scores.pop(number, None)
+            if (score := _score(folder)) is not None:
+                self.scores[number] = score
 
     def kept(self) -> dict[int, set[str]]:
         """The payloads that the run keeps, by round.
@@ -78,12 +80,12 @@ class Holdings:
             whole += _is_whole(self.entries[number], kind)
 
     def _evaluated(self) -> set[int]:
-        """The best evaluated round, the last one, and those whose accuracy cannot be read and may be the best."""
-        if not self.accuracies:
+        """The best evaluated round, the last one, and those whose score cannot be read and may be the best."""
+        if not self.scores:
             return set()
-        readable = {number: value for number, value in self.accuracies.items() if value < math.inf}
+        readable = {number: value for number, value in self.scores.items() if value < math.inf}
         best = {max(readable, key=lambda number: (readable[number], number))} if readable else set[int]()
-        return {max(self.accuracies)} | (set(self.accuracies) - set(readable)) | best
+        return {max(self.scores)} | (set(self.scores) - set(readable)) | best
 
 
 def holdings(run: RunFolder) -> Holdings:
@@ -201,12 +203,17 @@ def _is_whole(folder: Path, kind: str) -> bool:
     return bool(own) and own.isdisjoint(manifest.dropped)
 
 
-def _accuracy(folder: Path) -> float | None:
-    """The accuracy of an evaluation: None while it is not done, infinite where it is damaged."""
+def _score(folder: Path) -> float | None:
+    """The score of an evaluation: None while it is not done, infinite where it is damaged."""
     if not folder.exists():
         return None
     try:
         entry, _ = linked_entry(folder)
-        return None if entry.manifest() is None else float(entry.read_json(SUMMARY_FILE)["accuracy"])
+        if entry.manifest() is None:
+            return None
+        summary = entry.read_json(SUMMARY_FILE)
+        measure = headline_of(summary)
+        estimate = measure.estimate(summary)
+        return math.inf if estimate is None else measure.sign * float(estimate)
     except (ArtifactError, ValueError, KeyError, TypeError):
         return math.inf

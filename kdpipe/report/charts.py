@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from kdpipe.method.interval import Interval
+from kdpipe.pipeline.headline import ACCURACY
 from kdpipe.report.figure import Chart, Point, Series
 from kdpipe.results.measures import Measures
 from kdpipe.store.stage import Stage
@@ -56,12 +57,14 @@ def _reverse_kl(measures: Measures) -> Chart:
 
 
 def _accuracy(measures: Measures) -> Chart:
-    students = [_bounded(one.round, one.accuracy) for one in measures.evaluations if one.is_student]
+    levels = [(one, found) for one in measures.evaluations if (found := ACCURACY.level(one.summary))]
+    students = [_bounded(one.round, found) for one, found in levels if one.is_student]
     series = [
         Series("student", students, style=1, marked=True),
         *(
-            Series(one.model, [Point(0, one.accuracy.estimate)], style=2, reference=True)
-            for one in measures.teachers
+            Series(one.model, [Point(0, found.estimate)], style=2, reference=True)
+            for one, found in levels
+            if not one.is_student
         ),
     ]
     title, unit = "Held-out accuracy", "share of problems"

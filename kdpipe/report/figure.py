@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -17,8 +17,9 @@ from typing import Literal
 from markupsafe import Markup, escape
 
 from kdpipe.method.interval import Interval
+from kdpipe.pipeline.headline import ACCURACY, Headline
 from kdpipe.results.measures import Cost
-from kdpipe.results.verdict import percent
+from kdpipe.results.verdict import shown
 from kdpipe.results.visible_text import visible
 
 WIDTH, HEIGHT = 340.0, 176.0
@@ -280,13 +281,30 @@ def _pairs(points: Sequence[tuple[float, float]]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def interval_svg(found: Interval, *, style: int) -> Markup:
-    """A share as a dot with whiskers on an axis from 0 to 1, as wide as its cell."""
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """From 0 to `end`, for intervals of a measure that stand below each other."""
+
+    measure: Headline
+    end: float
+
+    def __str__(self) -> str:
+        return "0 to 100 %" if self.measure is ACCURACY else f"0 to {shown(self.measure, self.end)} nats"
+
+
+def axis_of(measure: Headline, levels: Iterable[Interval]) -> Axis:
+    """The axis on which these are seen beside each other: shares have one and the same."""
+    return Axis(measure, 1.0 if measure is ACCURACY else max(1e-9, *(level.high for level in levels)))
+
+
+def interval_svg(found: Interval, axis: Axis, *, style: int) -> Markup:
+    """A level as a dot with whiskers on an axis, as wide as its cell."""
 
     def x(value: float) -> float:
-        return 4 + 232 * min(1.0, max(0.0, value))
+        return 4 + 232 * min(1.0, max(0.0, value / axis.end))
 
-    spoken = f"{percent(found.estimate)}, {percent(found.low)} to {percent(found.high)}, from 0 to 100 %"
+    estimate, low, high = (shown(axis.measure, value) for value in (found.estimate, found.low, found.high))
+    spoken = f"{estimate}, {low} to {high}, from {axis}"
     return element(
         "svg",
         {"viewBox": "0 0 240 20", "class": "interval", "role": "img", "aria-label": spoken},

@@ -22,12 +22,21 @@ from markupsafe import Markup
 from kdpipe import __version__
 from kdpipe.pipeline.progress import duration
 from kdpipe.report.charts import AROUND, STYLES, charts
-from kdpipe.report.figure import Chart, Point, chart_svg, interval_svg, rounds_of, shares_svg, thinned
+from kdpipe.report.figure import (
+    Chart,
+    Point,
+    axis_of,
+    chart_svg,
+    interval_svg,
+    rounds_of,
+    shares_svg,
+    thinned,
+)
 from kdpipe.report.tokens_data import Titled, token_data
-from kdpipe.results.comparison import HEADER, ComparisonRow, cells_of, notes_on
+from kdpipe.results.comparison import ComparisonRow, cells_of, header_of, notes_on
 from kdpipe.results.evaluations import Evaluation
 from kdpipe.results.measures import Cost, Measures
-from kdpipe.results.verdict import model_name, nats, percent, points, signed, verdict, warnings
+from kdpipe.results.verdict import delta, model_name, nats, percent, shown, signed, verdict, warnings
 from kdpipe.results.visible_text import visible
 
 MAX_BYTES = 3_000_000
@@ -77,18 +86,21 @@ def _template() -> Template:
         finalize=lambda value: value if isinstance(value, Markup) else visible(str(value)),
         loader=PackageLoader("kdpipe.report", ""),
     )
-    filters = (duration, embedded, nats, percent, points, signed)
+    filters = (duration, embedded, nats, percent, signed)
     environment.filters |= {function.__name__: function for function in filters}
     style, script = _resource("style.css"), _resource("script.js")
     own = {
-        "HEADER": HEADER,
+        "axis_of": axis_of,
         "cells_of": cells_of,
+        "header_of": header_of,
+        "delta": delta,
         "interval_svg": interval_svg,
         "notes_on": notes_on,
         "policy": f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; "
         "base-uri 'none'; form-action 'none'",
         "script": script,
         "shares_svg": shares_svg,
+        "shown": shown,
         "style": style,
         "styles": STYLES,
         "version": __version__,

@@ -1,4 +1,4 @@
-"""Runs compared: accuracy, paired differences to the first, several seeds as one, and cost.
+"""Runs compared: their headline, paired differences to the first, several seeds as one, and cost.
 
 The unit is the problem, and where a recipe was run with several seeds also the seed. Both are random: another seed
 would train another student, other problems would be other questions. `pooled` takes both into account.
@@ -7,36 +7,34 @@ would train another student, other problems would be other questions. `pooled` t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 import numpy as np
 from pydantic import JsonValue
 
+from kdpipe.data.payload import SUMMARY_FILE
 from kdpipe.errors import ArtifactError, DataError
 from kdpipe.method import statistics
 from kdpipe.method.interval import Interval
+from kdpipe.pipeline.headline import ACCURACY, REVERSE_KL, Headline, headline_of
 from kdpipe.pipeline.runs import RunFolder
 from kdpipe.pipeline.status import leaves
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import resolved
-from kdpipe.results.measures import cost_of, right_fractions
-from kdpipe.store.artifacts import MANIFEST, linked_entry
+from kdpipe.results.measures import cost_of, reverse_kl_totals, right_fractions
+from kdpipe.store.artifacts import MANIFEST, Entry, linked_entry
 from kdpipe.store.stage import Stage
 from kdpipe.store.step import link_name_of
 
 HEADLINE = "task.headline"
-HEADER = (
-    "",
-    "seeds",
-    "round",
-    "accuracy",
-    "95 % interval",
-    "against the first, points",
-    "p",
-    "tokens",
-    "seconds",
-)
-"""What is shown of a row, in the terminal and on the page."""
+MEASURED_BY = {
+    ACCURACY.name: ("evaluate.temperature", "evaluate.samples"),
+    REVERSE_KL.name: (
+        "teachers",
+        *(f"rollout.{name}" for name in ("temperature", "top_p", "top_k", "max_new_tokens")),
+    ),
+}
+"""Fields that a headline depends on, and not the student alone."""
 MAX_FIELDS = 4  # of a label
 SEEDLESS = ("name", "seed", "tracking", "runtime")
 
@@ -45,35 +43,45 @@ SEEDLESS = ("name", "seed", "tracking", "runtime")
 class Contender:
     """The last evaluated student of one run, and what the run cost.
 
-    `correct` is the fraction of right samples of each problem, `settings` the recipe's fields, flat, without its name,
-    seed, tracking and runtime; a student's dtype of auto stands there with what it was, as machines differ in it.
-    `seconds` and `tokens` are by stage; a reused step costs what it took where it was made.
+    `values` has what each problem adds to the mean that is the headline: its fraction of right samples, or its share of
+    the held-out reverse KL, whose sum and tokens `totals` then has. `settings` are the recipe's fields, flat, without
+    its name, seed, tracking and runtime; a student's dtype of auto stands there with what it was, as machines differ in
+    it. `seconds` and `tokens` are by stage; a reused step costs what it took where it was made.
     """
 
     run: str
     seed: int
     round: int
     samples: int
-    correct: Mapping[str, float]
+    values: Mapping[str, float]
     settings: Mapping[str, str]
     seconds: Mapping[str, float]
     tokens: Mapping[str, float]
+    totals: Mapping[str, tuple[float, float]] | None = None
+
+    @property
+    def headline(self) -> Headline:
+        return ACCURACY if self.totals is None else REVERSE_KL
 
 
 @dataclass(frozen=True, slots=True)
 class ComparisonRow:
-    """One recipe of a comparison: its runs, mean accuracy, and the difference to the first row.
+    """One recipe of a comparison: its runs, their mean headline, its difference to the first row.
 
-    Both are shares of problems. `p_value` is McNemar's exact one, for one run on each side with one sample per problem.
+    `p_value` is McNemar's exact one, for one run on each side with one graded sample per problem.
     `is_paired` is false where the problems are not the same: `difference` is then that of two independent groups.
     """
 
     label: str
     contenders: tuple[Contender, ...]
-    accuracy: Interval
+    level: Interval
     difference: Interval | None
     p_value: float | None
     is_paired: bool
+
+    @property
+    def headline(self) -> Headline:
+        return self.contenders[0].headline
 
     @property
     def seconds(self) -> float:
@@ -89,8 +97,15 @@ class ComparisonRow:
 def compare(contenders: Sequence[Contender]) -> list[ComparisonRow]:
     """A row for each recipe, in the order given; runs that differ only in their seed are one row.
 
-    Raises DataError where answers are not graded by the same rule: such accuracies are not of one kind.
+    Raises DataError where answers are not graded by the same rule: such headlines are not of one kind.
     """
+    measures = {one.headline.name: one.run for one in contenders}
+    if len(measures) > 1:
+        told = ", ".join(f"{run} has {name}" for name, run in measures.items())
+        raise DataError(
+            f"runs with different headlines: {told}",
+            hint="compare runs that have a grader, or runs that have none",
+        )
     headlines = {one.settings.get(HEADLINE): one.run for one in contenders}
     if len(headlines) > 1:
         told = ", ".join(f"{run} by {headline}" for headline, run in headlines.items())
@@ -107,7 +122,7 @@ def compare(contenders: Sequence[Contender]) -> list[ComparisonRow]:
     for label, group in zip(labels, groups.values(), strict=True):
         difference, is_paired = (None, True) if group is first else _difference(group, first)
         p_value = None if difference is None or not is_paired else _mcnemar(group, first)
-        rows.append(ComparisonRow(label, tuple(group), _accuracy(group), difference, p_value, is_paired))
+        rows.append(ComparisonRow(label, tuple(group), _level(group), difference, p_value, is_paired))
     return rows
 
 
@@ -143,22 +158,37 @@ def _telling(settings: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list
     return told
 
 
-def _accuracy(group: Sequence[Contender]) -> Interval:
-    """Wilson's interval for one run; for several seeds of the same problems, that of `pooled`."""
-    matrix = _matrix(group)
+def _level(group: Sequence[Contender]) -> Interval:
+    """Wilson's interval or the bootstrap's for one run; that of `pooled` for several seeds."""
+    matrix, measure = _matrix(group), group[0].headline
     if len(group) == 1 or matrix is None:
-        fractions = [value for one in group for value in one.correct.values()]
-        return statistics.wilson(fractions)
+        if measure is REVERSE_KL:
+            return statistics.bootstrap_ratio(_totals([pair for one in group for pair in _pairs(one)]))
+        return statistics.wilson([value for one in group for value in one.values.values()])
     found = statistics.pooled(matrix)
+    if measure is REVERSE_KL:
+        return found
     return Interval(found.estimate, max(0.0, found.low), min(1.0, found.high))
+
+
+def _pairs(one: Contender) -> list[tuple[float, float]]:
+    """The totals of each problem, in one order of problems."""
+    return [(one.totals or {})[key] for key in sorted(one.values)]
+
+
+def _totals(pairs: Sequence[tuple[float, float]]) -> statistics.Totals:
+    sums, counts = zip(*pairs, strict=True)
+    return sums, counts
 
 
 def _difference(group: Sequence[Contender], first: Sequence[Contender]) -> tuple[Interval, bool]:
     mine, theirs = _matrix(group), _matrix(first)
-    if mine is None or theirs is None or group[0].correct.keys() != first[0].correct.keys():
-        return statistics.unpaired_difference(_accuracy(group), _accuracy(first)), False
+    if mine is None or theirs is None or group[0].values.keys() != first[0].values.keys():
+        return statistics.unpaired_difference(_level(group), _level(first)), False
     seeds = [one.seed for one in group], [one.seed for one in first]
     if len(group) == len(first) == 1:
+        if group[0].headline is REVERSE_KL:
+            return statistics.bootstrap_ratio(*(_totals(_pairs(one)) for one in (group[0], first[0]))), True
         return statistics.paired_bootstrap(list(mine[0]), list(theirs[0])), True
     if sorted(seeds[0]) == sorted(seeds[1]):
         order = [np.argsort(numbers, kind="stable") for numbers in seeds]
@@ -168,17 +198,19 @@ def _difference(group: Sequence[Contender], first: Sequence[Contender]) -> tuple
 
 
 def _matrix(group: Sequence[Contender]) -> statistics.Floats | None:
-    """Correctness [seeds, problems] in one order of problems; None where the runs have not the same ones."""
-    keys = sorted(group[0].correct)
-    if any(one.correct.keys() != group[0].correct.keys() for one in group):
+    """The values [seeds, problems] in one order of problems; None where the runs have not the same ones."""
+    keys = sorted(group[0].values)
+    if any(one.values.keys() != group[0].values.keys() for one in group):
         return None
-    return np.array([[one.correct[key] for key in keys] for one in group], dtype=np.float64)
+    return np.array([[one.values[key] for key in keys] for one in group], dtype=np.float64)
 
 
 def _mcnemar(group: Sequence[Contender], first: Sequence[Contender]) -> float | None:
     if len(group) != 1 or len(first) != 1 or {group[0].samples, first[0].samples} != {1}:
         return None
-    mine, theirs = group[0].correct, first[0].correct
+    if group[0].headline is REVERSE_KL:
+        return None
+    mine, theirs = group[0].values, first[0].values
     gained = sum(mine[key] > theirs[key] for key in mine)
     return statistics.mcnemar(gained, sum(mine[key] < theirs[key] for key in mine))
 
@@ -200,7 +232,7 @@ def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contende
     links = [link for link in done if last_round is None or link.round <= last_round]
     evaluated = [link for link in links if link.name == link_name_of(Stage.EVALUATE, STUDENT)]
     seconds, tokens, dtypes = dict[str, float](), dict[str, float](), set[str]()
-    found: tuple[int, dict[str, float], int] | None = None
+    evaluation: tuple[int, Entry] | None = None
     for link in links:
         entry, document = linked_entry(link.target)
         stage, manifest = str(document["stage"]), entry.manifest()
@@ -210,15 +242,21 @@ def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contende
         seconds[stage] = seconds.get(stage, 0.0) + took
         tokens[stage] = tokens.get(stage, 0.0) + read
         if link in evaluated:
-            found = (link.round, *right_fractions(entry))
-    if found is None:
+            evaluation = (link.round, entry)
+    if evaluation is None:
         raise DataError(f"{run.name}: no student was evaluated yet", hint=f"kdpipe run {run.name}")
-    number, correct, samples = found
+    number, entry = evaluation
     kept = {key: value for key, value in resolved(recipe).items() if key not in SEEDLESS}
     settings = {name: "null" if leaf is None else str(leaf) for name, leaf in leaves(kept)}
     if recipe.student.dtype == "auto":
         settings["student.dtype"] = f"auto ({', '.join(sorted(dtypes))})"
-    return Contender(run.name, recipe.seed, number, samples, correct, settings, seconds, tokens)
+    if headline_of(entry.read_json(SUMMARY_FILE)) is ACCURACY:
+        values, samples = right_fractions(entry)
+        return Contender(run.name, recipe.seed, number, samples, values, settings, seconds, tokens)
+    totals = reverse_kl_totals(entry, several=len(recipe.teachers) > 1)
+    shares = statistics.ratio_shares(_totals(list(totals.values())))
+    values = dict(zip(totals, shares, strict=True))
+    return Contender(run.name, recipe.seed, number, 1, values, settings, seconds, tokens, totals)
 
 
 def comparison_json(rows: Sequence[ComparisonRow]) -> list[dict[str, JsonValue]]:
@@ -226,7 +264,8 @@ def comparison_json(rows: Sequence[ComparisonRow]) -> list[dict[str, JsonValue]]
     return [
         {
             "label": row.label,
-            "accuracy": asdict(row.accuracy),
+            "headline": row.headline.metric,
+            row.headline.metric: asdict(row.level),
             "difference": None if row.difference is None else asdict(row.difference),
             "p_value": row.p_value,
             "paired": row.is_paired,
@@ -237,8 +276,8 @@ def comparison_json(rows: Sequence[ComparisonRow]) -> list[dict[str, JsonValue]]
                     "run": one.run,
                     "seed": one.seed,
                     "round": one.round,
-                    "problems": len(one.correct),
-                    "accuracy": sum(one.correct.values()) / len(one.correct),
+                    "problems": len(one.values),
+                    row.headline.metric: sum(one.values.values()) / len(one.values),
                     "seconds": dict(one.seconds),
                     "tokens": dict(one.tokens),
                 }
@@ -249,24 +288,33 @@ def comparison_json(rows: Sequence[ComparisonRow]) -> list[dict[str, JsonValue]]
     ]
 
 
+def header_of(measure: Headline) -> tuple[str, ...]:
+    """The words above the cells of a row, in the terminal and on the page."""
+    against = f"against the first, {measure.change_unit}"
+    p = ("p",) if measure is ACCURACY else ()
+    return ("", "seeds", "round", measure.title, "95 % interval", against, *p, "tokens", "seconds")
+
+
 def cells_of(row: ComparisonRow) -> tuple[str, ...]:
-    """What stands under each word of `HEADER`."""
+    """What stands under each word of `header_of`."""
+    measure, change = row.headline, row.difference
     rounds = sorted({one.round for one in row.contenders})
+    p = ("" if row.p_value is None else f"{row.p_value:.2g}",) if measure is ACCURACY else ()
+    estimate, low, high = map(measure.show, astuple(row.level))
+    moved = ""
+    if change is not None:
+        moved = "{} ({} to {})".format(*map(measure.show_change, astuple(change)))
     return (
         row.label,
         str(len(row.contenders)),
         "-".join(str(number) for number in dict.fromkeys((rounds[0], rounds[-1]))),
-        f"{row.accuracy.estimate:.1%}",
-        f"{row.accuracy.low:.1%} to {row.accuracy.high:.1%}",
-        "" if row.difference is None else _points(row.difference) + ("" if row.is_paired else " *"),
-        "" if row.p_value is None else f"{row.p_value:.2g}",
+        estimate,
+        f"{low} to {high}",
+        moved + ("" if row.is_paired else " *"),
+        *p,
         f"{row.tokens:,.0f}",
         f"{row.seconds:,.0f}",
     )
-
-
-def _points(change: Interval) -> str:
-    return f"{100 * change.estimate:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})"
 
 
 def notes_on(rows: Sequence[ComparisonRow]) -> list[str]:
@@ -274,8 +322,11 @@ def notes_on(rows: Sequence[ComparisonRow]) -> list[str]:
     notes = []
     if any(not row.is_paired for row in rows):
         notes.append("* other problems than the first row's: two independent groups, not pairs")
-    for field in ("evaluate.temperature", "evaluate.samples"):
-        found = {one.settings.get(field) for row in rows for one in row.contenders}
+    contenders = [one for row in rows for one in row.contenders]
+    for field in MEASURED_BY[rows[0].headline.name]:
+        found = {
+            tuple(found for found in one.settings.items() if found[0].startswith(field)) for one in contenders
+        }
         if len(found) > 1:
             notes.append(f"{field} is not the same in all rows: part of a difference may be that")
     if any(len(row.contenders) > 1 for row in rows):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from kdpipe.method.interval import Interval
+from kdpipe.pipeline.headline import REVERSE_KL, Headline, headline_of
 from kdpipe.pipeline.project import Project, summary_of
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.store.stage import Stage
 from kdpipe.store.step import Fields, Step
+
+Tone = Literal["good", "bad", "open"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,18 +22,42 @@ class Evaluation:
 
     summary: Mapping[str, Any]
 
-    def interval(self, *names: str, unit: str = "") -> Interval | None:
-        """The first of these that it has."""
-        found = self.summary
-        for name in names:
-            if f"{name}{unit}" in found:
-                return Interval(found[f"{name}{unit}"], found[f"{name}_low"], found[f"{name}_high"])
-        return None
+    @property
+    def headline(self) -> Headline:
+        """What it is judged by."""
+        return headline_of(self.summary)
 
     @property
-    def accuracy(self) -> Interval:
-        """With Wilson's interval."""
-        return Interval(*(self.summary[f"accuracy{bound}"] for bound in ("", "_low", "_high")))
+    def level(self) -> Interval:
+        """The headline's value."""
+        found = self.headline.level(self.summary)
+        assert found is not None
+        return found
+
+    @property
+    def change(self) -> Interval | None:
+        """The headline's paired difference to student 0."""
+        return self.headline.change(self.summary)
+
+    @property
+    def reverse_kl(self) -> Interval | None:
+        """The held-out reverse KL in nats a token."""
+        return REVERSE_KL.level(self.summary)
+
+    @property
+    def reverse_kl_change(self) -> Interval | None:
+        """Its paired difference to student 0."""
+        return REVERSE_KL.change(self.summary)
+
+    def interval(self, name: str) -> Interval | None:
+        """What it has under this name."""
+        found = self.summary
+        return Interval(found[name], found[f"{name}_low"], found[f"{name}_high"]) if name in found else None
+
+    @property
+    def problems(self) -> int:
+        """On how many problems the headline was measured."""
+        return int(self.summary[self.headline.counted])
 
     @property
     def p_text(self) -> str:
@@ -39,19 +66,20 @@ class Evaluation:
         return "" if value is None else f", McNemar p = {value:.2g}"
 
     @property
-    def accuracy_change(self) -> Interval | None:
-        """The paired difference to student 0."""
-        return self.interval("accuracy_change")
-
-    @property
-    def reverse_kl(self) -> Interval | None:
-        """The held-out reverse KL in nats a token, from whole distributions where they were at hand."""
-        return self.interval("reverse_kl_exact", "reverse_kl", unit="_nats")
-
-    @property
-    def reverse_kl_change(self) -> Interval | None:
-        """Its paired difference to student 0."""
-        return self.interval("reverse_kl_exact_change", "reverse_kl_change", unit="_nats")
+    def effect(self) -> tuple[Tone, str] | None:
+        """What the student gained, in a sentence, and whether that is good; None without student 0."""
+        measure, change = self.headline, self.change
+        if change is None:
+            return None
+        gain = measure.gain(change)
+        if gain.low > 0:
+            return "good", f"It worked: {measure.gained.format(measure.show_size(gain.estimate))}."
+        if gain.high < 0:
+            return "bad", f"It did harm: {measure.lost.format(measure.show_size(-gain.estimate))}."
+        beside = measure.beside and measure.beside.change(self.summary)
+        if beside and beside.high < 0:
+            return "open", "Closer to the teacher, but no clear change in accuracy."
+        return "open", "No clear effect."
 
     @property
     def model(self) -> str:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
-from kdpipe.data.payload import GRADES_FILE
-from kdpipe.data.tables import GRADES, read_rows
+from kdpipe.data.divergence import COLUMNS, exact_totals, sampled_totals, with_tokens
+from kdpipe.data.payload import GRADES_FILE, REVERSE_KL_FILE
+from kdpipe.data.tables import GRADES, REVERSE_KL, REVERSE_KL_OF_SEVERAL, read_rows
 from kdpipe.method import statistics
 from kdpipe.method.interval import Interval
+from kdpipe.pipeline.headroom import Distance, Headroom, headrooms_of
 from kdpipe.pipeline.project import Project
-from kdpipe.pipeline.requirements import Headroom, headroom_of
 from kdpipe.pipeline.status import State
 from kdpipe.results.evaluations import Evaluation, Evaluations, summaries_of
 from kdpipe.store.artifacts import Entry, Metric
@@ -66,10 +67,10 @@ class Measures(Evaluations):
         return max((step.round for step in self.done if step.stage == Stage.TRAIN), default=0)
 
     @property
-    def headrooms(self) -> list[Headroom]:
-        """How much better each evaluated teacher is than student 0."""
-        teachers = {teacher.name: teacher for teacher in self.project.recipe.teachers}
-        return [headroom_of(teachers[one.model], one.summary) for one in self.teachers]
+    def headrooms(self) -> list[Headroom | Distance]:
+        """What there is to learn from the teachers, as far as it is measured."""
+        before = (one.summary for one in self.evaluations if one.round == 0)
+        return headrooms_of(self.project.recipe, before)
 
     def difference(self, first: Evaluation, second: Evaluation) -> Interval | None:
         """The first accuracy less the second, over the problems of both; None where there are none."""
@@ -173,3 +174,12 @@ def right_fractions(evaluated: Entry) -> tuple[dict[str, float], int]:
     for row in read_rows(path, GRADES, columns=["prompt_id", "correct"]):
         found[row["prompt_id"]].append(row["correct"])
     return {key: sum(values) / len(values) for key, values in found.items()}, max(map(len, found.values()))
+
+
+def reverse_kl_totals(evaluated: Entry, *, several: bool) -> dict[str, tuple[float, float]]:
+    """Nats and tokens of each problem of an evaluation's reverse KL; `several`: to several teachers."""
+    path = evaluated.opened(REVERSE_KL_FILE) / REVERSE_KL_FILE
+    rows = read_rows(path, REVERSE_KL_OF_SEVERAL if several else REVERSE_KL, columns=COLUMNS)
+    rows = with_tokens(rows, rows)
+    sums, counts = exact_totals(rows) or sampled_totals(rows)
+    return {row["prompt_id"]: (total, count) for row, total, count in zip(rows, sums, counts, strict=True)}

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from kdpipe.method.interval import Interval
+from kdpipe.pipeline.headline import ACCURACY, REVERSE_KL, Headline
+from kdpipe.pipeline.headroom import LEAST_NATS, Distance, Headroom
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import ModelTeacher, ScratchTeacher, SelfTeacher, ServedTeacher
-from kdpipe.results.evaluations import Evaluation
+from kdpipe.results.evaluations import Evaluation, Tone
 from kdpipe.results.measures import Measures, last
 
-Tone = Literal["good", "bad", "open"]
 FEW_PROBLEMS = 100
+FEW_FOR_A_MEAN = 30
 MUCH_TRUNCATION = 0.1
 MUCH_MISMATCH_NATS = 0.05
 
@@ -32,9 +33,19 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}%"
 
 
+def shown(measure: Headline, value: float) -> str:
+    """A level of a measure without its unit."""
+    return measure.show(value).replace("-", "−")
+
+
+def delta(measure: Headline, value: float) -> str:
+    """A difference of a measure with its sign."""
+    return measure.show_change(value).replace("-", "−")
+
+
 def points(value: float) -> str:
     """A difference of shares in signed percentage points."""
-    return f"{100 * value:+.1f}".replace("-", "−")
+    return delta(ACCURACY, value)
 
 
 def nats(value: float) -> str:
@@ -44,12 +55,12 @@ def nats(value: float) -> str:
 
 def signed(value: float) -> str:
     """A difference in nats, to a thousandth."""
-    return f"{value:+.3f}".replace("-", "−")
+    return delta(REVERSE_KL, value)
 
 
-def interval_text(difference: Interval) -> str:
-    """A paired difference of shares, as it is told in sentences."""
-    return f"paired 95% interval {points(difference.low)} to {points(difference.high)}"
+def interval_text(measure: Headline, difference: Interval) -> str:
+    """The interval of a paired difference, as it is told in sentences."""
+    return f"paired 95% interval {delta(measure, difference.low)} to {delta(measure, difference.high)}"
 
 
 def verdict(measures: Measures) -> Verdict:
@@ -59,44 +70,38 @@ def verdict(measures: Measures) -> Verdict:
         told = "No trained student was evaluated yet, so nothing can be said about what it gained."
         closer = _training_sentence(measures)
         return Verdict("open", "No verdict yet.", (told, *filter(None, [closer])))
-    if before is None or (change := after.accuracy_change) is None:
+    if before is None or (effect := after.effect) is None:
         return Verdict(
             "open",
-            f"The student answers {percent(after.accuracy.estimate)} of the held-out problems.",
+            after.headline.told.format(shown(after.headline, after.level.estimate)),
             ("Student 0 was not evaluated, so it cannot be said what of that was gained.",),
         )
-    tone, headline = effect(change, after.reverse_kl_change)
-    more = (_gap_sentence(measures, before, after), _divergence_sentence(after))
-    sentences = (*_accuracy_sentences(measures, before, after, change), *filter(None, more))
-    return Verdict(tone, headline, sentences)
+    sentences = (*_change_sentences(measures, before, after), _divergence_sentence(after))
+    return Verdict(*effect, tuple(filter(None, sentences)))
 
 
-def effect(accuracy_change: Interval, reverse_kl_change: Interval | None) -> tuple[Tone, str]:
-    """What paired differences to student 0 say, in a sentence, and whether that is good."""
-    if accuracy_change.low > 0:
-        return "good", f"It worked: the student gained {100 * accuracy_change.estimate:.1f} points."
-    if accuracy_change.high < 0:
-        return "bad", f"It did harm: the student lost {-100 * accuracy_change.estimate:.1f} points."
-    if reverse_kl_change is not None and reverse_kl_change.high < 0:
-        return "open", "Closer to the teacher, but no clear change in accuracy."
-    return "open", "No clear effect."
-
-
-def _accuracy_sentences(
-    measures: Measures, before: Evaluation, after: Evaluation, change: Interval
-) -> Iterator[str]:
-    """The accuracies, and how many problems changed where each was answered once."""
-    problems = after.summary["problems"]
-    crosses = change.low <= 0 <= change.high
-    chance = "chance alone would explain it" if crosses else "chance does not explain it"
-    yield (
-        f"On the same {problems} held-out problems accuracy went from {percent(before.accuracy.estimate)} to "
-        f"{percent(after.accuracy.estimate)} by round {after.round}: {points(change.estimate)} points, "
-        f"{interval_text(change)}{after.p_text}; {chance}."
+def _change_sentences(measures: Measures, before: Evaluation, after: Evaluation) -> Iterator[str | None]:
+    """How the headline went, and what that means."""
+    measure, change = after.headline, after.change
+    assert change is not None
+    chance = (
+        "chance alone would explain it" if change.low <= 0 <= change.high else "chance does not explain it"
     )
-
-    if (flips := measures.flips(after, before)) is not None:
-        yield f"{flips[0]} problems are right now that were wrong, {flips[1]} the other way round."
+    first, last = (shown(measure, one.level.estimate) for one in (before, after))
+    yield (
+        f"On the same {after.problems} held-out problems {measure.name.removeprefix('held-out ')} went from {first} "
+        f"to {last}{measure.unit} by round {after.round}: {delta(measure, change.estimate)} {measure.change_unit}, "
+        f"{interval_text(measure, change)}{after.p_text}; {chance}."
+    )
+    if measure is ACCURACY:
+        if (flips := measures.flips(after, before)) is not None:
+            yield f"{flips[0]} problems are right now that were wrong, {flips[1]} the other way round."
+        yield _gap_sentence(measures, before, after)
+    else:
+        had, left = before.level.estimate, after.level.estimate
+        if change.high < 0 <= left:
+            yield f"That closes {1 - left / had:.0%} of the distance to the teacher."
+        yield "Nothing says whether its answers are good: task.grader is none."
 
 
 def _gap_sentence(measures: Measures, before: Evaluation, after: Evaluation) -> str | None:
@@ -110,11 +115,13 @@ def _gap_sentence(measures: Measures, before: Evaluation, after: Evaluation) -> 
         return None
     closed = 1 - left.estimate / had.estimate
     if left.low > 0:
-        rest = f"the teacher is still {100 * left.estimate:.1f} points ahead ({interval_text(left)})"
+        rest = (
+            f"the teacher is still {100 * left.estimate:.1f} points ahead ({interval_text(ACCURACY, left)})"
+        )
     elif left.high < 0:
-        rest = f"the student is now ahead of the teacher ({interval_text(left)})"
+        rest = f"the student is now ahead of the teacher ({interval_text(ACCURACY, left)})"
     else:
-        rest = f"the teacher is not clearly ahead any more ({interval_text(left)})"
+        rest = f"the teacher is not clearly ahead any more ({interval_text(ACCURACY, left)})"
     share = (
         f"That closes {closed:.0%} of the gap to the teacher" if 0 < closed <= 1 else "Against the teacher"
     )
@@ -123,7 +130,7 @@ def _gap_sentence(measures: Measures, before: Evaluation, after: Evaluation) -> 
 
 def _divergence_sentence(after: Evaluation) -> str | None:
     change, now = after.reverse_kl_change, after.reverse_kl
-    if change is None or now is None:
+    if after.headline is REVERSE_KL or change is None or now is None:
         return None
     size = nats(abs(change.estimate))
     moved = (
@@ -187,27 +194,42 @@ def _evaluation(measures: Measures) -> Iterator[str]:
             f"The last evaluation is of round {after.round}, and {measures.rounds_done} rounds are trained: "
             "set evaluate.every so that the last one is evaluated."
         )
-    problems = after.summary["problems"]
-    if problems < FEW_PROBLEMS:
-        width = 100 * (after.accuracy.high - after.accuracy.low)
+    problems = after.problems
+    if after.headline is ACCURACY and problems < FEW_PROBLEMS:
+        width = 100 * (after.level.high - after.level.low)
         yield f"Only {problems} problems were evaluated: the interval of the accuracy is {width:.0f} points wide."
+    if after.headline is REVERSE_KL and problems < FEW_FOR_A_MEAN:
+        yield (
+            f"Held-out reverse KL was measured on {problems} problems only, too few to trust its interval: raise "
+            "evaluate.reverse_kl_problems."
+        )
     truncated = after.summary["truncated_fraction"]
     if truncated > MUCH_TRUNCATION:
+        compared = "accuracies" if after.headline is ACCURACY else "answers"
         yield (
             f"{percent(truncated)} of the held-out answers were cut at the length limit and could not end: "
-            "raise max_new_tokens before comparing accuracies."
+            f"raise max_new_tokens before comparing {compared}."
         )
 
 
 def _headroom(measures: Measures) -> Iterator[str]:
     for headroom in measures.headrooms:
-        if headroom.low <= 0:
-            exempt = "" if headroom.exempt is None else f" It need not be: {headroom.exempt}."
-            who = "the teacher" if headroom.teacher == "teacher" else f"teacher {headroom.teacher}"
-            yield (
-                f"Weak headroom: {who} is not clearly better than the untrained student "
-                f"({points(headroom.change)} points, {points(headroom.low)} to {points(headroom.high)}).{exempt}"
-            )
+        if not headroom.is_weak:
+            continue
+        who = "the teacher" if headroom.teacher == "teacher" else f"teacher {headroom.teacher}"
+        exempt = "" if headroom.exempt is None else f" It need not be: {headroom.exempt}."
+        match headroom:
+            case Headroom(change=change, low=low, high=high):
+                yield (
+                    f"Weak headroom: {who} is not clearly better than the untrained student "
+                    f"({points(change)} points, {points(low)} to {points(high)}).{exempt}"
+                )
+            case Distance(reverse_kl_nats=level, low=low, high=high):
+                yield (
+                    f"Weak headroom: {who} is not clearly another than the untrained student: held-out reverse KL "
+                    f"{nats(level)} nats a token ({nats(low)} to {nats(high)}), and up to {LEAST_NATS} may be "
+                    f"rounding.{exempt}"
+                )
 
 
 def _sampling(measures: Measures) -> Iterator[str]:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import pyarrow as pa
 from pydantic import JsonValue
 
+from kdpipe.data.divergence import exact_totals, sampled_totals, with_tokens
 from kdpipe.data.graders import vote
 from kdpipe.data.graders.number import is_number
 from kdpipe.data.payload import GRADES_FILE, REVERSE_KL_FILE, SUMMARY_FILE
@@ -216,44 +216,17 @@ def _reverse_kl_rows(
     return read_rows(job.draft.folder / REVERSE_KL_FILE, schema)
 
 
-def _totals(rows: Rows) -> tuple[list[float], list[float]]:
-    """Sum of sampler minus teacher log-prob over scorable tokens, and their number, of each problem."""
-    sums, counts = [], []
-    for row in rows:
-        mask = np.asarray(row["scorable"], bool)
-        difference = np.subtract(row["sampler_logprobs"], row["teacher_logprobs"], dtype=np.float64)
-        sums.append(float(difference[mask].sum()))
-        counts.append(float(mask.sum()))
-    return sums, counts
-
-
-def _exact_totals(rows: Rows) -> tuple[list[float], list[float]] | None:
-    """Sum of KL over positions, and their number, of each problem; None where it was not measured."""
-    values = [row["reverse_kl_nats"] for row in rows]
-    if any(value is None for value in values):
-        return None
-    sums = [float(np.sum(value, dtype=np.float64)) for value in values]
-    return sums, [float(len(value)) for value in values]
-
-
-def _with_tokens(rows: Rows, others: Rows) -> Rows:
-    """The rows of the problems that have a scorable token in both, so that no resample is without any."""
-    return [
-        row
-        for row, other in zip(rows, others, strict=True)
-        if np.any(row["scorable"]) and np.any(other["scorable"])
-    ]
-
-
 def _reverse_kl(rows: Rows, before: Rows | None = None) -> dict[str, JsonValue]:
     """The held-out reverse KL; with `before` its paired difference: the same problems in every resample."""
     change = "" if before is None else "_change"
     pairs = [(rows, rows)] if before is None else [(rows, before), (before, rows)]
-    both = [_with_tokens(*pair) for pair in pairs]
+    both = [with_tokens(*pair) for pair in pairs]
     if not both[0]:
         return {}
-    found = _named(f"reverse_kl{change}", statistics.bootstrap_ratio(*map(_totals, both)), unit="_nats")
-    exact = [totals for each in both if (totals := _exact_totals(each)) is not None]
+    found = _named(
+        f"reverse_kl{change}", statistics.bootstrap_ratio(*map(sampled_totals, both)), unit="_nats"
+    )
+    exact = [totals for each in both if (totals := exact_totals(each)) is not None]
     if len(exact) == len(both):
         found |= _named(f"reverse_kl_exact{change}", statistics.bootstrap_ratio(*exact), unit="_nats")
     return found

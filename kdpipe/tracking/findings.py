@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 from kdpipe.data.payload import GRADES_FILE, ROLLOUTS_FILE
 from kdpipe.data.tables import GRADES, ROLLOUTS, read_rows
-from kdpipe.pipeline.requirements import headroom_of
+from kdpipe.pipeline.headroom import headrooms_of
 from kdpipe.recipe.schema import Recipe
 from kdpipe.results.evaluations import Evaluation, Evaluations
-from kdpipe.results.verdict import effect, interval_text, nats, percent, points, signed
+from kdpipe.results.verdict import delta, interval_text, nats, percent, shown, signed
 from kdpipe.results.visible_text import visible
 from kdpipe.store.stage import Stage
 from kdpipe.tracking.steps import DoneStep
@@ -34,52 +35,64 @@ class Findings(Evaluations):
         """The tags that can be told so far."""
         found = {}
         if self.before is not None:
-            found["student.before"] = _accuracy(self.before)
+            found["student.before"] = _level(self.before)
         if self.after is not None:
-            summary = self.after.summary
-            found["student.after"] = f"{_accuracy(self.after)}, round {summary['round']}"
-            if (change := self.after.accuracy_change) is not None:
-                gain = f"{points(change.estimate)} points ({interval_text(change)}{self.after.p_text})"
-                found["student.gain"] = f"{gain} on {summary['problems']} problems"
-                found["result"] = effect(change, self.after.reverse_kl_change)[1]
-        teachers = {one.model: one for one in self.teachers}
-        for teacher in recipe.teachers:
-            if (own := teachers.get(teacher.name)) is not None:
-                suffix = "" if len(recipe.teachers) == 1 else f".{teacher.name}"
-                found[f"teacher.accuracy{suffix}"] = _accuracy(own)
-                found[f"headroom{suffix}"] = headroom_of(teacher, own.summary).sentence()
+            found["student.after"] = f"{_level(self.after)}, round {self.after.round}"
+            measure = self.after.headline
+            if (change := self.after.change) is not None and (effect := self.after.effect) is not None:
+                gain = f"{delta(measure, change.estimate)} {measure.change_unit}"
+                interval = f"{interval_text(measure, change)}{self.after.p_text}"
+                found["student.gain"] = f"{gain} ({interval}) on {self.after.problems} problems"
+                found["result"] = effect[1]
+        found |= {f"teacher.accuracy{_suffix(recipe, one.model)}": _level(one) for one in self.teachers}
+        first = (one.summary for one in self.evaluations if one.round == 0)
+        for headroom in headrooms_of(recipe, first):
+            found[f"headroom{_suffix(recipe, headroom.teacher)}"] = headroom.sentence()
         return found
 
     def note(self, recipe: Recipe) -> str:
         """A few lines of Markdown: the result, and a table of the evaluations."""
         found = self.tags(recipe)
-        shown = [(one.label.removesuffix(f" round {one.round}"), one) for one in self.shown]
+        rows = [(one.label.removesuffix(f" round {one.round}"), one) for one in self.shown]
         lines = [f"**{found['result']}** {found['student.gain']}.", ""] if "result" in found else []
-        accuracies = [f"{label} {percent(one.accuracy.estimate)}" for label, one in shown]
-        lines += [f"Accuracy: {', '.join(accuracies)}.", ""]
-        columns = ("", "accuracy", "95% interval", "reverse KL, nats a token", "cut at the length limit")
+        measure = self.evaluations[0].headline
+        levels = [f"{label} {_levels(one)[0]}" for label, one in rows]
+        lines += [f"{measure.title[0].upper()}{measure.title[1:]}: {', '.join(levels)}.", ""]
+        beside = ["reverse KL, nats a token"] if measure.beside else []
+        columns = ("", measure.title, "95% interval", *beside, "cut at the length limit")
         table = [
             _line(columns),
             _line(["---", *["---:"] * (len(columns) - 1)]),
-            *(_line(_row(*one)) for one in shown),
+            *(_line(_row(*one)) for one in rows),
         ]
         return "\n".join([*lines, *table, "", "The whole report is the artifact `report.html`."])
 
 
-def _accuracy(summary: Evaluation) -> str:
-    found = summary.accuracy
-    return f"{percent(found.estimate)} ({percent(found.low)} to {percent(found.high)})"
+def _suffix(recipe: Recipe, teacher: str) -> str:
+    """What tells a teacher's tags from those of the others."""
+    names = [each.name for each in recipe.teachers]
+    return f".{teacher}" if len(names) > 1 and teacher in names else ""
 
 
-def _row(label: str, summary: Evaluation) -> list[str]:
-    accuracy, divergence, change = summary.accuracy, summary.reverse_kl, summary.reverse_kl_change
+def _level(one: Evaluation) -> str:
+    estimate, low, high = _levels(one)
+    return f"{estimate}{one.headline.unit} ({low} to {high})"
+
+
+def _levels(one: Evaluation) -> list[str]:
+    return [shown(one.headline, value) for value in astuple(one.level)]
+
+
+def _row(label: str, one: Evaluation) -> list[str]:
+    (estimate, low, high), change = _levels(one), one.reverse_kl_change
+    divergence = [] if one.headline.beside is None else [one.reverse_kl]
     moved = "" if change is None else f" ({signed(change.estimate)})"
     return [
         label,
-        percent(accuracy.estimate),
-        f"{percent(accuracy.low)} to {percent(accuracy.high)}",
-        "" if divergence is None else f"{nats(divergence.estimate)}{moved}",
-        percent(summary.summary["truncated_fraction"]),
+        estimate,
+        f"{low} to {high}",
+        *("" if found is None else f"{nats(found.estimate)}{moved}" for found in divergence),
+        percent(one.summary["truncated_fraction"]),
     ]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.errors import ArtifactError
+from kdpipe.pipeline.headline import MEASURES
 from kdpipe.pipeline.runs import run_at
 from kdpipe.results.studies import COMPARISON, TABLE, Study, all_studies, read_study
 from kdpipe.store.sealed import digest_of
@@ -23,6 +24,8 @@ from kdpipe.tracking.items import (
 )
 from kdpipe.tracking.memory import Memory, read_memory
 from kdpipe.tracking.steps import MetricRow
+
+BOUNDS = ("estimate", "low", "high")
 
 
 def study_items(folder: Path, memory: Memory) -> Iterator[Item]:
@@ -53,20 +56,21 @@ def _tags(study: Study, found: Mapping[str, Any] | None, key: str) -> dict[str, 
         **authorship(),
     }
     if found is not None:
-        rows = [row for row in found["rows"] if row["accuracy"] is not None]
         tags["study.failed"] = "; ".join(found["failed"]) or "none"
-        tags |= {f"study.{_label(row)}": shortened(_sentence(row)) for row in rows}
+        tags |= {f"study.{_label(row)}": shortened(_sentence(row)) for row in found["rows"]}
     return tags
 
 
 def _sentence(row: Mapping[str, Any]) -> str:
     """A row of the comparison in a line."""
-    accuracy, change = row["accuracy"], row["difference"]
-    text = f"{accuracy['estimate']:.1%} ({accuracy['low']:.1%} to {accuracy['high']:.1%})"
+    measure = next(one for one in MEASURES if one.metric == row["headline"])
+    level, change = row[measure.metric], row["difference"]
+    estimate, low, high = (measure.show(level[name]) for name in BOUNDS)
+    text = f"{estimate}{measure.unit} ({low} to {high})"
     if change is None:
         return text
-    points = [f"{100 * change[name]:+.1f}" for name in ("estimate", "low", "high")]
-    return f"{text}, {points[0]} points ({points[1]} to {points[2]}) against the first"
+    estimate, low, high = (measure.show_change(change[name]) for name in BOUNDS)
+    return f"{text}, {estimate} {measure.change_unit} ({low} to {high}) against the first"
 
 
 def _children(study: Study, memory: Memory) -> Iterator[Item]:
@@ -82,10 +86,10 @@ def _child(name: str, run_id: str) -> Item:
 
 
 def _comparison_metrics(found: Mapping[str, Any]) -> Iterator[MetricRow]:
-    """Accuracies and differences of the comparison's rows, each with its interval."""
+    """Headlines and differences of the comparison's rows, each with its interval."""
     at = round(1000 * found["time"])
     for row in found["rows"]:
-        for name in ("accuracy", "difference"):
+        for name in (row["headline"], "difference"):
             for bound, value in (row[name] or {}).items():
                 suffix = "" if bound == "estimate" else f"_{bound}"
                 yield MetricRow(f"study/{_label(row)}/{name}{suffix}", value, at, 0)

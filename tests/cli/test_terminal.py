@@ -152,6 +152,7 @@ def test_changes_are_told_with_their_paired_intervals() -> None:
     lines = change_lines(
         Evaluation(
             {
+                "accuracy": 0.5,
                 "accuracy_change": 0.25,
                 "accuracy_change_low": 0.125,
                 "accuracy_change_high": 0.375,

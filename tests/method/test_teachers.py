@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdpipe.pipeline.requirements import headroom_of
+from kdpipe.pipeline.headroom import headroom_of
 from kdpipe.recipe.schema import ModelTeacher, Recipe
 from tests.worlds import load_tiny, run_near
 

@@ -181,7 +181,7 @@ def test_what_is_kept_is_what_a_look_at_everything_would_keep(
         known, on_disk = self._own, fresh._own
         assert known is not None
         assert on_disk is not None
-        assert known.accuracies == on_disk.accuracies
+        assert known.scores == on_disk.scores
         assert known.kept() == on_disk.kept()
         seen.append(len(known.entries))
         return found

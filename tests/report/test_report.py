@@ -495,8 +495,8 @@ def test_warnings_tell_a_wide_interval_and_truncation(project: Project) -> None:
 
 def contender(project: Project, run: str, **settings: str) -> Contender:
     found = read_contender(project.run)
-    flipped = {key: 1 - value for key, value in found.correct.items()}
-    return replace(found, run=run, correct=flipped, settings={**found.settings, **settings})
+    flipped = {key: 1 - value for key, value in found.values.items()}
+    return replace(found, run=run, values=flipped, settings={**found.settings, **settings})
 
 
 def _against(project: Project, run: str, setting: str) -> list[ComparisonRow]:

@@ -299,7 +299,7 @@ def test_each_arm_stands_against_the_student_before_training() -> None:
         before,
     )
     assert [row.label for row in found] == ["before training", "kd", "rl"]
-    assert [row.accuracy.estimate for row in found] == [0.25, 0.875, 0.5]
+    assert [row.level.estimate for row in found] == [0.25, 0.875, 0.5]
     gains = [row.difference.estimate for row in found if row.difference is not None]
     assert gains == [0.625, 0.25]
 

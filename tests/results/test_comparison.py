@@ -18,7 +18,8 @@ from kdpipe.cli.app import app
 from kdpipe.cli.comparison_table import markdown_lines, text_lines
 from kdpipe.errors import DataError
 from kdpipe.method.statistics import pooled_difference
-from kdpipe.results.comparison import Contender, compare
+from kdpipe.pipeline.headline import ACCURACY
+from kdpipe.results.comparison import Contender, compare, header_of
 from tests.nasty_texts import NASTY
 from tests.worlds import load_tiny, run_near
 
@@ -177,9 +178,7 @@ def test_text_and_markdown_hold_the_same_cells(workspace: Path) -> None:
 
 
 def comparison_header() -> tuple[str, ...]:
-    from kdpipe.results.comparison import HEADER
-
-    return HEADER
+    return header_of(ACCURACY)
 
 
 def test_a_run_that_is_not_there_is_told_with_those_that_are(workspace: Path) -> None:

@@ -25,9 +25,9 @@ import kdpipe.pipeline.plan
 from kdpipe.cli.app import app
 from kdpipe.engines.server.signature import require_same
 from kdpipe.errors import ArtifactError, Interrupted
+from kdpipe.pipeline.headroom import headrooms
 from kdpipe.pipeline.housekeeping import verify
 from kdpipe.pipeline.project import Project, open_project, round_metrics
-from kdpipe.pipeline.requirements import headrooms
 from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.results.samples import Choice, choose_samples
 from kdpipe.store.artifacts import Entry

@@ -18,9 +18,15 @@ from kdpipe.tracking.pending import is_finished, unsettled
 from tests.mirrored import World, make_world, mirror
 
 ROWS: list[Any] = [
-    {"label": "before training", "accuracy": {"estimate": 0.25, "low": 0.2, "high": 0.3}, "difference": None},
+    {
+        "label": "before training",
+        "headline": "accuracy",
+        "accuracy": {"estimate": 0.25, "low": 0.2, "high": 0.3},
+        "difference": None,
+    },
     {
         "label": "kd=k2",
+        "headline": "accuracy",
         "accuracy": {"estimate": 0.5, "low": 0.45, "high": 0.55},
         "difference": {"estimate": 0.25, "low": 0.1, "high": 0.4},
     },
