@@ -155,12 +155,22 @@ def _examine(given: Given) -> None:
     require_trust(loaded, given.place, trusts=given.trusts)
     for use in key_uses(loaded.recipe):
         say(use)
-    recipe, result = given.recipe, examine_recipe(loaded, given.place, say)
-    findings = FINDINGS.validate_python(result.findings)
-    failed = [f"{one.probe} ({one.about})" for one in findings if one.verdict == "FAILED"]
-    paint, estimate = painter(sys.stdout), ESTIMATE.validate_python(result.estimate)
-    lines = [*doctor_lines(result.run, findings, paint), ""]
-    lines += estimate_lines(estimate, paint, free_bytes=result.free_disk_bytes)
+    recipe, paint = given.recipe, painter(sys.stdout)
+    told: list[Finding] = []
+
+    def tell(found: "dict[str, JsonValue]") -> None:
+        [finding] = FINDINGS.validate_python([found])
+        is_first = not told or told[-1].about != finding.about
+        told.append(finding)
+        if not given.as_json:
+            print("\n".join(finding_lines(finding, paint, is_first=is_first)), flush=True)
+
+    result = examine_recipe(loaded, given.place, tell=say, on_finding=tell)
+    failed = [f"{one.probe} ({one.about})" for one in told if one.verdict == "FAILED"]
+    lines = ["", summary_line(result.run, told, paint), ""]
+    lines += estimate_lines(
+        ESTIMATE.validate_python(result.estimate), paint, free_bytes=result.free_disk_bytes
+    )
     if not failed:
         lines += ["", *_after_doctor(given, result.missing)]
     given.show({"recipe": recipe, **asdict(result), "failed": failed}, "\n".join(lines))
@@ -214,22 +224,28 @@ def _measured(finding: "Finding") -> str:
     return f"{'moves by' if worst.must_exceed else 'off by'} {worst.value:.2g} of {worst.of:.2g}"
 
 
-def doctor_lines(run: str, findings: "Sequence[Finding]", paint: Paint) -> list[str]:
-    """The findings as a table of 80 columns: model, probe, verdict, and what was found."""
-    width = max(len(finding.probe) for finding in findings)
-    indent = " " * (width + 13)
+def summary_line(run: str, findings: "Sequence[Finding]", paint: Paint) -> str:
+    """How many probes there were, by verdict."""
     counts = Counter(finding.verdict for finding in findings)
     summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in COLOURS if counts[verdict])
-    lines = [f"{paint(run, 'bold')}: {counted(len(findings), 'probe')}: {summary}"]
-    for about, group in itertools.groupby(findings, lambda finding: finding.about):
-        lines += ["", paint(visible(about), "bold")]
-        for finding in group:
-            said, *more = indented(visible(finding.said), indent)
-            shown = paint(f"{finding.verdict:<7}", COLOURS[finding.verdict])
-            lines += [f"  {finding.probe:<{width}}  {shown}  {said.strip()}", *more]
-            lines += indented(", ".join(map(_limited, finding.measures)), indent)
-            if finding.verdict == "FAILED":
-                lines += indented(f"catches {finding.catches}", indent)
+    return f"{paint(run, 'bold')}: {counted(len(findings), 'probe')}: {summary}"
+
+
+def finding_lines(finding: "Finding", paint: Paint, *, is_first: bool) -> list[str]:
+    """A finding in 80 columns; the first of a model below the name of that."""
+    from kdpipe.doctor.finding import CATCHES
+
+    width = max(map(len, CATCHES))
+    indent = " " * (width + 13)
+    said, *more = indented(visible(finding.said), indent)
+    shown = paint(f"{finding.verdict:<7}", COLOURS[finding.verdict])
+    lines = ["", paint(visible(finding.about), "bold")] if is_first else []
+    lines += [f"  {finding.probe:<{width}}  {shown}  {said.strip()}", *more]
+    for origin, measures in itertools.groupby(finding.measures, lambda measure: measure.origin):
+        limits = ", ".join(map(_limited, measures))
+        lines += indented(f"{limits} ({origin})" if origin else limits, indent)
+    if finding.verdict == "FAILED":
+        lines += indented(f"catches {finding.catches}", indent)
     return lines
 
 
@@ -237,8 +253,8 @@ def _limited(measure: "Measure") -> str:
     """A number with its limit and how the two compare."""
     if not math.isfinite(measure.value):
         return f"{measure.name} not finite"
-    value = _shown_number(measure, "g" if measure.limit > 1 else ".2g")
-    return f"{measure.name} {value} {'>' if measure.value > measure.limit else '<='} {measure.limit:g}"
+    value = _shown_number(measure, ".3g" if measure.limit > 1 else ".2g")
+    return f"{measure.name} {value} {'>' if measure.value > measure.limit else '<='} {measure.limit:.2g}"
 
 
 def _shown_number(measure: "Measure", spec: str) -> str:

@@ -4,18 +4,26 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kdpipe.data.rows import Problem
-from kdpipe.doctor.engine import TOLERANCES, Forward, Logprobs, Tolerance
+from kdpipe.doctor.engine import Forward, Passed, tolerance_of
 from kdpipe.doctor.estimate import Estimate, Sized, estimate
 from kdpipe.doctor.finding import Outcome
 from kdpipe.engines.handle import ModelHandle
 from kdpipe.errors import EngineError
 from kdpipe.models import config
 from kdpipe.models.devices import dtype_name, resolve_dtype
-from kdpipe.models.reference import Pair, adapter_parameters, plain_logprobs, shape_of
+from kdpipe.models.reference import (
+    Pair,
+    adapter_parameters,
+    logprobs_of,
+    open_plain,
+    rounding_noise,
+    shape_of,
+)
 from kdpipe.models.source import ModelSource
 from kdpipe.pipeline.request import Depth
 from kdpipe.recipe.schema import Recipe, SelfTeacher, Teacher
@@ -45,12 +53,8 @@ class Case:
     folder: Path
 
     def dtype(self, model: ModelHandle) -> torch.dtype:
-        """The dtype that a model computes in; of a served model, which does not say, the coarsest."""
-        return torch.bfloat16 if model.is_served else resolve_dtype(model.source.dtype, self.device)[0]
-
-    def tolerance(self, model: ModelHandle) -> Tolerance:
-        """How far two passes over a model may be apart."""
-        return TOLERANCES[dtype_name(self.dtype(model))]
+        """The dtype that a model computes in; of a served model, which does not say, what it would be here."""
+        return resolve_dtype(model.source.dtype, self.device)[0]
 
     def load(self, model: ModelHandle) -> Outcome:
         """Whether a model's engine starts and takes it."""
@@ -61,14 +65,13 @@ class Case:
     def plain(self, model: ModelHandle, source: ModelSource, num_ids: int) -> Forward:
         """What transformers alone computes of the weights in `source`, in the dtype of the model."""
 
-        def forward(pairs: Sequence[Pair], temperature: float) -> Logprobs:
-            return plain_logprobs(
-                source,
-                pairs,
-                temperature=temperature,
-                num_ids=num_ids,
-                dtype=self.dtype(model),
-                device=self.device,
+        def forward(pairs: Sequence[Pair], temperature: float) -> Passed:
+            dtype = self.dtype(model)
+            network = open_plain(source, dtype=dtype, device=self.device)
+            asked: Any = {"temperature": temperature, "num_ids": num_ids}
+            found = [logprobs_of(network, pair, **asked)[0] for pair in pairs]
+            return found, tolerance_of(
+                rounding_noise(network, pairs, **asked, dtype=dtype), dtype_name(dtype)
             )
 
         return forward

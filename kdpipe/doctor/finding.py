@@ -31,6 +31,7 @@ CATCHES = {
     "reload": "weights, or the output head alone, that stay the old ones when a new student is loaded",
     "top-k": "a top-k that is missing, short, unsorted, or of another token than the score beside it",
     "hidden states": "states that the output head read by train does not turn into the engine's scores",
+    "overlap": "a teacher that finds other tokens likely than the student does, where the student goes",
     "knows the task": "random or untrained weights in the teacher's folder",
 }
 """The mistake that each probe is there to catch, in the order in which they are reported."""
@@ -43,7 +44,8 @@ _BROKEN = (KdpipeError, OSError, RuntimeError, ValueError, LookupError, Arithmet
 class Measure:
     """A number that may be `limit` at most, or with `must_exceed` has to be more.
 
-    `of` is the size of the whole. A value that is not finite is never ok, and null in JSON.
+    `of` is the size of the whole, `origin` where the limit comes from. A value that is not finite is never ok, and
+    null in JSON.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Measure:
     limit: float
     must_exceed: bool = False
     of: float | None = None
+    origin: str = ""
 
     @property
     def is_ok(self) -> bool:

@@ -13,14 +13,15 @@ from kdpipe.data.seeds import permutation
 from kdpipe.doctor import engine as engines
 from kdpipe.doctor import text as texts
 from kdpipe.doctor.case import NEW_TOKENS, PROMPTS, Case, context_of, longest_problems
-from kdpipe.doctor.engine import Logprobs, Scorer
+from kdpipe.doctor.engine import Passed, Scorer, tolerance_of
 from kdpipe.doctor.finding import Finding, Outcome, found
 from kdpipe.engines.handle import ModelHandle
 from kdpipe.engines.protocol import Completion
 from kdpipe.models.adapters import read_adapter, start_adapter, write_adapter
 from kdpipe.models.batching import make_batch
+from kdpipe.models.devices import dtype_name
 from kdpipe.models.folder import open_model
-from kdpipe.models.reference import Pair, perturb
+from kdpipe.models.reference import Pair, perturb, rounding_noise
 from kdpipe.models.source import AdapterSource, ModelSource
 from kdpipe.recipe.models import Optimizer
 from kdpipe.stages.sampling import request_for, sampling_of
@@ -28,6 +29,10 @@ from kdpipe.stages.settings.model import DrawSettings, routes_of, teaches
 from kdpipe.training.local import LocalTrainer
 
 _REFERENCE_TOKENS = 32
+SHARES = (1.0, 0.3, 0.1, 0.03, 0.01)
+"""Parts of their spread by which weights are changed for `reload`, until scores move by `MOST_MOVED` at most."""
+MOST_MOVED = 5.0
+"""Nats, at the 99th percentile: moved further, a deep model says nonsense, and rounds as it likes."""
 
 
 class ExaminedStudent:
@@ -37,7 +42,6 @@ class ExaminedStudent:
         self.case = case
         self.model = case.student
         self.dtype = case.dtype(self.model)
-        self.tolerance = case.tolerance(self.model)
 
     @cached_property
     def problems(self) -> list[Problem]:
@@ -89,12 +93,20 @@ class ExaminedStudent:
         folder, trust = self.model.source.folder, self.model.source.trust_remote_code
         return open_model(folder, dtype=dtype, device=self.case.device, trust_remote_code=trust)
 
-    def forward(self, pairs: Sequence[Pair], temperature: float) -> Logprobs:
+    def forward(self, pairs: Sequence[Pair], temperature: float) -> Passed:
         """Log-probs of the trainer's forward, over the student's ids in use, one sequence at a time."""
         chunk = self.case.recipe.runtime.head_chunk_tokens
         batches = (make_batch([prompt], [each], device=self.case.device) for prompt, each in pairs)
         found_N = (self._trainer.logprobs(each, temperature=temperature, chunk=chunk) for each in batches)
-        return [logprobs_N.double().numpy() for logprobs_N in found_N]
+        found = [logprobs_N.double().numpy() for logprobs_N in found_N]
+        noise = rounding_noise(
+            self._trainer.model,
+            pairs,
+            temperature=temperature,
+            num_ids=self.model.text.num_ids,
+            dtype=self.dtype,
+        )
+        return found, tolerance_of(noise, dtype_name(self.dtype))
 
     def findings(self) -> Iterator[Finding]:
         name = self.model.name
@@ -113,37 +125,44 @@ class ExaminedStudent:
         temperature = self.case.recipe.rollout.temperature
         drawn = [np.asarray(one.logprobs, np.float64) for one in self.completions.values()]
         wanted = self.forward(self.pairs(self.problems), temperature)
-        return engines.sampler(drawn, wanted, temperature=temperature, tolerance=self.tolerance)
+        return engines.sampler(drawn, wanted, temperature=temperature)
 
     def _reload(self) -> Outcome:
-        own, other = self.model.source, self._other()
-        num_ids = self.model.text.num_ids
-        forward, of_other = (self.case.plain(self.model, source, num_ids) for source in (own, other))
-        scorer, pairs = self.scorer(self.model, temperature=1.0), self.references(self.problems[:2])
-        return engines.reload(scorer, other, pairs, forward=forward, of_other=of_other)
+        own, num_ids = self.model.source, self.model.text.num_ids
+        pairs = self.references(self.problems[:2])
+        self.case.rest(self.model)
+        wanted = self.case.plain(self.model, own, num_ids)(pairs, 1.0)
+        for share in SHARES:
+            other = self._other(share)
+            wanted_other = self.case.plain(self.model, other, num_ids)(pairs, 1.0)
+            if engines.apart(wanted, wanted_other) <= MOST_MOVED:
+                break
+        scorer = self.scorer(self.model, temperature=1.0)
+        return engines.reload(scorer, other, pairs, wanted=wanted, wanted_other=wanted_other)
 
     def scorer(self, model: ModelHandle, *, temperature: float) -> Scorer:
         """The student's weights, scored by the engine of `model`."""
         own = replace(model, source=self.model.source)
-        return Scorer(own, temperature, self.model.text.num_ids, self.tolerance)
+        return Scorer(own, temperature, self.model.text.num_ids)
 
     def references(self, problems: Sequence[Problem]) -> list[Pair]:
         """The student's prompts of the problems with the beginning of their reference solutions."""
         text = self.model.text
         return [(text.prompt(p), text.reference(p)[:_REFERENCE_TOKENS]) for p in problems]
 
-    def _other(self) -> ModelSource:
+    def _other(self, share: float) -> ModelSource:
         """A model of the student's sizes with other weights: another adapter where that is what changes."""
         source, lora = self.model.source, self.case.recipe.student.lora
-        folder, digest = self.case.folder / "other weights", f"other than {self.model.source.digest}"
+        name = f"other weights {share:g}"
+        folder, digest = self.case.folder / name, f"{name} than {self.model.source.digest}"
         if lora is None:
-            perturb(source, folder, dtype=self.dtype, seed=0)
+            perturb(source, folder, dtype=self.dtype, share=share)
             return replace(source, folder=folder, digest=digest)
         network = self._network(self.dtype)
         start_adapter(network, lora, seed=0)
         with torch.no_grad():
             for weight in network.parameters():
                 if weight.requires_grad:
-                    weight.add_(0.1)
+                    weight.add_(share * weight.std() if weight.any() else 0.1 * share)
         write_adapter(network, folder)
         return replace(source, adapter=AdapterSource(folder, digest))

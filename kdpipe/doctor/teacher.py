@@ -12,7 +12,7 @@ from kdpipe.data.rows import Problem
 from kdpipe.doctor import engine as engines
 from kdpipe.doctor import text as texts
 from kdpipe.doctor.case import NEW_TOKENS, Case, context_of, longest_problems, sizes_of
-from kdpipe.doctor.engine import Scorer
+from kdpipe.doctor.engine import UNMEASURED, Passed, Scorer, Tolerance
 from kdpipe.doctor.finding import Finding, Outcome, found, skipped
 from kdpipe.doctor.student import ExaminedStudent
 from kdpipe.engines.handle import ModelHandle
@@ -24,6 +24,8 @@ from kdpipe.stages.sampling import request_for, sampling_of
 from kdpipe.stages.scoring import TeacherHandle, as_teacher, output_head
 from kdpipe.stages.settings.model import DrawSettings, SupportSettings, TeacherSettings, routes_of, teaches
 
+TOP_K = 16
+"""Ids compared at a token where the objective needs no top k."""
 _WITHOUT_SHARED_IDS = ("special tokens", "template", "end of sequence", "load", "null test")
 
 
@@ -35,7 +37,6 @@ class ExaminedTeacher:
         self.settings = settings
         self.model = model
         self.student = student
-        self.tolerance = case.tolerance(model)
         self.temperature = case.recipe.temperature_of(settings)
         self.problems = [problem for problem in student.problems if teaches(routes_of(settings), problem)]
 
@@ -49,6 +50,19 @@ class ExaminedTeacher:
             student=self.student.model.text,
             support=SupportSettings.of(recipe),
         )
+
+    @cached_property
+    def _plain(self) -> Passed:
+        """What transformers alone says of its folder, and its noise."""
+        self._rest()
+        forward = self.case.plain(self.model, self.model.source, self.handle.num_ids)
+        return forward(self._references()[:2], self.temperature)
+
+    @property
+    def _tolerance(self) -> Tolerance:
+        """How far two passes over it may be apart."""
+        is_other = self.model.is_served or self.settings.quantization is not None
+        return UNMEASURED if is_other else self._plain[1]
 
     def findings(self) -> Iterator[Finding]:
         name = self.model.name
@@ -81,14 +95,15 @@ class ExaminedTeacher:
             return quick
         full = quick | {
             "own prompt": self._own_prompt,
-            "shift": lambda: engines.shift(self._scorer(), max(self._references(), key=lambda p: len(p[1]))),
-            "not constant": lambda: engines.not_constant(self._scorer(), self._references()),
+            "shift": self._shift,
+            "not constant": lambda: engines.not_constant(self._scorer(), self._references(), self._tolerance),
             "same twice": lambda: engines.same_twice(
-                self._scorer(), self._references(), between=self._ask_otherwise
+                self._scorer(), self._references(), self._tolerance, between=self._ask_otherwise
             ),
             "top-k": self._top_k,
             "hidden states": self._hidden_states,
             "own weights": self._own_weights,
+            "overlap": self._overlap,
             "knows the task": self._knows_the_task,
         }
         asked = ("load", "same twice", "context", "top-k")  # what is asked in between, is asked first there
@@ -137,7 +152,7 @@ class ExaminedTeacher:
 
     def _scorer(self) -> Scorer:
         """This teacher on its engine, as teacher-score uses it."""
-        return Scorer(self.model, self.temperature, self.handle.num_ids, self.tolerance)
+        return Scorer(self.model, self.temperature, self.handle.num_ids)
 
     def _references(self) -> list[Pair]:
         """Its prompts with the beginning of reference solutions, without ids that it lacks."""
@@ -147,6 +162,10 @@ class ExaminedTeacher:
             (self.handle.prompt(problem), [token for token in completion if token not in lacking])
             for problem, (_, completion) in zip(self.problems, pairs, strict=False)
         ]
+
+    def _shift(self) -> Outcome:
+        longest = max(self._references(), key=lambda pair: len(pair[1]))
+        return engines.shift(self._scorer(), longest, self._tolerance)
 
     def _own_prompt(self) -> Outcome:
         if not self._reads_own():
@@ -190,17 +209,39 @@ class ExaminedTeacher:
             found_N, _ = token_logprobs(hidden_NH, head, own_N, temperature=heat, chunk=max(1, len(ids)))
             return found_N.double().cpu().numpy()
 
-        return engines.hidden_states(self._scorer(), self._references(), turn)
+        return engines.hidden_states(self._scorer(), self._references(), turn, self._tolerance)
 
     def _own_weights(self) -> Outcome:
         if self.model.is_served:
             return skipped("a server has its weights: there is no folder to compare with")
         if self.settings.quantization is not None:
             return skipped("quantization is asked for: the engine's weights are not those of the folder")
+        whose, plain = "a plain transformers forward of its folder", self._plain
         forward = self.case.plain(self.model, self.model.source, self.handle.num_ids)
-        whose = "a plain transformers forward of its folder"
         scorer, pairs = self._scorer(), self._references()[:2]
-        return engines.agrees(scorer, pairs, forward, whose=whose, between=self._rest)
+
+        def passed(pairs: Sequence[Pair], temperature: float) -> Passed:
+            return plain if temperature == self.temperature else forward(pairs, temperature)
+
+        return engines.agrees(scorer, pairs, passed, whose=whose, between=self._rest)
+
+    def _overlap(self) -> Outcome:
+        """Of the most probable ids of both, at the student's own samples, each after its own prompt."""
+        k, lacking = self.case.recipe.keep.teacher_top_k or TOP_K, self.handle.vocabulary.unscorable
+        drawn = [
+            (problem, completion)
+            for problem, (_, completion) in zip(self.problems, self.student.pairs(self.problems), strict=True)
+            if not lacking.intersection(completion)
+        ]
+        k = min(k, self.handle.num_ids)
+        prompt_of = self.student.model.text.prompt
+        at = self.case.recipe.rollout.temperature or 1.0
+        ours = self.student.scorer(self.student.model, temperature=at).scores(
+            [(prompt_of(p), c) for p, c in drawn], top_k=k
+        )
+        self.case.rest(self.student.model)
+        theirs = self._scorer().scores([(self.handle.prompt(p), c) for p, c in drawn], top_k=k)
+        return engines.overlap(ours, theirs, k)
 
     def _knows_the_task(self) -> Outcome:
         if (stand_in := self.case.stand_ins.get(self.model.name)) is not None:
@@ -214,13 +255,13 @@ class ExaminedTeacher:
         return engines.knows_the_task(self._scorer(), pairs, own if own != pairs else None)
 
 
-def examine(case: Case) -> list[Finding]:
-    """The findings on the student and on each teacher, in the order in which they are reported."""
+def examine(case: Case) -> Iterator[Finding]:
+    """The findings on the student and on each teacher, each when it is made."""
     student = ExaminedStudent(case)
-    findings = [] if case.depth == "servers" else list(student.findings())
+    if case.depth != "servers":
+        yield from student.findings()
     for settings, model in case.teachers:
-        findings += ExaminedTeacher(settings, model, student).findings()
+        yield from ExaminedTeacher(settings, model, student).findings()
     if case.device.type == "cuda":
         del student  # and with it the trainer's copy
         torch.cuda.empty_cache()
-    return findings

@@ -120,6 +120,6 @@ def context(
         return skipped("its config does not tell its context")
     longest = max(map(len, prompts))
     said = f"longest prompt {longest} + max_new_tokens {max_new_tokens} in a context of {limit}"
-    measure = Measure("tokens", float(longest + max_new_tokens), float(limit))
+    measure = Measure("tokens", float(longest + max_new_tokens), float(limit), origin="its context")
     why = f" of {whose}: lower rollout.max_new_tokens, or take out the longest problems"
     return Outcome(said if measure.is_ok else said + why, (measure,))

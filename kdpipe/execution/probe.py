@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from pydantic import JsonValue
 
 from kdpipe.data.rows import Problem
 from kdpipe.data.tasks.arithmetic import words
@@ -21,7 +22,7 @@ from kdpipe.execution.roles import Roles
 from kdpipe.execution.trainers import Trainers
 from kdpipe.models.folder import write_model
 from kdpipe.models.tokenizer import arithmetic_tokenizer
-from kdpipe.pipeline.request import Depth, Examined
+from kdpipe.pipeline.request import Depth, Examined, Found
 from kdpipe.recipe.roles import STUDENT_ROLE, Role
 from kdpipe.recipe.schema import ModelTeacher, Student
 from kdpipe.recipe.teacher import OwnTeacher
@@ -69,7 +70,11 @@ class Probe:
                 depth=depth,
                 folder=Path(folder),
             )
-            findings = FINDINGS.dump_python(tuple(examine(case)), mode="json")
+            findings: list[dict[str, JsonValue]] = []
+            for finding in examine(case):
+                findings += FINDINGS.dump_python((finding,), mode="json")
+                if depth == "full":
+                    inputs.report.event(Found(findings[-1]))
             if depth != "full":
                 return Examined(findings)
             try:

@@ -6,7 +6,8 @@ shift by one of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from kdpipe.recipe.models import Lora
 
 Pair = tuple[list[int], list[int]]
 """The token ids of a prompt and of a completion."""
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,6 @@ class Shape:
     rows: int
 
 
-@torch.no_grad()
 def plain_logprobs(
     source: ModelSource,
     pairs: Sequence[Pair],
@@ -47,30 +48,81 @@ def plain_logprobs(
     num_ids: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> list[npt.NDArray[np.float64]]:
+) -> list[Floats]:
     """Log-probs of every completion's tokens, over the first `num_ids` ids, by the model's own forward."""
+    model = open_plain(source, dtype=dtype, device=device)
+    found = (logprobs_of(model, pair, temperature=temperature, num_ids=num_ids) for pair in pairs)
+    return [rows[0] for rows in found]
+
+
+def open_plain(source: ModelSource, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model in a folder as transformers opens it, its adapter merged."""
     model = _open(source.folder, dtype=dtype, trust_remote_code=source.trust_remote_code).to(device)
     if source.adapter is not None:
         merge_adapter(model, source.adapter.folder)
-    model.eval()
-    results = []
-    for prompt, completion in pairs:
-        ids = torch.tensor([[*prompt, *completion]], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :, :num_ids].double() / temperature
-        before = logits[len(prompt) - 1 : len(prompt) - 1 + len(completion)]  # what stands before each token
-        own = torch.tensor(completion, dtype=torch.long, device=model.device)[:, None]
-        results.append((before.gather(1, own)[:, 0] - before.logsumexp(1)).cpu().numpy())
-    return results
+    return model.eval()
 
 
-def perturb(source: ModelSource, folder: Path, *, dtype: torch.dtype, seed: int) -> None:
-    """Writes a copy of the model whose weights are all others, the output head too; sizes and config stay."""
+@torch.no_grad()
+def logprobs_of(model: Any, pair: Pair, *, temperature: float, num_ids: int, copies: int = 1) -> Floats:
+    """Log-probs [copies, n] of a completion's tokens, over the first `num_ids` ids, of equal sequences."""
+    prompt, completion = pair
+    ids = torch.tensor([[*prompt, *completion]] * copies, device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[..., :num_ids].double() / temperature
+    before = logits[:, len(prompt) - 1 : len(prompt) - 1 + len(completion)]  # what stands before each token
+    own = torch.tensor([completion] * copies, dtype=torch.long, device=model.device)[..., None]
+    found: Floats = (before.gather(2, own)[..., 0] - before.logsumexp(2)).cpu().numpy()
+    return found
+
+
+def rounding_noise(
+    model: Any, pairs: Sequence[Pair], *, temperature: float, num_ids: int, dtype: torch.dtype
+) -> Floats:
+    """How far other roundings in `dtype` move log-probs of the completions' tokens, in nats.
+
+    The forward pass is made again in another batching, of two copies, where each layer's output is moved by a random
+    part of a rounding error: another engine multiplies in another order, and rounds elsewhere.
+    """
+    kind, narrow = model.device.type, dtype not in (torch.float32, model.dtype)
+    asked: Any = {"temperature": temperature, "num_ids": num_ids}
+    found = []
+    with torch.autocast(kind, dtype=dtype) if narrow else contextlib.nullcontext():
+        as_it_is = [logprobs_of(model, pair, **asked) for pair in pairs]
+        with _rounding_otherwise(model, torch.finfo(dtype).eps / 2):
+            found = [logprobs_of(model, pair, **asked, copies=2) for pair in pairs]
+    moved = [np.abs(rows - row).ravel() for rows, row in zip(found, as_it_is, strict=True)]
+    return np.concatenate(moved) if moved else np.zeros(0)
+
+
+@contextlib.contextmanager
+def _rounding_otherwise(model: Any, error: float) -> Iterator[None]:
+    """Moves the output of each innermost layer, by up to `error` of its size."""
+    generator = torch.Generator(model.device).manual_seed(0)
+
+    def move(_module: Any, _inputs: Any, output: Any) -> Any:
+        if not isinstance(output, torch.Tensor) or not output.is_floating_point():
+            return output
+        wide = output.float()
+        part = torch.rand(wide.shape, generator=generator, device=wide.device) * 2 - 1
+        return (wide * (1 + error * part)).to(output.dtype)
+
+    innermost = [module for module in model.modules() if not any(module.children())]
+    handles = [module.register_forward_hook(move) for module in innermost]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def perturb(source: ModelSource, folder: Path, *, dtype: torch.dtype, share: float) -> None:
+    """Writes a copy of the model with noise on each weight, the output head's too: `share` of its spread."""
     model = _open(source.folder, dtype=dtype, trust_remote_code=source.trust_remote_code)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
             noise = torch.randn(weight.shape, generator=generator, dtype=torch.float32)
-            weight.add_(noise.to(weight.dtype) * weight.float().std(correction=0).to(weight.dtype))
+            weight.add_((noise * weight.float().std(correction=0) * share).to(weight.dtype))
     model.save_pretrained(str(folder))
 
 

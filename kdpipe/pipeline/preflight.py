@@ -13,7 +13,16 @@ from pydantic import JsonValue
 from kdpipe.errors import PreflightError
 from kdpipe.pipeline.identities import Sources
 from kdpipe.pipeline.project import Project, open_project
-from kdpipe.pipeline.request import PERFORMER, Close, Depth, Examine, Examined, assignment_of, open_worker
+from kdpipe.pipeline.request import (
+    PERFORMER,
+    Close,
+    Depth,
+    Examine,
+    Examined,
+    Found,
+    assignment_of,
+    open_worker,
+)
 from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.recipe.roles import BASE_ROLE, STUDENT, STUDENT_ROLE, Role, teacher_role
 from kdpipe.recipe.schema import ServedTeacher
@@ -33,11 +42,18 @@ class Examination:
     free_disk_bytes: int
 
 
-def examine_recipe(loaded: LoadedRecipe, workspace: Path, tell: Callable[[str], None]) -> Examination:
+def examine_recipe(
+    loaded: LoadedRecipe,
+    workspace: Path,
+    *,
+    tell: Callable[[str], None],
+    on_finding: Callable[[dict[str, JsonValue]], None],
+) -> Examination:
     """The doctor's findings on a recipe's models, what it takes, and the free disk.
 
     The models are those that round 1 starts with. One that an sft step has not made yet is stood in for: by its
-    weights before that step, or untrained ones. `tell` is told of what is fetched. Raises KdpipeError where there is
+    weights before that step, or untrained ones. `tell` is told of what is fetched,
+    `on_finding` of each finding when it is made. Raises KdpipeError where there is
     nothing to examine.
     """
     folders = Sources(loaded, workspace).fetch(tell)
@@ -45,7 +61,9 @@ def examine_recipe(loaded: LoadedRecipe, workspace: Path, tell: Callable[[str], 
     request = examination(project, folders, 1, depth="full")
     worker = open_worker(project, PERFORMER, log=workspace / "logs" / "doctor.log")
     try:
-        result = worker.call(request)
+        result = worker.call(
+            request, on_event=lambda event: on_finding(event.finding) if isinstance(event, Found) else None
+        )
     finally:
         worker.stop(Close())
     assert isinstance(result, Examined)

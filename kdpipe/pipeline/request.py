@@ -77,6 +77,13 @@ class Warned:
 
 
 @message
+class Found:
+    """A finding of the doctor, as JSON, as soon as it is made."""
+
+    finding: dict[str, JsonValue]
+
+
+@message
 class Waiting:
     """Another run is making this step."""
 
@@ -100,10 +107,10 @@ class Examined:
 
 
 StepRequest: TypeAlias = Perform | Examine | Close
-StepEvent: TypeAlias = Noted | Warned | Waiting | Progressed
+StepEvent: TypeAlias = Noted | Warned | Found | Waiting | Progressed
 StepResult: TypeAlias = Performed | Examined | Nothing
 STEPS = Talk[StepRequest, StepEvent, StepResult](
-    (Perform, Examine, Close), (Noted, Warned, Waiting, Progressed), (Performed, Examined, Nothing)
+    (Perform, Examine, Close), (Noted, Warned, Found, Waiting, Progressed), (Performed, Examined, Nothing)
 )
 StepTalker: TypeAlias = Worker[StepRequest, StepEvent, StepResult]
 

@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 from kdpipe.doctor.case import NEW_TOKENS, PROMPTS
-from kdpipe.doctor.engine import BETTER_THAN_GUESSING, TOLERANCES
+from kdpipe.doctor.engine import BETTER_THAN_GUESSING, FLOORS, TIMES_NOISE, UNMEASURED
 from kdpipe.doctor.finding import CATCHES
+from kdpipe.doctor.student import MOST_MOVED
+from kdpipe.doctor.teacher import TOP_K
 from tests.clinic import examined, load_world, write_world
 
 DOC = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text(encoding="utf-8")
@@ -25,7 +27,11 @@ def test_every_probe_is_there_with_what_it_catches() -> None:
 
 def test_the_limits_are_those_of_the_code() -> None:
     documented = {row[0]: (float(row[1]), float(row[2])) for row in rows("dtype")}
-    assert documented == {name: (limit.largest, limit.p99) for name, limit in TOLERANCES.items()}
+    assert documented == {name: (floor, floor / 4) for name, floor in FLOORS.items()}
+    assert f"may be {TIMES_NOISE:g} x that noise" in DOC
+    assert f"may be {UNMEASURED.largest:g} nat apart at most, and {UNMEASURED.p99:g} at the" in DOC
+    assert f"at most {MOST_MOVED:g} nats" in DOC
+    assert f"or {TOP_K}. It" in DOC
     assert f"needs {BETTER_THAN_GUESSING} nats" in DOC
 
 

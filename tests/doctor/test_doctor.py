@@ -13,17 +13,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import kdpipe.pipeline.request
 import kdpipe.pipeline.step_worker
 from kdpipe.cli.app import app
+from kdpipe.doctor.engine import overlap, tolerance_of
 from kdpipe.doctor.finding import CATCHES, FINDINGS, Measure, Outcome, found
-from kdpipe.engines.protocol import Engine
+from kdpipe.doctor.student import SHARES
+from kdpipe.engines.protocol import Engine, TokenScores
 from kdpipe.errors import PreflightError
+from kdpipe.models.devices import dtype_name
+from kdpipe.models.reference import logprobs_of, perturb, plain_logprobs, rounding_noise
+from kdpipe.models.source import ModelSource
 from kdpipe.recipe.roles import STUDENT_ROLE
 from tests import clinic
 from tests.clinic import Findings, examined, load_world, verdicts, write_world
@@ -297,6 +304,8 @@ def test_an_output_head_of_zeros_is_caught_by_not_constant(copied: Path) -> None
     finding = findings["not constant", "teacher"]
     assert finding["verdict"] == "FAILED"
     assert finding["said"] == "all 32 scores are -2.996, which is -ln 20: the weights are lost"
+    shift = findings["shift", "teacher"]
+    assert (shift["verdict"], shift["said"].partition(":")[0]) == ("skipped", "cannot be told")
 
 
 def test_another_vocabulary_is_caught_and_its_ids_are_asked_no_further(copied: Path) -> None:
@@ -394,6 +403,70 @@ def test_a_folder_that_does_not_open_is_a_finding_not_a_traceback(copied: Path) 
     assert verdicts(findings)["null test"] == "ok"  # the student opens, in the teacher's engine too
 
 
+# -------------------------------------------------------------------------------------------- limits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_sound_pass_is_within_the_limits_and_they_grow_with_the_model(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Another sound pass: the weights of a deeper and louder model in float64."""
+    pair = ([3, 4, 5, 6], [7, 8, 9, 10, 11, 12, 13, 14])
+    limits = []
+    for spread, layers in ((0.02, 1), (0.4, 6)):
+        config = LlamaConfig(
+            **{**clinic._LLAMA, "initializer_range": spread, "num_hidden_layers": layers}, hidden_size=32
+        )
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).eval().to(dtype)
+        noise = rounding_noise(model, [pair], temperature=1.0, num_ids=20, dtype=dtype)
+        found = logprobs_of(model, pair, temperature=1.0, num_ids=20)
+        exact = logprobs_of(model.double(), pair, temperature=1.0, num_ids=20)
+        limit = tolerance_of(noise, dtype_name(dtype)).largest
+        assert np.abs(found - exact).max() <= limit
+        limits.append(float(noise.max()))
+    assert limits[1] > 5 * limits[0] > 0
+
+
+def test_a_copy_for_reload_is_changed_until_scores_move_by_a_bounded_amount(
+    folder: Path, tmp_path: Path
+) -> None:
+    source = ModelSource(folder / "teacher", "teacher", "float32")
+    pair = ([3, 4, 5, 6], [7, 8, 9, 10, 11, 12, 13, 14])
+    moved = []
+    for share in SHARES:
+        perturb(source, tmp_path / f"{share}", dtype=torch.float32, share=share)
+        copy = ModelSource(tmp_path / f"{share}", "copy", "float32")
+        asked: Any = {
+            "temperature": 1.0,
+            "num_ids": 20,
+            "dtype": torch.float32,
+            "device": torch.device("cpu"),
+        }
+        [was], [now] = plain_logprobs(source, [pair], **asked), plain_logprobs(copy, [pair], **asked)
+        moved.append(float(np.abs(was - now).max()))
+    assert moved == sorted(moved, reverse=True)
+    assert 0.001 < moved[-1] < 0.5
+
+
+def test_every_limit_is_told_with_where_it_comes_from(folder: Path, tmp_path: Path) -> None:
+    findings = examined(load_world(own_folder(folder, tmp_path), train__objective=TOP5))
+    measures = [measure for one in findings.values() for measure in one["measures"]]
+    assert {measure["origin"] for measure in measures if "own" in measure["origin"]}
+    assert not [measure for measure in measures if not measure["origin"]]
+
+
+def test_the_overlap_of_two_equal_models_is_whole_and_of_others_what_their_ids_share() -> None:
+    def scores(*rows: list[int]) -> TokenScores:
+        return TokenScores(np.zeros(len(rows), np.float32), np.array(rows, np.int32))
+
+    same = scores([1, 2, 3, 4], [5, 6, 7, 8])
+    assert overlap([same], [same], 4).said.startswith("100% of the teacher's 4")
+    other = scores([4, 3, 9, 10], [5, 6, 7, 9])
+    assert overlap([same], [other], 4).said.startswith("62% of the teacher's 4")
+    assert overlap([], [], 4).verdict == "skipped"
+
+
 # ------------------------------------------------------------------------------------------ verdicts
 
 
@@ -429,7 +502,8 @@ def test_the_command_tells_every_probe_and_what_comes_next(near: None, folder: P
     shown = invoke(tmp_path, code=0).stdout
     for probe in CATCHES:
         assert re.search(rf"^  {re.escape(probe)} +(ok|skipped)  ", shown, re.MULTILINE)
-    assert max(map(len, shown.splitlines()[1:-2])) <= 80
+    assert max(map(len, shown.splitlines()[:-2])) <= 80
+    assert shown.index("knows the task") < shown.index("probes: ") < shown.index("takes (")
     assert shown.splitlines()[-1].startswith(f"next  kdpipe run {tmp_path / 'recipe.yaml'}")
 
 
