@@ -16,14 +16,13 @@ from typing import Literal, NamedTuple
 
 from pydantic import JsonValue
 
-from kdpipe.data.tasks import data_files, hub_id
+from kdpipe.data.tasks import data_files, hub_data
 from kdpipe.errors import ArtifactError, DataError, RecipeError, StepError
 from kdpipe.pipeline.plan import UNRESOLVED, Identities
 from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.recipe.place import place_of
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import ModelTeacher, ServedTeacher, Student
-from kdpipe.recipe.task import Gsm8kTask
 from kdpipe.store.durable import file_digest, write_json
 from kdpipe.store.sealed import seal_value, unseal_value
 from kdpipe.store.step import Fields, canonical
@@ -57,8 +56,8 @@ class Sources:
         models = {role: self._model(named) for role, named in self._named().items()}
         task = self.loaded.recipe.task
         data: dict[str, Fields]
-        if isinstance(task, Gsm8kTask) and (hub := hub_id(task, self.loaded.folder)):
-            identity = self._hub_identity("dataset", hub, task.revision)
+        if hub := hub_data(task, self.loaded.folder):
+            identity = self._hub_identity("dataset", hub.name, hub.revision)
             data = {"train": identity, "test": identity}
         else:
             files = data_files(task, self.loaded.folder)
@@ -78,10 +77,11 @@ class Sources:
         for role, named in self._named().items():
             local = _local_folder(named.name, self.loaded.folder)
             kind: Kind = "model" if named.served is None else "tokenizer"
-            folders[role] = local or self._download(kind, named.name, named.revision, tell)
-        task = self.loaded.recipe.task
-        if isinstance(task, Gsm8kTask) and (hub := hub_id(task, self.loaded.folder)):
-            folders["data"] = self._download("dataset", hub, task.revision, tell)
+            suffixes = MODEL_SUFFIXES if kind == "model" else TEXT_SUFFIXES
+            patterns = [f"*{suffix}" for suffix in suffixes]
+            folders[role] = local or self._download(kind, named.name, named.revision, patterns, tell)
+        if hub := hub_data(self.loaded.recipe.task, self.loaded.folder):
+            folders["data"] = self._download("dataset", hub.name, hub.revision, hub.patterns, tell)
         return folders
 
     def tokenizer_file(self, role: str) -> Path | None:
@@ -165,7 +165,14 @@ class Sources:
         self._changed = True
         return digest
 
-    def _download(self, kind: Kind, name: str, revision: str | None, tell: Callable[[str], None]) -> Path:
+    def _download(
+        self,
+        kind: Kind,
+        name: str,
+        revision: str | None,
+        patterns: list[str],
+        tell: Callable[[str], None],
+    ) -> Path:
         from kdpipe.pipeline.hub import Repository, download, resolve
 
         repo_kind: Literal["model", "dataset"] = "dataset" if kind == "dataset" else "model"
@@ -176,8 +183,6 @@ class Sources:
                 self._pins[_hub_name(kind, name)] = today
             self.workspace.mkdir(parents=True, exist_ok=True)
             write_json(self.workspace / "pins.json", seal_value(PINS, self._pins))
-        suffixes = TEXT_SUFFIXES if kind == "tokenizer" else MODEL_SUFFIXES
-        patterns = ["main/*.parquet"] if kind == "dataset" else [f"*{suffix}" for suffix in suffixes]
         pinned = Repository(repo_kind, self._name_today(kind, name), str(self._pins[key]))
         return download(pinned, patterns, tell)
 

@@ -93,4 +93,28 @@ class JsonlTask(OwnTask):
     """JSONL, CSV, TSV or parquet file of the held-out problems, relative to the recipe."""
 
 
-Task = Annotated[Gsm8kTask | ArithmeticTask | JsonlTask, Field(discriminator="kind")]
+class Splits(Section):
+    """Which rows of a data set are train and which are test, as the library `datasets` writes it."""
+
+    train: str = "train"
+    """A split or a slice of one, such as train[:90%]."""
+    test: str = "test"
+    """A split or a slice of one for the held-out problems, such as train[90%:]."""
+
+
+class DatasetTask(OwnTask):
+    """A data set of the hub, or a folder in one of its layouts; needs `pip install "kdpipe[data]"`."""
+
+    kind: Literal["dataset"]
+    """This task."""
+    path: str
+    """Hub id, or a local folder of data files."""
+    config: str | None = None
+    """Which of the data set's configurations (subsets); null is its only one or its default."""
+    split: Splits = Splits()
+    """Which rows are train and which are test."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; null is pinned by the first run."""
+
+
+Task = Annotated[Gsm8kTask | ArithmeticTask | JsonlTask | DatasetTask, Field(discriminator="kind")]

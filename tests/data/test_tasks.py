@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from kdpipe.data.graders.number import grade_number
-from kdpipe.data.tasks import data_files, hub_id, read_problems
+from kdpipe.data.tasks import data_files, hub_data, read_problems
 from kdpipe.data.tasks.arithmetic import read_problems as make_problems
 from kdpipe.data.tasks.arithmetic import words
 from kdpipe.errors import DataError
-from kdpipe.recipe.task import ArithmeticTask, Gsm8kTask, JsonlTask
+from kdpipe.recipe.task import ArithmeticTask, DatasetTask, Gsm8kTask, JsonlTask
 
 REAL = Path(__file__).parents[3] / "shared/data/gsm8k"
 needs_gsm8k = pytest.mark.skipif(not REAL.is_dir(), reason=f"GSM8K is not at {REAL}")
@@ -109,13 +109,16 @@ def test_gsm8k_refuses_an_answer_without_a_marked_number_and_names_its_line(tmp_
 
 def test_a_name_is_a_hub_id_unless_it_looks_like_a_path_or_is_a_folder(tmp_path):
     def name(data):
-        return hub_id(Gsm8kTask(kind="gsm8k", data=data), tmp_path)
+        found = hub_data(Gsm8kTask(kind="gsm8k", data=data), tmp_path)
+        same = hub_data(DatasetTask(kind="dataset", path=data, revision="v1"), tmp_path)
+        assert same == (found and (*found[:1], "v1", same.patterns))
+        return found and found.name
 
     assert name("openai/gsm8k") == "openai/gsm8k"
     assert [name(data) for data in ("./x", "../x", "/x", "~/x")] == [None] * 4
     (tmp_path / "openai/gsm8k").mkdir(parents=True)
     assert name("openai/gsm8k") is None
-    assert hub_id(arithmetic(), tmp_path) is None
+    assert hub_data(arithmetic(), tmp_path) is None
 
 
 def test_a_hub_id_has_no_local_files_and_reading_it_without_a_download_is_an_error(tmp_path):

@@ -57,6 +57,7 @@ JSONL: Document = {
     "train": {"objective": {"kd": {"term": "jsd", "support": {"teacher_top_k": 8}}}},
     "teacher_score": {"keep": {"top_k": 8}},
 }
+DATASET: Document = {**JSONL, "name": "hub", "task": {"kind": "dataset", "path": "org/data"}}
 TOKENS: Document = {
     **DISTILL,
     "name": "tokens",
@@ -162,7 +163,21 @@ FORMS: list[Document] = [
 ]
 BASIC = {
     document["name"]: document
-    for document in (DISTILL, GSM8K, JSONL, TOKENS, GRPO, ROUTED, MIXED, TEXT, WRITTEN, EMA, LORA, SERVED)
+    for document in (
+        DISTILL,
+        GSM8K,
+        JSONL,
+        DATASET,
+        TOKENS,
+        GRPO,
+        ROUTED,
+        MIXED,
+        TEXT,
+        WRITTEN,
+        EMA,
+        LORA,
+        SERVED,
+    )
 }
 RECIPES = BASIC | {document["name"]: document for document in FORMS}
 
@@ -184,8 +199,8 @@ def identities_of(recipe: Recipe) -> Identities:
     task = recipe.task.model_dump()
     data: dict[str, dict[str, JsonValue]] = {}
     for split in ("train", "test"):
-        if "data" in task:
-            data[split] = {"hub": task["data"], "revision": task["revision"] or "pinned"}
+        if name := task.get("data") or task.get("path"):
+            data[split] = {"hub": name, "revision": task["revision"] or "pinned"}
         elif split in task:
             data[split] = {"digest": task[split]}
     return Identities(models, data)
@@ -621,7 +636,7 @@ def test_together_the_recipes_reach_every_leaf_of_the_schema() -> None:
                 changed.add((owner(recipe, path), str(path[-1])))
     terms = ("RklTerm", "K2Term", "K3Term", "K1LossTerm", "JsdTerm", "SkewKlTerm", "SkewRklTerm")
     cannot = {*((term, "term") for term in terms), ("SelfTeacher", "self")}
-    cannot |= {(task, "kind") for task in ("Gsm8kTask", "ArithmeticTask", "JsonlTask")}
+    cannot |= {(task, "kind") for task in ("Gsm8kTask", "ArithmeticTask", "JsonlTask", "DatasetTask")}
     cannot |= {("ArithmeticTask", "grader")}
     cannot |= {("Support", "teacher_top_k"), ("KeepTopK", "top_k")}  # only together: test below
     assert schema_leaves(Recipe) - changed - cannot == set()

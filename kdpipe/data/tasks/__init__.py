@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from kdpipe.recipe.place import place_of
-from kdpipe.recipe.task import Gsm8kTask, QuestionTask, Task
+from kdpipe.recipe.task import DatasetTask, Gsm8kTask, QuestionTask, Task
 
 if TYPE_CHECKING:
     from kdpipe.data.rows import Problem
@@ -29,18 +29,32 @@ class TaskModule(Protocol):
         """See `read_problems`."""
 
 
-def hub_id(task: Task, folder: Path) -> str | None:
+class HubData(NamedTuple):
+    """A data set on the hub, and which of its files are read."""
+
+    name: str
+    revision: str | None
+    patterns: list[str]
+
+
+DATA_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".arrow", ".txt", ".gz", ".zst", ".zip")
+"""Endings of files that the library `datasets` reads without code of the data set."""
+
+
+def hub_data(task: Task, folder: Path) -> HubData | None:
     """The hub data set that `task` reads, or None; paths in the recipe start from `folder`.
 
     A name is local when it begins with `.`, `/` or `~`, or when it is a folder.
     """
-    if (
-        not isinstance(task, Gsm8kTask)
-        or task.data.startswith((".", "/", "~"))
-        or place_of(task.data, folder).is_dir()
-    ):
-        return None
-    return task.data
+    match task:
+        case Gsm8kTask():
+            name, patterns = task.data, ["main/*.parquet"]
+        case DatasetTask():
+            name, patterns = task.path, ["README.md", *(f"*{suffix}" for suffix in DATA_SUFFIXES)]
+        case _:
+            return None
+    is_local = name.startswith((".", "/", "~")) or place_of(name, folder).is_dir()
+    return None if is_local else HubData(name, task.revision, patterns)
 
 
 def data_files(task: Task, folder: Path) -> dict[str, Path]:

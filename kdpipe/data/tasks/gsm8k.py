@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kdpipe.data.graders.number import MARK
 from kdpipe.data.rows import Problem
-from kdpipe.data.tasks import hub_id
+from kdpipe.data.tasks import hub_data
 from kdpipe.data.tasks.data_file import read_records
 from kdpipe.data.tasks.form import read_expected
 from kdpipe.data.tasks.record import DataRecord
@@ -24,7 +24,7 @@ def find_files(task: Gsm8kTask, folder: Path) -> dict[str, Path]:
 
     None for a hub id. Raises DataError when a split is missing or not all of its numbered files are there.
     """
-    if hub_id(task, folder):
+    if hub_data(task, folder):
         return {}
     data = place_of(task.data, folder)
     files: dict[str, Path] = {}
@@ -42,10 +42,10 @@ def read_problems(
     Raises DataError on a hub id that was not downloaded.
     """
     data = place_of(task.data, folder)
-    if name := hub_id(task, folder):
+    if hub := hub_data(task, folder):
         if hub_folder is None:
             raise DataError(
-                f"task.data: {name!r} is no folder in {folder}, and no such hub data set was downloaded",
+                f"task.data: {hub.name!r} is no folder in {folder}, and no such hub data set was downloaded",
                 hint="give a local folder with train.jsonl and test.jsonl, for example data: ./gsm8k",
             )
         data = hub_folder

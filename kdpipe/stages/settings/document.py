@@ -34,7 +34,7 @@ def _json(value: Any) -> JsonValue:
             plain: JsonValue = value
             return plain
         case TaskSettings():
-            return {**value.problems, **value.grading}
+            return _json({**value.problems, **value.grading})
         case Section():  # a dump of pydantic's would build a serializer for each section first
             known = type(value).model_fields.items()
             return {info.alias or name: _json(getattr(value, name)) for name, info in known}

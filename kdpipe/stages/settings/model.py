@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kdpipe.data.rows import Problem
 
 Routes: TypeAlias = Mapping[str, Sequence[str | int | float]]
-FILES = ("data", "revision", "train", "test")
+FILES = ("data", "path", "revision", "train", "test")
 """Fields that name files and folders: what those hold enters a fingerprint by its digest."""
 GRADING = ("grader", "headline", "reward")
 
