@@ -12,7 +12,7 @@ GSM8K_INSTRUCTION = (
 
 
 GraderName = Literal["number", "none"]
-NumberReader = Literal["strict", "flexible"]
+NumberReader = Literal["strict", "flexible", "robust"]
 
 
 class QuestionTask(Section):
@@ -29,9 +29,9 @@ class QuestionTask(Section):
     grader: GraderName = "number"
     """How answers are graded: number compares the number in the answer with the reference, none grades nothing."""
     headline: NumberReader = "flexible"
-    """Which reading of a number is the accuracy."""
-    reward: NumberReader = "flexible"
-    """Which reading of a number is the reward."""
+    """Which reading of a number is the accuracy: strict and flexible are lm-evaluation-harness's."""
+    reward: NumberReader = "robust"
+    """Which reading of a number is the reward: robust misjudges the fewest answers, strict and flexible compare."""
 
 
 class Gsm8kTask(QuestionTask):
@@ -65,9 +65,9 @@ class ArithmeticTask(Section):
     grader: Literal["number"] = "number"
     """How answers are graded: the number in the answer is compared with the reference."""
     headline: NumberReader = "strict"
-    """Which reading of a number is the accuracy."""
+    """Which reading of a number is the accuracy: strict and flexible are lm-evaluation-harness's."""
     reward: NumberReader = "strict"
-    """Which reading of a number is the reward."""
+    """Which reading of a number is the reward: robust misjudges the fewest answers, strict and flexible compare."""
 
 
 class OwnTask(QuestionTask):

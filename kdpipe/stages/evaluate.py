@@ -27,7 +27,7 @@ from kdpipe.errors import DataError
 from kdpipe.method import statistics
 from kdpipe.method.interval import Interval
 from kdpipe.recipe.roles import STUDENT
-from kdpipe.recipe.task import GraderName
+from kdpipe.recipe.task import NumberReader
 from kdpipe.stages.context import Context
 from kdpipe.stages.held_out import Exact, has_exact, held_out_scores
 from kdpipe.stages.job import Job, mean
@@ -38,6 +38,7 @@ from kdpipe.stages.settings.stage import EvaluateSettings
 from kdpipe.store.stage import Stage
 
 Rows = list[TableRow]
+HARNESS_READERS: tuple[NumberReader, ...] = ("strict", "flexible")
 STAGE = Stage.EVALUATE.value
 
 
@@ -130,7 +131,7 @@ def _several_samples(settings: EvaluateSettings, groups: Sequence[Rows]) -> dict
     for k in sample_counts(samples):
         for name, values in (
             (f"pass_at_{k}", [statistics.pass_at_k(samples, n, k) for n in correct]),
-            (f"maj_at_{k}", [_majority(rows, k, settings.task.grader) for rows in groups]),
+            (f"maj_at_{k}", [_majority(rows, k, settings.task.reader) for rows in groups]),
         ):
             summary |= _named(name, statistics.wilson(values))
     return summary
@@ -148,13 +149,15 @@ def _accuracies_of_numbers(settings: EvaluateSettings, grades: Rows) -> dict[str
     if settings.task.grader != "number":
         return {}
     return {
-        f"accuracy_{reader}": mean([is_number(row[f"answer_{reader}"], row["expected"]) for row in grades])
-        for reader in ("strict", "flexible")
+        f"accuracy_{reader}": mean(
+            [is_number(row[f"answer_{reader}"], row["expected"], reader=reader) for row in grades]
+        )
+        for reader in HARNESS_READERS
     }
 
 
-def _majority(rows: Rows, k: int, grader: GraderName) -> float:
-    votes = [vote(row["answer"], grader=grader) for row in rows]
+def _majority(rows: Rows, k: int, reader: NumberReader | None) -> float:
+    votes = [vote(row["answer"], reader=reader) for row in rows]
     return statistics.majority_at_k(votes, [row["correct"] for row in rows], k)
 
 

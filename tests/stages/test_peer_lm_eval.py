@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 from kdpipe.data.graders.number import grade_number, parse_number
+from tests.data.nasty_answers import OF_18
 from tests.peer import peer_python
 
 if TYPE_CHECKING:
@@ -189,6 +190,12 @@ def test_nasty_texts_are_read_as_the_harness_reads_them(tmp_path: Path) -> None:
             "18,",
             "#### ,18",
         }
+
+
+def test_the_table_of_nasty_answers_says_what_the_harness_says(tmp_path: Path) -> None:
+    for both in compare([Case(text, "18") for texts in OF_18.values() for text in texts], tmp_path).values():
+        assert_same_answers(both)
+        assert_differ_only_by_writing([each for each in both if each.we != each.they])
 
 
 def test_where_accuracies_differ_it_is_one_number_in_two_writings(tmp_path: Path) -> None:

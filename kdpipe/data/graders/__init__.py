@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from kdpipe.data.graders.number import grade_number, parse_number
+from kdpipe.data.graders.number import grade_number, number_of
 from kdpipe.data.rows import Graded
 from kdpipe.recipe.task import GraderName, NumberReader
 
@@ -19,6 +19,6 @@ def grade(text: str, expected: str | None, *, grader: GraderName, reader: Number
     return grade_number(text, expected, reader=reader)
 
 
-def vote(answer: str | None, *, grader: GraderName) -> Hashable | None:
+def vote(answer: str | None, *, reader: NumberReader | None) -> Hashable | None:
     """What an answer votes for where samples are counted: equal votes are one answer, None is no vote."""
-    return None if answer is None else parse_number(answer) if grader == "number" else answer
+    return answer if answer is None or reader is None else number_of(answer, reader=reader)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
+from kdpipe.data.graders.robust import robust_answer, robust_value
 from kdpipe.data.rows import Graded
 from kdpipe.recipe.task import NumberReader
 
@@ -27,17 +28,28 @@ def grade_number(text: str, expected: str | None, *, reader: NumberReader) -> Gr
     `expected` is not a number: the task readers let no such problem through.
     """
     strict, flexible = strict_answer(text), flexible_answer(text)
-    answer = {"strict": strict, "flexible": flexible}[reader]
-    correct = is_number(answer, expected)
+    match reader:
+        case "strict":
+            answer = strict
+        case "flexible":
+            answer = flexible
+        case "robust":
+            answer = robust_answer(text)
+    correct = is_number(answer, expected, reader=reader)
     return Graded(answer, correct, float(correct), strict, flexible)
 
 
-def is_number(answer: str | None, expected: str | None) -> bool:
-    """Whether an answer is the number `expected`; raises ValueError when that is none."""
+def is_number(answer: str | None, expected: str | None, *, reader: NumberReader) -> bool:
+    """Whether a reader's answer is the number `expected`; raises ValueError when that is none."""
     wanted = None if expected is None else parse_number(expected)
     if wanted is None:
         raise ValueError(f"the reference answer is {expected!r}, expected a number")
-    return answer is not None and parse_number(answer) == wanted
+    return answer is not None and number_of(answer, reader=reader) == wanted
+
+
+def number_of(answer: str, *, reader: NumberReader) -> Decimal | None:
+    """The number that a reader takes its answer for; None if it is none."""
+    return robust_value(answer) if reader == "robust" else parse_number(answer)
 
 
 def strict_answer(text: str) -> str | None:
