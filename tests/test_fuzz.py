@@ -222,7 +222,7 @@ def test_any_data_row_is_read_or_refused(
         (tmp_path / f"{name}.jsonl").write_bytes(b"\n".join(rows))
     question, answer, identity = names
     with contextlib.suppress(DataError):
-        gsm8k.read_problems(Gsm8kTask(kind="gsm8k", data="."), tmp_path, None)
+        gsm8k.read_problems(Gsm8kTask(kind="gsm8k", data="."), tmp_path, None, str)
     task = JsonlTask(
         kind="jsonl",
         train="train.jsonl",
@@ -232,7 +232,7 @@ def test_any_data_row_is_read_or_refused(
         id_field=None if identity == "none" else identity,
     )
     with contextlib.suppress(DataError):
-        train, _ = jsonl.read_problems(task, tmp_path, None)
+        train, _ = jsonl.read_problems(task, tmp_path, None, str)
         for problem in train:
             problem.question.encode()
             json.dumps({**problem.fields, "id": problem.prompt_id}, allow_nan=False)
