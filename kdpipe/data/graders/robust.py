@@ -68,7 +68,7 @@ _SEPARATORS = re.compile(rf"[{_SPACES}_',]")
 
 
 def robust_answer(text: str) -> str | None:
-    """What is read as the number of the answer, minus signs and digits as ASCII has them; None without any."""
+    """What is read as the number of the answer, signs and digits as ASCII has them; None without any."""
     if (thought := _THOUGHT.match(text)) is not None:
         text = text[thought.end() :]
     text = _THINKING.split(text, maxsplit=1)[0]
@@ -125,7 +125,7 @@ def _marked_number(plain: str) -> re.Match[str] | None:
 
 
 def _plain(text: str) -> str:
-    """The text in plain characters, without what is said not to be the answer: `18 (2 dozen minus 6)`, `18, not 17`."""
+    """The text in plain characters, less what is not the answer: `18 (2 dozen minus 6)`, `18, not 17`."""
 
     def remark(match: re.Match[str]) -> str:
         before = match.string[max(0, match.start() - 40) : match.start()]
