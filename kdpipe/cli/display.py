@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, astuple
 from typing import TYPE_CHECKING
 
+from kdpipe.cli.round_line import round_line
 from kdpipe.cli.terminal import PLAIN_SECONDS, Paint, aligned, counted, is_terminal, painter, print_event
 from kdpipe.method.interval import Interval
-from kdpipe.pipeline.headline import Headline, headline_of
+from kdpipe.pipeline.headline import Headline
 from kdpipe.pipeline.progress import Pace, duration, pace_words
 from kdpipe.pipeline.request import Noted, Performed, StepEvent, Waiting, Warned
 from kdpipe.pipeline.runs import RunFolder
 from kdpipe.results.evaluations import Evaluation
 from kdpipe.results.visible_text import visible
-from kdpipe.store.stage import Stage
 from kdpipe.store.step import Step
 from kdpipe.workers.pulse import Progressed
 
@@ -141,21 +141,6 @@ class JsonLines:
 
     def stop(self) -> None:
         """Nothing."""
-
-
-def round_line(number: int, rounds: int, metrics: dict[str, float]) -> str:
-    """One round in one line of at most 80 columns: reverse KL, reward, and the headline when it was due."""
-    pieces = [f"round {number:>{len(str(rounds))}}/{rounds}"]
-    measured = (("score/reverse_kl_nats", "reverse KL", "6.3f"), ("rollout/reward_mean", "reward", "5.3f"))
-    pieces += [f"{label} {metrics[name]:{spec}}" for name, label, spec in measured if name in metrics]
-    stage = f"{Stage.EVALUATE}/"
-    summary = {name.removeprefix(stage): value for name, value in metrics.items() if name.startswith(stage)}
-    measure = headline_of(summary)
-    if (estimate := measure.estimate(summary)) is not None:
-        pieces.append(f"{measure.brief} {measure.show(estimate):>6}")
-    seconds = sum(value for name, value in metrics.items() if name.startswith("time/"))
-    pieces.append(duration(seconds))
-    return "  ".join(pieces)
 
 
 def outcome_lines(evaluations: Sequence[Evaluation], paint: Paint) -> list[str]:

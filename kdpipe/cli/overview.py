@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from kdpipe.cli.display import round_line
+from kdpipe.cli.round_line import round_line
 from kdpipe.cli.terminal import COLUMNS, Paint, Style
 from kdpipe.pipeline.headroom import headrooms
 from kdpipe.pipeline.progress import Progress, duration, pace_words, read_progress

@@ -103,10 +103,9 @@ def _origin(model: Mapping[str, Any]) -> str:
 
 def _params(recipe: JsonValue, memory: Memory) -> Item:
     def send(run: MlflowRun) -> None:
-        memory.refused = run.log_params(params)
+        memory.refused = run.log_params(dict(flatten(recipe)))
 
-    params = dict(flatten(recipe))
-    return Item(PARAMS, digest_of({**params}), send)
+    return Item(PARAMS, digest_of(recipe), send)
 
 
 def _findings(recipe: Recipe, steps: Sequence[DoneStep]) -> Iterator[Item]:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from kdpipe.cli import terminal
 from kdpipe.cli.before import plan_lines
-from kdpipe.cli.display import JsonLines, Terminal, change_lines, outcome_lines, round_line
+from kdpipe.cli.display import JsonLines, Terminal, change_lines, outcome_lines
+from kdpipe.cli.round_line import round_line
 from kdpipe.cli.terminal import painter
 from kdpipe.pipeline.request import Performed, Waiting, Warned
 from kdpipe.pipeline.runs import RunFolder
