@@ -6,6 +6,7 @@ Everything is real (hf engine, training, store) but small: about 10,000 paramete
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -132,6 +133,20 @@ class Watcher:
 
     def round_ends(self, number: int, rounds: int, metrics: dict[str, float]) -> None:
         self.rounds.append(number)
+
+
+class NearServer:
+    """A worker that serves in this process what it is started for."""
+
+    def __init__(self, target: str, talk: Any, **_settings: Any) -> None:
+        module, _, name = target.partition(":")
+        self._server = getattr(importlib.import_module(module), name)()
+        self._talk = talk
+
+    def call(self, request: Any) -> Any:
+        return answered(self._talk, self._server(asked(self._talk, request), Report(lambda _event: None)))
+
+    def stop(self) -> None: ...
 
 
 class SilentMirror:

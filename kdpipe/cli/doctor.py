@@ -253,8 +253,9 @@ def _limited(measure: "Measure") -> str:
     """A number with its limit and how the two compare."""
     if not math.isfinite(measure.value):
         return f"{measure.name} not finite"
-    value = _shown_number(measure, ".3g" if measure.limit > 1 else ".2g")
-    return f"{measure.name} {value} {'>' if measure.value > measure.limit else '<='} {measure.limit:.2g}"
+    spec = "g" if measure.limit >= 10 else ".2g"
+    sign = ">" if measure.value > measure.limit else "<="
+    return f"{measure.name} {_shown_number(measure, spec)} {sign} {measure.limit:{spec}}"
 
 
 def _shown_number(measure: "Measure", spec: str) -> str:

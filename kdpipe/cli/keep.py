@@ -1,7 +1,8 @@
 """Commands on artifacts: export a student, verify, remove what no run uses."""
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,9 +17,15 @@ from kdpipe.cli.parameters import (
     path_named,
     workspace_at,
 )
-from kdpipe.cli.terminal import print_result, say, shown
+from kdpipe.cli.terminal import indented, print_result, say, shown
 from kdpipe.cli.trust import TrustOption, require_trust
 from kdpipe.errors import ArtifactError, RecipeError
+
+if TYPE_CHECKING:
+    from kdpipe.models.export_request import WrittenWeights
+
+SHARE_LOST = 0.05
+"""Share of what training moved a student, from which on a wider dtype is advised."""
 
 
 @on_recipe
@@ -29,11 +36,19 @@ def export(
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Only the LoRA adapter, as peft loads it, not merged.")
     ] = False,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option("--dtype", help="Numbers of the weights; the student's own if left out."),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Compare weights written anew with those trained.")
+    ] = True,
     trust: TrustOption = False,
 ) -> None:
     """Write the student as a Hugging Face folder.
 
-    transformers and vLLM load it.
+    transformers and vLLM load it. Where weights are written anew (an adapter merged, another dtype), the KL divergence
+    from what was trained is measured on completions of the run.
 
     Example: kdpipe export recipes/quickstart.yaml my-student
     """
@@ -41,8 +56,37 @@ def export(
 
     project = given.open()
     require_trust(project.loaded, given.place, trusts=trust)
-    number, folder = export_student(project, folder_at(target), round_number=round_number, adapter=adapter)
-    given.show({"round": number, "folder": str(folder)}, f"{shown(folder)}: student {number}")
+    done = export_student(
+        project,
+        folder_at(target),
+        round_number=round_number,
+        adapter=adapter,
+        dtype=dtype,
+        measure=measure,
+    )
+    written = done.written and asdict(done.written)
+    lines = [f"{shown(done.folder)}: student {done.round}", *_rounded_lines(done.written)]
+    given.show({"round": done.round, "folder": str(done.folder), "written": written}, "\n".join(lines))
+
+
+def _rounded_lines(written: "WrittenWeights | None") -> list[str]:
+    """How far the weights that were written are from those that were trained."""
+    if written is None:
+        return []
+    found = written.distance
+    if found is None:
+        return [f"  {written.dtype}; not compared with what was trained"]
+    said = (
+        f"{written.dtype}: KL from what was trained {found.written:.2g} nats a token, back {found.back:.2g}, on "
+        f"{found.tokens} sampled tokens"
+    )
+    if found.start:
+        share = found.written / found.start
+        said += f"; that is {share:.2g} of the {found.start:.2g} nats that training moved it"
+    lines = indented(said, "  ")
+    if found.start and found.written > SHARE_LOST * found.start and written.dtype != "float32":
+        lines += indented("--dtype float32 keeps what was learned, as --adapter does of an adapter", "  ")
+    return lines
 
 
 @on_recipe

@@ -23,12 +23,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from kdpipe.errors import ModelError, as_os_error
 from kdpipe.models.adapters import CONFIG_FILE as ADAPTER_CONFIG
-from kdpipe.models.adapters import Reach, is_adapted, merge_adapter, reach, target_names, write_adapter
+from kdpipe.models.adapters import Reach, is_adapted, reach, target_names, write_adapter
 from kdpipe.models.config import context_of, open_config, scale_and_cap
-from kdpipe.models.devices import dtype_name, resolve_dtype
+from kdpipe.models.devices import dtype_name
 from kdpipe.models.logprobs import Head, body_of, head_logits, head_of
 from kdpipe.models.model_folder import require_own_files, tensors_of, unfit
-from kdpipe.models.source import ModelSource
 from kdpipe.recipe.models import Lora, Scratch
 
 if TYPE_CHECKING:
@@ -222,19 +221,6 @@ def _cast(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, 
             cast[place] = weight.to(dtype)
         found[name] = cast.get(place, weight)
     return found
-
-
-def write_merged(
-    source: ModelSource, tokenizer: PreTrainedTokenizerBase, folder: Path, *, device: torch.device
-) -> None:
-    """Writes a model with its adapter added in float32, then cast to the dtype of `source` on `device`."""
-    assert source.adapter is not None
-    trust = source.trust_remote_code
-    model = open_model(
-        source.folder, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=trust
-    )
-    merge_adapter(model, source.adapter.folder)
-    write_model(model, tokenizer, folder, dtype=resolve_dtype(source.dtype, device)[0])
 
 
 def reach_of(folder: Path, lora: Lora, *, trust_remote_code: bool = False) -> Reach:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdpipe.data.payload import ROLLOUTS_FILE
 from kdpipe.errors import ArtifactError, RecipeError
+from kdpipe.models.export_request import WEIGHTS, WriteWeights, WrittenWeights
 from kdpipe.pipeline.identities import Sources
 from kdpipe.pipeline.project import Project
 from kdpipe.pipeline.runs import all_runs
 from kdpipe.recipe.roles import STUDENT
+from kdpipe.recipe.section import DtypeName
 from kdpipe.store.artifacts import MANIFEST, Entry, Store, read_document
 from kdpipe.store.durable import TEMPORARY, files_below
 from kdpipe.store.locks import LOCK, is_running, locked
@@ -21,6 +25,7 @@ from kdpipe.store.manifest import Manifest
 from kdpipe.store.stage import Stage
 from kdpipe.store.step import Step
 from kdpipe.store.target import is_vacant, write_folder
+from kdpipe.workers.worker import Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +108,30 @@ def collect(workspace: Path) -> list[Garbage]:
     return found
 
 
-def export(
-    project: Project, target: Path, *, round_number: int | None, adapter: bool = False
-) -> tuple[int, Path]:
-    """The round and folder of the student written to `target`: of a round, or the last trained one.
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A student that was exported; without `written` its files are those of the run, byte for byte."""
 
-    A student with a LoRA adapter is merged with the model below, unless `adapter` asks for the adapter alone. Every
-    file is checked against its sha256. Raises RecipeError when there is no such student or the target is
-    not empty.
+    round: int
+    folder: Path
+    written: WrittenWeights | None
+
+
+def export(
+    project: Project,
+    target: Path,
+    *,
+    round_number: int | None,
+    adapter: bool = False,
+    dtype: DtypeName | None = None,
+    measure: bool = True,
+) -> Exported:
+    """The student written to `target`: of a round, or the last trained one.
+
+    A student with a LoRA adapter is merged with the model below, unless `adapter` asks for the adapter alone. `dtype`
+    is that of the weights, else the student's own. With `measure`, weights that are written anew are compared with
+    those that were trained. Every file is checked against its sha256. Raises RecipeError when there is no such student
+    or the target is not empty.
     """
     if not is_vacant(target):
         raise RecipeError(
@@ -120,16 +141,20 @@ def export(
         raise RecipeError(
             "--adapter: the student has none, all its weights are trained", hint="leave --adapter out"
         )
+    if adapter and dtype not in (None, "float32"):
+        raise RecipeError(f"--dtype {dtype}: an adapter is float32", hint="leave --adapter out, or --dtype")
     number, folder = _student_folder(project, round_number)
     if adapter and number == 0:
         raise RecipeError(
             "--adapter: student 0 has none, the adapter begins in round 1", hint=f"kdpipe run {project.named}"
         )
     is_merged = number > 0 and project.recipe.student.lora is not None and not adapter
+    is_cast = dtype is not None and not adapter and dtype != _dtype_of(folder)
+    done: list[WrittenWeights] = []
 
     def write(draft: Path) -> None:
-        if is_merged:
-            _merge(project, folder, draft)
+        if is_merged or is_cast:
+            done.append(_write(project, number, folder, draft, dtype=dtype, measure=measure))
             return
         for file in files_below(folder):
             place = draft / file.relative_to(folder)
@@ -137,23 +162,59 @@ def export(
             shutil.copyfile(file, place)
 
     write_folder(target, write)
-    return number, target
+    return Exported(number, target, done[0] if done else None)
 
 
-def _merge(project: Project, adapter: Path, target: Path) -> None:
-    """Writes student 0 with the adapter in a folder added to its weights."""
-    from kdpipe.models.devices import resolve_device
-    from kdpipe.models.folder import write_merged
-    from kdpipe.models.source import AdapterSource, ModelSource
-    from kdpipe.models.tokenizer import open_tokenizer
+def _dtype_of(folder: Path) -> str | None:
+    """The dtype of the weights in a folder, as its config.json has it; None where it is an adapter's."""
+    path = folder / "config.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found.get("dtype", found.get("torch_dtype"))
 
-    student = project.recipe.student
-    _, base = _student_folder(project, 0)
-    source = ModelSource(
-        base, "", student.dtype, student.trust_remote_code, adapter=AdapterSource(adapter, "")
+
+def _write(
+    project: Project, number: int, folder: Path, target: Path, *, dtype: DtypeName | None, measure: bool
+) -> WrittenWeights:
+    """Writes the student in `folder`, merged with student 0 where it is an adapter.
+
+    A worker does it: torch is not for this process.
+    """
+    student, runtime = project.recipe.student, project.recipe.runtime
+    has_adapter = number > 0 and student.lora is not None
+    start = None
+    if number > 0:
+        with contextlib.suppress(RecipeError):  # it may be dropped since
+            start = _student_folder(project, 0)[1]
+    assert start is not None or not has_adapter
+    request = WriteWeights(
+        folder=start if has_adapter and start else folder,
+        adapter=folder if has_adapter else None,
+        start=start,
+        target=target,
+        dtype=dtype or student.dtype,
+        device=runtime.device,
+        trust_remote_code=student.trust_remote_code,
+        rollouts=_rollouts(project, number) if measure else None,
     )
-    tokenizer = open_tokenizer(base, trust_remote_code=student.trust_remote_code)
-    write_merged(source, tokenizer, target, device=resolve_device(project.recipe.runtime.device))
+    threads = {} if runtime.threads is None else {"OMP_NUM_THREADS": str(runtime.threads)}
+    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **threads}
+    log = project.workspace / "logs" / "export.log"
+    worker = Worker("kdpipe.models.export:ExportServer", WEIGHTS, log=log, environment=environment)
+    try:
+        found = worker.call(request)
+    finally:
+        worker.stop()
+    assert found is not None
+    return found
+
+
+def _rollouts(project: Project, number: int) -> Path | None:
+    """The file of what the student sampled in this round, or the nearest before; None where none is there."""
+    for step in reversed(project.plan.steps):
+        is_student = step.stage == Stage.ROLLOUT and not step.subject
+        if is_student and step.round <= max(number, 1) and project.store.entry(step).manifest():
+            return project.store.entry(step).opened(ROLLOUTS_FILE) / ROLLOUTS_FILE
+    return None
 
 
 def _student_folder(project: Project, round_number: int | None) -> tuple[int, Path]:

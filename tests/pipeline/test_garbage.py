@@ -199,6 +199,6 @@ def test_a_student_after_its_cold_start_alone_is_exported_only_by_its_round(
         export(project, tmp_path / "exported", round_number=None)
     assert "--round 0" in caught.value.hint
     assert not (tmp_path / "exported").exists()
-    number, folder = export(project, tmp_path / "exported", round_number=0)
-    assert number == 0
-    assert (folder / "model.safetensors").is_file()
+    done = export(project, tmp_path / "exported", round_number=0)
+    assert done.round == 0
+    assert (done.folder / "model.safetensors").is_file()

@@ -21,12 +21,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 import kdpipe.models.cache
+import kdpipe.pipeline.housekeeping
 import kdpipe.pipeline.requirements
 from kdpipe.data.tasks.arithmetic import words
 from kdpipe.engines.hf.decoding import is_llama_like
 from kdpipe.engines.hf.engine import HfEngine
 from kdpipe.engines.protocol import SampleRequest, Sampling
-from kdpipe.errors import ArtifactError, Interrupted, ModelError, StepError
+from kdpipe.errors import ArtifactError, Interrupted, ModelError, RecipeError, StepError
 from kdpipe.models.adapters import (
     LEAST_OF_ALL,
     Reach,
@@ -52,7 +53,7 @@ from kdpipe.training.local import LocalTrainer
 from kdpipe.training.optimizer import read_trainer
 from kdpipe.training.protocol import Trainer
 from tests.tiny_models import COMMON, CONFIGS, FAST, FLOAT32_NATS, ROWS, tiny_model, tiny_tokenizer
-from tests.worlds import NearWorker, Watcher, load_tiny, payload_digests, run_near
+from tests.worlds import NearServer, NearWorker, Watcher, load_tiny, payload_digests, run_near
 
 CPU = torch.device("cpu")
 LORA = Lora(rank=3, alpha=6)
@@ -202,8 +203,8 @@ def test_an_adapter_on_a_named_model_is_the_one_on_a_model_that_a_step_made(
     expected = payload_digests(finished.workspace)
     del expected["sft:student@0"]
     assert payload_digests(tmp_path / "out") == expected
-    assert digests(export(project, tmp_path / "named", round_number=2)[1]) == digests(
-        export(finished, tmp_path / "made", round_number=2)[1]
+    assert digests(export(project, tmp_path / "named", round_number=2).folder) == digests(
+        export(finished, tmp_path / "made", round_number=2).folder
     )
     # Nor does the model's size count for free space, once an adapter is there to judge by.
     room = 5 * (entry(project, "train@2") / "model" / "adapter_model.safetensors").stat().st_size
@@ -329,14 +330,66 @@ def test_other_teachers_do_not_drop_the_network_that_is_trained(
 # -------------------------------------------------------------------------------------------- export
 
 
+@pytest.fixture(autouse=True)
+def export_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are written in this process."""
+    monkeypatch.setattr(kdpipe.pipeline.housekeeping, "Worker", NearServer)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_an_export_is_measured_against_what_was_trained(
+    finished: Project, tmp_path: Path, dtype: Any
+) -> None:
+    """By distributions of peft's own model and of transformers' reading of the export."""
+    done = export(finished, tmp_path / "merged", round_number=None, dtype=dtype)
+    assert done.written is not None
+    assert done.written.distance is not None
+    base = entry(finished, "sft:student@0") / "model"
+    below = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    moved = PeftModel.from_pretrained(student_0(finished), entry(finished, "train@2") / "model")
+    exported = AutoModelForCausalLM.from_pretrained(done.folder, dtype=torch.float64)
+    kls: dict[str, list[torch.Tensor]] = {"written": [], "back": [], "start": []}
+    firsts = {row["prompt_id"]: row for row in rows(entry(finished, "rollout@2") / "rollouts.parquet")}
+    for row in firsts.values():
+        prompt, completion = row["prompt_token_ids"], row["completion_token_ids"]
+        with torch.no_grad():
+            p, q, s = (
+                model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+                for model in (moved, exported, below)
+            )
+        for name, one, other in (("written", p, q), ("back", q, p), ("start", p, s)):
+            kls[name].append((one.exp() * (one - other)).sum(-1))
+    found = done.written.distance
+    assert found.tokens == len(torch.cat(kls["start"]))
+    for name, values in kls.items():
+        expected = float(torch.cat(values).mean())
+        assert getattr(found, name) == pytest.approx(expected, rel=1e-3, abs=1e-9), name
+    assert found.start is not None
+    assert found.start > 1e-4
+    assert (found.written > 1e-9) == (dtype == "bfloat16")
+    kept = load_file(done.folder / "model.safetensors")
+    assert {weight.dtype for weight in kept.values()} == {getattr(torch, dtype or "float32")}
+
+
+def test_an_export_that_changes_no_weight_is_the_files_themselves(finished: Project, tmp_path: Path) -> None:
+    done = export(finished, tmp_path / "first", round_number=0, dtype="float32")
+    assert done.written is None
+    done = export(finished, tmp_path / "narrow", round_number=0, dtype="float16", measure=False)
+    assert done.written is not None
+    assert (done.written.dtype, done.written.distance) == ("float16", None)
+    with pytest.raises(RecipeError, match="an adapter is float32"):
+        export(finished, tmp_path / "adapter", round_number=2, adapter=True, dtype="bfloat16")
+
+
 def test_a_merged_export_is_a_plain_model_equal_to_the_adapter_on_its_base(
     finished: Project, tmp_path: Path
 ) -> None:
-    number, folder = export(finished, tmp_path / "merged", round_number=None)
-    assert number == 2
+    done = export(finished, tmp_path / "merged", round_number=None)
+    folder = done.folder
+    assert done.round == 2
     assert not [path for path in folder.iterdir() if "adapter" in path.name]
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    _, adapter = export(finished, tmp_path / "adapter", round_number=2, adapter=True)
+    adapter = export(finished, tmp_path / "adapter", round_number=2, adapter=True).folder
     base = AutoModelForCausalLM.from_pretrained(
         entry(finished, "sft:student@0") / "model", dtype=torch.float32
     )
@@ -355,7 +408,7 @@ def test_a_merged_export_is_a_plain_model_equal_to_the_adapter_on_its_base(
 
 
 def test_an_exported_student_0_is_the_model_below(finished: Project, tmp_path: Path) -> None:
-    _, folder = export(finished, tmp_path / "first", round_number=0)
+    folder = export(finished, tmp_path / "first", round_number=0).folder
     original = entry(finished, "sft:student@0") / "model"
     assert digests(folder) == digests(original)
 
