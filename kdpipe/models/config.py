@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
 
-from kdpipe.models.model_folder import unfit
+from kdpipe.models.model_folder import tensors_of, unfit
 
+TEXT_KEYS = {
+    r"^language_model\.lm_head": "lm_head",
+    r"^language_model\.model": "model",
+    r"^model\.language_model": "model",
+}
+"""How files of a model that sees or hears name what its text model alone has, as transformers' `key_mapping`."""
+_OF_THE_TEXT = re.compile(r"(model\.)?language_model\.|lm_head\.")
+# What the config of the whole says of its text model.
+_OF_THE_WHOLE = "quantization_config", "eos_token_id", "bos_token_id", "pad_token_id"
 _CONTEXTS = "max_position_embeddings", "n_positions", "max_seq_len"
 _CAPS = "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"
 _MULTIPLIED = ("hyperclovax",)
@@ -15,11 +26,38 @@ _MULTIPLIED = ("hyperclovax",)
 
 
 def open_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
-    """The config of the model in a folder; raises ModelError when it is not of one."""
+    """The config of the model in a folder, of one that sees or hears that of the text model in it.
+
+    Raises ModelError when it is not of a model.
+    """
     with unfit(f"{folder}: its config.json is not of a causal language model"):
-        return AutoConfig.from_pretrained(
+        whole = AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code
         )
+        text = getattr(whole, "text_config", None)
+        if not isinstance(text, PretrainedConfig):
+            return whole
+        for name in _OF_THE_WHOLE:
+            if (value := getattr(whole, name, None)) is not None:
+                setattr(text, name, value)
+        if not any("lm_head." in name for name in tensors_of(folder)):
+            text.tie_word_embeddings = True
+        return text
+
+
+def left_out(folder: Path) -> tuple[str, list[str]]:
+    """The class of a model that is more than its text model, and its weights beside that; "" if it is not."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(settings, dict) or not isinstance(settings.get("text_config"), dict):
+        return "", []
+    kind = next(iter(settings.get("architectures") or []), settings.get("model_type"))
+    return str(kind), sorted(name for name in tensors_of(folder) if not _OF_THE_TEXT.match(name))
+
+
+def rows_of(config: PretrainedConfig) -> int | None:
+    """How many ids the model has rows for."""
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    return rows if isinstance(rows, int) else None
 
 
 def context_of(config: PretrainedConfig) -> int | None:

@@ -24,9 +24,9 @@ from transformers.utils.logging import disable_progress_bar
 from kdpipe.errors import ModelError, as_os_error
 from kdpipe.models.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from kdpipe.models.adapters import Reach, is_adapted, reach, target_names, write_adapter
-from kdpipe.models.config import context_of, open_config, scale_and_cap
+from kdpipe.models.config import TEXT_KEYS, context_of, left_out, open_config, scale_and_cap
 from kdpipe.models.devices import dtype_name
-from kdpipe.models.logprobs import Head, body_of, head_logits, head_of
+from kdpipe.models.logprobs import Head, body_of, head_logits, head_of, head_to
 from kdpipe.models.model_folder import require_own_files, tensors_of, unfit
 from kdpipe.recipe.models import Lora, Scratch
 
@@ -59,23 +59,17 @@ def open_model(
     """
     _require_weights(folder)
     _require_known_numbers(folder)
-    hint = "give a folder that AutoModelForCausalLM.from_pretrained opens"
-    with unfit(f"{folder}: cannot be opened as a causal language model", hint=hint):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+    model, info = load_text_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
             f"{folder}: {len(missing)} weights of the model are not in its files, the first is {missing[0]}",
             hint="the folder holds another architecture, an adapter, or an incomplete copy",
         )
-    if unexpected := sorted(name for name in info["unexpected_keys"] if not _NO_WEIGHTS.search(name)):
+    others = set(left_out(folder)[1])
+    if unexpected := sorted(
+        name for name in info["unexpected_keys"] if name not in others and not _NO_WEIGHTS.search(name)
+    ):
         raise ModelError(
             f"{folder}: {len(unexpected)} weights in its files are none of {type(model).__name__} as its config.json "
             f"has it, the first is {unexpected[0][:100]}: without them it would be another model",
@@ -88,12 +82,36 @@ def open_model(
     return model
 
 
+def load_text_model(
+    folder: Path, *, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model in a folder as transformers loads it, and what it says of that; its text model alone."""
+    hint = "give a folder that AutoModelForCausalLM.from_pretrained opens"
+    config, is_part = open_config(folder, trust_remote_code=trust_remote_code), bool(left_out(folder)[0])
+    with unfit(f"{folder}: cannot be opened as a causal language model", hint=hint):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            key_mapping=TEXT_KEYS if is_part else None,
+        )
+    if is_part:
+        model._weight_conversions = None  # it is written under the names of a text model, not as it was read
+    return model, info
+
+
 def read_head(
     folder: Path, *, num_ids: int, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> Head:
-    """The output head of the model in a folder, for `num_ids` ids in use: its rows are all that is read.
+    """The output head of the model in a folder, for `num_ids` ids in use.
 
-    Raises ModelError when the folder is not a model, or its files do not hold the head by its name.
+    Its rows are all that is read where they go by their own name or that of the input embeddings that they are
+    tied to. Some are found by transformers alone (Pythia's `embed_out`), or stand there quantized: these are taken
+    from the opened model.
     """
     _require_weights(folder)
     model = skeleton(folder, trust_remote_code=trust_remote_code)
@@ -101,24 +119,47 @@ def read_head(
     found = {}
     for key, wanted in (("weight", layer.weight), ("bias", layer.bias)):
         if wanted is not None:
-            # A tied head goes by the name of the input embeddings too, and files hold one of the two.
-            named = model.named_parameters(remove_duplicate=False)
-            names = [name for name, tensor in named if tensor is wanted]
-            found[key] = _read_rows_of(folder, names, num_ids).to(device, dtype).clone()
-    return Head(found["weight"], found.get("bias"), *scale_and_cap(model.config))
+            rows = _read_rows_of(folder, _names_in_files(model, layer, wanted, key), num_ids)
+            if rows is None:
+                cpu = torch.device("cpu")
+                opened = open_model(folder, dtype=dtype, device=cpu, trust_remote_code=trust_remote_code)
+                return head_to(head_of(opened, num_ids=num_ids), dtype=dtype, device=device)
+            found[key] = rows
+    head = Head(found["weight"], found.get("bias"), *scale_and_cap(model.config))
+    return head_to(head, dtype=dtype, device=device)
 
 
-def _read_rows_of(folder: Path, names: list[str], count: int) -> torch.Tensor:
-    """The first rows of the tensor that goes by one of `names` in the folder's safetensors files."""
+def _names_in_files(
+    model: PreTrainedModel, layer: torch.nn.Module, wanted: torch.Tensor, key: str
+) -> list[str]:
+    """What files may call a weight of the output head: its own names first, as transformers takes it."""
+    own = next(name for name, module in model.named_modules() if module is layer)
+    named = [name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor is wanted]
+    names = sorted(named, key=lambda name: name != f"{own}.{key}")
+    forms = ("{0}", "language_model.{0}", "model.language_model.{1}", "{2}")
+    bare = model.base_model_prefix + "."
+    return [
+        form.format(name, name.removeprefix("model."), name.removeprefix(bare))
+        for name in names
+        for form in forms
+    ]
+
+
+def _read_rows_of(folder: Path, names: list[str], count: int) -> torch.Tensor | None:
+    """The first rows of the first tensor of `names` in a folder's safetensors files that is not quantized."""
+    tensors = tensors_of(folder)
+    name = next((name for name in names if name in tensors), None)
+    if name is None or tensors[name].dtype not in _FLOATS:
+        return None
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                for name in set(names) & set(file.keys()):
+                if name in file.keys():  # noqa: SIM118 (no mapping)
                     rows: torch.Tensor = file.get_slice(name)[:count]
                     return rows
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path}: cannot be read: {error}") from error
-    raise ModelError(f"{folder}: none of its *.safetensors holds {' or '.join(names)}, the output head")
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,13 @@ def head_of(model: PreTrainedModel, *, num_ids: int) -> Head:
     return Head(weight_VH[:num_ids], None if bias_V is None else bias_V[:num_ids], scale, cap)
 
 
+def head_to(head: Head, *, dtype: torch.dtype, device: torch.device) -> Head:
+    """A copy of the head, without a gradient."""
+    weight_VH = head.weight_VH.detach().to(device, dtype, copy=True)
+    bias_V = None if head.bias_V is None else head.bias_V.detach().to(device, dtype, copy=True)
+    return replace(head, weight_VH=weight_VH, bias_V=bias_V)
+
+
 def logits_of(products: torch.Tensor, head: Head) -> torch.Tensor:
     """Logits, float32 or float64, of what the head's rows and biases make of hidden states."""
     logits = products if products.dtype == torch.float64 else products.float()

@@ -39,6 +39,8 @@ _SIZES = re.compile(
     r"|(num|n)_(\w+_)?(heads?|experts)"
 )
 _POSITIONS = re.compile(r"n_positions|n_ctx|max_position_embeddings")
+_OF_A_TOWER = re.compile(r"(^|\.)(vision|visual|audio|image)")
+"""Weights of what sees or hears: its positions are no tokens."""
 _NEEDED = re.compile(r"num_hidden_layers|n_layer|hidden_size|n_embd|vocab_size|num_attention_heads|n_head")
 """Sizes without which there is no model; others may be 0."""
 _UNBOUNDED = 10_000, 1 << 24, 1 << 31  # layers, sizes, and positions, where no weights tell
@@ -129,7 +131,9 @@ def _require_sizes(path: Path, value: JsonValue, tensors: Mapping[str, Tensor]) 
         longest = {name: max(tensor.shape, default=1) for name, tensor in tensors.items()}
         bounds[_SIZES] = max(bounds[_LAYERS], _PACKED * max(longest.values()))
         learned = [
-            size for name, size in longest.items() if re.search(r"\bwpe\b|embed_positions|position_emb", name)
+            size
+            for name, size in longest.items()
+            if re.search(r"\bwpe\b|embed_positions|position_emb", name) and not _OF_A_TOWER.search(name)
         ]
         bounds[_POSITIONS] = max(learned, default=bounds[_POSITIONS])
     for name, found in _fields(value):

@@ -15,11 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoModelForCausalLM
 
 from kdpipe.models.adapters import merge_adapter, target_names
-from kdpipe.models.folder import skeleton
-from kdpipe.models.model_folder import unfit
+from kdpipe.models.folder import load_text_model, skeleton
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.models import Lora
 
@@ -57,7 +55,8 @@ def plain_logprobs(
 
 def open_plain(source: ModelSource, *, dtype: torch.dtype, device: torch.device) -> Any:
     """The model in a folder as transformers opens it, its adapter merged."""
-    model = _open(source.folder, dtype=dtype, trust_remote_code=source.trust_remote_code).to(device)
+    model: Any = load_text_model(source.folder, dtype=dtype, trust_remote_code=source.trust_remote_code)[0]
+    model.to(device)
     if source.adapter is not None:
         merge_adapter(model, source.adapter.folder)
     return model.eval()
@@ -117,7 +116,7 @@ def _rounding_otherwise(model: Any, error: float) -> Iterator[None]:
 
 def perturb(source: ModelSource, folder: Path, *, dtype: torch.dtype, share: float) -> None:
     """Writes a copy of the model with noise on each weight, the output head's too: `share` of its spread."""
-    model = _open(source.folder, dtype=dtype, trust_remote_code=source.trust_remote_code)
+    model, _ = load_text_model(source.folder, dtype=dtype, trust_remote_code=source.trust_remote_code)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
@@ -152,14 +151,3 @@ def adapter_parameters(folder: Path, lora: Lora) -> int:
     targets = target_names(model, lora)
     adapted = [module for name, module in model.named_modules() if name.rpartition(".")[2] in targets]
     return sum(lora.rank * (module.in_features + module.out_features) for module in adapted)
-
-
-def _open(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    with unfit(f"{folder}: transformers cannot open it"):
-        return AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-        )

@@ -95,7 +95,7 @@ OTHERS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a quantization that is no section": (
         lambda folder: configure(folder, quantization_config="fp8"),
-        "cannot be opened as a causal",
+        "is not of a causal",
     ),
     "NaN": (put(UP, (3, 4), float("nan")), "up_proj.weight holds NaN or infinite"),
     "infinity": (put("model.norm.weight", (0,), float("-inf")), "norm.weight holds NaN or infinite"),
