@@ -77,7 +77,7 @@ def _print_outcome(project: "Project", given: Given) -> None:
         lines.append(f"report     {shown(page)}")
     recipe = project.run.name if given.overrides else given.recipe
     lines += [
-        f"next       {given.command('samples', recipe, '--wrong')}",
+        f"next       {given.command('samples', recipe, '--wrong' if project.recipe.is_graded else '--worst')}",
         f"           {given.command('export', recipe, 'my-student')}",
         f"           {given.command('ui')}",
     ]

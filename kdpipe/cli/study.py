@@ -51,8 +51,10 @@ def compare(
     from kdpipe.results.comparison import comparison_json, read_contender
 
     changes = tuple(overrides or ())
-    folders = [Given(run, changes, workspace).run_folder() for run in dict.fromkeys(runs)]
-    rows = rows_of([read_contender(folder) for folder in folders])
+    folders = (Given(run, changes, workspace).run_folder() for run in runs)
+    rows = rows_of(
+        [read_contender(folder) for folder in {folder.path: folder for folder in folders}.values()]
+    )
     print_result(comparison_json(rows), table_text(rows, markdown=markdown), as_json=as_json)
 
 

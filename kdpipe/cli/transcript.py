@@ -51,10 +51,7 @@ def _sample_lines(sample: Sample, paint: Paint, *, coloured: bool) -> list[str]:
         lines += [paint(MARK, "dim") + line for line in _token_lines(completion.tokens, coloured=coloured)]
     else:
         lines += _wrapped(completion.text, paint(MARK, "dim"))
-    found = "no answer" if completion.answer is None else f"found {completion.answer}"
-    cut = ", cut at the length limit" if completion.is_truncated else ""
-    outcome = f"expected {completion.expected or '?'}, {found}{cut}"
-    lines += [paint(line, "dim") for line in indented(visible(outcome), "  ", "    ")]
+    lines += [paint(line, "dim") for line in indented(visible(_outcome(completion)), "  ", "    ")]
     if is_scored:
         lines += _disagreements(completion.tokens, paint)
     if completion.change is not None:
@@ -64,21 +61,36 @@ def _sample_lines(sample: Sample, paint: Paint, *, coloured: bool) -> list[str]:
     return lines
 
 
+def _outcome(completion: GradedCompletion) -> str:
+    """What was read in the text, and whether it was cut; empty where there is nothing to say."""
+    cut = "cut at the length limit" if completion.is_truncated else ""
+    if completion.is_right is None:
+        return cut
+    found = "no answer" if completion.answer is None else f"found {completion.answer}"
+    return f"expected {completion.expected or '?'}, {found}{cut and ', '}{cut}"
+
+
 def _heading(completion: GradedCompletion, paint: Paint) -> list[str]:
-    grade = paint("right", "green") if completion.is_right else paint("wrong", "red")
     which = "reference text" if completion.source == "reference" else f"sample {completion.sample}"
     which += " of the teacher" if completion.source == "teacher" else ""
-    return [f"{paint(f'{visible(completion.prompt_id)} {which}', 'bold')}: {grade}"]
+    return [
+        f"{paint(f'{visible(completion.prompt_id)} {which}', 'bold')}{_grade(completion.is_right, paint)}"
+    ]
+
+
+def _grade(is_right: bool | None, paint: Paint) -> str:
+    """The end of a heading that says whether an answer is right; empty where nothing is graded."""
+    return "" if is_right is None else f": {paint('right', 'green') if is_right else paint('wrong', 'red')}"
 
 
 def _change_lines(change: Change, paint: Paint) -> list[str]:
     lines = []
     for title, right, text in (
-        ("graded at first", change.was_right, change.before),
-        ("graded now", change.is_right, change.after),
+        ("at first", change.was_right, change.before),
+        ("now", change.is_right, change.after),
     ):
-        grade = paint("right", "green") if right else paint("wrong", "red")
-        lines += [f"  {title}: {grade}", *_wrapped(text, paint("  : ", "dim"))]
+        what = "answer" if right is None else "graded"
+        lines += [f"  {what} {title}{_grade(right, paint)}", *_wrapped(text, paint("  : ", "dim"))]
     return lines
 
 

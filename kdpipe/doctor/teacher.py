@@ -145,7 +145,7 @@ class ExaminedTeacher:
         recipe, references = self.case.recipe, self._references()
         if self.model.is_served and recipe.keep.teacher_top_k:
             self._scorer().scores(references, top_k=recipe.keep.teacher_top_k)
-        if self.model.is_served and (recipe.evaluate.teacher or recipe.has_teacher_text):
+        if self.model.is_served and (recipe.grades_teachers or recipe.has_teacher_text):
             draws = DrawSettings(1.0, 1.0, 0, NEW_TOKENS["servers"], recipe.rollout.stop)
             request = request_for(references[0][0], 1, self.case.job.seed, "doctor")
             self.model.sample([request], sampling_of(draws, self.handle.text), progress=lambda _: None)

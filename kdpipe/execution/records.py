@@ -19,7 +19,7 @@ def check_records(recipe: Recipe, train: Sequence[Problem], test: Sequence[Probl
     # Specialists read their own problems in a cold start, whatever is trained on later.
     asked = recipe.train.objective.has_kd or recipe.is_routed or recipe.has_teacher_text
     splits = {"train": train} if asked else {}
-    if section.teacher or section.reverse_kl_problems:
+    if recipe.grades_teachers or section.reverse_kl_problems:
         splits["test"] = test
     for split, problems in splits.items():
         if recipe.is_routed:

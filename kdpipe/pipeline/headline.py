@@ -14,7 +14,7 @@ class Headline:
     """A number of an evaluation with its interval, and how it is told.
 
     A summary has it by the first of `keys` that is there, followed by `suffix`. `beside` is shown with it where it is
-    the headline. `sign` is 1 where more is better, -1 where less is.
+    the headline. `sign` is 1 where more is better, -1 where less is. What is not above `least` may be rounding.
     """
 
     name: str
@@ -24,6 +24,7 @@ class Headline:
     suffix: str
     counted: str
     sign: Literal[1, -1]
+    least: float
     unit: str
     change_unit: str
     told: str
@@ -81,6 +82,7 @@ REVERSE_KL = Headline(
     suffix="_nats",
     counted="reverse_kl_problems",
     sign=-1,
+    least=1e-3,
     unit=" nats a token",
     change_unit="nats",
     told="The student is {} nats a token from the teacher.",
@@ -96,6 +98,7 @@ ACCURACY = Headline(
     suffix="",
     counted="problems",
     sign=1,
+    least=0.0,
     unit="",
     change_unit="points",
     told="The student answers {} of the held-out problems.",

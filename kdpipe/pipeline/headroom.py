@@ -14,8 +14,6 @@ from kdpipe.store.stage import Stage
 from kdpipe.store.step import step_id_of
 
 ITSELF = "the student itself"
-LEAST_NATS = 1e-3
-"""A held-out reverse KL up to this may be the rounding of two engines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +79,11 @@ class Distance:
     @property
     def stops(self) -> bool:
         """Whether there is nothing to learn."""
-        return self.exempt is None and self.reverse_kl_nats <= LEAST_NATS
+        return self.exempt is None and self.reverse_kl_nats <= REVERSE_KL.least
 
     @property
     def is_weak(self) -> bool:
-        return self.low <= LEAST_NATS
+        return self.low <= REVERSE_KL.least
 
     @property
     def fault(self) -> str:

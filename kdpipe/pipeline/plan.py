@@ -159,7 +159,7 @@ class _Planner:
             self._texts(0)
             self._sft(STUDENT, recipe.student, self._text_inputs(0))
         self._evaluate_student(0)
-        for teacher in recipe.teachers if recipe.evaluate.teacher else ():
+        for teacher in recipe.teachers if recipe.grades_teachers else ():
             self._evaluate_teacher(teacher)
         for number in range(1, recipe.rounds + 1):
             self._round(number)

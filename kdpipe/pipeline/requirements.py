@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -36,6 +36,15 @@ def key_uses(recipe: Recipe) -> list[str]:
         set_ = [name for name in os.environ if re.match("MLFLOW_TRACKING_(USERNAME|PASSWORD|TOKEN)$", name)]
         found += [f"MLflow: {name} goes to {_origin(uri)}" for name in set_]
     return found
+
+
+def left_out(recipe: Recipe) -> Iterator[str]:
+    """What the recipe asks for and is not done, a sentence each."""
+    if recipe.evaluate.teacher and not recipe.grades_teachers:
+        yield (
+            "evaluate.teacher: task.grader is none, so no teacher is graded; the headroom is the held-out reverse KL "
+            "before training, and whether a teacher knows the task cannot be told"
+        )
 
 
 def _origin(url: str) -> str:

@@ -15,7 +15,7 @@ from kdpipe.errors import ArtifactError, Interrupted, RecipeError
 from kdpipe.pipeline.identities import Sources
 from kdpipe.pipeline.project import Project, open_project, round_metrics
 from kdpipe.pipeline.request import PERFORMER
-from kdpipe.pipeline.requirements import key_uses, require, require_headroom
+from kdpipe.pipeline.requirements import key_uses, left_out, require, require_headroom
 from kdpipe.pipeline.retention import Retention
 from kdpipe.pipeline.schedule import Schedule, must_restore
 from kdpipe.pipeline.signals import signals
@@ -120,8 +120,8 @@ class _Run:
         self.display.begin(project.run, len(self.todo), len(self.steps) - len(self.todo))
         if self.todo:
             require(project.recipe, self.display.warn)
-            for use in key_uses(project.recipe):
-                self.display.note(use)
+            for told in (*key_uses(project.recipe), *left_out(project.recipe)):
+                self.display.note(told)
             self.worker.examine_servers(self.todo)
             self.mirror.nudge()
         is_gated = False

@@ -260,6 +260,17 @@ class Objective(Section):
         return self.kind != "kd" and self.rl_weight > 0
 
     @property
+    def reward_fields(self) -> list[str]:
+        """The fields that read a completion's reward, or whether it is right, and are not as they are by default."""
+        names = ("rl_weight", "mask", "reward_scaling", "reward_bias", "reward_clip")
+        found = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+        return [
+            *(["kind"] if self.kind != "kd" else []),
+            *found,
+            *(["truncated"] if self.truncated == "no_reward" else []),
+        ]
+
+    @property
     def off_policy_loss(self) -> Literal["kd", "cross_entropy"]:
         """The term of off-policy text: `off_policy_term`, and without one `kd` where that needs no ratio."""
         return self.off_policy_term or ("kd" if isinstance(self.kd, DistributionTerm) else "cross_entropy")

@@ -122,6 +122,16 @@ class Recipe(Section):
         return found | ({self.teacher_score.engine} if asked and not self.is_served else set())
 
     @property
+    def is_graded(self) -> bool:
+        """Whether answers are right or wrong, so that there is an accuracy and a reward."""
+        return self.task.grader != "none"
+
+    @property
+    def grades_teachers(self) -> bool:
+        """Whether the teachers answer the test problems too: only what is graded tells who is better."""
+        return self.evaluate.teacher and self.is_graded
+
+    @property
     def mixture(self) -> dict[str, float] | None:
         """The share of each teacher by name, in the order of summation; None where they are not mixed."""
         if not self.is_mixed:
@@ -216,11 +226,40 @@ def _round(recipe: Recipe) -> Iterator[str]:
         yield "train.minibatches is larger than the number of completions of a round"
 
 
+def _ungraded(recipe: Recipe) -> Iterator[str]:
+    """What reads a reward or an accuracy, where there is none."""
+    if recipe.is_graded:
+        return
+    objective, section = recipe.train.objective, recipe.evaluate
+    for field in objective.reward_fields:
+        value, instead = getattr(objective, field), {"kind": "kd", "truncated": "keep or drop"}.get(field)
+        yield (
+            f"train.objective.{field} {value} needs a reward, and task.grader none gives none: "
+            + (f"set it to {instead}" if instead else "remove it")
+            + ", or give the task a grader"
+        )
+    if section.reverse_kl_problems == 0:
+        yield (
+            "evaluate.reverse_kl_problems 0: with task.grader none held-out reverse KL is all that is measured: set it "
+            "to 64 or more, or remove it"
+        )
+    if section.samples > 1:
+        yield (
+            f"evaluate.samples {section.samples} is for pass@k and maj@k, and with task.grader none no answer is right "
+            "or wrong: set it to 1"
+        )
+    if recipe.train.control == "self_teacher":
+        yield (
+            "train.control self_teacher: the student's distance to itself is no result, and task.grader none gives no "
+            "other: use control shuffled_teacher"
+        )
+
+
 def _vllm(recipe: Recipe) -> Iterator[str]:
     evaluator = recipe.evaluate.engine or recipe.rollout.engine
     if recipe.student.lora is not None and "vllm" in (recipe.rollout.engine, evaluator):
         yield "engine vllm takes no adapter: with student.lora, rollout and evaluate use engine hf"
-    engines = {recipe.teacher_score.engine, *([evaluator] if recipe.evaluate.teacher else [])}
+    engines = {recipe.teacher_score.engine, *([evaluator] if recipe.grades_teachers else [])}
     for teacher in recipe.teachers:
         if teacher.quantization is not None and "hf" in engines:
             yield (
@@ -283,7 +322,7 @@ def _beyond_sampling(recipe: Recipe) -> Iterator[str]:
     """What a server's samples are, where the recipe asks for others, and what to write instead."""
     rollout, section, sft = recipe.rollout, recipe.evaluate, recipe.student.sft
     is_cut = rollout.top_p < 1 or rollout.top_k > 0
-    sampled = {"evaluate.temperature": section.temperature} if section.teacher else {}
+    sampled = {"evaluate.temperature": section.temperature} if recipe.grades_teachers else {}
     if sft is not None and sft.text == "teacher":
         sampled["student.sft.temperature"] = sft.temperature
     if rollout.off_policy_text == "teacher":
@@ -403,7 +442,7 @@ def _logged_model(recipe: Recipe) -> Iterator[str]:
 
 
 CONCERNS = (
-    *(_kept, _abilities, _round, _vllm, _off_policy_text, _servers, _teacher_text),
+    *(_ungraded, _kept, _abilities, _round, _vllm, _off_policy_text, _servers, _teacher_text),
     *(_control, _names, _shares, _averages, _signal, _logged_model),
 )
 """In the order in which they are looked at; of several faults the first is reported."""

@@ -97,7 +97,7 @@ class TrainSection(Section):
 
 
 class EvaluateSection(Section):
-    """Held-out accuracy and reverse KL."""
+    """Held-out accuracy and reverse KL. With `task.grader: none` reverse KL is the headline."""
 
     engine: EngineName | None = None
     """What runs the model: hf or vllm; null is rollout's."""
@@ -112,7 +112,7 @@ class EvaluateSection(Section):
     every: Count = 1
     """Rounds between evaluations; the last is always evaluated."""
     teacher: bool = True
-    """Whether the teacher is graded too, for the headroom."""
+    """Whether the teacher is graded too, for the headroom; where nothing is graded that is the reverse KL at first."""
     reverse_kl_problems: Annotated[int, Field(ge=0)] = 64
     """Test prompts on which reverse KL is measured; 0 is none."""
     seed: Seed | None = None

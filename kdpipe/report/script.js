@@ -204,7 +204,7 @@
     });
     return box;
   };
-  const graded = (right) => make("span", right ? "right" : "wrong", right ? "right" : "wrong");
+  const graded = (right) => (right === null ? "" : make("span", right ? "right" : "wrong", right ? "right" : "wrong"));
 
   const card = (set, item) => {
     const box = make("article");
@@ -212,23 +212,23 @@
     head.append(make("b", "", item.id + (item.n ? ` #${item.n}` : "")), graded(item.ok));
     if (item.src !== "student") head.append(make("span", "", item.src === "teacher" ? "written by the teacher" : "reference text"));
     if (item.cut) head.append(make("span", "", "cut at the length limit"));
-    head.append(make("span", "", `expected ${item.e || "?"}, ${item.a === null ? "no answer found" : "found " + item.a}`));
+    if (item.ok !== null) head.append(make("span", "", `expected ${item.e || "?"}, ${item.a === null ? "no answer found" : "found " + item.a}`));
     if (item.mean !== null) head.append(make("span", "", `mean ${nats(item.mean, 3)}, largest ${nats(item.worst, 2)} nats`));
     if (item.by && data.sets.some((one) => one.items.some((other) => other.by && other.by !== item.by))) head.append(make("span", "", `teacher ${item.by}`));
     box.append(head, make("p", "q", item.q));
     if (set.scored) box.append(tokens(item));
     if ("was" in item) {
       const pair = make("div", "pair");
-      for (const [title, right, text] of [["graded at first", item.was, item.before], ["graded now", item.is, item.after]]) {
+      for (const [title, right, text] of [["at first", item.was, item.before], ["now", item.is, item.after]]) {
         const side = make("div");
-        const label = make("h4", "", title + ": ");
+        const label = make("h4", "", item.is === null ? "answer " + title : "graded " + title + ": ");
         label.append(graded(right));
         side.append(label, make("p", "plain", text));
         pair.append(side);
       }
       if (set.scored) {
         const fold = make("details");
-        fold.append(make("summary", "", flipped(item) ? "The graded answer flipped" : "The graded answers"), pair);
+        fold.append(make("summary", "", flipped(item) ? "The graded answer flipped" : item.is === null ? "The answers at first and now" : "The graded answers"), pair);
         box.append(fold);
       } else box.append(pair);
     } else if (!set.scored) box.append(make("p", "plain", item.p.map(piece).join("")));
@@ -248,7 +248,7 @@
     list.replaceChildren(...found.slice(0, state.shown).map((item) => card(set, item)));
     more.hidden = found.length <= state.shown;
     more.textContent = `Show ${Math.min(BATCH, found.length - state.shown)} more`;
-    const left = set.total > set.items.length ? ` (the page holds ${set.items.length} of ${set.total}: of wrong, right, truncated and flipped ones in turn those with the largest disagreement)` : "";
+    const left = set.total > set.items.length ? ` (the page holds ${set.items.length} of ${set.total}: of ${set.graded ? "wrong, right, truncated and flipped ones" : "truncated ones and others"} in turn those with the largest disagreement)` : "";
     document.getElementById("count").textContent = `${Math.min(found.length, state.shown)} of ${found.length} shown${left}`;
     document.getElementById("set-note").textContent = set.note;
     document.querySelectorAll("#sets button").forEach((one, at) => one.setAttribute("aria-pressed", String(at === state.set)));

@@ -50,15 +50,17 @@ def _titled(completions: CompletionTable) -> Titled:
         case "held-out":
             who = f"student {number}" if number else "student before"
             title = f"Held out, {who}"
-            note = f"Held-out problems, sampled by {who} at the rollout temperature; right or wrong is that sample."
-            if changes:
+            note = f"Held-out problems, sampled by {who} at the rollout temperature"
+            note += "; right or wrong is that sample." if completions.is_graded else "."
+            if changes and completions.is_graded:
                 note += (
                     " Flipped: its graded answer was right at first and is wrong now, or the other way round."
                 )
         case "answers":
-            title = f"Graded answers, student {number}"
+            title = f"{'Graded answers' if completions.is_graded else 'Answers'}, student {number}"
             pairs = ", beside the answer before training" if changes else ""
-            note = f"The graded answers of student {number}{pairs}. The teacher did not score these texts."
+            note = f"The {title.partition(',')[0].lower()} of student {number}{pairs}."
+            note += " The teacher did not score these texts."
         case _:  # sampled to train on
             title = f"Training, round {number}"
             note = f"What student {number - 1} sampled, and student {number} was trained on."
@@ -100,6 +102,7 @@ def _head(titled: Titled) -> Mapping[str, object]:
         "title": titled.title,
         "note": titled.note,
         "scored": completions.is_scored,
+        "graded": completions.is_graded,
         "flips": bool(completions.changes),
         "total": len(completions),
         "items": [],
@@ -140,7 +143,7 @@ def _item(completion: GradedCompletion, index: int, numbered: Numbered) -> dict[
         "id": visible(completion.prompt_id),
         "n": completion.sample,
         "q": visible(completion.question),
-        "e": visible(completion.expected),
+        "e": visible(completion.expected or ""),
         "a": None if completion.answer is None else visible(completion.answer),
         "ok": completion.is_right,
         "cut": completion.is_truncated,

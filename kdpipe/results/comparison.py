@@ -163,17 +163,14 @@ def _level(group: Sequence[Contender]) -> Interval:
     matrix, measure = _matrix(group), group[0].headline
     if len(group) == 1 or matrix is None:
         if measure is REVERSE_KL:
-            return statistics.bootstrap_ratio(_totals([pair for one in group for pair in _pairs(one)]))
+            return statistics.bootstrap_ratio(
+                _totals([pair for one in group for pair in (one.totals or {}).values()])
+            )
         return statistics.wilson([value for one in group for value in one.values.values()])
     found = statistics.pooled(matrix)
     if measure is REVERSE_KL:
         return found
     return Interval(found.estimate, max(0.0, found.low), min(1.0, found.high))
-
-
-def _pairs(one: Contender) -> list[tuple[float, float]]:
-    """The totals of each problem, in one order of problems."""
-    return [(one.totals or {})[key] for key in sorted(one.values)]
 
 
 def _totals(pairs: Sequence[tuple[float, float]]) -> statistics.Totals:
@@ -188,7 +185,8 @@ def _difference(group: Sequence[Contender], first: Sequence[Contender]) -> tuple
     seeds = [one.seed for one in group], [one.seed for one in first]
     if len(group) == len(first) == 1:
         if group[0].headline is REVERSE_KL:
-            return statistics.bootstrap_ratio(*(_totals(_pairs(one)) for one in (group[0], first[0]))), True
+            pairs = ([(one.totals or {})[key] for key in first[0].values] for one in (group[0], first[0]))
+            return statistics.bootstrap_ratio(*map(_totals, pairs)), True
         return statistics.paired_bootstrap(list(mine[0]), list(theirs[0])), True
     if sorted(seeds[0]) == sorted(seeds[1]):
         order = [np.argsort(numbers, kind="stable") for numbers in seeds]

@@ -61,7 +61,7 @@ class CompletionRow:
     sample: int
     source: str
     question: str
-    expected: str
+    expected: str | None
     text: str
     answer: str | None
     is_right: bool | None
@@ -108,6 +108,10 @@ class CompletionTable:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def is_graded(self) -> bool:
+        return any(row.is_right is not None for row in self.rows)
 
     @property
     def is_scored(self) -> bool:

@@ -72,9 +72,9 @@ class Evaluation:
         if change is None:
             return None
         gain = measure.gain(change)
-        if gain.low > 0:
+        if gain.low > 0 and gain.estimate > measure.least:
             return "good", f"It worked: {measure.gained.format(measure.show_size(gain.estimate))}."
-        if gain.high < 0:
+        if gain.high < 0 and -gain.estimate > measure.least:
             return "bad", f"It did harm: {measure.lost.format(measure.show_size(-gain.estimate))}."
         beside = measure.beside and measure.beside.change(self.summary)
         if beside and beside.high < 0:

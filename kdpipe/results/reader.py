@@ -174,7 +174,7 @@ class Reader:
             *key,
             source="student",
             question=self.detokenizer.text(prompt) if known is None else known.question,
-            expected="" if known is None else known.expected,
+            expected=None if known is None else known.expected,
             text=text,
             answer=graded.answer,
             is_right=graded.correct,

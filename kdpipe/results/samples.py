@@ -50,6 +50,12 @@ class Samples:
 
 def choose_samples(project: Project, choice: Choice) -> Samples:
     """The completions of that choice. Raises RecipeError where there are none to choose from."""
+    for flag, is_asked in (("--wrong", choice.wrong), ("--flipped", choice.flipped)):
+        if is_asked and not project.recipe.is_graded:
+            raise RecipeError(
+                f"{flag}: task.grader is none, so no answer is right or wrong",
+                hint="--worst shows those about which student and teacher disagree most",
+            )
     reader = Reader(project, [step for step in project.plan.steps if project.store.entry(step).manifest()])
     table = _table(reader, choice)
     found = [

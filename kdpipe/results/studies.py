@@ -155,6 +155,14 @@ def arm_runs(recipe: Recipe, arms: Sequence[ArmName], *, seeds: int) -> list[Arm
 
 
 def _require_possible(recipe: Recipe, arm: ArmName) -> None:
+    possible: tuple[ArmName, ...] = ("kd", "shuffled-teacher")
+    if not recipe.is_graded and arm not in possible:
+        why = (
+            "the student's distance to itself is no result" if arm == "self-teacher" else "there is no reward"
+        )
+        raise RecipeError(
+            f"arm {arm}: task.grader is none, and {why}", hint=f"leave it out: --arms {','.join(possible)}"
+        )
     samples, prompts = recipe.rollout.samples, recipe.rollout.prompts
     if arm in ("rl", "kdrl") and samples == 1:
         fewer = f" --set rollout.prompts={prompts // 4}" if prompts % 4 == 0 else ""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kdpipe.method.interval import Interval
 from kdpipe.pipeline.headline import ACCURACY, REVERSE_KL, Headline
-from kdpipe.pipeline.headroom import LEAST_NATS, Distance, Headroom
+from kdpipe.pipeline.headroom import Distance, Headroom
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import ModelTeacher, ScratchTeacher, SelfTeacher, ServedTeacher
 from kdpipe.results.evaluations import Evaluation, Tone
@@ -84,9 +84,12 @@ def _change_sentences(measures: Measures, before: Evaluation, after: Evaluation)
     """How the headline went, and what that means."""
     measure, change = after.headline, after.change
     assert change is not None
-    chance = (
-        "chance alone would explain it" if change.low <= 0 <= change.high else "chance does not explain it"
-    )
+    if change.low <= 0 <= change.high:
+        chance = "chance alone would explain it"
+    elif abs(change.estimate) <= measure.least:
+        chance = "rounding alone would explain it"
+    else:
+        chance = "chance does not explain it"
     first, last = (shown(measure, one.level.estimate) for one in (before, after))
     yield (
         f"On the same {after.problems} held-out problems {measure.name.removeprefix('held-out ')} went from {first} "
@@ -227,7 +230,7 @@ def _headroom(measures: Measures) -> Iterator[str]:
             case Distance(reverse_kl_nats=level, low=low, high=high):
                 yield (
                     f"Weak headroom: {who} is not clearly another than the untrained student: held-out reverse KL "
-                    f"{nats(level)} nats a token ({nats(low)} to {nats(high)}), and up to {LEAST_NATS} may be "
+                    f"{nats(level)} nats a token ({nats(low)} to {nats(high)}), and up to {REVERSE_KL.least} may be "
                     f"rounding.{exempt}"
                 )
 

@@ -10,7 +10,7 @@ paired problem by problem. The unit of every interval is the problem.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pyarrow as pa
 from pydantic import JsonValue
@@ -23,7 +23,7 @@ from kdpipe.data.rows import Problem, Rollout
 from kdpipe.data.seeds import permutation
 from kdpipe.data.tables import GRADES, REVERSE_KL, REVERSE_KL_OF_SEVERAL, TableRow, read_rows
 from kdpipe.engines.handle import ModelHandle
-from kdpipe.errors import DataError
+from kdpipe.errors import DataError, StepError
 from kdpipe.method import statistics
 from kdpipe.method.interval import Interval
 from kdpipe.recipe.roles import STUDENT
@@ -45,7 +45,8 @@ STAGE = Stage.EVALUATE.value
 def evaluate(settings: EvaluateSettings, job: Job, context: Context) -> None:
     """Writes `grades.parquet`, `summary.json` and, with `settings.teachers`, `reverse_kl.parquet`.
 
-    It is compared with student 0's evaluation problem by problem.
+    It is compared with student 0's evaluation problem by problem. Raises StepError where nothing is graded and no token
+    can be scored: there would be no result.
     """
     baseline = context.baseline(GRADES_FILE, REVERSE_KL_FILE)
     if settings.teacher is None:
@@ -57,13 +58,15 @@ def evaluate(settings: EvaluateSettings, job: Job, context: Context) -> None:
     against = [context.teacher(one) for one in settings.teachers.values()]
     grader = Grader(model.text, settings.evaluate.stop, context.grade(settings.task))
     grades, free = _grades(settings, job, model, prompt, grader)
-    summary: dict[str, JsonValue] = {"model": name, "round": job.round, **_accuracy(settings, grades)}
-    if baseline is not None:
+    summary: dict[str, JsonValue] = {"model": name, "round": job.round, **_answers(settings, grades)}
+    if settings.task.is_graded and baseline is not None:
         summary |= _accuracy_change(grades, read_rows(baseline / GRADES_FILE, GRADES))
     if against:
         schema = REVERSE_KL if len(against) == 1 else REVERSE_KL_OF_SEVERAL
         rows = _reverse_kl_rows(settings, job, model, against, schema=schema, first_part=free)
         summary |= _reverse_kl(rows)
+        if not settings.task.is_graded:
+            summary["reverse_kl_problems"] = _require_scored(rows)
         if baseline is not None:
             summary |= _reverse_kl(rows, read_rows(baseline / REVERSE_KL_FILE, schema))
     job.draft.write_json(SUMMARY_FILE, summary)
@@ -109,18 +112,25 @@ def _grades(
     return read_rows(job.draft.folder / GRADES_FILE, GRADES), free
 
 
-def _accuracy(settings: EvaluateSettings, grades: Rows) -> dict[str, JsonValue]:
+def _answers(settings: EvaluateSettings, grades: Rows) -> dict[str, JsonValue]:
+    """What the answers are like, and how many are right where that is known."""
     by_problem = _by_problem(grades)
-    interval = statistics.wilson([mean([row["correct"] for row in rows]) for rows in by_problem.values()])
+    is_graded = settings.task.is_graded
     summary: dict[str, JsonValue] = {
         "problems": len(by_problem),
         "samples": settings.samples,
-        **_named("accuracy", interval),
-        **_accuracies_of_numbers(settings, grades),
+        **(_accuracy(settings, grades, by_problem) if is_graded else {}),
         "truncated_fraction": mean([row["finish_reason"] == "length" for row in grades]),
         "completion_tokens_mean": mean([len(row["completion_token_ids"]) for row in grades]),
     }
-    return summary | _several_samples(settings, list(by_problem.values()))
+    return summary | (_several_samples(settings, list(by_problem.values())) if is_graded else {})
+
+
+def _accuracy(
+    settings: EvaluateSettings, grades: Rows, by_problem: Mapping[str, Rows]
+) -> dict[str, JsonValue]:
+    interval = statistics.wilson([mean([row["correct"] for row in rows]) for rows in by_problem.values()])
+    return {**_named("accuracy", interval), **_accuracies_of_numbers(settings, grades)}
 
 
 def _several_samples(settings: EvaluateSettings, groups: Sequence[Rows]) -> dict[str, JsonValue]:
@@ -233,6 +243,16 @@ def _reverse_kl(rows: Rows, before: Rows | None = None) -> dict[str, JsonValue]:
     if len(exact) == len(both):
         found |= _named(f"reverse_kl_exact{change}", statistics.bootstrap_ratio(*exact), unit="_nats")
     return found
+
+
+def _require_scored(rows: Rows) -> int:
+    """How many problems have a token that a teacher scored; raises StepError where none has."""
+    if found := len(with_tokens(rows, rows)):
+        return found
+    raise StepError(
+        f"no token of {len(rows)} held-out samples can be scored by a teacher, so there is no reverse KL",
+        hint="kdpipe doctor compares the vocabularies of student and teachers",
+    )
 
 
 def _named(name: str, interval: Interval, *, unit: str = "") -> dict[str, JsonValue]:

@@ -25,6 +25,7 @@ MAX_GRADES = 500
 MAX_SAMPLES = 64
 MAX_TEXT = 4000
 FIRST = ["question", "text"]  # the page aligns runs by the first column and shows the second
+OF_GRADES = ("answer", "reward", "correct", "expected")
 LAST = ["correct", "expected", "finish_reason", "prompt_id", "sample"]
 
 
@@ -111,6 +112,8 @@ def table_of(step: DoneStep) -> tuple[str, int, int]:
         file, schema, limit, more = ROLLOUTS_FILE, ROLLOUTS, MAX_SAMPLES, ["answer", "reward", "source"]
     columns = [*FIRST, *more, *LAST]
     rows = read_rows(step.entry.opened(file) / file, schema, columns=columns)
+    if all(row["correct"] is None for row in rows):
+        columns = [name for name in columns if name not in OF_GRADES]
     shown = [[_shown(row[name]) for name in columns] for row in rows[:limit]]
     names = [*("completion" if name == "text" else name for name in columns), "round"]
     document = {"columns": names, "data": [[*row, step.round] for row in shown]}

@@ -43,6 +43,10 @@ class TaskSettings:
         return cls(problems_of(task), task.grader, reads, reader if task.grader == "number" else None)
 
     @property
+    def is_graded(self) -> bool:
+        return self.grader != "none"
+
+    @property
     def grading(self) -> Fields:
         """How answers are graded, as the recipe has it."""
         return (
