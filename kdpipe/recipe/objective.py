@@ -261,7 +261,7 @@ class Objective(Section):
 
     @property
     def reward_fields(self) -> list[str]:
-        """The fields that read a completion's reward, or whether it is right, and are not as they are by default."""
+        """The fields, other than by default, that read a reward or whether an answer is right."""
         names = ("rl_weight", "mask", "reward_scaling", "reward_bias", "reward_clip")
         found = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
         return [

@@ -102,7 +102,7 @@ def _change_sentences(measures: Measures, before: Evaluation, after: Evaluation)
         yield _gap_sentence(measures, before, after)
     else:
         had, left = before.level.estimate, after.level.estimate
-        if change.high < 0 <= left:
+        if change.high < -measure.least and left >= 0:
             yield f"That closes {1 - left / had:.0%} of the distance to the teacher."
         yield "Nothing says whether its answers are good: task.grader is none."
 
