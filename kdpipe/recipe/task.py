@@ -11,7 +11,7 @@ GSM8K_INSTRUCTION = (
 )
 
 
-GraderName = Literal["number", "none"]
+GraderName = Literal["number", "exact", "choice", "none"]
 NumberReader = Literal["strict", "flexible", "robust"]
 
 
@@ -27,7 +27,7 @@ class QuestionTask(Section):
     few_shot: Annotated[int, Field(ge=0, le=64)] = 0
     """Solved problems of the train split put before the question."""
     grader: GraderName = "number"
-    """How answers are graded: number compares the number in the answer with the reference, none grades nothing."""
+    """How answers are graded: by their number, as exact text, as a choice from A to E, or not at all."""
     headline: NumberReader = "flexible"
     """Which reading of a number is the accuracy: strict and flexible are lm-evaluation-harness's."""
     reward: NumberReader = "robust"

@@ -106,7 +106,7 @@ def compare(contenders: Sequence[Contender]) -> list[ComparisonRow]:
             f"runs with different headlines: {told}",
             hint="compare runs that have a grader, or runs that have none",
         )
-    headlines = {one.settings.get(HEADLINE): one.run for one in contenders}
+    headlines = {_rule(one.settings): one.run for one in contenders}
     if len(headlines) > 1:
         told = ", ".join(f"{run} by {headline}" for headline, run in headlines.items())
         raise DataError(
@@ -124,6 +124,12 @@ def compare(contenders: Sequence[Contender]) -> list[ComparisonRow]:
         p_value = None if difference is None or not is_paired else _mcnemar(group, first)
         rows.append(ComparisonRow(label, tuple(group), _level(group), difference, p_value, is_paired))
     return rows
+
+
+def _rule(settings: Mapping[str, str]) -> object:
+    """What an accuracy is by: the grader, or of numbers the reader."""
+    grader = settings.get("task.grader", settings.get("task.grader.python", "number"))
+    return settings.get(HEADLINE) if grader == "number" else grader
 
 
 def _labels(settings: Sequence[Mapping[str, str]]) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from kdpipe.data.graders.number import grade_number, number_of
+from kdpipe.data.graders.choice import choice_answer, reference_letter
+from kdpipe.data.graders.exact import exact_answer
+from kdpipe.data.graders.number import grade_number, number_of, reference_number
 from kdpipe.data.rows import Graded
 from kdpipe.recipe.task import GraderName, NumberReader
 
@@ -12,13 +14,43 @@ UNGRADED = Graded(answer=None, correct=None, reward=None)
 
 
 def grade(text: str, expected: str | None, *, grader: GraderName, reader: NumberReader | None) -> Graded:
-    """What `text` answers, and whether that is `expected`; `reader` is there where numbers are graded."""
+    """What `text` answers, and whether that is `expected`; `reader` is there where numbers are graded.
+
+    Raises ValueError where the grader cannot compare with `expected`: the task readers let no such problem through.
+    """
     if grader == "none":
         return UNGRADED
-    assert reader is not None
-    return grade_number(text, expected, reader=reader)
+    wanted = unfit_reference(expected, grader)
+    if expected is None or wanted is not None:
+        raise ValueError(f"the reference answer is {expected!r}, expected {wanted}")
+    match grader:
+        case "number":
+            assert reader is not None
+            return grade_number(text, expected, reader=reader)
+        case "exact":
+            return _compared(exact_answer(text), exact_answer(expected))
+        case "choice":
+            return _compared(choice_answer(text), reference_letter(expected))
+
+
+def unfit_reference(expected: str | None, grader: GraderName) -> str | None:
+    """What a grader expects in the place of a reference that it cannot compare with; None of a fit one."""
+    match grader:
+        case "number":
+            return None if expected and reference_number(expected) is not None else "a number"
+        case "choice":
+            return None if expected and reference_letter(expected) else "a letter from A to E"
+        case "exact":
+            return None if expected and exact_answer(expected) else "some text"
+        case "none":
+            return None
 
 
 def vote(answer: str | None, *, reader: NumberReader | None) -> Hashable | None:
     """What an answer votes for where samples are counted: equal votes are one answer, None is no vote."""
     return answer if answer is None or reader is None else number_of(answer, reader=reader)
+
+
+def _compared(answer: str | None, expected: str | None) -> Graded:
+    correct = answer is not None and answer == expected
+    return Graded(answer, correct, float(correct))

@@ -9,11 +9,10 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
+from kdpipe.data.graders.marking import MARK
 from kdpipe.data.graders.robust import robust_answer, robust_value
 from kdpipe.data.rows import Graded
 from kdpipe.recipe.task import NumberReader
-
-MARK = "####"
 
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")

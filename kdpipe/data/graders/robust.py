@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 
-_THOUGHT = re.compile(r"(?is).*</(?:think|thinking|reasoning)>")
-_THINKING = re.compile(r"(?i)<(?:think|thinking|reasoning)>")
+from kdpipe.data.graders.marking import after_thinking, last_box
+
 _LETTERS = str.maketrans(
     {
         **dict.fromkeys("\u2212\u2013\u2010\u2011\ufe63\uff0d", "-"),
@@ -36,7 +36,6 @@ _WRITINGS = (
     (re.compile(r"\\[()\[\]]"), " "),
 )
 _NEGATIVE = re.compile(r"(?i)\b(?:minus|negative)[ \t]+(?=[$€£¥₹]?[0-9])")
-_BRACES = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 _MARKED = re.compile(r"#{4,}\s*([^\n]*)")
 _NUMBERED = re.compile(r"\W*[0-9]+[.)]\s+[A-Za-z]")
 _BEFORE_ANSWER = re.compile(r"(?i)(?:.*(?:=|\b(?:answer|result|total|is)\b))?\W*")
@@ -69,10 +68,8 @@ _SEPARATORS = re.compile(rf"[{_SPACES}_',]")
 
 def robust_answer(text: str) -> str | None:
     """What is read as the number of the answer, signs and digits as ASCII has them; None without any."""
-    if (thought := _THOUGHT.match(text)) is not None:
-        text = text[thought.end() :]
-    text = _THINKING.split(text, maxsplit=1)[0]
-    if (boxed := _last_box(text)) is not None and (found := _marked_number(_plain(boxed))):
+    text = after_thinking(text)
+    if (boxed := last_box(text)) is not None and (found := _marked_number(_plain(boxed))):
         return found[0]
     for line in reversed(_MARKED.findall(text)):
         plain = _plain(line)
@@ -105,18 +102,6 @@ def robust_value(answer: str) -> Decimal | None:
             return None
         value = exact.divide(value, below)
     return exact.scaleb(value, scale)
-
-
-def _last_box(text: str) -> str | None:
-    """What stands in the last box that is closed; braces inside are matched."""
-    opened: list[int | None] = []
-    found = None
-    for match in _BRACES.finditer(text):
-        if match[0].endswith("{") and (match[1] or match[0] == "{"):
-            opened.append(match.end() if match[1] else None)
-        elif match[0] == "}" and opened and (start := opened.pop()) is not None:
-            found = text[start : match.start()]
-    return found
 
 
 def _marked_number(plain: str) -> re.Match[str] | None:

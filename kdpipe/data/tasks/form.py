@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kdpipe.data.graders.number import MARK, extract_expected, grade_number, reference_number
+from kdpipe.data.graders import unfit_reference
+from kdpipe.data.graders.marking import MARK
+from kdpipe.data.graders.number import extract_expected, grade_number
 from kdpipe.data.rows import Problem
 from kdpipe.data.tasks.record import RIGHT_LINE, RIGHT_TURNS, DataRecord
 from kdpipe.errors import DataError
@@ -13,6 +15,8 @@ from kdpipe.recipe.task import OwnTask, QuestionTask
 
 QUESTIONS = ("question", "prompt", "messages", "problem", "query", "conversations")
 ANSWERS = ("answer", "solution", "completion", "response")
+NUMBERS_HINT = "write numbers as 1234.5 or 1,234.5; task.grader says how other answers are graded"
+GRADER_HINT = "task.answer_field names the field of the answer, task.grader how it is graded"
 NO_ANSWERS_HINT = "prompts without answers are trained on with task.grader: none"
 
 
@@ -121,15 +125,18 @@ def _answer(task: OwnTask, form: Form, record: DataRecord, said: str | None) -> 
 def read_expected(task: QuestionTask, record: DataRecord, answer: str) -> str:
     """The reference in an answer: all of it, or what stands after its last mark.
 
-    Raises DataError where it is no number, or where a reader of the task would read another one in a solution.
+    Raises DataError where the grader cannot compare with it, or where a reader of the task would read another number in
+    a solution.
     """
     expected = extract_expected(answer) if MARK in answer else answer.strip()
-    if expected is None or reference_number(expected) is None:
+    if (wanted := unfit_reference(expected, task.grader)) is not None or expected is None:
         raise DataError(
-            f"{record.place}: the answer is or ends in {(expected or answer)[-60:]!r}, expected a number, alone or "
-            f"after {MARK}",
-            hint="write numbers as 1234.5 or 1,234.5; task.grader says how other answers are graded",
+            f"{record.place}: the answer is or ends in {(expected or answer)[-60:]!r}, expected {wanted}, alone or "
+            f"after {MARK}, by task.grader: {task.grader}",
+            hint=NUMBERS_HINT if task.grader == "number" else GRADER_HINT,
         )
+    if task.grader != "number":
+        return expected
     for name, reader in (("headline", task.headline), ("reward", task.reward)):
         graded = grade_number(answer, expected, reader=reader)
         if MARK in answer and not graded.correct:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from kdpipe.data.graders.number import MARK
+from kdpipe.data.graders.marking import MARK
 from kdpipe.data.rows import Problem
 from kdpipe.data.tasks import hub_data
 from kdpipe.data.tasks.data_file import read_records
