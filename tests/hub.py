@@ -69,6 +69,8 @@ class Hub:
     """Whether the account of a token has access to what is gated or private."""
     cuts: dict[str, list[int]] = field(default_factory=dict)
     """By file name, after how many bytes each of its next transfers breaks off."""
+    stalls: dict[str, threading.Event] = field(default_factory=dict)
+    """By file name, what its transfers wait for after the first half."""
     refusals: dict[str, Refusal] = field(default_factory=dict)
     """By a part of the path, how such requests are refused."""
     asked: list[Asked] = field(default_factory=list)
@@ -114,14 +116,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer()
 
     def answer(self) -> None:
-        path = unquote(urlsplit(self.path).path)
+        path = urlsplit(self.path).path
+        if path == "/api/agent-harnesses":  # what the client wants to know once a day, also offline
+            self.send(404)
+            return
         with self.hub.lock:
-            self.hub.asked.append(Asked(self.command, path, self.headers["Range"], self._token()))
+            self.hub.asked.append(Asked(self.command, unquote(path), self.headers["Range"], self._token()))
             if (refusal := self._refused(path)) is not None:
                 self.send(refusal.status, refusal.body, refusal.headers)
                 return
         if found := re.fullmatch(r"/cdn/([0-9a-f]{40})/(.+)", path):
-            self._content(found[1], found[2])
+            self._content(found[1], unquote(found[2]))
             return
         api = re.fullmatch(r"/api/(models|datasets)/(.+?)(?:/(revision|tree)/([^/]+)(?:/.*)?)?", path)
         file = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
@@ -135,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if (repository := self._readable(kind, name)) is None:
             return
-        revision = str((api[4] or "main") if api else file and file[3])
+        revision = unquote(str((api[4] or "main") if api else file and file[3]))
         commit = revision if revision in repository.commits else repository.refs.get(revision)
         if commit is None:
             self.send(404, headers={"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
@@ -147,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
             self.send(200, json.dumps(listed).encode(), {"Content-Type": "application/json"})
         elif file is not None:
-            self._resolve(repository, commit, file[4])
+            self._resolve(repository, commit, unquote(file[4]))
 
     def _refused(self, path: str) -> Refusal | None:
         for part, refusal in self.hub.refusals.items():
@@ -233,7 +238,7 @@ class _Handler(BaseHTTPRequestHandler):
         name = path.rpartition("/")[2]
         with self.hub.lock:
             cut = cuts.pop(0) if self.command == "GET" and (cuts := self.hub.cuts.get(name)) else None
-        self.send(206 if start else 200, content[start:], headers, cut=cut)
+        self.send(206 if start else 200, content[start:], headers, cut=cut, stall=self.hub.stalls.get(name))
 
     def send(
         self,
@@ -242,6 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers: Mapping[str, str] | None = None,
         *,
         cut: int | None = None,
+        stall: threading.Event | None = None,
     ) -> None:
         """Sends an answer; with `cut` only so many bytes of its body, and ends the connection."""
         self.send_response(status)
@@ -249,8 +255,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        half = len(body) // 2 if stall else 0
         if self.command != "HEAD":
-            self.wfile.write(body if cut is None else body[:cut])
+            self.wfile.write(body[:half])
+            if stall is not None:
+                self.wfile.flush()
+                stall.wait(60)
+            self.wfile.write(body[half:cut])
         if cut is not None:
             self.close_connection = True
 

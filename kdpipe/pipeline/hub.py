@@ -197,28 +197,35 @@ def _told(tell: Tell) -> Iterator[None]:
 
 
 def _bar(wanted: Repository, tell: Tell, stop: Stop) -> type[tqdm]:
-    """The client's bar, shown of what takes a while; without a terminal a line now and then instead.
+    """The client's bar of all bytes that are to be fetched; without a terminal a line now and then.
 
     Each piece of a file passes here, in the thread that fetches it, which ends once a signal has asked for it.
     """
-    said = [time.monotonic() - LINE_SECONDS]
+    what, said = f"{wanted.kind} {wanted.name}", [0.0]
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.is_whole = kwargs.get("name") == "huggingface_hub.snapshot_download"
-            self.is_bar = sys.stderr.isatty()
-            super().__init__(  # type: ignore[no-untyped-call]
-                *args, **kwargs | {"delay": 1.0, "disable": not self.is_bar}
-            )
+            self.is_shown = self.is_whole and sys.stderr.isatty()
+            # The delay keeps it away until there is something to fetch.
+            changes = {"disable": not self.is_shown, "desc": what, "bar_format": None, "delay": 1e-6}
+            super().__init__(*args, **kwargs | changes)  # type: ignore[no-untyped-call]
+
+        def set_description(self, *_args: Any, **_kwargs: Any) -> None: ...
+
+        def set_postfix_str(self, *_args: Any, **_kwargs: Any) -> None: ...
 
         def update(self, n: float | None = 1) -> bool:
-            stop.check(f"the download of {wanted.kind} {wanted.name}")
-            if self.is_bar or not self.is_whole:
+            stop.check(f"the download of {what}")
+            if self.is_shown or not self.is_whole:
                 return bool(super().update(n))
             self.n += n or 0
-            if time.monotonic() - said[0] >= LINE_SECONDS:
+            if not said[0]:
                 said[0] = time.monotonic()
-                tell(f"{wanted.kind} {wanted.name}: {_size(self.n)} of {_size(self.total or 0)} fetched")
+                tell(f"{what}: fetched into {constants.HF_HUB_CACHE}")
+            elif time.monotonic() - said[0] >= LINE_SECONDS:
+                said[0] = time.monotonic()
+                tell(f"{what}: {_size(self.n)} of {_size(self.total or 0)} fetched")
             return False
 
     return Bar

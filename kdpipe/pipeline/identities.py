@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 from pydantic import JsonValue
 
 from kdpipe.data.tasks import data_files, hub_data
-from kdpipe.errors import ArtifactError, DataError, RecipeError, StepError
+from kdpipe.errors import ArtifactError, DataError, ModelError, RecipeError, StepError
 from kdpipe.pipeline.plan import UNRESOLVED, Identities
 from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.recipe.place import place_of
@@ -184,7 +184,13 @@ class Sources:
             self.workspace.mkdir(parents=True, exist_ok=True)
             write_json(self.workspace / "pins.json", seal_value(PINS, self._pins))
         pinned = Repository(repo_kind, self._name_today(kind, name), str(self._pins[key]))
-        return download(pinned, patterns, tell)
+        folder = download(pinned, patterns, tell)
+        if kind == "model" and not any(folder.glob("*.safetensors")):
+            raise ModelError(
+                f"model {name}: the hub has no *.safetensors of it, and pickles (*.bin) are not opened",
+                hint="look for another revision of it: the hub converts many, as a pull request (revision: refs/pr/1)",
+            )
+        return folder
 
 
 class _Named(NamedTuple):

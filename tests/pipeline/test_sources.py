@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from kdpipe.errors import KdpipeError, StepError
+from kdpipe.errors import KdpipeError, ModelError, StepError
 from kdpipe.pipeline import hub as client
 from kdpipe.pipeline.identities import Sources
 from kdpipe.recipe.file import load_recipe
@@ -136,6 +136,18 @@ def test_a_renamed_repository_is_said_and_pinned_by_its_new_name(tmp_path: Path,
     assert sources(tmp_path).fetch(told.append) == folders
     assert sources(tmp_path).tokenizer_file("student") == folders["student"] / "tokenizer.json"
     assert hub.asked == []
+
+
+def test_a_model_of_pickles_alone_is_refused_and_its_conversion_is_taken(tmp_path: Path, hub: Hub) -> None:
+    pickles = {name: content for name, content in MODEL.items() if "safetensors" not in name}
+    hub.add("models", "someone/student", pickles)
+    with pytest.raises(ModelError, match=r"someone/student: the hub has no \*\.safetensors of it") as found:
+        sources(tmp_path).fetch()
+    assert found.value.exit_code == 4
+    assert "pytorch_model.bin" not in hub.fetched()
+    commit = hub.add("models", "someone/student", MODEL, ref="refs/pr/1")
+    converted = sources(tmp_path, RECIPE.replace("student}", "student, revision: refs/pr/1}"))
+    assert converted.fetch()["student"].name == commit
 
 
 def gate(hub: Hub) -> None:
@@ -299,6 +311,7 @@ def test_how_far_a_download_is_is_said_in_lines_without_a_terminal(
     monkeypatch.setattr(client, "LINE_SECONDS", 0.0)
     hub.add("models", "someone/student", {"config.json": b"{}", "model.safetensors": b"w" * 1_000_000})
     sources(tmp_path).fetch(told.append)
+    assert told[0] == f"model someone/student: fetched into {tmp_path / 'home' / 'hub'}"
     assert "model someone/student: 1.0 MB of 1.0 MB fetched" in told
     again = list(told)
     sources(tmp_path).fetch(told.append)
