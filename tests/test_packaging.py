@@ -121,7 +121,8 @@ def strings(path: Path) -> Iterator[str]:
 def test_messages_name_pages_that_the_wheel_can_print() -> None:
     texts = [text for path in (ROOT / "kdpipe").rglob("*.py") for text in strings(path)]
     texts += [path.read_text(encoding="utf-8") for path in (ROOT / "recipes").glob("*.yaml")]
-    assert [text for text in texts if re.search(r"\b(docs/|README|CONTRIBUTING)", text)] == []
+    named = {text for text in texts if re.search(r"\b(docs/|README|CONTRIBUTING)", text)}
+    assert named <= {"README.md"}, "which data sets of the hub have too"
     pages = {page for text in texts for page in re.findall(r"kdpipe docs ([\w-]+)", text)}
     assert {"doctor", "objectives", "vllm"} <= pages
     for page in pages:
