@@ -16,6 +16,7 @@ from kdpipe.workers.message import Nothing, Talk, message
 Verdict = Literal["ok", "FAILED", "warning", "skipped", "not applicable"]
 CATCHES = {
     "vocabulary": "a teacher with other strings for the same ids, so that it scores another text",
+    "prompt": "a chat template that leaves out what it is given, or ends answers with a token that ends nothing",
     "special tokens": "a beginning-of-sequence token that occurs twice, or that only one of the two knows",
     "template": "a teacher that reads turns in a form that it was not trained on",
     "end of sequence": "a teacher that ends its turns with another id, and so teaches never to stop",

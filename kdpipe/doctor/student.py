@@ -110,6 +110,7 @@ class ExaminedStudent:
 
     def findings(self) -> Iterator[Finding]:
         name = self.model.name
+        yield found("prompt", name, lambda: texts.prompt(self.model.text, self.problems))
         yield found("context", name, self._context)
         yield found("load", name, lambda: self.case.load(self.model))
         yield found("sampler", name, self._sampler)

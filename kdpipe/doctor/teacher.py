@@ -26,7 +26,7 @@ from kdpipe.stages.settings.model import DrawSettings, SupportSettings, TeacherS
 
 TOP_K = 16
 """Ids compared at a token where the objective needs no top k."""
-_WITHOUT_SHARED_IDS = ("special tokens", "template", "end of sequence", "load", "null test")
+_WITHOUT_SHARED_IDS = ("prompt", "special tokens", "template", "end of sequence", "load", "null test")
 
 
 class ExaminedTeacher:
@@ -84,6 +84,7 @@ class ExaminedTeacher:
     def _probes(self) -> dict[str, Callable[[], Outcome]]:
         student, text = self.student.model.text, self.model.text
         quick: dict[str, Callable[[], Outcome]] = {
+            "prompt": self._prompt,
             "special tokens": lambda: texts.special_tokens(student, text, student.prompt(self.problems[0])),
             "template": self._template,
             "end of sequence": lambda: texts.end_of_sequence(student, text, self.case.recipe.train.objective),
@@ -113,6 +114,11 @@ class ExaminedTeacher:
         return self.settings.prompt is not None or (
             bool(self.settings.template) and self.settings.template != self.case.recipe.student.template
         )
+
+    def _prompt(self) -> Outcome:
+        if not self._reads_own():
+            return skipped("it reads the student's prompt")
+        return texts.prompt(self.handle.text, self.problems, self.settings.prompt)
 
     def _template(self) -> Outcome:
         text = self.model.text

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from kdpipe.data.rows import Problem
 from kdpipe.doctor.finding import Measure, Outcome, failed, skipped
 from kdpipe.errors import KdpipeError
-from kdpipe.models.prompting import Text
+from kdpipe.models.prompting import Text, lost_turns, require_unlike
 from kdpipe.models.tokenizer import compare_vocabularies
 from kdpipe.recipe.objective import Objective
 from kdpipe.recipe.schema import Teacher
@@ -22,6 +22,16 @@ def vocabulary(student: Text, teacher: Text, *, name: str) -> Outcome:
     lacking = len(both.unscorable)
     shared = f"; {lacking} of the student's are not scorable" if lacking else ", all shared"
     return Outcome(f"{both.student_ids} ids in use, the teacher has {both.teacher_ids}{shared}")
+
+
+def prompt(text: Text, problems: Sequence[Problem], own: str | None = None) -> Outcome:
+    """Whether what goes into the prompts of these problems comes out of them."""
+    prompts = [text.rendered(problem, own) for problem in problems]
+    require_unlike(problems if own is None else (), [prompt.ids for prompt in prompts])
+    warnings = [*text.warnings, *lost_turns(prompts)]
+    lengths = [len(prompt.ids) for prompt in prompts]
+    said = f"{len(prompts)} {text.style.kind} prompts of {min(lengths)} to {max(lengths)} tokens"
+    return Outcome("; ".join([said, *warnings, *text.notes]), verdict="warning" if warnings else "ok")
 
 
 def special_tokens(student: Text, teacher: Text, prompt: Sequence[int]) -> Outcome:

@@ -43,6 +43,7 @@ class Roles:
         self._cache = cache
         self._texts: dict[tuple[Role, str], Text] = {}
         self._servers: dict[Role, ServerEngine] = {}
+        self._said: set[str] = set()
         self._lora_fits = recipe.student.lora is None
 
     def open(self, inputs: Inputs, role: Role, engine: Runs, *, at: Role | None = None) -> ModelHandle:
@@ -84,12 +85,25 @@ class Roles:
         if key not in self._texts:
             template = settings.template or self._recipe.student.template
             folder = inputs.text_folder(role)
-            self._texts[key] = self.text_of(folder, template, trust=settings.trust_remote_code)
+            trust = settings.trust_remote_code
+            self._texts[key] = self.text_of(inputs, settings.name, folder, template, trust=trust)
         return self._texts[key]
 
-    def text_of(self, folder: Path | None, template: dict[str, JsonValue], *, trust: bool) -> Text:
-        """The text side of the model in `folder`; None is a scratch model, with the task's own tokenizer."""
-        return open_text(folder, prompt_style(self._recipe.task, self._train, template), trust=trust)
+    def text_of(
+        self, inputs: Inputs, name: str, folder: Path | None, template: dict[str, JsonValue], *, trust: bool
+    ) -> Text:
+        """The text side of the model in `folder`; None is a scratch model, with the task's own tokenizer.
+
+        What a user should know of its chat template is told once.
+        """
+        text = open_text(folder, prompt_style(self._recipe.task, self._train, template), trust=trust)
+        told: list[Noted | Warned] = [Noted(f"{name}: {note}") for note in text.notes]
+        told += [Warned(f"{name}: {warning}") for warning in text.warnings]
+        for event in told:
+            if event.text not in self._said:
+                self._said.add(event.text)
+                inputs.report.event(event)
+        return text
 
     def close(self) -> None:
         for server in self._servers.values():

@@ -5,9 +5,12 @@ Importing this module is cheap: transformers is imported by the functions that n
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -16,19 +19,19 @@ from pydantic import JsonValue
 from kdpipe.data.rows import Problem, Turn
 from kdpipe.data.tasks import arithmetic
 from kdpipe.errors import DataError, ModelError, PreflightError, RecipeError
+from kdpipe.models.literal import NOTHING, Marker, marker_of
 from kdpipe.models.model_folder import unfit
-from kdpipe.models.template import render_chat
+from kdpipe.models.template import TODAY, ChatTemplate
 from kdpipe.models.tokenizer import (
     Tokenizer,
     arithmetic_tokenizer,
-    encode,
-    encode_plain,
     num_ids_in_use,
     open_tokenizer,
 )
 from kdpipe.recipe.task import QuestionTask, Task
 from kdpipe.recipe.teacher import PROMPT_PIECE
 
+_LOST = {"system": "a system turn", "assistant": "an earlier answer", "user": "an earlier question"}
 ANSWERS_HINT = "give its record an answer, or let only what the student samples be trained on"
 
 
@@ -38,8 +41,9 @@ class PromptStyle:
 
     `examples` are the first `few_shot` + 1 train problems. Each prompt shows the first `few_shot` of
     them that are not its own problem, so that no prompt holds its own solution and every train problem
-    stays usable. `template_arguments` go to the chat template, `system` is the first turn of problems that have
-    no system turn of their own.
+    stays usable. `template_arguments` go to the chat template, which is told that it is `today`; `system` is the first
+    turn of problems that have no system turn of their own. With `allows_special` the problems' texts may hold special
+    tokens. With `fuses` texts around a special token that is left out are read as one.
     """
 
     kind: Literal["chat", "plain"]
@@ -48,6 +52,17 @@ class PromptStyle:
     examples: tuple[Problem, ...]
     template_arguments: dict[str, JsonValue]
     system: str | None = None
+    today: str = TODAY
+    allows_special: bool = False
+    fuses: bool = False
+
+    def template(self, tokenizer: Tokenizer) -> ChatTemplate | None:
+        """The chat template as this style asks it; None for plain prompts."""
+        return ChatTemplate(tokenizer, self.template_arguments, self.today) if self.kind == "chat" else None
+
+    def marker(self, tokenizer: Tokenizer) -> Marker:
+        """What keeps special tokens inside the problems' texts from being read as such."""
+        return NOTHING if self.allows_special else marker_of(tokenizer, self.template(tokenizer))
 
 
 def prompt_style(
@@ -61,10 +76,18 @@ def prompt_style(
     if isinstance(task, QuestionTask):
         examples = tuple(train_problems[: task.few_shot + 1]) if task.few_shot else ()
         style = PromptStyle(
-            task.prompt, task.instruction, task.few_shot, examples, template_arguments, task.system
+            kind=task.prompt,
+            instruction=task.instruction,
+            few_shot=task.few_shot,
+            examples=examples,
+            template_arguments=template_arguments,
+            system=task.system,
+            today=task.today,
+            allows_special=task.allow_special_tokens,
         )
     else:
-        style = PromptStyle("plain", "", 0, (), template_arguments)
+        # Their tokenizer's special tokens are padding and unknown words: none ends a number.
+        style = PromptStyle("plain", "", 0, (), template_arguments, fuses=True)
     if template_arguments and style.kind == "plain":
         raise RecipeError(
             f"template: {', '.join(template_arguments)}: arguments of a chat template, but prompts are plain",
@@ -83,63 +106,112 @@ def prompt_style(
     return style
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt's token ids, up to where the answer begins; the template does not show the `lost` turns."""
+
+    ids: list[int]
+    lost: tuple[Turn, ...] = ()
+
+
 def render_prompt(
     tokenizer: Tokenizer, style: PromptStyle, problem: Problem, own: str | None = None
 ) -> list[int]:
-    """The prompt's token ids, up to where the answer begins; with `own`, that is the whole user text.
+    """The ids of a problem's prompt, as `prompt_of` makes it."""
+    return prompt_of(tokenizer, style, problem, own).ids
+
+
+def prompt_of(tokenizer: Tokenizer, style: PromptStyle, problem: Problem, own: str | None = None) -> Prompt:
+    """A problem's prompt; with `own`, that is the whole user text.
 
     chat: a system turn, the examples, the problem's earlier turns and the question as turns of the tokenizer's chat
     template, the instruction before the first question (so that all prompts share their beginning). plain: the same
     as lines, ending in a newline.
     In `own`, {name} is replaced by that field of the record, once and literally; {{ and }} are braces, and so is any
-    other brace.
+    other brace. Raises PreflightError where the text that asks is not in the prompt.
     """
+    marker = style.marker(tokenizer)
+    turns = [*_opening(style, problem, marker), *_asked(style, problem, marker, own)]
+    template = style.template(tokenizer)
+    if template is None:
+        ends = {"system": "\n\n", "user": "\n", "assistant": "\n\n"}
+        shown = "".join(turn.content + ends[turn.role] for turn in turns[:-1])
+        text = shown + turns[-1].content.removesuffix("\n") + "\n"
+        return Prompt(marker.encode_plain(tokenizer, text))
+    text = template.render(turns)
+    spaced = " ".join(text.split())
+    lost = tuple(turn for turn in turns if " ".join(turn.content.split()) not in spaced)
+    if turns[-1] in lost:
+        raise PreflightError(
+            f"{template.whose}: its chat template does not show the question of {problem.prompt_id}: a prompt of "
+            f"{len(text)} characters that it is not in",
+            hint="correct chat_template in the model's folder, or set task.prompt to plain",
+        )
+    # A rendered template holds its own special tokens.
+    return Prompt(marker.encode(tokenizer, text, add_special_tokens=False), lost)
+
+
+def lost_turns(prompts: Sequence[Prompt]) -> list[str]:
+    """Sentences on turns that prompts do not show as they were given, with the number of prompts."""
+    counts = Counter(role for prompt in prompts for role in {turn.role for turn in prompt.lost})
+    return [
+        f"the chat template shows {_LOST[role]} changed or not at all in {count} of {len(prompts)} prompts"
+        for role, count in sorted(counts.items())
+    ]
+
+
+def require_unlike(problems: Sequence[Problem], prompts: Sequence[Sequence[int]]) -> None:
+    """Raises PreflightError where two problems that ask different things have the same prompt."""
+    seen: dict[tuple[int, ...], Problem] = {}
+    for problem, ids in zip(problems, prompts, strict=bool(problems)):
+        other = seen.setdefault(tuple(ids), problem)
+        if (other.turns, other.question) != (problem.turns, problem.question):
+            raise PreflightError(
+                f"{other.prompt_id} and {problem.prompt_id} ask different things and have the same prompt of "
+                f"{len(ids)} tokens",
+                hint="take a tokenizer that knows the letters of these problems, or correct chat_template",
+            )
+
+
+def _asked(style: PromptStyle, problem: Problem, marker: Marker, own: str | None) -> list[Turn]:
+    """The turns from the first example or earlier turn to the one that asks."""
+    earlier = _earlier(problem, marker)
     if own is not None:
         values = prompt_values(problem)
-        text = PROMPT_PIECE.sub(lambda piece: str(values[piece[1]]) if piece[1] else piece[0][0], own)
-        return _render(tokenizer, style, [*_opening(style, problem), *_earlier(problem), Turn("user", text)])
+        text = PROMPT_PIECE.sub(
+            lambda piece: marker.mark(str(values[piece[1]])) if piece[1] else piece[0][0], own
+        )
+        return [*earlier, Turn("user", text)]
     others = [example for example in style.examples if example.prompt_id != problem.prompt_id]
-    turns = [turn for example in others[: style.few_shot] for turn in _example(example)]
-    turns += [*_earlier(problem), Turn("user", problem.question)]
+    turns = [turn for example in others[: style.few_shot] for turn in _example(example, marker)]
+    turns += [*earlier, Turn("user", marker.mark(problem.question))]
     if style.instruction:
         first = next(index for index, turn in enumerate(turns) if turn.role == "user")
         turns[first] = Turn("user", f"{style.instruction}\n\n{turns[first].content}")
-    return _render(tokenizer, style, [*_opening(style, problem), *turns])
+    return turns
 
 
-def _opening(style: PromptStyle, problem: Problem) -> list[Turn]:
+def _opening(style: PromptStyle, problem: Problem, marker: Marker) -> list[Turn]:
     """The system turn: the problem's own, or else that of the task."""
-    own = [turn for turn in problem.turns if turn.role == "system"]
+    own = [Turn("system", marker.mark(turn.content)) for turn in problem.turns if turn.role == "system"]
     return own or ([] if style.system is None else [Turn("system", style.system)])
 
 
-def _earlier(problem: Problem) -> list[Turn]:
-    return [turn for turn in problem.turns if turn.role != "system"]
+def _earlier(problem: Problem, marker: Marker) -> list[Turn]:
+    return [Turn(turn.role, marker.mark(turn.content)) for turn in problem.turns if turn.role != "system"]
 
 
-def _example(problem: Problem) -> list[Turn]:
+def _example(problem: Problem, marker: Marker) -> list[Turn]:
     """A problem as a prompt shows it to another: with its solution."""
     assert problem.solution is not None
-    return [*_earlier(problem), Turn("user", problem.question), Turn("assistant", problem.solution)]
+    asked = Turn("user", marker.mark(problem.question))
+    return [*_earlier(problem, marker), asked, Turn("assistant", marker.mark(problem.solution))]
 
 
 def prompt_values(problem: Problem) -> dict[str, str | int | float]:
     """What a teacher's prompt may name; `question` and `solution` are never a field of the record."""
     solution = {} if problem.solution is None else {"solution": problem.solution}
     return {**problem.fields, "question": problem.question, **solution}
-
-
-def _render(tokenizer: Tokenizer, style: PromptStyle, turns: list[Turn]) -> list[int]:
-    """Token ids of turns, the last of which asks."""
-    if style.kind == "chat":
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        # A rendered template holds its own special tokens.
-        return encode(
-            tokenizer, render_chat(tokenizer, style.template_arguments, messages), add_special_tokens=False
-        )
-    ends = {"system": "\n\n", "user": "\n", "assistant": "\n\n"}
-    shown = "".join(turn.content + ends[turn.role] for turn in turns[:-1])
-    return encode_plain(tokenizer, shown + turns[-1].content.removesuffix("\n") + "\n")
 
 
 def end_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -162,35 +234,59 @@ def end_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A model's tokenizer and prompt style, its `end_ids`, and `num_ids`, the number of ids in use."""
+    """A model's tokenizer and prompt style, its `end_ids`, and `num_ids`, the number of ids in use.
+
+    `turn_end` is the id with which its chat template ends an answer, None for plain prompts and where there is none;
+    `notes` and `warnings` say what a user of the template should know.
+    """
 
     tokenizer: Tokenizer
     style: PromptStyle
     end_ids: tuple[int, ...]
     num_ids: int
+    turn_end: int | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def end_id(self) -> int:
-        """The end id that reference completions are taught with: the tokenizer's own."""
-        own: int | None = self.tokenizer.eos_token_id
+        """The end id that reference completions are taught with: the template's, or else the tokenizer's own."""
+        own: int | None = self.tokenizer.eos_token_id if self.turn_end is None else self.turn_end
         return self.end_ids[0] if own is None else own
 
     def prompt(self, problem: Problem, own: str | None = None) -> list[int]:
         return render_prompt(self.tokenizer, self.style, problem, own)
 
+    def rendered(self, problem: Problem, own: str | None = None) -> Prompt:
+        """The problem's prompt, with what the template leaves out of it."""
+        return prompt_of(self.tokenizer, self.style, problem, own)
+
     def reference(self, problem: Problem) -> list[int]:
         """The reference solution as a completion of the prompt: its token ids and the end token."""
         if problem.solution is None:
             raise DataError(f"{problem.prompt_id}: has no answer to be taught", hint=ANSWERS_HINT)
-        return [*encode(self.tokenizer, problem.solution, add_special_tokens=False), self.end_id]
+        marker = self.style.marker(self.tokenizer)
+        text = marker.mark(problem.solution)
+        return [*marker.encode(self.tokenizer, text, add_special_tokens=False), self.end_id]
 
     def completion(self, token_ids: Sequence[int], *, stop: Sequence[str]) -> str:
-        """The text of a completion without end and special tokens, cut before the first stop string."""
+        """The text of a completion without its end, cut before the first stop string.
+
+        Special tokens are left out; texts on the two sides of one stand on lines of their own.
+        """
         kept = list(token_ids[:-1] if token_ids and token_ids[-1] in self.end_ids else token_ids)
+        added = self.tokenizer.added_tokens_decoder
+        special = {token for token in added.keys() & set(kept) if added[token].special}
+        pieces = [kept]
+        if special and not self.style.fuses:
+            groups = groupby(kept, special.__contains__)
+            pieces = [list(group) for is_special, group in groups if not is_special]
         with unfit(f"{self.tokenizer.name_or_path}: its tokenizer fails on token ids"):
-            text: str = self.tokenizer.decode(
-                kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
+            decoded = [
+                self.tokenizer.decode(piece, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                for piece in pieces
+            ]
+        text = "\n".join(filter(None, decoded))
         return text[: min((text.index(string) for string in stop if string in text), default=len(text))]
 
 
@@ -200,4 +296,28 @@ def open_text(folder: Path | None, style: PromptStyle, *, trust: bool) -> Text:
         tokenizer = arithmetic_tokenizer(arithmetic.words())
         return Text(tokenizer, style, (tokenizer.eos_token_id,), num_ids_in_use(tokenizer))
     tokenizer = open_tokenizer(folder, trust_remote_code=trust)
-    return Text(tokenizer, style, end_ids(folder, tokenizer), num_ids_in_use(tokenizer))
+    text = Text(tokenizer, style, end_ids(folder, tokenizer), num_ids_in_use(tokenizer))
+    with contextlib.suppress(PreflightError):  # what cannot be rendered is told where a prompt is
+        return with_turn_end(text)
+    return text
+
+
+def with_turn_end(text: Text) -> Text:
+    """The text whose completions also end where its template ends an answer, with its remarks."""
+    template = text.style.template(text.tokenizer)
+    if template is None:
+        return text
+    token, _ = template.turn_end()
+    notes, ends = [], text.end_ids
+    if template.reads_clock():
+        notes.append(
+            f"its chat template reads the clock: it is told that today is {template.today} (task.today)"
+        )
+    if token is not None and token not in ends:
+        ends = tuple(sorted({*ends, token}))
+        notes.append(
+            f"its chat template ends an answer with {text.tokenizer.decode([token])!r} (id {token}), which the model's "
+            "files do not name as an end: completions end there too"
+        )
+    warnings = tuple(template.faults())
+    return replace(text, end_ids=ends, turn_end=token, notes=tuple(notes), warnings=warnings)

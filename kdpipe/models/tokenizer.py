@@ -92,18 +92,6 @@ def arithmetic_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def encode_plain(tokenizer: Tokenizer, text: str) -> list[int]:
-    """`text` with the special tokens the tokenizer puts before it (BOS), without those after it (EOS)."""
-    bare = encode(tokenizer, text, add_special_tokens=False)
-    full = encode(tokenizer, text, add_special_tokens=True)
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return full[: start + len(bare)]
-    raise PreflightError(
-        f"{tokenizer.name_or_path}: adds special tokens inside a text, expected them around it"
-    )
-
-
 def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
     """The ids of a text."""
     with unfit(f"{tokenizer.name_or_path}: its tokenizer fails on a text"):

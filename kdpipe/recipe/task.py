@@ -1,5 +1,7 @@
 """The task of a recipe: its problems, and how they are asked."""
 
+from collections.abc import Iterator
+from datetime import date
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -22,6 +24,10 @@ class QuestionTask(Section):
     """chat renders the student's own chat template, plain puts bare text."""
     system: str | None = None
     """A system turn before every prompt; records that have one of their own keep theirs."""
+    today: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")] = "2024-07-26"
+    """The day that chat templates with a clock are told, so that a recipe's prompts are the same next week."""
+    allow_special_tokens: bool = False
+    """Whether special tokens in the problems' texts are read as such; else they are text like any other."""
     instruction: str = ""
     """Text before the question that asks for the form of the answer; empty is none."""
     few_shot: Annotated[int, Field(ge=0, le=64)] = 0
@@ -32,6 +38,12 @@ class QuestionTask(Section):
     """Which reading of a number is the accuracy: strict and flexible are lm-evaluation-harness's."""
     reward: NumberReader = "robust"
     """Which reading of a number is the reward: robust misjudges the fewest answers, strict and flexible compare."""
+
+    def faults(self) -> Iterator[str]:
+        try:
+            date.fromisoformat(self.today)
+        except ValueError:
+            yield f"today is {self.today}, which is no day"
 
 
 class Gsm8kTask(QuestionTask):

@@ -24,7 +24,7 @@ from kdpipe.models.folder import read_head
 from kdpipe.models.logprobs import Head
 from kdpipe.models.prompting import Text
 from kdpipe.models.source import ModelSource
-from kdpipe.models.template import used_arguments
+from kdpipe.models.template import known_arguments
 from kdpipe.models.tokenizer import Vocabulary, compare_vocabularies
 from kdpipe.stages.job import Job
 from kdpipe.stages.settings.model import SupportSettings, TeacherSettings
@@ -98,7 +98,7 @@ def as_teacher(
             hint="lower top_k, or use support: vocabulary",
         )
     if not settings.template:  # the student's arguments, as far as another family's template knows them
-        known = used_arguments(teacher.tokenizer, teacher.style.template_arguments)
+        known = known_arguments(teacher.tokenizer, teacher.style.template_arguments)
         teacher = replace(teacher, style=replace(teacher.style, template_arguments=known))
     return TeacherHandle(
         model=replace(model, text=teacher),

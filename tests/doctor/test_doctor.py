@@ -36,9 +36,9 @@ from tests import clinic
 from tests.clinic import Findings, examined, load_world, verdicts, write_world
 from tests.worlds import NearWorker, Watcher, load_tiny, run_near
 
-NOT_ASKED = {"own prompt", "top-k", "hidden states"}
+NOT_ASKED = {"prompt", "own prompt", "top-k", "hidden states"}
 """Probes that an objective by sampled tokens, and a teacher that reads the student's prompt, have no use for."""
-STUDENT_PROBES = {"context", "load", "sampler", "reload"}
+STUDENT_PROBES = {"prompt", "context", "load", "sampler", "reload"}
 TEACHER_PROBES = set(CATCHES) - {"sampler", "reload"}
 PRIVILEGED = "{question} {solution} {question}"
 TOP5 = {"kd": {"term": "jsd", "beta": 1.0, "support": {"teacher_top_k": 5}}}
@@ -92,8 +92,8 @@ BFLOAT16 = {
 }
 HEALTHY: dict[str, tuple[dict[str, Any], set[str]]] = {
     "sampled token": ({}, NOT_ASKED),
-    "top-k": ({"train__objective": TOP5}, {"own prompt", "hidden states"}),
-    "whole distribution": ({"train__objective": WHOLE}, {"own prompt", "top-k"}),
+    "top-k": ({"train__objective": TOP5}, {"prompt", "own prompt", "hidden states"}),
+    "whole distribution": ({"train__objective": WHOLE}, {"prompt", "own prompt", "top-k"}),
     "privileged": (
         {"teachers": [{"model": "./teacher", "dtype": "float32", "prompt": PRIVILEGED, "temperature": 0.7}]},
         {"top-k", "hidden states"},
@@ -370,7 +370,7 @@ def test_two_beginnings_of_a_sequence_are_caught_by_special_tokens(copied: Path)
     for name in ("student", "teacher"):
         clinic.rewrite(copied / name / "tokenizer_config.json", {"bos_token": "Tom"})
         clinic.set_template(copied / name, "Tom Tom " + TURN)
-    task = {"kind": "jsonl", "train": "train.jsonl", "test": "test.jsonl", "instruction": ""}
+    task = {"kind": "jsonl", "train": "train.jsonl", "test": "test.jsonl", "allow_special_tokens": True}
     finding = examined(load_world(copied, task=task), depth="quick")["special tokens", "teacher"]
     assert finding["verdict"] == "FAILED"
     assert "begins with two beginning-of-sequence tokens (id 16)" in finding["said"]
@@ -378,7 +378,8 @@ def test_two_beginnings_of_a_sequence_are_caught_by_special_tokens(copied: Path)
 
 def test_a_beginning_that_only_one_of_the_two_writes_is_worth_a_warning(copied: Path) -> None:
     clinic.begin_with(copied / "student", "pens")
-    finding = examined(load_world(copied), depth="quick")["special tokens", "teacher"]
+    loaded = load_world(copied, task__allow_special_tokens=True)
+    finding = examined(loaded, depth="quick")["special tokens", "teacher"]
     assert finding["verdict"] == "warning"
     assert "only the student's tokenizer puts a beginning-of-sequence token before" in finding["said"]
     assert "bos 'pens' 19 and none" in finding["said"]

@@ -360,7 +360,9 @@ def test_lines_of_templates_are_counted_each_time_anew_and_tracing_is_left_as_it
 
     tokenizer = open_tokenizer(model, trust_remote_code=False)
     turns = MAX_TEMPLATE_LINES // 20
-    tokenizer.chat_template = f"{{% for i in range({min(turns, 99_999)}) %}}{{% endfor %}}4 ?"
+    tokenizer.chat_template = (
+        f"{{% for i in range({min(turns, 99_999)}) %}}{{% endfor %}}4 {{{{ messages[0].content }}}}"
+    )
     style = PromptStyle("chat", "", 0, (), {})
     before = sys.gettrace()
     for _ in range(21):

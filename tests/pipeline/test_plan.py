@@ -533,6 +533,7 @@ def others(value: Any) -> list[Any]:
 
 TOP_3 = {"teacher_top_k": 3}
 LITERALS = [
+    "2026-11-30",
     "reference",
     "teacher",
     "kd",

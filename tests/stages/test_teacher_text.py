@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kdpipe.errors import Interrupted, PreflightError
 from kdpipe.recipe.file import LoadedRecipe
 from tests.models.test_end_alias import NUM_IDS, STUDENT_END, TEACHER_END, WORDS, write_model
+from tests.stages.test_from_files import clean
 from tests.tiny_models import FLOAT32_NATS
 from tests.worlds import Watcher, load_tiny, payload_digests, run_near
 
@@ -125,7 +126,7 @@ def check_written(files: Files, rows: pd.DataFrame) -> None:
         assert (list(row.completion_token_ids), row.finish_reason) == greedy(files.folder / "teacher", prompt)
         assert (row.source, row.sampler_logprobs) == ("teacher", None)
         kept = [token for token in row.completion_token_ids if token != STUDENT_END]
-        assert row.text == student.decode(kept, skip_special_tokens=True)
+        assert row.text == clean(student, kept)
 
 
 def test_the_teacher_writes_for_the_cold_start_after_its_own_prompt(files: Files) -> None:
