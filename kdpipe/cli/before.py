@@ -9,6 +9,9 @@ from kdpipe.cli.parameters import Given, on_recipe
 from kdpipe.cli.terminal import Paint, Style, counted, painter
 from kdpipe.results.visible_text import visible
 
+SHOWN = 200
+"""Characters of the first prompt that `check` shows."""
+
 if TYPE_CHECKING:
     from kdpipe.pipeline.status import State
     from kdpipe.recipe.schema import Recipe, Teacher
@@ -16,17 +19,39 @@ if TYPE_CHECKING:
 
 @on_recipe
 def check(given: Given) -> None:
-    """Check a recipe against the schema.
+    """Check a recipe, its local data and the configs of its models.
 
-    Takes less than a second, and needs neither network nor models.
+    Takes less than a second, and needs no network: what is on the hub is not looked at.
 
     Example: kdpipe check recipes/quickstart.yaml
     """
+    from dataclasses import asdict
+
+    from kdpipe.data.tasks import hub_data
+    from kdpipe.pipeline.identities import Sources
+    from kdpipe.pipeline.task_data import open_data
     from kdpipe.recipe.schema import resolved
 
     loaded = given.load()
-    document = {"recipe": str(loaded.path), "resolved": resolved(loaded.recipe)}
-    given.show(document, f"{given.recipe}: good; {loaded.recipe.rounds} rounds")
+    models = Sources(loaded, given.place).look()
+    hub = hub_data(loaded.recipe.task, loaded.folder)
+    data = open_data(loaded.recipe, loaded.folder) if hub is None else None
+    lines = [f"{given.recipe}: good; {loaded.recipe.rounds} rounds"]
+    if data is None:
+        lines.append(f"data: {hub.name} on the hub, not looked at" if hub else "")
+    else:
+        first = " ".join(data.first_prompt.split())
+        first = first if len(first) <= SHOWN else f"{first[:SHOWN]}..."
+        lines += [f"{data.train} train, {data.test} test problems; first prompt: {first}", data.form or ""]
+        lines += [f"warning: {sentence}" for sentence in data.warnings()]
+    lines += [f"{role}: {text}" for role, text in models.items()]
+    document = {
+        "recipe": str(loaded.path),
+        "data": data and asdict(data),
+        "models": models,
+        "resolved": resolved(loaded.recipe),
+    }
+    given.show(document, "\n".join(visible(line) for line in lines if line))
 
 
 @on_recipe

@@ -40,6 +40,12 @@ class Problem:
     fields: Mapping[str, str | int | float] = field(default_factory=dict)
     turns: tuple[Turn, ...] = ()
 
+    @property
+    def normalized(self) -> tuple[str, ...]:
+        """What is said up to the question, less case and blanks: problems of equal texts are one problem."""
+        said = [turn.content for turn in self.turns if turn.role != "system"]
+        return tuple(" ".join(text.casefold().split()) for text in (*said, self.question))
+
 
 @dataclass(frozen=True, slots=True)
 class Graded:

@@ -18,7 +18,6 @@ from kdpipe.execution.context import StepContext
 from kdpipe.execution.inputs import Inputs
 from kdpipe.execution.placement import Engines
 from kdpipe.execution.probe import Probe, Problems
-from kdpipe.execution.records import check_records
 from kdpipe.execution.roles import Roles
 from kdpipe.execution.trainers import Trainers
 from kdpipe.models.cache import ModelCache
@@ -93,7 +92,6 @@ class Performer:
             if is_trained:
                 _refuse_unsound(recipe, report)
             problems = read_problems(recipe.task, found.folder, hub_folder=found.folders.get("data"))
-            check_records(recipe, *problems)
             self._executor = Executor(recipe, device, *problems, logs=found.run / "logs")
         return self._executor
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -68,6 +69,22 @@ class Sources:
             self._changed = False
         return Identities(models=models, data=data)
 
+    def look(self) -> dict[str, str]:
+        """What each named model is, by role: its folder's model type, or that it is on the hub.
+
+        Raises RecipeError where a local folder is none of a model. Reads configs alone.
+        """
+        found = {}
+        for role, named in self._named().items():
+            folder = _local_folder(named.name, self.loaded.folder)
+            if folder is None:
+                found[role] = f"{named.name} on the hub, not looked at"
+                continue
+            _model_files(folder, named)
+            kind = "the tokenizer" if named.served is not None else _model_type(folder)
+            found[role] = f"{kind} in {folder}"
+        return found
+
     def fetch(self, tell: Callable[[str], None] = lambda _text: None) -> dict[str, Path]:
         """Folders of every model by role, and of hub data as "data"; downloads and pins what is not here.
 
@@ -115,22 +132,7 @@ class Sources:
         folder = _local_folder(named.name, self.loaded.folder)
         if folder is None:
             return served | self._hub_identity("model", named.name, named.revision)
-        suffixes = TEXT_SUFFIXES if served else MODEL_SUFFIXES
-        files = sorted(path for path in folder.iterdir() if path.suffix in suffixes)
-        if served and not any(path.name.startswith("tokenizer") for path in files):
-            raise RecipeError(
-                f"{folder}: no tokenizer: tokenizer.json is missing",
-                hint="name the folder or hub id of the model that the server runs in teachers[].server.tokenizer",
-            )
-        if not served and not any(path.name == "config.json" for path in files):
-            raise RecipeError(
-                f"{folder}: not a model folder: config.json is missing",
-                hint="name a folder that transformers' save_pretrained wrote",
-            )
-        from kdpipe.models.model_folder import require_own_files
-
-        require_own_files(folder)
-        parts: JsonValue = [[path.name, self._digest(path)] for path in files]
+        parts: JsonValue = [[path.name, self._digest(path)] for path in _model_files(folder, named)]
         digest = hashlib.sha256(canonical(parts)).hexdigest()
         return {**served, "digest": digest, **({"revision": named.revision} if served else {})}
 
@@ -199,6 +201,36 @@ class _Named(NamedTuple):
     name: str
     revision: str | None
     served: str | None = None
+
+
+def _model_files(folder: Path, named: _Named) -> list[Path]:
+    """The files of a local model that make it what it is; raises RecipeError where one is missing."""
+    suffixes = MODEL_SUFFIXES if named.served is None else TEXT_SUFFIXES
+    files = sorted(path for path in folder.iterdir() if path.suffix in suffixes)
+    if named.served is not None and not any(path.name.startswith("tokenizer") for path in files):
+        raise RecipeError(
+            f"{folder}: no tokenizer: tokenizer.json is missing",
+            hint="name the folder or hub id of the model that the server runs in teachers[].server.tokenizer",
+        )
+    if named.served is None and not any(path.name == "config.json" for path in files):
+        raise RecipeError(
+            f"{folder}: not a model folder: config.json is missing",
+            hint="name a folder that transformers' save_pretrained wrote",
+        )
+    from kdpipe.models.model_folder import require_own_files
+
+    require_own_files(folder)
+    return files
+
+
+def _model_type(folder: Path) -> str:
+    path = folder / "config.json"
+    config = json.loads(path.read_bytes())
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise RecipeError(
+            f"{path}: no model_type in it", hint="name a folder that transformers' save_pretrained wrote"
+        )
+    return str(config["model_type"])
 
 
 def _local_folder(name: str, folder: Path) -> Path | None:

@@ -23,6 +23,7 @@ from kdpipe.pipeline.request import (
     assignment_of,
     open_worker,
 )
+from kdpipe.pipeline.task_data import open_data
 from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.recipe.roles import BASE_ROLE, STUDENT, STUDENT_ROLE, Role, teacher_role
 from kdpipe.recipe.schema import ServedTeacher
@@ -57,6 +58,8 @@ def examine_recipe(
     nothing to examine.
     """
     folders = Sources(loaded, workspace).fetch(tell)
+    for sentence in open_data(loaded.recipe, loaded.folder, folders.get("data")).warnings():
+        tell(f"warning: {sentence}")
     project = open_project(loaded, workspace)
     request = examination(project, folders, 1, depth="full")
     worker = open_worker(project, PERFORMER, log=workspace / "logs" / "doctor.log")

@@ -21,6 +21,7 @@ from kdpipe.pipeline.schedule import Schedule, must_restore
 from kdpipe.pipeline.signals import signals
 from kdpipe.pipeline.status import State, inspect
 from kdpipe.pipeline.step_worker import Display, StepWorker
+from kdpipe.pipeline.task_data import open_data
 from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.store.artifacts import tidy_if_free
 from kdpipe.store.locks import run_lock
@@ -71,7 +72,10 @@ def run(
         display.note
     )  # pins hub names, so that every fingerprint is known
     project = open_project(loaded, workspace)
-    for lack in try_workspace(workspace):
+    data = open_data(loaded.recipe, loaded.folder, folders.get("data"))
+    if data.form is not None:
+        display.note(data.form)
+    for lack in (*try_workspace(workspace), *data.warnings()):
         display.warn(lack)
     with run_lock(project.run.path), signals() as stop:
         project.run.write_recipe(loaded)

@@ -79,11 +79,16 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _refuse_other_form(path: Path, content: bytes) -> None:
-    """Raises DataError where a file that is no JSONL has another form that people have."""
+def _refuse_beginning(path: Path, content: bytes) -> None:
+    """Raises DataError where a file begins as one of another kind does."""
     for beginning, (form, hint) in _BEGINNINGS.items():
         if content.startswith(beginning):
             raise DataError(f"{path}: {form}", hint=hint.replace("FILE", path.name))
+
+
+def _refuse_other_form(path: Path, content: bytes) -> None:
+    """Raises DataError where a file that is no JSONL has another form that people have."""
+    _refuse_beginning(path, content)
     first = content.lstrip().split(b"\n", 1)[0].decode("utf-8", errors="replace").strip()
     names = first.split(",")
     if first == "[" or first.startswith("[{"):
@@ -104,8 +109,7 @@ def _refuse_other_form(path: Path, content: bytes) -> None:
 def _read_csv(path: Path, delimiter: str) -> Iterator[DataRecord]:
     """Rows by the names in the first line; every value is text, which may hold newlines within quotes."""
     content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    if content.startswith(tuple(_BEGINNINGS)):
-        _refuse_other_form(path, content)
+    _refuse_beginning(path, content)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -158,6 +162,6 @@ def _read_parquet(path: Path) -> Iterator[DataRecord]:
             file.seek(0)
             beginning = file.read(1000)
             if not beginning.startswith(b"PAR1"):
-                _refuse_other_form(path, beginning)
+                _refuse_beginning(path, beginning)
             raise DataError(f"{path}: not a parquet file that can be read: {error}") from None
     yield from (DataRecord(f"{path}: row {row}", fields) for row, fields in enumerate(rows))

@@ -1,4 +1,4 @@
-"""Checks that every problem has its teacher, and every record what that teacher's prompt names."""
+"""Checks that every problem has its teacher and answer, and every record what a prompt names."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from kdpipe.data.rows import Problem
 from kdpipe.errors import DataError
 from kdpipe.models.prompting import prompt_values
 from kdpipe.recipe.schema import Recipe, Teacher
+from kdpipe.recipe.teacher import OwnTeacher
 from kdpipe.stages.settings.model import routes_of, teaches
 
 MAX_SHOWN = 3
 
 
 def check_records(recipe: Recipe, train: Sequence[Problem], test: Sequence[Problem]) -> None:
-    """Raises DataError where a problem in use has not one teacher (or all), or lacks a prompt's field."""
+    """Raises DataError where a problem in use has not one teacher (or all), or lacks a field or an answer."""
+    _check_solutions(recipe, train)
     section = recipe.evaluate
     # Specialists read their own problems in a cold start, whatever is trained on later.
     asked = recipe.train.objective.has_kd or recipe.is_routed or recipe.has_teacher_text
@@ -28,6 +30,26 @@ def check_records(recipe: Recipe, train: Sequence[Problem], test: Sequence[Probl
             for problem in problems:
                 if teaches(routes_of(teacher), problem):
                     _check_prompt(teacher, problem)
+
+
+def _check_solutions(recipe: Recipe, train: Sequence[Problem]) -> None:
+    """Raises DataError where a text without which something cannot be trained is in no record."""
+    starts = [("student.sft", recipe.student.sft)]
+    starts += [
+        (f"the sft of teacher {one.name!r}", one.sft)
+        for one in recipe.teachers
+        if isinstance(one, OwnTeacher)
+    ]
+    readers = [name for name, sft in starts if sft is not None and sft.text == "reference"]
+    if recipe.rollout.on_policy_fraction < 1 and recipe.rollout.off_policy_text == "reference":
+        readers.append("rollout.off_policy_text: reference")
+    unsolved = [problem for problem in train if problem.solution is None]
+    if readers and unsolved:
+        raise DataError(
+            f"{readers[0]} trains on reference solutions, and {len(unsolved)} of {len(train)} train problems have "
+            f"none: {', '.join(problem.prompt_id for problem in unsolved[:MAX_SHOWN])}",
+            hint="give their records an answer, or say text: teacher there, or leave it out",
+        )
 
 
 def _check_routes(recipe: Recipe, split: str, problems: Sequence[Problem]) -> None:
