@@ -72,10 +72,11 @@ class Inputs:
 
     def adapter(self, role: Role) -> Entry | None:
         """The entry of the student's adapter; None where the role's weights are whole."""
-        is_trained = role in self.steps and self.steps[role].stage == Stage.TRAIN
-        if self.recipe.student.lora is None or not is_trained:
+        step, student = self.steps.get(role), self.recipe.student
+        if step is None or student.lora is None:
             return None
-        return self.store.entry(self.steps[role])
+        is_warm = step.stage == Stage.SFT and step.subject == STUDENT and student.warmup is not None
+        return self.store.entry(step) if is_warm or step.stage == Stage.TRAIN else None
 
     def origin(self, role: Role) -> tuple[Entry | None, str]:
         """Where whole weights of the student or a teacher are: an entry, or the folder of a named model.

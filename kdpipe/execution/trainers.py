@@ -16,7 +16,7 @@ from kdpipe.models.devices import resolve_dtype
 from kdpipe.models.folder import open_model, scratch_model
 from kdpipe.models.prompting import Text
 from kdpipe.models.tokenizer import arithmetic_tokenizer, num_ids_in_use
-from kdpipe.recipe.models import Optimizer, Scratch, Sft, SftOptimizer
+from kdpipe.recipe.models import Lora, Optimizer, Scratch, Sft, SftOptimizer
 from kdpipe.recipe.roles import EMA_ROLE, STUDENT_ROLE
 from kdpipe.recipe.schema import Recipe
 from kdpipe.recipe.section import DtypeName
@@ -41,12 +41,14 @@ class Trainers:
         """The model of an sft step with a fresh optimizer, or as a checkpoint left them."""
         model, lora = settings.model, self._recipe.student.lora
         folder = checkpoint / "model" if checkpoint else inputs.folders.get(inputs.step.subject)
-        if folder is not None:
+        if model.lora is not None:
+            network = _with_adapter(self._shared(inputs), model.lora, checkpoint)
+        elif folder is not None:
             network = self._network(folder, trust=model.trust_remote_code)
         else:
             assert model.scratch is not None
             network = self.scratch(inputs, model.scratch)
-        if settings.student is not None and lora is not None:
+        if settings.student is not None and lora is not None and model.lora is None:
             target_names(network, lora)  # before it is trained for nothing
         start = model.sft or Sft(steps=1)
         trainer = self._fresh(network, start.optimizer, text, horizon=start.steps, dtype=model.dtype)
@@ -71,10 +73,7 @@ class Trainers:
             folder = checkpoint / "model" if checkpoint else inputs.opened_weights(STUDENT_ROLE)
             network = self._network(folder, trust=settings.student.trust_remote_code)
         else:
-            if settings.lora is not None and settings.lora.seed is not None:  # it begins in this round
-                start_adapter(network, settings.lora, seed=derive_seed(settings.lora.seed, "lora"))
-            if checkpoint is not None:
-                read_adapter(network, checkpoint / "model")
+            _with_adapter(network, settings.lora, checkpoint)
         optimizer, train = settings.train.optimizer, settings.train
         rounds = optimizer.schedule_rounds or 1  # a constant schedule has no horizon
         horizon = rounds * train.minibatches * train.epochs
@@ -138,3 +137,12 @@ class Trainers:
         trainer.publish(version, self._cache)
         if inputs.step.stage == Stage.TRAIN:
             self._kept = trainer
+
+
+def _with_adapter(network: Any, lora: Lora | None, checkpoint: Path | None) -> Any:
+    """The network with its adapter: as it is, that of a checkpoint, or where `lora` begins its first."""
+    if lora is not None and lora.seed is not None:
+        start_adapter(network, lora, seed=derive_seed(lora.seed, "lora"))
+    if checkpoint is not None:
+        read_adapter(network, checkpoint / "model")
+    return network

@@ -144,11 +144,12 @@ def export(
     if adapter and dtype not in (None, "float32"):
         raise RecipeError(f"--dtype {dtype}: an adapter is float32", hint="leave --adapter out, or --dtype")
     number, folder = _student_folder(project, round_number)
-    if adapter and number == 0:
+    has_adapter = _has_adapter(project, number)
+    if adapter and not has_adapter:
         raise RecipeError(
             "--adapter: student 0 has none, the adapter begins in round 1", hint=f"kdpipe run {project.named}"
         )
-    is_merged = number > 0 and project.recipe.student.lora is not None and not adapter
+    is_merged = has_adapter and not adapter
     is_cast = dtype is not None and not adapter and dtype != _dtype_of(folder)
     done: list[WrittenWeights] = []
 
@@ -163,6 +164,12 @@ def export(
 
     write_folder(target, write)
     return Exported(number, target, done[0] if done else None)
+
+
+def _has_adapter(project: Project, number: int) -> bool:
+    """Whether the student of a round is an adapter on the model below."""
+    student = project.recipe.student
+    return student.lora is not None and (number > 0 or student.warmup is not None)
 
 
 def _dtype_of(folder: Path) -> str | None:
@@ -180,9 +187,10 @@ def _write(
     A worker does it: torch is not for this process.
     """
     student, runtime = project.recipe.student, project.recipe.runtime
-    has_adapter = number > 0 and student.lora is not None
-    start = None
-    if number > 0:
+    has_adapter, start = _has_adapter(project, number), None
+    if student.warmup is not None:
+        start = Sources(project.loaded, project.workspace).fetch()[STUDENT]
+    elif number > 0:
         with contextlib.suppress(RecipeError):  # it may be dropped since
             start = _student_folder(project, 0)[1]
     assert start is not None or not has_adapter

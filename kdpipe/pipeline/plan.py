@@ -249,7 +249,8 @@ class _Planner:
         if number > 0:
             opens = ("model", "trainer") if trainer else ("model",)
             inputs = {STUDENT_ROLE: _input(Stage.TRAIN, number, opens=opens)}
-            if self.recipe.student.lora is not None and (below := self._student(0)):
+            has_base = self.recipe.student.lora is not None and self.recipe.student.warmup is None
+            if has_base and (below := self._student(0)):
                 inputs[BASE_ROLE] = below[STUDENT_ROLE]
             return inputs
         if self.recipe.student.has_cold_start:

@@ -97,7 +97,9 @@ def require_space(project: Project, folders: Mapping[str, Path], step: Step) -> 
     need = FREE_BYTES_FLOOR
     if step.stage in (Stage.TRAIN, Stage.SFT):
         copies = 5 if project.recipe.ema_decay is None else 7
-        if step.round == 1 and project.recipe.student.lora is not None:
+        student = project.recipe.student
+        begins = student.warmup if step.round == 0 and step.subject == STUDENT else student.lora
+        if step.round <= 1 and begins is not None:
             copies = 1  # no adapter is there yet to judge by; all that one writes is less than the model
         models = []
         if (source := step.inputs.get(STUDENT_ROLE)) is not None:

@@ -117,6 +117,8 @@ class Lora(Section):
         Literal["all-linear"] | Annotated[list[Annotated[str, Field(pattern=r"^\w+$")]], Field(min_length=1)]
     ) = "all-linear"
     """Last names of the layers that get one, or all linear layers below the output head."""
+    warmup: bool = False
+    """Whether the cold start trains the adapter too, in place of all weights."""
     seed: Seed | None = None
     """Seed of the adapters' first weights; null is the recipe's."""
 
@@ -140,7 +142,7 @@ class Student(Section):
     template: dict[str, JsonValue] = {}
     """Arguments of the chat template, such as enable_thinking."""
     sft: Sft | None = None
-    """Cold start before round 1; it trains all weights, also with `lora`."""
+    """Cold start before round 1; it trains all weights, also with `lora`, unless `lora.warmup`."""
     lora: Lora | None = None
     """Low-rank adapters in place of all weights, from round 1 on."""
 
@@ -149,6 +151,13 @@ class Student(Section):
             yield "give exactly one of: model, scratch"
         if self.revision is not None and self.model is None:
             yield "revision goes with model"
+        if self.lora is not None and self.lora.warmup and (self.sft is None or self.model is None):
+            yield "lora.warmup goes with model and sft: the cold start trains the adapter on that model"
+
+    @property
+    def warmup(self) -> Lora | None:
+        """The adapter that the cold start trains, if it is one."""
+        return self.lora if self.lora is not None and self.lora.warmup else None
 
     @property
     def has_cold_start(self) -> bool:

@@ -52,7 +52,7 @@ JSONL: Document = {
     "name": "own",
     "rounds": 2,
     "task": {"kind": "jsonl", "train": "train.jsonl", "test": "test.jsonl"},
-    "student": {"model": "org/student", "sft": SFT},
+    "student": {"model": "org/student", "sft": SFT, "lora": {}},
     "teachers": [{"self": "initial", "prompt": "{question} {solution}"}],
     "train": {"objective": {"kd": {"term": "jsd", "support": {"teacher_top_k": 8}}}},
     "teacher_score": {"keep": {"top_k": 8}},

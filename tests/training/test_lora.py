@@ -327,6 +327,81 @@ def test_other_teachers_do_not_drop_the_network_that_is_trained(
     assert entry(project, "sft:other@0") / "model" in opened
 
 
+# ------------------------------------------------------------------------------- a cold start of the adapter
+
+
+def test_a_warm_adapter_is_trained_by_the_cold_start_and_goes_on_from_there(
+    finished: Project, tmp_path: Path
+) -> None:
+    """The named model stays as it is; by peft's own reading each student is that model with its step's adapter."""
+    shutil.copytree(entry(finished, "sft:student@0") / "model", tmp_path / "model")
+    before = digests(tmp_path / "model")
+    start = {"steps": 3, "batch": 4, "optimizer": {"learning_rate": 0.05}}
+    lora = {**CHANGES["student__lora"], "warmup": True}
+    changes = {name: value for name, value in CHANGES.items() if name != "student__lora"}
+    changes["student"] = {"model": "./model", "dtype": "float32", "sft": start, "lora": lora}
+    changes["runtime__keep"] = {"weights": 2, "optimizer": 2}
+    project = run_near(load_tiny(tmp_path, **changes), tmp_path / "out")
+    assert digests(tmp_path / "model") == before
+    warm = entry(project, "sft:student@0") / "model"
+    assert {path.name for path in warm.iterdir()} == ADAPTER_FILES
+
+    def student(adapter: Path) -> Any:
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64)
+        return PeftModel.from_pretrained(base, adapter)
+
+    adapters = {1: warm, 2: entry(project, "train@1") / "model"}
+    for number, adapter in adapters.items():
+        model = student(adapter)
+        for rollout in rows(entry(project, f"rollout@{number}") / "rollouts.parquet"):
+            expected = logprobs_of(model, rollout["prompt_token_ids"], rollout["completion_token_ids"])
+            assert rollout["sampler_logprobs"] == pytest.approx(expected, abs=FLOAT32_NATS)
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in adapters.values())
+    assert all(first[name].any() for name in first)
+    moved = max(float((first[name] - second[name]).abs().max()) for name in first)
+    assert 0 < moved < 0.2  # train went on from there, and did not begin again
+    # self: initial is student 0, with the adapter of the cold start.
+    model = student(warm)
+    for rollout, score in zip(
+        rows(entry(project, "rollout@2") / "rollouts.parquet"),
+        rows(entry(project, "teacher-score@2") / "scores.parquet"),
+        strict=True,
+    ):
+        expected = logprobs_of(model, score["teacher_prompt_token_ids"], rollout["completion_token_ids"])
+        assert score["teacher_logprobs"] == pytest.approx(expected, abs=FLOAT32_NATS)
+    # And exported, student 0 is both in one.
+    merged = AutoModelForCausalLM.from_pretrained(
+        export(project, tmp_path / "merged", round_number=0).folder, dtype=torch.float64
+    )
+    ids = torch.arange(3, 33)[None]
+    torch.testing.assert_close(merged(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_cold_start_of_the_adapter_ends_alike_after_a_signal_and_in_cold_processes(
+    finished: Project, tmp_path: Path, forgetful: None
+) -> None:
+    shutil.copytree(entry(finished, "sft:student@0") / "model", tmp_path / "model")
+    changes = {name: value for name, value in CHANGES.items() if name != "student__lora"}
+    lora = {**CHANGES["student__lora"], "warmup": True}
+    start = {"steps": 4, "batch": 4}
+    changes["student"] = {"model": "./model", "dtype": "float32", "sft": start, "lora": lora}
+    loaded = load_tiny(tmp_path, **changes)
+    run_near(loaded, tmp_path / "cold")
+    NearWorker.forgetful = False
+    watcher = Watcher()
+
+    def on_event(step: str, event: dict[str, Any]) -> None:
+        if step == "sft:student@0" and event.get("unit") == "optimizer steps" and event["done"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher.on_event = on_event
+    with pytest.raises(Interrupted):
+        run_near(loaded, tmp_path / "warm", watcher=watcher)
+    run_near(loaded, tmp_path / "warm")
+    assert payload_digests(tmp_path / "warm") == payload_digests(tmp_path / "cold")
+
+
 # -------------------------------------------------------------------------------------------- export
 
 

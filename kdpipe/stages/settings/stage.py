@@ -28,11 +28,21 @@ from kdpipe.store.step import Fields
 
 @dataclass(frozen=True, slots=True)
 class ColdStart(ModelSettings):
-    """A model before its cold start, and the cold start: None keeps a scratch model as initialised."""
+    """A model before its cold start, and the cold start: None keeps a scratch model as initialised.
+
+    `lora` is the adapter that it trains in place of all weights.
+    """
 
     scratch: Scratch | None
     sft: Sft | None
+    lora: Lora | None
     only: Routes | None
+
+
+def _begun(recipe: Recipe, lora: Lora | None) -> Lora | None:
+    """An adapter that begins, with the seed of its first weights."""
+    seed = recipe.seed if lora is None or lora.seed is None else lora.seed
+    return None if lora is None else lora.model_copy(update={"seed": seed})
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +62,7 @@ class SftSettings:
             template=model.template,
             scratch=model.scratch if isinstance(model, Student | ScratchTeacher) else None,
             sft=None if model.sft is None else model.sft.model_copy(update={"seed": None}),
+            lora=_begun(recipe, recipe.student.warmup) if is_student else None,
             only=None if isinstance(model, Student) else routes_of(model),
         )
         task = problems_of(recipe.task)
@@ -163,9 +174,9 @@ class TrainSettings:
         objective = recipe.train.objective.in_round(number)
         if recipe.rollout.on_policy_fraction < 1:  # what it leaves to be inferred
             objective = objective.model_copy(update={"off_policy_term": objective.off_policy_loss})
-        lora = recipe.student.lora if number == 1 else None  # later rounds go on with the adapter of this one
-        if lora is not None and lora.seed is None:
-            lora = lora.model_copy(update={"seed": recipe.seed})
+        begins = (
+            number == 1 and recipe.student.warmup is None
+        )  # others go on with the adapter of the step before
         moves = objective.distill_schedule.kind != "constant"
         optimizer = recipe.train.optimizer
         rounds = None if optimizer.schedule == "constant" else optimizer.schedule_rounds or recipe.rounds
@@ -175,7 +186,7 @@ class TrainSettings:
             train=recipe.train.model_copy(update=section),
             rollout=DrawSettings.of(recipe.rollout),
             student=ModelSettings.of(recipe.student),
-            lora=lora,
+            lora=_begun(recipe, recipe.student.lora) if begins else None,
             reproduce=recipe.reproduce,
             distill_horizon=recipe.distill_horizon if moves else 1,
             weights=recipe.mixture if objective.has_kd else None,
