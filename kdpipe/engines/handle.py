@@ -42,7 +42,7 @@ class ModelHandle:
 
     Handles may share an engine, and engines a device: before each call a handle takes its turn on its devices and
     makes its own weights the loaded ones, which is free where they are. `open_engine` opens the engine at the
-    first call and gives the same one after.
+    first call and gives the same one after. `warn` takes what a user should know of how the engine runs it.
     """
 
     name: str
@@ -51,6 +51,7 @@ class ModelHandle:
     engine_name: Runs
     open_engine: Callable[[], Engine]
     turns: Sequence[Turns] = ()
+    warn: Callable[[str], None] = lambda _: None
 
     @property
     def is_served(self) -> bool:
@@ -72,5 +73,6 @@ class ModelHandle:
         engine = self.open_engine()
         for turns in self.turns:
             turns.take(engine)
-        engine.load(self.source)
+        if said := engine.load(self.source):
+            self.warn(f"{self.name}: {said}")
         return engine

@@ -130,8 +130,10 @@ class Engine(Protocol):
     def abilities(self) -> frozenset[Ability]:
         """What it scores beyond the completion's own ids and the most probable ones."""
 
-    def load(self, source: ModelSource) -> None:
+    def load(self, source: ModelSource) -> str | None:
         """Makes `source` the model that the next calls use; free when it already is.
+
+        Returns what a user should know of how it runs, None where there is nothing.
 
         Raises EngineError when the folder is missing or not a model that this engine can run.
         """

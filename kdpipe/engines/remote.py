@@ -94,6 +94,13 @@ class Tokens:
 
 
 @message
+class Loaded:
+    """What a user should know of how the model runs."""
+
+    said: str | None
+
+
+@message
 class Sampled:
     """Completions, in the order of the requests."""
 
@@ -108,9 +115,9 @@ class Scored:
 
 
 Question: TypeAlias = Load | SampleCall | ScoreCall | Sleep | End
-Answer: TypeAlias = Sampled | Scored | Nothing
+Answer: TypeAlias = Loaded | Sampled | Scored | Nothing
 TALK = Talk[Question, Tokens, Answer](
-    (Load, SampleCall, ScoreCall, Sleep, End), (Tokens,), (Sampled, Scored, Nothing)
+    (Load, SampleCall, ScoreCall, Sleep, End), (Tokens,), (Loaded, Sampled, Scored, Nothing)
 )
 
 
@@ -165,9 +172,11 @@ class WorkerEngine:
         """Whether `load` would open nothing: this is what was loaded last."""
         return self._source == source
 
-    def load(self, source: ModelSource) -> None:
-        self._call(Load(self._hosting, source))
+    def load(self, source: ModelSource) -> str | None:
+        answer = self._call(Load(self._hosting, source))
+        assert isinstance(answer, Loaded)
         self._source = source
+        return answer.said
 
     def sample(
         self, requests: Sequence[SampleRequest], sampling: Sampling, *, progress: Progress
@@ -227,7 +236,7 @@ class Host:
 
         match request:
             case Load(source=source):
-                engine.load(source)
+                return Loaded(engine.load(source))
             case SampleCall(requests=requests, sampling=sampling):
                 return Sampled(engine.sample(requests, sampling, progress=progress))
             case ScoreCall(requests=asked, scoring=scoring):

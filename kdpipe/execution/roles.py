@@ -67,7 +67,11 @@ class Roles:
             self._engines.engine, engine, place, note=lambda text: inputs.report.event(Noted(text))
         )
         turns = self._engines.turns(engine, place)
-        return ModelHandle(settings.name, source, self.text(inputs, role), engine, open_engine, turns)
+
+        def warn(text: str) -> None:
+            self._say(inputs, Warned(text))
+
+        return ModelHandle(settings.name, source, self.text(inputs, role), engine, open_engine, turns, warn)
 
     def teacher(self, inputs: Inputs, role: Role, settings: TeacherSettings) -> TeacherHandle:
         """The teacher in `role`, run as `settings` say; raises PreflightError unless it fits the student."""
@@ -100,9 +104,7 @@ class Roles:
         told: list[Noted | Warned] = [Noted(f"{name}: {note}") for note in text.notes]
         told += [Warned(f"{name}: {warning}") for warning in text.warnings]
         for event in told:
-            if event.text not in self._said:
-                self._said.add(event.text)
-                inputs.report.event(event)
+            self._say(inputs, event)
         return text
 
     def close(self) -> None:
@@ -116,6 +118,11 @@ class Roles:
             said = f"student.lora: adapters on {found}"
             inputs.report.event(Noted(said) if found.layers == found.of_layers else Warned(said))
             self._lora_fits = True
+
+    def _say(self, inputs: Inputs, event: Noted | Warned) -> None:
+        if event.text not in self._said:
+            self._said.add(event.text)
+            inputs.report.event(event)
 
     def _takes_turns(self, inputs: Inputs, teacher: Teacher, source: ModelSource) -> bool:
         """Whether the cache holds one of such teachers at a time: of several, or of an average's rounds."""

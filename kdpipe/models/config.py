@@ -62,8 +62,14 @@ def rows_of(config: PretrainedConfig) -> int | None:
 
 def context_of(config: PretrainedConfig) -> int | None:
     """How many tokens the model holds; None where its positions have no end (Bloom, Mamba)."""
-    told = (getattr(config.get_text_config(), name, None) for name in _CONTEXTS)
-    return next((value for value in told if isinstance(value, int)), None)
+    text = config.get_text_config()
+    sizes = (getattr(text, name, None) for name in _CONTEXTS)
+    context = next((size for size in sizes if isinstance(size, int) and size > 0), None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    ropes = [rope, *(layers for layers in rope.values() if isinstance(layers, dict))]
+    # Beyond its original context longrope places all tokens of a sequence otherwise, those before it too.
+    ends = [told["original_max_position_embeddings"] for told in ropes if told.get("rope_type") == "longrope"]
+    return min(ends, default=context)
 
 
 def scale_and_cap(config: PretrainedConfig) -> tuple[float, float | None]:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kdpipe.engines.hf import engine as hf
-from kdpipe.engines.hf.decoding import GenericDecoder, LlamaDecoder, is_llama_like, make_decoder
+from kdpipe.engines.hf.choice import decoding_of
+from kdpipe.engines.hf.decoding import CacheDecoder, LlamaDecoder, is_llama_like
 from kdpipe.engines.protocol import SampleRequest, Sampling, ScoreRequest, Scoring
 from kdpipe.errors import EngineError
 from kdpipe.models.cache import ModelCache
@@ -100,8 +101,8 @@ def test_the_fast_decoder_takes_the_models_it_computes_and_no_others():
     adapted = tiny_model("llama")
     adapted.model.layers[0].self_attn.q_proj = torch.nn.Sequential(adapted.model.layers[0].self_attn.q_proj)
     assert not is_llama_like(adapted)
-    assert isinstance(make_decoder(tiny_model("llama"), max_new_tokens=1), LlamaDecoder)
-    assert isinstance(make_decoder(tiny_model("gpt2"), max_new_tokens=1), GenericDecoder)
+    assert decoding_of(tiny_model("llama")).decoder is LlamaDecoder
+    assert decoding_of(tiny_model("gpt2")).decoder is CacheDecoder
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -117,7 +118,7 @@ def test_batch_limits_do_not_change_what_is_drawn(name, sample_tokens):
 def test_batches_stay_within_the_token_budget():
     engine = engine_of(tiny_model("llama"), sample_tokens=60)
     rows = [hf._Draw(index, 0, 0, prompt) for index, prompt in enumerate(PROMPTS) for _ in range(3)]
-    batches = engine._sample_batches(tiny_model("llama"), rows, new_tokens=12)
+    batches = engine._sample_batches(decoding_of(tiny_model("llama")), rows, new_tokens=12)
     assert sorted(place for places in batches for place in places) == list(range(3 * len(PROMPTS)))
     for places in batches:
         widest = max(len(rows[place].prompt) for place in places)

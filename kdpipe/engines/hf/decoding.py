@@ -1,7 +1,8 @@
 """Token-by-token decoding with transformers models: a KV cache that is written in place, and its step.
 
 `generate` copies the whole cache at every step, expands key-value heads and builds masks. `LlamaDecoder`
-does none of that, for the architectures it knows; `GenericDecoder` runs any other through its own forward.
+does none of that, for the architectures it knows; `CacheDecoder` runs any other through its own forward and cache,
+and `WholeDecoder` needs no cache. Which of them computes a model exactly is found out in `choice.py`.
 
 Shapes: B rows (completions being sampled), H hidden size, S cache slots, D head size, T prompt tokens.
 Features come first (`x_HB`) in the step: on CPUs a tall weight times a narrow batch is up to twice as
@@ -10,8 +11,9 @@ fast that way round.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -34,11 +36,24 @@ _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def make_decoder(model: PreTrainedModel, *, max_new_tokens: int) -> LlamaDecoder | GenericDecoder:
-    """The fastest decoder that computes exactly this model."""
-    if is_llama_like(model):
-        return LlamaDecoder(model, max_new_tokens=max_new_tokens)
-    return GenericDecoder(model)
+class Decoder(Protocol):
+    """Hidden states of rows that grow by a token at a time."""
+
+    def __init__(self, model: PreTrainedModel, *, max_new_tokens: int) -> None: ...
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], repeats: Sequence[int], *, max_tokens: int
+    ) -> torch.Tensor:
+        """Hidden states [H, B] at each prompt's last token, a prompt's row repeated as often as told.
+
+        `max_tokens` bounds the padded prompt tokens of one forward pass, where a decoder can keep to it.
+        """
+
+    def step(self, ids_B: torch.Tensor) -> torch.Tensor:
+        """Hidden states [H, B] after one more token on each row."""
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drops all rows but these, in this order."""
 
 
 def is_llama_like(model: PreTrainedModel) -> bool:
@@ -74,10 +89,6 @@ class LlamaDecoder:
     def prefill(
         self, prompts: Sequence[Sequence[int]], repeats: Sequence[int], *, max_tokens: int
     ) -> torch.Tensor:
-        """Hidden states [H, B] at each prompt's last token, a prompt's row repeated as often as told.
-
-        `max_tokens` bounds the padded prompt tokens of one forward pass.
-        """
         device = self._model.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         row_prompts = torch.repeat_interleave(torch.tensor(repeats, device=device))
@@ -96,12 +107,13 @@ class LlamaDecoder:
         lengths: torch.Tensor,
         prompts_at_once: int,
     ) -> torch.Tensor:
-        config, num_rows, hidden = self._model.config, len(row_prompts), []
+        body, num_rows, hidden = body_of(self._model), len(row_prompts), []
+        cache_name = _cache_name(body)
         for start in range(0, len(prompts), prompts_at_once):
             stop = min(start + prompts_at_once, len(prompts))
             ids_PT = pad_right(prompts[start:stop], device=self._model.device)
-            cache = DynamicCache(config=config)
-            output = body_of(self._model)(input_ids=ids_PT, past_key_values=cache, use_cache=True)
+            output = body(input_ids=ids_PT, use_cache=True)
+            cache = output[cache_name]
             rows = ((row_prompts >= start) & (row_prompts < stop)).nonzero().squeeze(-1)
             sources = row_prompts[rows] - start
             hidden.append(output.last_hidden_state[sources, lengths[row_prompts[rows]] - 1])
@@ -143,7 +155,6 @@ class LlamaDecoder:
         return cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
 
     def step(self, ids_B: torch.Tensor) -> torch.Tensor:
-        """Hidden states [H, B] after one more token on each row."""
         body = body_of(self._model)
         x_HB = embedding(ids_B, body.embed_tokens.weight).t().contiguous()
         rotation = (self._cos[self._positions].t().contiguous(), self._sin[self._positions].t().contiguous())
@@ -193,7 +204,6 @@ class LlamaDecoder:
         return attended.reshape(num_rows, -1).t()
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Drops all rows but these, in this order."""
         for caches in (self._keys, self._values):
             for index, old in enumerate(caches):
                 new = old.new_empty((len(rows), *old.shape[1:]))
@@ -203,34 +213,105 @@ class LlamaDecoder:
         self._mask = None if self._mask is None else self._mask[rows]
 
 
-class GenericDecoder:
-    """Decoding through a model's own forward and its own kind of cache; prompts must be equally long."""
+class CacheDecoder:
+    """Decoding through a model's own forward and the cache that it makes for itself.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Prompts that are shorter than others are padded on the left, behind a mask.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, max_new_tokens: int) -> None:
+        del max_new_tokens  # the cache grows by itself
         self._model = model
+        body = body_of(model)
+        self._takes_positions = "position_ids" in inspect.signature(body.forward).parameters
+        self._cache_name = _cache_name(body)
+        self._cache: Any = None
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], repeats: Sequence[int], *, max_tokens: int
     ) -> torch.Tensor:
-        """See LlamaDecoder; `max_tokens` cannot be kept, as a cache of any kind cannot be joined to another."""
+        """See Decoder; `max_tokens` cannot be kept, as a cache of any kind cannot be joined to another."""
         del max_tokens
-        self._cache = DynamicCache(config=self._model.config)
         device = self._model.device
-        output = body_of(self._model)(
-            input_ids=pad_right(prompts, device=device), past_key_values=self._cache, use_cache=True
-        )
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        width = int(lengths.max())
+        ids_PT = torch.tensor([[*[0] * (width - len(ids)), *ids] for ids in prompts], device=device)
+        places = torch.arange(width, device=device) - (width - lengths[:, None])
+        self._mask = None if bool((lengths == width).all()) else (places >= 0).long()
+        hidden_PH = self._forward(ids_PT, places.clamp(min=0))
         rows = torch.repeat_interleave(torch.tensor(repeats, device=device))
-        self._cache.batch_select_indices(rows)
-        hidden: torch.Tensor = output.last_hidden_state[rows, -1]
-        return hidden.t()
+        self._positions = lengths
+        self.keep(rows)
+        return hidden_PH[rows].t()
 
     def step(self, ids_B: torch.Tensor) -> torch.Tensor:
-        output = body_of(self._model)(input_ids=ids_B[:, None], past_key_values=self._cache, use_cache=True)
-        hidden: torch.Tensor = output.last_hidden_state[:, -1]
-        return hidden.t()
+        if self._mask is not None:
+            self._mask = torch.cat((self._mask, torch.ones_like(self._mask[:, :1])), dim=1)
+        hidden_BH = self._forward(ids_B[:, None], self._positions[:, None])
+        self._positions = self._positions + 1
+        return hidden_BH.t()
 
     def keep(self, rows: torch.Tensor) -> None:
-        self._cache.batch_select_indices(rows)
+        # Layers of linear attention can only be reordered; of a model's own kind of cache rows can be selected.
+        if type(self._cache) is DynamicCache:
+            self._cache.reorder_cache(rows)
+        else:
+            self._cache.batch_select_indices(rows)
+        self._positions = self._positions[rows]
+        self._mask = None if self._mask is None else self._mask[rows]
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden states [rows, H] at the last of the ids."""
+        given = {} if self._mask is None else {"attention_mask": self._mask}
+        if self._takes_positions:
+            given["position_ids"] = positions
+        if self._cache is not None:
+            given[self._cache_name] = self._cache
+        output = body_of(self._model)(input_ids=ids, use_cache=True, **given)
+        self._cache = output[self._cache_name]
+        hidden: torch.Tensor = output.last_hidden_state[:, -1]
+        return hidden
+
+
+class WholeDecoder:
+    """Decoding without a cache: each token is the last of a forward over all of its sequence."""
+
+    def __init__(self, model: PreTrainedModel, *, max_new_tokens: int) -> None:
+        del max_new_tokens
+        self._model = model
+        self._rows: list[list[int]] = []
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], repeats: Sequence[int], *, max_tokens: int
+    ) -> torch.Tensor:
+        self._max_tokens = max_tokens
+        self._rows = [list(ids) for ids, count in zip(prompts, repeats, strict=True) for _ in range(count)]
+        return self._last()
+
+    def step(self, ids_B: torch.Tensor) -> torch.Tensor:
+        for row, token in zip(self._rows, ids_B.tolist(), strict=True):
+            row.append(token)
+        return self._last()
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self._rows = [self._rows[row] for row in rows.tolist()]
+
+    def _last(self) -> torch.Tensor:
+        """Hidden states [H, B] at the last token of each row."""
+        at_once = max(1, self._max_tokens // max(map(len, self._rows)))
+        hidden = []
+        for start in range(0, len(self._rows), at_once):
+            rows = self._rows[start : start + at_once]
+            ids_BT = pad_right(rows, device=self._model.device)
+            states_BTH = body_of(self._model)(input_ids=ids_BT, use_cache=False).last_hidden_state
+            hidden.append(states_BTH[range(len(rows)), [len(row) - 1 for row in rows]])
+        return torch.cat(hidden).t()
+
+
+def _cache_name(body: PreTrainedModel) -> str:
+    """What its cache is called; transformers has renamed that, not in all models at once."""
+    known = inspect.signature(body.forward).parameters
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in known), "cache")
 
 
 def _project(linear: nn.Module, x_HB: torch.Tensor, *, onto: torch.Tensor | None = None) -> torch.Tensor:

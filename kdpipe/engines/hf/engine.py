@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from kdpipe.engines.hf.decoding import is_llama_like, make_decoder
+from kdpipe.engines.hf.choice import Decoding, decoding_of
+from kdpipe.engines.hf.decoding import Decoder
 from kdpipe.engines.hf.sampling import draw, uniforms
 from kdpipe.engines.limits import NOT_FINITE_HINT, Limits, require_sampling, require_scoring
 from kdpipe.engines.protocol import (
@@ -64,11 +65,13 @@ class HfEngine:
         self._model: PreTrainedModel | None = None
         self._source: ModelSource | None = None
 
-    def load(self, source: ModelSource) -> None:
+    def load(self, source: ModelSource) -> str | None:
         """See Engine. Asks the cache every time: a version in memory may have been withdrawn since."""
         self._model = None  # so that the cache can let go of it before it opens another
-        self._model = self._models.get(source)
-        self._source = source
+        model = self._models.get(source)
+        warning = decoding_of(model).warning
+        self._model, self._source = model, source
+        return warning
 
     @torch.inference_mode()
     def sample(
@@ -83,9 +86,11 @@ class HfEngine:
         ]
         ends = _Ends(sampling, source, device=self._models.device)
         completions: dict[int, Completion] = {}
-        for places in self._sample_batches(model, rows, new_tokens=sampling.max_new_tokens):
+        head, decoding = head_of(model, num_ids=sampling.num_ids), decoding_of(model)
+        for places in self._sample_batches(decoding, rows, new_tokens=sampling.max_new_tokens):
             batch = [rows[place] for place in places]
-            drawn = self._sample_rows(model, batch, sampling, ends, progress=progress)
+            decoder = decoding.decoder(model, max_new_tokens=sampling.max_new_tokens)
+            drawn = self._sample_rows(decoder, head, batch, sampling, ends, progress=progress)
             completions |= zip(places, drawn, strict=True)
         in_order = (completions[place] for place in range(len(rows)))
         return [[next(in_order) for _ in request.seeds] for request in requests]
@@ -143,18 +148,19 @@ class HfEngine:
         return self._model, self._source
 
     def _sample_batches(
-        self, model: PreTrainedModel, rows: Sequence[_Draw], *, new_tokens: int
+        self, decoding: Decoding, rows: Sequence[_Draw], *, new_tokens: int
     ) -> list[list[int]]:
         """Places in `rows`, within the token budget, longest prompts first, a request's side by side."""
         lengths = [len(row.prompt) + new_tokens for row in rows]
         batches = batches_by_tokens(lengths, self._runtime.sample_tokens)
-        if is_llama_like(model):
+        if decoding.takes_unlike:
             return batches
         return [list(group) for batch in batches for _, group in groupby(batch, key=lengths.__getitem__)]
 
     def _sample_rows(
         self,
-        model: PreTrainedModel,
+        decoder: Decoder,
+        head: Head,
         rows: Sequence[_Draw],
         sampling: Sampling,
         ends: _Ends,
@@ -162,8 +168,6 @@ class HfEngine:
         progress: Progress,
     ) -> list[Completion]:
         """Completions of one batch of rows, in which those of a request stand side by side."""
-        head = head_of(model, num_ids=sampling.num_ids)
-        decoder = make_decoder(model, max_new_tokens=sampling.max_new_tokens)
         prompts = {row.request: row.prompt for row in rows}  # in the order of the rows
         repeats = Counter(row.request for row in rows)
         ledger = _Ledger(rows, sampling, device=self._models.device)
