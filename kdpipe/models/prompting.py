@@ -39,8 +39,8 @@ ANSWERS_HINT = "give its record an answer, or let only what the student samples 
 class PromptStyle:
     """How a question becomes a prompt.
 
-    `examples` are the first `few_shot` + 1 train problems. Each prompt shows the first `few_shot` of
-    them that are not its own problem, so that no prompt holds its own solution and every train problem
+    `examples` are the first `few_shot` + 1 train problems of different texts. Each prompt shows the first `few_shot`
+    of them that do not ask what it asks, so that no prompt holds its own solution and every train problem
     stays usable. `template_arguments` go to the chat template, which is told that it is `today`; `system` is the first
     turn of problems that have no system turn of their own. With `allows_special` the problems' texts may hold special
     tokens. With `fuses` texts around a special token that is left out are read as one.
@@ -74,7 +74,7 @@ def prompt_style(
     has too few problems for the examples.
     """
     if isinstance(task, QuestionTask):
-        examples = tuple(train_problems[: task.few_shot + 1]) if task.few_shot else ()
+        examples = _unlike(train_problems, task.few_shot + 1) if task.few_shot else ()
         style = PromptStyle(
             kind=task.prompt,
             instruction=task.instruction,
@@ -100,10 +100,20 @@ def prompt_style(
         )
     if style.few_shot and len(style.examples) <= style.few_shot:
         raise DataError(
-            f"task.few_shot is {style.few_shot}; train holds {len(train_problems)} problems, "
+            f"task.few_shot is {style.few_shot}; train holds {len(style.examples)} problems of different texts, "
             f"expected at least {style.few_shot + 1}: a problem is no example for itself"
         )
     return style
+
+
+def _unlike(problems: Sequence[Problem], count: int) -> tuple[Problem, ...]:
+    """The first `count` problems that ask different things."""
+    found: dict[tuple[str, ...], Problem] = {}
+    for problem in problems:
+        found.setdefault(problem.normalized, problem)
+        if len(found) == count:
+            break
+    return tuple(found.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +192,7 @@ def _asked(style: PromptStyle, problem: Problem, marker: Marker, own: str | None
             lambda piece: marker.mark(str(values[piece[1]])) if piece[1] else piece[0][0], own
         )
         return [*earlier, Turn("user", text)]
-    others = [example for example in style.examples if example.prompt_id != problem.prompt_id]
+    others = [example for example in style.examples if example.normalized != problem.normalized]
     turns = [turn for example in others[: style.few_shot] for turn in _example(example, marker)]
     turns += [*earlier, Turn("user", marker.mark(problem.question))]
     if style.instruction:

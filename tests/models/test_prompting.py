@@ -232,9 +232,27 @@ def test_no_prompt_shows_its_own_solution_and_all_show_as_many_examples():
         assert text.count("It is") == 2
 
 
+def test_a_problem_that_asks_the_same_in_other_writing_is_no_example_and_no_two_examples_are_one():
+    same = replace(PROBLEMS[0], prompt_id="p/9", question=" how MANY\n0?")
+    style = prompt_style(Gsm8kTask(kind="gsm8k", few_shot=2, prompt="plain"), [same, *PROBLEMS], {})
+    assert [example.prompt_id for example in style.examples] == ["p/9", "p/1", "p/2"]
+    for asked in (PROBLEMS[0], same):
+        shown = byte_tokenizer().decode(render_prompt(byte_tokenizer(), style, asked)).splitlines()
+        assert [line for line in shown if "any" in line.lower()][1:] == [
+            "How many 2?",
+            *asked.question.split("\n")[:1],
+        ]
+    system = replace(same, turns=(Turn("system", "Be brief."),))
+    assert (
+        system.normalized
+        == PROBLEMS[0].normalized
+        != replace(same, turns=(Turn("user", "Hello."),)).normalized
+    )
+
+
 def test_few_shot_needs_one_train_problem_more_than_examples():
     task = Gsm8kTask(kind="gsm8k", few_shot=4)
-    with pytest.raises(DataError, match="train holds 4 problems, expected at least 5"):
+    with pytest.raises(DataError, match="train holds 4 problems of different texts, expected at least 5"):
         prompt_style(task, PROBLEMS, {})
 
 
