@@ -147,9 +147,13 @@ class ExaminedStudent:
         return Scorer(own, temperature, self.model.text.num_ids)
 
     def references(self, problems: Sequence[Problem]) -> list[Pair]:
-        """The student's prompts of the problems with the beginning of their reference solutions."""
+        """The student's prompts of the problems with the beginning of their reference solutions.
+
+        Where there is none, of the question again: these probes need text, whoever wrote it.
+        """
         text = self.model.text
-        return [(text.prompt(p), text.reference(p)[:_REFERENCE_TOKENS]) for p in problems]
+        solved = [replace(problem, solution=problem.solution or problem.question) for problem in problems]
+        return [(text.prompt(p), text.reference(p)[:_REFERENCE_TOKENS]) for p in solved]
 
     def _other(self, share: float) -> ModelSource:
         """A model of the student's sizes with other weights: another adapter where that is what changes."""

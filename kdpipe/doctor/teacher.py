@@ -161,7 +161,7 @@ class ExaminedTeacher:
         return Scorer(self.model, self.temperature, self.handle.num_ids)
 
     def _references(self) -> list[Pair]:
-        """Its prompts with the beginning of reference solutions, without ids that it lacks."""
+        """Its prompts with the text that the student's references have, without ids that it lacks."""
         lacking = self.handle.vocabulary.unscorable
         pairs = self.student.references(self.problems[: 2 if self.case.depth == "servers" else 4])
         return [
@@ -252,6 +252,8 @@ class ExaminedTeacher:
     def _knows_the_task(self) -> Outcome:
         if (stand_in := self.case.stand_ins.get(self.model.name)) is not None:
             return skipped(stand_in)
+        if any(problem.solution is None for problem in self.problems):
+            return skipped("not every problem has a reference solution: it cannot be told")
         pairs = [(prompt, completion[:-1] or completion) for prompt, completion in self._references()]
         own, text = pairs, self.handle.text
         if not self._reads_own():

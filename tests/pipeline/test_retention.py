@@ -66,11 +66,11 @@ class Made:
             (entry.folder / "model" / "weights").write_bytes(b"12")
         return entry.folder
 
-    def evaluate(self, number: int, accuracy: float) -> Path:
+    def evaluate(self, number: int, value: float, measure: str = "accuracy") -> Path:
         step, entry = make("evaluate", number)(self.folder)
         self.run.link(step, entry)
         draft = Draft(entry, step, note=lambda _kind, _fields: None)
-        draft.write_json("summary.json", {"accuracy": accuracy})
+        draft.write_json("summary.json", {measure: value})
         draft.commit(inputs={}, provenance={"finished": float(number)})
         return entry.folder
 
@@ -112,6 +112,15 @@ def test_the_best_and_the_last_evaluated_round_keep_their_weights(tmp_path: Path
         5: {"trainer"},
         6: {"model", "trainer"},
     }
+
+
+def test_the_best_round_without_a_grader_has_the_lowest_reverse_kl(tmp_path: Path) -> None:
+    made = Made(tmp_path, weights=1, optimizer=1).begin()
+    for number in range(1, 5):
+        made.train(number)
+    for number, nats in {0: 1.5, 1: 0.9, 2: 0.2, 3: 0.4}.items():
+        made.evaluate(number, nats, "reverse_kl_nats")
+    assert {number for number, kinds in made.kept().items() if "model" in kinds} == {2, 3, 4}
 
 
 def test_what_is_unfinished_or_damaged_does_not_count_as_the_newest(tmp_path: Path) -> None:

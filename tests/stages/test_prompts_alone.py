@@ -170,3 +170,16 @@ def test_several_teachers_are_one_distance_to_their_mixture(folder: Path) -> Non
     assert found.teacher == "teacher, other"
     assert found.low > 0
     assert read_contender(project.run).totals is not None
+
+
+def test_the_doctor_examines_a_teacher_without_solutions(folder: Path) -> None:
+    load(folder)
+    result = CliRunner().invoke(
+        app, ["doctor", str(folder / "recipe.yaml"), "--workspace", str(folder / "out"), "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    found = {one["probe"]: one["verdict"] for one in json.loads(result.stdout)["findings"]}
+    assert found["knows the task"] == "skipped"
+    assert {found[name] for name in ("reload", "shift", "not constant", "same twice", "own weights")} == {
+        "ok"
+    }
