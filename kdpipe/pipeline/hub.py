@@ -13,7 +13,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -32,7 +31,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 from huggingface_hub.utils.tqdm import tqdm
 
-from kdpipe.errors import KdpipeError, PreflightError, RecipeError, StepError, refusal
+from kdpipe.errors import KdpipeError, PreflightError, RecipeError, StepError, is_machine_fault, refusal
 from kdpipe.pipeline.signals import Stop, signals
 
 Kind = Literal["model", "dataset"]
@@ -71,11 +70,8 @@ def resolve(asked: Repository, tell: Tell) -> tuple[str, str]:
             if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
                 raise
             away = error
-        look_up = partial(api.resolve_revision, name, revision=asked.revision, repo_type=asked.kind)
-        try:  # asks once more: this keeps the answer in the cache, for other workspaces without a network
-            commit = (look_up() if away is None else look_up(local_files_only=True)).resolved
-        except RevisionResolutionError as error:
-            raise away or error from error
+        # Asked once more, as this keeps the answer in the cache, and takes it from there where the hub is away.
+        commit = api.resolve_revision(name, revision=asked.revision, repo_type=asked.kind).resolved
     if away is not None:
         tell(f"{asked}: {_reason(away)}; taken at commit {commit}, which the cache has")
     if name != asked.name:
@@ -111,7 +107,13 @@ def cached_file(name: str, file: str, commit: str) -> Path | None:
 def _explained(asked: Repository) -> Iterator[None]:
     try:
         yield
-    except (HTTPError, RevisionResolutionError, OSError, ValueError) as error:
+    except (
+        HTTPError,
+        RevisionResolutionError,
+        OSError,
+        ValueError,
+        ImportError,
+    ) as error:  # of a proxy's library
         hides = isinstance(error, LocalEntryNotFoundError | RevisionResolutionError)
         raise _refusal(asked, error.__cause__ or error if hides else error) from error
 
@@ -146,7 +148,7 @@ def _refusal(asked: Repository, error: BaseException) -> KdpipeError:
         case HfHubHTTPError(response=response):
             if wait := response.headers.get("Retry-After"):
                 hint = f"it asks to wait {wait} seconds; {KEPT}"
-        case OSError(errno=int()):
+        case OSError() if is_machine_fault(error) or error.filename:
             told = refusal(error, constants.HF_HUB_CACHE)
             told.hint += "; HF_HOME names another place for the hub's files"
             return told
@@ -175,8 +177,8 @@ def _address() -> str:
 
 
 def _unsigned(text: str) -> str:
-    """The text without the queries of its addresses."""
-    return re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", text)
+    """The text without what lets somebody in: the queries of its addresses, and a token."""
+    return re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", re.sub(r"Bearer \S+", "Bearer ...", text))
 
 
 @contextlib.contextmanager

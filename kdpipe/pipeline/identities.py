@@ -180,11 +180,14 @@ class Sources:
         repo_kind: Literal["model", "dataset"] = "dataset" if kind == "dataset" else "model"
         key = _pin_key(kind, name, revision)
         if key not in self._pins:
-            today, self._pins[key] = resolve(Repository(repo_kind, name, revision), tell)
+            today, commit = resolve(Repository(repo_kind, name, revision), tell)
+            new: dict[str, JsonValue] = {key: commit}
             if today != name:
-                self._pins[_hub_name(kind, name)] = today
+                new[_hub_name(kind, name)] = today
+            path = self.workspace / "pins.json"
+            self._pins = new | _read(path, kind=PINS)  # another run may have pinned meanwhile
             self.workspace.mkdir(parents=True, exist_ok=True)
-            write_json(self.workspace / "pins.json", seal_value(PINS, self._pins))
+            write_json(path, seal_value(PINS, self._pins))
         pinned = Repository(repo_kind, self._name_today(kind, name), str(self._pins[key]))
         folder = download(pinned, patterns, tell)
         if kind == "model" and not any(folder.glob("*.safetensors")):

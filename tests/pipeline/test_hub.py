@@ -242,6 +242,20 @@ def test_a_download_that_fills_the_disk_is_a_sentence_and_leaves_nothing_half_us
         assert world.answer("run", "--rounds", "0")[0] == 0
 
 
+def test_a_disk_that_a_data_set_fills_when_it_is_opened_is_no_fault_of_the_data(world: World) -> None:
+    world.hub.add("datasets", "someone/sums", {"sums/train.parquet": parquet(world.folder, 20_000)}, ref="v1")
+    world.recipe(task=dataset(config=None, split={"train": "train[:8]", "test": "train[-8:]"}))
+    disk = world.folder / "disk"
+    world.environment["HF_DATASETS_CACHE"] = str(disk)
+    with mounted(disk, "-t", "tmpfs", "-o", "size=64k", "tmpfs"):
+        code, _, err = world.answer("run", "--rounds", "0")
+        assert code == 1, err
+        assert f"{disk}: cannot be written: " in err
+        assert "No space left on device" in err
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        assert world.answer("run", "--rounds", "0")[0] == 0
+
+
 def test_a_signal_ends_a_download_at_its_next_piece(world: World) -> None:
     world.hub.add("models", "someone/student", world.model | {"large.txt": bytes(2 * LARGE)})
     world.hub.stalls["large.txt"] = threading.Event()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from kdpipe.errors import KdpipeError, ModelError, StepError
+from kdpipe.errors import KdpipeError, ModelError, RecipeError, StepError
 from kdpipe.pipeline import hub as client
 from kdpipe.pipeline.identities import Sources
 from kdpipe.recipe.file import load_recipe
@@ -35,6 +35,7 @@ MODEL = {
 }
 DATA = {"README.md": b"-", "main/train-00000-of-00001.parquet": b"t", "socratic/train.parquet": b"s"}
 TOKEN = "hf_secretOfSomebody"
+slow = pytest.mark.slow
 
 
 @pytest.fixture
@@ -197,15 +198,23 @@ def log_in(hub: Hub) -> None:
             4,
             "ask for access at {url}/someone/student, with the account of the token in HF_TOKEN",
         ),
-        (hide, None, 2, "no model of that name, or it is private|a token in HF_TOKEN"),
-        (hide, TOKEN, 2, "no model of that name, or it is private"),
+        pytest.param(
+            hide, None, 2, "no model of that name, or it is private|a token in HF_TOKEN", marks=slow
+        ),
+        pytest.param(hide, TOKEN, 2, "no model of that name, or it is private", marks=slow),
         (remove, None, 2, "no model of that name|{url}/someone/student"),
         (unlist, None, 2, "has it, but not that revision|lists branches and tags"),
-        (lose_data, None, 2, "dataset openai/gsm8k: the hub has no dataset|{url}/datasets/openai/gsm8k"),
+        pytest.param(
+            lose_data,
+            None,
+            2,
+            "dataset openai/gsm8k: the hub has no dataset|{url}/datasets/openai/gsm8k",
+            marks=slow,
+        ),
         (lambda _hub: None, "hf_unknown", 4, "does not know the token in HF_TOKEN|make a token"),
-        (busy, None, 1, "the hub answers 429|wait 7 seconds; repeat the command"),
+        pytest.param(busy, None, 1, "the hub answers 429|wait 7 seconds; repeat the command", marks=slow),
         (down, None, 1, "the hub answers 503|wait 9 seconds; repeat the command"),
-        (log_in, None, 1, "is not the hub|HF_ENDPOINT"),
+        pytest.param(log_in, None, 1, "is not the hub|HF_ENDPOINT", marks=slow),
     ],
     ids=str,
 )
@@ -233,6 +242,39 @@ def test_what_the_hub_refuses_is_one_sentence_with_what_to_do(
     assert "hf_" not in said + "".join(told)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        (
+            "HTTP_PROXY",
+            "socks5://somebody:secret@127.0.0.1:9",
+            "model someone/student: cannot be fetched: .*SOCKS",
+        ),
+        ("HTTP_PROXY", "http://somebody:secret@127.0.0.1:9", "no whole answer from .*refused"),
+        ("HF_TOKEN", "secret\u00e9", "cannot be fetched: .*ascii"),
+        ("SSL_CERT_FILE", "/nosuch", "cannot be fetched: .*No such file"),
+    ],
+)
+def test_an_environment_that_keeps_the_client_from_the_hub_is_a_sentence_without_its_secrets(
+    variable: str, value: str, words: str, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(StepError, match=words) as found:
+        sources(tmp_path).fetch()
+    assert "secret" not in found.value.message + found.value.hint
+
+
+def test_two_runs_that_pin_at_the_same_time_keep_each_other_s_pins(tmp_path: Path, hub: Hub) -> None:
+    early, commit = sources(tmp_path), commit_of(hub, "someone/student")
+    sources(tmp_path, RECIPE.replace("student}", f"student, revision: {commit}}}")).fetch()
+    early.fetch()
+    pins = json.loads((tmp_path / "out" / "pins.json").read_text())["value"]
+    assert {f"someone/student@{commit}", "someone/student@main", "someone/teacher@v2"} < pins.keys()
+
+
 def test_a_token_opens_what_is_gated_and_is_shown_to_the_hub_alone(
     tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,12 +289,31 @@ def test_a_token_opens_what_is_gated_and_is_shown_to_the_hub_alone(
     assert not [path for path in (tmp_path / "out").rglob("*") if TOKEN.encode() in path.read_bytes()]
 
 
+def test_what_the_hub_has_no_longer_is_not_taken_from_the_cache_for_a_new_workspace(
+    tmp_path: Path, hub: Hub
+) -> None:
+    folders = sources(tmp_path).fetch()
+    unlist(hub)
+    with pytest.raises(RecipeError, match="not that revision"):
+        sources(tmp_path, workspace="new").fetch()
+    assert sources(tmp_path).fetch() == folders
+
+
+@pytest.mark.parametrize("name", ["some one/student", pytest.param("someone/-student", marks=slow)])
+def test_a_name_that_cannot_be_a_hub_id_is_refused_without_asking(
+    tmp_path: Path, hub: Hub, name: str
+) -> None:
+    with pytest.raises(RecipeError, match=f"model {name}: not a hub id: "):
+        sources(tmp_path, RECIPE.replace("someone/student", f'"{name}"')).fetch()
+    assert hub.asked == []
+
+
 def go_offline(_hub: Hub, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 def lose_network(_hub: Hub, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    patch.setattr(constants, "ENDPOINT", "http://somebody:secret@127.0.0.1:9")
 
 
 def bring_down(hub: Hub, _patch: pytest.MonkeyPatch) -> None:
@@ -276,8 +337,9 @@ def test_without_the_hub_the_cache_is_used_as_it_was_pinned_else_as_it_is(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         away(hub, patch)
-        with pytest.raises(StepError, match=f"model someone/student: .*{why}"):
+        with pytest.raises(StepError, match=f"model someone/student: .*{why}") as found:
             sources(tmp_path).fetch()
+        assert "secret" not in found.value.message + found.value.hint
         assert not (tmp_path / "out" / "pins.json").exists()
     hub.refusals.clear()
     folders = sources(tmp_path).fetch()
@@ -289,6 +351,7 @@ def test_without_the_hub_the_cache_is_used_as_it_was_pinned_else_as_it_is(
     assert len(told) == 3
     assert told[0].startswith("model someone/student: ")
     assert why in told[0]
+    assert "secret" not in told[0]
     assert folders["student"].name in told[0]
 
 

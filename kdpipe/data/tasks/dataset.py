@@ -9,7 +9,7 @@ from kdpipe.data.rows import Problem
 from kdpipe.data.tasks import DATA_SUFFIXES, hub_data
 from kdpipe.data.tasks.form import read_splits
 from kdpipe.data.tasks.record import DataRecord
-from kdpipe.errors import DataError, PreflightError
+from kdpipe.errors import DataError, PreflightError, is_machine_fault, refusal
 from kdpipe.recipe.place import place_of
 from kdpipe.recipe.task import DatasetTask
 
@@ -58,6 +58,8 @@ def _records(task: DatasetTask, data: Path, split: str) -> list[DataRecord]:
         rows = datasets.load_dataset(str(data), name=task.config, split=split).to_list()
     except (datasets.exceptions.DatasetsError, ValueError, LookupError, TypeError, OSError) as error:
         cause = error.__cause__ or error
+        if isinstance(cause, OSError) and is_machine_fault(cause):
+            raise refusal(cause, datasets.config.HF_DATASETS_CACHE) from None
         reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
         where = f"{task.path}" + (f", config {task.config}" if task.config else "")
         raise DataError(
