@@ -204,6 +204,11 @@ def test_a_solution_in_which_the_headlines_reader_reads_another_number_is_refuse
         read(tmp_path, rows, headline=reader)
 
 
+def test_an_answer_field_that_no_record_has_is_refused_also_where_nothing_is_graded(tmp_path):
+    with pytest.raises(DataError, match="no record has the field 'reply'; this one has: 'prompt', 'answer'"):
+        read(tmp_path, [{"prompt": "q", "answer": "1"}], answer_field="reply", grader="none")
+
+
 def test_a_record_without_a_known_question_says_what_it_has(tmp_path):
     with pytest.raises(DataError, match="the record has: 'instruction', 'output'") as found:
         read(tmp_path, [{"instruction": "q", "output": "1"}])

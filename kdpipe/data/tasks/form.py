@@ -17,7 +17,7 @@ QUESTIONS = ("question", "prompt", "messages", "problem", "query", "conversation
 ANSWERS = ("answer", "solution", "completion", "response")
 NUMBERS_HINT = "write numbers as 1234.5 or 1,234.5; task.grader says how other answers are graded"
 GRADER_HINT = "task.answer_field names the field of the answer, task.grader how it is graded"
-NO_ANSWERS_HINT = "prompts without answers are trained on with task.grader: none"
+NO_ANSWERS_HINT = "task.answer_field names the answer; prompts without answers need task.grader: none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +59,24 @@ def _find_form(task: OwnTask, records: Sequence[DataRecord]) -> Form:
     first = records[0]
     question = task.question_field or next((name for name in QUESTIONS if name in first.fields), None)
     if question is None:
-        found = ", ".join(map(repr, first.fields)) or "nothing"
         raise DataError(
-            f"{first.place}: none of its fields is a question that is known by its name; the record has: {found}",
+            f"{first.place}: none of its fields is a question by its name; the record has: {_names(first)}",
             hint=f"task.question_field names it; one right line: {RIGHT_LINE}",
         )
-    answers = [name for name in ANSWERS if name != question]
-    answer = task.answer_field or next(
-        (name for name in answers if any(name in record.fields for record in records)), None
+    known = (
+        [name for name in ANSWERS if name != question] if task.answer_field is None else [task.answer_field]
     )
+    answer = next((name for name in known if any(name in record.fields for record in records)), None)
+    if answer is None and task.answer_field is not None:
+        raise DataError(
+            f"{first.place}: no record has the field {task.answer_field!r}; this one has: {_names(first)}",
+            hint="correct task.answer_field, or leave it out",
+        )
     return Form(question, answer)
+
+
+def _names(record: DataRecord) -> str:
+    return ", ".join(map(repr, record.fields)) or "nothing"
 
 
 def _identity(task: OwnTask, record: DataRecord, seen: dict[str, str]) -> str | None:
@@ -100,7 +108,10 @@ def _problem(task: OwnTask, form: Form, record: DataRecord, prompt_id: str) -> P
     expected = None
     if task.grader != "none":
         if answer is None:
-            raise DataError(f"{record.place}: has no answer to grade by", hint=NO_ANSWERS_HINT)
+            raise DataError(
+                f"{record.place}: has no answer to grade by; the record has: {_names(record)}",
+                hint=NO_ANSWERS_HINT,
+            )
         expected = read_expected(task, record, answer)
     return Problem(
         prompt_id,
