@@ -10,7 +10,7 @@ import torch
 from kdpipe.data.seeds import derive_seed
 from kdpipe.data.tasks.arithmetic import words
 from kdpipe.execution.inputs import Inputs
-from kdpipe.models.adapters import read_adapter, start_adapter, target_names
+from kdpipe.models.adapters import read_adapter, start_adapter, targets_of
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.devices import resolve_dtype
 from kdpipe.models.folder import open_model, scratch_model
@@ -49,7 +49,7 @@ class Trainers:
             assert model.scratch is not None
             network = self.scratch(inputs, model.scratch)
         if settings.student is not None and lora is not None and model.lora is None:
-            target_names(network, lora)  # before it is trained for nothing
+            targets_of(network, lora)  # before it is trained for nothing
         start = model.sft or Sft(steps=1)
         trainer = self._fresh(network, start.optimizer, text, horizon=start.steps, dtype=model.dtype)
         if checkpoint is not None:

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,12 +53,53 @@ class Reach:
         return f"{share}, in {self.layers} of {self.of_layers} layers"
 
 
-def target_names(model: PreTrainedModel, lora: Lora) -> list[str]:
-    """The last parts of the names of the layers that get an adapter, sorted; `model` has none yet.
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What gets an adapter, sorted: last parts of names of layers, ends of names of tensors."""
 
-    Raises ModelError on a target that names no layer, or one that is not linear, or the output head, and on all linear
-    layers where most weights are in others.
+    layers: list[str]
+    parameters: list[str]
+
+
+def targets_of(model: PreTrainedModel, lora: Lora) -> Targets:
+    """What gets an adapter of a model that has none yet.
+
+    Raises ModelError on a target that names no layer, or one that is not linear, or the output head, on tensors that
+    are no experts', and on all linear layers where most weights are in others.
     """
+    found = Targets(_layer_targets(model, lora), sorted(set(lora.target_parameters)))
+    experts = _experts(model)
+    for target in found.parameters:
+        if not any(_ends(name, target) for name in experts):
+            known = sorted({".".join(name.split(".")[-3:]) for name in experts})
+            raise ModelError(
+                f"student.lora.target_parameters: {type(model).__name__} has no experts called {target!r}",
+                hint=f"its experts are {', '.join(known)}"
+                if known
+                else "it has none: name its layers in targets",
+            )
+    if lora.targets == "all-linear" and (reached := reach(model, found)).weights < LEAST_OF_ALL:
+        known = sorted({".".join(name.split(".")[-3:]) for name in experts})
+        raise ModelError(
+            f"student.lora: what adapters are asked for of {type(model).__name__} are {reached}: they leave out "
+            "most of the model, such as experts whose weights are no linear layers",
+            hint=f"name them: target_parameters: [{', '.join(known)}]; if linear layers alone are to be trained, "
+            f"say so: targets: [{', '.join(found.layers)}]",
+        )
+    return found
+
+
+def _experts(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The tensors that hold the matrices of several experts in one."""
+    return {name: weight for name, weight in model.named_parameters() if weight.ndim == 3}
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _layer_targets(model: PreTrainedModel, lora: Lora) -> list[str]:
+    """The last parts of the names of the layers."""
     head = model.get_output_embeddings()
     named = dict(model.named_modules())
     linear = {name for name, module in named.items() if type(module) is nn.Linear and module is not head}
@@ -78,17 +119,11 @@ def target_names(model: PreTrainedModel, lora: Lora) -> list[str]:
                 f"{where}: {target!r} names {name}, which is {what}, expected linear layers below the output head",
                 hint=hint,
             )
-    if lora.targets == "all-linear" and (found := reach(model, targets)).weights < LEAST_OF_ALL:
-        raise ModelError(
-            f"student.lora: the linear layers of {type(model).__name__} are {found}: an adapter on them leaves out "
-            "most of the model, such as experts whose weights are no linear layers",
-            hint=f"if these are the layers to train, name them: targets: [{', '.join(known)}]",
-        )
     return targets
 
 
-def reach(model: PreTrainedModel, targets: Sequence[str]) -> Reach:
-    """What layers of these last names are of a model, counted by its matrices."""
+def reach(model: PreTrainedModel, targets: Targets) -> Reach:
+    """What targets are of a model, counted by its matrices."""
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     ends = {id(weight) for weight in (*tables, model.get_output_embeddings().weight)}
     weights = {
@@ -96,7 +131,12 @@ def reach(model: PreTrainedModel, targets: Sequence[str]) -> Reach:
         for name, weight in model.named_parameters()
         if weight.ndim > 1 and id(weight) not in ends
     }
-    reached = [name for name in weights if name.removesuffix(".weight").rpartition(".")[2] in targets]
+    reached = [
+        name
+        for name in weights
+        if name.removesuffix(".weight").rpartition(".")[2] in targets.layers
+        or any(_ends(name, target) for target in targets.parameters)
+    ]
     share = sum(weights[name] for name in reached) / max(sum(weights.values()), 1)
     layers, every = (
         {found[0] for name in names if (found := _LAYER.match(name))} for names in (reached, weights)
@@ -110,7 +150,7 @@ def start_adapter(model: PreTrainedModel, lora: Lora, *, seed: int) -> None:
     All other weights are frozen. An adapter that the model has already is started again.
     """
     if not is_adapted(model):
-        _inject(model, rank=lora.rank, alpha=lora.alpha, targets=target_names(model, lora))
+        _inject(model, rank=lora.rank, alpha=lora.alpha, targets=targets_of(model, lora))
     # Drawn on the CPU: the same numbers whatever the device.
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -129,6 +169,15 @@ def is_lora(module: nn.Module) -> bool:
     from peft.tuners.lora import Linear
 
     return isinstance(module, Linear) and type(module.base_layer) is nn.Linear
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """Whether it is what peft puts around a module of which a tensor has an adapter."""
+    if "peft" not in sys.modules:
+        return False
+    from peft.tuners.lora import ParamWrapper
+
+    return isinstance(module, ParamWrapper)
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -164,7 +213,8 @@ def read_adapter(model: PreTrainedModel, folder: Path) -> None:
     """
     config, tensors = _read(folder)
     if not is_adapted(model):
-        _inject(model, rank=config["r"], alpha=config["lora_alpha"], targets=config["target_modules"])
+        targets = Targets(config["target_modules"], config.get("target_parameters", []))
+        _inject(model, rank=config["r"], alpha=config["lora_alpha"], targets=targets)
     weights = _weights(model)
     fits = _config(model) == config and weights.keys() == tensors.keys()
     if not fits or any(weight.shape != tensors[name].shape for name, weight in weights.items()):
@@ -176,22 +226,29 @@ def read_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Adds the adapter in a folder to the weights of a model that has none."""
-    config, tensors = _read(folder)
-    scale = config["lora_alpha"] / config["r"]
-    with torch.no_grad():
-        for name, down in tensors.items():
-            module, found, _ = name.removeprefix(_PREFIX).rpartition(".lora_A.")
-            if found:
-                up = tensors[name.replace(".lora_A.", ".lora_B.")]
-                weight = model.get_parameter(f"{module}.weight")
-                weight.add_((up @ down).to(weight.device, weight.dtype), alpha=scale)
+    """Adds the adapter in a folder to the weights of a model that has none, and has none after."""
+    read_adapter(model, folder)
+    for name, layer in list(model.named_modules()):
+        if not (is_lora(layer) or _is_wrapper(layer)):
+            continue
+        weight = layer.get_param() if _is_wrapper(layer) else layer.base_layer.weight
+        with torch.no_grad():
+            weight.add_(layer.get_delta_weight(_NAME).to(weight.dtype))
+        if not name.endswith(".base_layer"):  # a wrapper in another goes with it
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, layer.get_base_layer())
 
 
-def _inject(model: PreTrainedModel, *, rank: int, alpha: int, targets: list[str]) -> None:
+def _inject(model: PreTrainedModel, *, rank: int, alpha: int, targets: Targets) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
-    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(targets.layers),
+        target_parameters=list(targets.parameters) or None,
+        lora_dropout=0.0,
+    )
     with torch.random.fork_rng(devices=[]):  # peft draws from the global generator what is overwritten here
         inject_adapter_in_model(settings, model, _NAME)
     for weight in model.parameters():
@@ -202,8 +259,8 @@ def _inject(model: PreTrainedModel, *, rank: int, alpha: int, targets: list[str]
 
 
 def _layers(model: nn.Module) -> Iterator[Any]:
-    """The layers with an adapter, in the model's order."""
-    return (module for module in model.modules() if is_lora(module))
+    """The layers with an adapter, and what wraps experts with one, in the model's order."""
+    return (module for module in model.modules() if is_lora(module) or _is_wrapper(module))
 
 
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -219,28 +276,39 @@ def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
 def _config(model: nn.Module) -> dict[str, JsonValue]:
     """The fields that peft needs; its others would tie the bytes to a version and a path."""
     layer = next(_layers(model))  # all were made with the same settings
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if is_lora(module)}
-    return _document(layer.r[_NAME], layer.lora_alpha[_NAME], sorted(names))
+    named = list(model.named_modules())
+    layers = {name.rpartition(".")[2] for name, module in named if is_lora(module)}
+    wrapped = {f"{_last_two(name)}.{module.parameter_name}" for name, module in named if _is_wrapper(module)}
+    return _document(layer.r[_NAME], layer.lora_alpha[_NAME], sorted(layers), sorted(wrapped))
 
 
-def _document(rank: int, alpha: int, targets: list[str]) -> dict[str, JsonValue]:
-    return {
+def _last_two(name: str) -> str:
+    """The end of the name of what a wrapper, in however many others, is around."""
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return ".".join(name.split(".")[-2:])
+
+
+def _document(rank: int, alpha: int, layers: list[str], parameters: list[str]) -> dict[str, JsonValue]:
+    found: dict[str, JsonValue] = {
         "base_model_name_or_path": None,
         "bias": "none",
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "peft_type": "LORA",
         "r": rank,
-        "target_modules": list(targets),
+        "target_modules": list(layers),
         "task_type": "CAUSAL_LM",
     }
+    return found | ({"target_parameters": list(parameters)} if parameters else {})
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         tensors: dict[str, torch.Tensor] = load_file(folder / ADAPTER_FILE)
-        if config != _document(config["r"], config["lora_alpha"], config["target_modules"]):
+        targets = config["target_modules"], config.get("target_parameters", [])
+        if config != _document(config["r"], config["lora_alpha"], *targets):
             raise ValueError(f"{CONFIG_FILE} is not one that kdpipe wrote")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{folder}: the adapter cannot be read: {error}") from error

@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from kdpipe.errors import ModelError, as_os_error
 from kdpipe.models.adapters import CONFIG_FILE as ADAPTER_CONFIG
-from kdpipe.models.adapters import Reach, is_adapted, reach, target_names, write_adapter
+from kdpipe.models.adapters import Reach, is_adapted, reach, targets_of, write_adapter
 from kdpipe.models.config import TEXT_KEYS, context_of, left_out, open_config, scale_and_cap
 from kdpipe.models.devices import dtype_name
 from kdpipe.models.logprobs import Head, body_of, head_logits, head_of, head_to
@@ -268,7 +268,7 @@ def reach_of(folder: Path, lora: Lora, *, trust_remote_code: bool = False) -> Re
     """What adapters reach of the model in a folder, by no weights; raises ModelError if they do not fit."""
     _require_weights(folder)
     model = skeleton(folder, trust_remote_code=trust_remote_code)
-    return reach(model, target_names(model, lora))
+    return reach(model, targets_of(model, lora))
 
 
 def skeleton(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:

@@ -7,6 +7,7 @@ shift by one of its own.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdpipe.models.adapters import merge_adapter, target_names
+from kdpipe.models.adapters import merge_adapter, targets_of
 from kdpipe.models.folder import load_text_model, skeleton
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.models import Lora
@@ -148,6 +149,12 @@ def shape_of(folder: Path, *, trust_remote_code: bool = False) -> Shape:
 def adapter_parameters(folder: Path, lora: Lora) -> int:
     """How many weights the adapter that `lora` describes has."""
     model = skeleton(folder, trust_remote_code=False)
-    targets = target_names(model, lora)
-    adapted = [module for name, module in model.named_modules() if name.rpartition(".")[2] in targets]
-    return sum(lora.rank * (module.in_features + module.out_features) for module in adapted)
+    targets = targets_of(model, lora)
+    layers = [name for name, module in model.named_modules() if name.rpartition(".")[2] in targets.layers]
+    shapes = [model.get_submodule(name).weight.shape for name in layers]
+    shapes += [
+        weight.shape
+        for name, weight in model.named_parameters()
+        if any(name.endswith(target) for target in targets.parameters)
+    ]
+    return sum(lora.rank * math.prod(shape[:-2]) * sum(shape[-2:]) for shape in shapes)

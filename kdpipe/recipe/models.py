@@ -117,6 +117,8 @@ class Lora(Section):
         Literal["all-linear"] | Annotated[list[Annotated[str, Field(pattern=r"^\w+$")]], Field(min_length=1)]
     ) = "all-linear"
     """Last names of the layers that get one, or all linear layers below the output head."""
+    target_parameters: list[Annotated[str, Field(pattern=r"^\w+(\.\w+)*$")]] = []
+    """Ends of the names of tensors that are no layers and get one too, as experts: mlp.experts.gate_up_proj."""
     warmup: bool = False
     """Whether the cold start trains the adapter too, in place of all weights."""
     seed: Seed | None = None

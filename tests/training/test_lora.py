@@ -18,7 +18,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 import kdpipe.models.cache
 import kdpipe.pipeline.housekeeping
@@ -31,12 +31,14 @@ from kdpipe.errors import ArtifactError, Interrupted, ModelError, RecipeError, S
 from kdpipe.models.adapters import (
     LEAST_OF_ALL,
     Reach,
+    Targets,
     is_adapted,
+    merge_adapter,
     reach,
     read_adapter,
     start_adapter,
     switch_adapter,
-    target_names,
+    targets_of,
     write_adapter,
 )
 from kdpipe.models.batching import make_batch
@@ -489,7 +491,11 @@ def test_an_exported_student_0_is_the_model_below(finished: Project, tmp_path: P
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+    }
 
 
 # --------------------------------------------------------------------------------- one network in memory
@@ -748,7 +754,7 @@ def test_targets_are_the_named_layers_and_no_others() -> None:
         name.split(".lora_")[0].rpartition(".")[2] for name, w in model.named_parameters() if w.requires_grad
     }
     assert names == {"q_proj", "v_proj"}
-    assert "lm_head" not in target_names(tiny_model("llama"), Lora())
+    assert "lm_head" not in targets_of(tiny_model("llama"), Lora()).layers
 
 
 def test_an_adapter_that_is_damaged_or_of_another_shape_is_refused(tmp_path: Path) -> None:
@@ -770,13 +776,13 @@ def test_an_adapter_that_is_damaged_or_of_another_shape_is_refused(tmp_path: Pat
 def test_what_targets_reach_is_counted_in_weights_and_layers() -> None:
     model = tiny_model("llama")  # matrices of a layer: 24 x 24 twice, 24 x 12 twice, 24 x 40 three times
     of_layer = 2 * 24 * 24 + 2 * 24 * 12 + 3 * 24 * 40
-    assert str(reach(model, target_names(model, Lora()))) == (
+    assert str(reach(model, targets_of(model, Lora()))) == (
         "100% of the weights between embeddings and head, in 2 of 2 layers"
     )
-    assert reach(model, ["q_proj", "v_proj"]) == Reach((24 * 24 + 24 * 12) / of_layer, 2, 2)
+    assert reach(model, Targets(["q_proj", "v_proj"], [])) == Reach((24 * 24 + 24 * 12) / of_layer, 2, 2)
     model.model.layers[1].self_attn.q_special = model.model.layers[1].self_attn.q_proj
     del model.model.layers[1].self_attn.q_proj
-    assert reach(model, ["q_special"]) == Reach(24 * 24 / (2 * of_layer), 1, 2)
+    assert reach(model, Targets(["q_special"], [])) == Reach(24 * 24 / (2 * of_layer), 1, 2)
 
 
 def mixture(experts: int, **changes: Any) -> Any:
@@ -788,15 +794,131 @@ def mixture(experts: int, **changes: Any) -> Any:
 def test_all_linear_layers_are_refused_where_they_are_little_of_the_model(tmp_path: Path) -> None:
     model = mixture(8)
     with pytest.raises(ModelError, match=r"are \d+% of the weights .* in 2 of 2 layers: .*experts") as caught:
-        target_names(model, Lora())
+        targets_of(model, Lora())
+    assert "target_parameters: [mlp.experts.down_proj, mlp.experts.gate_up_proj]" in caught.value.hint
     assert caught.value.hint.endswith("targets: [k_proj, o_proj, q_proj, v_proj]")
     named = Lora(targets=["k_proj", "o_proj", "q_proj", "v_proj"])
-    assert target_names(model, named) == named.targets
+    assert targets_of(model, named).layers == named.targets
     model.save_pretrained(tmp_path)
     found = reach_of(tmp_path, named)
     assert found.weights < LEAST_OF_ALL
-    with pytest.raises(ModelError, match="leaves out most of the model"):
+    with pytest.raises(ModelError, match="leave out most of the model"):
         reach_of(tmp_path, Lora())
+
+
+EXPERTS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "head_dim": 8},
+        ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 3}, ["gate_up_proj", "experts.down_proj"]),
+    "gpt_oss": (  # its experts are (in, out), with biases
+        "gpt_oss",
+        {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8},
+        ["experts.gate_up_proj", "experts.down_proj"],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [name if name == "qwen3_moe" else pytest.param(name, marks=pytest.mark.slow) for name in EXPERTS]
+)
+def test_an_adapter_on_experts_is_pefts_and_merged_it_is_the_same_model(kind: str, tmp_path: Path) -> None:
+    """Files, forward, gradient and merged weights against peft's own model of the written adapter."""
+    family, sizes, parameters = EXPERTS[kind]
+    config = AutoConfig.for_model(family, **{**COMMON, **sizes})
+
+    def base() -> Any:
+        torch.manual_seed(1)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+    lora = Lora(rank=2, alpha=4, target_parameters=parameters)
+    model = base()
+    assert targets_of(model, lora).parameters == sorted(parameters)
+    assert reach(model, targets_of(model, lora)).weights > 0.9
+    start_adapter(model, lora, seed=3)
+    ids = torch.arange(3, 15)[None]
+    plain = base()(ids).logits
+    torch.testing.assert_close(model(ids).logits, plain, atol=1e-6, rtol=0)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
+    write_adapter(model, tmp_path)
+
+    peft = PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)
+    found, expected = model(ids).logits, peft(input_ids=ids).logits
+    assert (expected - plain).abs().max() > 0.01
+    torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-4)
+    for logits in (found, expected):
+        logits.log_softmax(-1)[..., 7].sum().backward()
+    theirs = {name.replace(".default", ""): weight.grad for name, weight in peft.named_parameters()}
+    ours = {
+        f"base_model.model.{name.replace('.default', '')}": weight.grad
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
+    assert (
+        len([name for name in ours if ".experts." in name]) == 8
+    )  # two of each of two tensors of two layers
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], atol=5e-5, rtol=1e-4)
+
+    merged = base()
+    merge_adapter(merged, tmp_path)
+    assert not is_adapted(merged)
+    assert {name for name, _ in merged.named_parameters()} == {name for name, _ in base().named_parameters()}
+    torch.testing.assert_close(merged(ids).logits, expected, atol=5e-5, rtol=1e-4)
+    other = base()
+    read_adapter(other, tmp_path)
+    torch.testing.assert_close(other(ids).logits, expected, atol=5e-5, rtol=1e-4)
+    switch_adapter(other, on=False)
+    assert torch.equal(other(ids).logits, plain)
+    write_adapter(other, tmp_path / "again")
+    assert digests(tmp_path / "again") == digests(tmp_path)
+
+
+@pytest.mark.slow
+def test_experts_are_trained_by_a_run_and_sampled_as_peft_reads_them(tmp_path: Path) -> None:
+    tokenizer = arithmetic_tokenizer(words())
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "head_dim": 8}
+    config = Qwen3MoeConfig(**{**COMMON, **sizes, "vocab_size": num_ids_in_use(tokenizer)})
+    config.eos_token_id, config.pad_token_id, config.max_position_embeddings = (
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        256,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    write_model(model, tokenizer, tmp_path / "model")
+    lora = {"rank": 2, "alpha": 4, "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    changes = {name: value for name, value in CHANGES.items() if name != "student__lora"}
+    changes["student"] = {"model": "./model", "dtype": "float32", "lora": lora}
+    changes["runtime__keep"] = {"weights": 2, "optimizer": 2}
+    changes["runtime__gradient_checkpointing"] = True
+    project = run_near(load_tiny(tmp_path, **changes), tmp_path / "out")
+    adapter = entry(project, "train@1") / "model"
+    assert all(w.any() for name, w in load_file(adapter / "adapter_model.safetensors").items())
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    student = PeftModel.from_pretrained(base, adapter)
+    for rollout in rows(entry(project, "rollout@2") / "rollouts.parquet"):
+        expected = logprobs_of(student, rollout["prompt_token_ids"], rollout["completion_token_ids"])
+        assert rollout["sampler_logprobs"] == pytest.approx(expected, abs=5e-5)
+    done = export(project, tmp_path / "merged", round_number=2)
+    assert done.written is not None
+    assert done.written.distance is not None
+    assert done.written.distance.written < 1e-9 < 1e-5 < (done.written.distance.start or 0)
+
+
+def test_experts_that_are_not_there_are_refused_with_those_that_are() -> None:
+    with pytest.raises(ModelError, match=r"no experts called 'mlp\.up_proj'") as caught:
+        start_adapter(mixture(8), Lora(target_parameters=["mlp.up_proj"]), seed=0)
+    assert "its experts are mlp.experts.down_proj, mlp.experts.gate_up_proj" in caught.value.hint
+    with pytest.raises(ModelError, match=r"no experts called 'q_proj\.weight'") as caught:
+        start_adapter(tiny_model("llama"), Lora(target_parameters=["q_proj.weight"]), seed=0)
+    assert "name its layers in targets" in caught.value.hint
 
 
 class Told(Exception):
