@@ -1,4 +1,4 @@
-"""Code that comes with models: it is announced, and asked about once in a workspace."""
+"""Code that comes with models, or that grades: it is announced, and asked about once in a workspace."""
 
 import json
 import sys
@@ -15,26 +15,34 @@ if TYPE_CHECKING:
     from kdpipe.recipe.file import LoadedRecipe
 
 TRUSTED = "trusted.json"
+TO_RUN = "is to run here with all your rights"
 TrustOption = Annotated[
     bool,
-    typer.Option("--trust", help="Let code run that comes with the recipe's models (trust_remote_code)."),
+    typer.Option(
+        "--trust",
+        help="Let code run that comes with the recipe's models (trust_remote_code) or grades (task.grader).",
+    ),
 ]
 
 
 def require_trust(loaded: "LoadedRecipe", workspace: Path, *, trusts: bool) -> None:
-    """Raises RecipeError where code of a model would run that nobody has trusted in this workspace."""
+    """Raises RecipeError where code would run that nobody has trusted in this workspace."""
     from kdpipe.store.durable import write_json
 
     trusted = _trusted(workspace)
-    new = [name for name in dict.fromkeys(_models_with_code(loaded)) if name not in trusted]
+    models = [name for name in dict.fromkeys(_models_with_code(loaded)) if name not in trusted]
+    graders = [name for name in _graders_with_code(loaded) if name not in trusted]
+    new = models + graders
     if not new:
         return
-    what = f"trust_remote_code: Python code that comes with {' and '.join(new)} is to run here with all your rights"
-    say(what)
+    if models:
+        say(f"trust_remote_code: Python code that comes with {' and '.join(models)} {TO_RUN}")
+    for name in graders:
+        say(f"task.grader: the Python code in {name} {TO_RUN}")
     if not trusts and not (sys.stdin.isatty() and sys.stderr.isatty() and typer.confirm("Run it?", err=True)):
         raise RecipeError(
-            "trust_remote_code: the code was not trusted",
-            hint="read it, then repeat the command with --trust, once in a workspace; or leave trust_remote_code out",
+            f"{'trust_remote_code' if models else 'task.grader'}: the code was not trusted",
+            hint="read it, then repeat the command with --trust, once in a workspace; or leave the field out",
         )
     workspace.mkdir(parents=True, exist_ok=True)
     write_json(workspace / TRUSTED, {"folder": workspace.stat().st_ino, "models": [*trusted, *new]})
@@ -65,3 +73,12 @@ def _models_with_code(loaded: "LoadedRecipe") -> Iterator[str]:
         if name is not None:
             place = place_of(name, loaded.folder)
             yield str(place.resolve()) if place.exists() else f"{name}@{revision or 'its newest revision'}"
+
+
+def _graders_with_code(loaded: "LoadedRecipe") -> Iterator[str]:
+    """The file of the recipe's own grader."""
+    from kdpipe.recipe.place import place_of
+    from kdpipe.recipe.task import PythonGrader
+
+    if isinstance(grader := loaded.recipe.task.grader, PythonGrader):
+        yield str(place_of(grader.file, loaded.folder).resolve())

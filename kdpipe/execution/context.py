@@ -8,7 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from kdpipe.data.graders import grade
+from kdpipe.data.graders import grade, is_judged
+from kdpipe.data.graders.judge import Judge
 from kdpipe.data.hidden import HiddenFile
 from kdpipe.data.payload import HIDDEN_FILE, ROLLOUTS_FILE, SCORES_FILE
 from kdpipe.data.rows import Graded, Problem, Rollout
@@ -22,6 +23,7 @@ from kdpipe.method.mixture import HiddenTeacher, RoundScores, TeacherScores, joi
 from kdpipe.models.folder import head_digest
 from kdpipe.models.prompting import Text
 from kdpipe.recipe.roles import BASELINE_ROLE, ROLLOUT_ROLE, STUDENT_ROLE, Role, RoleKind
+from kdpipe.recipe.task import AnyGrader
 from kdpipe.stages.context import Context
 from kdpipe.stages.job import Job
 from kdpipe.stages.scoring import TeacherHandle, output_head, swapped_head
@@ -41,6 +43,7 @@ class StepContext:
     engines: Engines
     roles: Roles
     trainers: Trainers
+    judge: Callable[[Inputs, AnyGrader], Judge]
     trained: LocalTrainer | None = None
 
     def perform(self) -> None:
@@ -64,6 +67,8 @@ class StepContext:
         return self.roles.teacher(self.inputs, self._role(settings), settings)
 
     def grade(self, task: TaskSettings) -> Callable[[str, Problem], Graded]:
+        if is_judged(task.grader):
+            return self.judge(self.inputs, task.grader).grade
         return lambda text, problem: grade(text, problem.expected, grader=task.grader, reader=task.reader)
 
     def rollouts(self) -> list[Rollout]:

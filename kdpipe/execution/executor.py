@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from pydantic import JsonValue
 
+from kdpipe.data.graders.judge import Code, Judge
 from kdpipe.data.tasks import read_problems
 from kdpipe.doctor.loss.check import unsound
 from kdpipe.errors import PreflightError
@@ -37,8 +38,10 @@ from kdpipe.pipeline.request import (
     Warned,
 )
 from kdpipe.pipeline.runs import RunFolder
+from kdpipe.recipe.place import place_of
 from kdpipe.recipe.roles import STUDENT_ROLE
 from kdpipe.recipe.schema import Recipe
+from kdpipe.recipe.task import AnyGrader, PythonGrader
 from kdpipe.stages.job import Job
 from kdpipe.store.artifacts import Draft
 from kdpipe.store.durable import append_line
@@ -111,6 +114,8 @@ class Executor:
         self._trainers = Trainers(recipe, cache)
         self.probe = Probe(self._roles, self._trainers, device, train, test)
         self._dtype_reported = False
+        self._logs = logs
+        self._judge: Judge | None = None
 
     def perform(self, inputs: Inputs, *, anew: bool) -> Performed:
         """Performs a step and publishes it; one that is published already is kept unless `anew`."""
@@ -128,8 +133,9 @@ class Executor:
             self._report_other_dtype(inputs)
             started = time.time()
             job = Job(self.recipe.runtime, step.round, step.seed, *self._problems, draft, pulse)
-            context = StepContext(inputs, job, self._engines, self._roles, self._trainers)
+            context = StepContext(inputs, job, self._engines, self._roles, self._trainers, self._judge_of)
             context.perform()
+            self._report_unfinished(report)
             seconds = time.time() - started
             _write_speed(draft, step, pulse, seconds)
             manifest = draft.commit(inputs=digests, provenance=self._provenance(started))
@@ -140,7 +146,26 @@ class Executor:
     def close(self) -> None:
         """Ends the engines and their processes, and the connections to servers."""
         self._engines.close()
+        if self._judge is not None:
+            self._judge.close()
         self._roles.close()
+
+    def _judge_of(self, inputs: Inputs, grader: AnyGrader) -> Judge:
+        """What grades in a process of its own; it is kept, as long as its code is the same."""
+        code = Code()
+        if isinstance(grader, PythonGrader):
+            path = place_of(grader.file, inputs.folder)
+            code = Code(str(path), grader.function)
+        if self._judge is None:
+            self._judge = Judge(code, log=self._logs / "grader.log")
+        return self._judge
+
+    def _report_unfinished(self, report: Report[StepEvent]) -> None:
+        """Warns of texts that math-verify did not finish in the step."""
+        if self._judge is not None and self._judge.unfinished:
+            count, self._judge.unfinished = self._judge.unfinished, 0
+            answers = f"{count} answer{'s'[: count != 1]}"
+            report.event(Warned(f"task.grader: math-verify did not finish {answers}, which count as wrong"))
 
     def _report_other_dtype(self, inputs: Inputs) -> None:
         """Warns, once, where the student went so far in another dtype: `auto` is what a machine makes of it."""

@@ -24,6 +24,7 @@ from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.recipe.place import place_of
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import ModelTeacher, ServedTeacher, Student
+from kdpipe.recipe.task import PythonGrader
 from kdpipe.store.durable import file_digest, write_json
 from kdpipe.store.sealed import seal_value, unseal_value
 from kdpipe.store.step import Fields, canonical
@@ -63,11 +64,23 @@ class Sources:
         else:
             files = data_files(task, self.loaded.folder)
             data = {split: {"digest": self._digest(path)} for split, path in files.items()}
+        grader = self._grader()
         if self._changed:
             with contextlib.suppress(StepError):  # it only saves reading again; plan need not write
                 write_json(self.workspace / "digests.json", seal_value(DIGESTS, self._digests))
             self._changed = False
-        return Identities(models=models, data=data)
+        return Identities(models=models, data=data, grader=grader)
+
+    def _grader(self) -> Fields | None:
+        """What a user's code that grades is; raises RecipeError unless the file has the function."""
+        grader = self.loaded.recipe.task.grader
+        if not isinstance(grader, PythonGrader):
+            return None
+        from kdpipe.data.graders.judge import require_function
+
+        path = place_of(grader.file, self.loaded.folder)
+        require_function(path, grader.function)
+        return {"digest": self._digest(path)}
 
     def look(self) -> dict[str, str]:
         """What each named model is, by role: its folder's model type, or that it is on the hub.

@@ -30,6 +30,7 @@ from kdpipe.recipe.roles import (
 from kdpipe.recipe.schema import Recipe, SelfTeacher, Student, Teacher, resolved
 from kdpipe.recipe.task import QuestionTask
 from kdpipe.stages.settings.document import document
+from kdpipe.stages.settings.model import TaskSettings
 from kdpipe.stages.settings.stage import settings_of
 from kdpipe.store.stage import Stage
 from kdpipe.store.step import Fields, Input, Step, canonical, step_id_of
@@ -51,11 +52,12 @@ class Identities:
 
     Each is `{"digest": sha256}` for local files or `{"hub": id, "revision": commit or "unresolved"}`, of a
     teacher behind a server that of its tokenizer beside `"served"`, the name of the model there;
-    `models` is keyed by "student" or the teacher's name, `data` by split.
+    `models` is keyed by "student" or the teacher's name, `data` by split, `grader` is a user's code that grades.
     """
 
     models: Mapping[str, Fields]
     data: Mapping[str, Fields]
+    grader: Fields | None = None
 
     def unresolved(self) -> list[str]:
         """Hub names whose commit is not known yet: their fingerprints will change with the first run."""
@@ -320,6 +322,8 @@ class _Planner:
         """Adds a step; `named`: models that no step made, `seed`: its section's own, `split`: data it reads."""
         settings = settings_of(self.recipe, stage, number, subject=subject)
         data: Fields = {} if split is None else {"task.data": self._data(split)}
+        if isinstance(getattr(settings, "task", None), TaskSettings) and self.identities.grader is not None:
+            data["task.grader"] = self.identities.grader
         seed = self.recipe.seed if seed is None else seed
         step_id = step_id_of(stage, subject, number)
         hashed: Fields = {

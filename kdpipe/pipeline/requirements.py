@@ -20,6 +20,7 @@ from kdpipe.store.stage import Stage
 from kdpipe.store.step import Step
 
 FREE_BYTES_FLOOR = 64 << 20
+MATH_VERIFY = "math-verify[antlr4_13_2]>=0.9,<1"  # as the extra `math` says
 PEFT = "peft>=0.21"  # as the extra `lora` says
 
 
@@ -58,6 +59,11 @@ def require(recipe: Recipe, warn: Callable[[str], None]) -> None:
         raise PreflightError(
             "student.lora: peft, which makes the adapters, is not installed",
             hint=f"install it: pip install {shlex.quote(PEFT)}",
+        )
+    if recipe.task.grader == "math" and find_spec("math_verify") is None:
+        raise PreflightError(
+            "task.grader math: math-verify, which compares the formulas, is not installed",
+            hint=f"install it: pip install {shlex.quote(MATH_VERIFY)}",
         )
     if "vllm" in recipe.engines and find_spec("vllm") is None:
         raise PreflightError(

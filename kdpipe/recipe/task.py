@@ -13,8 +13,26 @@ GSM8K_INSTRUCTION = (
 )
 
 
-GraderName = Literal["number", "exact", "choice", "none"]
+GraderName = Literal["number", "exact", "choice", "math", "none"]
 NumberReader = Literal["strict", "flexible", "robust"]
+
+
+class PythonGrader(Section):
+    """Your own function that grades, which runs with all your rights: `kdpipe` asks once before it does."""
+
+    python: Annotated[str, Field(pattern=r"^[^:\n]+\.py:[A-Za-z_][A-Za-z0-9_]*$")]
+    """`file.py:function`, relative to the recipe: `def function(text: str, problem) -> bool | float`."""
+
+    @property
+    def file(self) -> str:
+        return self.python.rpartition(":")[0]
+
+    @property
+    def function(self) -> str:
+        return self.python.rpartition(":")[2]
+
+
+AnyGrader = GraderName | PythonGrader
 
 
 class QuestionTask(Section):
@@ -32,8 +50,8 @@ class QuestionTask(Section):
     """Text before the question that asks for the form of the answer; empty is none."""
     few_shot: Annotated[int, Field(ge=0, le=64)] = 0
     """Solved problems of the train split put before the question."""
-    grader: GraderName = "number"
-    """How answers are graded: by their number, as exact text, as a choice from A to E, or not at all."""
+    grader: AnyGrader = "number"
+    """How answers are graded: as a number, an exact text, a choice from A to E, a formula, by your code, or not."""
     headline: NumberReader = "flexible"
     """Which reading of a number is the accuracy: strict and flexible are lm-evaluation-harness's."""
     reward: NumberReader = "robust"

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from kdpipe.data.graders import UNGRADED, grade
+from kdpipe.data.graders import UNGRADED, grade, is_judged
 from kdpipe.data.payload import GRADES_FILE, REVERSE_KL_FILE, ROLLOUTS_FILE, SCORES_FILE
 from kdpipe.data.tables import (
     GRADES,
@@ -166,7 +166,7 @@ class Reader:
         for stop in recipe.rollout.stop:
             text = text.partition(stop)[0]
         task, graded = recipe.task, UNGRADED
-        if known is not None:
+        if known is not None and not is_judged(task.grader):  # nobody's code runs to show a sample
             graded = grade(text, known.expected, grader=task.grader, reader=task.headline)
         ended = self.detokenizer.of(completion[-1:])
         is_full = len(completion) >= recipe.rollout.max_new_tokens

@@ -27,7 +27,7 @@ from kdpipe.errors import DataError, StepError
 from kdpipe.method import statistics
 from kdpipe.method.interval import Interval
 from kdpipe.recipe.roles import STUDENT
-from kdpipe.recipe.task import NumberReader
+from kdpipe.recipe.task import NumberReader, PythonGrader
 from kdpipe.stages.context import Context
 from kdpipe.stages.held_out import Exact, has_exact, held_out_scores
 from kdpipe.stages.job import Job, mean
@@ -130,7 +130,11 @@ def _accuracy(
     settings: EvaluateSettings, grades: Rows, by_problem: Mapping[str, Rows]
 ) -> dict[str, JsonValue]:
     interval = statistics.wilson([mean([row["correct"] for row in rows]) for rows in by_problem.values()])
-    return {**_named("accuracy", interval), **_accuracies_of_numbers(settings, grades)}
+    return {
+        **_named("accuracy", interval),
+        **_accuracies_of_numbers(settings, grades),
+        **_mean_reward(settings, grades),
+    }
 
 
 def _several_samples(settings: EvaluateSettings, groups: Sequence[Rows]) -> dict[str, JsonValue]:
@@ -139,11 +143,13 @@ def _several_samples(settings: EvaluateSettings, groups: Sequence[Rows]) -> dict
     correct = [sum(row["correct"] for row in rows) for rows in groups]
     summary: dict[str, JsonValue] = {}
     for k in sample_counts(samples):
-        for name, values in (
-            (f"pass_at_{k}", [statistics.pass_at_k(samples, n, k) for n in correct]),
-            (f"maj_at_{k}", [_majority(rows, k, settings.task.reader) for rows in groups]),
-        ):
-            summary |= _named(name, statistics.wilson(values))
+        passed = [statistics.pass_at_k(samples, n, k) for n in correct]
+        summary |= _named(f"pass_at_{k}", statistics.wilson(passed))
+        if not isinstance(
+            settings.task.grader, PythonGrader
+        ):  # which tells no answer that could be voted for
+            voted = [_majority(rows, k, settings.task.reader) for rows in groups]
+            summary |= _named(f"maj_at_{k}", statistics.wilson(voted))
     return summary
 
 
@@ -164,6 +170,12 @@ def _accuracies_of_numbers(settings: EvaluateSettings, grades: Rows) -> dict[str
         )
         for reader in HARNESS_READERS
     }
+
+
+def _mean_reward(settings: EvaluateSettings, grades: Rows) -> dict[str, JsonValue]:
+    """The mean reward by a user's code, whose rewards may lie between wrong and right."""
+    is_own = isinstance(settings.task.grader, PythonGrader)
+    return {"reward_mean": mean([row["reward"] for row in grades])} if is_own else {}
 
 
 def _majority(rows: Rows, k: int, reader: NumberReader | None) -> float:

@@ -74,3 +74,20 @@ def test_every_command_that_opens_models_asks(command: str, loaded: LoadedRecipe
     result = CliRunner().invoke(app, [command, str(loaded.path), *more, *place])
     assert "the code was not trusted" in result.stderr
     assert result.exit_code == (1 if command == "arms" else 2)  # of which each run says it
+
+
+def test_code_that_grades_is_asked_about_as_code_of_models_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.py").write_text("def grade(text, problem): ...\n")
+    files = {"train": "train.jsonl", "test": "test.jsonl"}
+    task = {"kind": "jsonl", **files, "grader": {"python": "own.py:grade"}}
+    loaded = load_tiny(tmp_path, task=task, student={"model": "far/away"}, teachers=[{"self": "initial"}])
+    with pytest.raises(RecipeError, match=r"task\.grader: the code was not trusted") as caught:
+        require_trust(loaded, tmp_path / "out", trusts=False)
+    assert "--trust" in caught.value.hint
+    assert f"task.grader: the Python code in {tmp_path / 'own.py'} is to run" in capsys.readouterr().err
+    require_trust(loaded, tmp_path / "out", trusts=True)
+    capsys.readouterr()
+    require_trust(loaded, tmp_path / "out", trusts=False)
+    assert capsys.readouterr().err == ""

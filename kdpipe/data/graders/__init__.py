@@ -8,12 +8,12 @@ from kdpipe.data.graders.choice import choice_answer, reference_letter
 from kdpipe.data.graders.exact import exact_answer
 from kdpipe.data.graders.number import grade_number, number_of, reference_number
 from kdpipe.data.rows import Graded
-from kdpipe.recipe.task import GraderName, NumberReader
+from kdpipe.recipe.task import AnyGrader, NumberReader, PythonGrader
 
 UNGRADED = Graded(answer=None, correct=None, reward=None)
 
 
-def grade(text: str, expected: str | None, *, grader: GraderName, reader: NumberReader | None) -> Graded:
+def grade(text: str, expected: str | None, *, grader: AnyGrader, reader: NumberReader | None) -> Graded:
     """What `text` answers, and whether that is `expected`; `reader` is there where numbers are graded.
 
     Raises ValueError where the grader cannot compare with `expected`: the task readers let no such problem through.
@@ -31,9 +31,11 @@ def grade(text: str, expected: str | None, *, grader: GraderName, reader: Number
             return _compared(exact_answer(text), exact_answer(expected))
         case "choice":
             return _compared(choice_answer(text), reference_letter(expected))
+        case _:
+            raise ValueError("a judge grades by math-verify and by a user's code")
 
 
-def unfit_reference(expected: str | None, grader: GraderName) -> str | None:
+def unfit_reference(expected: str | None, grader: AnyGrader) -> str | None:
     """What a grader expects in the place of a reference that it cannot compare with; None of a fit one."""
     match grader:
         case "number":
@@ -42,8 +44,15 @@ def unfit_reference(expected: str | None, grader: GraderName) -> str | None:
             return None if expected and reference_letter(expected) else "a letter from A to E"
         case "exact":
             return None if expected and exact_answer(expected) else "some text"
-        case "none":
+        case "math":
+            return None if expected else "a formula"
+        case "none" | PythonGrader():
             return None
+
+
+def is_judged(grader: AnyGrader) -> bool:
+    """Whether a `Judge` grades, in a process of its own, and not `grade`."""
+    return grader == "math" or isinstance(grader, PythonGrader)
 
 
 def vote(answer: str | None, *, reader: NumberReader | None) -> Hashable | None:

@@ -11,7 +11,7 @@ from kdpipe.data.graders.number import extract_expected, grade_number
 from kdpipe.data.rows import Problem
 from kdpipe.data.tasks.record import RIGHT_LINE, RIGHT_TURNS, DataRecord
 from kdpipe.errors import DataError
-from kdpipe.recipe.task import OwnTask, QuestionTask
+from kdpipe.recipe.task import OwnTask, PythonGrader, QuestionTask
 
 QUESTIONS = ("question", "prompt", "messages", "problem", "query", "conversations")
 ANSWERS = ("answer", "solution", "completion", "response")
@@ -106,7 +106,7 @@ def _problem(task: OwnTask, form: Form, record: DataRecord, prompt_id: str) -> P
         )
     answer = _answer(task, form, record, said)
     expected = None
-    if task.grader != "none":
+    if task.grader != "none" and not (answer is None and isinstance(task.grader, PythonGrader)):
         if answer is None:
             raise DataError(
                 f"{record.place}: has no answer to grade by; the record has: {_names(record)}",

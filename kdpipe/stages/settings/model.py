@@ -12,7 +12,7 @@ from kdpipe.recipe.roles import SERVER
 from kdpipe.recipe.schema import Recipe, SelfTeacher, ServedTeacher, Student, Teacher
 from kdpipe.recipe.section import DtypeName, EngineName
 from kdpipe.recipe.stages import RolloutSection
-from kdpipe.recipe.task import GraderName, NumberReader, Task
+from kdpipe.recipe.task import AnyGrader, NumberReader, PythonGrader, Task
 from kdpipe.store.step import Fields
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class TaskSettings:
     """
 
     problems: Fields
-    grader: GraderName
+    grader: AnyGrader
     reads: Literal["headline", "reward"]
     reader: NumberReader | None
 
@@ -48,12 +48,11 @@ class TaskSettings:
 
     @property
     def grading(self) -> Fields:
-        """How answers are graded, as the recipe has it."""
-        return (
-            {"grader": self.grader}
-            if self.reader is None
-            else {"grader": self.grader, self.reads: self.reader}
-        )
+        """How answers are graded, as the recipe has it; a file of code enters by its digest, as data do."""
+        if isinstance(self.grader, PythonGrader):
+            return {"grader": {"python": self.grader.function}}
+        reads: Fields = {} if self.reader is None else {self.reads: self.reader}
+        return {"grader": self.grader, **reads}
 
 
 def problems_of(task: Task) -> Fields:
