@@ -57,7 +57,7 @@ class Ask:
 
 
 @message
-class Verdict:
+class Judged:
     """The answer that was read, where one is told, and the reward, from 0 to 1."""
 
     answer: str | None
@@ -65,8 +65,8 @@ class Verdict:
 
 
 BenchRequest: TypeAlias = Open | Ask
-BenchResult: TypeAlias = Nothing | Verdict
-BENCHED: Talk[BenchRequest, Nothing, BenchResult] = Talk((Open, Ask), (), (Nothing, Verdict))
+BenchResult: TypeAlias = Nothing | Judged
+BENCHED: Talk[BenchRequest, Nothing, BenchResult] = Talk((Open, Ask), (), (Nothing, Judged))
 
 
 class Judge:
@@ -101,7 +101,7 @@ class Judge:
         if verdict is None:
             self.unfinished += 1
             return Graded(None, correct=False, reward=0.0)
-        assert isinstance(verdict, Verdict)
+        assert isinstance(verdict, Judged)
         return Graded(verdict.answer, verdict.reward >= 1, verdict.reward)
 
     def close(self) -> None:
@@ -150,7 +150,7 @@ class Bench:
     talk = BENCHED
 
     def __init__(self) -> None:
-        self._grade: Callable[[str, Problem], Verdict] | None = None
+        self._grade: Callable[[str, Problem], Judged] | None = None
 
     def __call__(self, request: BenchRequest, _report: Report[Nothing]) -> BenchResult:
         """Opens or grades; raises StepError on what is no grade."""
@@ -163,7 +163,7 @@ class Bench:
                 return self._grade(text, problem)
 
 
-def _own(code: Code) -> Callable[[str, Problem], Verdict]:
+def _own(code: Code) -> Callable[[str, Problem], Judged]:
     """The user's function; its file is imported under a name that nothing else has."""
     from importlib.util import module_from_spec, spec_from_file_location
 
@@ -175,16 +175,16 @@ def _own(code: Code) -> Callable[[str, Problem], Verdict]:
     spec.loader.exec_module(module)
     function = getattr(module, code.function)
 
-    def judged(text: str, problem: Problem) -> Verdict:
+    def judged(text: str, problem: Problem) -> Judged:
         found = function(text, problem)
         if not isinstance(found, bool | numbers.Real) or not 0 <= float(found) <= 1:
             raise StepError(f"returned {found!r:.200}, expected True, False or a number from 0 to 1")
-        return Verdict(None, float(found))
+        return Judged(None, float(found))
 
     return judged
 
 
-def _math() -> Callable[[str, Problem], Verdict]:
+def _math() -> Callable[[str, Problem], Judged]:
     """math-verify without its own timeout, which is an alarm signal: the parent looks at the clock."""
     import logging
     import resource
@@ -195,7 +195,7 @@ def _math() -> Callable[[str, Problem], Verdict]:
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that nothing limits its time
     forms = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 
-    def judged(text: str, problem: Problem) -> Verdict:
+    def judged(text: str, problem: Problem) -> Judged:
         wanted = parse(f"${problem.expected}$", extraction_config=forms, parsing_timeout=None)
         found = parse(_shown(text), extraction_config=forms, parsing_timeout=None)
         if not wanted:
@@ -204,7 +204,7 @@ def _math() -> Callable[[str, Problem], Verdict]:
                 hint="write it as LaTeX does, without the dollars",
             )
         is_right = verify(wanted, found, timeout_seconds=None)
-        return Verdict(str(found[-1]) if found else None, float(is_right))
+        return Judged(str(found[-1]) if found else None, float(is_right))
 
     return judged
 
