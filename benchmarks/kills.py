@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     arguments = parsed(parser, markdown)
     lost = 0
-    with tempfile.TemporaryDirectory(prefix="kdpipe-kills-") as name:
+    with tempfile.TemporaryDirectory(prefix="kdpipe-kills-", ignore_cleanup_errors=True) as name:
         study = Study(Path(name), **RECIPE)
         unbroken = study.unbroken
         head = {
