@@ -211,7 +211,9 @@ class Study:
         second = drawn.again is not None and _waited(process, drawn.again) is None
         if second:
             process.send_signal(signal.SIGTERM)
-        code = process.wait(timeout=600)  # of a mirror killed the command goes on, on a busy machine for minutes
+        code = process.wait(
+            timeout=600
+        )  # of a mirror killed the command goes on, on a busy machine for minutes
         wrong = gone(process)
         seconds = round(time.monotonic() - started, 2)
         command.kills.append(len(command.events()))

@@ -33,7 +33,7 @@ class TaskData:
         if not self.overlap:
             return []
         return [
-            f"{self.overlap} of {self.test} test problems also stand in train: their accuracy is no held-out one"
+            f"{self.overlap} of {self.test} test problems also stand in train: what is measured on them is not held out"
         ]
 
 

@@ -102,6 +102,20 @@ def test_the_fields_that_were_found_are_said_once_and_those_that_are_named_are_n
     assert len(said) == 1
 
 
+def test_train_and_test_may_have_a_form_each_and_no_answer_of_one_is_looked_for_in_the_other(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "test.jsonl").write_text('{"question": "b", "answer": "2"}\n')
+    said = []
+    task = JsonlTask(kind="jsonl", train="train.jsonl", test="test.jsonl", grader="none")
+    [train], [test] = read_problems(task, tmp_path, say=said.append)
+    assert (train.question, train.solution, test.question, test.solution) == ("a", None, "b", "2")
+    [told] = said
+    assert told == (
+        "task: of each record of train 'prompt' is asked, and no field is its answer; "
+        "of test 'question' is asked, and 'answer' is its answer"
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -182,7 +182,7 @@ GOOD = b'{"question": "q", "answer": "1"}\n'
         (GOOD + b"\n[1]\n", r"bad\.jsonl:3: a list, expected a JSON object"),
         (GOOD + b'{"question": "caf\xe9", "answer": "1"}', r"bad\.jsonl:2: byte 18 of the line is not UTF-8"),
         (b"[" * 100_000, r"bad\.jsonl:1: not valid JSON"),
-        (b'{"question": "q"}', r"bad\.jsonl:1: field 'answer' is missing; the record has: 'question'"),
+        (b'{"question": "q"}', r"bad\.jsonl:1: has no answer to grade by; the record has: 'question'"),
         (b'{"question": "q", "answer": null}', r"bad\.jsonl:1: field 'answer' is null, expected text"),
         (b'{"question": null, "answer": "1"}', r"field 'question' is null, expected text"),
         (b'{"question": ["q"], "answer": "1"}', r"field 'question\[0\]' is text, expected a turn"),
@@ -213,7 +213,7 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):
         "gone.jsonl": r"gone\.jsonl: no such file",
         "folder": r"folder: no such file",
         "not.parquet": r"not\.parquet: not a parquet file",
-        "other.parquet": r"other\.parquet: row 0: field 'answer' is missing; .* 'question', 'reply'",
+        "other.parquet": r"other\.parquet: row 0: has no answer to grade by; .* 'question', 'reply'",
         "null.parquet": r"null\.parquet: row 3: field 'answer' is null",
     }.items():
         with pytest.raises(DataError, match=message):

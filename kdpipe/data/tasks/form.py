@@ -27,10 +27,10 @@ class Form:
     question: str
     answer: str | None
 
-    def sentence(self) -> str:
+    def words(self) -> str:
         """Which fields those are, for people."""
         answer = "no field is its answer" if self.answer is None else f"{self.answer!r} is its answer"
-        return f"task: of each record {self.question!r} is asked, and {answer}"
+        return f"{self.question!r} is asked, and {answer}"
 
 
 def read_splits(
@@ -40,13 +40,18 @@ def read_splits(
 
     `say` is told which fields are read, where the recipe does not name them.
     """
-    form = _find_form(task, [record for records in splits.values() for record in records])
+    # Each split has its own: what is asked of train must not hang on the test file, which no rollout's hash holds.
+    forms = {split: _find_form(task, records) for split, records in splits.items()}
     if task.question_field is None or task.answer_field is None:
-        say(form.sentence())
+        train_form, test_form = (forms[split].words() for split in ("train", "test"))
+        both = train_form if train_form == test_form else f"of train {train_form}; of test {test_form}"
+        say(f"task: of each record {both}")
     seen: dict[str, str] = {}
     train, test = (
         [
-            _problem(task, form, record, _identity(task, record, seen) or f"{task.kind}/{split}/{row}")
+            _problem(
+                task, forms[split], record, _identity(task, record, seen) or f"{task.kind}/{split}/{row}"
+            )
             for row, record in enumerate(splits[split])
         ]
         for split in ("train", "test")
@@ -55,7 +60,7 @@ def read_splits(
 
 
 def _find_form(task: OwnTask, records: Sequence[DataRecord]) -> Form:
-    """The form that the recipe names, or else that of the first record."""
+    """The form that the recipe names, or else that of the split's first record."""
     first = records[0]
     question = task.question_field or next((name for name in QUESTIONS if name in first.fields), None)
     if question is None:
