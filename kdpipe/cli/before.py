@@ -29,6 +29,7 @@ def check(given: Given) -> None:
 
     from kdpipe.data.tasks import hub_data
     from kdpipe.pipeline.identities import Sources
+    from kdpipe.pipeline.requirements import left_out
     from kdpipe.pipeline.task_data import open_data
     from kdpipe.recipe.schema import resolved
 
@@ -45,6 +46,7 @@ def check(given: Given) -> None:
         lines += [f"{data.train} train, {data.test} test problems; first prompt: {first}", data.form or ""]
         lines += [f"warning: {sentence}" for sentence in data.warnings()]
     lines += [f"{role}: {text}" for role, text in models.items()]
+    lines += left_out(loaded.recipe)
     document = {
         "recipe": str(loaded.path),
         "data": data and asdict(data),
