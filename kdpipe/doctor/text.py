@@ -17,7 +17,10 @@ _SHOWN = 60
 def vocabulary(student: Text, teacher: Text, *, name: str) -> Outcome:
     """Whether ids that both have stand for equal strings, and how many the teacher lacks."""
     both = compare_vocabularies(
-        student.tokenizer, teacher.tokenizer, names=("the student", f"teacher {name!r}")
+        student.tokenizer,
+        teacher.tokenizer,
+        names=("the student", f"teacher {name!r}"),
+        num_ids=(student.num_ids, teacher.num_ids),
     )
     lacking = len(both.unscorable)
     shared = f"; {lacking} of the student's are not scorable" if lacking else ", all shared"

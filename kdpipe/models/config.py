@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import AutoConfig, PretrainedConfig
-
+from kdpipe.errors import ModelError
 from kdpipe.models.model_folder import tensors_of, unfit
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 TEXT_KEYS = {
     r"^language_model\.lm_head": "lm_head",
@@ -30,6 +34,8 @@ def open_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
 
     Raises ModelError when it is not of a model.
     """
+    from transformers import AutoConfig, PretrainedConfig
+
     with unfit(f"{folder}: its config.json is not of a causal language model"):
         whole = AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code
@@ -47,17 +53,21 @@ def open_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
 
 def left_out(folder: Path) -> tuple[str, list[str]]:
     """The class of a model that is more than its text model, and its weights beside that; "" if it is not."""
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    file = folder / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     if not isinstance(settings, dict) or not isinstance(settings.get("text_config"), dict):
         return "", []
     kind = next(iter(settings.get("architectures") or []), settings.get("model_type"))
     return str(kind), sorted(name for name in tensors_of(folder) if not _OF_THE_TEXT.match(name))
 
 
-def rows_of(config: PretrainedConfig) -> int | None:
-    """How many ids the model has rows for."""
-    rows = getattr(config.get_text_config(), "vocab_size", None)
-    return rows if isinstance(rows, int) else None
+def rows_of(folder: Path, *, trust_remote_code: bool) -> int | None:
+    """How many ids the model in a folder has rows for; None where its config does not tell."""
+    with suppress(ModelError):  # a server may run what is not known here; an engine that cannot says so
+        config = open_config(folder, trust_remote_code=trust_remote_code)
+        rows = getattr(config, "vocab_size", None)
+        return rows if isinstance(rows, int) else None
+    return None
 
 
 def context_of(config: PretrainedConfig) -> int | None:

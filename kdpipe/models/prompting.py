@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from pydantic import JsonValue
 from kdpipe.data.rows import Problem, Turn
 from kdpipe.data.tasks import arithmetic
 from kdpipe.errors import DataError, ModelError, PreflightError, RecipeError
+from kdpipe.models.config import left_out, rows_of
 from kdpipe.models.literal import NOTHING, Marker, marker_of
 from kdpipe.models.model_folder import unfit
 from kdpipe.models.template import TODAY, ChatTemplate
@@ -27,10 +28,12 @@ from kdpipe.models.tokenizer import (
     arithmetic_tokenizer,
     num_ids_in_use,
     open_tokenizer,
+    tokens_without_row,
 )
 from kdpipe.recipe.task import QuestionTask, Task
 from kdpipe.recipe.teacher import PROMPT_PIECE
 
+_SHOWN = 5
 _LOST = {"system": "a system turn", "assistant": "an earlier answer", "user": "an earlier question"}
 ANSWERS_HINT = "give its record an answer, or let only what the student samples be trained on"
 
@@ -247,7 +250,7 @@ class Text:
     """A model's tokenizer and prompt style, its `end_ids`, and `num_ids`, the number of ids in use.
 
     `turn_end` is the id with which its chat template ends an answer, None for plain prompts and where there is none;
-    `notes` and `warnings` say what a user of the template should know.
+    `notes` and `warnings` say what a user of the model and its template should know.
     """
 
     tokenizer: Tokenizer
@@ -262,10 +265,10 @@ class Text:
     def end_id(self) -> int:
         """The end id that reference completions are taught with: the template's, or else the tokenizer's own."""
         own: int | None = self.tokenizer.eos_token_id if self.turn_end is None else self.turn_end
-        return self.end_ids[0] if own is None else own
+        return self.end_ids[0] if own is None or own >= self.num_ids else own
 
     def prompt(self, problem: Problem, own: str | None = None) -> list[int]:
-        return render_prompt(self.tokenizer, self.style, problem, own)
+        return self._known(render_prompt(self.tokenizer, self.style, problem, own), problem)
 
     def rendered(self, problem: Problem, own: str | None = None) -> Prompt:
         """The problem's prompt, with what the template leaves out of it."""
@@ -277,7 +280,18 @@ class Text:
             raise DataError(f"{problem.prompt_id}: has no answer to be taught", hint=ANSWERS_HINT)
         marker = self.style.marker(self.tokenizer)
         text = marker.mark(problem.solution)
-        return [*marker.encode(self.tokenizer, text, add_special_tokens=False), self.end_id]
+        solution = marker.encode(self.tokenizer, text, add_special_tokens=False)
+        return [*self._known(solution, problem), self.end_id]
+
+    def _known(self, ids: list[int], problem: Problem) -> list[int]:
+        if (largest := max(ids, default=0)) >= self.num_ids:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise PreflightError(
+                f"{problem.prompt_id}: holds {token!r}, id {largest}, for which the model has no row: it has "
+                f"{self.num_ids}",
+                hint="take it out of the problem, the instruction or the template",
+            )
+        return ids
 
     def completion(self, token_ids: Sequence[int], *, stop: Sequence[str]) -> str:
         """The text of a completion without its end, cut before the first stop string.
@@ -306,10 +320,31 @@ def open_text(folder: Path | None, style: PromptStyle, *, trust: bool) -> Text:
         tokenizer = arithmetic_tokenizer(arithmetic.words())
         return Text(tokenizer, style, (tokenizer.eos_token_id,), num_ids_in_use(tokenizer))
     tokenizer = open_tokenizer(folder, trust_remote_code=trust)
-    text = Text(tokenizer, style, end_ids(folder, tokenizer), num_ids_in_use(tokenizer))
+    text = _with_rows(
+        Text(tokenizer, style, end_ids(folder, tokenizer), num_ids_in_use(tokenizer)), folder, trust=trust
+    )
     with contextlib.suppress(PreflightError):  # what cannot be rendered is told where a prompt is
         return with_turn_end(text)
     return text
+
+
+def _with_rows(text: Text, folder: Path, *, trust: bool) -> Text:
+    """The text with the ids for which the model in a folder has rows, and remarks on what is not used of it."""
+    notes, num_ids = list(text.notes), text.num_ids
+    kind, others = left_out(folder)
+    if others:
+        notes.append(f"{kind}: its text model alone is used, {len(others)} other weights are left out")
+    rows = rows_of(folder, trust_remote_code=trust)
+    if rows is not None and (missing := tokens_without_row(text.tokenizer, rows)):
+        shown = ", ".join(map(repr, islice(missing.values(), _SHOWN)))
+        notes.append(f"the model has no row for {len(missing)} of its tokenizer's ids: {shown}")
+        num_ids = rows
+    ends = tuple(number for number in text.end_ids if number < num_ids)
+    if not ends:
+        raise ModelError(
+            f"{folder}: the model has {num_ids} rows, and none for {text.end_ids}, which end a completion"
+        )
+    return replace(text, end_ids=ends, num_ids=num_ids, notes=tuple(notes))
 
 
 def with_turn_end(text: Text) -> Text:
@@ -318,7 +353,7 @@ def with_turn_end(text: Text) -> Text:
     if template is None:
         return text
     token, _ = template.turn_end()
-    notes, ends = [], text.end_ids
+    notes, ends = list(text.notes), text.end_ids
     if template.reads_clock():
         notes.append(
             f"its chat template reads the clock: it is told that today is {template.today} (task.today)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,13 +118,35 @@ def num_ids_in_use(tokenizer: Tokenizer) -> int:
     return int(max(tokenizer.get_vocab().values())) + 1
 
 
-def compare_vocabularies(student: Tokenizer, teacher: Tokenizer, *, names: tuple[str, str]) -> Vocabulary:
-    """What the two share; `names` are the student's and the teacher's, for the message.
+def tokens_without_row(tokenizer: Tokenizer, rows: int) -> dict[int, str]:
+    """The added tokens that a model of so many rows has none for, such as an image's place, by their ids.
+
+    Raises ModelError where another token has none: tokenizer and weights do not belong together.
+    """
+    missing = {number: token for token, number in sorted(tokenizer.get_vocab().items()) if number >= rows}
+    for number in sorted(missing.keys() - set(tokenizer.get_added_vocab().values())):
+        raise ModelError(
+            f"{tokenizer.name_or_path}: {len(missing)} of its tokenizer's ids have no row among the model's {rows}, "
+            f"and {missing[number]!r}, id {number}, is no added token, which a text could do without",
+            hint="take tokenizer and weights of one model, or resize the model's embeddings to its tokenizer",
+        )
+    return dict(sorted(missing.items()))
+
+
+def compare_vocabularies(
+    student: Tokenizer,
+    teacher: Tokenizer,
+    *,
+    names: tuple[str, str],
+    num_ids: tuple[int, int] = (sys.maxsize, sys.maxsize),
+) -> Vocabulary:
+    """What the two share below `num_ids`; `names` are the student's and the teacher's, for the message.
 
     Raises PreflightError when an id that both have stands for different strings.
     """
     ours, theirs = (
-        {token_id: string for string, token_id in side.get_vocab().items()} for side in (student, teacher)
+        {token_id: string for string, token_id in side.get_vocab().items() if token_id < count}
+        for side, count in zip((student, teacher), num_ids, strict=True)
     )
     shared = ours.keys() & theirs.keys()
     differing = sorted(token_id for token_id in shared if ours[token_id] != theirs[token_id])

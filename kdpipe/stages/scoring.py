@@ -84,7 +84,9 @@ def as_teacher(
     """`model` as the student's teacher; raises PreflightError when their vocabularies do not fit."""
     teacher = model.text
     names = ("the student", f"teacher {settings.name!r}")
-    vocabulary = compare_vocabularies(student.tokenizer, teacher.tokenizer, names=names)
+    vocabulary = compare_vocabularies(
+        student.tokenizer, teacher.tokenizer, names=names, num_ids=(student.num_ids, teacher.num_ids)
+    )
     num_ids = min(vocabulary.student_ids, vocabulary.teacher_ids)
     if support.is_vocabulary and vocabulary.unscorable:
         raise PreflightError(

@@ -48,7 +48,7 @@ def byte_tokenizer(*added, chat_template=None, adds=None):
 
 
 def text_of(tokenizer, *end_ids):
-    return Text(tokenizer, PLAIN, end_ids, 0)
+    return Text(tokenizer, PLAIN, end_ids, tokenizers.num_ids_in_use(tokenizer))
 
 
 def chat_style(**template_arguments):
