@@ -329,7 +329,7 @@ def open_text(folder: Path | None, style: PromptStyle, *, trust: bool) -> Text:
 
 
 def _with_rows(text: Text, folder: Path, *, trust: bool) -> Text:
-    """The text with the ids for which the model in a folder has rows, and remarks on what is not used of it."""
+    """The text with the ids that the model in a folder has rows for; notes say what is not used of it."""
     notes, num_ids = list(text.notes), text.num_ids
     kind, others = left_out(folder)
     if others:
