@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from kdpipe.data.rows import Problem
+from kdpipe.doctor import text as texts
 from kdpipe.doctor.engine import Forward, Passed, tolerance_of
 from kdpipe.doctor.estimate import Estimate, Sized, estimate
 from kdpipe.doctor.finding import Outcome
+from kdpipe.doctor.lengths import PromptReader, Split
 from kdpipe.engines.handle import ModelHandle
 from kdpipe.errors import EngineError
 from kdpipe.models import config
@@ -62,6 +64,15 @@ class Case:
         stand_in = self.stand_ins.get(model.name)
         return Outcome(f"engine {model.engine_name}" + (f", {stand_in}" if stand_in else ""))
 
+    def context(self, reader: PromptReader) -> Outcome:
+        """Whether all that a model reads fits its context. A run has counted that: quickly, the longest."""
+        splits: dict[Split, Sequence[Problem]] = {"train": self.job.train, "test": self.job.test}
+        if self.depth == "quick":
+            splits = {
+                split: sorted(problems, key=_characters)[-LONGEST:] for split, problems in splits.items()
+            }
+        return texts.context(reader, self.recipe, splits)
+
     def plain(self, model: ModelHandle, source: ModelSource, num_ids: int) -> Forward:
         """What transformers alone computes of the weights in `source`, in the dtype of the model."""
 
@@ -100,14 +111,8 @@ class Case:
         return Sized(model.name, shape, dtype_name(self.dtype(model)), adapter)
 
 
-def longest_problems(job: Job) -> list[Problem]:
-    """The problems of either split with the longest texts: their prompts are likely the longest."""
-
-    def length(problem: Problem) -> int:
-        return len(problem.question) + len(problem.solution or "")
-
-    by_question = sorted(job.train, key=lambda p: len(p.question))[-LONGEST:]
-    return [*by_question, *sorted(job.train, key=length)[-LONGEST:]]
+def _characters(problem: Problem) -> int:
+    return len(problem.question) + len(problem.solution or "")
 
 
 def context_of(source: ModelSource) -> int | None:

@@ -12,9 +12,10 @@ from kdpipe.data.rows import Problem
 from kdpipe.data.seeds import permutation
 from kdpipe.doctor import engine as engines
 from kdpipe.doctor import text as texts
-from kdpipe.doctor.case import NEW_TOKENS, PROMPTS, Case, context_of, longest_problems
+from kdpipe.doctor.case import NEW_TOKENS, PROMPTS, Case, context_of
 from kdpipe.doctor.engine import Passed, Scorer, tolerance_of
 from kdpipe.doctor.finding import Finding, Outcome, found
+from kdpipe.doctor.lengths import PromptReader
 from kdpipe.engines.handle import ModelHandle
 from kdpipe.engines.protocol import Completion
 from kdpipe.models.adapters import read_adapter, start_adapter, write_adapter
@@ -118,9 +119,9 @@ class ExaminedStudent:
             yield found("reload", name, self._reload)
 
     def _context(self) -> Outcome:
-        prompts = [self.model.text.prompt(problem) for problem in longest_problems(self.case.job)]
-        new, limit = self.case.recipe.rollout.max_new_tokens, context_of(self.model.source)
-        return texts.context(prompts, max_new_tokens=new, limit=limit, whose="the student")
+        text, settings = self.model.text, self.case.recipe.student
+        limit = context_of(self.model.source)
+        return self.case.context(PromptReader("the student", settings, limit, text, text.prompt))
 
     def _sampler(self) -> Outcome:
         temperature = self.case.recipe.rollout.temperature

@@ -11,9 +11,10 @@ import torch
 from kdpipe.data.rows import Problem
 from kdpipe.doctor import engine as engines
 from kdpipe.doctor import text as texts
-from kdpipe.doctor.case import NEW_TOKENS, Case, context_of, longest_problems, sizes_of
+from kdpipe.doctor.case import NEW_TOKENS, Case, context_of, sizes_of
 from kdpipe.doctor.engine import UNMEASURED, Passed, Scorer, Tolerance
 from kdpipe.doctor.finding import Finding, Outcome, found, skipped
+from kdpipe.doctor.lengths import PromptReader
 from kdpipe.doctor.student import ExaminedStudent
 from kdpipe.engines.handle import ModelHandle
 from kdpipe.errors import KdpipeError
@@ -111,9 +112,8 @@ class ExaminedTeacher:
         return {probe: full[probe] for probe in asked} if self.case.depth == "servers" else full
 
     def _reads_own(self) -> bool:
-        return self.settings.prompt is not None or (
-            bool(self.settings.template) and self.settings.template != self.case.recipe.student.template
-        )
+        recipe = self.case.recipe
+        return TeacherSettings.of(recipe, self.settings, recipe.teacher_score.engine).reads_own
 
     def _prompt(self) -> Outcome:
         if not self._reads_own():
@@ -128,14 +128,14 @@ class ExaminedTeacher:
         return texts.template(ours, text, self.settings, problem, reads_own=self._reads_own())
 
     def _context(self) -> Outcome:
-        routes = routes_of(self.settings)
-        longest = [problem for problem in longest_problems(self.case.job) if teaches(routes, problem)]
-        prompts = [self.handle.prompt(problem) for problem in longest or self.problems]
-        tokens = self.case.recipe.rollout.max_new_tokens
-        if self.model.is_served:
-            return self._served_context(max(prompts, key=len), tokens)
-        limit, whose = context_of(self.model.source), f"teacher {self.model.name!r}"
-        return texts.context(prompts, max_new_tokens=tokens, limit=limit, whose=whose)
+        limit = None if self.model.is_served else context_of(self.model.source)
+        who, text = f"teacher {self.model.name!r}", self.handle.text
+        reader = PromptReader(who, self.settings, limit, text, self.handle.prompt)
+        if not self.model.is_served:
+            return self.case.context(reader)
+        lengths = reader.lengths(self.case.recipe, "train", self.case.job.train)
+        longest = max(lengths, key=lambda length: length.prompt).problem
+        return self._served_context(self.handle.prompt(longest), self.case.recipe.rollout.max_new_tokens)
 
     def _served_context(self, prompt: list[int], tokens: int) -> Outcome:
         """Whether a server scores as much at once as a step will ask for: proxies have limits too."""

@@ -1,14 +1,17 @@
 """Probes of text: do student and teacher mean the same by ids, turns and ends? No engine runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from kdpipe.data.rows import Problem
 from kdpipe.doctor.finding import Measure, Outcome, failed, skipped
+from kdpipe.doctor.lengths import OVERLONG, PromptReader, Split, described
 from kdpipe.errors import KdpipeError
 from kdpipe.models.prompting import Text, lost_turns, require_unlike
 from kdpipe.models.tokenizer import compare_vocabularies
 from kdpipe.recipe.objective import Objective
-from kdpipe.recipe.schema import Teacher
+from kdpipe.recipe.schema import Recipe, Teacher
+from kdpipe.recipe.task import QuestionTask
 
 SPECIAL = ("bos", "eos", "pad", "unk")
 _SHOWN = 60
@@ -73,7 +76,7 @@ def template(
     """The same problem in the template of either, side by side.
 
     With `reads_own` the teacher reads its own rendering; else it reads the student's ids, and a form that differs from
-    its own is worth a warning.
+    that of its own chat template is worth a warning.
     """
     ours = student.prompt(problem)
     if reads_own:
@@ -82,8 +85,9 @@ def template(
             f"the teacher reads a prompt of its own, {len(own)} tokens: {_shown(teacher, own)}; "
             f"the student {len(ours)}: {_shown(student, ours)}"
         )
+    style = replace(teacher.style, kind="chat") if teacher.tokenizer.chat_template else teacher.style
     try:
-        own = teacher.prompt(problem)
+        own = replace(teacher, style=style).prompt(problem)
     except KdpipeError as error:
         said = f"the teacher reads the student's prompt; its own tokenizer cannot render one: {error.message}"
         return Outcome(said, verdict="warning")
@@ -92,9 +96,9 @@ def template(
     pairs = zip(ours, own, strict=False)
     place = next((i for i, (one, two) in enumerate(pairs) if one != two), min(len(ours), len(own)))
     return Outcome(
-        f"the teacher reads the student's prompt, and its own template differs from token {place} on: student "
-        f"{_shown(student, ours[place:])}, teacher {_shown(teacher, own[place:])}; give the teacher a template "
-        "argument or a prompt of its own if it should read its own form",
+        f"the teacher reads the student's prompt of {len(ours)} tokens, and its own template writes {len(own)} that "
+        f"differ from token {place} on: student {_shown(student, ours[place:])}, teacher "
+        f"{_shown(teacher, own[place:])}; set teachers[].prompt_style to {style.kind} if it should read its own form",
         verdict="warning",
     )
 
@@ -125,14 +129,21 @@ def end_of_sequence(student: Text, teacher: Text, objective: Objective) -> Outco
     )
 
 
-def context(
-    prompts: Sequence[Sequence[int]], *, max_new_tokens: int, limit: int | None, whose: str
-) -> Outcome:
-    """Whether the longest prompt and `max_new_tokens` fit; `limit` None is one that no config tells."""
-    if limit is None:
-        return skipped("its config does not tell its context")
-    longest = max(map(len, prompts))
-    said = f"longest prompt {longest} + max_new_tokens {max_new_tokens} in a context of {limit}"
-    measure = Measure("tokens", float(longest + max_new_tokens), float(limit), origin="its context")
-    why = f" of {whose}: lower rollout.max_new_tokens, or take out the longest problems"
-    return Outcome(said if measure.is_ok else said + why, (measure,))
+def context(reader: PromptReader, recipe: Recipe, splits: Mapping[Split, Sequence[Problem]]) -> Outcome:
+    """Whether every prompt, with what follows it, fits a model whose config tells its context."""
+    if reader.limit is None:
+        return skipped("its config tells no end of its context")
+    counted = {split: reader.lengths(recipe, split, problems) for split, problems in splits.items()}
+    longest = max((one for lengths in counted.values() for one in lengths), key=lambda one: one.total)
+    said = f"longest prompt {longest.prompt} + {longest.following} {longest.after} in a context of {reader.limit}"
+    measure = Measure("tokens", float(longest.total), float(reader.limit), origin="its context")
+    unfit = [
+        described(reader, split, found, len(lengths))
+        for split, lengths in counted.items()
+        if (found := reader.overlong(lengths))
+    ]
+    if not unfit:
+        return Outcome(said, (measure,))
+    if isinstance(recipe.task, QuestionTask) and recipe.task.drop_overlong:
+        return Outcome(f"{'; '.join(unfit)}: they are left out (task.drop_overlong)", verdict="ok")
+    return Outcome(f"{said}; {'; '.join(unfit)}; {OVERLONG}", (measure,))

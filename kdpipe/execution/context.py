@@ -105,8 +105,8 @@ class StepContext:
 
     def cold_start(self, settings: SftSettings, checkpoint: Path | None) -> tuple[Text, LocalTrainer]:
         model, folder = settings.model, self.inputs.folders.get(self.inputs.step.subject)
-        trust, name = model.trust_remote_code, self.inputs.step.subject
-        text = self.roles.text_of(self.inputs, name, folder, dict(model.template), trust=trust)
+        named = self.inputs.model(self.inputs.step.subject)
+        text = self.roles.text_of(self.inputs, named, folder, dict(model.template))
         self.trained = self.trainers.cold_start(self.inputs, settings, text, checkpoint)
         return text, self.trained
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from kdpipe.doctor.loss.check import unsound
 from kdpipe.errors import PreflightError
 from kdpipe.execution.context import StepContext
 from kdpipe.execution.inputs import Inputs
+from kdpipe.execution.overlong import fitting
 from kdpipe.execution.placement import Engines
 from kdpipe.execution.probe import Probe, Problems
 from kdpipe.execution.roles import Roles
@@ -69,11 +71,14 @@ class Performer:
                 return Nothing()
             case Perform(assignment=found, anew=anew):
                 executor = self._executor_of(found, report, is_trained=True)
+                executor.keep_fitting(Inputs.of(found, report))
                 return executor.perform(Inputs.of(found, report), anew=anew)
             case Examine(assignment=found, depth=depth):
                 executor = self._executor_of(found, report, is_trained=depth != "full")
                 teachers = [role for role in request.roles if role != STUDENT_ROLE]
                 inputs = Inputs.of(found, report)
+                if depth != "full" and getattr(found.recipe.task, "drop_overlong", False):
+                    executor.keep_fitting(inputs)
                 return executor.probe(inputs, teachers, missing=request.missing, depth=depth)
 
     def close(self) -> None:
@@ -108,7 +113,7 @@ class Executor:
         cache = ModelCache(device)
         self.recipe = recipe
         self._device = device
-        self._problems = (train, test)
+        self._problems: tuple[Problems, Problems] = (train, test)
         self._engines = Engines(recipe, cache, logs=logs)
         self._roles = Roles(recipe, train, engines=self._engines, cache=cache)
         self._trainers = Trainers(recipe, cache)
@@ -116,6 +121,15 @@ class Executor:
         self._dtype_reported = False
         self._logs = logs
         self._judge: Judge | None = None
+        self._is_fitted = False
+
+    def keep_fitting(self, inputs: Inputs) -> None:
+        """Leaves out problems that do not fit a model; raises PreflightError where they may not be left out."""
+        if self._is_fitted:
+            return
+        self._is_fitted = True
+        self._problems = fitting(inputs, self._roles, *self._problems)
+        self.probe = replace(self.probe, train=self._problems[0], test=self._problems[1])
 
     def perform(self, inputs: Inputs, *, anew: bool) -> Performed:
         """Performs a step and publishes it; one that is published already is kept unless `anew`."""

@@ -70,6 +70,10 @@ class Inputs:
                 return teacher
         return self.recipe.student
 
+    def model(self, name: str) -> Student | Teacher:
+        """The student, or the teacher of that name."""
+        return next((one for one in self.recipe.teachers if one.name == name), self.recipe.student)
+
     def adapter(self, role: Role) -> Entry | None:
         """The entry of the student's adapter; None where the role's weights are whole."""
         step, student = self.steps.get(role), self.recipe.student

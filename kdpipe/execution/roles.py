@@ -24,6 +24,7 @@ from kdpipe.pipeline.request import Noted, Warned
 from kdpipe.recipe.place import place_of
 from kdpipe.recipe.roles import SERVER, STUDENT_ROLE, Role
 from kdpipe.recipe.schema import Recipe, SelfTeacher, ServedTeacher, Student, Teacher
+from kdpipe.recipe.section import PromptStyleName
 from kdpipe.stages.scoring import TeacherHandle, as_teacher
 from kdpipe.stages.settings.model import SupportSettings, TeacherSettings
 
@@ -87,20 +88,26 @@ class Roles:
         settings = inputs.settings(role)
         key = (role, json.dumps(settings.template, sort_keys=True))
         if key not in self._texts:
-            template = settings.template or self._recipe.student.template
-            folder = inputs.text_folder(role)
-            trust = settings.trust_remote_code
-            self._texts[key] = self.text_of(inputs, settings.name, folder, template, trust=trust)
+            self._texts[key] = self.text_of(inputs, settings, inputs.text_folder(role))
         return self._texts[key]
 
     def text_of(
-        self, inputs: Inputs, name: str, folder: Path | None, template: dict[str, JsonValue], *, trust: bool
+        self,
+        inputs: Inputs,
+        model: Student | Teacher,
+        folder: Path | None,
+        template: dict[str, JsonValue] | None = None,
     ) -> Text:
-        """The text side of the model in `folder`; None is a scratch model, with the task's own tokenizer.
+        """The text side of a model whose tokenizer is in `folder`; None has the task's own tokenizer.
 
+        Without `template` its arguments are the model's, or else the student's.
         What a user should know of its chat template is told once.
         """
-        text = open_text(folder, prompt_style(self._recipe.task, self._train, template), trust=trust)
+        own: PromptStyleName = "student" if isinstance(model, Student) else model.prompt_style
+        if template is None:
+            template = model.template or ({} if own == "plain" else self._recipe.student.template)
+        style = prompt_style(self._recipe.task, self._train, template, own)
+        text, name = open_text(folder, style, trust=model.trust_remote_code), model.name
         told: list[Noted | Warned] = [Noted(f"{name}: {note}") for note in text.notes]
         told += [Warned(f"{name}: {warning}") for warning in text.warnings]
         for event in told:

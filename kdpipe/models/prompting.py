@@ -30,6 +30,7 @@ from kdpipe.models.tokenizer import (
     open_tokenizer,
     tokens_without_row,
 )
+from kdpipe.recipe.section import PromptStyleName
 from kdpipe.recipe.task import QuestionTask, Task
 from kdpipe.recipe.teacher import PROMPT_PIECE
 
@@ -69,9 +70,12 @@ class PromptStyle:
 
 
 def prompt_style(
-    task: Task, train_problems: Sequence[Problem], template_arguments: dict[str, JsonValue]
+    task: Task,
+    train_problems: Sequence[Problem],
+    template_arguments: dict[str, JsonValue],
+    own: PromptStyleName = "student",
 ) -> PromptStyle:
-    """The style that `task` asks for; generated problems are plain, without instruction and examples.
+    """The style that `task` asks for, or a teacher's own; generated problems are plain and bare.
 
     Raises RecipeError on template arguments that no chat template would get, and DataError when train
     has too few problems for the examples.
@@ -79,7 +83,7 @@ def prompt_style(
     if isinstance(task, QuestionTask):
         examples = _unlike(train_problems, task.few_shot + 1) if task.few_shot else ()
         style = PromptStyle(
-            kind=task.prompt,
+            kind=task.prompt if own == "student" else own,
             instruction=task.instruction,
             few_shot=task.few_shot,
             examples=examples,
@@ -90,11 +94,12 @@ def prompt_style(
         )
     else:
         # Their tokenizer's special tokens are padding and unknown words: none ends a number.
-        style = PromptStyle("plain", "", 0, (), template_arguments, fuses=True)
+        kind = "plain" if own == "student" else own
+        style = PromptStyle(kind, "", 0, (), template_arguments, fuses=True)
     if template_arguments and style.kind == "plain":
         raise RecipeError(
             f"template: {', '.join(template_arguments)}: arguments of a chat template, but prompts are plain",
-            hint="remove them, or set task.prompt to chat",
+            hint="remove them, or set task.prompt (of a teacher: prompt_style) to chat",
         )
     if unsolved := next((example for example in style.examples if example.solution is None), None):
         raise DataError(

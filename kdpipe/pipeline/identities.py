@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -24,7 +24,7 @@ from kdpipe.recipe.file import LoadedRecipe
 from kdpipe.recipe.place import place_of
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import ModelTeacher, ServedTeacher, Student
-from kdpipe.recipe.task import PythonGrader
+from kdpipe.recipe.task import PythonGrader, QuestionTask
 from kdpipe.store.durable import file_digest, write_json
 from kdpipe.store.sealed import seal_value, unseal_value
 from kdpipe.store.step import Fields, canonical
@@ -65,6 +65,9 @@ class Sources:
             files = data_files(task, self.loaded.folder)
             data = {split: {"digest": self._digest(path)} for split, path in files.items()}
         grader = self._grader()
+        if isinstance(task, QuestionTask) and task.drop_overlong:
+            fits = self._fitted(models)
+            data = {split: {**fields, "fits": fits} for split, fields in data.items()}
         if self._changed:
             with contextlib.suppress(StepError):  # it only saves reading again; plan need not write
                 write_json(self.workspace / "digests.json", seal_value(DIGESTS, self._digests))
@@ -97,6 +100,14 @@ class Sources:
             kind = "the tokenizer" if named.served is not None else _model_type(folder)
             found[role] = f"{kind} in {folder}"
         return found
+
+    def _fitted(self, models: Mapping[str, Fields]) -> Fields:
+        """What decides which problems are left out, as some model does not hold them."""
+        recipe = self.loaded.recipe
+        here = [teacher for teacher in recipe.teachers if not isinstance(teacher, ServedTeacher)]
+        sections = (recipe.student, recipe.rollout, recipe.evaluate, *here)
+        read: JsonValue = [section.model_dump(mode="json", by_alias=True) for section in sections]
+        return {"models": dict(models), "sections": read}
 
     def fetch(self, tell: Callable[[str], None] = lambda _text: None) -> dict[str, Path]:
         """Folders of every model by role, and of hub data as "data"; downloads and pins what is not here.

@@ -425,7 +425,8 @@ def _is_the_sampler(recipe: Recipe, teacher: Teacher) -> bool:
     is_student = isinstance(teacher, SelfTeacher) and (teacher.self_ == "current" or teacher.decay == 0)
     has_own_template = bool(teacher.template) and teacher.template != recipe.student.template
     has_own_temperature = teacher.temperature not in (None, recipe.rollout.temperature)
-    return is_student and teacher.prompt is None and not (has_own_template or has_own_temperature)
+    has_own_prompt = teacher.prompt is not None or teacher.prompt_style != "student" or has_own_template
+    return is_student and not (has_own_prompt or has_own_temperature)
 
 
 def _logged_model(recipe: Recipe) -> Iterator[str]:

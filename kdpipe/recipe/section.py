@@ -18,6 +18,7 @@ ENGINE_ABILITIES: dict[EngineName, frozenset[Ability]] = {
     "hf": frozenset({"support", "hidden"}),
     "vllm": frozenset(),
 }
+PromptStyleName = Literal["student", "chat", "plain"]
 TextSource = Literal["reference", "teacher"]
 
 

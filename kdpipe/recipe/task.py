@@ -46,6 +46,8 @@ class QuestionTask(Section):
     """The day that chat templates with a clock are told, so that a recipe's prompts are the same next week."""
     allow_special_tokens: bool = False
     """Whether special tokens in the problems' texts are read as such; else they are text like any other."""
+    drop_overlong: bool = False
+    """Whether problems that do not fit a model's context are left out, and counted; else the run is refused."""
     instruction: str = ""
     """Text before the question that asks for the form of the answer; empty is none."""
     few_shot: Annotated[int, Field(ge=0, le=64)] = 0

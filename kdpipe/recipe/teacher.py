@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, Vali
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from kdpipe.recipe.models import Scratch, Sft
-from kdpipe.recipe.section import NAME, DtypeName, Positive, Section
+from kdpipe.recipe.section import NAME, DtypeName, Positive, PromptStyleName, Section
 
 PROMPT_PIECE = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
 """What a teacher's prompt holds beside plain text: a literal brace, or the name of a field of the record."""
@@ -84,6 +84,8 @@ class TeacherFields(Section):
     prompt: str | None = None
     """The teacher's own prompt, with {question} and, privileged, {solution} or any other field of the record;
     null is the student's."""
+    prompt_style: PromptStyleName = "student"
+    """student reads the student's prompt, ids and all; chat and plain are its own: its chat template, or bare text."""
     temperature: Positive | None = None
     """Temperature at which it scores; null is the rollout temperature."""
     only: Routes | None = None

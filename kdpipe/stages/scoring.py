@@ -71,9 +71,9 @@ class TeacherHandle:
         return self.prompt_ids(problem, self.student.prompt(problem))
 
     def prompt_ids(self, problem: Problem, student_prompt: list[int]) -> list[int]:
-        """The student's prompt as it was, unless the teacher has its own prompt, template, or vocabulary."""
+        """The student's prompt, unless the teacher has its own prompt, style, template or vocabulary."""
         lacks = not self.vocabulary.unscorable.isdisjoint(student_prompt)
-        if self.settings.prompt is None and not self.settings.has_own_template and not lacks:
+        if not self.settings.reads_own and not lacks:
             return student_prompt
         return self.text.prompt(problem, self.settings.prompt)
 

@@ -348,7 +348,7 @@ def test_another_chat_template_is_shown_side_by_side(copied: Path) -> None:
     task = {"kind": "jsonl", "train": "train.jsonl", "test": "test.jsonl", "instruction": ""}
     finding = examined(load_world(copied, task=task), depth="quick")["template", "teacher"]
     assert finding["verdict"] == "warning"
-    assert "its own template differs from token" in finding["said"]
+    assert "that differ from token" in finding["said"]
     clinic.set_template(copied / "teacher", TURN)
     finding = examined(load_world(copied, task=task), depth="quick")["template", "teacher"]
     assert finding["verdict"] == "ok"
@@ -393,7 +393,8 @@ def test_a_prompt_that_does_not_fit_is_caught_by_context(folder: Path, tmp_path:
     for name in ("student", "teacher"):
         finding = examined(loaded, depth="quick")["context", name]
         assert finding["verdict"] == "FAILED"
-        assert f"+ max_new_tokens 86 in a context of {clinic.CONTEXT}" in finding["said"]
+        assert f"+ 86 new tokens in a context of {clinic.CONTEXT}" in finding["said"]
+        assert "task.drop_overlong" in finding["said"]
 
 
 def test_a_folder_that_does_not_open_is_a_finding_not_a_traceback(copied: Path) -> None:
@@ -591,3 +592,16 @@ def test_where_teachers_write_the_models_are_examined_when_all_of_them_are_there
     [request] = asked
     assert request.missing == {}
     assert set(request.assignment.inputs) == {STUDENT_ROLE}
+
+
+def test_a_teacher_with_a_chat_template_is_told_what_it_reads_and_can_have_its_own(copied: Path) -> None:
+    clinic.set_template(copied / "teacher", "apples " + TURN)
+    finding = examined(load_world(copied), depth="quick")["template", "teacher"]
+    assert finding["verdict"] == "warning"
+    assert "its own template writes" in finding["said"]
+    assert "prompt_style to chat" in finding["said"]
+    teacher = {"model": "./teacher", "dtype": "float32", "prompt_style": "chat"}
+    found = examined(load_world(copied, teachers=[teacher]), depth="quick")
+    assert found["template", "teacher"]["verdict"] == "ok"
+    assert "reads a prompt of its own" in found["template", "teacher"]["said"]
+    assert found["prompt", "teacher"]["said"].startswith("4 chat prompts")

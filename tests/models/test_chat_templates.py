@@ -257,3 +257,11 @@ def test_special_text_stays_so_where_a_tokenizer_begins_each_text_with_a_space()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<s>")
     ids = render_prompt(fast, PromptStyle("plain", "", 0, (), {}), Problem("p", "a<s>b<s>", "1", "1"))
     assert fast.convert_ids_to_tokens(ids) == ["▁", "a", "<", "s", ">", "b", "<", "s", ">", "\n"]
+
+
+def test_a_teachers_own_style_is_chat_or_plain_whatever_the_students_is():
+    plain = JsonlTask(kind="jsonl", train="a", test="b", prompt="plain")
+    chat = JsonlTask(kind="jsonl", train="a", test="b")
+    assert prompt_style(plain, [], {"mood": "!"}, "chat").kind == "chat"
+    assert prompt_style(chat, [], {}, "plain").kind == "plain"
+    assert [prompt_style(task, [], {}).kind for task in (plain, chat)] == ["plain", "chat"]

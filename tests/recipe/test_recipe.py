@@ -482,7 +482,7 @@ def test_what_is_resolved_has_the_same_fields_for_every_kind_of_teacher(tmp_path
         (f"{{{SERVER}, sft: {{steps: 1}}}}", "sft: ", ["goes with model or scratch", "is behind a server"]),
         (f"{{{SERVER}, dtype: float32}}", "dtype: ", ["goes with model, scratch or self", "found float32"]),
         ("{self: initial, promt: x}", "promt: ", ["unknown key; did you mean 'prompt'?"]),
-        ("{self: initial, x: 1}", "x: ", ["known: decay, dtype, name, only, prompt, self, "]),
+        ("{self: initial, x: 1}", "x: ", ["known: decay, dtype, name, only, prompt, prompt_style, self, "]),
         ("{modell: ./m}", "modell: ", ["unknown key; did you mean 'model'?"]),
     ],
 )

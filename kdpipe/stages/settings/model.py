@@ -10,7 +10,7 @@ from pydantic import JsonValue
 
 from kdpipe.recipe.roles import SERVER
 from kdpipe.recipe.schema import Recipe, SelfTeacher, ServedTeacher, Student, Teacher
-from kdpipe.recipe.section import DtypeName, EngineName
+from kdpipe.recipe.section import DtypeName, EngineName, PromptStyleName
 from kdpipe.recipe.stages import RolloutSection
 from kdpipe.recipe.task import AnyGrader, NumberReader, PythonGrader, Task
 from kdpipe.store.step import Fields
@@ -89,6 +89,7 @@ class TeacherSettings:
     template: Mapping[str, JsonValue]
     student_template: Mapping[str, JsonValue]
     prompt: str | None
+    prompt_style: PromptStyleName
     only: Routes | None
     temperature: float
     swaps_end_token: bool
@@ -106,6 +107,7 @@ class TeacherSettings:
             template=teacher.template,
             student_template=recipe.student.template,
             prompt=teacher.prompt,
+            prompt_style=teacher.prompt_style,
             only=routes_of(teacher),
             temperature=recipe.temperature_of(teacher),
             swaps_end_token=recipe.train.objective.end_token == "alias",  # noqa: S105 (no password)
@@ -113,9 +115,10 @@ class TeacherSettings:
         )
 
     @property
-    def has_own_template(self) -> bool:
-        """Whether its prompts are rendered otherwise than the student's."""
-        return bool(self.template) and self.template != self.student_template
+    def reads_own(self) -> bool:
+        """Whether it reads another prompt than the student's."""
+        has_template = bool(self.template) and self.template != self.student_template
+        return self.prompt is not None or self.prompt_style != "student" or has_template
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from kdpipe.recipe.models import Lora, Scratch, Sft
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import Recipe, ScratchTeacher, Student, Teacher
-from kdpipe.recipe.section import EngineName
+from kdpipe.recipe.section import EngineName, PromptStyleName
 from kdpipe.recipe.stages import Keeping, RolloutSection, TrainSection
 from kdpipe.stages.settings.document import named
 from kdpipe.stages.settings.model import (
@@ -37,6 +37,7 @@ class ColdStart(ModelSettings):
     sft: Sft | None
     lora: Lora | None
     only: Routes | None
+    prompt_style: PromptStyleName
 
 
 def _begun(recipe: Recipe, lora: Lora | None) -> Lora | None:
@@ -64,6 +65,7 @@ class SftSettings:
             sft=None if model.sft is None else model.sft.model_copy(update={"seed": None}),
             lora=_begun(recipe, recipe.student.warmup) if is_student else None,
             only=None if isinstance(model, Student) else routes_of(model),
+            prompt_style="student" if isinstance(model, Student) else model.prompt_style,
         )
         task = problems_of(recipe.task)
         return cls(task, start if is_student else None, None if is_student else start)
