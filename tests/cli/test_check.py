@@ -131,5 +131,5 @@ def test_run_reads_the_data_before_it_opens_a_model(tmp_path: Path, monkeypatch:
         "2 of 4 test problems also stand in train"
     ]
     assert "'question' is asked" in watcher.notes[0]
-    with pytest.raises(kdpipe.errors.DataError, match="field 'answer' is missing"):
+    with pytest.raises(kdpipe.errors.DataError, match="has no answer to grade by"):
         run_near(load_recipe(write(tmp_path, [{"prompt": "q"}], TEST)), tmp_path / "out")
