@@ -144,7 +144,7 @@ def test_a_gated_model_is_one_sentence_whichever_command_asks(world: World, comm
     world.environment["HF_TOKEN"] = TOKEN
     world.hub.tokens[TOKEN] = False
     code, _, err = world.answer(command)
-    assert code == (4 if command != "sft" else code)
+    assert code == 4
     assert (
         f"ask for access at {world.hub.url}/someone/student, with the account of the token in HF_TOKEN" in err
     )
