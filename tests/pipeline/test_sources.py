@@ -216,7 +216,6 @@ def log_in(hub: Hub) -> None:
         (down, None, 1, "the hub answers 503|wait 9 seconds; repeat the command"),
         pytest.param(log_in, None, 1, "is not the hub|HF_ENDPOINT", marks=slow),
     ],
-    ids=str,
 )
 def test_what_the_hub_refuses_is_one_sentence_with_what_to_do(
     fails: Callable[[Hub], None],
