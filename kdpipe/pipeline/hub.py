@@ -67,11 +67,13 @@ def resolve(asked: Repository, tell: Tell) -> tuple[str, str]:
         try:
             name = api.repo_info(name, revision=asked.revision, repo_type=asked.kind).id
         except (OfflineModeIsEnabled, HTTPError) as error:
+            if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+                raise
             away = error
-        # Asked once more: this keeps the answer in the cache, takes it from there where the hub is away, and refuses
-        # what the hub refuses.
+        # Asked once more, unless it is a commit: this keeps the answer in the cache, and takes it from there where the
+        # hub is away.
         commit = api.resolve_revision(name, revision=asked.revision, repo_type=asked.kind).resolved
-    if away is not None:
+    if away is not None and commit != asked.revision:
         tell(f"{asked}: {_reason(away)}; taken at commit {commit}, which the cache has")
     if name != asked.name:
         tell(

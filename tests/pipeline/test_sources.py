@@ -113,8 +113,10 @@ def test_a_commit_may_be_named_and_one_that_is_not_there_is_refused(tmp_path: Pa
     named = RECIPE.replace("student}", f"student, revision: {old}}}")
     assert sources(tmp_path, named).identities().models["student"]["revision"] == old
     assert (sources(tmp_path, named).fetch()["student"] / "config.json").read_bytes() == b"{}"
+    told: list[str] = []
     with pytest.raises(KdpipeError, match="not that revision"):
-        sources(tmp_path, named.replace(old, "f" * 40)).fetch()
+        sources(tmp_path, named.replace(old, "f" * 40), "new").fetch(told.append)
+    assert (told, (tmp_path / "new" / "pins.json").exists()) == ([], False)
 
 
 def test_a_renamed_repository_is_said_and_pinned_by_its_new_name(tmp_path: Path, hub: Hub) -> None:
