@@ -15,7 +15,7 @@ from pydantic import JsonValue
 from kdpipe.data.graders.judge import Code, Judge
 from kdpipe.data.tasks import read_problems
 from kdpipe.doctor.loss.check import unsound
-from kdpipe.errors import PreflightError
+from kdpipe.errors import PreflightError, StepError
 from kdpipe.execution.context import StepContext
 from kdpipe.execution.inputs import Inputs
 from kdpipe.execution.overlong import fitting
@@ -46,7 +46,7 @@ from kdpipe.recipe.schema import Recipe
 from kdpipe.recipe.task import AnyGrader, PythonGrader
 from kdpipe.stages.job import Job
 from kdpipe.store.artifacts import Draft
-from kdpipe.store.durable import append_line
+from kdpipe.store.durable import append_line, file_digest
 from kdpipe.store.environment import environment
 from kdpipe.store.stage import Stage
 from kdpipe.store.step import Step
@@ -169,6 +169,12 @@ class Executor:
         code = Code()
         if isinstance(grader, PythonGrader):
             path = place_of(grader.file, inputs.folder)
+            fields: Any = inputs.step.document["fields"]
+            if not path.is_file() or file_digest(path) != fields["task.grader"]["digest"]:
+                raise StepError(
+                    f"task.grader: {path} is not the file that it was when the run started",
+                    hint="repeat the command: what it graded is graded again",
+                )
             code = Code(str(path), grader.function)
         if self._judge is None:
             self._judge = Judge(code, log=self._logs / "grader.log")

@@ -88,7 +88,8 @@ class Sources:
     def look(self) -> dict[str, str]:
         """What each named model is, by role: its folder's model type, or that it is on the hub.
 
-        Raises RecipeError where a local folder is none of a model. Reads configs alone.
+        Raises RecipeError where a local folder is none of a model, or a user's grader is not there. Of models it reads
+        configs alone.
         """
         found = {}
         for role, named in self._named().items():
@@ -99,6 +100,7 @@ class Sources:
             _model_files(folder, named)
             kind = "the tokenizer" if named.served is not None else _model_type(folder)
             found[role] = f"{kind} in {folder}"
+        self._grader()
         return found
 
     def _fitted(self, models: Mapping[str, Fields]) -> Fields:

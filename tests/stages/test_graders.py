@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from kdpipe.errors import StepError
+from kdpipe.errors import RecipeError, StepError
 from kdpipe.pipeline.identities import Sources
 from kdpipe.pipeline.plan import Identities, make_plan
 from kdpipe.recipe.file import LoadedRecipe
@@ -55,6 +55,9 @@ def test_an_edit_of_the_file_that_grades_makes_stale_what_it_graded_and_nothing_
     first = Sources(loaded, tmp_path / "out").identities().grader
     (tmp_path / "own.py").write_text(OWN.format(4))
     assert first != Sources(loaded, tmp_path / "out").identities().grader
+    (tmp_path / "own.py").write_text("")
+    with pytest.raises(RecipeError, match="no function 'grade'"):
+        Sources(loaded, tmp_path / "out").look()
 
 
 @pytest.mark.slow
@@ -76,6 +79,9 @@ def test_what_a_users_function_says_is_reward_and_accuracy(tmp_path: Path) -> No
     assert summary["accuracy"] == pytest.approx(rows["correct"].mean())
     assert summary["reward_mean"] == pytest.approx(rows["reward"].mean())
     assert not [name for name in summary if name.startswith(("maj_at", "accuracy_strict"))]
+    (tmp_path / "own.py").write_text("def grade(*_):\n    open(__file__, 'a').write('#')\n    return 1\n")
+    with pytest.raises(StepError, match=r"own\.py is not the file that it was when the run started"):
+        run_near(world(tmp_path, grader={"python": "own.py:grade"}), tmp_path / "out")
     (tmp_path / "own.py").write_text("def grade(text, problem):\n    raise ValueError('boo')\n")
     with pytest.raises(StepError, match=r"own\.py:grade: problem jsonl/test/\d: ValueError: boo"):
         run_near(world(tmp_path, grader={"python": "own.py:grade"}), tmp_path / "out")
