@@ -71,7 +71,7 @@ class Marker(NamedTuple):
             )
         with unfit(f"{tokenizer.name_or_path}: its tokenizer fails on a text"):
             found = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
-        special = {*tokenizer.convert_tokens_to_ids(list(self.names[1:]))} - {tokenizer.unk_token_id}
+        special = {*tokenizer.convert_tokens_to_ids(list(self.names[1:]))}
         ids: list[int] = []
         for token, (start, stop) in zip(found["input_ids"], found["offset_mapping"], strict=True):
             is_data = token in special and any(start < each.stop and stop > each.start for each in data)
@@ -83,7 +83,7 @@ def _spelled(tokenizer: Tokenizer, text: str, special: set[int]) -> list[int]:
     """The ids of the letters of a special token's text."""
     for pieces in ([text], [text[:1], text[1:]]):
         ids = [token for piece in pieces for token in _inside(tokenizer, piece)]
-        if special.isdisjoint(ids):
+        if (special - {tokenizer.unk_token_id}).isdisjoint(ids):
             return ids
     raise PreflightError(f"{tokenizer.name_or_path}: cannot spell {text!r} as a text", hint=_ALLOWED)
 

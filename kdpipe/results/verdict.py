@@ -209,10 +209,12 @@ def _evaluation(measures: Measures) -> Iterator[str]:
     truncated = after.summary["truncated_fraction"]
     if truncated > MUCH_TRUNCATION:
         compared = "accuracies" if after.headline is ACCURACY else "answers"
-        yield (
-            f"{percent(truncated)} of the held-out answers were cut at the length limit and could not end: "
-            f"raise max_new_tokens before comparing {compared}."
-        )
+        advice = f"raise max_new_tokens before comparing {compared}."
+        if truncated == 1:
+            advice = (
+                "none holds an end token, so see first whether the model's is known (kdpipe doctor, prompt)."
+            )
+        yield f"{percent(truncated)} of the held-out answers were cut at the length limit and could not end: {advice}"
 
 
 def _headroom(measures: Measures) -> Iterator[str]:

@@ -227,7 +227,7 @@ def test_special_tokens_inside_data_are_text_unless_they_are_allowed(kind):
             token for token in render_prompt(tokenizer, asked, harmless, own) if token in special
         ]
         assert [token for token in ids if token in special] == template_made
-    text = Text(tokenizer, style(prompt=kind), (tokenizer.eos_token_id,), 0)
+    text = Text(tokenizer, style(prompt=kind), (tokenizer.eos_token_id,), len(tokenizer))
     assert special.isdisjoint(text.reference(problem)[:-1])
     assert shown(tokenizer, text.reference(problem)[:-1]) == problem.solution
     open_style = style(prompt=kind, allow_special_tokens=True)

@@ -491,6 +491,9 @@ def test_warnings_tell_a_wide_interval_and_truncation(project: Project) -> None:
     assert "Only 8 problems were evaluated" in told
     assert re.search(r"\d% of the held-out answers were cut at the length limit", told)
     assert "not finished" not in told
+    is_all = "100% of the held-out" in told or "100.0% of the held-out" in told
+    assert ("raise max_new_tokens" in told) != is_all
+    assert ("none holds an end token" in told) == is_all
 
 
 def contender(project: Project, run: str, **settings: str) -> Contender:
