@@ -74,5 +74,5 @@ class ModelHandle:
         for turns in self.turns:
             turns.take(engine)
         if said := engine.load(self.source):
-            self.warn(f"{self.name}: {said}")
+            self.warn(said)
         return engine

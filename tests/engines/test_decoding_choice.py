@@ -135,7 +135,7 @@ def loaded(model: PreTrainedModel) -> list[str]:
 
 def test_sampling_without_a_cache_is_said_with_its_price() -> None:
     [told] = loaded(family("rwkv"))
-    assert told.startswith("student: no cache carries its state")
+    assert told.startswith("RwkvForCausalLM: no cache carries its state")
     assert "about as many times longer as a prompt and half a completion have tokens" in told
     assert loaded(tiny_model("llama")) == []
 

@@ -211,7 +211,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mpt": {},
     "nanochat": {},
     "nemotron": {},
-    "nemotron_h": {},
     "olmo": {},
     "olmo2": {},
     "olmo3": _WINDOWED,
@@ -252,7 +251,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "xlnet": {"d_model": 32, "n_head": 4, "d_head": 8, "n_layer": 2, "d_inner": 48},
     "xlstm": {},
     "youtu": _MLA,
-    "zamba2": {
+    "zamba2 small time_step_min": {
+        "time_step_min": 1e-9,
         "num_hidden_layers": 2,
         "layer_types": ["linear_attention", "hybrid"],
         "hybrid_layer_ids": [1],

@@ -71,7 +71,7 @@ class HfEngine:
         model = self._models.get(source)
         warning = decoding_of(model).warning
         self._model, self._source = model, source
-        return warning
+        return warning and f"{type(model).__name__}: {warning}"
 
     @torch.inference_mode()
     def sample(
