@@ -128,7 +128,7 @@ def test_train_and_test_may_have_a_form_each_and_no_answer_of_one_is_looked_for_
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a Git LFS pointer, not the data"),
         (b"<!doctype html><html>", "a page of HTML or XML"),
         (b"PAR1xxxx", "a parquet file"),
-        (gzip.compress(GOOD), "packed by gzip"),
+        (gzip.compress(GOOD, mtime=0), "packed by gzip"),
         ("\ufeff{}".encode("utf-16-le"), "text in UTF-16"),
         (b'{"question": "q", "answer": "1", "answer": "2"}', ":1: .* the key 'answer' stands twice"),
         (b'{"messages": [{"role": "user", "role": "user", "content": "q"}]}', "the key 'role' stands twice"),

@@ -573,7 +573,7 @@ def mutations() -> Iterator[ParameterSet]:
             seen.add(mutant)
 
 
-@pytest.mark.parametrize(("name", "mutant", "number"), mutations())
+@pytest.mark.parametrize(("name", "mutant", "number"), list(mutations()))
 def test_check_loss_catches_the_mutant_and_passes_without_it(
     name: str, mutant: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
