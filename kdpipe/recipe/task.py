@@ -64,6 +64,11 @@ class QuestionTask(Section):
             date.fromisoformat(self.today)
         except ValueError:
             yield f"today is {self.today}, which is no day"
+        known = type(self).model_fields
+        for name in ("headline", "reward"):  # by value, as a recipe on its way to a worker has all fields set
+            if self.grader != "number" and getattr(self, name) != known[name].default:
+                grader = getattr(self.grader, "python", self.grader)
+                yield f"{name} says how a number is read, and grader is {grader}: remove {name}"
 
 
 class Gsm8kTask(QuestionTask):

@@ -848,7 +848,7 @@ def test_json_is_one_document_in_both_cases(
     for found in phase["findings"]:
         assert found["measures"]
         for measure in found["measures"]:
-            assert {"name", "value", "of", "limit", "must_exceed"} == set(measure)
+            assert {"name", "value", "of", "limit", "must_exceed", "origin"} == set(measure)
 
 
 @pytest.mark.parametrize("settings", [settings for settings, _ in OBJECTIVES.values()], ids=str)

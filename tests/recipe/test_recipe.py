@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -626,3 +627,25 @@ def test_a_huge_recipe_is_refused_in_less_than_two_seconds(tmp_path: Path, text:
     assert told in message
     assert len(message) < 5_000
     assert time.process_time() - before < 2
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("grader: none, headline: strict", "headline says how a number is read, and grader is none"),
+        ("grader: exact, reward: flexible", "reward says how a number is read, and grader is exact"),
+        (
+            "grader: {python: 'g.py:f'}, headline: robust",
+            "headline says how a number is read, and grader is g.py:f",
+        ),
+        ("today: 2024-02-30", "today is 2024-02-30, which is no day"),
+    ],
+)
+def test_a_setting_of_the_task_that_would_be_read_by_nobody_is_refused(
+    tmp_path: Path, change: str, told: str
+) -> None:
+    path = tmp_path / "r.yaml"
+    task = f"{{kind: jsonl, train: a.jsonl, test: b.jsonl, {change}}}"
+    path.write_text(f"name: x\ntask: {task}\nstudent: {{model: ./s}}\nteachers: [{{model: ./t}}]\n")
+    with pytest.raises(RecipeError, match=re.escape(told)):
+        load_recipe(path)
