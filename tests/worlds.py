@@ -157,7 +157,7 @@ class SilentMirror:
 
     def nudge(self) -> None: ...
 
-    def finish(self, status: str, *, hurry: Callable[[], bool] = lambda: False) -> None:
+    def finish(self, status: str, *, patience: Callable[[], float] = lambda: 0.0) -> None:
         self.status = status
 
 

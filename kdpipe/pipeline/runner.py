@@ -33,7 +33,7 @@ class Mirror(Protocol):
     """The tracker as the runner sees it: nudged when something has changed, never waited for."""
 
     def nudge(self) -> None: ...
-    def finish(self, status: str, *, hurry: Callable[[], bool]) -> str | None: ...
+    def finish(self, status: str, *, patience: Callable[[], float]) -> str | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def run(
             try:
                 worker.close()
             finally:
-                if trouble := mirror.finish(status, hurry=stop.asked):
+                if trouble := mirror.finish(status, patience=stop.patience):
                     display.warn(f"MLflow: not everything is mirrored yet: {trouble}")
     return project
 

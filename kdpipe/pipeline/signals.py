@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -12,16 +13,24 @@ from types import FrameType
 from kdpipe.errors import Interrupted
 from kdpipe.workers.worker import STOPS
 
+PATIENCE_SECONDS = 2.0
+"""After a signal, when the command has to be gone within seconds."""
+
 
 @dataclass(slots=True)
 class Stop:
     """Whether a signal has asked the run to stop, and which; None while none has."""
 
     number: int | None = None
+    is_urgent: bool = False
 
     def asked(self) -> bool:
         """Whether to stop at the next safe point."""
         return self.number is not None
+
+    def patience(self) -> float:
+        """Seconds that may be waited for what is no step of the run: none after a second signal."""
+        return 0.0 if self.is_urgent else PATIENCE_SECONDS if self.asked() else math.inf
 
     def check(self, step_id: str) -> None:
         """Raises Interrupted, which names the step, once a signal has asked for it."""
@@ -40,6 +49,7 @@ def signals() -> Iterator[Stop]:
 
     def handle(number: int, _frame: FrameType | None) -> None:
         if stop.asked():
+            stop.is_urgent = True
             raise Interrupted(number, f"at once, by a second {signal.Signals(number).name}")
         stop.number = number
 

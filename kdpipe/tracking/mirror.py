@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -39,7 +40,7 @@ QUIET_SECONDS = 5.0
 SERVER_SECONDS = 10.0
 """How long it waits for a server at most, as that may be slow or far away."""
 STOP_SECONDS = 2.0
-"""How long it waits after a signal, when the command has to be gone within seconds."""
+"""How long its thread has to note how it ended, once nobody waits for MLflow any more."""
 MODEL_SECONDS = 600.0
 """How much longer where the recipe asks for the model to be copied, which the user then waits for."""
 RETRY_SECONDS, PAUSE_RATIO = 30.0, 9.0
@@ -50,7 +51,7 @@ class NoMirror:
     """Mirrors nothing: `tracking.enabled: false`."""
 
     def nudge(self) -> None: ...
-    def finish(self, status: str, *, hurry: Callable[[], bool]) -> str | None: ...
+    def finish(self, status: str, *, patience: Callable[[], float]) -> str | None: ...
 
 
 class MlflowMirror:
@@ -81,21 +82,20 @@ class MlflowMirror:
         self._is_nudged = True
         self._wake.set()
 
-    def finish(self, status: str, *, hurry: Callable[[], bool] = lambda: False) -> str | None:
+    def finish(self, status: str, *, patience: Callable[[], float] = lambda: math.inf) -> str | None:
         """Mirrors a last time, in bounded time; returns why something is left for a later command.
 
-        Once `hurry()` is true, as a signal makes it, there is no more patience than for a run that was killed. What is
-        raised here, as by a second signal, ends it at once: the status is only noted, for a later command to deliver.
+        It waits for `patience()` seconds at most, which a signal shortens. What is raised here, as by a second signal,
+        ends it at once: the status is only noted, for a later command to deliver.
         """
         try:
             self._request = replace(self._request, status=cast("Status", status))
             self._ending_at = self._progress_at = time.monotonic()
             seconds = LONGEST_SECONDS + (MODEL_SECONDS if self._copies_model else 0.0)
-            self._deadline = self._ending_at + (STOP_SECONDS if status == "KILLED" else seconds)
+            self._deadline = self._ending_at + min(seconds, patience())
             self._end()
             while not self._has_ended.wait(0.1) and time.monotonic() < self._deadline + STOP_SECONDS:
-                if hurry():
-                    self._deadline = min(self._deadline, time.monotonic() + STOP_SECONDS)
+                self._deadline = min(self._deadline, time.monotonic() + patience())
         except BaseException:
             self._deadline = 0.0
             self._end()

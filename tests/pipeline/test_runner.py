@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,7 +22,7 @@ from kdpipe.engines.protocol import TokenScores
 from kdpipe.errors import ArtifactError, Interrupted, LockError, PreflightError, RecipeError
 from kdpipe.pipeline.project import Project, open_project
 from kdpipe.pipeline.requirements import key_uses
-from kdpipe.pipeline.signals import signals
+from kdpipe.pipeline.signals import PATIENCE_SECONDS, signals
 from kdpipe.results.comparison import read_contender
 from kdpipe.store.locks import run_lock
 from tests.worlds import (
@@ -382,6 +383,16 @@ def test_a_run_says_which_secret_goes_to_which_host(tmp_path: Path, monkeypatch:
         "MLflow: MLFLOW_TRACKING_TOKEN goes to https://b.example",
     ]
     assert key_uses(load_tiny(tmp_path).recipe) == []
+
+
+def test_a_signal_shortens_the_patience_with_mlflow_and_a_second_one_ends_it() -> None:
+    with signals() as stop:
+        assert stop.patience() == math.inf
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.patience() == PATIENCE_SECONDS
+        with pytest.raises(Interrupted, match="at once"):
+            signal.raise_signal(signal.SIGINT)
+        assert stop.patience() == 0
 
 
 def test_a_signal_that_is_ignored_as_by_nohup_stops_nothing() -> None:

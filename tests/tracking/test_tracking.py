@@ -579,7 +579,7 @@ def test_a_server_that_never_answers_does_not_hold_up_a_stop(world: World, statu
         mute = World(world.workspace, world.loaded, f"http://127.0.0.1:{silent.getsockname()[1]}")
         mirror = MlflowMirror(mute.request())
         start = time.monotonic()
-        mirror.finish(status, hurry=lambda: status == "FINISHED")  # a signal came when all was done
+        mirror.finish(status, patience=lambda: 2.0)  # a signal came when all was done
         assert time.monotonic() - start < 5
         assert mirror.error is not None
 
