@@ -22,7 +22,7 @@ def results(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("name", ["kills", "every_write", "trials"])
+@pytest.mark.parametrize("name", ["kills", "every_write", "trials", "load"])
 def test_its_table_is_that_of_the_results(name: str) -> None:
     assert f"\n\n{study(name).markdown(results(name))}\n\n" in DOC
 
@@ -56,6 +56,14 @@ def test_every_trial_kept_its_promises() -> None:
     assert sum(row["trials"] for row in rows) >= 600
     assert all(row["failed"] == [] for row in rows)
     assert not any(row["commit"].endswith("-dirty") for row in rows)
+
+
+def test_five_hundred_rounds_leave_memory_and_files_nearly_as_they_were() -> None:
+    [row] = [row for row in results("load") if row["part"] == "long"]
+    first, last = row["each"][0], row["each"][-1]
+    assert (last["round"], row["failed"]) == (500, [])
+    assert last["megabytes"] <= 1.1 * first["megabytes"]
+    assert last["open_files"] <= first["open_files"]
 
 
 def test_its_bounds_are_those_of_the_harness() -> None:
