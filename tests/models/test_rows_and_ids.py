@@ -118,5 +118,7 @@ def test_gemma_3s_tokenizer_has_one_id_more_than_its_model_has_rows(tmp_path: Pa
     assert found.num_ids == 262_144
     assert found.notes == ("the model has no row for 1 of its tokenizer's ids: '<image_soft_token>'",)
     assert found.prompt(problem("Why?"))
+    assert 262_144 not in found.prompt(problem("<image_soft_token>"))  # in data it is text like any other
+    read = open_text(folder, PromptStyle("chat", "", 0, (), {}, allows_special=True), trust=False)
     with pytest.raises(PreflightError, match="'<image_soft_token>', id 262144"):
-        found.prompt(problem("<image_soft_token>"))
+        read.prompt(problem("<image_soft_token>"))
