@@ -25,4 +25,4 @@ def test_a_healthy_world_on_vllm_passes_every_probe(tmp_path: Path) -> None:
     findings = examined(loaded)
     assert set(verdicts(findings, about="student").values()) == {"ok"}, findings
     ailing = {probe: verdict for probe, verdict in verdicts(findings).items() if verdict != "ok"}
-    assert ailing == dict.fromkeys(("own prompt", "hidden states"), "skipped"), findings
+    assert ailing == dict.fromkeys(("prompt", "own prompt", "hidden states"), "skipped"), findings
