@@ -211,6 +211,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mpt": {},
     "nanochat": {},
     "nemotron": {},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "moe_intermediate_size": 48,
+        "moe_shared_expert_intermediate_size": 48,
+        "n_groups": 2,
+        "chunk_size": 4,
+    },
     "olmo": {},
     "olmo2": {},
     "olmo3": _WINDOWED,
@@ -251,8 +261,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "xlnet": {"d_model": 32, "n_head": 4, "d_head": 8, "n_layer": 2, "d_inner": 48},
     "xlstm": {},
     "youtu": _MLA,
-    "zamba2 small time_step_min": {
-        "time_step_min": 1e-9,
+    "zamba2": {
         "num_hidden_layers": 2,
         "layer_types": ["linear_attention", "hybrid"],
         "hybrid_layer_ids": [1],
