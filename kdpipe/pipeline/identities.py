@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from pydantic import JsonValue
 
@@ -137,6 +139,7 @@ class Sources:
         commit = self._pinned("model", named.name, named.revision)
         if commit is None:
             return None
+        _require_endpoint()
         from kdpipe.pipeline.hub import cached_file
 
         return cached_file(self._name_today("model", named.name), "tokenizer.json", commit)
@@ -201,6 +204,7 @@ class Sources:
         patterns: list[str],
         tell: Callable[[str], None],
     ) -> Path:
+        _require_endpoint()
         from kdpipe.pipeline.hub import Repository, download, resolve
 
         repo_kind: Literal["model", "dataset"] = "dataset" if kind == "dataset" else "model"
@@ -260,6 +264,15 @@ def _model_type(folder: Path) -> str:
             f"{path}: no model_type in it", hint="name a folder that transformers' save_pretrained wrote"
         )
     return str(config["model_type"])
+
+
+def _require_endpoint() -> None:
+    """Raises RecipeError where HF_ENDPOINT is no address: the client would fail on its import."""
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    try:
+        urlsplit(endpoint)
+    except ValueError as error:
+        raise RecipeError(f"HF_ENDPOINT is no address: {error}", hint="correct it, or unset it") from None
 
 
 def _local_folder(name: str, folder: Path) -> Path | None:

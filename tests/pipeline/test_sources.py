@@ -395,3 +395,12 @@ def test_a_local_models_digest_follows_its_bytes_and_not_its_name(tmp_path: Path
     first = identity("a", b"one")
     assert identity("b", b"one") == first
     assert identity("b", b"two") != first
+
+
+def test_an_endpoint_that_is_no_address_is_told_before_the_client_sees_it_and_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://somebody:secret@[")
+    with pytest.raises(RecipeError, match="HF_ENDPOINT is no address: Invalid IPv6 URL") as found:
+        sources(tmp_path).fetch(lambda _: None)
+    assert "secret" not in str(found.value)
