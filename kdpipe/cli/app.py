@@ -44,6 +44,7 @@ COMMANDS = (
     *(doctor, ui),
 )
 """In the order in which `kdpipe --help` lists them, after `run` and the stages."""
+BEFORE_ANYTHING = "before anything began"
 
 Parameters = ParamSpec("Parameters")
 
@@ -63,6 +64,11 @@ def main() -> None:
         reported(app)()
     except typer.Exit as end:  # of what is no command's, as --version
         sys.exit(end.exit_code)
+    except SystemExit as end:
+        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
+            # Ctrl-C while typer read the arguments, of which it says nothing.
+            print_error(Interrupted(signal.SIGINT, BEFORE_ANYTHING))
+        raise
 
 
 def _without_pydantic_plugins() -> None:
@@ -88,7 +94,7 @@ def reported(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
         except (KdpipeError, KeyboardInterrupt, OSError) as error:
             told = refusal(error) if isinstance(error, OSError) else error
             if not isinstance(told, KdpipeError):  # Ctrl-C before the run took over the signals
-                told = Interrupted(signal.SIGINT, "before anything began")
+                told = Interrupted(signal.SIGINT, BEFORE_ANYTHING)
             print_error(told)
             raise typer.Exit(told.exit_code) from None
 

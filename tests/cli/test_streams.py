@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kdpipe.cli import app as application
 from kdpipe.cli import stream as streams
 from kdpipe.cli.stream import Stream
 from tests.worlds import write_recipe
@@ -88,3 +89,19 @@ def test_a_run_that_nobody_listens_to_does_all_of_its_work(how: str, code: int, 
     write_recipe(tmp_path, rounds=1)
     assert shell(how, tmp_path) == (code, "")
     assert shell("KDPIPE status recipe.yaml --check", tmp_path)[0] == (6 if code else 0)
+
+
+def test_ctrl_c_while_the_arguments_are_read_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupting(str):
+        def __format__(self, _spec: str) -> str:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(application, "prepare_streams", lambda: None)
+    monkeypatch.setattr(application, "__version__", Interrupting("1"))
+    monkeypatch.setattr(sys, "argv", ["kdpipe", "--version"])
+    with pytest.raises(SystemExit) as end:
+        application.main()
+    assert end.value.code == 130
+    assert "to continue: kdpipe --version" in capsys.readouterr().err
