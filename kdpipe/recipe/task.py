@@ -43,7 +43,7 @@ class QuestionTask(Section):
     system: str | None = None
     """A system turn before every prompt; records that have one of their own keep theirs."""
     today: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")] = "2024-07-26"
-    """The day that chat templates with a clock are told, so that a recipe's prompts are the same next week."""
+    """The date that chat templates get where they ask for today's, so that prompts are the same next week."""
     allow_special_tokens: bool = False
     """Whether special tokens in the problems' texts are read as such; else they are text like any other."""
     drop_overlong: bool = False

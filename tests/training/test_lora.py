@@ -285,12 +285,8 @@ def test_a_narrow_model_stays_narrow_and_its_adapter_wide(tmp_path: Path, forget
     assert not [name for name in read_trainer(folder / "trainer")[0] if not name.startswith("exp_avg")]
 
 
-def test_self_current_scores_are_those_of_the_adapter_that_sampled(tmp_path: Path) -> None:
-    teacher = {**CHANGES["teachers"][0], "self": "current"}
-    keep = {"weights": 2, "optimizer": 2}
-    changes = {**CHANGES, "teachers": [teacher], "runtime__keep": keep}
-    project = run_near(load_tiny(tmp_path, **changes), tmp_path / "out")
-    model = PeftModel.from_pretrained(student_0(project), entry(project, "train@1") / "model")
+def assert_scored_by(model: Any, project: Project) -> None:
+    """Holds the scores of round 2 against a model's own log-probs."""
     for rollout, score in zip(
         rows(entry(project, "rollout@2") / "rollouts.parquet"),
         rows(entry(project, "teacher-score@2") / "scores.parquet"),
@@ -298,6 +294,15 @@ def test_self_current_scores_are_those_of_the_adapter_that_sampled(tmp_path: Pat
     ):
         expected = logprobs_of(model, score["teacher_prompt_token_ids"], rollout["completion_token_ids"])
         assert score["teacher_logprobs"] == pytest.approx(expected, abs=FLOAT32_NATS)
+
+
+def test_self_current_scores_are_those_of_the_adapter_that_sampled(tmp_path: Path) -> None:
+    teacher = {**CHANGES["teachers"][0], "self": "current"}
+    keep = {"weights": 2, "optimizer": 2}
+    changes = {**CHANGES, "teachers": [teacher], "runtime__keep": keep}
+    project = run_near(load_tiny(tmp_path, **changes), tmp_path / "out")
+    model = PeftModel.from_pretrained(student_0(project), entry(project, "train@1") / "model")
+    assert_scored_by(model, project)
 
 
 def test_other_teachers_do_not_drop_the_network_that_is_trained(
@@ -364,13 +369,7 @@ def test_a_warm_adapter_is_trained_by_the_cold_start_and_goes_on_from_there(
     assert 0 < moved < 0.2  # train went on from there, and did not begin again
     # self: initial is student 0, with the adapter of the cold start.
     model = student(warm)
-    for rollout, score in zip(
-        rows(entry(project, "rollout@2") / "rollouts.parquet"),
-        rows(entry(project, "teacher-score@2") / "scores.parquet"),
-        strict=True,
-    ):
-        expected = logprobs_of(model, score["teacher_prompt_token_ids"], rollout["completion_token_ids"])
-        assert score["teacher_logprobs"] == pytest.approx(expected, abs=FLOAT32_NATS)
+    assert_scored_by(model, project)
     # And exported, student 0 is both in one.
     merged = AutoModelForCausalLM.from_pretrained(
         export(project, tmp_path / "merged", round_number=0).folder, dtype=torch.float64
