@@ -5,7 +5,7 @@
 
 Real commands with their workers and their MLflow store (SQLite), models of 10,000 parameters. Half of the kills come
 at a moment drawn uniformly over the unbroken run's duration, half within a millisecond of a change to a file of a
-drawn kind. They end the whole process tree, the command, its worker or its mirror. Signals come after the kills. One
+drawn kind. They end the whole process tree, the command, its worker or its mirror. Signals come before the kills. One
 JSON line for the unbroken run, then one for each chain: a run that was ended up to six times and finished by the same
 command. Exit status 1 when anything was lost.
 """
@@ -66,7 +66,7 @@ def main() -> int:
         }
         print(json.dumps(head, sort_keys=True), flush=True)
         number = 0
-        for by_signals, wanted in ((False, arguments.kills), (True, arguments.signals)):
+        for by_signals, wanted in ((True, arguments.signals), (False, arguments.kills)):
             told = 0
             while told < wanted:
                 dice = random.Random(f"{arguments.seed} {number}")
@@ -102,6 +102,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for victim, name in WHOM.items():
         add(f"of these: {name}", how="SIGKILL", victim=victim)
     add("SIGTERM", how="SIGTERM")
+    add("SIGHUP, as a closed terminal sends it", how="SIGHUP")
     add("SIGINT", how="SIGINT")
     add("SIGINT to the whole group, as a terminal sends it", how="SIGINT to the group")
     add("of these signals: with a second one soon after", second_signal=True)

@@ -33,7 +33,7 @@ from tests.worlds import leftovers, payload_digests, write_recipe
 
 Target = Literal["moment", "parquet", "tensors", "manifest", "MLflow", "notes"]
 Victim = Literal["all", "command", "worker", "mirror"]
-How = Literal["SIGKILL", "SIGTERM", "SIGINT", "SIGINT to the group"]
+How = Literal["SIGKILL", "SIGTERM", "SIGHUP", "SIGINT", "SIGINT to the group"]
 
 AIMED: tuple[Target, ...] = ("parquet", "tensors", "manifest", "MLflow", "notes")
 SERVED = {"worker": b"kdpipe.execution.executor:Performer", "mirror": b"kdpipe.tracking.synchronizer:serve"}
@@ -86,7 +86,7 @@ class Drawn:
 def draw(dice: random.Random, *, by_signals: bool) -> Drawn:
     """The next end."""
     if by_signals:
-        how = dice.choice(("SIGTERM", "SIGINT", "SIGINT to the group"))
+        how = dice.choice(("SIGTERM", "SIGHUP", "SIGINT", "SIGINT to the group"))
         again = dice.uniform(0, 0.5) if dice.random() < 0.3 else None
         return Drawn(how, "command", "moment", dice.random(), dice.uniform(0, 0.02), again)
     target = "moment" if dice.random() < 0.5 else dice.choice(AIMED)
@@ -280,7 +280,7 @@ def _waited(process: subprocess.Popen[bytes], seconds: float) -> int | None:
 def strike(process: subprocess.Popen[bytes], drawn: Drawn) -> Victim:
     """Ends whom was drawn, or the command when that process is not there yet; returns who it was."""
     match drawn.how:
-        case "SIGTERM" | "SIGINT":
+        case "SIGTERM" | "SIGHUP" | "SIGINT":
             process.send_signal(signal.Signals[drawn.how])
             return "command"
         case "SIGINT to the group":
@@ -318,6 +318,8 @@ def unexpected(drawn: Drawn, victim: Victim, code: int, said: str) -> list[str]:
             wanted = [-9]
         case "SIGTERM":
             wanted = [143, -15]  # the latter before anything began
+        case "SIGHUP":
+            wanted = [129, -1] if drawn.again is None else [129, 143, -1, -15]
         case _:
             wanted = [130, -2] if drawn.again is None else [130, 143, -2, -15]
     found = [] if code in wanted else [f"{drawn.how} of {victim}: exit code {code}, expected {wanted[0]}"]
