@@ -164,6 +164,14 @@ def sampler(drawn: Logprobs, wanted: Passed, *, temperature: float) -> Outcome:
     return Outcome(said + why, measures)
 
 
+def trained(read: Logprobs, wanted: Passed, *, temperature: float) -> Outcome:
+    """Whether the log-probs that the loss reads are those of a plain forward."""
+    measures = _apart(read, *wanted)
+    why = "" if are_ok(measures) else ": training would move another distribution than the one that samples"
+    said = f"{sum(map(len, read))} tokens at temperature {temperature:g} as the loss reads them"
+    return Outcome(f"{said}, against a plain forward{why}", measures)
+
+
 def shift(scorer: Scorer, pair: Pair, tolerance: Tolerance) -> Outcome:
     """Whether a changed token moves its own score first, at the first, a middle and the last place.
 

@@ -25,6 +25,7 @@ CATCHES = {
     "null test": "wrong or stale weights, a temperature applied twice or not at all, scores shifted by one",
     "own prompt": "what the null test catches, where the teacher reads a prompt of its own",
     "sampler": "behaviour log-probs at another temperature or of other weights than the trainer's",
+    "loss": "a loss that reads other log-probs than the student's: without the temperature, or of padding",
     "shift": "scores that belong to the token before or after, also at the last token",
     "not constant": "weights lost after sleep, or an output head of zeros: -ln V everywhere",
     "same twice": "scores that depend on earlier requests, or on others in the batch",

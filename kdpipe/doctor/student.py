@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kdpipe.data.rows import Problem
@@ -13,27 +14,70 @@ from kdpipe.data.seeds import permutation
 from kdpipe.doctor import engine as engines
 from kdpipe.doctor import text as texts
 from kdpipe.doctor.case import NEW_TOKENS, PROMPTS, Case, context_of
-from kdpipe.doctor.engine import Passed, Scorer, tolerance_of
+from kdpipe.doctor.engine import Logprobs, Passed, Scorer, tolerance_of
 from kdpipe.doctor.finding import Finding, Outcome, found
 from kdpipe.doctor.lengths import PromptReader
 from kdpipe.engines.handle import ModelHandle
 from kdpipe.engines.protocol import Completion
+from kdpipe.method.micro_batch import micro_batch_loss
+from kdpipe.method.token_batch import TokenBatch
 from kdpipe.models.adapters import read_adapter, start_adapter, write_adapter
-from kdpipe.models.batching import make_batch
+from kdpipe.models.batching import Batch, batches_by_tokens, make_batch
 from kdpipe.models.devices import dtype_name
 from kdpipe.models.folder import open_model
-from kdpipe.models.reference import Pair, perturb, rounding_noise
+from kdpipe.models.logprobs import Head
+from kdpipe.models.reference import Pair, computing_in, logprobs_of, perturb, rounding_noise
 from kdpipe.models.source import AdapterSource, ModelSource
 from kdpipe.recipe.models import Optimizer
+from kdpipe.recipe.objective import K1LossTerm, Objective
 from kdpipe.stages.sampling import request_for, sampling_of
 from kdpipe.stages.settings.model import DrawSettings, routes_of, teaches
 from kdpipe.training.local import LocalTrainer
 
 _REFERENCE_TOKENS = 32
+_S_LESS_0 = Objective(kind="kd", kd=K1LossTerm(term="k1_loss"))
 SHARES = (1.0, 0.3, 0.1, 0.03, 0.01)
 """Parts of their spread by which weights are changed for `reload`, until scores move by `MOST_MOVED` at most."""
 MOST_MOVED = 5.0
 """Nats, at the 99th percentile: moved further, a deep model says nonsense, and rounds as it likes."""
+
+
+class _Reading:
+    """The sum of share times log-prob; its derivative by the shares is what a step's loss reads, `read_N`.
+
+    It leaves no gradient on the weights.
+    """
+
+    def __init__(self, batch: Batch, temperature: float, chunk: int) -> None:
+        self._ids_N, self._temperature, self._chunk = batch.target_ids_N, temperature, chunk
+        zeros_N = torch.zeros(len(batch.target_ids_N), device=batch.target_ids_N.device)
+        self.read_N = zeros_N
+        all_N = zeros_N == 0
+        self._tokens = TokenBatch(
+            behaviour=zeros_N,
+            proximal=zeros_N,
+            advantage=zeros_N,
+            kept=all_N,
+            scorable=all_N,
+            kd_open=all_N,
+            share=zeros_N.clone().requires_grad_(),
+            lengths=batch.counts,
+            teacher=zeros_N,
+        )
+
+    def __call__(self, hidden_NH: torch.Tensor, head: Head) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        total, _ = micro_batch_loss(
+            _S_LESS_0,
+            self._tokens,
+            self._ids_N,
+            hidden_NH,
+            head,
+            temperature=self._temperature,
+            chunk=self._chunk,
+            teacher=None,
+        )
+        [self.read_N] = torch.autograd.grad(total, self._tokens.share)
+        return self._tokens.share.sum() * 0, {}
 
 
 class ExaminedStudent:
@@ -88,7 +132,14 @@ class ExaminedStudent:
         network = self._network(torch.float32 if lora is None else self.dtype)
         if adapter is not None:
             read_adapter(network, adapter.folder)
-        return LocalTrainer(network, Optimizer(), num_ids=num_ids, horizon=1, compute=self.dtype)
+        return LocalTrainer(
+            network,
+            Optimizer(),
+            num_ids=num_ids,
+            horizon=1,
+            compute=self.dtype,
+            gradient_checkpointing=self.case.recipe.runtime.gradient_checkpointing,
+        )
 
     def _network(self, dtype: torch.dtype) -> Any:
         folder, trust = self.model.source.folder, self.model.source.trust_remote_code
@@ -100,14 +151,30 @@ class ExaminedStudent:
         batches = (make_batch([prompt], [each], device=self.case.device) for prompt, each in pairs)
         found_N = (self._trainer.logprobs(each, temperature=temperature, chunk=chunk) for each in batches)
         found = [logprobs_N.double().numpy() for logprobs_N in found_N]
-        noise = rounding_noise(
-            self._trainer.model,
-            pairs,
-            temperature=temperature,
-            num_ids=self.model.text.num_ids,
-            dtype=self.dtype,
-        )
+        asked: Any = {"temperature": temperature, "num_ids": self.model.text.num_ids}
+        noise = rounding_noise(self._trainer.model, pairs, **asked, dtype=self.dtype)
         return found, tolerance_of(noise, dtype_name(self.dtype))
+
+    def _read_by_loss(self, pairs: Sequence[Pair], temperature: float) -> Logprobs:
+        """Log-probs as the loss reads them: sequences side by side, as train cuts them, with gradients."""
+        runtime, trainer = self.case.recipe.runtime, self._trainer
+        lengths = [len(prompt) + len(completion) for prompt, completion in pairs]
+        found: dict[int, npt.NDArray[np.float64]] = {}
+        trainer.begin()
+        for indices in batches_by_tokens(lengths, runtime.train_tokens):
+            prompts, completions = zip(*(pairs[index] for index in indices), strict=True)
+            batch = make_batch(prompts, completions, device=self.case.device)
+            loss = _Reading(batch, temperature, runtime.head_chunk_tokens)
+            trainer.accumulate(batch, loss)
+            read_N = loss.read_N.double().cpu().numpy()
+            found |= zip(indices, np.split(read_N, np.cumsum(batch.counts)[:-1]), strict=True)
+        trainer.end()
+        return [found[index] for index in range(len(pairs))]
+
+    @cached_property
+    def _passed(self) -> Passed:
+        """The trainer's forward of what the student sampled."""
+        return self.forward(self.pairs(self.problems), self.case.recipe.rollout.temperature)
 
     def findings(self) -> Iterator[Finding]:
         name = self.model.name
@@ -115,6 +182,7 @@ class ExaminedStudent:
         yield found("context", name, self._context)
         yield found("load", name, lambda: self.case.load(self.model))
         yield found("sampler", name, self._sampler)
+        yield found("loss", name, self._loss)
         if self.case.depth == "full":
             yield found("reload", name, self._reload)
 
@@ -126,8 +194,15 @@ class ExaminedStudent:
     def _sampler(self) -> Outcome:
         temperature = self.case.recipe.rollout.temperature
         drawn = [np.asarray(one.logprobs, np.float64) for one in self.completions.values()]
-        wanted = self.forward(self.pairs(self.problems), temperature)
-        return engines.sampler(drawn, wanted, temperature=temperature)
+        return engines.sampler(drawn, self._passed, temperature=temperature)
+
+    def _loss(self) -> Outcome:
+        temperature, pairs = self.case.recipe.rollout.temperature, self.pairs(self.problems)
+        model, num_ids = self._trainer.model, self.model.text.num_ids
+        with computing_in(self.dtype, model):
+            plain = [logprobs_of(model, pair, temperature=temperature, num_ids=num_ids)[0] for pair in pairs]
+        read = self._read_by_loss(pairs, temperature)
+        return engines.trained(read, (plain, self._passed[1]), temperature=temperature)
 
     def _reload(self) -> Outcome:
         own, num_ids = self.model.source, self.model.text.num_ids

@@ -83,15 +83,20 @@ def rounding_noise(
     The forward pass is made again in another batching, of two copies, where each layer's output is moved by a random
     part of a rounding error: another engine multiplies in another order, and rounds elsewhere.
     """
-    kind, narrow = model.device.type, dtype not in (torch.float32, model.dtype)
     asked: Any = {"temperature": temperature, "num_ids": num_ids}
-    found = []
-    with torch.autocast(kind, dtype=dtype) if narrow else contextlib.nullcontext():
+    with computing_in(dtype, model):
         as_it_is = [logprobs_of(model, pair, **asked) for pair in pairs]
         with _rounding_otherwise(model, torch.finfo(dtype).eps / 2):
             found = [logprobs_of(model, pair, **asked, copies=2) for pair in pairs]
     moved = [np.abs(rows - row).ravel() for rows, row in zip(found, as_it_is, strict=True)]
     return np.concatenate(moved) if moved else np.zeros(0)
+
+
+def computing_in(dtype: torch.dtype, model: Any) -> contextlib.AbstractContextManager[None]:
+    """The context in which a model computes in `dtype`: autocast where that is narrower than its weights."""
+    if dtype in (torch.float32, model.dtype):
+        return contextlib.nullcontext()
+    return torch.autocast(model.device.type, dtype=dtype)
 
 
 @contextlib.contextmanager

@@ -20,14 +20,18 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+import kdpipe.method.micro_batch
+import kdpipe.models.batching
 import kdpipe.pipeline.request
 import kdpipe.pipeline.step_worker
+import kdpipe.training.local
 from kdpipe.cli.app import app
 from kdpipe.doctor.engine import overlap, tolerance_of
 from kdpipe.doctor.finding import CATCHES, FINDINGS, Measure, Outcome, found
 from kdpipe.doctor.student import SHARES
 from kdpipe.engines.protocol import Engine, TokenScores
 from kdpipe.errors import PreflightError
+from kdpipe.models.batching import pad_right
 from kdpipe.models.devices import dtype_name
 from kdpipe.models.reference import logprobs_of, perturb, plain_logprobs, rounding_noise
 from kdpipe.models.source import ModelSource
@@ -38,8 +42,8 @@ from tests.worlds import NearWorker, Watcher, load_tiny, run_near
 
 NOT_ASKED = {"prompt", "own prompt", "top-k", "hidden states"}
 """Probes that an objective by sampled tokens, and a teacher that reads the student's prompt, have no use for."""
-STUDENT_PROBES = {"prompt", "context", "load", "sampler", "reload"}
-TEACHER_PROBES = set(CATCHES) - {"sampler", "reload"}
+STUDENT_PROBES = {"prompt", "context", "load", "sampler", "loss", "reload"}
+TEACHER_PROBES = set(CATCHES) - {"sampler", "loss", "reload"}
 PRIVILEGED = "{question} {solution} {question}"
 TOP5 = {"kd": {"term": "jsd", "beta": 1.0, "support": {"teacher_top_k": 5}}}
 WHOLE = {"kd": {"term": "jsd", "beta": 1.0, "support": "vocabulary"}}
@@ -274,6 +278,56 @@ def test_log_probs_of_samples_at_another_temperature_are_caught_by_sampler(
     finding = examined(loaded, clinic.RawSamples)["sampler", "student"]
     assert finding["verdict"] == "FAILED"
     assert "importance ratios would be wrong" in finding["said"]
+
+
+def cold_loss(patch: pytest.MonkeyPatch) -> None:
+    """The loss alone leaves the temperature out."""
+    read = kdpipe.method.micro_batch.token_logprobs
+    patch.setattr(
+        kdpipe.method.micro_batch, "token_logprobs", lambda *a, **k: read(*a, **{**k, "temperature": 1.0})
+    )
+
+
+def cold_trainer(patch: pytest.MonkeyPatch) -> None:
+    """Everything that is trained or held against it leaves the temperature out."""
+    cold_loss(patch)
+    patch.setattr(kdpipe.training.local, "token_logprobs", kdpipe.method.micro_batch.token_logprobs)
+
+
+def padded_on_the_left(patch: pytest.MonkeyPatch) -> None:
+    """Sequences of a micro-batch stand where positions of the others are read."""
+    patch.setattr(
+        kdpipe.models.batching, "pad_right", lambda rows, device=None: pad_right(rows).flip(1).to(device)
+    )
+
+
+LORA = {"student": {"model": "./student", "dtype": "float32", "lora": {"rank": 2, "alpha": 4}}}
+BROKEN_LOSSES: dict[str, tuple[dict[str, Any], Callable[[pytest.MonkeyPatch], None], set[str]]] = {
+    "without the temperature": ({}, cold_loss, {"loss"}),
+    "trainer without the temperature": ({}, cold_trainer, {"loss", "sampler", "null test"}),
+    "padding": ({}, padded_on_the_left, {"loss"}),
+    "lora": (LORA, cold_loss, {"loss"}),
+    "lora, padding": (LORA, padded_on_the_left, {"loss"}),
+    "bfloat16": (BFLOAT16, cold_loss, {"loss"}),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name == "without the temperature" else COSTLY) for name in BROKEN_LOSSES],
+)
+def test_a_loss_that_reads_other_log_probs_than_the_students_is_caught_by_loss(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, spoil, expected = BROKEN_LOSSES[name]
+    # A run would not come so far: check-loss refuses such losses, and then only warns.
+    loaded = load_world(own_folder(folder, tmp_path), reproduce=True, **changes)
+    spoil(monkeypatch)
+    findings = examined(loaded, depth="quick")
+    failed = {probe for (probe, _), one in findings.items() if one["verdict"] == "FAILED"}
+    assert failed >= expected
+    assert name.endswith("padding") or failed == expected  # engines pad too
+    assert "training would move another distribution" in findings["loss", "student"]["said"]
 
 
 def test_an_engine_that_runs_another_folder_is_caught_by_own_weights(copied: Path) -> None:
