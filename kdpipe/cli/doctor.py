@@ -217,7 +217,7 @@ def check_loss_lines(phase: "Phase", paint: Paint) -> list[str]:
 def _measured(finding: "Finding") -> str:
     """The worst of a property's numbers."""
     if not finding.measures:
-        return "not finite" if finding.said else ""
+        return finding.said if finding.verdict == "skipped" else "not finite" if finding.said else ""
     worst = finding.measures[0]
     if not math.isfinite(worst.value):
         return "not finite"

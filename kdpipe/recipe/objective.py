@@ -77,6 +77,12 @@ class SampledTerm(Section):
     """Subtracted from the signal: its mean over the other completions of the step or of the group, or its expectation
     given the prefix (exact). The expected gradient stays as it is, and varies less."""
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether something is done with importance ratios."""
+        parts = [self.ratio] if self.decoupled is None else [self.decoupled.update, self.decoupled.behaviour]
+        return any(part.control != "none" for part in parts)
+
     def faults(self) -> Iterator[str]:
         if self.decoupled is not None and self.ratio.control != "none":
             yield "give ratio or decoupled, not both"

@@ -222,6 +222,7 @@ def _round(recipe: Recipe) -> Iterator[str]:
         yield f"{made[0]}: scratch needs a task with its own tokenizer (arithmetic)"
     if recipe.train.objective.has_rl and recipe.rollout.samples == 1:
         yield "an RL term needs rollout.samples of 2 or more: a group of one has no advantage"
+    yield from recipe.train.lone_baselines(recipe.rollout)
     if recipe.train.minibatches > recipe.rollout.rows:
         yield "train.minibatches is larger than the number of completions of a round"
 

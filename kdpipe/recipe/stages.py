@@ -1,12 +1,13 @@
 """The sections of the stages: rollout, teacher-score, train, evaluate."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from kdpipe.recipe.models import Optimizer
-from kdpipe.recipe.objective import Objective
+from kdpipe.recipe.objective import Objective, SampledTerm
 from kdpipe.recipe.section import Count, EngineName, Fraction, Positive, Section, Seed, TextSource
 
 
@@ -94,6 +95,22 @@ class TrainSection(Section):
     """Makes the recipe a control arm: shuffled scores, or the student as its own teacher."""
     seed: Seed | None = None
     """Replaces the recipe's seed here; null is the recipe's."""
+
+    def lone_baselines(self, rollout: RolloutSection) -> Iterator[str]:
+        """Faults of a mean over the others of a group or step in which there are none."""
+        kd, own = self.objective.kd, rollout.on_policy_prompts * rollout.samples
+        if not (self.objective.has_kd and isinstance(kd, SampledTerm)):
+            return
+        if kd.baseline == "group" and rollout.samples == 1:
+            yield (
+                "train.objective.kd.baseline group needs rollout.samples of 2 or more: a completion without others in "
+                "its group has no baseline; set samples, or take baseline step or exact"
+            )
+        if kd.baseline == "step" and 0 < own < 2 * self.minibatches:
+            yield (
+                f"train.objective.kd.baseline step needs two completions of the student in an optimizer step: {own} in "
+                f"{self.minibatches} minibatches leave some alone; lower train.minibatches, or take baseline exact"
+            )
 
 
 class EvaluateSection(Section):

@@ -288,6 +288,14 @@ RECIPES = {
     "a group of one": Bad(
         ("train.objective.kind=grpo", "rollout.samples=1"), ("rollout.samples", "2 or more")
     ),
+    "a group of one with a baseline": Bad(
+        ("train.objective.kd={term: k3, baseline: group}", "rollout.samples=1"),
+        ("train.objective.kd.baseline group", "rollout.samples of 2 or more"),
+    ),
+    "a step of one with a baseline": Bad(
+        ("train.objective.kd={term: rkl, baseline: step}", "rollout={prompts: 6}", "train.minibatches=4"),
+        ("train.objective.kd.baseline step", "6 in 4 minibatches"),
+    ),
     "tokens kept for a distribution": Bad(
         ("train.objective={kd: jsd}", "teacher_score.keep=token"),
         ("teacher_score.keep token", "train.objective.kd", "auto"),

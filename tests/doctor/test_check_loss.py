@@ -755,6 +755,61 @@ def test_without_a_kd_part_1_to_3_are_not_applicable(settings: dict[str, Any]) -
     assert unsound(recipe_of(settings)) == []
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "kdrl", "kd": "k2", "distill_weight": 1e-13},
+        {"kind": "kdrl", "kd": "k1_loss", "distill_weight": 1e-13},
+        {"kind": "kd", "kd": {"term": "jsd", "beta": 1e-12}},
+        {"kind": "kd", "kd": {"term": "skew_rkl", "alpha": 1 - 1e-9}},
+    ],
+    ids=str,
+)
+def test_a_term_below_rounding_is_called_so_and_nothing_more_is_said_of_it(settings: dict[str, Any]) -> None:
+    [phase] = check_loss(recipe_of(settings))
+    assert [finding.verdict for finding in phase.findings] == ["FAILED", "skipped", "skipped", "ok", "ok"]
+    assert phase.findings[0].catches.startswith("the KD term is below rounding")
+    assert {finding.said for finding in phase.findings[1:3]} == {"below rounding"}
+    assert "drops out" not in "\n".join(check_loss_lines(phase, lambda text, _style: text))
+
+
+@pytest.mark.parametrize(
+    ("settings", "begins", "ends"),
+    [
+        ({"kind": "kdrl", "mask": "wrong"}, "with the mask open, the expected gradient", "teacher)"),
+        ({"kind": "kdrl", "mask": "all_wrong_groups"}, "with the mask open, the expected", "teacher)"),
+        ({"kind": "srpo"}, "with every completion wrong, the expected gradient", "teacher)"),
+        (
+            {"kind": "kd", "kd": {"term": "rkl", "ratio": MASK}},
+            "the expected",
+            "without its bounds on ratios)",
+        ),
+        (
+            {"kind": "kd", "kd": {"term": "rkl", "decoupled": {"behaviour": TRUNCATE}}},
+            "the expected",
+            "without its bounds on ratios)",
+        ),
+        ({"kind": "kd", "kd": "k2"}, "the expected gradient", "teacher)"),
+        ({"kind": "grpo"}, "the expected gradient", "claim"),
+    ],
+    ids=str,
+)
+def test_property_2_says_under_which_conditions_it_was_measured(
+    settings: dict[str, Any], begins: str, ends: str
+) -> None:
+    [(_, case)] = cases_of(recipe_of(settings))
+    said = judged(case, 2).about
+    assert (said.startswith(begins), said.endswith(ends)) == (True, True), said
+
+
+def test_a_schedule_is_said_to_be_at_its_largest_weight() -> None:
+    linear = {"kind": "linear", "end": 0.5}
+    [(when, _)] = cases_of(recipe_of({"kind": "kdrl", "distill_schedule": linear}))
+    assert when == "at the schedule's largest weight: "
+    (first, _), _ = cases_of(recipe_of({"kind": "then", "kd_rounds": 2, "distill_schedule": linear}))
+    assert first == "rounds 1 to 2: at the schedule's largest weight: "
+
+
 def test_then_is_checked_phase_by_phase() -> None:
     first, second = check_loss(recipe_of({"kind": "then", "kd_rounds": 2, "kd": "k1_loss"}))
     assert first.objective.startswith("rounds 1 to 2: kd,")

@@ -44,7 +44,13 @@ from kdpipe.doctor.loss.enumerated import (
 from kdpipe.doctor.loss.transformer import transformer
 from kdpipe.method.token_batch import NonFiniteError
 from kdpipe.models.logprobs import Head
-from kdpipe.recipe.objective import DecoupledControl, DistillSchedule, RatioControl, SampledTerm
+from kdpipe.recipe.objective import (
+    DecoupledControl,
+    DistillSchedule,
+    Objective,
+    RatioControl,
+    SampledTerm,
+)
 from kdpipe.recipe.schema import Recipe
 from kdpipe.workers.message import Nothing
 from kdpipe.workers.worker import Report
@@ -57,6 +63,10 @@ MEANING = {
     4: "the update depends on how a step is cut into micro-batches, ordered or padded",
     5: "values at masked tokens get into the loss",
 }
+BELOW_ROUNDING = (
+    "the KD term is below rounding: beside the rest of the loss, or by itself, its gradient is no more than float64 "
+    "rounds away, so nothing is learned from the teacher"
+)
 KD_PROPERTIES = (1, 2, 3)  # those that `run` insists on
 
 
@@ -101,8 +111,11 @@ def cases_of(recipe: Recipe) -> list[tuple[str, LossCase]]:
         has_references=recipe.rollout.on_policy_fraction < 1,
     )
     last = objective.kd_rounds
+    scheduled = "" if objective.distill_schedule.kind == "constant" else "at the schedule's largest weight: "
     phases = (
-        {"": 1} if last is None else {f"rounds 1 to {last}: ": last, f"from round {last + 1}: ": last + 1}
+        {scheduled: 1}
+        if last is None
+        else {f"rounds 1 to {last}: {scheduled}": last, f"from round {last + 1}: ": last + 1}
     )
     return [
         (when, replace(case, objective=case.objective.in_round(number))) for when, number in phases.items()
@@ -112,13 +125,18 @@ def cases_of(recipe: Recipe) -> list[tuple[str, LossCase]]:
 def judged(case: LossCase, number: int) -> Finding:
     """The finding on a property, with the worst measure of each name."""
     claim, measure = _property(case, number)
+    meaning = MEANING[number]
 
     def finding(verdict: Verdict, measures: Sequence[Measure] = (), said: str = "") -> Finding:
-        return Finding(f"property {number}", claim, verdict, said, tuple(measures), MEANING[number])
+        return Finding(f"property {number}", claim, verdict, said, tuple(measures), meaning)
 
     if number in KD_PROPERTIES and not case.objective.has_kd:
         return finding("not applicable")
     try:
+        if number in KD_PROPERTIES and _is_below_rounding(case):
+            if number > 1:
+                return finding("skipped", said="below rounding")
+            meaning = BELOW_ROUNDING
         measures = sorted(measure(case), key=lambda found: found.badness)
     except NonFiniteError as error:
         # The loss refuses a number that it should not have looked at, or that is its own making.
@@ -134,13 +152,32 @@ def _property(case: LossCase, number: int) -> tuple[str, Callable[[LossCase], li
         case 1:
             return "the expected gradient follows the teacher", _teacher_matters
         case 2:
-            return f"the expected gradient is that of {claim_of(case.objective)}", _claim_holds
+            return _claim(case.objective), _claim_holds
         case 3:
             return "where both agree, no completion is pushed", _agreement_rests
         case 4:
             return "cuts, order and padding change nothing", _cuts_agree
         case _:
             return "masked tokens change nothing", _masks_hold
+
+
+def _claim(objective: Objective) -> str:
+    """What property 2 measures, with the conditions under which it does."""
+    where = ""
+    if objective.kind == "srpo":
+        where = "with every completion wrong, "
+    elif objective.mask != "none":
+        where = "with the mask open, "
+    is_bounded = objective.has_kd and isinstance(objective.kd, SampledTerm) and objective.kd.is_bounded
+    how = " (off-policy: without its bounds on ratios)" if is_bounded else ""
+    return f"{where}the expected gradient is that of {claim_of(objective)}{how}"
+
+
+def _is_below_rounding(case: LossCase) -> bool:
+    """Whether the gradient that the KD term claims is lost in the rounding of the whole."""
+    policies, world = on_policy(), WORLDS["one token"]
+    _, _, noise = _kd_part(case, world, policies)
+    return 100 * ROUNDING + noise >= 0.1 * _size(claimed_gradient(case.objective, world, policies))
 
 
 def _teacher_matters(case: LossCase) -> list[Measure]:
