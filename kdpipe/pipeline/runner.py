@@ -72,11 +72,14 @@ def run(
         display.note
     )  # pins hub names, so that every fingerprint is known
     project = open_project(loaded, workspace)
-    data = open_data(loaded.recipe, loaded.folder, folders.get("data"))
-    if data.form is not None:
-        display.note(data.form)
-    for lack in (*try_workspace(workspace), *data.warnings()):
+    for lack in try_workspace(workspace):
         display.warn(lack)
+    if not _is_linked(project):
+        data = open_data(loaded.recipe, loaded.folder, folders.get("data"))
+        if data.form is not None:
+            display.note(data.form)
+        for lack in data.warnings():
+            display.warn(lack)
     with run_lock(project.run.path), signals() as stop:
         project.run.write_recipe(loaded)
         asked = request(project)
@@ -99,6 +102,12 @@ def run(
                 if trouble := mirror.finish(status, patience=stop.patience):
                     display.warn(f"MLflow: not everything is mirrored yet: {trouble}")
     return project
+
+
+def _is_linked(project: Project) -> bool:
+    """Whether every step has its link: nothing is left but to rebuild, whose worker reads the data."""
+    linked = {(link.round, link.name) for link in project.run.links()}
+    return all((step.round, step.link_name) in linked for step in project.plan.steps)
 
 
 class _Run:

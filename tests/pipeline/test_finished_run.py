@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+import kdpipe.pipeline.runner
 import kdpipe.store.artifacts
+from kdpipe.errors import DataError
 from kdpipe.pipeline.project import open_project
 from tests.worlds import NearWorker, Watcher, load_tiny, run_near
 
@@ -57,6 +59,19 @@ def test_a_finished_run_hashes_nothing_and_starts_no_worker(finished: Path, coun
     steps = len(project.plan.steps)
     assert steps <= counts["parse_manifest"] <= 8 * steps
     assert counts["write_durably"] <= 8  # the run's own files, whatever the number of steps
+
+
+def test_problems_are_read_only_where_something_is_to_be_done(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise DataError("read")
+
+    monkeypatch.setattr(kdpipe.pipeline.runner, "open_data", refuse)
+    loaded = load_tiny(finished, **CHANGES)
+    run_near(loaded, finished / "out")
+    with pytest.raises(DataError, match="read"):
+        run_near(loaded, tmp_path)
 
 
 def test_a_plan_costs_the_same_whatever_else_is_in_the_store(
