@@ -11,17 +11,22 @@ from kdpipe.report.figure import Chart, Point, Series
 from kdpipe.results.measures import Measures
 from kdpipe.store.stage import Stage
 
-AROUND = "loading and saving"
-STYLES: dict[str, int] = {stage: (number - 1) % len(Stage) for number, stage in enumerate(Stage)}
-STYLES[AROUND] = len(Stage)
-"""The colour of each stage, and of what is around them, wherever they are beside each other."""
+STYLES = {Stage.ROLLOUT: 0, Stage.TEACHER_SCORE: 1, Stage.TRAIN: 2, Stage.EVALUATE: 3}
+"""How each stage of a round is drawn, wherever several are."""
 
 
 def charts(measures: Measures) -> list[Chart]:
-    """Those that have something to show."""
-    reward, length = (
-        _line(measures, f"rollout/{name}") for name in ("reward_mean", "completion_tokens_mean")
-    )
+    """Those that have something to show: where all is zero a sentence does."""
+    return [chart for chart in _measured(measures) if not chart.is_zero]
+
+
+def zero_charts(measures: Measures) -> list[str]:
+    """What is zero all along."""
+    return [f"{chart.title} ({chart.unit})" for chart in _measured(measures) if chart.is_zero]
+
+
+def _measured(measures: Measures) -> list[Chart]:
+    length = _line(measures, "rollout/completion_tokens_mean")
     shares = _line(measures, "rollout/truncated_fraction")
     is_low = all(point.value <= 0.25 for point in shares.points)
     norms = sorted(measures.over_optimizer_steps("train/grad_norm").items())
@@ -29,7 +34,7 @@ def charts(measures: Measures) -> list[Chart]:
     found = [
         _reverse_kl(measures),
         _accuracy(measures),
-        Chart("reward", "Reward", "mean of a round's samples", [reward], _number),
+        _reward(measures),
         Chart("length", "Completion length", "tokens, mean", [length], _number),
         Chart("truncated", "Truncated samples", "share", [shares], _share, ceiling=0.25 if is_low else 1.0),
         Chart(
@@ -54,6 +59,13 @@ def _reverse_kl(measures: Measures) -> Chart:
         Series("held out", held_out, style=1, marked=True),
     ]
     return Chart("reverse-kl", "Reverse KL", "nats a token", series, _number, bands="95% interval")
+
+
+def _reward(measures: Measures) -> Chart:
+    values, low, high = (measures.by_round(f"rollout/reward_{name}") for name in ("mean", "low", "high"))
+    points = [Point(number, values[number], low.get(number), high.get(number)) for number in sorted(values)]
+    bands = "95% interval over its prompts" if low else ""
+    return Chart("reward", "Reward", "mean of a round's samples", [Series("", points)], _number, bands)
 
 
 def _accuracy(measures: Measures) -> Chart:
@@ -82,12 +94,11 @@ def _mismatch(measures: Measures) -> Chart:
 
 def _stage_seconds(measures: Measures) -> Chart:
     series = []
-    for stage in Stage:
+    for stage, style in STYLES.items():
         costs = measures.costs_by_round(stage)
         points = _points({number: cost.seconds for number, cost in costs.items() if number > 0})
-        if costs and stage != Stage.SFT:
-            is_marked = stage == Stage.EVALUATE and len(points) < 12
-            series.append(Series(_short(stage), points, STYLES[stage], marked=is_marked))
+        is_marked = stage == Stage.EVALUATE and len(points) < 12
+        series.append(Series(_short(stage), points, style, marked=is_marked))
     return Chart("stage-seconds", "Time per stage", "seconds", series, _seconds)
 
 

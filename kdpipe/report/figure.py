@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Literal
@@ -17,13 +17,12 @@ from typing import Literal
 from markupsafe import Markup, escape
 
 from kdpipe.method.interval import Interval
-from kdpipe.pipeline.headline import ACCURACY, Headline
-from kdpipe.results.measures import Cost
-from kdpipe.results.verdict import shown
+from kdpipe.pipeline.headline import ACCURACY, REVERSE_KL, Headline
+from kdpipe.results.verdict import delta, shown
 from kdpipe.results.visible_text import visible
 
-WIDTH, HEIGHT = 340.0, 176.0
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 24.0
+WIDTH, HEIGHT = 340.0, 190.0
+LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 38.0
 NAMES = 60.0  # what names at the ends of lines need on the right
 MAX_NAME = 10
 MAX_POINTS = 240
@@ -61,7 +60,10 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line. `style` 0 to 3 is its colour; a `reference` is a level, drawn dashed over the whole width."""
+    """One line. `style` 0 to 3 is its colour, its dashes and the shape of its marks.
+
+    A `reference` is a level, drawn thin over the whole width.
+    """
 
     label: str
     points: Sequence[Point]
@@ -86,6 +88,12 @@ class Chart:
     @property
     def caption(self) -> str:
         return self.unit + (f"; {self.bands}" if self.bands else "")
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether there is nothing to see, as every point and bound is zero."""
+        points = [point for series in self.series for point in series.points]
+        return not any(point.value or point.low or point.high for point in points)
 
 
 def rounds_of(charts: Sequence[Chart]) -> tuple[int, int]:
@@ -224,7 +232,8 @@ def _grid(axes: Axes, chart: Chart) -> list[Markup]:
     for number in _round_ticks(axes.rounds):
         x = axes.x(number)
         marks.append(element("text", {"class": "tick mid", "x": x, "y": base + 15}, str(number)))
-    return marks
+    middle = {"x": (LEFT + axes.right) / 2, "y": base + 32}
+    return [*marks, element("text", {"class": "mid", **middle}, "round")]
 
 
 def _band(axes: Axes, series: Series) -> list[Markup]:
@@ -248,11 +257,23 @@ def _line(axes: Axes, series: Series) -> list[Markup]:
     points = [(axes.x(point.round), axes.y(point.value)) for point in thinned(series.points)]
     parts = [element("polyline", {"class": f"line s{series.style}", "points": _pairs(points)})]
     if series.marked or len(points) == 1:
-        parts += [
-            element("circle", {"class": f"dot s{series.style}", "cx": x, "cy": y, "r": 3.0})
-            for x, y in points
-        ]
+        parts += [_dot(series.style, x, y, 3.0) for x, y in points]
     return parts
+
+
+def _dot(style: int, x: float, y: float, size: float) -> Markup:
+    """A mark that is told from the other styles' by its shape too."""
+    name = {"class": f"dot s{style}"}
+    if style == 0:
+        return element("circle", {**name, "cx": x, "cy": y, "r": size})
+    corners = (
+        [(0.9, 0.9), (-0.9, 0.9), (-0.9, -0.9), (0.9, -0.9)]
+        if style == 1
+        else [(1.2, 0.0), (0.0, 1.2), (-1.2, 0.0), (0.0, -1.2)]
+        if style == 2
+        else [(0.0, -1.2), (1.15, 0.9), (-1.15, 0.9)]
+    )
+    return element("polygon", {**name, "points": _pairs([(x + size * a, y + size * b) for a, b in corners])})
 
 
 def _labels(axes: Axes, lines: Sequence[Series]) -> list[Markup]:
@@ -283,59 +304,82 @@ def _pairs(points: Sequence[tuple[float, float]]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """From 0 to `end`, for intervals of a measure that stand below each other."""
+    """What intervals of a measure that stand below each other are drawn on: levels, or differences."""
 
     measure: Headline
-    end: float
+    ticks: Sequence[float]
+    is_change: bool = False
 
-    def __str__(self) -> str:
-        return "0 to 100 %" if self.measure is ACCURACY else f"0 to {shown(self.measure, self.end)} nats"
+    def x(self, value: float) -> float:
+        """Where a value is on an axis of 240 units."""
+        share = (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
+        return 6 + 228 * min(1.0, max(0.0, share))
+
+    def tick(self, value: float) -> str:
+        """A value in as few digits as tell it."""
+        number = value if self.measure is REVERSE_KL else 100 * value
+        sign = "+" if self.is_change and number else ""
+        unit = "%" if self.measure is ACCURACY and not self.is_change else ""
+        return f"{number:{sign}.4g}{unit}".replace("-", "−")
+
+    def told(self, value: float) -> str:
+        """A value as the page writes it."""
+        return (delta if self.is_change else shown)(self.measure, value)
 
 
 def axis_of(measure: Headline, levels: Iterable[Interval]) -> Axis:
-    """The axis on which these are seen beside each other: shares have one and the same."""
-    return Axis(measure, 1.0 if measure is ACCURACY else max(1e-9, *(level.high for level in levels)))
+    """The axis on which these levels are seen beside each other: shares have one and the same."""
+    highest = max(level.high for level in levels)
+    return Axis(measure, (0.0, 0.25, 0.5, 0.75, 1.0) if measure is ACCURACY else _ticks(0.0, highest))
 
 
-def interval_svg(found: Interval, axis: Axis, *, style: int) -> Markup:
-    """A level as a dot with whiskers on an axis, as wide as its cell."""
+def change_axis(measure: Headline, changes: Iterable[Interval]) -> Axis:
+    """The axis on which these differences are seen beside each other and beside zero."""
+    bounds = [bound for one in changes for bound in (one.low, one.high)]
+    return Axis(measure, _ticks(min(0.0, *bounds), max(0.0, *bounds)), is_change=True)
 
-    def x(value: float) -> float:
-        return 4 + 232 * min(1.0, max(0.0, value / axis.end))
 
-    estimate, low, high = (shown(axis.measure, value) for value in (found.estimate, found.low, found.high))
-    spoken = f"{estimate}, {low} to {high}, from {axis}"
+def axis_svg(axis: Axis) -> Markup:
+    """The numbers above the intervals of an axis."""
     return element(
         "svg",
-        {"viewBox": "0 0 240 20", "class": "interval", "role": "img", "aria-label": spoken},
-        _segment("grid", (4.0, 236.0), (10.0, 10.0)),
-        _segment(f"whisker s{style}", (x(found.low), x(found.high)), (10.0, 10.0)),
-        element("circle", {"class": f"dot s{style}", "cx": x(found.estimate), "cy": 10.0, "r": 5.0}),
+        {"viewBox": "0 0 240 16", "class": "interval", "role": "img", "aria-label": _ends(axis)},
+        *(
+            element("text", {"class": "mid", "x": axis.x(tick), "y": 12.0}, axis.tick(tick))
+            for tick in axis.ticks
+        ),
     )
 
 
-def shares_svg(shares: Sequence[Cost], styles: Mapping[str, int]) -> Markup:
-    """One bar of the whole width, cut by seconds; its segments are named by the table below it."""
-    total = sum(share.seconds for share in shares) or 1.0
-    names = [f"{share.name} {share.seconds / total:.0%}" for share in shares]
-    at = 0.0
-    segments = []
-    for share in shares:
-        width = 1000 * share.seconds / total
-        place = {"x": at, "y": 0.0, "width": max(0.0, width - 2), "height": 18.0}
-        title = element("title", {}, f"{share.name}: {share.seconds / total:.0%}")
-        segments.append(element("rect", {"class": f"share s{styles[share.name]}", **place}, title))
-        at += width
+def _ends(axis: Axis) -> str:
+    return f"axis from {axis.tick(axis.ticks[0])} to {axis.tick(axis.ticks[-1])}"
+
+
+def interval_svg(found: Interval, axis: Axis, *, style: int) -> Markup:
+    """A value as a mark with whiskers on an axis whose ticks and zero are shown, as wide as its cell."""
+    estimate, low, high = map(axis.told, astuple(found))
+    ticks = [
+        _segment("axis" if axis.is_change and not tick else "grid", (at, at), (0.0, 20.0))
+        for tick in axis.ticks
+        if (at := axis.x(tick))
+    ]
+    spoken = f"{estimate}, {low} to {high}, {_ends(axis)}"
     return element(
         "svg",
-        {
-            "viewBox": "0 0 1000 18",
-            "class": "shares",
-            "preserveAspectRatio": "none",
-            "role": "img",
-            "aria-label": "; ".join(names),
-        },
-        *segments,
+        {"viewBox": "0 0 240 20", "class": "interval", "role": "img", "aria-label": spoken},
+        *ticks,
+        _segment(f"whisker s{style}", (axis.x(found.low), axis.x(found.high)), (10.0, 10.0)),
+        _dot(style, axis.x(found.estimate), 10.0, 5.0),
+    )
+
+
+def share_svg(share: float) -> Markup:
+    """A share of a whole as a bar, as wide as its cell."""
+    return element(
+        "svg",
+        {"viewBox": "0 0 240 20", "class": "interval", "role": "img", "aria-label": f"{share:.0%}"},
+        element("rect", {"class": "rest", "x": 6.0, "y": 5.0, "width": 228.0, "height": 10.0}),
+        element("rect", {"class": "s0", "x": 6.0, "y": 5.0, "width": 228 * share, "height": 10.0}),
     )
 
 
@@ -353,7 +397,7 @@ def figure_file(chart: Chart, rounds: tuple[int, int]) -> str:
         element("style", {}, _style()),
         element("rect", {"class": "ground", "width": width, "height": height}),
         element("text", {"class": "heading", "x": MARGIN, "y": MARGIN + 12}, chart.title),
-        element("text", {"class": "unit", "x": MARGIN, "y": MARGIN + 28}, f"{chart.caption}, over rounds"),
+        element("text", {"class": "unit", "x": MARGIN, "y": MARGIN + 28}, chart.caption),
         element(
             "svg",
             {"x": MARGIN, "y": MARGIN + HEADING, "width": WIDTH, "height": HEIGHT, "overflow": "visible"},

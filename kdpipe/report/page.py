@@ -1,50 +1,31 @@
-"""The report as one HTML file that loads nothing.
-
-`page.html.j2` is the page; the values that it shows are prepared here. The policy in its head lets nothing run or apply
-but its own script and style, named by their digests, so that markup that slipped in somewhere would do nothing.
-"""
+"""The report as one HTML file that loads nothing: `page.html.j2`, whose values are prepared here."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
-import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache, partial
-from importlib.resources import files
+from functools import partial
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from markupsafe import Markup
-
-from kdpipe import __version__
-from kdpipe.pipeline.progress import duration
-from kdpipe.report.charts import AROUND, STYLES, charts
-from kdpipe.report.figure import (
-    Chart,
-    Point,
-    axis_of,
-    chart_svg,
-    interval_svg,
-    rounds_of,
-    shares_svg,
-    thinned,
+from kdpipe.report.charts import charts, zero_charts
+from kdpipe.report.figure import Chart, Point, chart_svg, rounds_of, thinned
+from kdpipe.report.tables import (
+    Table,
+    costs_table,
+    evaluations_table,
+    mismatch_table,
+    samples_table,
 )
+from kdpipe.report.template import template
 from kdpipe.report.tokens_data import Titled, token_data
-from kdpipe.results.comparison import ComparisonRow, cells_of, header_of, notes_on
-from kdpipe.results.evaluations import Evaluation
-from kdpipe.results.measures import Cost, Measures
-from kdpipe.results.verdict import delta, model_name, nats, percent, shown, signed, verdict, warnings
-from kdpipe.results.visible_text import visible
+from kdpipe.results.comparison import ComparisonRow
+from kdpipe.results.measures import Measures
+from kdpipe.results.verdict import model_name, verdict, warnings
 
 MAX_BYTES = 3_000_000
 MAX_TOKEN_BYTES = 2_300_000
 MARGIN_BYTES = 20_000
 MAX_TABLE_ROWS = 60
 MAX_RECIPE_CHARACTERS = 60_000
-MANY = re.compile(r"(pass|maj)_at_[0-9]+")
 
 
 def render(
@@ -61,7 +42,7 @@ def render(
     """
     drawn = charts(measures)
     page = partial(
-        _template().render,
+        template("page").render,
         _shown(measures, drawn),
         stamp=stamp,
         commands=commands,
@@ -73,55 +54,6 @@ def render(
         return frame
     room = min(MAX_TOKEN_BYTES, MAX_BYTES - MARGIN_BYTES - len(frame.encode()))
     return page(tokens=token_data(sets, max_bytes=room))
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=lambda value: value if isinstance(value, Markup) else visible(str(value)),
-        loader=PackageLoader("kdpipe.report", ""),
-    )
-    filters = (duration, embedded, nats, percent, signed)
-    environment.filters |= {function.__name__: function for function in filters}
-    style, script = _resource("style.css"), _resource("script.js")
-    own = {
-        "axis_of": axis_of,
-        "cells_of": cells_of,
-        "header_of": header_of,
-        "delta": delta,
-        "interval_svg": interval_svg,
-        "notes_on": notes_on,
-        "policy": f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; "
-        "base-uri 'none'; form-action 'none'",
-        "script": script,
-        "shares_svg": shares_svg,
-        "shown": shown,
-        "style": style,
-        "styles": STYLES,
-        "version": __version__,
-    }
-    return environment.get_template("page.html.j2", globals=own)
-
-
-def _resource(name: str) -> Markup:
-    return Markup((files("kdpipe.report") / name).read_text(encoding="utf-8"))  # noqa: S704 (our own file)
-
-
-def _digest(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def embedded(value: object) -> Markup:
-    """JSON that can stand inside a script element: nothing in it can end the element or begin a comment."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)  # noqa: S704 (escaped above, as a script element needs it)
 
 
 def _shown(measures: Measures, drawn: Sequence[Chart]) -> dict[str, object]:
@@ -136,49 +68,28 @@ def _shown(measures: Measures, drawn: Sequence[Chart]) -> dict[str, object]:
         "model_name": partial(model_name, measures),
         "verdict": verdict(measures),
         "warnings": warnings(measures),
-        "evaluations": measures.shown,
-        "several": _several_samples(measures.shown),
+        "results": evaluations_table(measures) if measures.shown else None,
+        "samples": samples_table(measures.shown),
+        "words": _words(measures),
         "charts": [(chart, chart_svg(chart, rounds)) for chart in drawn],
         "numbers": _numbers(drawn),
         "readouts": _readouts(drawn),
-        "costs": _costs(measures),
-        "mismatch": _mismatch(measures),
+        "zero": zero_charts(measures),
+        "costs": costs_table(measures),
+        "mismatch": mismatch_table(measures),
         "recipe_text": _recipe_text(measures),
         "provenance": [(name, ", ".join(values)) for name, values in measures.provenance().items()],
         "digests": _digests(measures),
     }
 
 
-def _several_samples(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Which pass@k and maj@k there are, where problems were answered several times."""
-    names = [name for name in (evaluations[0].summary if evaluations else ()) if MANY.fullmatch(name)]
-    return sorted(names, key=lambda name: (name.partition("_")[0] != "pass", int(name.rpartition("_")[2])))
-
-
-def _costs(measures: Measures) -> list[Cost]:
-    """What each stage took, and last what the steps took around them: no step of its own."""
-    found = measures.costs()
-    if found and (around := measures.seconds_around()):
-        found.append(Cost(AROUND, seconds=around))
-    return found
-
-
-def _mismatch(measures: Measures) -> list[tuple[str, ...]]:
-    """What sampler and trainer disagree about in the first, worst and last round."""
-    mean, p99, most = (measures.by_round(f"train/mismatch_nats_{name}") for name in ("mean", "p99", "max"))
-    acted = measures.by_round("train/mismatch_acted_fraction")
-    if not most:
-        return []
-    shown = {"first": min(most), "worst": max(most, key=lambda number: most[number]), "last": max(most)}
-    return [
-        (name, str(at), power(mean[at], sign="+"), power(p99[at]), power(most[at]), percent(acted[at]))
-        for name, at in shown.items()
-    ]
-
-
-def power(value: float, *, sign: str = "") -> str:
-    """A small number as a power of ten."""
-    return f"{value:{sign}.1e}".replace("-", "−")
+def _words(measures: Measures) -> list[str]:
+    """The terms of the results."""
+    several = samples_table(measures.shown) is not None
+    graded = (
+        ["accuracy", *(["pass@k", "maj@k"] if several else [])] if measures.project.recipe.is_graded else []
+    )
+    return [*graded, "95% interval", "paired difference", "reverse KL", "held out", "nats", "truncated"]
 
 
 def _recipe_text(measures: Measures) -> str:
@@ -197,16 +108,8 @@ def _digests(measures: Measures) -> list[tuple[str, str]]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Numbers:
-    """The points of all charts as one table, of every `step`-th round and the last."""
-
-    step: int
-    columns: list[str]
-    rows: list[list[str]]
-
-
-def _numbers(drawn: Sequence[Chart]) -> Numbers:
+def _numbers(drawn: Sequence[Chart]) -> tuple[Table, int]:
+    """The points of all charts as one table, of every so manieth round and the last; and of which."""
     lines = [
         (chart, series)
         for chart in drawn
@@ -222,7 +125,7 @@ def _numbers(drawn: Sequence[Chart]) -> Numbers:
         for chart, series in lines
     ]
     rows = [[str(number), *(column.get(number, "") for column in values)] for number in kept]
-    return Numbers(step, ["round", *names], rows)
+    return Table(["round", *names], rows), step
 
 
 def _readouts(drawn: Sequence[Chart]) -> dict[str, object]:

@@ -6,15 +6,20 @@ again by itself with the same result.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeAlias
+
+import numpy as np
 
 from kdpipe.data.rows import FinishReason, Graded, Problem, Rollout, Source
 from kdpipe.data.seeds import chosen_ids, derive_seed, round_indices
 from kdpipe.engines.handle import ModelHandle
 from kdpipe.engines.protocol import Completion, SampleRequest, Sampling
 from kdpipe.errors import DataError
+from kdpipe.method import statistics
+from kdpipe.method.interval import Interval
 from kdpipe.models.prompting import Text
 from kdpipe.stages.job import Job, mean
 from kdpipe.stages.settings.model import DrawSettings
@@ -102,8 +107,23 @@ def write_metrics(job: Job, prefix: str, rows: Sequence[Rollout]) -> None:
         job.draft.metric(
             f"{prefix}/truncated_fraction", mean([row.finish_reason == "length" for row in rows])
         )
-        if rewards := [row.reward for row in rows if row.reward is not None]:
-            job.draft.metric(f"{prefix}/reward_mean", mean(rewards))
+        graded = [(row.prompt_id, row.reward) for row in rows if row.reward is not None]
+        if graded:
+            job.draft.metric(f"{prefix}/reward_mean", mean([reward for _, reward in graded]))
+            by_prompt = defaultdict[str, list[float]](list)
+            for prompt_id, reward in graded:
+                by_prompt[prompt_id].append(reward)
+            if found := _over_prompts([mean(rewards) for rewards in by_prompt.values()]):
+                job.draft.metric(f"{prefix}/reward_low", found.low)
+                job.draft.metric(f"{prefix}/reward_high", found.high)
+
+
+def _over_prompts(rewards: Sequence[float]) -> Interval | None:
+    """The interval of their mean for other prompts; None where so few prompts tell nothing of it."""
+    if all(0 <= reward <= 1 for reward in rewards):
+        return statistics.wilson(rewards)
+    found = statistics.pooled(np.array([rewards])) if len(rewards) > 1 else None
+    return found if found and found.low < found.high else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,22 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markupsafe import Markup
 
-from kdpipe.report.figure import Chart, Point, Series, chart_svg, element, figure_file, thinned
+from kdpipe.method.interval import Interval
+from kdpipe.pipeline.headline import ACCURACY, REVERSE_KL
+from kdpipe.report.figure import (
+    Axis,
+    Chart,
+    Point,
+    Series,
+    axis_of,
+    axis_svg,
+    change_axis,
+    chart_svg,
+    element,
+    figure_file,
+    interval_svg,
+    thinned,
+)
 from tests.reports import HIT
 
 
@@ -80,15 +95,45 @@ def test_a_figure_needs_no_page_around_it() -> None:
     assert "var(" not in text
     assert not re.search(r"url\(|href|@import|<script", text)
     words = [node.firstChild.data for node in root.getElementsByTagName("text")]
-    assert words[:2] == ["Held-out accuracy", "share; 95% interval, over rounds"]
+    assert words[:2] == ["Held-out accuracy", "share; 95% interval"]
+    assert "round" in words
     assert words[-2:] == ["teacher", "student"]
 
 
-def test_every_line_of_a_figure_has_a_color_of_its_own() -> None:
+def test_every_line_of_a_figure_has_a_color_dashes_and_marks_of_its_own() -> None:
     text = figure_file(labelled("student"), (0, 3))
     style = parseString(text).getElementsByTagName("style")[0].firstChild.data
     strokes = dict(re.findall(r"svg \.line\.(s\d),[^{]*{ stroke: (#[0-9a-f]{6}); }", style))
     assert len(strokes) == len(set(strokes.values())) == 4
+    dashes = dict(re.findall(r"svg \.line\.(s\d) { stroke-dasharray: ([^;]*); }", style))
+    assert len(set(dashes.values())) == 3  # the first one is solid
+    level = Interval(0.5, 0.4, 0.6)
+    shapes = [interval_svg(level, axis_of(ACCURACY, [level]), style=style) for style in range(4)]
+    marks = {re.sub(r"s\d", "", re.findall(r'<\w+ class="dot s\d"[^>]*>', svg)[0]) for svg in shapes}
+    assert len(marks) == 4
+
+
+@pytest.mark.parametrize(
+    ("axis", "told"),
+    [
+        (axis_of(ACCURACY, [Interval(0.1, 0.0, 0.2)]), ["0%", "25%", "50%", "75%", "100%"]),
+        (axis_of(REVERSE_KL, [Interval(0.7, 0.6, 0.85)]), ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+        (change_axis(ACCURACY, [Interval(0.1, -0.02, 0.2)]), ["−5", "0", "+5", "+10", "+15", "+20"]),
+        (change_axis(REVERSE_KL, [Interval(-0.7, -0.8, -0.6)]), ["−0.8", "−0.6", "−0.4", "−0.2", "0"]),
+    ],
+)
+def test_intervals_lie_where_the_ticks_above_them_say(axis: Axis, told: list[str]) -> None:
+    ticks = re.findall(r'x="([\d.]+)" y="12">([^<]*)<', axis_svg(axis))
+    assert [text for _, text in ticks] == told
+    for (x, _), value in zip(ticks, axis.ticks, strict=True):
+        drawn = interval_svg(Interval(value, axis.ticks[0], axis.ticks[-1]), axis, style=0)
+        assert f'cx="{x}"' in drawn
+        assert f'x1="{ticks[0][0]}" x2="{ticks[-1][0]}"' in drawn
+    assert (' class="axis"' in drawn) == axis.is_change  # the line of no difference
+
+
+def test_a_files_colours_are_those_of_the_light_theme() -> None:
+    style = figure_file(labelled("student"), (0, 3))
     assert "#ffffff" in re.search(r"\.ground {[^}]*}", style)[0]  # type: ignore[index]
 
 
@@ -96,5 +141,5 @@ def test_every_line_of_a_figure_has_a_color_of_its_own() -> None:
 def test_text_in_a_figure_stays_text(text: str) -> None:
     root = parseString(figure_file(labelled(text), (0, 3))).documentElement
     assert {node.tagName for node in root.getElementsByTagName("*")} <= {
-        "svg", "style", "rect", "text", "title", "desc", "line", "polyline", "circle"
+        "svg", "style", "rect", "text", "title", "desc", "line", "polyline", "polygon"
     }  # fmt: skip

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
@@ -30,10 +30,12 @@ from typer.testing import CliRunner
 
 from kdpipe.cli.app import app
 from kdpipe.data.tables import SCORES, read_lists, read_scores, write_rows
+from kdpipe.method.statistics import wilson
 from kdpipe.pipeline.project import Project
-from kdpipe.report.charts import charts
+from kdpipe.report.charts import charts, zero_charts
 from kdpipe.report.figure import element
-from kdpipe.report.page import MAX_BYTES, embedded, render
+from kdpipe.report.page import MAX_BYTES, render
+from kdpipe.report.template import embedded
 from kdpipe.report.tokens_data import UNITS, Titled, titled_completions, token_data
 from kdpipe.report.writing import is_current, renew_report, report_path, stamp, write_report
 from kdpipe.results.comparison import ComparisonRow, Contender, cells_of, compare, read_contender
@@ -42,6 +44,7 @@ from kdpipe.results.reader import Reader
 from kdpipe.results.top_logprobs import KeptStates
 from kdpipe.results.verdict import warnings
 from kdpipe.results.visible_text import visible
+from kdpipe.stages.sampling import _over_prompts
 from tests.reports import NASTY, page_of, story
 from tests.worlds import load_tiny, run_near
 
@@ -126,7 +129,7 @@ def test_the_headline_table_shows_the_summaries(project: Project, page: str) -> 
         low, high = 100 * summary["accuracy_low"], 100 * summary["accuracy_high"]
         assert f"{low:.1f}% to {high:.1f}%" in page
         if "reverse_kl_exact_nats" in summary:
-            assert f">{summary['reverse_kl_exact_nats']:.3f}<" in page
+            assert f">{summary['reverse_kl_exact_nats']:.3f} (" in page
 
 
 def test_the_token_view_holds_the_numbers_of_the_tables(project: Project, page: str) -> None:
@@ -171,6 +174,42 @@ def test_every_curve_has_the_values_of_its_metrics(project: Project, page: str) 
             for row in table(project, f"rollout@{number}", "rollouts.parquet")
         ]
         assert float(text) == pytest.approx(np.mean(lengths), rel=5e-3)
+
+
+def test_a_chart_that_is_zero_all_along_is_left_out_and_named(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measures, by_round = Measures(project), Measures.by_round
+    assert zero_charts(measures) == []
+    monkeypatch.setattr(
+        Measures,
+        "by_round",
+        lambda self, name: {1: 0.0, 2: 0.0} if name == "rollout/truncated_fraction" else by_round(self, name),
+    )
+    assert "truncated" not in [chart.key for chart in charts(measures)]
+    assert zero_charts(measures) == ["Truncated samples (share)"]
+    assert "not drawn: Truncated samples (share)" in render(measures, [], stamp="0", commands=[])
+
+
+def test_the_reward_of_a_round_has_an_interval_over_its_prompts(project: Project) -> None:
+    [chart] = [chart for chart in charts(Measures(project)) if chart.key == "reward"]
+    for point in chart.series[0].points:
+        rows = table(project, f"rollout@{point.round}", "rollouts.parquet")
+        by_prompt: dict[str, list[float]] = {}
+        for row in rows:
+            by_prompt.setdefault(row["prompt_id"], []).append(row["reward"])
+        expected = wilson([float(np.mean(rewards)) for rewards in by_prompt.values()])
+        assert (point.value, point.low, point.high) == pytest.approx(astuple(expected))
+
+
+@pytest.mark.parametrize(
+    ("rewards", "bounds"), [([0.5, 2.5], (-11.206, 14.206)), ([2.0, 2.0], None), ([3.0], None)]
+)
+def test_rewards_beyond_0_to_1_have_a_mean_with_students_t(
+    rewards: list[float], bounds: tuple[float, float] | None
+) -> None:
+    found = _over_prompts(rewards)
+    assert (found and (found.low, found.high)) == (bounds and pytest.approx(bounds, abs=1e-3))
 
 
 def test_gradient_norms_are_those_of_the_optimizer_steps_of_a_round(project: Project) -> None:
@@ -388,14 +427,16 @@ def test_nasty_texts_in_the_template_are_text_and_what_does_not_print_is_written
     assert [tag for tag, _ in outline.elements] == [tag for tag, _ in plain.elements]
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", page)
     for text in NASTY:
-        for place in ("pre", "div", "th"):  # commands, names of runs, what tells recipes apart
+        for place in ("pre", "span"):  # commands, names of runs, what tells recipes apart
             assert visible(text) in "".join(outline.of(place))
     page.encode("utf-8")
 
 
 def test_the_template_escapes_everything() -> None:
-    text = (files("kdpipe.report") / "page.html.j2").read_text(encoding="utf-8")
-    assert not re.search(r"\|\s*safe\b|autoescape", text)
+    templates = [one for one in files("kdpipe.report").iterdir() if one.name.endswith(".j2")]
+    assert len(templates) > 2
+    for one in templates:
+        assert not re.search(r"\|\s*safe\b|autoescape", one.read_text(encoding="utf-8"))
 
 
 # --------------------------------------------------------------------------------------------- its bound
