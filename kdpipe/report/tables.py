@@ -1,4 +1,7 @@
-"""The tables of the page, each cell as it is shown; on a narrow screen a row becomes lines of `column: cell`."""
+"""The tables of the pages, each cell as it is shown.
+
+On a narrow screen a row becomes lines of `column: cell`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ MANY = re.compile(r"(pass|maj)_at_[0-9]+")
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Columns and rows of text, or of drawings and texts that are markup already; a row's first cell is its name."""
+    """Columns and rows of text and of drawings, which are markup already; a row's first cell is its name."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -109,7 +112,7 @@ def named(row: ComparisonRow) -> str:
 
 
 def costs_table(measures: Measures) -> Table | None:
-    """What each stage took, then what the steps took around them, then all of it; None before the first step."""
+    """What each stage took, what the steps took around them, and all of it; None before the first step."""
     found = measures.costs()
     if not found:
         return None

@@ -459,6 +459,53 @@ def test_no_width_scrolls_sideways(open_page: Callable[..., Page], name: str, si
         assert wide[0] <= wide[1] <= wide[2] == size[0]
 
 
+SHOWN = """
+(() => [...document.querySelectorAll('.stacked td:not(:empty)')].map((cell) => {
+  const box = cell.getBoundingClientRect();
+  return [cell.textContent, cell.dataset.column ?? null, getComputedStyle(cell, '::before').content,
+    box.width > 0 && box.height > 0 && box.left >= 0 && box.right <= innerWidth
+      && cell.scrollWidth <= cell.clientWidth];
+}))()
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_shows_every_cell_of_every_table_with_its_column(
+    open_page: Callable[..., Page], scheme: str
+) -> None:
+    page = open_page("run.html", (390, 844), scheme)
+    cells = page.js(SHOWN.strip())
+    assert len(cells) > 40
+    assert [cell for cell in cells if not cell[3]] == []
+    assert {column for _, column, _, _ in cells} >= {"accuracy", "95% interval", "truncated", "p99", "tokens"}
+    assert all(written == f'"{column}"' for _, column, written, _ in cells if column)
+
+
+@pytest.mark.parametrize("size", [PHONE, WIDE])
+def test_tables_are_tables_to_a_screen_reader_at_every_width(
+    open_page: Callable[..., Page], size: tuple[int, int]
+) -> None:
+    page = open_page("run.html", size)
+    page.cdp("Accessibility.enable")
+    nodes = page.cdp("Accessibility.getFullAXTree")["nodes"]
+    roles = [node["role"]["value"] for node in nodes if not node["ignored"]]
+    assert roles.count("table") == page.js("document.querySelectorAll('.stacked').length") == 3
+    assert roles.count("rowheader") == page.js("document.querySelectorAll('.stacked tbody tr').length")
+
+
+def test_what_words_mean_is_told_where_they_stand_by_keyboard_and_touch(
+    open_page: Callable[..., Page],
+) -> None:
+    page = open_page("run.html", PHONE)
+    for section in ("verdict", "headroom", "curves", "mismatch"):
+        page.js("document.querySelector(arguments[0]).focus()", f"#{section} .terms summary")
+        assert not page.js("document.querySelector(arguments[0]).open", f"#{section} .terms")
+        page.press("ENTER")
+        assert page.js("document.querySelector(arguments[0]).open", f"#{section} .terms")
+    words = page.js("[...document.querySelectorAll('.terms dt')].map((one) => one.textContent)")
+    assert {"reverse KL", "headroom", "gate", "a control acts on", "truncated"} <= set(words)
+
+
 def test_the_tip_stays_on_a_phones_screen(open_page: Callable[..., Page]) -> None:
     page = open_page("nasty.html", PHONE)
     for at in range(3):
