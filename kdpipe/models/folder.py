@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ import torch
 from pydantic import JsonValue
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.logging import disable_progress_bar
 
@@ -66,15 +68,7 @@ def open_model(
             f"{folder}: {len(missing)} weights of the model are not in its files, the first is {missing[0]}",
             hint="the folder holds another architecture, an adapter, or an incomplete copy",
         )
-    others = set(left_out(folder)[1])
-    if unexpected := sorted(
-        name for name in info["unexpected_keys"] if name not in others and not _NO_WEIGHTS.search(name)
-    ):
-        raise ModelError(
-            f"{folder}: {len(unexpected)} weights in its files are none of {type(model).__name__} as its config.json "
-            f"has it, the first is {unexpected[0][:100]}: without them it would be another model",
-            hint="see its architecture and its number of layers, or take those weights out of the files",
-        )
+    _require_no_others(folder, model, info["unexpected_keys"])
     model = model.to(device).eval()
     _align(model)
     _require_finite(model, folder)
@@ -176,8 +170,14 @@ class Architecture:
     settings: dict[str, JsonValue]
 
 
-def read_architecture(folder: Path, *, trust_remote_code: bool = False) -> Architecture:
-    """The architecture of the model in a folder; reads no weights, raises ModelError if it is none."""
+def read_architecture(
+    folder: Path, *, trust_remote_code: bool = False, is_quantized: bool = False
+) -> Architecture:
+    """The architecture of the model in a folder; reads no weights, but their names.
+
+    Raises ModelError if it is none, or its files hold weights that it does not have. That cannot be told of quantized
+    ones, which go by names of their own: `is_quantized` says that an engine was told so, where config.json does not.
+    """
     _require_weights(folder)
     model = skeleton(folder, trust_remote_code=trust_remote_code)
     head = model.get_output_embeddings()
@@ -185,11 +185,14 @@ def read_architecture(folder: Path, *, trust_remote_code: bool = False) -> Archi
         raise ModelError(f"{folder}: {type(model).__name__} has no output head of its own")
     named = model.named_parameters(remove_duplicate=False)
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    is_quantized = is_quantized or "quantization_config" in settings
+    if not is_quantized:
+        _require_no_others(folder, model, _others_in_files(folder, model))
     return Architecture(
         context=context_of(model.config),
         rows=head.weight.shape[0],
         head_names=tuple(name for name, tensor in named if tensor is head.weight),
-        is_quantized="quantization_config" in settings,
+        is_quantized=is_quantized,
         settings={name: value for name, value in settings.items() if name not in _CONFIG_HISTORY},
     )
 
@@ -356,6 +359,33 @@ def _require_known_numbers(folder: Path) -> None:
         raise ModelError(
             f"{folder}: quant_method is {method!r}, which transformers does not know",
             hint=f"it knows {known}",
+        )
+
+
+def _others_in_files(folder: Path, model: PreTrainedModel) -> Iterator[str]:
+    """Names in a folder's files that transformers would find no place for in the model."""
+    held = model.state_dict()
+    mapping = get_model_conversion_mapping(model, TEXT_KEYS if left_out(folder)[0] else None)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    prefix = model.base_model_prefix
+    for name in tensors_of(folder):
+        forms = (
+            rename_source_key(name, *how, prefix, held)[0] for how in ((renamings, converters), ([], []))
+        )
+        if held.keys().isdisjoint(forms) and not any(pattern.search(name) for pattern in ignored):
+            yield name
+
+
+def _require_no_others(folder: Path, model: PreTrainedModel, unexpected: Iterable[str]) -> None:
+    """Raises ModelError on weights in the files of a folder that are none of its model."""
+    known = set(left_out(folder)[1])
+    if others := sorted(name for name in unexpected if name not in known and not _NO_WEIGHTS.search(name)):
+        raise ModelError(
+            f"{folder}: {len(others)} weights in its files are none of {type(model).__name__} as its config.json "
+            f"has it, the first is {others[0][:100]}: without them it would be another model",
+            hint="see its architecture and its number of layers, or take those weights out of the files",
         )
 
 

@@ -180,7 +180,7 @@ def engine_of(
 
 def options_of(tmp_path: Path, settings: Vllm = DEFAULTS, **changes: Any) -> dict[str, Any]:
     source = source_of(tmp_path)
-    architecture = read_architecture(source.folder)
+    architecture = read_architecture(source.folder, is_quantized="quantization" in changes)
     device = changes.pop("device", CPU)
     return engine_of(settings, device=device).options(replace(source, **changes), architecture)
 

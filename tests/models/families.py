@@ -22,7 +22,7 @@ from kdpipe.engines.protocol import Completion, SampleRequest, Sampling, ScoreRe
 from kdpipe.errors import EngineError, ModelError
 from kdpipe.models.batching import make_batch
 from kdpipe.models.cache import ModelCache
-from kdpipe.models.folder import open_model, read_head
+from kdpipe.models.folder import open_model, read_architecture, read_head
 from kdpipe.models.logprobs import token_logprobs
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.models import Optimizer
@@ -307,6 +307,7 @@ def outcome(name: str, folder: Path) -> str:
         pairs = _sampled(engine, Peer(folder))
     except (ModelError, EngineError) as error:
         return f"refused: {error.what.replace(f'{folder}: ', '')}"
+    read_architecture(folder)  # its files hold no weights but the model's
     _require_scores(engine, Peer(folder), pairs)
     _require_training(folder, pairs[3:5], folder / "trained")
     return "right" if warning is None else "right, slowly"

@@ -115,6 +115,19 @@ def test_weights_that_are_not_those_of_the_model_are_refused(
         open_model(folder, dtype=torch.float32, device=CPU)
 
 
+@pytest.mark.parametrize("case", [name for name, (_, said) in OTHERS.items() if "hold" not in said][:5])
+def test_an_engine_that_reads_the_files_itself_is_given_no_other_weights(
+    case: str, copied: Callable[[str], Path]
+) -> None:
+    folder = copied("llama")
+    wanted = read_architecture(folder)
+    spoil, said = OTHERS[case]
+    spoil(folder)
+    with pytest.raises(ModelError, match=said):
+        read_architecture(folder)
+    assert read_architecture(folder, is_quantized=True).rows == wanted.rows
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_constants_that_old_versions_wrote_are_no_weights(name: str, copied: Callable[[str], Path]) -> None:
     folder = copied(name)
@@ -126,6 +139,7 @@ def test_constants_that_old_versions_wrote_are_no_weights(name: str, copied: Cal
         "model.embeddings.position_ids",
     )(folder)
     cast("transformer.h.0.attn.bias", torch.uint8)(folder)
+    read_architecture(folder)
     found = open_model(folder, dtype=torch.float32, device=CPU).state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)

@@ -63,7 +63,7 @@ class _Started:
     @property
     def is_quantized(self) -> bool:
         """Whether weights are stored in fewer bits: such a model is started with, never loaded in place."""
-        return self.source.quantization is not None or self.architecture.is_quantized
+        return self.architecture.is_quantized
 
     def takes(self, source: ModelSource, architecture: Architecture) -> bool:
         """Whether that model's weights can take the place of those that vLLM holds."""
@@ -101,7 +101,11 @@ class VllmEngine:
         if started is not None and self._source and replace(self._source, folder=source.folder) == source:
             started.process.wake()
             return
-        architecture = read_architecture(source.folder, trust_remote_code=source.trust_remote_code)
+        architecture = read_architecture(
+            source.folder,
+            trust_remote_code=source.trust_remote_code,
+            is_quantized=source.quantization is not None,
+        )
         self._source = None
         if started is None or not started.takes(source, architecture):
             self.close()
@@ -151,7 +155,7 @@ class VllmEngine:
             "kv_cache_memory_bytes": None if gib is None else round(gib * 2**30),
             "enable_sleep_mode": self._sleeps,
         }
-        if source.quantization is not None or architecture.is_quantized:
+        if architecture.is_quantized:
             return {**options, "quantization": source.quantization}
         return {**options, "load_format": "dummy", "hf_overrides": {"tie_word_embeddings": False}}
 
