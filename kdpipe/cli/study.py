@@ -63,8 +63,14 @@ def arms(
     given: Given,
     seeds: Annotated[int, typer.Option(min=1, help="How many, from the recipe's own seed on.")] = 3,
     which: Annotated[
-        str, typer.Option("--arms", metavar="A,B", help="Which arms, in the order of the table.")
-    ] = "kd,rl,kdrl,shuffled-teacher,self-teacher",
+        str | None,
+        typer.Option(
+            "--arms",
+            metavar="A,B",
+            help="Which arms, in the order of the table.",
+            show_default="all that the recipe can have",
+        ),
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Only the first N rounds of each run.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the runs and what they need; run none.")
@@ -75,15 +81,20 @@ def arms(
     """Run a recipe's control arms on several seeds.
 
     Their comparison shows where a gain comes from. Each arm is compared with student 0. Arms: kd, rl, kdrl (both),
-    shuffled-teacher (the scores of another prompt's completion) and self-teacher (the student itself). Each is an
-    ordinary run; they share what does not depend on the arm. Repeating the command resumes.
+    shuffled-teacher (the scores of another prompt's completion), self-teacher (the student itself) and
+    constant-advantage (one fixed negative signal at every token). Each is an ordinary run; they share what does not
+    depend on the arm. Repeating the command resumes.
 
     Example: kdpipe arms quickstart --seeds 3 --set rollout.samples=4 --set rollout.prompts=32
     """
-    from kdpipe.results.studies import arm_runs, parse_arms
+    from kdpipe.results.studies import arm_runs, parse_arms, possible_arms
 
     given = given._replace(trusts=trust)
-    study = arm_runs(given.load().recipe, parse_arms(which), seeds=seeds)
+    loaded = given.load()
+    wanted, left_out = (parse_arms(which), []) if which is not None else possible_arms(loaded)
+    for error in left_out:
+        say(f"left out: {error.message}\n  {error.hint}")
+    study = arm_runs(loaded, wanted, seeds=seeds)
     if dry_run:
         _print_forecast(given, study, rounds)
     else:
@@ -104,7 +115,7 @@ def _print_forecast(given: Given, study: "list[ArmRun]", rounds: int | None) -> 
             {"arm": one.arm, "seed": one.seed, "run": run, "set": one.overrides, **asdict(needs)}
         )
         lines.append(
-            f"{one.arm:<16}  seed {one.seed}  {run}  {needs.steps:,} steps, {needs.todo - needs.shared:,} to do"
+            f"{one.arm:<18}  seed {one.seed}  {run}  {needs.steps:,} steps, {needs.todo - needs.shared:,} to do"
             f"{shared if needs.shared else ''}"
         )
     total = sum(needs.todo - needs.shared for needs in found)

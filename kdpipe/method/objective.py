@@ -161,7 +161,9 @@ def _signal_metrics(
     """
     at = batch.compared(objective)
     is_rounding_N = at & (not isinstance(objective.kd, K1LossTerm))
-    difference_N = None if batch.teacher is None else batch.teacher - student_N
+    difference_N = batch.signal
+    if difference_N is None and batch.teacher is not None:
+        difference_N = batch.teacher - student_N
     for read_N in (difference_N, distribution_N, batch.baseline):
         if read_N is not None:
             is_rounding_N = is_rounding_N & (read_N.detach().abs() <= ROUNDING_NATS)
@@ -264,7 +266,10 @@ def _sampled_token_term(
     kd: losses.SampledKd, batch: TokenBatch, student_N: Tensor, distribution_N: Tensor | None, at: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The weighted term at the positions `at`, and how many of them the ratio control acted on."""
-    student, teacher = student_N[at], _needed(batch.teacher, "TokenBatch.teacher")[at].detach()
+    student = student_N[at]
+    teacher = _needed(batch.teacher, "TokenBatch.teacher")[at].detach()
+    if batch.signal is not None:
+        teacher = student.detach() + batch.signal[at]
     # Tokens that are not looked at keep their place in the discounting and contribute d = 0.
     difference_N = torch.zeros_like(student_N.detach()).index_put((at,), teacher - student.detach())
     baseline = _baseline(kd, batch, distribution_N, at)

@@ -35,6 +35,7 @@ class TokenBatch:
     the completion: values there are never read. `share` is the weight of each token in the optimizer
     step's loss (see `shares`). `lengths` are the tokens of each completion, N in all. `off_policy` is True in text
     that the student did not sample, which has neither b, p, A, baseline nor KD mask: none of them is read there.
+    `signal` is what a control puts in the place of q - s.
     """
 
     behaviour: Tensor
@@ -48,6 +49,7 @@ class TokenBatch:
     teacher: Tensor | None = None
     baseline: Tensor | None = None
     off_policy: Tensor | None = None
+    signal: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = (sum(self.lengths),)

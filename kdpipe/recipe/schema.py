@@ -361,7 +361,7 @@ def _control(recipe: Recipe) -> Iterator[str]:
     control = recipe.train.control
     if control == "none":
         return
-    if len(recipe.teachers) > 1:
+    if len(recipe.teachers) > 1 and control != "constant_advantage":
         yield f"train.control {control} goes with a single teacher"
     if not recipe.train.objective.has_kd:
         yield f"train.control {control} needs an objective with a KD term"

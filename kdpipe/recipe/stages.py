@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from kdpipe.recipe.models import Optimizer
-from kdpipe.recipe.objective import Objective, SampledTerm
+from kdpipe.recipe.objective import Objective, RklTerm, SampledTerm
 from kdpipe.recipe.section import Count, EngineName, Fraction, Positive, Section, Seed, TextSource
 
 
@@ -80,7 +80,8 @@ class TrainSection(Section):
     """How a round's rows become optimizer steps: `epochs` passes of `minibatches` steps each.
 
     The control `shuffled_teacher` gives position t of a completion the scores of position t, wrapped, of a completion
-    of another prompt; with `self_teacher` the teacher is the student that sampled.
+    of another prompt; with `self_teacher` the teacher is the student that sampled; `constant_advantage` has -1 in the
+    place of q - s at every sampled token, whatever the teacher says.
     """
 
     objective: Objective = Objective.model_construct()
@@ -91,10 +92,23 @@ class TrainSection(Section):
     """Optimizer steps of a pass over the round."""
     epochs: Count = 1
     """Passes over the round."""
-    control: Literal["none", "shuffled_teacher", "self_teacher"] = "none"
-    """Makes the recipe a control arm: shuffled scores, or the student as its own teacher."""
+    control: Literal["none", "shuffled_teacher", "self_teacher", "constant_advantage"] = "none"
+    """Makes the recipe a control arm: shuffled scores, the student as its own teacher, or one fixed signal."""
     seed: Seed | None = None
     """Replaces the recipe's seed here; null is the recipe's."""
+
+    def faults(self) -> Iterator[str]:
+        """What has no signal q - s at each sampled token, in whose place a constant could stand."""
+        kd = self.objective.kd
+        if self.control != "constant_advantage":
+            return
+        if self.objective.kind == "srpo":
+            yield "control constant_advantage goes with kind kd, kdrl or then: srpo's signal is one with the reward's"
+        if not isinstance(kd, RklTerm) or kd.gamma or kd.baseline != "none":
+            yield (
+                "control constant_advantage takes the place of q - s at each sampled token: it needs kd: rkl without "
+                "gamma and baseline"
+            )
 
     def lone_baselines(self, rollout: RolloutSection) -> Iterator[str]:
         """Faults of a mean over the others of a group or step in which there are none."""

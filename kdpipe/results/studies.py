@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from pydantic import JsonValue
 from kdpipe.errors import RecipeError
 from kdpipe.pipeline.project import Project
 from kdpipe.pipeline.runs import RunFolder
+from kdpipe.recipe.file import LoadedRecipe, read_recipe
+from kdpipe.recipe.objective import Objective, SampledTerm
 from kdpipe.recipe.schema import Recipe, ScratchTeacher
 from kdpipe.recipe.sweep import require_runs
 from kdpipe.store.durable import parse_json, write_bytes, write_json
@@ -33,11 +36,13 @@ from kdpipe.store.step import canonical
 if TYPE_CHECKING:
     from kdpipe.results.comparison import ComparisonRow, Contender
 
-ArmName = Literal["kd", "rl", "kdrl", "shuffled-teacher", "self-teacher"]
+ArmName = Literal["kd", "rl", "kdrl", "shuffled-teacher", "self-teacher", "constant-advantage"]
 ARMS: tuple[ArmName, ...] = get_args(ArmName)
 BEFORE = "before training"
 MAX_SEED = 2**31
 StudyKind = Literal["arms", "sweep"]
+Obstacle = tuple[str, str]
+"""Why a recipe cannot have an arm, and what to set."""
 STUDIES = "studies"
 NOTE = "study.json"
 COMPARISON = "comparison.json"
@@ -137,16 +142,31 @@ def parse_arms(text: str) -> tuple[ArmName, ...]:
     return tuple(arm for name in names for arm in ARMS if arm == name)
 
 
-def arm_runs(recipe: Recipe, arms: Sequence[ArmName], *, seeds: int) -> list[ArmRun]:
+def possible_arms(loaded: LoadedRecipe) -> tuple[tuple[ArmName, ...], list[RecipeError]]:
+    """The arms that a recipe can have, and for each other one why not.
+
+    Raises RecipeError where none is possible.
+    """
+    found = {arm: obstacle(loaded, arm) for arm in ARMS}
+    possible = tuple(arm for arm, error in found.items() if error is None)
+    others = [error for error in found.values() if error is not None]
+    if not possible:
+        raise others[0]
+    return possible, others
+
+
+def arm_runs(loaded: LoadedRecipe, arms: Sequence[ArmName], *, seeds: int) -> list[ArmRun]:
     """The runs of a study, seed after seed from the recipe's own on.
 
     Raises RecipeError where an arm is not possible.
     """
+    recipe = loaded.recipe
     require_runs(seeds * len(arms))
     if recipe.seed + seeds > MAX_SEED:
         raise RecipeError(f"--seeds {seeds}: beyond the largest seed, {MAX_SEED - 1}")
-    for arm in arms:
-        _require_possible(recipe, arm)
+    for error in (obstacle(loaded, arm) for arm in arms):
+        if error is not None:
+            raise RecipeError(error.message, hint=f"{error.hint}; or leave the arm out of --arms")
     return [
         ArmRun(arm, seed, (f"seed={seed}", *_changes(recipe, arm)))
         for seed in range(recipe.seed, recipe.seed + seeds)
@@ -154,51 +174,144 @@ def arm_runs(recipe: Recipe, arms: Sequence[ArmName], *, seeds: int) -> list[Arm
     ]
 
 
-def _require_possible(recipe: Recipe, arm: ArmName) -> None:
-    possible: tuple[ArmName, ...] = ("kd", "shuffled-teacher")
-    if not recipe.is_graded and arm not in possible:
-        why = (
-            "the student's distance to itself is no result" if arm == "self-teacher" else "there is no reward"
-        )
-        raise RecipeError(
-            f"arm {arm}: task.grader is none, and {why}", hint=f"leave it out: --arms {','.join(possible)}"
-        )
+def obstacle(loaded: LoadedRecipe, arm: ArmName) -> RecipeError | None:
+    """Why the recipe cannot have this arm, with what to set, or None."""
+    recipe = loaded.recipe
+    known = _rl_obstacle(recipe) if arm in ("rl", "kdrl") else None
+    known = known or (_no_kd_obstacle(recipe) if arm == "rl" else _kd_obstacle(recipe))
+    known = known or _control_obstacle(recipe, arm)
+    if known is not None:
+        why, instead = known
+        return RecipeError(f"arm {arm}: {why}", hint=instead)
+    changes = _changes(recipe, arm)
+    try:
+        read_recipe(loaded.text, str(loaded.path), (*loaded.overrides, *changes))
+    except RecipeError as error:
+        sets = " ".join(f"--set {change}" for change in changes)
+        return RecipeError(f"arm {arm}: {sets} does not go with the recipe: {error.message}", hint=error.hint)
+    return None
+
+
+def _rl_obstacle(recipe: Recipe) -> Obstacle | None:
+    """What an RL term lacks in the recipe."""
     samples, prompts = recipe.rollout.samples, recipe.rollout.prompts
-    if arm in ("rl", "kdrl") and samples == 1:
-        fewer = f" --set rollout.prompts={prompts // 4}" if prompts % 4 == 0 else ""
-        raise RecipeError(
-            f"arm {arm}: rollout.samples is 1, and a group of one has no advantage",
-            hint=f"give every arm groups: --set rollout.samples=4{fewer}"
-            + (" (as many completions as now)" if fewer else "")
-            + ", or leave arms out with --arms kd,shuffled-teacher,self-teacher",
+    if not recipe.is_graded:
+        return "task.grader is none, and there is no reward", "give the task a grader"
+    if samples == 1:
+        fewer = (
+            f" --set rollout.prompts={prompts // 4} (as many completions as now)" if prompts % 4 == 0 else ""
         )
-    if arm == "self-teacher" and recipe.has_teacher_text:
-        raise RecipeError(
-            "arm self-teacher: the teacher also writes text that the student learns, and the student cannot",
-            hint="take text: reference, or leave the arm out with --arms",
+        return (
+            "rollout.samples is 1, and a group of one has no advantage",
+            f"give every arm groups: --set rollout.samples=4{fewer}",
         )
+    if recipe.train.objective.rl_weight == 0:
+        return "train.objective.rl_weight is 0", "give every arm one: --set train.objective.rl_weight=1"
+    return None
+
+
+def _no_kd_obstacle(recipe: Recipe) -> Obstacle | None:
+    """What goes by the KD term's weight, where there is no KD term."""
+    rollout = recipe.rollout
+    if rollout.on_policy_fraction == 1:
+        return None
+    unset = ["rollout.on_policy_fraction=1"]
+    unset += ["rollout.off_policy_text=reference"] if rollout.off_policy_text != "reference" else []
+    unset += ["train.objective.off_policy_term=null"] if recipe.train.objective.off_policy_term else []
+    why = "the other text takes the KD term's weight, which this arm has not"
+    return (
+        f"rollout.on_policy_fraction is {rollout.on_policy_fraction:g}, and {why}",
+        f"give no arm other text: {' '.join(f'--set {one}' for one in unset)}",
+    )
+
+
+def _kd_obstacle(recipe: Recipe) -> Obstacle | None:
+    """What a KD term lacks in the recipe."""
+    objective = recipe.train.objective
+    if objective.distill_weight == 0 == (objective.distill_schedule.end or 0):
+        return (
+            "train.objective.distill_weight is 0",
+            "give every arm one: --set train.objective.distill_weight=1",
+        )
+    return None
+
+
+def _control_obstacle(recipe: Recipe, arm: ArmName) -> Obstacle | None:
+    """What keeps the recipe from being this control."""
+    match arm:
+        case "shuffled-teacher" if len(recipe.teachers) > 1:
+            return "scores are shuffled of a single teacher, and there are several", "name one teacher"
+        case "shuffled-teacher" if recipe.rollout.prompts == 1:
+            return "rollout.prompts is 1, and there is no other prompt", "--set rollout.prompts=2"
+        case "self-teacher" if not recipe.is_graded:
+            why = "task.grader is none, and the student's distance to itself is no result"
+            return why, "give the task a grader"
+        case "self-teacher" if recipe.has_teacher_text:
+            why = "the teacher also writes text that the student learns, and the student cannot"
+            return why, "take text: reference"
+        case "constant-advantage":
+            return _constant_obstacle(recipe)
+    return None
+
+
+def _constant_obstacle(recipe: Recipe) -> Obstacle | None:
+    """Where a constant cannot stand for the teacher: in text that the student did not sample."""
+    rollout, objective = recipe.rollout, recipe.train.objective
+    if rollout.on_policy_prompts == 0:
+        why = f"rollout.on_policy_fraction is {rollout.on_policy_fraction:g}, and the student samples nothing"
+        return why, "let it sample: --set rollout.on_policy_fraction=0.5"
+    if rollout.on_policy_fraction < 1 and objective.off_policy_loss == "kd":
+        return (
+            "other text is compared with the teacher's distribution, which a constant is not",
+            "give every arm its cross-entropy: --set train.objective.off_policy_term=cross_entropy",
+        )
+    return None
 
 
 def _changes(recipe: Recipe, arm: ArmName) -> list[str]:
-    """What makes the recipe this arm. Weights and the KD term stay as they are."""
+    """What makes the recipe this arm; weights and KD term stay, but for a weight that ends at 0."""
     objective = "train.objective"
     plain = [f"{objective}.kd_rounds=null", f"{objective}.mask=none"]
     shared = _teacher_seeds(recipe)
+    uncontrolled = [] if recipe.train.control == "none" else ["train.control=none"]
+    alone = [f"{objective}.kind=kd", *plain, *_lasting(recipe.train.objective)]
+    taught = [*shared, *alone]
     match arm:
         case "kd":
-            return [*shared, f"{objective}.kind=kd", *plain]
+            return [*taught, *uncontrolled]
         case "rl":
-            return [*shared, f"{objective}.kind=grpo", *plain, f"{objective}.distill_schedule={{}}"]
+            unscheduled = f"{objective}.distill_schedule={{}}"
+            return [*shared, f"{objective}.kind=grpo", *plain, unscheduled, *uncontrolled]
         case "kdrl":
-            mask = recipe.train.objective.mask
-            return [*shared, f"{objective}.kind=kdrl", *plain[:1], f"{objective}.mask={mask}"]
+            both = [f"{objective}.kind=kdrl", plain[0], f"{objective}.mask={recipe.train.objective.mask}"]
+            return [*shared, *both, *uncontrolled]
         case "shuffled-teacher":
-            return [*shared, f"{objective}.kind=kd", *plain, "train.control=shuffled_teacher"]
+            return [*taught, "train.control=shuffled_teacher"]
         case "self-teacher":
             # Neither a headroom over itself nor a distance to itself says anything.
             unasked = ["evaluate.teacher=false", "evaluate.reverse_kl_problems=0"]
             own = [f"teachers=[{{name: {recipe.teacher.name}, self: current}}]", "train.control=self_teacher"]
-            return [f"{objective}.kind=kd", *plain, *own, *unasked]
+            return [*alone, *own, *unasked]
+        case "constant-advantage":
+            term = f"{objective}.kd={json.dumps(_sampled(recipe.train.objective))}"
+            kept = ["teacher_score.keep=auto", "teacher_score.logprobs=float32"]
+            return [*taught, term, *kept, "train.control=constant_advantage"]
+
+
+def _lasting(objective: Objective) -> list[str]:
+    """The larger weight, for all steps, of a schedule with a 0, which leaves such steps to an RL term."""
+    if 0 not in (objective.distill_weight, objective.distill_schedule.end):
+        return []
+    weight = max(objective.distill_weight, objective.distill_schedule.end or 0)
+    return ["train.objective.distill_schedule={}", f"train.objective.distill_weight={weight:g}"]
+
+
+def _sampled(objective: Objective) -> dict[str, JsonValue]:
+    """The sampled-token term in which a constant can stand, with the recipe's own treatment of ratios."""
+    kept: dict[str, JsonValue] = {}
+    if isinstance(objective.kd, SampledTerm):
+        kept = objective.kd.model_dump(mode="json", include={"ratio", "decoupled"}, exclude_none=True)
+    return {"term": "rkl", **kept}
 
 
 def _teacher_seeds(recipe: Recipe) -> list[str]:

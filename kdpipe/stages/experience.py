@@ -166,8 +166,14 @@ def _kept(objective: Objective, rollout: Rollout, end_ids: Sequence[int]) -> npt
     return kept
 
 
-def token_batch(rows: Sequence[Experience], share: Mapping[int, float], device: torch.device) -> TokenBatch:
-    """The per-token data of rows, one after another."""
+def token_batch(
+    rows: Sequence[Experience],
+    share: Mapping[int, float],
+    device: torch.device,
+    *,
+    signal: float | None = None,
+) -> TokenBatch:
+    """The per-token data of rows, one after another; `signal` stands in the place of q - s."""
 
     def column(arrays: Iterable[npt.NDArray[Any]]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(list(arrays))).to(device)
@@ -190,6 +196,7 @@ def token_batch(rows: Sequence[Experience], share: Mapping[int, float], device: 
         teacher=column(score.teacher_logprobs for score in scores) if scores else None,
         baseline=spread(row.baseline for row in rows),
         off_policy=spread((not row.is_sampled for row in rows), np.bool_),
+        signal=None if signal is None else spread(signal for _ in rows),
     )
 
 

@@ -45,6 +45,9 @@ from kdpipe.stages.settings.stage import TrainSettings
 from kdpipe.store.stage import Stage
 from kdpipe.training.protocol import Trainer
 
+CONSTANT_ADVANTAGE = -1.0
+"""Nats in the place of q - s, with the control of that name: as if the teacher found every token e times too likely."""
+
 
 def train(settings: TrainSettings, job: Job, context: Context) -> None:
     """Writes `model/`, `trainer/`, `completions.parquet` and, where an average is kept, `ema/`."""
@@ -168,11 +171,12 @@ class _RoundUpdates:
     ) -> dict[str, float]:
         """Loss and metrics of one micro-batch as sums, after adding its gradient."""
         device = self.trainer.device
+        signal = CONSTANT_ADVANTAGE if self.settings.train.control == "constant_advantage" else None
         batch = _batch([row.rollout for row in rows], device)
         loss = partial(
             micro_batch_loss,
             objective,
-            token_batch(rows, share, device),
+            token_batch(rows, share, device, signal=signal),
             batch.target_ids_N,
             temperature=self.settings.rollout.temperature,
             chunk=self.job.runtime.head_chunk_tokens,

@@ -20,7 +20,7 @@ from kdpipe.data.rows import Rollout
 from kdpipe.data.tables import Scores
 from kdpipe.errors import RecipeError, StepError
 from kdpipe.method.mixture import RoundScores, TeacherScores, donors_of, shuffled
-from kdpipe.method.objective import token_loss
+from kdpipe.method.objective import shares, token_loss
 from kdpipe.method.token_batch import TokenBatch
 from kdpipe.pipeline.plan import run_hash
 from kdpipe.pipeline.project import Project, open_project
@@ -28,6 +28,7 @@ from kdpipe.recipe.file import load_recipe
 from kdpipe.recipe.objective import Objective
 from kdpipe.results.comparison import Contender
 from kdpipe.results.studies import ARMS, arm_rows, arm_runs, forecast, parse_arms
+from kdpipe.stages.train import CONSTANT_ADVANTAGE
 from kdpipe.store.stage import Stage
 from tests.tiny_models import FLOAT32_NATS
 from tests.worlds import NearWorker, SilentMirror, tiny_recipe, write_recipe
@@ -172,12 +173,89 @@ def test_shuffled_sampled_token_scores_make_the_student_less_sure_in_expectation
     assert max(map(abs, wanted.tolist())) > 0.01
 
 
+# --------------------------------------------------------------------------------------- constant advantage
+
+END = 2  # of three ids
+WORLD = [(END,), *((first, second) for first in (0, 1) for second in (0, 1, END))]  # at most two tokens
+
+
+def expected_gradient(objective: Objective, sampler: torch.Tensor | None = None) -> torch.Tensor:
+    """Of the constant advantage over all completions [prefixes, ids]; a row is the whole optimizer step."""
+    logits_PV = torch.tensor([[0.7, -0.3, 0.1], [-1.0, 0.4, 0.2], [0.3, 0.9, -0.6]], dtype=torch.float64)
+    student_PV = logits_PV.requires_grad_().log_softmax(-1)
+    sampler_PV = student_PV.detach() if sampler is None else sampler.log_softmax(-1)
+    total = student_PV.new_zeros(())
+    for completion in WORLD:
+        prefixes = torch.tensor([0, 1 + completion[0]][: len(completion)])
+        s, b = (table[prefixes, torch.tensor(completion)] for table in (student_PV, sampler_PV))
+        ones, [share] = torch.ones_like(b), shares(objective, [len(s)], max_new_tokens=2)
+        batch = TokenBatch(
+            behaviour=b,
+            proximal=b,
+            advantage=0 * ones,
+            kept=ones.bool(),
+            scorable=ones.bool(),
+            kd_open=ones.bool(),
+            share=share * ones,
+            lengths=[len(s)],
+            teacher=-3 * torch.rand(len(s), dtype=torch.float64),  # whatever it says
+            signal=CONSTANT_ADVANTAGE * ones,
+        )
+        total = total + b.sum().exp() * token_loss(objective, batch, s)[0]
+    [found] = torch.autograd.grad(total, [logits_PV])
+    return found
+
+
+def test_a_constant_advantage_has_no_expected_gradient_by_a_fixed_length_on_policy_and_off() -> None:
+    objective = Objective.model_validate({"kind": "kd", "kd": "rkl", "normalization": "fixed"})
+    other = torch.tensor([[0.0, 1.0, 0.5], [0.3, 0.1, -1.0], [-0.2, 0.0, 0.8]], dtype=torch.float64)
+    assert float(expected_gradient(objective).abs().max()) < 1e-15
+    assert float(expected_gradient(objective, other).abs().max()) < 1e-15
+    cut = {"term": "rkl", "ratio": {"control": "truncate", "cap": 1.0}}
+    biased = objective.model_validate({"kind": "kd", "kd": cut, "normalization": "fixed"})
+    assert float(expected_gradient(biased, other).abs().max()) > 0.01  # a cut ratio leaves one
+
+
+@pytest.mark.parametrize("normalization", ["token", "sequence"])
+def test_a_constant_advantage_by_the_tokens_of_a_step_makes_completions_longer(normalization: str) -> None:
+    """The expected gradient is that of E[1 / tokens], which is descended."""
+    logits_PV = torch.tensor([[0.7, -0.3, 0.1], [-1.0, 0.4, 0.2], [0.3, 0.9, -0.6]], dtype=torch.float64)
+    ends = logits_PV.requires_grad_().softmax(-1)[0, END]
+    [wanted] = torch.autograd.grad(ends * 1 + (1 - ends) / 2, [logits_PV])
+    objective = Objective.model_validate({"kind": "kd", "kd": "rkl", "normalization": normalization})
+    torch.testing.assert_close(expected_gradient(objective), wanted, atol=1e-14, rtol=0)
+    assert float(wanted[0, END]) > 0.05
+
+
+def test_a_constant_advantage_is_a_signal_even_where_teacher_and_student_agree() -> None:
+    s = torch.tensor([-0.5, -1.5])
+    ones = torch.ones(2)
+    batch = TokenBatch(
+        behaviour=s,
+        proximal=s,
+        advantage=0 * ones,
+        kept=ones.bool(),
+        scorable=ones.bool(),
+        kd_open=ones.bool(),
+        share=ones,
+        lengths=[2],
+        teacher=s,
+        signal=CONSTANT_ADVANTAGE * ones,
+    )
+    student = s.clone().requires_grad_()
+    loss, metrics = token_loss(Objective(), batch, student)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert student.grad is not None
+    assert student.grad.tolist() == pytest.approx([1.0, 1.0])  # each sampled token is made less probable
+    assert (int(metrics["signal_tokens"]), int(metrics["rounding_tokens"])) == (2, 0)
+
+
 # ------------------------------------------------------------------------------------------------- planning
 
 
 def projects(folder: Path, **changes: Any) -> dict[tuple[str, int], Project]:
     path = write_recipe(folder, **{**FEW, **changes})
-    runs = arm_runs(load_recipe(path).recipe, ARMS, seeds=2)
+    runs = arm_runs(load_recipe(path), ARMS, seeds=2)
     return {
         (run.arm, run.seed): open_project(load_recipe(path, run.overrides), folder / "out") for run in runs
     }
@@ -191,7 +269,7 @@ def test_arms_of_a_seed_share_student_0_teacher_and_the_first_rollouts_and_seeds
     tmp_path: Path,
 ) -> None:
     found = {key: prints(project) for key, project in projects(tmp_path).items()}
-    assert len({json.dumps(steps, sort_keys=True) for steps in found.values()}) == 10
+    assert len({json.dumps(steps, sort_keys=True) for steps in found.values()}) == 12
     for seed in (1, 2):
         for step in ("sft:student@0", "rollout@1"):
             assert len({found[arm, seed][step] for arm in ARMS}) == 1
@@ -201,7 +279,7 @@ def test_arms_of_a_seed_share_student_0_teacher_and_the_first_rollouts_and_seeds
         scored = {found[arm, seed]["teacher-score@1"] for arm in ("kd", "kdrl", "shuffled-teacher")}
         assert len(scored) == 1
         assert "teacher-score@1" not in found["rl", seed]
-        assert len({found[arm, seed]["train@1"] for arm in ARMS}) == 5
+        assert len({found[arm, seed]["train@1"] for arm in ARMS}) == 6
     assert found["kd", 1]["sft:teacher@0"] == found["kd", 2]["sft:teacher@0"]
     assert found["kd", 1]["sft:student@0"] != found["kd", 2]["sft:student@0"]
 
@@ -251,7 +329,7 @@ def test_the_forecast_counts_each_shared_step_once(tmp_path: Path) -> None:
 def test_an_arm_that_the_recipe_cannot_have_is_refused_with_what_to_do(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    recipe = load_recipe(write_recipe(tmp_path, **changes)).recipe
+    recipe = load_recipe(write_recipe(tmp_path, **changes))
     with pytest.raises(RecipeError, match=message) as caught:
         arm_runs(recipe, ARMS, seeds=1)
     assert "--arms" in str(caught.value.hint)
@@ -268,6 +346,14 @@ def test_an_arm_that_the_recipe_cannot_have_is_refused_with_what_to_do(
             "single",
         ),
         (["train.control=none", "teachers=[{self: current}]"], "the very student that samples"),
+        (["train.control=constant_advantage", "train.objective.kd=k1_loss"], "needs kd: rkl"),
+        (["train.control=constant_advantage", "train.objective.kd={term: jsd}"], "needs kd: rkl"),
+        (["train.control=constant_advantage", "train.objective.kd={term: rkl, gamma: 0.5}"], "needs kd: rkl"),
+        (
+            ["train.control=constant_advantage", "train.objective.kd={term: rkl, baseline: step}"],
+            "needs kd: rkl",
+        ),
+        (["train.control=constant_advantage", "train.objective.kind=srpo"], "kind kd, kdrl or then"),
     ],
 )
 def test_a_control_that_means_nothing_is_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -308,7 +394,7 @@ def test_each_arm_stands_against_the_student_before_training() -> None:
 def test_a_study_runs_resumes_and_survives_an_arm_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One command: five arms of one seed, the comparison, and the numbers again from the tables of the runs."""
+    """One command: six arms of one seed, the comparison, and the numbers again from the tables of the runs."""
     monkeypatch.setattr(kdpipe.pipeline.request, "Worker", NearWorker)
     monkeypatch.setattr("kdpipe.tracking.open_mirror", lambda _project: SilentMirror())
     threads = torch.get_num_threads()
@@ -330,14 +416,14 @@ def test_a_study_runs_resumes_and_survives_an_arm_that_fails(
         monkeypatch.setattr(NearWorker, "call", failing)
         broken = CliRunner().invoke(app, command)
         assert broken.exit_code == 1, broken.output
-        assert "1 of 5 runs failed: rl, seed 1" in broken.output
+        assert "1 of 6 runs failed: rl, seed 1" in broken.output
         monkeypatch.setattr(NearWorker, "call", refuse)
         began = NearWorker.started
         done = CliRunner().invoke(app, command)
     finally:
         torch.set_num_threads(threads)
     assert done.exit_code == 0, done.output
-    assert NearWorker.started == began + 1  # the other four were finished
+    assert NearWorker.started == began + 1  # the other five were finished
     table = json.loads(next(line for line in done.stdout.splitlines() if '"comparison"' in line))["rows"]
     assert [row["label"] for row in table] == ["before training", *ARMS]
     for row in table:
@@ -348,6 +434,9 @@ def test_a_study_runs_resumes_and_survives_an_arm_that_fails(
     runs = {row["label"]: tmp_path / "out" / "runs" / row["runs"][0]["run"] for row in table[1:]}
     # Nothing to learn until the first update:
     assert first_step(runs["self-teacher"], "grad_norm") < 1e-4 * first_step(runs["kd"], "grad_norm")
+    # Each sampled token is pushed down by one constant: the loss is its mean log-prob, all ratios being 1.
+    found = first_step(runs["constant-advantage"], "kd_loss")
+    assert found == pytest.approx(first_logprob(runs["constant-advantage"]), abs=FLOAT32_NATS)
     # The scores were shuffled where they are read, and in that arm only:
     for arm in ("kd", "shuffled-teacher"):
         wanted = first_reverse_kl(runs[arm], is_shuffled=arm != "kd")
@@ -357,6 +446,13 @@ def test_a_study_runs_resumes_and_survives_an_arm_that_fails(
 def first_step(run: Path, name: str) -> float:
     lines = (run / "round-001" / "train" / "metrics.jsonl").read_text().splitlines()
     return next(float(row["value"]) for row in map(json.loads, lines) if row["name"] == f"train/{name}")
+
+
+def first_logprob(run: Path) -> float:
+    """The mean log-prob of the tokens of the first optimizer step."""
+    rows = pq.read_table(run / "round-001" / "train" / "completions.parquet").to_pylist()
+    found = [p for row in rows if row["optimizer_step"] == 1 for p in row["proximal_logprobs"]]
+    return sum(found) / len(found)
 
 
 def first_reverse_kl(run: Path, *, is_shuffled: bool) -> float:

@@ -16,7 +16,7 @@ from kdpipe.errors import DataError, RecipeError
 from kdpipe.method import statistics
 from kdpipe.pipeline.headline import ACCURACY, REVERSE_KL, headline_of
 from kdpipe.pipeline.headroom import Distance, headrooms_of
-from kdpipe.recipe.file import load_recipe
+from kdpipe.recipe.file import LoadedRecipe, load_recipe
 from kdpipe.recipe.schema import Recipe
 from kdpipe.results.comparison import Contender, compare
 from kdpipe.results.evaluations import Evaluation
@@ -35,10 +35,14 @@ CLOSER = "the student came 0.500 nats a token closer to the teacher"
 AWAY = "the student went 0.400 nats a token away from the teacher"
 
 
-def recipe(folder: Path, *overrides: str) -> Recipe:
+def loaded(folder: Path, *overrides: str) -> LoadedRecipe:
     path = folder / "recipe.yaml"
     path.write_text(RECIPE)
-    return load_recipe(path, overrides).recipe
+    return load_recipe(path, overrides)
+
+
+def recipe(folder: Path, *overrides: str) -> Recipe:
+    return loaded(folder, *overrides).recipe
 
 
 def summary(number: int, level: float, change: tuple[float, float, float] | None = None) -> Mapping[str, Any]:
@@ -162,8 +166,8 @@ def test_what_reads_a_reward_is_refused_by_name_where_there_is_none(
 def test_arms_that_need_a_reward_are_refused(tmp_path: Path) -> None:
     for arm in ("rl", "kdrl", "self-teacher"):
         with pytest.raises(RecipeError, match=f"arm {arm}: task.grader is none"):
-            arm_runs(recipe(tmp_path), [arm], seeds=1)  # type: ignore[list-item]
-    assert len(arm_runs(recipe(tmp_path), ["kd", "shuffled-teacher"], seeds=2)) == 4
+            arm_runs(loaded(tmp_path), [arm], seeds=1)  # type: ignore[list-item]
+    assert len(arm_runs(loaded(tmp_path), ["kd", "shuffled-teacher"], seeds=2)) == 4
 
 
 def test_no_teacher_is_graded_without_a_grader(tmp_path: Path) -> None:

@@ -67,6 +67,13 @@ BELOW_ROUNDING = (
     "the KD term is below rounding: beside the rest of the loss, or by itself, its gradient is no more than float64 "
     "rounds away, so nothing is learned from the teacher"
 )
+ASIDES = {
+    "none": "",
+    "shuffled_teacher": "; without train.control shuffled_teacher, which gives it the scores of other text",
+    "self_teacher": "; without train.control self_teacher, with which the teacher is the student that sampled",
+    "constant_advantage": "; without train.control constant_advantage, which on purpose leaves the teacher out",
+}
+"""What is said of a control, which these properties are not about: it changes what the loss is given."""
 KD_PROPERTIES = (1, 2, 3)  # those that `run` insists on
 
 
@@ -76,8 +83,12 @@ class LossServer:
     talk = CHECK_LOSS
 
     def __call__(self, request: CheckLoss, _report: Report[Nothing]) -> CheckedLoss:
+        aside = ASIDES[request.recipe.train.control]
         phases = [
-            Phase(when + description_of(case.objective), tuple(judged(case, number) for number in MEANING))
+            Phase(
+                when + description_of(case.objective) + aside,
+                tuple(judged(case, number) for number in MEANING),
+            )
             for when, case in cases_of(request.recipe)
         ]
         return CheckedLoss(tuple(phases))
