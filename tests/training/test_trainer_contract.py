@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,18 @@ from kdpipe.training.local import LocalTrainer
 from kdpipe.training.optimizer import read_trainer
 from kdpipe.training.protocol import Trainer
 from tests.tiny_models import tiny_tokenizer
-from tests.training.steps import NUM_IDS, WHOLE, batch_of, copied, cross_entropy, equal, take_step, tiny_llama
+from tests.training.steps import (
+    NUM_IDS,
+    NUM_TOKENS,
+    SEQUENCES,
+    WHOLE,
+    batch_of,
+    copied,
+    cross_entropy,
+    equal,
+    take_step,
+    tiny_llama,
+)
 
 Make = Callable[..., Trainer]
 CPU = torch.device("cpu")
@@ -59,6 +71,39 @@ def test_gradients_of_micro_batches_add_up_to_that_of_one_batch(
         torch.testing.assert_close(found[name], moment, rtol=1e-10, atol=1e-15)
     for name, weight in whole.weights().items():
         torch.testing.assert_close(pieces.weights()[name], weight, rtol=1e-10, atol=1e-12)
+
+
+def test_updates_are_adamws_with_the_settings_of_the_recipe_written_out(make: Make) -> None:
+    settings = {"betas": (0.8, 0.95), "eps": 1e-2, "weight_decay": 0.3, "max_grad_norm": 0.5}
+    trainer = make(tiny_llama().double(), schedule="linear", warmup_steps=2, **settings)
+    plain = tiny_llama().double()
+    first, second = ({name: torch.zeros_like(w) for name, w in plain.named_parameters()} for _ in "ab")
+    for step, rate in enumerate([0.005, 0.01, 0.01, 0.01 * 7 / 8], start=1):
+        update = take_step(trainer)
+        assert update.learning_rate == pytest.approx(rate)
+        gradients = gradients_of(plain)
+        norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
+        assert update.gradient_norm == pytest.approx(norm, rel=1e-6)
+        assert norm > 0.5
+        for name, weight in plain.named_parameters():
+            gradient = gradients[name] * 0.5 / norm
+            first[name] = 0.8 * first[name] + 0.2 * gradient
+            second[name] = 0.95 * second[name] + 0.05 * gradient**2
+            scale = (second[name] / (1 - 0.95**step)).sqrt() + 1e-2
+            moved = weight * (1 - rate * 0.3) - rate * first[name] / (1 - 0.8**step) / scale
+            weight.data.copy_(moved)
+    for name, weight in plain.named_parameters():
+        torch.testing.assert_close(trainer.weights()[name].detach(), weight.detach(), rtol=0, atol=1e-6)
+
+
+def gradients_of(model: Any) -> dict[str, torch.Tensor]:
+    """Those of the token mean over all sequences, by the model's own logits of each alone."""
+    total = torch.zeros((), dtype=torch.float64)
+    for prompt, completion in SEQUENCES:
+        logits = model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+        total = total - logits.log_softmax(-1)[range(len(completion)), completion].sum()
+    names, weights = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(total / NUM_TOKENS, weights), strict=True))
 
 
 def test_a_micro_batch_reports_its_share_of_the_loss_and_its_metrics(make: Make) -> None:
