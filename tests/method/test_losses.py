@@ -318,8 +318,9 @@ def test_the_future_sum_is_its_definition_within_each_completion(gamma: float) -
             if len(part)
         ]
     )
-    result = losses.discounted_future_sum(values, lengths, gamma=gamma)
+    result = losses.discounted_future_sum(values.clone().requires_grad_(), lengths, gamma=gamma)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
+    assert not result.requires_grad
 
 
 def test_the_future_sum_of_nothing_is_nothing_and_wrong_lengths_are_refused() -> None:

@@ -158,8 +158,12 @@ def of_table(
 
 
 @every_objective
-def test_the_loss_is_that_of_the_log_probs_written_out(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("holes", [False, True])
+def test_the_loss_is_that_of_the_log_probs_written_out(settings: dict[str, Any], holes: bool) -> None:
+    """With `holes`, where tokens that do not count, or that the teacher lacks, stand among the others."""
     goal, batch, table = objective(settings), all_tokens(settings), TABLE.clone().requires_grad_()
+    if holes:
+        batch = replace(batch, kept=torch.arange(N) % 3 != 0, scorable=torch.arange(N) % 4 != 1)
     teacher, distribution = teacher_of(goal), None
     logprobs_NV = (ONE_HOT @ table.T / T_STUDENT).log_softmax(-1)
     if teacher is not None:
