@@ -50,13 +50,17 @@ def run(
 def _sweep(given: Given, sweep: list[str], request: "Request") -> None:
     from kdpipe.recipe.sweep import points
     from kdpipe.results.comparison import compare as rows_of
-    from kdpipe.results.comparison import read_contender
+    from kdpipe.results.comparison import own_name
+    from kdpipe.results.contender import read_contender
 
     run_study(
         "sweep",
         [(" ".join(point), given.varied(point)) for point in points(sweep)],
         request,
-        compare=lambda done: rows_of([read_contender(folder) for folder in done.values()]),
+        compare=lambda done: rows_of(
+            [read_contender(folder) for folder in done.values()],
+            named=lambda group, fields: fields or own_name(group, fields),
+        ),
         markdown=False,
     )
 

@@ -42,13 +42,15 @@ def compare(
 ) -> None:
     """Compare runs with the first one.
 
-    Shows accuracy, paired difference and cost. Each run counts with its last evaluated student. Runs that differ
-    only in their seed are one row. --set changes every recipe given.
+    Shows accuracy and held-out reverse KL, what changed since the student before training, the difference to the first
+    run, and cost. Each run counts with its last evaluated student. Runs that differ only in their seed are one row.
+    --set changes every recipe given.
 
     Example: kdpipe compare quickstart-b4335f0f quickstart-3f1b2c4d
     """
     from kdpipe.results.comparison import compare as rows_of
-    from kdpipe.results.comparison import comparison_json, read_contender
+    from kdpipe.results.contender import read_contender
+    from kdpipe.results.table import comparison_json
 
     changes = tuple(overrides or ())
     folders = (Given(run, changes, workspace).run_folder() for run in runs)
@@ -124,17 +126,14 @@ def _print_forecast(given: Given, study: "list[ArmRun]", rounds: int | None) -> 
 
 def _run_arms(given: Given, study: "list[ArmRun]", rounds: int | None, *, markdown: bool) -> None:
     from kdpipe.pipeline.runner import Request
-    from kdpipe.results.comparison import read_contender
+    from kdpipe.results.contender import read_contender
     from kdpipe.results.studies import arm_rows
 
     def table(done: "dict[int, RunFolder]") -> "list[ComparisonRow]":
-        """The arms in their order, against the students before training."""
+        """The students before training, then the arms in their order."""
         ended = [(study[number].arm, read_contender(folder)) for number, folder in done.items()]
         order = list(dict.fromkeys(one.arm for one in study))
-        ended.sort(key=lambda pair: order.index(pair[0]))
-        first = {study[number].seed: folder for number, folder in reversed(done.items())}
-        before = [read_contender(folder, last_round=0) for _, folder in sorted(first.items())]
-        return arm_rows(ended, before)
+        return arm_rows(sorted(ended, key=lambda pair: order.index(pair[0])))
 
     runs = [(f"{one.arm}, seed {one.seed}", given.varied(one.overrides)) for one in study]
     run_study("arms", runs, Request(rounds=rounds), compare=table, markdown=markdown)
@@ -154,8 +153,8 @@ def run_study(
     """
     from kdpipe.cli.comparison_table import markdown_lines
     from kdpipe.pipeline.runs import run_folder
-    from kdpipe.results.comparison import comparison_json
     from kdpipe.results.studies import make_study
+    from kdpipe.results.table import comparison_json
     from kdpipe.store.locks import run_lock
     from kdpipe.tracking import begin_study, end_study
 

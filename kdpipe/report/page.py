@@ -9,7 +9,6 @@ from functools import partial
 from kdpipe.report.charts import charts, zero_charts
 from kdpipe.report.figure import Chart, Point, chart_svg, rounds_of, thinned
 from kdpipe.report.tables import (
-    Table,
     costs_table,
     evaluations_table,
     mismatch_table,
@@ -19,6 +18,7 @@ from kdpipe.report.template import template
 from kdpipe.report.tokens_data import Titled, token_data
 from kdpipe.results.comparison import ComparisonRow
 from kdpipe.results.measures import Measures
+from kdpipe.results.table import Table
 from kdpipe.results.verdict import model_name, verdict, warnings
 
 MAX_BYTES = 3_000_000

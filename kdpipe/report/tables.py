@@ -7,27 +7,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 
 from kdpipe.method.interval import Interval
 from kdpipe.pipeline.headline import Headline
 from kdpipe.pipeline.progress import duration
 from kdpipe.report.figure import axis_of, axis_svg, element, interval_svg, share_svg
-from kdpipe.results.comparison import ComparisonRow, cells_of, header_of
+from kdpipe.results.comparison import ComparisonRow
 from kdpipe.results.evaluations import Evaluation
 from kdpipe.results.measures import Cost, Measures
+from kdpipe.results.table import Table, tables_of
 from kdpipe.results.verdict import delta, nats, percent, shown, signed
 
 AROUND = "loading and saving"
 MANY = re.compile(r"(pass|maj)_at_[0-9]+")
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Columns and rows of text and of drawings, which are markup already; a row's first cell is its name."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 def evaluations_table(measures: Measures) -> Table:
@@ -90,25 +83,21 @@ def samples_table(evaluations: Sequence[Evaluation]) -> Table | None:
     return Table(["", *(name.replace("_at_", "@") for name in ordered)], rows) if ordered else None
 
 
-def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
-    """Each recipe with its runs, the first one's first."""
-    measure = rows[0].headline
-    axis = axis_of(measure, [row.level for row in rows])
-    return Table(
-        ["", axis_svg(axis), *header_of(measure)[3:]],
-        [
-            [named(row), interval_svg(row.level, axis, style=2 if number else 1), *cells_of(row)[3:]]
-            for number, row in enumerate(rows)
-        ],
-    )
+def comparison_tables(rows: Sequence[ComparisonRow]) -> list[Table]:
+    """Those of `tables_of`, the first with its levels drawn and the runs of each row."""
+    levels, *others = tables_of(rows)
+    axis = axis_of(rows[0].headline, [row.level for row in rows])
+    drawn = [
+        [_named(row), interval_svg(row.level, axis, style=1 if row.is_before else 2), *cells[1:]]
+        for row, cells in zip(rows, levels.rows, strict=True)
+    ]
+    return [Table(["", axis_svg(axis), *levels.columns[1:]], drawn), *others]
 
 
-def named(row: ComparisonRow) -> str:
-    """A row's label, its runs and their round below it."""
+def _named(row: ComparisonRow) -> str:
+    """A row's label, its runs below it."""
     runs = ", ".join(one.run for one in row.contenders)
-    return element(
-        "span", {}, row.label, element("span", {"class": "sub"}, f"{runs} · round {cells_of(row)[2]}")
-    )
+    return element("span", {}, row.label, element("span", {"class": "sub"}, runs))
 
 
 def costs_table(measures: Measures) -> Table | None:

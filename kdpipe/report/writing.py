@@ -76,7 +76,8 @@ def write_report(
     from kdpipe.report.figure import figure_file, rounds_of
     from kdpipe.report.page import render
     from kdpipe.report.tokens_data import titled_completions
-    from kdpipe.results.comparison import compare, read_contender
+    from kdpipe.results.comparison import compare
+    from kdpipe.results.contender import read_contender
     from kdpipe.results.measures import Measures
     from kdpipe.results.reader import Reader
 

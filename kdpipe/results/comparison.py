@@ -6,82 +6,63 @@ would train another student, other problems would be other questions. `pooled` t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-from pydantic import JsonValue
 
-from kdpipe.data.payload import SUMMARY_FILE
-from kdpipe.errors import ArtifactError, DataError
+from kdpipe.errors import DataError
 from kdpipe.method import statistics
 from kdpipe.method.interval import Interval
-from kdpipe.pipeline.headline import ACCURACY, REVERSE_KL, Headline, headline_of
-from kdpipe.pipeline.runs import RunFolder
-from kdpipe.pipeline.status import leaves
-from kdpipe.recipe.roles import STUDENT
-from kdpipe.recipe.schema import resolved
-from kdpipe.results.measures import cost_of, reverse_kl_totals, right_fractions
-from kdpipe.store.artifacts import MANIFEST, Entry, linked_entry
-from kdpipe.store.stage import Stage
-from kdpipe.store.step import link_name_of
+from kdpipe.pipeline.headline import REVERSE_KL, Headline
+from kdpipe.results.contender import Contender
 
 HEADLINE = "task.headline"
-MEASURED_BY = {
-    ACCURACY.name: ("evaluate.temperature", "evaluate.samples"),
-    REVERSE_KL.name: (
-        "teachers",
-        *(f"rollout.{name}" for name in ("temperature", "top_p", "top_k", "max_new_tokens")),
-    ),
-}
-"""Fields that a headline depends on, and not the student alone."""
+BEFORE = "student before"
 MAX_FIELDS = 4  # of a label
-SEEDLESS = ("name", "seed", "tracking", "runtime")
+Group = Sequence[Contender]
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
-    """The last evaluated student of one run, and what the run cost.
+class Difference:
+    """How much more one row has than another.
 
-    `values` has what each problem adds to the mean that is the headline: its fraction of right samples, or its share of
-    the held-out reverse KL, whose sum and tokens `totals` then has. `settings` are the recipe's fields, flat, without
-    its name, seed, tracking and runtime; a student's dtype of auto stands there with what it was, as machines differ in
-    it. `seconds` and `tokens` are by stage; a reused step costs what it took where it was made.
+    `p_value` is McNemar's exact one, for one run on each side with one graded sample per problem. `is_paired` is false
+    where the problems are not the same: the interval is then that of two independent groups.
     """
 
-    run: str
-    seed: int
-    round: int
-    samples: int
-    values: Mapping[str, float]
-    settings: Mapping[str, str]
-    seconds: Mapping[str, float]
-    tokens: Mapping[str, float]
-    totals: Mapping[str, tuple[float, float]] | None = None
-
-    @property
-    def headline(self) -> Headline:
-        return ACCURACY if self.totals is None else REVERSE_KL
+    interval: Interval
+    p_value: float | None
+    is_paired: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ComparisonRow:
-    """One recipe of a comparison: its runs, their mean headline, its difference to the first row.
+    """One recipe of a comparison by one measure: its runs, their mean, and what changed.
 
-    `p_value` is McNemar's exact one, for one run on each side with one graded sample per problem.
-    `is_paired` is false where the problems are not the same: `difference` is then that of two independent groups.
+    `change` is since the student before training, `difference` that to the first recipe; None where either side is not
+    measured, or is this one. `beside` is the same by held-out reverse KL where that is measured and not the headline.
+    `fields` are those of the recipe that tell it from the others. Students before training have rows of their own,
+    whose `is_before` is true.
     """
 
     label: str
     contenders: tuple[Contender, ...]
     level: Interval
-    difference: Interval | None
-    p_value: float | None
-    is_paired: bool
+    change: Difference | None
+    difference: Difference | None
+    fields: str = ""
+    is_before: bool = False
+    beside: ComparisonRow | None = None
 
     @property
     def headline(self) -> Headline:
         return self.contenders[0].headline
+
+    @property
+    def measured(self) -> tuple[ComparisonRow, ...]:
+        """The row by its headline, and by what was measured beside it."""
+        return (self,) if self.beside is None else (self, self.beside)
 
     @property
     def seconds(self) -> float:
@@ -94,11 +75,33 @@ class ComparisonRow:
         return sum(sum(one.tokens.values()) for one in self.contenders) / len(self.contenders)
 
 
-def compare(contenders: Sequence[Contender]) -> list[ComparisonRow]:
-    """A row for each recipe, in the order given; runs that differ only in their seed are one row.
+def own_name(group: Group, fields: str) -> str:
+    """A lone run's name; of several seeds the fields that differ, or their recipe's name."""
+    run = group[0].run
+    return run if len(group) == 1 else fields or run.rpartition("-")[0]
+
+
+def compare(contenders: Group, *, named: Callable[[Group, str], str] = own_name) -> list[ComparisonRow]:
+    """Rows of the students before training, then one for each recipe in the order given.
+
+    Runs that differ only in their seed are one row. `named` says what their group is called, given it and the fields in
+    which it differs from others.
 
     Raises DataError where answers are not graded by the same rule: such headlines are not of one kind.
     """
+    _require_one_measure(contenders)
+    groups: dict[tuple[tuple[str, str], ...], list[Contender]] = {}
+    for one in contenders:
+        groups.setdefault(tuple(sorted(one.settings.items())), []).append(one)
+    first, *_ = groups.values()
+    rows = []
+    for fields, group in zip(_labels([dict(key) for key in groups]), groups.values(), strict=True):
+        row = _row(named(group, fields), group, None if group is first else first)
+        rows.append(replace(row, fields=fields))
+    return [*_rows_before(rows), *rows]
+
+
+def _require_one_measure(contenders: Group) -> None:
     measures = {one.headline.name: one.run for one in contenders}
     if len(measures) > 1:
         told = ", ".join(f"{run} has {name}" for name, run in measures.items())
@@ -113,17 +116,50 @@ def compare(contenders: Sequence[Contender]) -> list[ComparisonRow]:
             f"accuracies of different headlines: {told}",
             hint=f"run one of them again with --set {HEADLINE}=... of the other",
         )
-    groups: dict[tuple[tuple[str, str], ...], list[Contender]] = {}
-    for one in contenders:
-        groups.setdefault(tuple(sorted(one.settings.items())), []).append(one)
-    labels = _labels([dict(key) for key in groups])
-    first, *_ = groups.values()
-    rows = []
-    for label, group in zip(labels, groups.values(), strict=True):
-        difference, is_paired = (None, True) if group is first else _difference(group, first)
-        p_value = None if difference is None or not is_paired else _mcnemar(group, first)
-        rows.append(ComparisonRow(label, tuple(group), _level(group), difference, p_value, is_paired))
-    return rows
+
+
+def _row(label: str, group: Group, first: Group | None = None, *, is_before: bool = False) -> ComparisonRow:
+    """The row of a group; `first` is what it is compared with."""
+    before, beside = _all(one.before for one in group), _all(one.beside for one in group)
+    beside_first = _all(one.beside for one in first or ())
+    return ComparisonRow(
+        label,
+        tuple(group),
+        _level(group),
+        change=difference(group, before) if before else None,
+        difference=difference(group, first) if first else None,
+        is_before=is_before,
+        beside=_row(label, beside, beside_first, is_before=is_before) if beside else None,
+    )
+
+
+def _all(found: Iterable[Contender | None]) -> Group:
+    """What was found, or nothing where one is missing."""
+    each = list(found)
+    return [one for one in each if one is not None] if all(each) else []
+
+
+def _rows_before(rows: Sequence[ComparisonRow]) -> list[ComparisonRow]:
+    """One row where no two runs of a seed began with other students, else one for each recipe."""
+    groups = {row.label: _all(one.before for one in row.contenders) for row in rows}
+    by_seed: dict[int, Contender] = {}
+    for one in (one for group in groups.values() for one in group):
+        known = by_seed.setdefault(one.seed, one)
+        if not _is_same(known, one):
+            return [
+                _row(f"{BEFORE}, {label}", group, is_before=True) for label, group in groups.items() if group
+            ]
+        by_seed[one.seed] = one if known.beside is None else known
+    return [_row(BEFORE, list(by_seed.values()), is_before=True)] if by_seed else []
+
+
+def _is_same(one: Contender, other: Contender) -> bool:
+    """Whether two students before training were measured alike, as far as both were."""
+    divergences = [each.beside.totals for each in (one, other) if each.beside is not None]
+    return (one.values, one.totals) == (other.values, other.totals) and divergences[1:] in (
+        [],
+        divergences[:1],
+    )
 
 
 def _rule(settings: Mapping[str, str]) -> object:
@@ -145,10 +181,7 @@ def _labels(settings: Sequence[Mapping[str, str]]) -> list[str]:
     room = max(0, MAX_FIELDS - len(told))
     told += others[:room]
     tail = f" and {len(others) - room} more" if len(others) > room else ""
-    return [
-        (", ".join(f"{key}={one.get(key, 'none')}" for key in told) or "the recipe") + tail
-        for one in settings
-    ]
+    return [", ".join(f"{key}={one.get(key, 'none')}" for key in told) + tail for one in settings]
 
 
 def _telling(settings: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list[str]:
@@ -184,6 +217,12 @@ def _totals(pairs: Sequence[tuple[float, float]]) -> statistics.Totals:
     return sums, counts
 
 
+def difference(group: Group, other: Group) -> Difference:
+    """How much more a group has than another, over the same problems where they have the same."""
+    interval, is_paired = _difference(group, other)
+    return Difference(interval, _mcnemar(group, other) if is_paired else None, is_paired)
+
+
 def _difference(group: Sequence[Contender], first: Sequence[Contender]) -> tuple[Interval, bool]:
     mine, theirs = _matrix(group), _matrix(first)
     if mine is None or theirs is None or group[0].values.keys() != first[0].values.keys():
@@ -217,122 +256,3 @@ def _mcnemar(group: Sequence[Contender], first: Sequence[Contender]) -> float | 
     mine, theirs = group[0].values, first[0].values
     gained = sum(mine[key] > theirs[key] for key in mine)
     return statistics.mcnemar(gained, sum(mine[key] < theirs[key] for key in mine))
-
-
-def read_contender(run: RunFolder, *, last_round: int | None = None) -> Contender:
-    """The run's last evaluated student, from its folder alone.
-
-    Every table is checked by its digest before it is read. With `last_round` as if the run had ended there: 0 is the
-    student before training, and what it cost to get there. Raises DataError where no student was evaluated, and
-    ArtifactError where a table is damaged.
-    """
-    try:
-        recipe = run.recipe()
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ArtifactError(
-            f"{run.path}: its resolved.json is missing or damaged", hint="repeat the run: it is written again"
-        ) from None
-    done = [link for link in run.links() if (link.target / MANIFEST).exists()]
-    links = [link for link in done if last_round is None or link.round <= last_round]
-    evaluated = [link for link in links if link.name == link_name_of(Stage.EVALUATE, STUDENT)]
-    seconds, tokens, dtypes = dict[str, float](), dict[str, float](), set[str]()
-    evaluation: tuple[int, Entry] | None = None
-    for link in links:
-        entry, document = linked_entry(link.target)
-        stage, manifest = str(document["stage"]), entry.manifest()
-        if manifest is not None and (stage == Stage.TRAIN or link in evaluated):
-            dtypes.add(str(manifest.provenance.get("dtype")))
-        took, read = cost_of(entry.metrics())
-        seconds[stage] = seconds.get(stage, 0.0) + took
-        tokens[stage] = tokens.get(stage, 0.0) + read
-        if link in evaluated:
-            evaluation = (link.round, entry)
-    if evaluation is None:
-        raise DataError(f"{run.name}: no student was evaluated yet", hint=f"kdpipe run {run.name}")
-    number, entry = evaluation
-    kept = {key: value for key, value in resolved(recipe).items() if key not in SEEDLESS}
-    settings = {name: "null" if leaf is None else str(leaf) for name, leaf in leaves(kept)}
-    if recipe.student.dtype == "auto":
-        settings["student.dtype"] = f"auto ({', '.join(sorted(dtypes))})"
-    if headline_of(entry.read_json(SUMMARY_FILE)) is ACCURACY:
-        values, samples = right_fractions(entry)
-        return Contender(run.name, recipe.seed, number, samples, values, settings, seconds, tokens)
-    totals = reverse_kl_totals(entry, several=len(recipe.teachers) > 1)
-    shares = statistics.ratio_shares(_totals(list(totals.values())))
-    values = dict(zip(totals, shares, strict=True))
-    return Contender(run.name, recipe.seed, number, 1, values, settings, seconds, tokens, totals)
-
-
-def comparison_json(rows: Sequence[ComparisonRow]) -> list[dict[str, JsonValue]]:
-    """Every row with its runs; intervals as {estimate, low, high}."""
-    return [
-        {
-            "label": row.label,
-            "headline": row.headline.metric,
-            row.headline.metric: asdict(row.level),
-            "difference": None if row.difference is None else asdict(row.difference),
-            "p_value": row.p_value,
-            "paired": row.is_paired,
-            "seconds": row.seconds,
-            "tokens": row.tokens,
-            "runs": [
-                {
-                    "run": one.run,
-                    "seed": one.seed,
-                    "round": one.round,
-                    "problems": len(one.values),
-                    row.headline.metric: sum(one.values.values()) / len(one.values),
-                    "seconds": dict(one.seconds),
-                    "tokens": dict(one.tokens),
-                }
-                for one in row.contenders
-            ],
-        }
-        for row in rows
-    ]
-
-
-def header_of(measure: Headline) -> tuple[str, ...]:
-    """The words above the cells of a row, in the terminal and on the page."""
-    against = f"against the first, {measure.change_unit}"
-    p = ("p",) if measure is ACCURACY else ()
-    return ("", "seeds", "round", measure.title, "95 % interval", against, *p, "tokens", "seconds")
-
-
-def cells_of(row: ComparisonRow) -> tuple[str, ...]:
-    """What stands under each word of `header_of`."""
-    measure, change = row.headline, row.difference
-    rounds = sorted({one.round for one in row.contenders})
-    p = ("" if row.p_value is None else f"{row.p_value:.2g}",) if measure is ACCURACY else ()
-    estimate, low, high = map(measure.show, astuple(row.level))
-    moved = ""
-    if change is not None:
-        moved = "{} ({} to {})".format(*map(measure.show_change, astuple(change)))
-    return (
-        row.label,
-        str(len(row.contenders)),
-        "-".join(str(number) for number in dict.fromkeys((rounds[0], rounds[-1]))),
-        estimate,
-        f"{low} to {high}",
-        moved + ("" if row.is_paired else " *"),
-        *p,
-        f"{row.tokens:,.0f}",
-        f"{row.seconds:,.0f}",
-    )
-
-
-def notes_on(rows: Sequence[ComparisonRow]) -> list[str]:
-    """A sentence for whatever the cells cannot say."""
-    notes = []
-    if any(not row.is_paired for row in rows):
-        notes.append("* other problems than the first row's: two independent groups, not pairs")
-    contenders = [one for row in rows for one in row.contenders]
-    for field in MEASURED_BY[rows[0].headline.name]:
-        found = {
-            tuple(found for found in one.settings.items() if found[0].startswith(field)) for one in contenders
-        }
-        if len(found) > 1:
-            notes.append(f"{field} is not the same in all rows: part of a difference may be that")
-    if any(len(row.contenders) > 1 for row in rows):
-        notes.append("several seeds: mean, with the interval for other seeds and other problems")
-    return notes

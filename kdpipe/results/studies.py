@@ -34,11 +34,11 @@ from kdpipe.store.durable import parse_json, write_bytes, write_json
 from kdpipe.store.step import canonical
 
 if TYPE_CHECKING:
-    from kdpipe.results.comparison import ComparisonRow, Contender
+    from kdpipe.results.comparison import ComparisonRow
+    from kdpipe.results.contender import Contender
 
 ArmName = Literal["kd", "rl", "kdrl", "shuffled-teacher", "self-teacher", "constant-advantage"]
 ARMS: tuple[ArmName, ...] = get_args(ArmName)
-BEFORE = "before training"
 MAX_SEED = 2**31
 StudyKind = Literal["arms", "sweep"]
 Obstacle = tuple[str, str]
@@ -340,16 +340,14 @@ def forecast(projects: Sequence[Project], *, rounds: int | None) -> list[Forecas
     return found
 
 
-def arm_rows(
-    contenders: Sequence[tuple[ArmName, Contender]], before: Sequence[Contender]
-) -> list[ComparisonRow]:
-    """The table: student 0 of every seed first, then the arms, whose differences to it are what they gain.
+def arm_rows(contenders: Sequence[tuple[ArmName, Contender]]) -> list[ComparisonRow]:
+    """The table: students before training, then the arms with what they gained and against the first.
 
-    A seed without student 0 or an arm without some seed is compared by what there is, as `compare` does.
+    An arm without some seed is compared by what there is, as `compare` does.
     """
     from kdpipe.results.comparison import compare
 
-    start = [replace(one, settings={"arm": BEFORE}) for one in before]
-    named = [replace(one, settings={"arm": arm}) for arm, one in contenders]
-    names = dict.fromkeys([BEFORE for _ in start] + [arm for arm, _ in contenders])
-    return [replace(row, label=name) for row, name in zip(compare([*start, *named]), names, strict=True)]
+    return compare(
+        [replace(one, settings={"arm": arm}) for arm, one in contenders],
+        named=lambda group, _: group[0].settings["arm"],
+    )

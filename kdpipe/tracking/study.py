@@ -26,6 +26,7 @@ from kdpipe.tracking.memory import Memory, read_memory
 from kdpipe.tracking.steps import MetricRow
 
 BOUNDS = ("estimate", "low", "high")
+KINDS = {"change": "since before", "difference": "against the first"}
 
 
 def study_items(folder: Path, memory: Memory) -> Iterator[Item]:
@@ -63,14 +64,17 @@ def _tags(study: Study, found: Mapping[str, Any] | None, key: str) -> dict[str, 
 
 def _sentence(row: Mapping[str, Any]) -> str:
     """A row of the comparison in a line."""
-    measure = next(one for one in MEASURES if one.metric == row["headline"])
-    level, change = row[measure.metric], row["difference"]
-    estimate, low, high = (measure.show(level[name]) for name in BOUNDS)
-    text = f"{estimate}{measure.unit} ({low} to {high})"
-    if change is None:
-        return text
-    estimate, low, high = (measure.show_change(change[name]) for name in BOUNDS)
-    return f"{text}, {estimate} {measure.change_unit} ({low} to {high}) against the first"
+    told = []
+    for measure in MEASURES:
+        if (found := row.get(measure.metric)) is None:
+            continue
+        estimate, low, high = (measure.show(found[name]) for name in BOUNDS)
+        told.append(f"{measure.name} {estimate}{measure.unit} ({low} to {high})")
+        for kind, words in KINDS.items():
+            if (change := found[kind]) is not None:
+                estimate, low, high = (measure.show_change(change[name]) for name in BOUNDS)
+                told.append(f"{estimate} {measure.change_unit} ({low} to {high}) {words}")
+    return ", ".join(told)
 
 
 def _children(study: Study, memory: Memory) -> Iterator[Item]:
@@ -86,13 +90,15 @@ def _child(name: str, run_id: str) -> Item:
 
 
 def _comparison_metrics(found: Mapping[str, Any]) -> Iterator[MetricRow]:
-    """Headlines and differences of the comparison's rows, each with its interval."""
+    """Each measure of the comparison's rows and its differences, with their intervals."""
     at = round(1000 * found["time"])
     for row in found["rows"]:
-        for name in (row["headline"], "difference"):
-            for bound, value in (row[name] or {}).items():
-                suffix = "" if bound == "estimate" else f"_{bound}"
-                yield MetricRow(f"study/{_label(row)}/{name}{suffix}", value, at, 0)
+        for measure in (one for one in MEASURES if one.metric in row):
+            level = row[measure.metric]
+            for kind, each in (("", level), *((f"_{kind}", level[kind]) for kind in KINDS)):
+                for bound in BOUNDS if each else ():
+                    name = f"{measure.metric}{kind}{'' if bound == 'estimate' else f'_{bound}'}"
+                    yield MetricRow(f"study/{_label(row)}/{name}", each[bound], at, 0)
 
 
 def _label(row: Mapping[str, Any]) -> str:

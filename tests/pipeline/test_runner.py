@@ -23,7 +23,7 @@ from kdpipe.errors import ArtifactError, Interrupted, LockError, PreflightError,
 from kdpipe.pipeline.project import Project, open_project
 from kdpipe.pipeline.requirements import key_uses
 from kdpipe.pipeline.signals import PATIENCE_SECONDS, signals
-from kdpipe.results.comparison import read_contender
+from kdpipe.results.contender import read_contender
 from kdpipe.store.locks import run_lock
 from tests.worlds import (
     SMALLEST,

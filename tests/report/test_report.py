@@ -38,9 +38,11 @@ from kdpipe.report.page import MAX_BYTES, render
 from kdpipe.report.template import embedded
 from kdpipe.report.tokens_data import UNITS, Titled, titled_completions, token_data
 from kdpipe.report.writing import is_current, renew_report, report_path, stamp, write_report
-from kdpipe.results.comparison import ComparisonRow, Contender, cells_of, compare, read_contender
+from kdpipe.results.comparison import ComparisonRow, compare
+from kdpipe.results.contender import Contender, read_contender
 from kdpipe.results.measures import Measures
 from kdpipe.results.reader import Reader
+from kdpipe.results.table import tables_of
 from kdpipe.results.top_logprobs import KeptStates
 from kdpipe.results.verdict import warnings
 from kdpipe.results.visible_text import visible
@@ -551,12 +553,13 @@ def test_the_run_is_held_against_others_with_the_numbers_of_compare(project: Pro
     rows = _against(project, "other-00000000", "<b>")
     page = render(Measures(project), [], stamp="0", commands=[], against=rows)
     [found] = re.findall(r'<section id="against".*?</section>', page, re.DOTALL)
-    assert f"{project.run.name} · round 2" in found
-    assert "other-00000000 · round 2" in found
+    assert f">{project.run.name}<" in found
+    assert ">other-00000000<" in found
     assert "student.x=&lt;b&gt;" in found
-    for row in rows:
-        assert all(f">{cell}<" in found for cell in cells_of(row)[3:])
-    assert rows[1].difference is not None
+    for table in tables_of(rows):
+        assert all(f">{cell}<" in found for row in (table.columns, *table.rows) for cell in row[1:])
+    assert ">student before<" in found
+    assert rows[-1].difference is not None
     assert 'id="against"' not in render(Measures(project), [], stamp="0", commands=[])
 
 

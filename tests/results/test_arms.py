@@ -26,8 +26,8 @@ from kdpipe.pipeline.plan import run_hash
 from kdpipe.pipeline.project import Project, open_project
 from kdpipe.recipe.file import load_recipe
 from kdpipe.recipe.objective import Objective
-from kdpipe.results.comparison import Contender
-from kdpipe.results.studies import ARMS, arm_rows, arm_runs, forecast, parse_arms
+from kdpipe.results.contender import Contender
+from kdpipe.results.studies import ARMS, ArmName, arm_rows, arm_runs, forecast, parse_arms
 from kdpipe.stages.train import CONSTANT_ADVANTAGE
 from kdpipe.store.stage import Stage
 from tests.tiny_models import FLOAT32_NATS
@@ -374,20 +374,19 @@ def test_each_arm_stands_against_the_student_before_training() -> None:
     def run(name: str, seed: int, right: list[float]) -> Contender:
         return Contender(name, seed, 1, 1, {str(n): v for n, v in enumerate(right)}, {"x": name}, {}, {})
 
-    before = [run("kd-1", 1, [0, 0, 1, 0]), run("kd-2", 2, [0, 1, 0, 0])]
-    found = arm_rows(
-        [
-            ("kd", run("kd-1", 1, [1, 1, 1, 0])),
-            ("kd", run("kd-2", 2, [1, 1, 1, 1])),
-            ("rl", run("rl-1", 1, [0, 1, 1, 0])),
-            ("rl", run("rl-2", 2, [0, 1, 1, 0])),
-        ],
-        before,
-    )
-    assert [row.label for row in found] == ["before training", "kd", "rl"]
+    before = {1: run("kd-1", 1, [0, 0, 1, 0]), 2: run("kd-2", 2, [0, 1, 0, 0])}
+    ended: list[tuple[ArmName, Contender]] = [
+        ("kd", run("kd-1", 1, [1, 1, 1, 0])),
+        ("kd", run("kd-2", 2, [1, 1, 1, 1])),
+        ("rl", run("rl-1", 1, [0, 1, 1, 0])),
+        ("rl", run("rl-2", 2, [0, 1, 1, 0])),
+    ]
+    found = arm_rows([(arm, one.since(before[one.seed])) for arm, one in ended])
+    assert [row.label for row in found] == ["student before", "kd", "rl"]
     assert [row.level.estimate for row in found] == [0.25, 0.875, 0.5]
-    gains = [row.difference.estimate for row in found if row.difference is not None]
+    gains = [row.change.interval.estimate for row in found if row.change is not None]
     assert gains == [0.625, 0.25]
+    assert [row.difference.interval.estimate for row in found if row.difference is not None] == [-0.375]
 
 
 @pytest.mark.slow
@@ -425,7 +424,7 @@ def test_a_study_runs_resumes_and_survives_an_arm_that_fails(
     assert done.exit_code == 0, done.output
     assert NearWorker.started == began + 1  # the other five were finished
     table = json.loads(next(line for line in done.stdout.splitlines() if '"comparison"' in line))["rows"]
-    assert [row["label"] for row in table] == ["before training", *ARMS]
+    assert [row["label"] for row in table] == ["student before", *ARMS]
     for row in table:
         [run] = row["runs"]
         place = tmp_path / "out" / "runs" / run["run"] / f"round-{run['round']:03d}" / "evaluate-student"

@@ -21,7 +21,8 @@ from kdpipe.errors import RecipeError
 from kdpipe.pipeline.headroom import headrooms
 from kdpipe.pipeline.project import Project
 from kdpipe.report.writing import write_report
-from kdpipe.results.comparison import compare, read_contender
+from kdpipe.results.comparison import compare
+from kdpipe.results.contender import read_contender
 from kdpipe.results.evaluations import Evaluations, summaries_of
 from kdpipe.results.samples import Choice, choose_samples
 from kdpipe.tracking.findings import Findings, table_of
@@ -108,8 +109,10 @@ def test_the_table_has_the_reverse_kl_of_the_stored_rows(project: Project) -> No
         total / rows.reverse_kl_nats.str.len().sum(), rel=1e-6
     )
     assert evaluated.after.change is not None
-    [row] = compare([read_contender(project.run)])
+    _, row = compare([read_contender(project.run)])
     assert row.level == evaluated.after.level
+    assert row.change is not None
+    assert row.change.interval == evaluated.after.change
     [headroom] = headrooms(project)
     assert evaluated.before is not None
     assert headroom.low == evaluated.before.level.low

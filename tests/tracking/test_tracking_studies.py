@@ -17,18 +17,23 @@ from kdpipe.tracking.mirror import begin_study, settle
 from kdpipe.tracking.pending import is_finished, unsettled
 from tests.mirrored import World, make_world, mirror
 
+
+def bounded(estimate: float, low: float, high: float) -> dict[str, Any]:
+    return {"estimate": estimate, "low": low, "high": high}
+
+
 ROWS: list[Any] = [
     {
-        "label": "before training",
+        "label": "student before",
         "headline": "accuracy",
-        "accuracy": {"estimate": 0.25, "low": 0.2, "high": 0.3},
-        "difference": None,
+        "accuracy": bounded(0.25, 0.2, 0.3) | {"change": None, "difference": None},
     },
     {
         "label": "kd=k2",
         "headline": "accuracy",
-        "accuracy": {"estimate": 0.5, "low": 0.45, "high": 0.55},
-        "difference": {"estimate": 0.25, "low": 0.1, "high": 0.4},
+        "accuracy": bounded(0.5, 0.45, 0.55) | {"change": bounded(0.25, 0.1, 0.4), "difference": None},
+        "reverse_kl_nats": bounded(0.7, 0.6, 0.8)
+        | {"change": bounded(-0.5, -0.7, -0.3), "difference": bounded(0.1, -0.1, 0.2)},
     },
 ]
 
@@ -108,15 +113,24 @@ def test_a_kill_at_any_note_leaves_one_parent_with_every_metric_once(worlds: lis
     sync(study)
     metrics = worlds[0].metrics()
     assert {name: value for name, _, value in metrics} == {
-        "study/before training/accuracy": 0.25,
-        "study/before training/accuracy_low": 0.2,
-        "study/before training/accuracy_high": 0.3,
+        "study/student before/accuracy": 0.25,
+        "study/student before/accuracy_low": 0.2,
+        "study/student before/accuracy_high": 0.3,
         "study/kd_k2/accuracy": 0.5,
         "study/kd_k2/accuracy_low": 0.45,
         "study/kd_k2/accuracy_high": 0.55,
-        "study/kd_k2/difference": 0.25,
-        "study/kd_k2/difference_low": 0.1,
-        "study/kd_k2/difference_high": 0.4,
+        "study/kd_k2/accuracy_change": 0.25,
+        "study/kd_k2/accuracy_change_low": 0.1,
+        "study/kd_k2/accuracy_change_high": 0.4,
+        "study/kd_k2/reverse_kl_nats": 0.7,
+        "study/kd_k2/reverse_kl_nats_low": 0.6,
+        "study/kd_k2/reverse_kl_nats_high": 0.8,
+        "study/kd_k2/reverse_kl_nats_change": -0.5,
+        "study/kd_k2/reverse_kl_nats_change_low": -0.7,
+        "study/kd_k2/reverse_kl_nats_change_high": -0.3,
+        "study/kd_k2/reverse_kl_nats_difference": 0.1,
+        "study/kd_k2/reverse_kl_nats_difference_low": -0.1,
+        "study/kd_k2/reverse_kl_nats_difference_high": 0.2,
     }
     for note in (begun, opened, b"torn"):
         memory.write_bytes(note)
@@ -131,8 +145,12 @@ def test_the_parent_shows_the_comparison_and_what_failed(worlds: list[World]) ->
     sync(study, "FAILED")
     tags = worlds[0].tags()
     assert (tags["study"], tags["study.runs"], tags["study.failed"]) == ("arms", "2", "kd, seed 2")
-    assert tags["study.before training"] == "25.0% (20.0% to 30.0%)"
-    assert tags["study.kd_k2"] == "50.0% (45.0% to 55.0%), +25.0 points (+10.0 to +40.0) against the first"
+    assert tags["study.student before"] == "accuracy 25.0% (20.0% to 30.0%)"
+    assert tags["study.kd_k2"] == (
+        "accuracy 50.0% (45.0% to 55.0%), +25.0 points (+10.0 to +40.0) since before, "
+        "held-out reverse KL 0.700 nats a token (0.600 to 0.800), -0.500 nats (-0.700 to -0.300) since before, "
+        "+0.100 nats (-0.100 to +0.200) against the first"
+    )
     [folder] = worlds[0].workspace.glob("mlartifacts/*/artifacts")
     assert {path.name for path in folder.iterdir()} == {"comparison.json", "comparison.md"}
     table = (folder / "comparison.md").read_text()
