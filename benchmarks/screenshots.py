@@ -124,7 +124,7 @@ def take_mlflow(driver: webdriver.Chrome, project: Project, images: Path) -> Non
         click(wait, f"//*[@data-component-id='{ASSISTANT}']")
         driver.refresh()  # with the width that the panel left
         wait.until(text_to_be_present_in_element((By.TAG_NAME, "body"), "Accuracy: "))
-        wait.until(text_to_be_present_in_element((By.TAG_NAME, "body"), "evaluate/accuracy"))
+        wait.until(text_to_be_present_in_element((By.TAG_NAME, "body"), "Headline/evaluate.accuracy"))
         driver.save_screenshot(str(images / "mlflow.png"))
     finally:
         page.terminate()

@@ -223,7 +223,7 @@ def test_text_from_a_recipe_arrives_in_mlflow_as_it_is(left: Left) -> None:
     [run] = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.params["teachers.0.prompt"] == PROMPT
-    assert run.data.metrics["evaluate/accuracy"] >= 0
+    assert run.data.metrics["Headline/evaluate.accuracy"] >= 0
 
 
 def test_nothing_is_changed_outside_the_workspace_and_the_export(left: Left) -> None:

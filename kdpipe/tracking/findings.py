@@ -45,6 +45,9 @@ class Findings(Evaluations):
                 interval = f"{interval_text(measure, change)}{self.after.p_text}"
                 found["student.gain"] = f"{gain} ({interval}) on {self.after.problems} problems"
                 found["result"] = effect[1]
+            found |= _bounds(self.after, "{}")
+        for one in self.teachers:
+            found |= _bounds(one, f"teacher.{{}}{_suffix(recipe, one.model)}")
         found |= {f"teacher.accuracy{_suffix(recipe, one.model)}": _level(one) for one in self.teachers}
         first = (one.summary for one in self.evaluations if one.round == 0)
         for headroom in headrooms_of(recipe, first):
@@ -78,6 +81,17 @@ def _suffix(recipe: Recipe, teacher: str) -> str:
 def _level(one: Evaluation) -> str:
     estimate, low, high = _levels(one)
     return f"{estimate}{one.headline.unit} ({low} to {high})"
+
+
+def _bounds(one: Evaluation, called: str) -> dict[str, str]:
+    """Each interval of an evaluation's summary, by the name of what it is of."""
+    found = {}
+    for name in one.summary:
+        of = name.removesuffix("_low")
+        if of != name:
+            low, high = one.summary[name], one.summary[f"{of}_high"]
+            found[f"interval.{called.format(of)}"] = f"{low:.4g} to {high:.4g}, round {one.round}"
+    return found
 
 
 def _levels(one: Evaluation) -> list[str]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 STATUS, PARAMS, METRICS = "status", "params", "metrics/"
 FILES = ("recipe.yaml", "resolved.json", "environment.json", "report.html")
-DERIVED = 3  # another number: tables and findings of all runs are sent again
+DERIVED = 4  # another number: tables and findings of all runs are sent again
 MAX_NAME = 250
 MAX_VALUE = 500
 MAX_DIGEST = 36

@@ -16,6 +16,26 @@ from kdpipe.store.artifacts import Entry, linked_entry
 from kdpipe.store.stage import Stage
 from kdpipe.store.step import link_name_of
 
+HEADLINES = frozenset(
+    {
+        "evaluate/accuracy",
+        "evaluate/accuracy_change",
+        "evaluate/reverse_kl_exact_nats",
+        "evaluate/reverse_kl_nats",
+        "evaluate/truncated_fraction",
+        "rollout/completion_tokens_mean",
+        "rollout/reward_mean",
+        "score/reverse_kl_nats",
+        "train_step/grad_norm",
+        "train_step/loss",
+    }
+)
+"""What one looks at first."""
+HEADLINE = "Headline"
+"""Their group: MLflow's page orders groups by their names, capitals before small letters."""
+BOUNDS = ("_low", "_high")
+"""How the names of bounds end: a chart of one alone says little, so that tags have them."""
+
 
 @dataclass(frozen=True, slots=True)
 class DoneStep:
@@ -69,8 +89,13 @@ def event_times(folder: Path) -> list[int]:
 
 
 def metrics(step: DoneStep, *, several: bool) -> Iterator[MetricRow]:
-    """The metrics of a step of a run that has `several` teachers or one; raises ArtifactError on damage."""
+    """The metrics of a step of a run that has `several` teachers or one, without bounds.
+
+    Raises ArtifactError on damage.
+    """
     for row in step.entry.metrics():
+        if row.name.endswith(BOUNDS):
+            continue
         at, per_step = row.optimizer_step, row.optimizer_step is not None
         name = metric_name(
             row.name, stage=step.stage, subject=step.subject, per_step=per_step, several=several
@@ -80,6 +105,11 @@ def metrics(step: DoneStep, *, several: bool) -> Iterator[MetricRow]:
 
 def metric_name(name: str, *, stage: str, subject: str, per_step: bool, several: bool = False) -> str:
     """The name in MLflow of a metrics.jsonl row: student and each teacher, steps and rounds stay apart."""
+    found = _apart(name, stage=stage, subject=subject, per_step=per_step, several=several)
+    return f"{HEADLINE}/{found.replace('/', '.')}" if found in HEADLINES else found
+
+
+def _apart(name: str, *, stage: str, subject: str, per_step: bool, several: bool) -> str:
     owner = STUDENT if subject == STUDENT else f"teacher/{subject}" if several else "teacher"
     match stage:
         case Stage.TRAIN if per_step:

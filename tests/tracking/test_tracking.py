@@ -83,10 +83,10 @@ def test_every_metric_is_there_once_with_its_step(world: World) -> None:
         "train@1", ("train/loss", 0.5, 7), ("train/loss", 0.4, 8), ("train/mismatch_nats_p99", 0.01, None)
     )
     expected = [
-        ("evaluate/accuracy", 0, 0.1),
+        ("Headline/evaluate.accuracy", 0, 0.1),
         ("evaluate_teacher/accuracy", 0, 0.9),
-        ("rollout/reward_mean", 1, 0.25),
-        ("score/reverse_kl_nats", 1, 1.5),
+        ("Headline/rollout.reward_mean", 1, 0.25),
+        ("Headline/score.reverse_kl_nats", 1, 1.5),
         ("sft/student/loss", 1, 3.0),
         ("sft/student/loss", 2, 2.0),
         ("sft/teacher/loss", 1, 1.0),
@@ -95,11 +95,11 @@ def test_every_metric_is_there_once_with_its_step(world: World) -> None:
         ("time/sft_student_seconds", 0, 7.0),
         ("time/sft_teacher_seconds", 0, 8.0),
         ("train/mismatch_nats_p99", 1, 0.01),
-        ("train_step/loss", 7, 0.5),
-        ("train_step/loss", 8, 0.4),
+        ("Headline/train_step.loss", 7, 0.5),
+        ("Headline/train_step.loss", 8, 0.4),
     ]
     assert world.sync() == len(expected)
-    assert world.metrics() == expected
+    assert world.metrics() == sorted(expected)
     assert {row[0] for row in world.query("select timestamp from metrics")} == {round(T0 * 1000)}
 
 
@@ -113,7 +113,10 @@ def test_a_second_sync_logs_only_what_is_new(world: World) -> None:
     assert pending(world.run.path) == 1
     assert world.sync(synchronizer=warm) == 1
     assert pending(world.run.path) == 0
-    assert world.metrics() == [("rollout/reward_mean", 1, 0.25), ("rollout/reward_mean", 2, 0.5)]
+    assert world.metrics() == [
+        ("Headline/rollout.reward_mean", 1, 0.25),
+        ("Headline/rollout.reward_mean", 2, 0.5),
+    ]
     assert len(world.statuses()) == 1
 
 
@@ -176,9 +179,9 @@ def test_a_step_performed_again_adds_only_what_changed_and_shows_it(world: World
         "train@1", ("train/loss", 0.5, 1), ("train/loss", 0.4, 2), ("time/train_seconds", 3.0, None), after=60
     )
     assert world.sync() == 1
-    assert [row for row in world.metrics() if row[0] == "train_step/loss"] == [
-        ("train_step/loss", 1, 0.5),
-        ("train_step/loss", 2, 0.4),
+    assert [row for row in world.metrics() if row[0] == "Headline/train_step.loss"] == [
+        ("Headline/train_step.loss", 1, 0.5),
+        ("Headline/train_step.loss", 2, 0.4),
     ]
     assert world.query("select value from latest_metrics where key = 'time/train_seconds'") == [(3.0,)]
 
@@ -189,7 +192,7 @@ def test_more_metrics_than_one_batch_takes(world: World) -> None:
     world.finish("train@1", *rows)
     assert world.sync() == 2346
     assert world.query(
-        "select count(*), min(step), max(step) from metrics where key = 'train_step/loss'"
+        "select count(*), min(step), max(step) from metrics where key = 'Headline/train_step.loss'"
     ) == [(2345, 0, 2344)]
 
 
@@ -357,14 +360,16 @@ def test_a_password_in_the_address_goes_nowhere(world: World) -> None:
 @pytest.mark.parametrize(
     ("name", "stage", "subject", "per_step", "expected"),
     [
-        ("train/loss", "train", "", True, "train_step/loss"),
+        ("train/loss", "train", "", True, "Headline/train_step.loss"),
+        ("train/learning_rate", "train", "", True, "train_step/learning_rate"),
         ("train/loss", "train", "", False, "train/loss"),
         ("sft/loss", "sft", "student", True, "sft/student/loss"),
         ("speed/sft_tokens_per_second", "sft", "qwen", False, "speed/sft_teacher_tokens_per_second"),
-        ("evaluate/accuracy", "evaluate", "student", False, "evaluate/accuracy"),
+        ("evaluate/accuracy", "evaluate", "student", False, "Headline/evaluate.accuracy"),
+        ("evaluate/accuracy_strict", "evaluate", "student", False, "evaluate/accuracy_strict"),
         ("evaluate/accuracy", "evaluate", "qwen", False, "evaluate_teacher/accuracy"),
         ("time/evaluate_seconds", "evaluate", "qwen", False, "time/evaluate_teacher_seconds"),
-        ("score/reverse_kl_nats", "teacher-score", "", False, "score/reverse_kl_nats"),
+        ("score/reverse_kl_nats", "teacher-score", "", False, "Headline/score.reverse_kl_nats"),
     ],
 )
 def test_metric_names_keep_students_teachers_steps_and_rounds_apart(
@@ -379,14 +384,32 @@ def test_metric_names_keep_students_teachers_steps_and_rounds_apart(
         ("sft/loss", "sft", "student", "sft/student/loss"),
         ("sft/loss", "sft", "qwen", "sft/teacher/qwen/loss"),
         ("speed/sft_tokens_per_second", "sft", "qwen", "speed/sft_teacher/qwen_tokens_per_second"),
-        ("evaluate/accuracy", "evaluate", "student", "evaluate/accuracy"),
+        ("evaluate/accuracy", "evaluate", "student", "Headline/evaluate.accuracy"),
         ("evaluate/accuracy", "evaluate", "qwen", "evaluate_teacher/qwen/accuracy"),
         ("score/qwen/reverse_kl_nats", "teacher-score", "qwen", "score/qwen/reverse_kl_nats"),
-        ("score/reverse_kl_nats", "train", "", "score/reverse_kl_nats"),
+        ("score/reverse_kl_nats", "train", "", "Headline/score.reverse_kl_nats"),
     ],
 )
 def test_metric_names_keep_several_teachers_apart(name: str, stage: str, subject: str, expected: str) -> None:
     assert metric_name(name, stage=stage, subject=subject, per_step=False, several=True) == expected
+
+
+def test_bounds_are_tags_and_no_metrics(world: World) -> None:
+    rows = [
+        (f"evaluate/accuracy{end}", value, None)
+        for end, value in (("", 0.5), ("_low", 0.43), ("_high", 0.57))
+    ]
+    world.finish("evaluate:student@1", *rows)
+    world.finish("evaluate:teacher@0", *rows, accuracy_low=0.25)
+    world.sync()
+    assert [name for name, _, _ in world.metrics()] == [
+        "Headline/evaluate.accuracy",
+        "evaluate_teacher/accuracy",
+    ]
+    tags = world.tags()
+    assert tags["interval.accuracy"] == "0.43 to 0.57, round 1"
+    assert tags["interval.accuracy_change"] == "0.03 to 0.22, round 1"
+    assert tags["interval.teacher.accuracy"] == "0.25 to 0.57, round 0"
 
 
 def test_flatten_names_every_leaf_as_mlflow_takes_it() -> None:

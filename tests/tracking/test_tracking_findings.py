@@ -126,5 +126,6 @@ def test_several_teachers_have_a_tag_each_and_are_rows_of_the_description(world:
         "headroom.a|b",
         "teacher.accuracy.c",
         "headroom.c",
+        *(f"interval.teacher.{of}.{name}" for name in ("a|b", "c") for of in ("accuracy", "accuracy_change")),
     }
     assert "| a/b | 50.0% |" in found.note(recipe)

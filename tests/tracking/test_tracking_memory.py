@@ -129,7 +129,7 @@ def test_a_kill_after_any_call_loses_nothing_and_shows_nothing_twice(
     assert world.statuses() == ["FINISHED"]
     rows = world.metrics()
     assert len(rows) == len(set(rows))
-    assert ("train_step/loss", 2, 0.25) in rows
+    assert ("Headline/train_step.loss", 2, 0.25) in rows
     assert len(world.query("select * from inputs")) == 2
 
 
@@ -153,7 +153,7 @@ def test_a_step_that_is_performed_again_after_a_kill_before_it_was_noted_is_not_
     assert pending(world.run.path) == 1
     world.finish("train@1", ("train/loss", 0.5, 1), after=60)
     world.sync()
-    assert world.metrics() == [("train_step/loss", 1, 0.5)]
+    assert world.metrics() == [("Headline/train_step.loss", 1, 0.5)]
 
 
 def test_a_lost_memory_does_not_show_a_step_twice_that_was_performed_again(world: World) -> None:
@@ -163,9 +163,9 @@ def test_a_lost_memory_does_not_show_a_step_twice_that_was_performed_again(world
     (world.run.path / "mlflow.json").write_bytes(b"torn")
     world.sync()
     assert world.metrics() == [
-        ("train_step/loss", 1, 0.5),
-        ("train_step/loss", 2, 0.125),
-        ("train_step/loss", 2, 0.25),
+        ("Headline/train_step.loss", 1, 0.5),
+        ("Headline/train_step.loss", 2, 0.125),
+        ("Headline/train_step.loss", 2, 0.25),
     ]
 
 

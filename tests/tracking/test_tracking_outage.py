@@ -18,7 +18,7 @@ from kdpipe.pipeline.project import Project, open_project
 from kdpipe.pipeline.runner import Request, run
 from kdpipe.tracking.mirror import LOG, QUIET_SECONDS, open_mirror
 from kdpipe.tracking.pending import pending, unsettled
-from kdpipe.tracking.steps import done_steps, metric_name
+from kdpipe.tracking.steps import BOUNDS, done_steps, metric_name
 from tests.tracker import Proxy, Server, free_port
 from tests.worlds import SMALLEST, NearWorker, Watcher, load_tiny, write_recipe
 
@@ -101,6 +101,8 @@ class World:
         found = set()
         for step in done_steps(self.project.run.path):
             for row in step.entry.metrics():
+                if row.name.endswith(BOUNDS):
+                    continue
                 at, per_step = row.optimizer_step, row.optimizer_step is not None
                 name = metric_name(row.name, stage=step.stage, subject=step.subject, per_step=per_step)
                 found.add((name, step.round if at is None else at, row.value))
