@@ -14,7 +14,8 @@ class Headline:
     """A number of an evaluation with its interval, and how it is told.
 
     A summary has it by the first of `keys` that is there, followed by `suffix`. `beside` is shown with it where it is
-    the headline. `sign` is 1 where more is better, -1 where less is. What is not above `least` may be rounding.
+    the headline. `sign` is 1 where more is better, -1 where less is. What is not above `least` may be rounding. Of
+    fewer problems than `fewest` no change can be told (docs/statistics.md says how each was found).
     """
 
     name: str
@@ -25,6 +26,7 @@ class Headline:
     counted: str
     sign: Literal[1, -1]
     least: float
+    fewest: int
     unit: str
     change_unit: str
     told: str
@@ -83,6 +85,7 @@ REVERSE_KL = Headline(
     counted="reverse_kl_problems",
     sign=-1,
     least=1e-3,
+    fewest=8,
     unit=" nats a token",
     change_unit="nats",
     told="The student is {} nats a token from the teacher.",
@@ -99,6 +102,7 @@ ACCURACY = Headline(
     counted="problems",
     sign=1,
     least=0.0,
+    fewest=6,
     unit="",
     change_unit="points",
     told="The student answers {} of the held-out problems.",

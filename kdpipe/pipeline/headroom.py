@@ -20,8 +20,8 @@ ITSELF = "the student itself"
 class Headroom:
     """Headroom of a teacher: its accuracy less that of student 0 on the same problems, paired.
 
-    `low` and `high` are its 95 % interval, `p_value` McNemar's, None where problems have several samples. `exempt` says
-    why the teacher need not be better; None: a run stops before round 1 when it is not.
+    `low` and `high` are its 95 % interval, `p_value` its test's, None where problems have several samples. `exempt`
+    says why the teacher need not be better; None: a run stops before round 1 when it clearly is not.
     """
 
     teacher: str
@@ -36,11 +36,12 @@ class Headroom:
 
     @property
     def stops(self) -> bool:
-        """Whether the teacher should be better and is not."""
-        return self.exempt is None and self.change <= 0
+        """Whether the teacher should be better and clearly is not: no value of the interval is above 0."""
+        return self.exempt is None and self.high <= 0
 
     @property
     def is_weak(self) -> bool:
+        """Whether it cannot be told that the teacher is better."""
         return self.low <= 0
 
     @property
@@ -48,9 +49,14 @@ class Headroom:
         """What is wrong where it stops a run."""
         return f"teacher {self.teacher!r} is not better than the student: {self.sentence()}"
 
+    @property
+    def doubt(self) -> str:
+        """What cannot be told where it is weak."""
+        return f"teacher {self.teacher!r} is not clearly better than the student: {self.sentence()}"
+
     def sentence(self) -> str:
         """All of it, for people."""
-        p = "" if self.p_value is None else f", McNemar p = {self.p_value:.2g}"
+        p = "" if self.p_value is None else f", p = {self.p_value:.2g}"
         low, high, change = map(ACCURACY.show_change, (self.low, self.high, self.change))
         where = (
             f"the {self.problems} problems that it teaches" if self.is_routed else f"{self.problems} problems"
@@ -79,16 +85,24 @@ class Distance:
     @property
     def stops(self) -> bool:
         """Whether there is nothing to learn."""
-        return self.exempt is None and self.reverse_kl_nats <= REVERSE_KL.least
+        return self.exempt is None and self.high <= REVERSE_KL.least
 
     @property
     def is_weak(self) -> bool:
+        """Whether it cannot be told that there is something to learn."""
         return self.low <= REVERSE_KL.least
 
     @property
     def fault(self) -> str:
         """What is wrong where it stops a run."""
         return f"teacher {self.teacher!r} says what the student says already: {self.sentence()}"
+
+    @property
+    def doubt(self) -> str:
+        """What cannot be told where it is weak."""
+        return (
+            f"teacher {self.teacher!r} does not clearly say another thing than the student: {self.sentence()}"
+        )
 
     def sentence(self) -> str:
         """All of it, for people."""

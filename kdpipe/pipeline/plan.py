@@ -40,7 +40,7 @@ FORMATS: dict[Stage, int] = {
     Stage.ROLLOUT: 3,
     Stage.TEACHER_SCORE: 3,
     Stage.TRAIN: 4,
-    Stage.EVALUATE: 5,
+    Stage.EVALUATE: 6,
 }
 Inputs: TypeAlias = dict[Role, Input]
 UNRESOLVED = "unresolved"

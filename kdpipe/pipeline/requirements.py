@@ -85,8 +85,8 @@ def require(recipe: Recipe, warn: Callable[[str], None]) -> None:
         )
 
 
-def require_headroom(project: Project) -> None:
-    """Raises PreflightError where there is nothing to learn from a teacher (method: headroom)."""
+def require_headroom(project: Project, warn: Callable[[str], None]) -> None:
+    """Raises PreflightError where a teacher clearly has nothing to teach; warns where it may have."""
     recipe = project.recipe
     if not recipe.train.objective.has_kd or recipe.runtime.allow_weak_teacher:
         return
@@ -96,6 +96,8 @@ def require_headroom(project: Project) -> None:
                 headroom.fault,
                 hint="choose another teacher, or say --set runtime.allow_weak_teacher=true",
             )
+        if headroom.is_weak and headroom.exempt is None:
+            warn(headroom.doubt)
 
 
 def require_space(project: Project, folders: Mapping[str, Path], step: Step) -> None:

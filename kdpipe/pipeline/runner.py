@@ -141,7 +141,7 @@ class _Run:
         while (step := self.schedule.next()) is not None:
             if step.round > 0 and not is_gated:
                 is_gated = True
-                require_headroom(project)
+                require_headroom(project, self.display.warn)
             project.run.link(step, project.store.entry(step))  # from now on gc leaves it
             state = self._state(step)
             if state.done and step.id not in self.again:

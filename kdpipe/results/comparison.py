@@ -27,8 +27,8 @@ Group = Sequence[Contender]
 class Difference:
     """How much more one row has than another.
 
-    `p_value` is McNemar's exact one, for one run on each side with one graded sample per problem. `is_paired` is false
-    where the problems are not the same: the interval is then that of two independent groups.
+    `p_value` belongs to the interval, for one run on each side with every problem right or wrong as a whole.
+    `is_paired` is false where the problems are not the same: the interval is then that of two independent groups.
     """
 
     interval: Interval
@@ -198,11 +198,11 @@ def _telling(settings: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list
 
 
 def _level(group: Sequence[Contender]) -> Interval:
-    """Wilson's interval or the bootstrap's for one run; that of `pooled` for several seeds."""
+    """The interval of `wilson` or `token_mean` for one run; that of `pooled` for several seeds."""
     matrix, measure = _matrix(group), group[0].headline
     if len(group) == 1 or matrix is None:
         if measure is REVERSE_KL:
-            return statistics.bootstrap_ratio(
+            return statistics.token_mean(
                 _totals([pair for one in group for pair in (one.totals or {}).values()])
             )
         return statistics.wilson([value for one in group for value in one.values.values()])
@@ -220,7 +220,7 @@ def _totals(pairs: Sequence[tuple[float, float]]) -> statistics.Totals:
 def difference(group: Group, other: Group) -> Difference:
     """How much more a group has than another, over the same problems where they have the same."""
     interval, is_paired = _difference(group, other)
-    return Difference(interval, _mcnemar(group, other) if is_paired else None, is_paired)
+    return Difference(interval, _p_value(group, other) if is_paired else None, is_paired)
 
 
 def _difference(group: Sequence[Contender], first: Sequence[Contender]) -> tuple[Interval, bool]:
@@ -231,8 +231,8 @@ def _difference(group: Sequence[Contender], first: Sequence[Contender]) -> tuple
     if len(group) == len(first) == 1:
         if group[0].headline is REVERSE_KL:
             pairs = ([(one.totals or {})[key] for key in first[0].values] for one in (group[0], first[0]))
-            return statistics.bootstrap_ratio(*map(_totals, pairs)), True
-        return statistics.paired_bootstrap(list(mine[0]), list(theirs[0])), True
+            return statistics.token_mean(*map(_totals, pairs)), True
+        return statistics.paired_difference(mine[0].tolist(), theirs[0].tolist()), True
     if sorted(seeds[0]) == sorted(seeds[1]):
         order = [np.argsort(numbers, kind="stable") for numbers in seeds]
         return statistics.pooled(mine[order[0]] - theirs[order[1]]), True
@@ -248,11 +248,9 @@ def _matrix(group: Sequence[Contender]) -> statistics.Floats | None:
     return np.array([[one.values[key] for key in keys] for one in group], dtype=np.float64)
 
 
-def _mcnemar(group: Sequence[Contender], first: Sequence[Contender]) -> float | None:
-    if len(group) != 1 or len(first) != 1 or {group[0].samples, first[0].samples} != {1}:
-        return None
-    if group[0].headline is REVERSE_KL:
+def _p_value(group: Sequence[Contender], first: Sequence[Contender]) -> float | None:
+    if len(group) != 1 or len(first) != 1 or group[0].headline is REVERSE_KL:
         return None
     mine, theirs = group[0].values, first[0].values
-    gained = sum(mine[key] > theirs[key] for key in mine)
-    return statistics.mcnemar(gained, sum(mine[key] < theirs[key] for key in mine))
+    changed = statistics.flips(list(mine.values()), [theirs[key] for key in mine])
+    return None if changed is None else statistics.score_p_value(*changed)

@@ -61,9 +61,14 @@ class Evaluation:
 
     @property
     def p_text(self) -> str:
-        """McNemar's p-value of the difference to student 0, as the end of a sentence."""
+        """The p-value of the difference to student 0, as the end of a sentence."""
         value = self.summary.get("accuracy_change_p_value")
-        return "" if value is None else f", McNemar p = {value:.2g}"
+        return "" if value is None else f", p = {value:.2g}"
+
+    @property
+    def has_too_few(self) -> bool:
+        """Whether its problems are too few to tell any change of the headline."""
+        return self.problems < self.headline.fewest
 
     @property
     def effect(self) -> tuple[Tone, str] | None:
@@ -71,6 +76,8 @@ class Evaluation:
         measure, change = self.headline, self.change
         if change is None:
             return None
+        if self.has_too_few:
+            return "open", "Too few problems to tell."
         gain = measure.gain(change)
         if gain.low > 0 and gain.estimate > measure.least:
             return "good", f"It worked: {measure.gained.format(measure.show_size(gain.estimate))}."

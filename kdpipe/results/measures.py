@@ -75,15 +75,12 @@ class Measures(Evaluations):
     def difference(self, first: Evaluation, second: Evaluation) -> Interval | None:
         """The first accuracy less the second, over the problems of both; None where there are none."""
         ones, others = self._paired(first, second)
-        return statistics.paired_bootstrap(ones, others) if ones else None
+        return statistics.paired_difference(ones, others) if ones else None
 
     def flips(self, first: Evaluation, second: Evaluation) -> tuple[int, int] | None:
         """How many problems only the first and only the second got right; None unless each was answered once."""
         ones, others = self._paired(first, second)
-        if not ones or first.summary["samples"] != 1 or not {*ones, *others} <= {0.0, 1.0}:
-            return None
-        pairs = list(zip(ones, others, strict=True))
-        return sum(x > y for x, y in pairs), sum(x < y for x, y in pairs)
+        return statistics.flips(ones, others) if ones else None
 
     def _paired(self, first: Evaluation, second: Evaluation) -> tuple[list[float], list[float]]:
         """The fractions of right samples of the problems that both have, index i the same problem in both."""

@@ -184,16 +184,14 @@ def _majority(rows: Rows, k: int, reader: NumberReader | None) -> float:
 
 
 def _accuracy_change(grades: Rows, before: Rows) -> dict[str, JsonValue]:
-    """The paired difference to student 0, and McNemar's exact p-value where each problem has one sample."""
+    """The paired difference to student 0, and its p-value where problems are right or wrong as a whole."""
     now, then = _by_problem(grades), _by_problem(before)
     shared = sorted(now.keys() & then.keys())
     first = [mean([row["correct"] for row in now[key]]) for key in shared]
     second = [mean([row["correct"] for row in then[key]]) for key in shared]
-    summary = _named("accuracy_change", statistics.paired_bootstrap(first, second))
-    if all(len(rows) == 1 for rows in (*now.values(), *then.values())):
-        gained = sum(a > b for a, b in zip(first, second, strict=True))
-        lost = sum(a < b for a, b in zip(first, second, strict=True))
-        summary["accuracy_change_p_value"] = statistics.mcnemar(gained, lost)
+    summary = _named("accuracy_change", statistics.paired_difference(first, second))
+    if (changed := statistics.flips(first, second)) is not None:
+        summary["accuracy_change_p_value"] = statistics.score_p_value(*changed)
     return summary
 
 
@@ -242,18 +240,16 @@ def _reverse_kl_rows(
 
 
 def _reverse_kl(rows: Rows, before: Rows | None = None) -> dict[str, JsonValue]:
-    """The held-out reverse KL; with `before` its paired difference: the same problems in every resample."""
+    """The held-out reverse KL; with `before` its paired difference, over the problems of both."""
     change = "" if before is None else "_change"
     pairs = [(rows, rows)] if before is None else [(rows, before), (before, rows)]
     both = [with_tokens(*pair) for pair in pairs]
     if not both[0]:
         return {}
-    found = _named(
-        f"reverse_kl{change}", statistics.bootstrap_ratio(*map(sampled_totals, both)), unit="_nats"
-    )
+    found = _named(f"reverse_kl{change}", statistics.token_mean(*map(sampled_totals, both)), unit="_nats")
     exact = [totals for each in both if (totals := exact_totals(each)) is not None]
     if len(exact) == len(both):
-        found |= _named(f"reverse_kl_exact{change}", statistics.bootstrap_ratio(*exact), unit="_nats")
+        found |= _named(f"reverse_kl_exact{change}", statistics.token_mean(*exact), unit="_nats")
     return found
 
 

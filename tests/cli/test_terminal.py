@@ -165,7 +165,7 @@ def test_changes_are_told_with_their_paired_intervals() -> None:
         )
     )
     assert lines == [
-        "accuracy +25.0 points, paired 95 % interval +12.5 to +37.5, McNemar p = 0.00012",
+        "accuracy +25.0 points, paired 95 % interval +12.5 to +37.5, p = 0.00012",
         "held-out reverse KL -0.500 nats, paired 95 % interval -0.750 to -0.250",
     ]
     assert max(map(len, lines)) <= 80

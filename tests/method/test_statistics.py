@@ -5,20 +5,22 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from kdpipe.errors import DataError
 from kdpipe.method import statistics
 from kdpipe.method.statistics import (
-    bootstrap_ratio,
     majority_at_k,
-    mcnemar,
-    paired_bootstrap,
+    paired_difference,
     pass_at_k,
     pooled,
     pooled_difference,
+    score_difference,
+    score_p_value,
+    token_mean,
     wilson,
 )
+from kdpipe.pipeline.headline import ACCURACY
 
 Z = 1.959963984540054
 
@@ -65,26 +67,94 @@ def test_the_accuracy_interval_counts_problems_not_samples() -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 0), (3, 4), (0, 60), (17, 9), (700, 619)])
-def test_wilson_and_mcnemar_equal_those_of_scipy(first: int, second: int) -> None:
+def test_wilson_equals_that_of_scipy(first: int, second: int) -> None:
     found, trials = wilson(right(first, first + second)), first + second
     theirs = stats.binomtest(first, trials).proportion_ci(0.95, method="wilson")
     assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), rel=1e-12, abs=1e-15)
-    assert mcnemar(first, second) == pytest.approx(stats.binomtest(first, trials).pvalue, rel=1e-10)
 
 
-@pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 0), (3, 3), (2, 7), (7, 2), (0, 9), (5, 6)])
-def test_mcnemar_equals_the_enumeration_of_all_outcomes(first: int, second: int) -> None:
-    n = first + second
-    outcomes = [sum(flips) for flips in itertools.product((0, 1), repeat=n)]
-    as_extreme = sum(abs(heads - n / 2) >= abs(first - n / 2) for heads in outcomes)
-    assert mcnemar(first, second) == pytest.approx(as_extreme / len(outcomes), rel=1e-14)
+# ------------------------------------------------------------------------------ one sample a problem, paired
 
 
-def test_mcnemar_stays_exact_where_floats_overflow() -> None:
-    n, fewer = 3000, 1400
-    exact = 2 * sum(math.comb(n, k) for k in range(fewer + 1))
-    assert mcnemar(fewer, n - fewer) == pytest.approx(float(exact // 2 ** (n - 60)) / 2**60, rel=1e-12)
-    assert mcnemar(0, 5000) == 0.0
+@pytest.mark.parametrize("problems", [1, 2, 5, 6, 8, 12, 32, 1319])
+def test_zero_is_in_the_paired_interval_if_and_only_if_p_is_not_below_5_percent(problems: int) -> None:
+    called = 0
+    for gained, lost in itertools.product((0, 1, 2, 4, 5, 6, 9, 14), repeat=2):
+        if gained + lost > problems:
+            continue
+        found, p = score_difference(gained, lost, problems), score_p_value(gained, lost)
+        assert (found.low <= 0 <= found.high) == (p >= 0.05), (gained, lost)
+        assert -1 <= found.low <= found.estimate <= found.high <= 1
+        assert found.low < found.high
+        mirrored = score_difference(lost, gained, problems)
+        assert (-mirrored.high, -mirrored.low) == (found.low, found.high)
+        called += p < 0.05
+    assert (called > 0) == (problems >= ACCURACY.fewest)
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "n"), [(12, 2, 50), (0, 0, 32), (1, 0, 8), (3, 9, 12), (130, 3, 200)]
+)
+def test_the_paired_bounds_are_where_the_score_test_just_rejects(
+    gained: int, lost: int, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Uncorrected, against the likelihood maximised numerically for each difference (Tango 1998, section 2)."""
+
+    def score(difference: float) -> float:
+        def loss(share: float) -> float:
+            shares = (share + difference, share, 1 - 2 * share - difference)
+            counts = (gained, lost, n - gained - lost)
+            return -sum(k * math.log(max(p, 1e-300)) for k, p in zip(counts, shares, strict=True) if k)
+
+        least, most = max(0.0, -difference), (1 - difference) / 2
+        share = optimize.minimize_scalar(
+            loss, bounds=(least, most), method="bounded", options={"xatol": 1e-12}
+        ).x
+        return (gained - lost - n * difference) / math.sqrt(n * (2 * share + difference - difference**2))
+
+    monkeypatch.setattr(statistics, "CORRECTION", 0)
+    found = score_difference(gained, lost, n)
+    assert (score(found.low), score(found.high)) == pytest.approx((Z, -Z), rel=2e-5)
+
+
+def test_the_p_value_of_a_paired_difference_is_mcnemars_with_the_correction() -> None:
+    for gained, lost in itertools.product(range(0, 30, 4), repeat=2):
+        if gained == lost:  # there the correction would reach past 0
+            assert score_p_value(gained, lost) == 1
+        else:
+            squared = (abs(gained - lost) - 1) ** 2 / (gained + lost)
+            assert score_p_value(gained, lost) == pytest.approx(stats.chi2.sf(squared, 1), rel=1e-12)
+
+
+def test_no_null_is_called_more_often_than_5_percent_at_any_number_of_problems() -> None:
+    for problems in (*range(1, 25), 64):
+        counts = np.arange(problems + 1)
+        called = np.zeros(problems + 1)
+        for discordant in counts:
+            rejected = [k for k in range(discordant + 1) if score_p_value(k, discordant - k) < 0.05]
+            called[discordant] = stats.binom.pmf(rejected, discordant, 0.5).sum()
+        shares = np.linspace(0.005, 1, 60)[:, None]
+        assert (stats.binom.pmf(counts, problems, shares) @ called).max() <= 0.05, problems
+
+
+def test_the_paired_interval_refuses_what_are_no_counts() -> None:
+    for counts in ((1, 0, 0), (-1, 2, 5), (3, 3, 5)):
+        with pytest.raises(ValueError, match="gained"):
+            score_difference(*counts)
+    with pytest.raises(ValueError, match="no problem"):
+        paired_difference([], [])
+
+
+def test_fractions_of_right_samples_are_students_t_with_one_gained_and_one_lost_more() -> None:
+    assert paired_difference([1.0, 0.0, 1.0], [0.0, 0.0, 1.0]) == score_difference(1, 0, 3)
+    found = paired_difference([0.5, 0.25, 1.0, 0.0], [0.0, 0.0, 1.0, 0.5])
+    values = [0.5, 0.25, 0.0, -0.5, 1.0, -1.0]
+    low, high = stats.t.interval(0.95, 5, loc=np.mean(values), scale=stats.sem(values))
+    assert (found.estimate, found.low, found.high) == pytest.approx((0.0625, low, high), abs=1e-12)
+    still = paired_difference([0.5] * 32, [0.5] * 32)
+    assert -0.1 < still.low < 0 < still.high < 0.1
+    sure = paired_difference([0.9, 0.8], [0.0, 0.0])
+    assert (sure.low, sure.high) == (-1.0, 1.0)
 
 
 def test_pass_at_k_is_the_fraction_of_subsets_with_a_right_sample() -> None:
@@ -114,86 +184,46 @@ def test_the_majority_of_the_first_k_votes_counts() -> None:
         majority_at_k(answers, right, 6)
 
 
-def test_the_bootstrap_repeats_with_its_seed_and_moves_with_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = np.random.default_rng(0).normal(size=(2, 40))
-    found = paired_bootstrap(first, second)
-    assert paired_bootstrap(first, second) == found
-    monkeypatch.setattr(statistics, "BOOTSTRAP_SEED", 1)
-    assert paired_bootstrap(first, second) != found
-
-
-def test_the_bootstrap_of_two_problems_has_its_enumerated_quantiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    # resample means of (0, 1) are 0, 1/2, 1 with probability 1/4, 1/2, 1/4
-    interval = paired_bootstrap([0.0, 1.0], [0.0, 0.0])
-    assert (interval.estimate, interval.low, interval.high) == (0.5, 0.0, 1.0)
-    monkeypatch.setattr("kdpipe.method.statistics.CONFIDENCE", 0.4)
-    interval = paired_bootstrap([0.0, 1.0], [0.0, 0.0])
-    assert (interval.low, interval.high) == (0.5, 0.5)
-
-
-def test_the_bootstrap_does_not_depend_on_how_draws_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
-    sums, counts = [1.0, 5.0, 2.0], [2.0, 3.0, 9.0]
-    whole = bootstrap_ratio((sums, counts))
-    monkeypatch.setattr("kdpipe.method.statistics.MAX_DRAWS", 30)
-    assert bootstrap_ratio((sums, counts)) == whole
-
-
 def test_pairing_removes_what_problems_have_in_common() -> None:
-    generator = np.random.default_rng(5)
-    difficulty = generator.normal(scale=10, size=300)
-    interval = paired_bootstrap(difficulty + 1 + generator.normal(size=300), difficulty)
+    difficulty = np.random.default_rng(5).normal(scale=10, size=300)
+    noise = np.random.default_rng(6).normal(size=300)
+    ones = [1.0] * 300
+    interval = token_mean((difficulty + 1 + noise, ones), (difficulty, ones))
     assert interval.high - interval.low < 0.4
     assert interval.low < 1 < interval.high
-    assert interval.low <= interval.estimate <= interval.high
 
 
 def test_the_token_mean_weighs_problems_by_their_tokens() -> None:
-    interval = bootstrap_ratio(([10.0, 0.0], [1.0, 9.0]))
-    assert interval.estimate == 1.0
-    assert bootstrap_ratio(([2.0, 6.0, 4.0], [1.0, 3.0, 2.0])).high == pytest.approx(2.0)
+    assert token_mean(([10.0, 0.0], [1.0, 9.0])).estimate == 1.0
+    same = token_mean(([2.0, 6.0, 4.0], [1.0, 3.0, 2.0]))
+    assert (same.low, same.estimate, same.high) == pytest.approx((2.0, 2.0, 2.0))
 
 
-def test_the_difference_of_token_means_draws_the_same_problems_for_both() -> None:
+def test_without_a_far_problem_the_token_mean_is_students_t_with_two_more_of_each_size() -> None:
+    """Of values +-1 every problem is the farthest: their squares sum to n + 2."""
+    values = [1.0, -1.0] * 8
+    found = token_mean((values, [1.0] * 16))
+    reach = stats.t.ppf(0.975, 15) * math.sqrt(18 / (16 * 15))
+    assert (found.low, found.estimate, found.high) == pytest.approx((-reach, 0.0, reach), abs=1e-12)
+
+
+def test_the_difference_of_token_means_is_over_the_same_problems() -> None:
     sums, counts = [3.0, 1.0, 8.0], [4.0, 2.0, 5.0]
-    same = bootstrap_ratio((sums, counts), (sums, counts))
+    same = token_mean((sums, counts), (sums, counts))
     assert (same.estimate, same.low, same.high) == (0.0, 0.0, 0.0)
-    shifted = bootstrap_ratio(([s + c for s, c in zip(sums, counts, strict=True)], counts), (sums, counts))
+    shifted = token_mean(([s + c for s, c in zip(sums, counts, strict=True)], counts), (sums, counts))
     assert (shifted.low, shifted.high) == (pytest.approx(1.0), pytest.approx(1.0))
 
 
-def test_bootstraps_refuse_what_has_no_mean() -> None:
-    with pytest.raises(ValueError, match="no token at all"):
-        bootstrap_ratio(([1.0, 0.0], [1.0, 0.0]))
-    with pytest.raises(ValueError, match="at least one problem"):
-        paired_bootstrap([], [])
-    with pytest.raises(ValueError, match="only finite"):
-        bootstrap_ratio(([math.nan], [1.0]))
-    with pytest.raises(ValueError, match="argument 2"):
-        paired_bootstrap([1.0], [1.0, 2.0])
+def test_a_lone_problem_has_no_interval_of_width_zero() -> None:
+    found = token_mean(([6.0], [3.0]))
+    assert (found.estimate, found.low < 0, found.high > 4) == (2.0, True, True)
 
 
-@pytest.mark.parametrize("kind", ["difference", "token mean", "difference of token means"])
-def test_bootstrap_intervals_cover_the_truth_about_as_often_as_they_say(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(statistics, "RESAMPLES", 400)
-    generator = np.random.default_rng(10)
-    trials, problems, hits = 300, 80, 0
-    for trial in range(trials):
-        counts = generator.integers(1, 50, size=problems).astype(float)
-        noise = generator.normal(size=(2, problems)) + generator.normal(size=problems)
-        sums = counts * (0.3 + noise[0])
-        others = counts * (0.1 + noise[1])
-        monkeypatch.setattr(statistics, "BOOTSTRAP_SEED", trial)
-        match kind:
-            case "difference":
-                interval, truth = paired_bootstrap(0.3 + noise[0], 0.1 + noise[1]), 0.2
-            case "token mean":
-                interval, truth = bootstrap_ratio((sums, counts)), 0.3
-            case _:
-                interval, truth = bootstrap_ratio((sums, counts), (others, counts)), 0.2
-        hits += interval.low <= truth <= interval.high
-    assert 0.90 < hits / trials < 0.98
+def test_token_means_refuse_what_has_no_mean() -> None:
+    for totals in (([0.0, 0.0], [0.0, 0.0]), ([], []), ([math.nan], [1.0])):
+        with pytest.raises(ValueError, match="at least one token"):
+            token_mean(totals)
 
 
 # ------------------------------------------------------------------------------------------ several seeds

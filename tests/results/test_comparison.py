@@ -66,7 +66,7 @@ def test_unpaired_differences_have_newcombes_published_bounds() -> None:
     )
 
 
-def test_two_runs_are_paired_problem_by_problem_with_mcnemars_p() -> None:
+def test_two_runs_are_paired_problem_by_problem_and_p_belongs_to_the_interval() -> None:
     first, second = (
         contender([1, 1, 0, 0, 0, 0, 0, 0, 1, 0]),
         contender([1, 1, 1, 1, 1, 1, 1, 0, 0, 1], kd="k2"),
@@ -74,7 +74,7 @@ def test_two_runs_are_paired_problem_by_problem_with_mcnemars_p() -> None:
     row = compare([first, second])[1]
     assert row.difference is not None
     assert row.difference.interval.estimate == pytest.approx(0.5)
-    assert row.difference.p_value == pytest.approx(stats.binomtest(6, 7, 0.5).pvalue)  # 6 gained, 1 lost
+    assert row.difference.p_value == pytest.approx(2 * stats.norm.sf(4 / 7**0.5))  # 6 gained, 1 lost
 
 
 def test_another_headline_is_refused_and_other_sampling_is_told() -> None:
@@ -243,7 +243,7 @@ def test_reverse_kl_stands_beside_accuracy_with_its_change_and_difference() -> N
     assert first.beside is not None
     assert first.beside.change is not None
     assert first.beside.change.interval.estimate == -0.75
-    assert -1.0 <= first.beside.change.interval.low < first.beside.change.interval.high <= -0.5
+    assert first.beside.change.interval.low < -0.75 < first.beside.change.interval.high < 0
     assert first.difference is first.beside.difference is None
     assert second.beside is not None
     assert second.beside.difference is not None

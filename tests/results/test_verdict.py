@@ -52,5 +52,5 @@ def test_the_verdict_goes_by_the_paired_interval(
     assert (found.tone, found.headline) == (tone, headline)
     crosses = change[1] <= 0 <= change[2]
     assert ("chance alone would explain it" in found.sentences[0]) == crosses
-    assert "McNemar p = 0.03" in found.sentences[0]
+    assert "p = 0.03" in found.sentences[0]
     assert found.sentences[1] == "30 problems are right now that were wrong, 10 the other way round."

@@ -64,7 +64,7 @@ def test_a_teachers_headroom_is_a_tag_of_the_run(world: World) -> None:
     [(name, text)] = world.query("select key, value from tags where key like 'headroom%'")
     assert name == "headroom"
     assert text == (
-        "accuracy 50.0%, headroom +12.5 points (paired 95 % interval +3.0 to +22.0, McNemar p = 0.004) on 200 problems"
+        "accuracy 50.0%, headroom +12.5 points (paired 95 % interval +3.0 to +22.0, p = 0.004) on 200 problems"
     )
     assert ("evaluate_teacher/accuracy_change", 0, 0.125) in world.metrics()
 

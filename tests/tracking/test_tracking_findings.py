@@ -51,7 +51,7 @@ def test_a_run_is_tagged_with_what_its_evaluations_came_to_as_soon_as_they_are_t
     assert tags["result"] == "It worked: the student gained 12.5 points."
     assert tags["student.after"] == "43.5% (43.0% to 57.0%), round 2"
     assert tags["student.gain"] == (
-        "+12.5 points (paired 95% interval +3.0 to +22.0, McNemar p = 0.004) on 200 problems"
+        "+12.5 points (paired 95% interval +3.0 to +22.0, p = 0.004) on 200 problems"
     )
     note = tags[NOTE].splitlines()
     assert note[0] == f"**It worked: the student gained 12.5 points.** {tags['student.gain']}."
