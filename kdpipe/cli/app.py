@@ -68,6 +68,8 @@ def main() -> None:
         if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
             # Ctrl-C while typer read the arguments, of which it says nothing.
             print_error(Interrupted(signal.SIGINT, BEFORE_ANYTHING))
+        if isinstance(end.__context__, BrokenPipeError):  # while typer printed help, which it ends with 1
+            sys.exit(128 + signal.SIGPIPE)
         raise
 
 

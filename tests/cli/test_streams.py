@@ -41,6 +41,7 @@ def shell(script: str, folder: Path) -> tuple[int, str]:
         ("KDPIPE recipes >/dev/full", 1, "standard output: No space left on device"),
         ("KDPIPE --version >/dev/full", 1, "standard output: No space left on device"),
         ("KDPIPE schema | true; exit ${PIPESTATUS[0]}", 141, ""),
+        ("KDPIPE --help | true; exit ${PIPESTATUS[0]}", 141, ""),
         ("KDPIPE recipes nosuch 2>&1 | true; exit ${PIPESTATUS[0]}", 2, ""),
     ],
 )
