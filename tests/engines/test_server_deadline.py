@@ -7,6 +7,7 @@ import itertools
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -111,6 +112,21 @@ def ask(port: int, *, scheme: str = "http", ca_bundle: Path | None = None) -> st
 def test_a_reply_of_which_one_part_comes_byte_by_byte_ends_at_the_deadline(part: str) -> None:
     with trickling(TRICKLES[part]) as port:
         assert ask(port).endswith(f"not whole after {SECONDS:g} seconds")
+
+
+def test_a_lookup_of_the_hosts_name_that_hangs_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_over = threading.Event()
+
+    def hanging(*_asked: object, **_also: object) -> list[object]:
+        is_over.wait(20)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", hanging)
+    begun = time.monotonic()
+    said = ask(1)
+    assert time.monotonic() - begun < 10
+    assert f"127.0.0.1 was not found and reached within {SECONDS:g} seconds" in said
+    is_over.set()
 
 
 @pytest.mark.parametrize("part", ["100 Continue", "trailers", "body in chunks"])

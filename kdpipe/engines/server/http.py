@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import random
 import socket
 import ssl
@@ -209,7 +210,7 @@ class HttpClient:
         tls = self._tls if parts.scheme == "https" else None
         connection = HTTPConnection(str(parts.hostname), parts.port or (80 if tls is None else 443))
         connection.default_port = 80 if tls is None else 443
-        line = socket.create_connection((connection.host, connection.port), min(CONNECT_SECONDS, seconds))
+        line = _connected(connection.host, connection.port, seconds=min(CONNECT_SECONDS, seconds))
         with contextlib.closing(connection), line, line.dup() as same, _ended(same, begun, seconds=seconds):
             line.settimeout(None)
             connection.sock = line if tls is None else tls.wrap_socket(line, server_hostname=connection.host)
@@ -300,6 +301,30 @@ class HttpClient:
         with self._lock:
             now = time.monotonic()
             return any(url != failed and self._resting.get(url, (0, 0.0))[1] <= now for url in self.urls)
+
+
+def _connected(host: str, port: int, *, seconds: float) -> socket.socket:
+    """A connection to the first address of a host that takes it.
+
+    Raises TimeoutError when the time is over. Nothing ends the lookup of a name but itself, so one that
+    hangs is left behind in a thread.
+    """
+    found: queue.SimpleQueue[socket.socket | Exception] = queue.SimpleQueue()
+
+    def connect() -> None:
+        try:
+            found.put(socket.create_connection((host, port), seconds))
+        except (OSError, UnicodeError) as error:
+            found.put(error)
+
+    threading.Thread(target=connect, daemon=True).start()
+    try:
+        answer = found.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"{host} was not found and reached within {seconds:g} seconds") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 @contextlib.contextmanager
