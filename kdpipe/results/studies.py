@@ -274,6 +274,7 @@ def _changes(recipe: Recipe, arm: ArmName) -> list[str]:
     plain = [f"{objective}.kd_rounds=null", f"{objective}.mask=none"]
     shared = _teacher_seeds(recipe)
     uncontrolled = [] if recipe.train.control == "none" else ["train.control=none"]
+    unkept = [] if recipe.teacher_score.logprobs == "float32" else ["teacher_score.logprobs=float32"]
     alone = [f"{objective}.kind=kd", *plain, *_lasting(recipe.train.objective)]
     taught = [*shared, *alone]
     match arm:
@@ -281,7 +282,7 @@ def _changes(recipe: Recipe, arm: ArmName) -> list[str]:
             return [*taught, *uncontrolled]
         case "rl":
             unscheduled = f"{objective}.distill_schedule={{}}"
-            return [*shared, f"{objective}.kind=grpo", *plain, unscheduled, *uncontrolled]
+            return [*shared, f"{objective}.kind=grpo", *plain, unscheduled, *unkept, *uncontrolled]
         case "kdrl":
             both = [f"{objective}.kind=kdrl", plain[0], f"{objective}.mask={recipe.train.objective.mask}"]
             return [*shared, *both, *uncontrolled]
@@ -294,8 +295,7 @@ def _changes(recipe: Recipe, arm: ArmName) -> list[str]:
             return [*alone, *own, *unasked]
         case "constant-advantage":
             term = f"{objective}.kd={json.dumps(_sampled(recipe.train.objective))}"
-            kept = ["teacher_score.keep=auto", "teacher_score.logprobs=float32"]
-            return [*taught, term, *kept, "train.control=constant_advantage"]
+            return [*taught, term, *unkept, "train.control=constant_advantage"]
 
 
 def _lasting(objective: Objective) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,20 @@ from kdpipe.pipeline.project import Project, open_project
 from kdpipe.recipe.file import load_recipe
 from kdpipe.recipe.objective import Objective
 from kdpipe.results.contender import Contender
-from kdpipe.results.studies import ARMS, ArmName, arm_rows, arm_runs, forecast, parse_arms
+from kdpipe.results.studies import (
+    ARMS,
+    ArmName,
+    arm_rows,
+    arm_runs,
+    forecast,
+    obstacle,
+    parse_arms,
+    possible_arms,
+)
 from kdpipe.stages.train import CONSTANT_ADVANTAGE
 from kdpipe.store.stage import Stage
 from tests.tiny_models import FLOAT32_NATS
-from tests.worlds import NearWorker, SilentMirror, tiny_recipe, write_recipe
+from tests.worlds import NearWorker, SilentMirror, load_tiny, tiny_recipe, write_recipe
 
 FEW = {"rounds": 1, "rollout__prompts": 4, "rollout__samples": 2, "train__minibatches": 2}
 
@@ -316,23 +326,119 @@ def test_the_forecast_counts_each_shared_step_once(tmp_path: Path) -> None:
     assert [one.steps for one in needs] == [len(project.plan.steps) for project in found]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"rollout__samples": 1}, "arm rl: rollout.samples is 1"),
+GROUPS = ("rollout.samples=4",)
+HALF = (*GROUPS, "rollout.on_policy_fraction=0.5")
+JSD = "train.objective.kd={term: jsd, beta: 1.0, support: vocabulary}"
+SEVERAL = 'teachers=[{name: a, self: initial, prompt: "{question}a"}, {name: b, self: initial, prompt: "{question}b"}]'
+
+
+LEFT_OUT = [
+    ((), {"rl": "rollout.samples is 1", "kdrl": "rollout.samples is 1"}),
+    ((*GROUPS, "train.objective={kind: kdrl, distill_schedule: {kind: linear, end: 0.0}}"), {}),
+    ((*GROUPS, JSD, "teacher_score.keep=hidden", "train.control=shuffled_teacher"), {}),
+    (HALF, {"rl": "on_policy_fraction is 0.5"}),
+    (
+        (*HALF, "train.objective.kd=jsd"),
+        {"rl": "on_policy_fraction is 0.5", "constant-advantage": "compared with the teacher's distribution"},
+    ),
+    ((*GROUPS, SEVERAL), {"shuffled-teacher": "a single teacher"}),
+    (
+        (*GROUPS, "teachers=[{self: current}]", "train.control=self_teacher"),
+        dict.fromkeys(("kd", "rl", "kdrl", "shuffled-teacher", "constant-advantage"), "very student"),
+    ),
+]
+MORE_LEFT_OUT = [
+    (
         (
-            {"student__sft": {"steps": 2, "text": "teacher"}},
-            "arm self-teacher: the teacher also writes text",
+            *GROUPS,
+            "train.objective={kind: srpo, distill_weight: 0, distill_schedule: {kind: cosine, end: 1}}",
         ),
-    ],
+        {},
+    ),
+    ((*GROUPS, "train.objective={kind: then, kd_rounds: 1, kd: {term: rkl, baseline: group}}"), {}),
+    (
+        (*GROUPS, "train.objective={kind: kdrl, mask: wrong, kd: k3, rl_weight: 0}"),
+        {"rl": "rl_weight is 0", "kdrl": "rl_weight is 0"},
+    ),
+    (
+        (*GROUPS, "train.objective={kind: grpo, distill_weight: 0}"),
+        {arm: "distill_weight is 0" for arm in ARMS if arm != "rl"},
+    ),
+    ((*GROUPS, "rollout.prompts=1", "train.minibatches=1"), {"shuffled-teacher": "rollout.prompts is 1"}),
+    (
+        (*HALF, "rollout.off_policy_text=teacher", "train.objective.off_policy_term=cross_entropy"),
+        {"rl": "on_policy_fraction is 0.5", "self-teacher": "writes text"},
+    ),
+    (
+        (*GROUPS, "rollout.on_policy_fraction=0"),
+        {
+            "rl": "on_policy_fraction is 0",
+            "kdrl": "on_policy_fraction 0",
+            "constant-advantage": "samples nothing",
+        },
+    ),
+    ((*GROUPS, "student.sft={steps: 2, text: teacher}"), {"self-teacher": "writes text"}),
+    (
+        (
+            *GROUPS,
+            "train.objective.kd={term: jsd, support: {teacher_top_k: 3}}",
+            "teacher_score.logprobs=float16",
+        ),
+        {},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "left_out"),
+    [*LEFT_OUT, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_LEFT_OUT)],
 )
-def test_an_arm_that_the_recipe_cannot_have_is_refused_with_what_to_do(
-    tmp_path: Path, changes: dict[str, Any], message: str
+def test_arms_that_a_recipe_cannot_have_are_named_with_what_to_set(
+    tmp_path: Path, overrides: tuple[str, ...], left_out: dict[str, str]
 ) -> None:
-    recipe = load_recipe(write_recipe(tmp_path, **changes))
-    with pytest.raises(RecipeError, match=message) as caught:
-        arm_runs(recipe, ARMS, seeds=1)
-    assert "--arms" in str(caught.value.hint)
+    loaded = load_tiny(tmp_path, *overrides, rollout__samples=1, rollout__prompts=8)
+    possible, errors = possible_arms(loaded)
+    named = {error.message.removeprefix("arm ").partition(":")[0]: error for error in errors}
+    assert set(named) == set(left_out)
+    assert possible == tuple(arm for arm in ARMS if arm not in left_out)
+    for arm, error in named.items():
+        assert left_out[arm] in error.message
+        with pytest.raises(RecipeError, match=f"arm {arm}: ") as caught:
+            arm_runs(loaded, parse_arms(arm), seeds=1)
+        assert "leave the arm out of --arms" in caught.value.hint
+        sets = re.findall(r"--set (\S+=\S+)", error.hint)
+        helped = load_recipe(loaded.path, (*overrides, *sets))
+        assert not sets or obstacle(helped, parse_arms(arm)[0]) is None, "what it says to set does not help"
+
+
+def test_arms_without_rl_keep_the_larger_weight_of_a_schedule_with_a_zero(tmp_path: Path) -> None:
+    def objectives(*overrides: str) -> list[tuple[str, float, float | None]]:
+        loaded = load_tiny(tmp_path, *overrides, rollout__samples=4)
+        runs = arm_runs(loaded, ("kd", "kdrl", "constant-advantage"), seeds=1)
+        found = [
+            load_recipe(loaded.path, (*overrides, *run.overrides)).recipe.train.objective for run in runs
+        ]
+        return [(one.kind, one.distill_weight, one.distill_schedule.end) for one in found]
+
+    down = "train.objective={kind: kdrl, distill_weight: 0.5, distill_schedule: {kind: linear, end: 0}}"
+    assert objectives(down) == [("kd", 0.5, None), ("kdrl", 0.5, 0.0), ("kd", 0.5, None)]
+    up = "train.objective={kind: kdrl, distill_weight: 0, distill_schedule: {kind: linear, end: 0.25}}"
+    assert objectives(up) == [("kd", 0.25, None), ("kdrl", 0.0, 0.25), ("kd", 0.25, None)]
+    between = "train.objective={kind: kdrl, distill_weight: 0.5, distill_schedule: {kind: linear, end: 0.1}}"
+    assert objectives(between) == [("kd", 0.5, 0.1), ("kdrl", 0.5, 0.1), ("kd", 0.5, 0.1)]
+
+
+def test_a_constant_takes_the_place_of_a_sampled_term_with_the_recipes_own_ratios(tmp_path: Path) -> None:
+    def term(kd: str) -> Any:
+        loaded = load_tiny(tmp_path, f"train.objective.kd={kd}")
+        [run] = arm_runs(loaded, ("constant-advantage",), seeds=1)
+        return load_recipe(loaded.path, (*loaded.overrides, *run.overrides)).recipe.train.objective.kd
+
+    plain = Objective.model_validate({"kd": "rkl"}).kd
+    assert term("{term: jsd, beta: 0.5}") == term("k1_loss") == term("{term: rkl, gamma: 0.5}") == plain
+    cut = {"control": "truncate", "cap": 2.0}
+    found = term("{term: k2, ratio: {control: truncate, cap: 2.0}, baseline: exact}")
+    assert found == Objective.model_validate({"kd": {"term": "rkl", "ratio": cut}}).kd
 
 
 @pytest.mark.parametrize(
@@ -451,7 +557,7 @@ def first_logprob(run: Path) -> float:
     """The mean log-prob of the tokens of the first optimizer step."""
     rows = pq.read_table(run / "round-001" / "train" / "completions.parquet").to_pylist()
     found = [p for row in rows if row["optimizer_step"] == 1 for p in row["proximal_logprobs"]]
-    return sum(found) / len(found)
+    return float(np.mean(found))
 
 
 def first_reverse_kl(run: Path, *, is_shuffled: bool) -> float:
