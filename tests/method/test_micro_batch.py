@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from kdpipe.method.micro_batch import TeacherHidden, micro_batch_loss
+from kdpipe.method.micro_batch import TeacherHidden, micro_batch_loss, reverse_kl
 from kdpipe.method.objective import distribution_value, token_loss
 from kdpipe.method.token_batch import TeacherSupport, TokenBatch
 from kdpipe.models import logprobs as forward
@@ -305,6 +305,19 @@ def test_the_student_is_taken_at_the_temperature_of_the_rollout() -> None:
         )
         assert_same((loss.detach(), torch.autograd.grad(loss, table)[0]), scaled, 1e-14)
         assert (found[0] - scaled[0]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 99])
+def test_the_held_out_divergence_is_of_the_two_distributions_written_out(chunk: int) -> None:
+    head, teacher = (
+        Head(random(1, V, 5), None),
+        TeacherHidden(random(4, N, 5), Head(random(3, V, 5)), T_TEACHER),
+    )
+    hidden = random(11, N, 5)
+    found = reverse_kl(hidden, head, teacher, temperature=T_STUDENT, chunk=chunk)
+    student_NV = (hidden @ head.weight_VH.T / T_STUDENT).log_softmax(-1)
+    expected = (student_NV.exp() * (student_NV - stored(teacher).logprobs_NS)).sum(-1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_a_missing_distribution_is_named() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPTJConfig, GPTJForCausalLM
 
 from kdpipe.models import logprobs as forward
 from kdpipe.models.batching import make_batch
@@ -166,6 +167,15 @@ def test_padding_rows_of_the_head_have_no_probability_and_no_gradient():
     logprobs_N.sum().backward()
     assert (model.lm_head.weight.grad[7:] == 0).all()
     assert (model.lm_head.weight.grad[:7] != 0).any()
+
+
+def test_a_head_with_a_bias_keeps_the_biases_of_the_rows_that_it_keeps():
+    config = GPTJConfig(vocab_size=ROWS, n_embd=16, n_layer=1, n_head=2, n_positions=16, rotary_dim=4)
+    model = GPTJForCausalLM(config)
+    torch.nn.init.normal_(model.lm_head.bias)
+    head = head_of(model, num_ids=7)
+    torch.testing.assert_close(head.weight_VH, model.lm_head.weight[:7])
+    torch.testing.assert_close(head.bias_V, model.lm_head.bias[:7])
 
 
 def test_ties_in_the_top_k_go_to_the_lower_id_inside_and_at_the_edge():
