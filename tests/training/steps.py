@@ -19,10 +19,11 @@ WHOLE = [list(range(len(SEQUENCES)))]
 """All sequences as one micro-batch."""
 
 
-def tiny_llama(*, dropout: float = 0.0) -> LlamaForCausalLM:
+def tiny_llama(*, dropout: float = 0.0, rows: int = NUM_IDS) -> LlamaForCausalLM:
+    """A model with so many rows of its output head; ids in use are NUM_IDS."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=NUM_IDS,
+        vocab_size=rows,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
