@@ -163,8 +163,8 @@ def _bounded(measure: Headline, level: Interval | None) -> str:
     return f"{estimate} ({low} to {high})"
 
 
-def change_lines(after: Evaluation) -> list[str]:
-    """The paired differences of the last evaluation to student 0, a sentence each."""
+def change_lines(after: Evaluation, rounds: int) -> list[str]:
+    """The paired differences of the last evaluation to student 0, a sentence each, and what they mean."""
     lines, headline = [], after.headline
     for measure in filter(None, (headline, headline.beside)):
         if (change := measure.change(after.summary)) is not None:
@@ -173,6 +173,5 @@ def change_lines(after: Evaluation) -> list[str]:
             lines.append(
                 f"{measure.name} {estimate} {measure.change_unit}, paired 95 % interval {low} to {high}{p}"
             )
-    if headline.sign < 0 and after.effect is not None:  # that less is better needs a word
-        lines.append(after.effect[1])
-    return lines
+    effect = after.effect(rounds)
+    return lines if effect is None else [*lines, effect.headline]

@@ -65,12 +65,15 @@ def _print_outcome(project: "Project", given: Given) -> None:
     from kdpipe.results.evaluations import Evaluations, summaries_of
 
     evaluated, lines = Evaluations(summaries_of(project, project.plan.steps)), []
+    rounds = project.recipe.rounds
     if given.as_json:
         evaluations = {one.label: one.summary for one in evaluated.shown}
-        print_event("end", run=project.run.name, folder=str(project.run.path), evaluations=evaluations)
+        result = evaluated.result(rounds)
+        folder = str(project.run.path)
+        print_event("end", run=project.run.name, folder=folder, evaluations=evaluations, result=result)
         return
     if evaluated.shown:
-        changes = [] if evaluated.after is None else change_lines(evaluated.after)
+        changes = [] if evaluated.after is None else change_lines(evaluated.after, rounds)
         lines = [*outcome_lines(evaluated.shown, painter(sys.stdout)), *changes, ""]
     lines += [f"artifacts  {shown(project.run.path)}"]
     if (page := report_path(project)).exists():

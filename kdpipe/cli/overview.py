@@ -13,8 +13,9 @@ from kdpipe.cli.terminal import COLUMNS, Paint, Style
 from kdpipe.pipeline.headroom import headrooms
 from kdpipe.pipeline.progress import Progress, duration, pace_words, read_progress
 from kdpipe.pipeline.project import Project, round_metrics
-from kdpipe.pipeline.runs import RunEvent
+from kdpipe.pipeline.runs import RunEvent, unended
 from kdpipe.pipeline.status import State
+from kdpipe.results.evaluations import Evaluations, summaries_of
 from kdpipe.results.visible_text import visible
 from kdpipe.store.locks import is_running
 from kdpipe.store.stage import Stage
@@ -52,6 +53,12 @@ class Overview:
         done = [state.step for state in self.states if state.done]
         return max((step.round for step in done if step.stage == Stage.TRAIN), default=0)
 
+    @property
+    def result(self) -> str | None:
+        """The headline so far."""
+        done = (state.step for state in self.states if state.done)
+        return Evaluations(summaries_of(self.project, done)).result(self.project.recipe.rounds)
+
     def cell(self, state: State) -> Cell:
         return "running" if state.step.id == self.current else state.verdict
 
@@ -70,6 +77,7 @@ class Overview:
             "next": self.left[0].step.id if self.left else None,
             "not_mirrored": pending(run.path) if recipe.tracking.enabled else 0,
             "headroom": [asdict(headroom) for headroom in headrooms(self.project)],
+            "result": self.result,
             "grid": grid,
             "current": self.current,
             "progress": None if self.progress is None else asdict(self.progress),
@@ -83,9 +91,8 @@ def overview(project: Project) -> Overview:
     if not is_running(project.run.path):
         return Overview(project, states, False, None, None, None)
     events, progress = project.run.events(), read_progress(project.run.path)
-    ends = ("step started", "step done", "step stopped")
-    latest = next((event for event in reversed(events) if event.kind in ends), None)
-    current = latest.step if latest is not None and latest.kind == "step started" else None
+    last = unended(events)
+    current = last.step if last is not None and last.kind == "step started" else None
     if progress is not None and progress.step != current:
         progress = None
     left = seconds_left(states, events, now=time.time())
@@ -104,6 +111,8 @@ def status_lines(found: Overview, paint: Paint) -> list[str]:
         metrics = round_metrics(project, rounds_done)
         lines.append(round_line(rounds_done, project.recipe.rounds, metrics))
     lines += [f"teacher {one.teacher}: {visible(one.sentence())}" for one in headrooms(project)]
+    if (result := found.result) is not None:
+        lines.append(result)
     if found.running:
         lines.append(progress_line(found))
     elif left:

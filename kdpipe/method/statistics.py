@@ -123,6 +123,24 @@ def unpaired_difference(first: Interval, second: Interval) -> Interval:
     return Interval(difference, difference - low, difference + high)
 
 
+def share_of(parts: Sequence[float], wholes: Sequence[float]) -> Interval | None:
+    """`sum(parts) / sum(wholes)`, entry i being problem i's, by Fieller's (1954) interval.
+
+    It holds every share s for which the mean of `parts - s wholes` may be 0. None where the mean of the wholes may be
+    0, as then any share may be. Of simulated 95 % intervals of 30 to 1,319 problems 92 to 96 % hold the truth; fewer
+    where the wholes are only just clear, and so are large by chance (tests/method/test_share.py).
+    """
+    values_2P = np.array([parts, wholes], dtype=np.float64)
+    squared = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) ** 2 / values_2P.shape[1]
+    mean_part, mean_whole = (float(mean) for mean in values_2P.mean(axis=1))
+    (var_part, covariance), (_, var_whole) = (squared * np.cov(values_2P)).tolist()
+    if mean_whole <= 0 or (curvature := mean_whole**2 - var_whole) <= 0:
+        return None
+    middle = (mean_part * mean_whole - covariance) / curvature
+    reach = math.sqrt(max(0.0, middle**2 - (mean_part**2 - var_part) / curvature))
+    return Interval(mean_part / mean_whole, middle - reach, middle + reach)
+
+
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """The unbiased estimate of the chance that one of k samples is right (2107.03374), for one problem."""
     if not (0 <= num_correct <= num_samples and 1 <= k <= num_samples):

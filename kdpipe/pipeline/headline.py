@@ -30,8 +30,6 @@ class Headline:
     unit: str
     change_unit: str
     told: str
-    gained: str
-    lost: str
     beside: Headline | None = None
 
     @property
@@ -89,8 +87,6 @@ REVERSE_KL = Headline(
     unit=" nats a token",
     change_unit="nats",
     told="The student is {} nats a token from the teacher.",
-    gained="the student came {} nats a token closer to the teacher",
-    lost="the student went {} nats a token away from the teacher",
 )
 """In nats a token, from whole distributions where they were at hand."""
 ACCURACY = Headline(
@@ -106,8 +102,6 @@ ACCURACY = Headline(
     unit="",
     change_unit="points",
     told="The student answers {} of the held-out problems.",
-    gained="the student gained {} points",
-    lost="the student lost {} points",
     beside=REVERSE_KL,
 )
 """The share of right answers, with Wilson's interval."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -136,6 +136,13 @@ class RunFolder:
             if isinstance(at, int | float) and isinstance(kind, str) and isinstance(step, str):
                 found.append(RunEvent(at, kind, step, reused=bool(row.get("reused"))))
         return found
+
+
+def unended(events: Sequence[RunEvent]) -> RunEvent | None:
+    """The last step's begin or stop, where it did not end."""
+    kinds = ("step started", "step stopped", "step done")
+    last = next((event for event in reversed(events) if event.kind in kinds), None)
+    return None if last is None or last.kind == "step done" else last
 
 
 def run_at(workspace: Path, name: str) -> RunFolder:

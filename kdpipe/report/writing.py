@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -11,6 +12,7 @@ from pydantic import JsonValue
 from kdpipe import __version__
 from kdpipe.pipeline.project import Project
 from kdpipe.pipeline.runs import RunFolder
+from kdpipe.results.attribution import controls_of
 from kdpipe.store.durable import write_bytes
 from kdpipe.store.step import canonical
 from kdpipe.store.target import write_file
@@ -25,20 +27,24 @@ def report_path(project: Project) -> Path:
     return project.run.path / FILE
 
 
-def stamp(digests: Mapping[str, str | None]) -> str:
-    """What a report is made from: the payload digest of every step of the plan, None where it is not done."""
-    document: JsonValue = {"kdpipe": __version__, "steps": dict(digests)}
+def stamp(project: Project, digests: Mapping[str, str | None]) -> str:
+    """The digest of what a report is made from.
+
+    That is the payload digest of every step, None where it is not done, and the seeds and arms beside the run.
+    """
+    controls = asdict(controls_of(project, project.recipe.rounds))
+    document: JsonValue = {"kdpipe": __version__, "steps": dict(digests), "controls": controls}
     return hashlib.sha256(canonical(document)).hexdigest()[:32]
 
 
-def is_current(path: Path, digests: Mapping[str, str | None]) -> bool:
-    """Whether the report at `path` was made from just these artifacts by this kdpipe."""
+def is_current(project: Project, path: Path, digests: Mapping[str, str | None]) -> bool:
+    """Whether the report at `path` was made by this kdpipe from just these artifacts and controls."""
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
     except OSError:
         return False
-    return f'name="kdpipe-made-from" content="{stamp(digests)}"'.encode() in head
+    return f'name="kdpipe-made-from" content="{stamp(project, digests)}"'.encode() in head
 
 
 def renew_report(
@@ -53,7 +59,7 @@ def renew_report(
     The run is done and whole: that its report cannot be written is no more than a warning.
     """
     path = report_path(project)
-    if is_current(path, {step.id: digests.get(step.id) for step in project.plan.steps}):
+    if is_current(project, path, {step.id: digests.get(step.id) for step in project.plan.steps}):
         return
     try:
         write_report(project, path, commands=commands)
@@ -86,7 +92,7 @@ def write_report(
     page = render(
         measures,
         titled_completions(Reader(project, measures.done)),
-        stamp=stamp(digests),
+        stamp=stamp(project, digests),
         commands=commands,
         against=compare([read_contender(run) for run in (project.run, *others)]) if others else (),
     ).encode()

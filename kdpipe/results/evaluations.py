@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from kdpipe.method.interval import Interval
 from kdpipe.pipeline.headline import REVERSE_KL, Headline, headline_of
 from kdpipe.pipeline.project import Project, summary_of
 from kdpipe.recipe.roles import STUDENT
+from kdpipe.results.effect import Effect, effect_of
 from kdpipe.store.stage import Stage
 from kdpipe.store.step import Fields, Step
-
-Tone = Literal["good", "bad", "open"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,28 +64,13 @@ class Evaluation:
         value = self.summary.get("accuracy_change_p_value")
         return "" if value is None else f", p = {value:.2g}"
 
-    @property
-    def has_too_few(self) -> bool:
-        """Whether its problems are too few to tell any change of the headline."""
-        return self.problems < self.headline.fewest
+    def effect(self, rounds: int, *, then: str = "") -> Effect | None:
+        """What the student gained, of a run of so many rounds; None without student 0.
 
-    @property
-    def effect(self) -> tuple[Tone, str] | None:
-        """What the student gained, in a sentence, and whether that is good; None without student 0."""
-        measure, change = self.headline, self.change
-        if change is None:
-            return None
-        if self.has_too_few:
-            return "open", "Too few problems to tell."
-        gain = measure.gain(change)
-        if gain.low > 0 and gain.estimate > measure.least:
-            return "good", f"It worked: {measure.gained.format(measure.show_size(gain.estimate))}."
-        if gain.high < 0 and -gain.estimate > measure.least:
-            return "bad", f"It did harm: {measure.lost.format(measure.show_size(-gain.estimate))}."
-        beside = measure.beside and measure.beside.change(self.summary)
-        if beside and beside.high < 0:
-            return "open", "Closer to the teacher, but no clear change in accuracy."
-        return "open", "No clear effect."
+        `then` says what became of the run after it, where it got no further.
+        """
+        found = effect_of(self.summary)
+        return None if found is None else found.by_round(self.round, of=rounds, then=then)
 
     @property
     def model(self) -> str:
@@ -130,6 +114,11 @@ class Evaluations:
         """The last one of a trained student."""
         trained = (one for one in self.evaluations if one.is_student and one.round)
         return max(trained, key=lambda one: one.round, default=None)
+
+    def result(self, rounds: int) -> str | None:
+        """The headline of the last trained student, as far as it can be told."""
+        effect = None if self.after is None else self.after.effect(rounds)
+        return None if effect is None else effect.headline
 
     @property
     def teachers(self) -> list[Evaluation]:

@@ -23,6 +23,8 @@ from kdpipe.store.stage import Stage
 from kdpipe.store.step import step_id_of
 
 Values: TypeAlias = "dict[int, float]"
+FEW_FOR_A_MEAN = 30
+"""Problems of which a mean is not yet as good as normal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class Measures(Evaluations):
         self.states: list[State] = project.survey()
         self.done = [state.step for state in self.states if state.done]
         super().__init__(summaries_of(project, self.done))
-        self._known_fractions: dict[str, dict[str, float]] = {}
+        self._known_fractions: dict[tuple[str, int], dict[str, float]] = {}
 
     @cached_property
     def manifests(self) -> dict[str, Manifest]:
@@ -77,6 +79,29 @@ class Measures(Evaluations):
         ones, others = self._paired(first, second)
         return statistics.paired_difference(ones, others) if ones else None
 
+    def closed(self, teacher: Evaluation, before: Evaluation, after: Evaluation) -> Interval | None:
+        """The share of a teacher's lead over student 0 that was made up; None where it has no clear lead."""
+        lead = self.difference(teacher, before)
+        found = [self._fractions(one) for one in (teacher, before, after)]
+        shared = sorted(set.intersection(*(set(one) for one in found)))
+        if lead is None or lead.low <= 0 or len(shared) < FEW_FOR_A_MEAN:
+            return None
+        best, first, last = ([one[key] for key in shared] for one in found)
+        return statistics.share_of(_less(last, first), _less(best, first))
+
+    def approached(self, before: Evaluation, after: Evaluation) -> Interval | None:
+        """The share of student 0's held-out reverse KL that is gone; None of few problems."""
+        several = len(self.project.recipe.teachers) > 1
+        first, last = (reverse_kl_totals(self._entry(one), several=several) for one in (before, after))
+        shared = sorted(key for key in first.keys() & last.keys() if first[key][1] and last[key][1])
+        if len(shared) < FEW_FOR_A_MEAN:
+            return None
+        had, left = (
+            statistics.ratio_shares(([one[key][0] for key in shared], [one[key][1] for key in shared]))
+            for one in (first, last)
+        )
+        return statistics.share_of(_less(had, left), had)
+
     def flips(self, first: Evaluation, second: Evaluation) -> tuple[int, int] | None:
         """How many problems only the first and only the second got right; None unless each was answered once."""
         ones, others = self._paired(first, second)
@@ -89,10 +114,14 @@ class Measures(Evaluations):
         return [a[key] for key in shared], [b[key] for key in shared]
 
     def _fractions(self, evaluation: Evaluation) -> dict[str, float]:
-        known, name = self._known_fractions, step_id_of(Stage.EVALUATE, evaluation.model, evaluation.round)
+        known, name = self._known_fractions, (evaluation.model, evaluation.round)
         if name not in known:
-            known[name], _ = right_fractions(self.project.store.entry(self.project.plan.step(name)))
+            known[name], _ = right_fractions(self._entry(evaluation))
         return known[name]
+
+    def _entry(self, evaluation: Evaluation) -> Entry:
+        name = step_id_of(Stage.EVALUATE, evaluation.model, evaluation.round)
+        return self.project.store.entry(self.project.plan.step(name))
 
     def by_round(self, name: str) -> Values:
         """A per-round metric of every done round."""
@@ -150,6 +179,10 @@ class Measures(Evaluations):
         """When the last done step was committed, in seconds since the epoch."""
         found = [manifest.provenance.get("finished") for manifest in self.manifests.values()]
         return max((float(at) for at in found if isinstance(at, int | float)), default=None)
+
+
+def _less(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(first, second, strict=True)]
 
 
 def last(values: Values) -> float | None:

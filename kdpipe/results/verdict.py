@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from kdpipe.method.interval import Interval
 from kdpipe.pipeline.headline import ACCURACY, REVERSE_KL, Headline
 from kdpipe.pipeline.headroom import Distance, Headroom
+from kdpipe.pipeline.runs import unended
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import ModelTeacher, ScratchTeacher, SelfTeacher, ServedTeacher
-from kdpipe.results.evaluations import Evaluation, Tone
-from kdpipe.results.measures import Measures, last
+from kdpipe.results.attribution import controls_of
+from kdpipe.results.effect import Effect, Tone, Way, way_of
+from kdpipe.results.evaluations import Evaluation
+from kdpipe.results.measures import FEW_FOR_A_MEAN, Measures, last
+from kdpipe.results.studies import TABLE
+from kdpipe.store.locks import is_running
 
 FEW_PROBLEMS = 100
-FEW_FOR_A_MEAN = 30
 MUCH_TRUNCATION = 0.1
 MUCH_MISMATCH_NATS = 0.05
 
@@ -63,47 +67,76 @@ def interval_text(measure: Headline, difference: Interval) -> str:
     return f"paired 95% interval {delta(measure, difference.low)} to {delta(measure, difference.high)}"
 
 
+def share_text(share: Interval) -> str:
+    """A share of a gap with its interval."""
+    low, high = (f"{100 * bound:.0f}".replace("-", "−") for bound in (share.low, share.high))
+    return f"{share.estimate:.0%} (95% interval {low} to {high}%)"
+
+
 def verdict(measures: Measures) -> Verdict:
-    """Whether the student gained anything on held-out problems, and whether chance would explain it."""
-    before, after = measures.before, measures.after
+    """Whether the student gained anything on held-out problems, and whether chance could explain it."""
+    before, after, rounds = measures.before, measures.after, measures.project.recipe.rounds
     if after is None:
         told = "No trained student was evaluated yet, so nothing can be said about what it gained."
         closer = _training_sentence(measures)
-        return Verdict("open", "No verdict yet.", (told, *filter(None, [closer])))
-    if before is None or (effect := after.effect) is None:
-        return Verdict(
-            "open",
-            after.headline.told.format(shown(after.headline, after.level.estimate)),
-            ("Student 0 was not evaluated, so it cannot be said what of that was gained.",),
+        headline = (
+            f"No verdict yet; {measures.rounds_done} of {rounds} rounds are trained{_ending(measures)}."
         )
-    sentences = (*_change_sentences(measures, before, after), _divergence_sentence(after))
-    return Verdict(*effect, tuple(filter(None, sentences)))
+        return Verdict("open", headline, (told, *filter(None, [closer])))
+    then = _ending(measures)
+    if before is None or (effect := after.effect(rounds, then=then)) is None:
+        level = after.headline.told.format(shown(after.headline, after.level.estimate))
+        effect = Effect("open", level).by_round(after.round, of=rounds, then=then)
+        told = "Student 0 was not evaluated, so it cannot be said what of that was gained."
+        return Verdict(effect.tone, effect.headline, (told,))
+    sentences = (
+        *_change_sentences(measures, before, after),
+        _divergence_sentence(measures, before, after),
+        _attribution_sentence(measures, after),
+    )
+    return Verdict(effect.tone, effect.headline, tuple(filter(None, sentences)))
+
+
+def _ending(measures: Measures) -> str:
+    """Where a run broke off that nobody runs now, as the end of a headline."""
+    run, left = measures.project.run, {state.step.id for state in measures.states if not state.done}
+    last = unended(run.events())
+    if last is None or last.step not in left or is_running(run.path):
+        return ""
+    return f", then it {'was stopped' if last.kind == 'step stopped' else 'broke off'} in {last.step}"
+
+
+def _chance(after: Evaluation, change: Interval) -> str:
+    """What of the headline's change chance or rounding could explain."""
+    match way_of(after.headline, after.summary):
+        case Way.FEW:
+            return "too few problems to tell"
+        case Way.UNCLEAR if change.low <= 0 <= change.high:
+            return "chance alone could explain it"
+        case Way.UNCLEAR:
+            return "rounding alone could explain it"
+        case _:
+            return "chance alone hardly explains it"
 
 
 def _change_sentences(measures: Measures, before: Evaluation, after: Evaluation) -> Iterator[str | None]:
     """How the headline went, and what that means."""
     measure, change = after.headline, after.change
     assert change is not None
-    if change.low <= 0 <= change.high:
-        chance = "chance alone would explain it"
-    elif abs(change.estimate) <= measure.least:
-        chance = "rounding alone would explain it"
-    else:
-        chance = "chance does not explain it"
     first, last = (shown(measure, one.level.estimate) for one in (before, after))
+    problems = "held-out problem" if after.problems == 1 else f"{after.problems} held-out problems"
     yield (
-        f"On the same {after.problems} held-out problems {measure.name.removeprefix('held-out ')} went from {first} "
+        f"On the same {problems} {measure.name.removeprefix('held-out ')} went from {first} "
         f"to {last}{measure.unit} by round {after.round}: {delta(measure, change.estimate)} {measure.change_unit}, "
-        f"{interval_text(measure, change)}{after.p_text}; {chance}."
+        f"{interval_text(measure, change)}{after.p_text}; {_chance(after, change)}."
     )
     if measure is ACCURACY:
         if (flips := measures.flips(after, before)) is not None:
-            yield f"{flips[0]} problems are right now that were wrong, {flips[1]} the other way round."
+            yield f"Right now and wrong before: {flips[0]}; the other way round: {flips[1]}."
         yield _gap_sentence(measures, before, after)
     else:
-        had, left = before.level.estimate, after.level.estimate
-        if change.high < -measure.least and left >= 0:
-            yield f"That closes {1 - left / had:.0%} of the distance to the teacher."
+        if way_of(measure, after.summary) is Way.BETTER and (share := measures.approached(before, after)):
+            yield f"That closes {share_text(share)} of the distance to the teacher."
         yield "Nothing says whether its answers are good: task.grader is none."
 
 
@@ -116,7 +149,6 @@ def _gap_sentence(measures: Measures, before: Evaluation, after: Evaluation) -> 
     had = measures.difference(teacher, before)
     if left is None or had is None or had.low <= 0:
         return None
-    closed = 1 - left.estimate / had.estimate
     if left.low > 0:
         rest = (
             f"the teacher is still {100 * left.estimate:.1f} points ahead ({interval_text(ACCURACY, left)})"
@@ -125,28 +157,43 @@ def _gap_sentence(measures: Measures, before: Evaluation, after: Evaluation) -> 
         rest = f"the student is now ahead of the teacher ({interval_text(ACCURACY, left)})"
     else:
         rest = f"the teacher is not clearly ahead any more ({interval_text(ACCURACY, left)})"
-    share = (
-        f"That closes {closed:.0%} of the gap to the teacher" if 0 < closed <= 1 else "Against the teacher"
-    )
-    return f"{share}: {rest}."
+    share = measures.closed(teacher, before, after)
+    if share is None or way_of(ACCURACY, after.summary) is not Way.BETTER:
+        return f"Against the teacher: {rest}."
+    return f"That closes {share_text(share)} of the gap to the teacher: {rest}."
 
 
-def _divergence_sentence(after: Evaluation) -> str | None:
+def _divergence_sentence(measures: Measures, before: Evaluation, after: Evaluation) -> str | None:
     change, now = after.reverse_kl_change, after.reverse_kl
     if after.headline is REVERSE_KL or change is None or now is None:
         return None
-    size = nats(abs(change.estimate))
-    moved = (
-        f"fell by {size}"
-        if change.high < 0
-        else f"rose by {size}"
-        if change.low > 0
-        else "did not clearly change: it went"
-    )
+    moved = {
+        Way.BETTER: f"fell by {nats(-change.estimate)}",
+        Way.WORSE: f"rose by {nats(change.estimate)}",
+        Way.UNCLEAR: "did not clearly change: it went",
+        Way.FEW: "was measured on too few problems to tell: it went",
+    }
+    way = way_of(REVERSE_KL, after.summary)
+    share = measures.approached(before, after) if way is Way.BETTER else None
+    closed = "" if share is None else f": that is {share_text(share)} of the distance to the teacher"
     return (
-        f"Held-out reverse KL {moved} to {nats(now.estimate)} nats a token "
-        f"(paired 95% interval of the change {signed(change.low)} to {signed(change.high)})."
+        f"Held-out reverse KL {moved[way]} to {nats(now.estimate)} nats a token "
+        f"(paired 95% interval of the change {signed(change.low)} to {signed(change.high)}){closed}."
     )
+
+
+def _attribution_sentence(measures: Measures, after: Evaluation) -> str:
+    """What other runs tell about how much of it is due to the seed, and to the teacher."""
+    controls, objective = controls_of(measures.project, after.round), measures.project.recipe.train.objective
+    count = len(controls.seeds)
+    seeds = "One seed" if count == 1 else f"{count} seeds (kdpipe compare {' '.join(controls.runs)})"
+    if not objective.has_kd:
+        return f"{seeds}: another one may do better or worse." if count == 1 else f"{seeds}."
+    whose = "the teacher's and what the reward's" if objective.has_rl else "the teacher's"
+    if controls.study is None:
+        return f"{seeds}; no control arm was run: what of it is {whose} is not known before kdpipe arms."
+    arms = ", ".join(controls.arms)
+    return f"{seeds}; control arms: {arms}. What of it is {whose}, {controls.study}/{TABLE} tells."
 
 
 def _training_sentence(measures: Measures) -> str | None:

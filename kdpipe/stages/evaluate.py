@@ -65,8 +65,7 @@ def evaluate(settings: EvaluateSettings, job: Job, context: Context) -> None:
         schema = REVERSE_KL if len(against) == 1 else REVERSE_KL_OF_SEVERAL
         rows = _reverse_kl_rows(settings, job, model, against, schema=schema, first_part=free)
         summary |= _reverse_kl(rows)
-        if not settings.task.is_graded:
-            summary["reverse_kl_problems"] = _require_scored(rows)
+        summary["reverse_kl_problems"] = _scored(rows, required=not settings.task.is_graded)
         if baseline is not None:
             summary |= _reverse_kl(rows, read_rows(baseline / REVERSE_KL_FILE, schema))
     job.draft.write_json(SUMMARY_FILE, summary)
@@ -253,9 +252,9 @@ def _reverse_kl(rows: Rows, before: Rows | None = None) -> dict[str, JsonValue]:
     return found
 
 
-def _require_scored(rows: Rows) -> int:
-    """How many problems have a token that a teacher scored; raises StepError where none has."""
-    if found := len(with_tokens(rows, rows)):
+def _scored(rows: Rows, *, required: bool) -> int:
+    """How many problems have a token that a teacher scored; raises StepError where none has that must."""
+    if (found := len(with_tokens(rows, rows))) or not required:
         return found
     raise StepError(
         f"no token of {len(rows)} held-out samples can be scored by a teacher, so there is no reverse KL",

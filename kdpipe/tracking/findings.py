@@ -40,11 +40,12 @@ class Findings(Evaluations):
         if self.after is not None:
             found["student.after"] = f"{_level(self.after)}, round {self.after.round}"
             measure = self.after.headline
-            if (change := self.after.change) is not None and (effect := self.after.effect) is not None:
+            result = self.result(recipe.rounds)
+            if (change := self.after.change) is not None and result is not None:
                 gain = f"{delta(measure, change.estimate)} {measure.change_unit}"
                 interval = f"{interval_text(measure, change)}{self.after.p_text}"
                 found["student.gain"] = f"{gain} ({interval}) on {self.after.problems} problems"
-                found["result"] = effect[1]
+                found["result"] = result
             found |= _bounds(self.after, "{}")
         for one in self.teachers:
             found |= _bounds(one, f"teacher.{{}}{_suffix(recipe, one.model)}")

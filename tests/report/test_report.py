@@ -506,7 +506,7 @@ def test_an_unfinished_run_gives_what_there_is_and_says_what_lacks(copied: Proje
 def test_a_run_without_evaluations_says_so(copied: Project, tmp_path: Path) -> None:
     undo(copied, "evaluate", since=0)
     page = text_of(copied, tmp_path / "r.html")
-    assert "No verdict yet." in page
+    assert "No verdict yet; 2 of 2 rounds are trained." in page
     assert "Nothing was evaluated: there is no accuracy and no held-out reverse KL." in page
     assert "On its own training samples the reverse KL went from" in page
     assert [one["key"] for one in data_of(page, "token-data")["sets"]] == ["rollout-2"]
@@ -634,12 +634,12 @@ def test_a_report_is_written_again_only_when_something_changed(unwritten: Projec
     said: list[str] = []
     renew_report(unwritten, digests, commands=[], warn=said.append)
     path = report_path(unwritten)
-    assert is_current(path, digests)
+    assert is_current(unwritten, path, digests)
     written = path.stat().st_mtime_ns
     renew_report(unwritten, digests, commands=[], warn=said.append)
     assert path.stat().st_mtime_ns == written
-    assert not is_current(path, {**digests, "train@2": "other"})
-    assert stamp(digests) != stamp({**digests, "train@2": None})
+    assert not is_current(unwritten, path, {**digests, "train@2": "other"})
+    assert stamp(unwritten, digests) != stamp(unwritten, {**digests, "train@2": None})
     assert said == []
 
 

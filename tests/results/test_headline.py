@@ -20,10 +20,10 @@ from kdpipe.recipe.file import LoadedRecipe, load_recipe
 from kdpipe.recipe.schema import Recipe
 from kdpipe.results.comparison import compare
 from kdpipe.results.contender import Contender
-from kdpipe.results.evaluations import Evaluation
 from kdpipe.results.studies import arm_runs
 from kdpipe.results.verdict import verdict
 from kdpipe.tracking.findings import Findings
+from tests.results.told import Told
 
 RECIPE = """
 name: prompts
@@ -62,42 +62,45 @@ def summary(number: int, level: float, change: tuple[float, float, float] | None
     return found
 
 
-class Told:
-    """Measures with known evaluations."""
-
-    def __init__(self, before: float, after: float, interval: tuple[float, float]) -> None:
-        self.before = Evaluation(summary(0, before))
-        self.after = Evaluation(summary(4, after, (after - before, *interval)))
-        self.teachers: list[Evaluation] = []
+def told_of(folder: Path, before: float, after: float, interval: tuple[float, float]) -> Any:
+    summaries = [summary(0, before), summary(4, after, (after - before, *interval))]
+    return Told(recipe(folder, "rounds=4"), summaries, share=(0.5, 0.4, 0.6))
 
 
 @pytest.mark.parametrize(
     ("after", "interval", "tone", "headline", "chance", "closed"),
     [
-        (0.5, (-0.6, -0.4), "good", f"It worked: {CLOSER}.", "chance does not", True),
-        (1.4, (0.2, 0.6), "bad", f"It did harm: {AWAY}.", "chance does not", False),
-        (0.9, (-0.3, 0.1), "open", "No clear effect.", "chance alone would", False),
-        (0.9995, (-6e-4, -4e-4), "open", "No clear effect.", "rounding alone would", False),
+        (0.5, (-0.6, -0.4), "good", f"It worked: {CLOSER}.", "chance alone hardly explains", True),
+        (1.4, (0.2, 0.6), "bad", f"It did harm: {AWAY}.", "chance alone hardly explains", False),
+        (0.9, (-0.3, 0.1), "open", "No clear effect.", "chance alone could explain", False),
+        (0.9995, (-6e-4, -4e-4), "open", "No clear effect.", "rounding alone could explain", False),
     ],
 )
 def test_each_sign_of_a_change_of_reverse_kl_has_its_words(
-    after: float, interval: tuple[float, float], tone: str, headline: str, chance: str, closed: bool
+    tmp_path: Path,
+    after: float,
+    interval: tuple[float, float],
+    tone: str,
+    headline: str,
+    chance: str,
+    closed: bool,
 ) -> None:
-    told: Any = Told(1.0, after, interval)
+    told = told_of(tmp_path, 1.0, after, interval)
     found = verdict(told)
     assert (found.tone, found.headline) == (tone, headline)
     assert found.sentences[0].startswith(
         f"On the same 64 held-out problems reverse KL went from 1.000 to {after:.3f} nats a token by round 4: "
     )
-    assert found.sentences[0].endswith(f"; {chance} explain it.")
+    assert found.sentences[0].endswith(f"; {chance} it.")
     assert any("of the distance to the teacher" in sentence for sentence in found.sentences) == closed
-    assert found.sentences[-1] == "Nothing says whether its answers are good: task.grader is none."
+    assert found.sentences[-2] == "Nothing says whether its answers are good: task.grader is none."
+    assert found.sentences[-1].startswith("One seed; no control arm was run: ")
     assert "accura" not in " ".join(found.sentences)
-    assert change_lines(told.after)[-1] == headline
+    assert change_lines(told.after, 4)[-1] == headline
 
 
-def test_a_run_tells_reverse_kl_and_nothing_of_accuracy() -> None:
-    told = Told(1.0, 0.5, (-0.6, -0.4))
+def test_a_run_tells_reverse_kl_and_nothing_of_accuracy(tmp_path: Path) -> None:
+    told = told_of(tmp_path, 1.0, 0.5, (-0.6, -0.4))
     heading, before, after = outcome_lines([told.before, told.after], lambda text, _style: text)
     assert heading.split() == ["held-out", "reverse", "KL,", "nats", "95", "%", "interval"]
     assert before.split()[-4:] == ["1.000", "0.900", "to", "1.100"]

@@ -42,7 +42,7 @@ def test_a_run_is_tagged_with_what_its_evaluations_came_to_as_soon_as_they_are_t
     assert not {"student.after", "student.gain", "result"} & tags.keys()
     world.finish("evaluate:student@1", accuracy=0.4, accuracy_change_low=-0.01)
     world.sync()
-    assert world.tags()["result"] == "No clear effect."
+    assert world.tags()["result"] == "No clear change in accuracy so far; round 1 of 2."
     world.finish(
         "evaluate:student@2", accuracy=0.435, reverse_kl_nats=0.25, reverse_kl_low=0.2, reverse_kl_high=0.3
     )
