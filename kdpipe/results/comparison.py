@@ -209,6 +209,8 @@ def _level(group: Sequence[Contender]) -> Interval:
     found = statistics.pooled(matrix)
     if measure is REVERSE_KL:
         return found
+    if found.low == found.high:  # all runs are right, or wrong, everywhere
+        return statistics.wilson(matrix.mean(axis=0).tolist())
     return Interval(found.estimate, max(0.0, found.low), min(1.0, found.high))
 
 
@@ -227,17 +229,27 @@ def _difference(group: Sequence[Contender], first: Sequence[Contender]) -> tuple
     mine, theirs = _matrix(group), _matrix(first)
     if mine is None or theirs is None or group[0].values.keys() != first[0].values.keys():
         return statistics.unpaired_difference(_level(group), _level(first)), False
+    is_alone = len(group) == len(first) == 1
+    if group[0].headline is REVERSE_KL:
+        if not is_alone:
+            return _pooled_difference(group, first, mine, theirs), True
+        pairs = ([(one.totals or {})[key] for key in first[0].values] for one in (group[0], first[0]))
+        return statistics.token_mean(*map(_totals, pairs)), True
+    found = None if is_alone else _pooled_difference(group, first, mine, theirs)
+    if found is None or found.low == found.high:  # or no run of either differs from another anywhere
+        return statistics.paired_difference(mine.mean(axis=0).tolist(), theirs.mean(axis=0).tolist()), True
+    return Interval(found.estimate, max(-1.0, found.low), min(1.0, found.high)), True
+
+
+def _pooled_difference(
+    group: Group, first: Group, mine: statistics.Floats, theirs: statistics.Floats
+) -> Interval:
+    """The same seeds are paired. Of others the variances add, and the problems stay paired."""
     seeds = [one.seed for one in group], [one.seed for one in first]
-    if len(group) == len(first) == 1:
-        if group[0].headline is REVERSE_KL:
-            pairs = ([(one.totals or {})[key] for key in first[0].values] for one in (group[0], first[0]))
-            return statistics.token_mean(*map(_totals, pairs)), True
-        return statistics.paired_difference(mine[0].tolist(), theirs[0].tolist()), True
-    if sorted(seeds[0]) == sorted(seeds[1]):
-        order = [np.argsort(numbers, kind="stable") for numbers in seeds]
-        return statistics.pooled(mine[order[0]] - theirs[order[1]]), True
-    # Other seeds on each side: their variances add, and the problems stay paired.
-    return statistics.pooled_difference(mine, theirs), True
+    if sorted(seeds[0]) != sorted(seeds[1]):
+        return statistics.pooled_difference(mine, theirs)
+    order = [np.argsort(numbers, kind="stable") for numbers in seeds]
+    return statistics.pooled(mine[order[0]] - theirs[order[1]])
 
 
 def _matrix(group: Sequence[Contender]) -> statistics.Floats | None:

@@ -583,11 +583,17 @@ MODELS = {
         4,
         RUN,
     ),
-    "a teacher that is no better": Bad(
-        ("runtime.allow_weak_teacher=false", "teachers.0.sft.steps=1", "rounds=1"),
-        ("not better than the student", "headroom", "allow_weak_teacher"),
+    "a teacher that is the student": Bad(
+        (
+            "student={model: ./model}",
+            "teachers=[{model: ./model}]",
+            "task.grader=none",
+            "runtime.allow_weak_teacher=false",
+        ),
+        ("says what the student says already", "headroom 0.000 nats", "allow_weak_teacher"),
         4,
         RUN,
+        models={"model": "arithmetic"},
     ),
     "an adapter on a layer that is not there": Bad(
         ("student={model: ./model, lora: {targets: [q_proj, c_attn]}}", *SELF),

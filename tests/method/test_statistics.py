@@ -207,6 +207,17 @@ def test_without_a_far_problem_the_token_mean_is_students_t_with_two_more_of_eac
     assert (found.low, found.estimate, found.high) == pytest.approx((-reach, 0.0, reach), abs=1e-12)
 
 
+def test_divergences_have_the_same_reach_as_a_factor() -> None:
+    sums, counts = [3.0, 1.0, 8.0, 0.0, -1e-4], [4.0, 2.0, 5.0, 1.0, 2.0]
+    found = token_mean((sums, counts))
+    assert 0 < found.low < found.estimate < found.high
+    assert found.high / found.estimate == pytest.approx(found.estimate / found.low)
+    signed = token_mean(([*sums[:4], -1.0], counts))
+    assert signed.high - signed.estimate == pytest.approx(signed.estimate - signed.low)
+    few = token_mean((sums[:3], counts[:3]))
+    assert few.high - few.estimate == pytest.approx(few.estimate - few.low)
+
+
 def test_the_difference_of_token_means_is_over_the_same_problems() -> None:
     sums, counts = [3.0, 1.0, 8.0], [4.0, 2.0, 5.0]
     same = token_mean((sums, counts), (sums, counts))
@@ -270,6 +281,21 @@ def test_a_difference_of_other_seeds_on_each_side_covers_the_truth_too() -> None
         found = pooled_difference(*sides)
         covered += found.low <= 0.1 <= found.high
     assert 0.925 < covered / 1500 < 0.98
+
+
+def test_a_lone_seed_is_taken_to_vary_as_those_that_it_is_compared_with() -> None:
+    generator = np.random.default_rng(3)
+    trials, covered = 400, 0
+    for _ in range(trials):
+        problems = generator.normal(0, 0.3, (1, 200))
+        sides = [
+            problems + generator.normal(0, 0.1, (count, 1)) + generator.normal(0, 0.3, (count, 200))
+            for count in (3, 1)
+        ]
+        found, mirrored = pooled_difference(*sides), pooled_difference(*sides[::-1])
+        assert (mirrored.low, mirrored.high) == pytest.approx((-found.high, -found.low), abs=1e-12)
+        covered += found.low <= 0 <= found.high
+    assert 0.92 < covered / trials <= 0.99
 
 
 def test_one_problem_has_no_interval() -> None:

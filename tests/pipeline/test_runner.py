@@ -20,6 +20,7 @@ import kdpipe.training.local
 from kdpipe.engines.hf.engine import HfEngine
 from kdpipe.engines.protocol import TokenScores
 from kdpipe.errors import ArtifactError, Interrupted, LockError, PreflightError, RecipeError
+from kdpipe.pipeline import requirements
 from kdpipe.pipeline.project import Project, open_project
 from kdpipe.pipeline.requirements import key_uses
 from kdpipe.pipeline.signals import PATIENCE_SECONDS, signals
@@ -324,14 +325,26 @@ def test_a_missing_payload_file_is_damage(world: World) -> None:
 # -------------------------------------------------------------------------------- gate, locks, signals
 
 
-def test_a_teacher_that_is_no_better_stops_the_run_before_round_1(tmp_path: Path) -> None:
+def test_a_teacher_that_is_clearly_no_better_stops_the_run_before_round_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world = World(tmp_path)
+    found = {"high": 0.0}
+    known = requirements.headrooms
+    monkeypatch.setattr(
+        requirements, "headrooms", lambda project: [replace(one, **found) for one in known(project)]
+    )
     with pytest.raises(PreflightError, match="not better than the student") as caught:
         world.run("runtime.allow_weak_teacher=false", rounds=1)
     assert caught.value.exit_code == 4
     assert "allow_weak_teacher" in caught.value.hint
     assert set(payload_digests(world.workspace)) == set(ROUND_0)
-    assert world.run("runtime.allow_weak_teacher=true", rounds=1) == round_steps(1)
+    found["high"] = 0.01
+    watcher = Watcher()
+    loaded = load_tiny(world.folder, "runtime.allow_weak_teacher=false")
+    run_near(loaded, world.workspace, watcher=watcher, rounds=1)
+    assert watcher.performed == round_steps(1)
+    assert any("is not clearly better than the student: accuracy" in line for line in watcher.warnings)
 
 
 def test_a_run_that_another_process_holds_is_refused(world: World) -> None:

@@ -66,6 +66,39 @@ def test_unpaired_differences_have_newcombes_published_bounds() -> None:
     )
 
 
+@pytest.mark.parametrize("right", [0, 1])
+def test_runs_that_are_all_right_or_all_wrong_have_no_interval_of_width_zero(right: int) -> None:
+    runs = [
+        contender([right] * 40, run=f"{kd}{seed}", seed=seed, kd=kd)
+        for kd in ("rkl", "k2")
+        for seed in (1, 2, 3)
+    ]
+    rows = [row for row in compare(runs) if not row.is_before]
+    for row in rows:
+        assert row.level.high - row.level.low == pytest.approx(0.0876, abs=1e-4)  # Wilson's for 0 of 40
+        assert 0 <= row.level.low < row.level.high <= 1
+    found = rows[1].difference
+    assert found is not None
+    assert found.interval.low == -found.interval.high < -0.05
+
+
+def test_notes_say_what_seeds_the_intervals_are_for() -> None:
+    def told(*seeds: tuple[str, int]) -> str:
+        runs = [contender([0, 1, 1, 0], run=f"{kd}{seed}", seed=seed, kd=kd) for kd, seed in seeds]
+        return " ".join(notes_on(compare(runs)))
+
+    both = told(("rkl", 1), ("k2", 1), ("k2", 2))
+    assert "for these runs only; against several seeds it is taken to vary as they do" in both
+    assert "two seeds: where seeds matter, such an interval holds the truth in 88 of 100 cases" in both
+    one = told(("rkl", 1), ("k2", 1))
+    assert "for these runs only" in one
+    assert "several seeds" not in one
+    three = told(*((kd, seed) for kd in ("rkl", "k2") for seed in (1, 2, 3)))
+    assert "several seeds: mean" in three
+    assert "only" not in three
+    assert "two seeds" not in three
+
+
 def test_two_runs_are_paired_problem_by_problem_and_p_belongs_to_the_interval() -> None:
     first, second = (
         contender([1, 1, 0, 0, 0, 0, 0, 0, 1, 0]),

@@ -8,7 +8,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -31,6 +31,7 @@ from kdpipe.method.mixture import TeacherScores, join_scores
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.prompting import Text
 from kdpipe.models.source import ModelSource
+from kdpipe.pipeline import requirements
 from kdpipe.recipe.file import LoadedRecipe, load_recipe
 from kdpipe.stages.job import Job
 from kdpipe.stages.settings.stage import TrainSettings
@@ -348,7 +349,16 @@ def test_a_round_in_which_a_teacher_has_nothing_to_score_is_trained_by_the_other
 
 
 @pytest.mark.parametrize("way", ["routed", "mixed"])
-def test_every_teacher_has_to_be_better_than_the_student(tmp_path: Path, way: str) -> None:
+def test_every_teacher_has_to_be_better_than_the_student(
+    tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = requirements.headrooms
+    bounds = {"first": 0.1, "second": 0.0}
+    monkeypatch.setattr(
+        requirements,
+        "headrooms",
+        lambda project: [replace(one, high=bounds[one.teacher]) for one in known(project)],
+    )
     loaded = recipe(tmp_path, way, OBJECTIVES["token"], runtime__allow_weak_teacher=False)
     with pytest.raises(PreflightError, match="teacher 'second' is not better than the student") as caught:
         run_near(loaded, tmp_path / "out")
