@@ -7,7 +7,7 @@ would train another student, other problems would be other questions. `pooled` t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class ComparisonRow:
     `change` is since the student before training, `difference` that to the first recipe; None where either side is not
     measured, or is this one. `beside` is the same by held-out reverse KL where that is measured and not the headline.
     `fields` are those of the recipe that tell it from the others. Students before training have rows of their own,
-    whose `is_before` is true.
+    whose `is_before` is true. `pairs` are differences to other recipes than the first, by their labels.
     """
 
     label: str
@@ -54,6 +54,7 @@ class ComparisonRow:
     fields: str = ""
     is_before: bool = False
     beside: ComparisonRow | None = None
+    pairs: Mapping[str, Difference] = field(default_factory=dict)
 
     @property
     def headline(self) -> Headline:

@@ -39,6 +39,11 @@ if TYPE_CHECKING:
 
 ArmName = Literal["kd", "rl", "kdrl", "shuffled-teacher", "self-teacher", "constant-advantage"]
 ARMS: tuple[ArmName, ...] = get_args(ArmName)
+PAIRS: Mapping[str, tuple[ArmName, ...]] = {
+    "kdrl": ("rl", "kd"),
+    "kd": ("shuffled-teacher", "constant-advantage", "self-teacher"),
+}
+"""Which arms each is held against: what one source of the gain adds to the others."""
 MAX_SEED = 2**31
 StudyKind = Literal["arms", "sweep"]
 Obstacle = tuple[str, str]
@@ -341,13 +346,29 @@ def forecast(projects: Sequence[Project], *, rounds: int | None) -> list[Forecas
 
 
 def arm_rows(contenders: Sequence[tuple[ArmName, Contender]]) -> list[ComparisonRow]:
-    """The table: students before training, then the arms with what they gained and against the first.
+    """The table: students before training, then the arms with what they gained, and one against another.
 
     An arm without some seed is compared by what there is, as `compare` does.
     """
     from kdpipe.results.comparison import compare
 
-    return compare(
+    rows = compare(
         [replace(one, settings={"arm": arm}) for arm, one in contenders],
         named=lambda group, _: group[0].settings["arm"],
+    )
+    return [
+        _paired(row, [other for other in rows if other.label in PAIRS.get(row.label, ())]) for row in rows
+    ]
+
+
+def _paired(row: ComparisonRow, others: Sequence[ComparisonRow]) -> ComparisonRow:
+    """The row with its differences to these, by each measure, in place of that to the first."""
+    from kdpipe.results.comparison import difference
+
+    beside = [other.beside for other in others if other.beside is not None]
+    return replace(
+        row,
+        difference=None,
+        pairs={other.label: difference(row.contenders, other.contenders) for other in others},
+        beside=None if row.beside is None else _paired(row.beside, beside),
     )

@@ -32,14 +32,20 @@ class Table:
 
 
 def tables_of(rows: Sequence[ComparisonRow]) -> list[Table]:
-    """Levels, changes since the student before, differences to the first recipe, and costs."""
+    """Levels, changes since the student before, differences to the first or between recipes, costs."""
     measures = [one for one in MEASURES if one in (rows[0].headline, rows[0].headline.beside)]
     recipes = [row for row in rows if not row.is_before]
     levels = [(row.label, *(_level_cell(row, measure) for measure in measures)) for row in rows]
     found = [Table(["", *(measure.title for measure in measures)], levels)]
     changes = [(row.label, [one.change for one in row.measured]) for row in recipes]
     differences = [(row.label, [one.difference for one in row.measured]) for row in recipes[1:]]
-    for title, each in (("since before", changes), ("against the first", differences)):
+    pairs = [
+        (f"{row.label} less {other}", [one.pairs.get(other) for one in row.measured])
+        for row in recipes
+        for other in row.pairs
+    ]
+    titles = ("since before", "against the first", "one against another")
+    for title, each in zip(titles, (changes, differences, pairs), strict=True):
         if any(any(cells) for _, cells in each):
             found.append(_differences(title, measures, each))
     return [
@@ -101,9 +107,14 @@ def notes_on(rows: Sequence[ComparisonRow]) -> list[str]:
     """A sentence for whatever the cells cannot say."""
     recipes = [row for row in rows if not row.is_before]
     notes = ["(a to b): 95 % interval"]
-    found = [each for row in recipes for one in row.measured for each in (one.change, one.difference)]
+    found = [
+        each
+        for row in recipes
+        for one in row.measured
+        for each in (one.change, one.difference, *one.pairs.values())
+    ]
     if any(one and not one.is_paired for one in found):
-        notes.append("* other problems than the first row's: two independent groups, not pairs")
+        notes.append("* other problems on each side: two independent groups, not pairs")
     if rows[0].headline.beside is REVERSE_KL and not all(row.beside for row in rows):
         notes.append(
             f"{MISSING}: held-out reverse KL was not measured; evaluate.reverse_kl_problems says on how many prompts"
@@ -158,6 +169,7 @@ def _measured_json(row: ComparisonRow) -> dict[str, JsonValue]:
         **_interval_json(row.level),
         "change": _difference_json(row.change),
         "difference": _difference_json(row.difference),
+        "pairs": {other: _difference_json(found) for other, found in row.pairs.items()},
     }
 
 

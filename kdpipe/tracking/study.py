@@ -70,11 +70,16 @@ def _sentence(row: Mapping[str, Any]) -> str:
             continue
         estimate, low, high = (measure.show(found[name]) for name in BOUNDS)
         told.append(f"{measure.name} {estimate}{measure.unit} ({low} to {high})")
-        for kind, words in KINDS.items():
-            if (change := found[kind]) is not None:
-                estimate, low, high = (measure.show_change(change[name]) for name in BOUNDS)
-                told.append(f"{estimate} {measure.change_unit} ({low} to {high}) {words}")
+        for words, change in _changes(found):
+            estimate, low, high = (measure.show_change(change[name]) for name in BOUNDS)
+            told.append(f"{estimate} {measure.change_unit} ({low} to {high}) {words}")
     return ", ".join(told)
+
+
+def _changes(found: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The differences of a measure, with what each is to."""
+    yield from ((words, found[kind]) for kind, words in KINDS.items() if found[kind] is not None)
+    yield from ((f"against {other}", change) for other, change in found["pairs"].items())
 
 
 def _children(study: Study, memory: Memory) -> Iterator[Item]:
@@ -95,7 +100,9 @@ def _comparison_metrics(found: Mapping[str, Any]) -> Iterator[MetricRow]:
     for row in found["rows"]:
         for measure in (one for one in MEASURES if one.metric in row):
             level = row[measure.metric]
-            for kind, each in (("", level), *((f"_{kind}", level[kind]) for kind in KINDS)):
+            told = {"": level, **{f"_{kind}": level[kind] for kind in KINDS}}
+            told |= {f"_less_{other}": change for other, change in level["pairs"].items()}
+            for kind, each in told.items():
                 for bound in BOUNDS if each else ():
                     name = f"{measure.metric}{kind}{'' if bound == 'estimate' else f'_{bound}'}"
                     yield MetricRow(f"study/{_label(row)}/{name}", each[bound], at, 0)

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from typer.testing import CliRunner
 
 import kdpipe.pipeline.request
 from kdpipe.cli.app import app
+from kdpipe.cli.comparison_table import markdown_lines
 from kdpipe.data.rows import Rollout
 from kdpipe.data.tables import Scores
 from kdpipe.errors import RecipeError, StepError
+from kdpipe.method import statistics
 from kdpipe.method.mixture import RoundScores, TeacherScores, donors_of, shuffled
 from kdpipe.method.objective import shares, token_loss
 from kdpipe.method.token_batch import TokenBatch
@@ -38,6 +41,7 @@ from kdpipe.results.studies import (
     parse_arms,
     possible_arms,
 )
+from kdpipe.results.table import comparison_json
 from kdpipe.stages.train import CONSTANT_ADVANTAGE
 from kdpipe.store.stage import Stage
 from tests.tiny_models import FLOAT32_NATS
@@ -492,7 +496,57 @@ def test_each_arm_stands_against_the_student_before_training() -> None:
     assert [row.level.estimate for row in found] == [0.25, 0.875, 0.5]
     gains = [row.change.interval.estimate for row in found if row.change is not None]
     assert gains == [0.625, 0.25]
-    assert [row.difference.interval.estimate for row in found if row.difference is not None] == [-0.375]
+
+
+def test_arms_stand_against_the_arms_that_have_one_source_less_paired_by_seed_and_problem() -> None:
+    right = {
+        "kd": [[1, 1, 1, 0], [1, 1, 0, 1]],
+        "rl": [[0, 1, 1, 0], [1, 0, 0, 1]],
+        "kdrl": [[1, 1, 1, 1], [1, 1, 0, 0]],
+        "shuffled-teacher": [[0, 0, 1, 0], [0, 1, 0, 0]],
+        "self-teacher": [[0, 0, 0, 0], [0, 0, 0, 1]],
+    }
+    apart = {
+        "kd": 0.25,
+        "rl": 2.0,
+        "kdrl": 0.5,
+        "shuffled-teacher": 3.0,
+    }  # the nats of each token; not of self-teacher
+
+    def run(arm: ArmName, seed: int) -> Contender:
+        keys = [str(n) for n in range(4)]
+        one = Contender(arm, seed, 1, 1, dict(zip(keys, right[arm][seed], strict=True)), {}, {}, {})
+        if arm not in apart:
+            return one
+        nats = apart[arm]
+        beside = replace(one, values=dict.fromkeys(keys, nats), totals=dict.fromkeys(keys, (nats, 1.0)))
+        return replace(one, beside=beside)
+
+    # The seeds of an arm end in any order.
+    rows = arm_rows([(arm, run(arm, seed)) for arm in ARMS if arm in right for seed in (1, 0)])
+    found = {
+        f"{row.label} less {other}": [
+            one.pairs[other].interval.estimate for one in row.measured if other in one.pairs
+        ]
+        for row in rows
+        for other in row.pairs
+    }
+    assert found == {
+        "kd less shuffled-teacher": [0.5, -2.75],
+        "kd less self-teacher": [0.625],
+        "kdrl less rl": [0.25, -1.5],
+        "kdrl less kd": [0.0, 0.25],
+    }
+    assert all(row.difference is None for row in rows)
+    by_seed = [sum(right["kdrl"][seed]) / 4 - sum(right["kd"][seed]) / 4 for seed in (0, 1)]
+    pair = rows[[row.label for row in rows].index("kdrl")].pairs["kd"]
+    each = np.array(right["kdrl"], float) - np.array(right["kd"], float)
+    assert (sum(by_seed) / 2, pair.interval) == (0.0, statistics.pooled(each))
+    lines = "\n".join(markdown_lines(rows))
+    assert "| kdrl less rl | +25.0 (" in lines
+    assert "against the first" not in lines
+    [document] = [row for row in comparison_json(rows) if row["label"] == "kd"]
+    assert list(document["accuracy"]["pairs"]) == ["shuffled-teacher", "self-teacher"]  # type: ignore[index,call-overload,arg-type]
 
 
 @pytest.mark.slow

@@ -26,14 +26,19 @@ ROWS: list[Any] = [
     {
         "label": "student before",
         "headline": "accuracy",
-        "accuracy": bounded(0.25, 0.2, 0.3) | {"change": None, "difference": None},
+        "accuracy": bounded(0.25, 0.2, 0.3) | {"change": None, "difference": None, "pairs": {}},
     },
     {
         "label": "kd=k2",
         "headline": "accuracy",
-        "accuracy": bounded(0.5, 0.45, 0.55) | {"change": bounded(0.25, 0.1, 0.4), "difference": None},
+        "accuracy": bounded(0.5, 0.45, 0.55)
+        | {
+            "change": bounded(0.25, 0.1, 0.4),
+            "difference": None,
+            "pairs": {"self-teacher": bounded(0.4, 0.3, 0.5)},
+        },
         "reverse_kl_nats": bounded(0.7, 0.6, 0.8)
-        | {"change": bounded(-0.5, -0.7, -0.3), "difference": bounded(0.1, -0.1, 0.2)},
+        | {"change": bounded(-0.5, -0.7, -0.3), "difference": bounded(0.1, -0.1, 0.2), "pairs": {}},
     },
 ]
 
@@ -122,6 +127,9 @@ def test_a_kill_at_any_note_leaves_one_parent_with_every_metric_once(worlds: lis
         "study/kd_k2/accuracy_change": 0.25,
         "study/kd_k2/accuracy_change_low": 0.1,
         "study/kd_k2/accuracy_change_high": 0.4,
+        "study/kd_k2/accuracy_less_self-teacher": 0.4,
+        "study/kd_k2/accuracy_less_self-teacher_low": 0.3,
+        "study/kd_k2/accuracy_less_self-teacher_high": 0.5,
         "study/kd_k2/reverse_kl_nats": 0.7,
         "study/kd_k2/reverse_kl_nats_low": 0.6,
         "study/kd_k2/reverse_kl_nats_high": 0.8,
@@ -148,6 +156,7 @@ def test_the_parent_shows_the_comparison_and_what_failed(worlds: list[World]) ->
     assert tags["study.student before"] == "accuracy 25.0% (20.0% to 30.0%)"
     assert tags["study.kd_k2"] == (
         "accuracy 50.0% (45.0% to 55.0%), +25.0 points (+10.0 to +40.0) since before, "
+        "+40.0 points (+30.0 to +50.0) against self-teacher, "
         "held-out reverse KL 0.700 nats a token (0.600 to 0.800), -0.500 nats (-0.700 to -0.300) since before, "
         "+0.100 nats (-0.100 to +0.200) against the first"
     )
