@@ -255,6 +255,22 @@ def test_without_problem_effects_several_seeds_are_students_t_over_the_seeds() -
     assert (found.low, found.high) == pytest.approx((low, high), abs=1e-12)
 
 
+def test_the_variance_over_seeds_and_problems_is_that_of_the_two_way_table() -> None:
+    table = np.array([[0.0, 1.0, 4.0, 2.0], [2.0, 3.5, 7.0, 1.0], [2.0, 2.0, 9.0, 5.0]])
+    mean, (count, width) = table.mean(), table.shape
+    rows, columns = table.mean(axis=1) - mean, table.mean(axis=0) - mean
+    rest = sum(
+        (table[i, j] - mean - rows[i] - columns[j]) ** 2 for i in range(count) for j in range(width)
+    ) / ((count - 1) * (width - 1))
+    squares = (width * sum(rows**2) / (count - 1), count * sum(columns**2) / (width - 1), rest)
+    assert 0.5 < rest < min(squares[:2])
+    variance = (squares[0] + squares[1] - rest) / table.size
+    spread = sum((each / table.size) ** 2 / free for each, free in zip(squares, (2, 3, 6), strict=True))
+    reach = stats.t.ppf(0.975, variance**2 / spread) * variance**0.5
+    found = pooled(table)
+    assert (found.low, found.high) == pytest.approx((mean - reach, mean + reach), abs=1e-12)
+
+
 @pytest.mark.parametrize(("seed_spread", "problem_spread"), [(0.0, 0.3), (0.1, 0.3), (0.2, 0.0), (0.05, 0.1)])
 def test_the_pooled_interval_covers_the_truth_about_as_often_as_it_says(
     seed_spread: float, problem_spread: float
