@@ -106,6 +106,20 @@ ACCURACY = Headline(
 )
 """The share of right answers, with Wilson's interval."""
 MEASURES = (ACCURACY, REVERSE_KL)
+KEPT_MASS = "rollout/kept_mass_mean"
+"""The metric of a round whose sampling top-p or top-k cut."""
+
+
+def own_reverse_kl(metrics: Mapping[str, float]) -> float | None:
+    """The reverse KL on a round's own samples in nats a token, without what top-p and top-k add to it.
+
+    Those make the sampler's log-probs b those of the cut distribution: b - q has a mean above 0 even where the teacher
+    is the student. The trainer's log-probs p are of the whole one: b - q less b - p is p - q.
+    """
+    found = metrics.get("score/reverse_kl_nats")
+    if found is None or KEPT_MASS not in metrics:
+        return found
+    return found - metrics["train/mismatch_nats_mean"]
 
 
 def headline_of(summary: Mapping[str, Any]) -> Headline:

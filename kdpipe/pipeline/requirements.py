@@ -78,10 +78,10 @@ def require(recipe: Recipe, warn: Callable[[str], None]) -> None:
                 f"teacher {teacher.name!r}: {name}, which is to hold the key of its server, is not set",
                 hint=f"export {name}=... in the shell that runs kdpipe",
             )
-    if recipe.rollout.top_p < 1 or recipe.rollout.top_k:
+    if recipe.rollout.is_cut:
         warn(
-            "rollout.top_p or top_k cuts the distribution that is sampled, and the trained one is whole: "
-            "importance ratios are biased; rollout/kept_mass_mean says by how much"
+            "rollout.top_p or top_k cuts the distribution that is sampled, and the trained one is whole: importance "
+            "ratios are biased, and score/reverse_kl_nats is too high; rollout/kept_mass_mean says by how much"
         )
 
 

@@ -322,14 +322,13 @@ def _beyond_scoring(recipe: Recipe, teacher: ServedTeacher) -> Iterator[str]:
 def _beyond_sampling(recipe: Recipe) -> Iterator[str]:
     """What a server's samples are, where the recipe asks for others, and what to write instead."""
     rollout, section, sft = recipe.rollout, recipe.evaluate, recipe.student.sft
-    is_cut = rollout.top_p < 1 or rollout.top_k > 0
     sampled = {"evaluate.temperature": section.temperature} if recipe.grades_teachers else {}
     if sft is not None and sft.text == "teacher":
         sampled["student.sft.temperature"] = sft.temperature
     if rollout.off_policy_text == "teacher":
         sampled["teachers[].temperature"] = 1.0
     for name, temperature in sampled.items():
-        if temperature not in (0, 1) or (temperature and is_cut):
+        if temperature not in (0, 1) or (temperature and rollout.is_cut):
             other = ", or evaluate.teacher to false" if name.startswith("evaluate") else ""
             yield (
                 "log-probs of its samples at temperature 1 and of the whole distribution: set "

@@ -38,6 +38,11 @@ class RolloutSection(Section):
     """Replaces the recipe's seed here; null is the recipe's."""
 
     @property
+    def is_cut(self) -> bool:
+        """Whether ids that the student would rarely choose are never sampled."""
+        return self.top_p < 1 or self.top_k > 0
+
+    @property
     def on_policy_prompts(self) -> int:
         """How many of a round's prompts the student samples for."""
         return round(self.on_policy_fraction * self.prompts)

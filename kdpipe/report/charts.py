@@ -55,7 +55,7 @@ def _reverse_kl(measures: Measures) -> Chart:
     students = [one for one in measures.evaluations if one.is_student]
     held_out = [_bounded(one.round, found) for one in students if (found := one.reverse_kl)]
     series = [
-        _line(measures, "score/reverse_kl_nats", label="training"),
+        Series("training", _points(measures.own_reverse_kl())),
         Series("held out", held_out, style=1, marked=True),
     ]
     return Chart("reverse-kl", "Reverse KL", "nats a token", series, _number, bands="95% interval")

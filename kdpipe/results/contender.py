@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from kdpipe.data.payload import SUMMARY_FILE
 from kdpipe.errors import ArtifactError, DataError
@@ -13,11 +14,14 @@ from kdpipe.pipeline.runs import Link, RunFolder
 from kdpipe.pipeline.status import leaves
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import Recipe, resolved
+from kdpipe.results.evaluations import Evaluation
 from kdpipe.results.measures import cost_of, reverse_kl_totals, right_fractions
 from kdpipe.store.artifacts import MANIFEST, linked_entry
 from kdpipe.store.stage import Stage
 from kdpipe.store.step import link_name_of
 
+Divergence = Literal["exact", "sampled", "cut"]
+"""A reverse KL of whole distributions, of sampled tokens, or of tokens that top-p or top-k let pass."""
 SEEDLESS = ("name", "seed", "tracking", "runtime")
 
 
@@ -26,9 +30,10 @@ class Contender:
     """A student of one run by one measure, and what the run cost up to it.
 
     `values` has what each problem adds to the mean that is measured: its fraction of right samples, or its share of
-    the held-out reverse KL, whose sum and tokens `totals` then has. `settings` are the recipe's fields, flat, without
-    its name, seed, tracking and runtime; a student's dtype of auto stands there with what it was, as machines differ in
-    it. `seconds` and `tokens` are by stage; a reused step costs what it took where it was made.
+    the held-out reverse KL, whose sum and tokens `totals` then has, measured as `divergence` says. `settings` are the
+    recipe's fields, flat, without its name, seed, tracking and runtime; a student's dtype of auto stands there with
+    what it was, as machines differ in it. `seconds` and `tokens` are by stage; a reused step costs what it took where
+    it was made.
 
     `beside` is the same student by held-out reverse KL, where that was measured and is not the headline. `before` is
     the run's student before training by the same measure, None where it was not evaluated or is this one.
@@ -43,6 +48,7 @@ class Contender:
     seconds: Mapping[str, float]
     tokens: Mapping[str, float]
     totals: Mapping[str, tuple[float, float]] | None = None
+    divergence: Divergence = "exact"
     beside: Contender | None = None
     before: Contender | None = None
 
@@ -121,9 +127,11 @@ def _student(
     summary, divergence = entry.read_json(SUMMARY_FILE), None
     if REVERSE_KL.estimate(summary) is not None:
         totals = reverse_kl_totals(entry, several=len(recipe.teachers) > 1)
+        sampled: Divergence = "cut" if recipe.rollout.is_cut else "sampled"
+        kind = sampled if Evaluation(summary).is_sampled else "exact"
         sums, counts = zip(*totals.values(), strict=True)
         shares = statistics.ratio_shares((sums, counts))
-        divergence = contender(dict(zip(totals, shares, strict=True)), 1, totals)
+        divergence = replace(contender(dict(zip(totals, shares, strict=True)), 1, totals), divergence=kind)
     if headline_of(summary) is ACCURACY:
         return replace(contender(*right_fractions(entry)), beside=divergence)
     assert divergence is not None

@@ -54,6 +54,11 @@ class Evaluation:
         return Interval(found[name], found[f"{name}_low"], found[f"{name}_high"]) if name in found else None
 
     @property
+    def is_sampled(self) -> bool:
+        """Whether its reverse KL is of sampled tokens alone, not of whole distributions."""
+        return "reverse_kl_nats" in self.summary and "reverse_kl_exact_nats" not in self.summary
+
+    @property
     def problems(self) -> int:
         """On how many problems the headline was measured."""
         return int(self.summary[self.headline.counted])

@@ -13,6 +13,7 @@ from kdpipe.data.payload import GRADES_FILE, REVERSE_KL_FILE
 from kdpipe.data.tables import GRADES, REVERSE_KL, REVERSE_KL_OF_SEVERAL, read_rows
 from kdpipe.method import statistics
 from kdpipe.method.interval import Interval
+from kdpipe.pipeline.headline import KEPT_MASS, own_reverse_kl
 from kdpipe.pipeline.headroom import Distance, Headroom, headrooms_of
 from kdpipe.pipeline.project import Project
 from kdpipe.pipeline.status import State
@@ -131,6 +132,21 @@ class Measures(Evaluations):
             for row in self.rows[step.id]
             if row.name == name and row.optimizer_step is None
         }
+
+    def own_reverse_kl(self) -> Values:
+        """The reverse KL on each round's own samples, without what a cut of the sampling adds."""
+        rounds = defaultdict[int, dict[str, float]](dict)
+        for step in self.done:
+            rounds[step.round] |= {
+                row.name: row.value for row in self.rows[step.id] if row.optimizer_step is None
+            }
+        is_cut = self.project.recipe.rollout.is_cut
+        found = {
+            number: own_reverse_kl(metrics)
+            for number, metrics in rounds.items()
+            if KEPT_MASS in metrics or not is_cut
+        }
+        return {number: value for number, value in found.items() if value is not None}
 
     def over_optimizer_steps(self, name: str) -> dict[int, list[float]]:
         """A metric of the optimizer steps, by round."""

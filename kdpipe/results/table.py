@@ -10,7 +10,7 @@ from pydantic import JsonValue
 from kdpipe.method.interval import Interval
 from kdpipe.pipeline.headline import ACCURACY, MEASURES, REVERSE_KL, Headline
 from kdpipe.results.comparison import ComparisonRow, Difference
-from kdpipe.results.contender import Contender
+from kdpipe.results.contender import Contender, Divergence
 
 MEASURED_BY = {
     ACCURACY: ("evaluate.temperature", "evaluate.samples"),
@@ -20,6 +20,11 @@ MEASURED_BY = {
     ),
 }
 """Fields that a measure depends on, and not the student alone."""
+DIVERGENCES: dict[Divergence, str] = {
+    "exact": "of whole distributions",
+    "sampled": "of sampled tokens",
+    "cut": "of sampled tokens and the distribution that top_p or top_k cut, which adds minus the log of the kept mass",
+}
 MISSING = "-"
 
 
@@ -119,6 +124,7 @@ def notes_on(rows: Sequence[ComparisonRow]) -> list[str]:
         notes.append(
             f"{MISSING}: held-out reverse KL was not measured; evaluate.reverse_kl_problems says on how many prompts"
         )
+    notes += _notes_on_divergence(rows)
     contenders = [one for row in recipes for one in row.contenders]
     for measure in {one.headline: None for row in recipes for one in row.measured}:
         notes += [
@@ -139,6 +145,18 @@ def _notes_on_seeds(counts: set[int]) -> Iterator[str]:
         yield "several seeds: mean, with the interval for other seeds and other problems"
     if 2 in counts:
         yield "two seeds: where seeds matter, such an interval holds the truth in 88 of 100 cases, not in 95"
+
+
+def _notes_on_divergence(rows: Sequence[ComparisonRow]) -> Iterator[str]:
+    """What a reverse KL is of where it is not of whole distributions."""
+    found: dict[Divergence, list[str]] = {}
+    for row in (one for each in rows for one in each.measured if one.headline is REVERSE_KL):
+        found.setdefault(row.contenders[0].divergence, []).append(row.label)
+    if len(found) > 1:
+        told = "; ".join(f"{DIVERGENCES[kind]} in {', '.join(labels)}" for kind, labels in found.items())
+        yield f"held-out reverse KL is not one measure: {told}"
+    elif "cut" in found:
+        yield f"held-out reverse KL is {DIVERGENCES['cut']}"
 
 
 def _set_by(contender: Contender, field: str) -> tuple[tuple[str, str], ...]:

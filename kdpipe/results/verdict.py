@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kdpipe.method.interval import Interval
-from kdpipe.pipeline.headline import ACCURACY, REVERSE_KL, Headline
+from kdpipe.pipeline.headline import ACCURACY, KEPT_MASS, REVERSE_KL, Headline
 from kdpipe.pipeline.headroom import Distance, Headroom
 from kdpipe.pipeline.runs import unended
 from kdpipe.recipe.roles import STUDENT
@@ -197,7 +197,7 @@ def _attribution_sentence(measures: Measures, after: Evaluation) -> str:
 
 
 def _training_sentence(measures: Measures) -> str | None:
-    values = measures.by_round("score/reverse_kl_nats")
+    values = measures.own_reverse_kl()
     if len(values) < 2:
         return None
     first, final = values[min(values)], values[max(values)]
@@ -288,9 +288,14 @@ def _sampling(measures: Measures) -> Iterator[str]:
     truncated = last(measures.by_round("rollout/truncated_fraction")) or 0.0
     if truncated > MUCH_TRUNCATION:
         yield f"{percent(truncated)} of the last round's samples were cut at the length limit."
-    kept = last(measures.by_round("rollout/kept_mass_mean"))
+    kept = last(measures.by_round(KEPT_MASS))
     if kept is not None:
         yield f"Top-p or top-k cut sampling: {percent(kept)} of the mass was kept, so importance ratios are biased."
+    if measures.project.recipe.rollout.is_cut and any(one.is_sampled for one in measures.evaluations):
+        yield (
+            "Held-out reverse KL is that of the cut distribution, from sampled tokens: minus the logarithm of the "
+            "mass that was kept is part of it, even where the teacher is the student."
+        )
     unscorable = sum(measures.by_round("score/unscorable_tokens").values())
     if unscorable:
         yield f"{unscorable:,.0f} sampled tokens have no counterpart in the teacher's vocabulary and were not scored."
