@@ -55,7 +55,7 @@ def tables_of(rows: Sequence[ComparisonRow]) -> list[Table]:
             found.append(_differences(title, measures, each))
     return [
         *found,
-        Table(["of a run", "seeds", "round", "tokens", "seconds"], [_cost(row) for row in recipes]),
+        Table(["cost of a run", "seeds", "round", "tokens", "seconds"], [_cost(row) for row in recipes]),
     ]
 
 

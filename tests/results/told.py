@@ -91,5 +91,8 @@ class Told(Evaluations):
     def approached(self, _before: Evaluation, _after: Evaluation) -> Interval | None:
         return self.share
 
+    def own_reverse_kl(self) -> dict[int, float]:
+        return {}
+
     def by_round(self, _name: str) -> dict[int, float]:
         return {}
