@@ -20,7 +20,8 @@ from kdpipe.store.locks import is_running
 
 FEW_PROBLEMS = 100
 MUCH_TRUNCATION = 0.1
-MUCH_MISMATCH_NATS = 0.05
+MUCH_MISMATCH_NATS = {"float32": 2e-3, "float16": 0.05, "bfloat16": 0.2}
+"""The p99 that rounding alone may reach between two engines, by what they compute in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def _change_sentences(measures: Measures, before: Evaluation, after: Evaluation)
     )
     if measure is ACCURACY:
         if (flips := measures.flips(after, before)) is not None:
-            yield f"Right now and wrong before: {flips[0]}; the other way round: {flips[1]}."
+            yield f"Answered right only now: {flips[0]}; only before: {flips[1]}."
         yield _gap_sentence(measures, before, after)
     else:
         if way_of(measure, after.summary) is Way.BETTER and (share := measures.approached(before, after)):
@@ -164,21 +165,21 @@ def _gap_sentence(measures: Measures, before: Evaluation, after: Evaluation) -> 
 
 
 def _divergence_sentence(measures: Measures, before: Evaluation, after: Evaluation) -> str | None:
-    change, now = after.reverse_kl_change, after.reverse_kl
-    if after.headline is REVERSE_KL or change is None or now is None:
+    change, had, now = after.reverse_kl_change, before.reverse_kl, after.reverse_kl
+    if after.headline is REVERSE_KL or change is None or had is None or now is None:
         return None
     moved = {
-        Way.BETTER: f"fell by {nats(-change.estimate)}",
-        Way.WORSE: f"rose by {nats(change.estimate)}",
+        Way.BETTER: "fell",
+        Way.WORSE: "rose",
         Way.UNCLEAR: "did not clearly change: it went",
         Way.FEW: "was measured on too few problems to tell: it went",
     }
     way = way_of(REVERSE_KL, after.summary)
     share = measures.approached(before, after) if way is Way.BETTER else None
-    closed = "" if share is None else f": that is {share_text(share)} of the distance to the teacher"
+    closed = "" if share is None else f"; that closes {share_text(share)} of the distance to the teacher"
     return (
-        f"Held-out reverse KL {moved[way]} to {nats(now.estimate)} nats a token "
-        f"(paired 95% interval of the change {signed(change.low)} to {signed(change.high)}){closed}."
+        f"Held-out reverse KL {moved[way]} from {nats(had.estimate)} to {nats(now.estimate)} nats a token: "
+        f"{signed(change.estimate)}, {interval_text(REVERSE_KL, change)}{closed}."
     )
 
 
@@ -189,11 +190,13 @@ def _attribution_sentence(measures: Measures, after: Evaluation) -> str:
     seeds = "One seed" if count == 1 else f"{count} seeds (kdpipe compare {' '.join(controls.runs)})"
     if not objective.has_kd:
         return f"{seeds}: another one may do better or worse." if count == 1 else f"{seeds}."
-    whose = "the teacher's and what the reward's" if objective.has_rl else "the teacher's"
+    due = "how much of this is due to the teacher" + (
+        ", and how much to the reward," if objective.has_rl else ""
+    )
     if controls.study is None:
-        return f"{seeds}; no control arm was run: what of it is {whose} is not known before kdpipe arms."
+        return f"{seeds}; no control arm was run: {due} is not known (kdpipe arms shows it)."
     arms = ", ".join(controls.arms)
-    return f"{seeds}; control arms: {arms}. What of it is {whose}, {controls.study}/{TABLE} tells."
+    return f"{seeds}; control arms: {arms}: {due} stands in {controls.study}/{TABLE}."
 
 
 def _training_sentence(measures: Measures) -> str | None:
@@ -247,11 +250,12 @@ def _evaluation(measures: Measures) -> Iterator[str]:
     problems = after.problems
     if after.headline is ACCURACY and problems < FEW_PROBLEMS:
         width = 100 * (after.level.high - after.level.low)
-        yield f"Only {problems} problems were evaluated: the interval of the accuracy is {width:.0f} points wide."
+        count = "1 problem was" if problems == 1 else f"{problems} problems were"
+        yield f"Only {count} evaluated: the interval of the accuracy is {width:.0f} points wide."
     if after.headline is REVERSE_KL and problems < FEW_FOR_A_MEAN:
         yield (
-            f"Held-out reverse KL was measured on {problems} problems only, too few to trust its interval: raise "
-            "evaluate.reverse_kl_problems."
+            f"Held-out reverse KL was measured on {problems} problems only, and intervals of so few are too narrow: "
+            "raise evaluate.reverse_kl_problems."
         )
     truncated = after.summary["truncated_fraction"]
     if truncated > MUCH_TRUNCATION:
@@ -305,11 +309,13 @@ def _sampling(measures: Measures) -> Iterator[str]:
 
 def _engines(measures: Measures) -> Iterator[str]:
     p99 = measures.by_round("train/mismatch_nats_p99")
-    if p99 and max(p99.values()) > MUCH_MISMATCH_NATS:
+    dtypes = measures.provenance().get("dtype", ["bfloat16"])
+    limit, dtype = max((MUCH_MISMATCH_NATS.get(name, 0.0), name) for name in dtypes)
+    if p99 and max(p99.values()) > limit:
         worst = max(p99, key=lambda number: p99[number])
         yield (
-            f"Sampler and trainer disagree about the same weights: p99 of {p99[worst]:.2g} nats in round {worst}. "
-            "kdpipe doctor finds out why."
+            f"Sampler and trainer disagree about the same weights: p99 of {p99[worst]:.2g} nats in round {worst}, and "
+            f"rounding in {dtype} explains {limit:g} at most. kdpipe doctor finds out why."
         )
     for name in ("kdpipe", "git_commit", "torch", "transformers", "vllm", "device", "dtype"):
         values = measures.provenance().get(name, [])

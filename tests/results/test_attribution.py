@@ -88,12 +88,12 @@ def test_the_verdict_names_other_seeds_and_the_study_of_the_arms(tmp_path: Path)
     told: Any = Told(own, [graded(0), graded(4, UP, UNCLEAR)], folder=tmp_path)
     run(tmp_path, "told-2", recipe_of(tmp_path, *GROUPS, "seed=9"))
     assert verdict(told).sentences[-1] == (
-        "2 seeds (kdpipe compare told-1 told-2); no control arm was run: what of it is the teacher's is not known "
-        "before kdpipe arms."
+        "2 seeds (kdpipe compare told-1 told-2); no control arm was run: how much of this is due to the teacher is not "
+        "known (kdpipe arms shows it)."
     )
     run(tmp_path, "told-3", recipe_of(tmp_path, *GROUPS, "train.objective.kind=grpo"))
     study = make_study(tmp_path, "arms", recipe="told", runs={"told-3": "rl, seed 0"})
     assert verdict(told).sentences[-1] == (
-        "2 seeds (kdpipe compare told-1 told-2); control arms: rl. What of it is the teacher's, "
-        f"studies/{study.name}/comparison.md tells."
+        "2 seeds (kdpipe compare told-1 told-2); control arms: rl: how much of this is due to the teacher stands in "
+        f"studies/{study.name}/comparison.md."
     )
