@@ -16,6 +16,7 @@ from kdpipe.doctor.finding import Measure, Outcome, are_ok, failed, skipped
 from kdpipe.engines.handle import ModelHandle
 from kdpipe.engines.protocol import ScoreRequest, Scoring, TokenScores
 from kdpipe.errors import EngineError
+from kdpipe.method.statistics import token_mean
 from kdpipe.models.reference import Pair
 from kdpipe.models.source import ModelSource
 
@@ -342,15 +343,23 @@ def hidden_states(scorer: Scorer, pairs: Sequence[Pair], turn: Turn, tolerance: 
 
 def knows_the_task(scorer: Scorer, references: Sequence[Pair], own: Sequence[Pair] | None) -> Outcome:
     """Whether reference solutions are likelier than guessing; `own` are those in the teacher's template."""
-    every = np.concatenate(scorer.logprobs(references))
-    if not every.size:
+    each = [logprobs for logprobs in scorer.logprobs(references) if len(logprobs)]
+    if not each:
         raise EngineError("the reference solutions are empty", hint="look at the task's data")
     guess = -math.log(scorer.num_ids)
-    gain = float(every.mean()) - guess
+    mean = token_mean(([float(one.sum()) for one in each], [float(len(one)) for one in each]))
+    gain = mean.estimate - guess
     origin = "more than random weights have"
     measure = Measure("over guessing", gain, BETTER_THAN_GUESSING, must_exceed=True, origin=origin)
-    said = f"reference solutions have {every.mean():.2f} nats a token, guessing has {guess:.2f}"
+    said = f"reference solutions have {mean.estimate:.2f} nats a token, guessing has {guess:.2f}"
     if own is not None:
         after_own = float(np.concatenate(scorer.logprobs(own)).mean())
         said += f"; after its own template's prompt {after_own:.2f}"
-    return Outcome(said if measure.is_ok else f"{said}: its weights look random", (measure,))
+    if measure.is_ok:
+        return Outcome(said, (measure,))
+    if mean.high - guess > BETTER_THAN_GUESSING:
+        said += (
+            f": chance alone could explain it (95 % interval up to {mean.high:.2f} on {len(each)} problems)"
+        )
+        return Outcome(said, (measure,), verdict="warning")
+    return Outcome(f"{said}: its weights look random", (measure,))

@@ -18,7 +18,7 @@ TERMS = {
     "pass@k": "The chance that at least one of k samples of a problem is right.",
     "maj@k": "Whether the most frequent answer of k samples is right.",
     "headroom": "How much better the teacher is than the student before training: the room there is to learn.",
-    "gate": "The check before round 1: a run stops there where the teacher has nothing to teach, as "
+    "gate": "The check before round 1: a run stops there where a teacher clearly has nothing to teach, as "
     "training would be wasted. runtime.allow_weak_teacher lets it go on.",
     "nats": "The unit of log-probs by the natural logarithm: 1 nat is a factor of e, 2.7, in probability.",
     "p99": "99 of 100 tokens are below it.",

@@ -143,8 +143,8 @@ def _notes_on_seeds(counts: set[int]) -> Iterator[str]:
         yield told + ("; against several seeds it is taken to vary as they do" if counts - {1} else "")
     if counts - {1}:
         yield "several seeds: mean, with the interval for other seeds and other problems"
-    if 2 in counts:
-        yield "two seeds: where seeds matter, such an interval holds the truth in 88 of 100 cases, not in 95"
+    if counts & {2, 3}:
+        yield "two or three seeds: where seeds matter, such an interval holds the truth in about 90 of 100 cases"
 
 
 def _notes_on_divergence(rows: Sequence[ComparisonRow]) -> Iterator[str]:

@@ -11,7 +11,8 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ import kdpipe.pipeline.request
 import kdpipe.pipeline.step_worker
 import kdpipe.training.local
 from kdpipe.cli.app import app
-from kdpipe.doctor.engine import overlap, tolerance_of
+from kdpipe.doctor.engine import Scorer, knows_the_task, overlap, tolerance_of
 from kdpipe.doctor.finding import CATCHES, FINDINGS, Measure, Outcome, found
 from kdpipe.doctor.student import SHARES
 from kdpipe.engines.protocol import Engine, TokenScores
@@ -347,6 +348,25 @@ def test_random_weights_are_caught_by_what_they_know_of_the_task(copied: Path) -
     assert failed == [("knows the task", "teacher")]
     said = findings["knows the task", "teacher"]["said"]
     assert re.search(r"have -[234]\.\d+ nats a token, guessing has -3\.00: its weights look random", said)
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdict", "told"),
+    [
+        ([[-1.0, -1.2], [-1.1], [-0.9], [-1.3]], None, "guessing has -3.00"),
+        ([[-3.2, -3.4], [-3.1], [-3.3], [-3.2]], None, "its weights look random"),
+        ([[-4.5, -4.0], [-1.0], [-5.0], [-2.0]], "warning", "chance alone could explain it"),
+        ([[-3.5], [], [], []], "warning", "on 1 problems"),
+    ],
+)
+def test_a_teacher_looks_random_only_where_chance_alone_could_not_explain_it(
+    rows: list[list[float]], verdict: str | None, told: str
+) -> None:
+    scorer = SimpleNamespace(num_ids=20, logprobs=lambda _: [np.array(row) for row in rows])
+    found = knows_the_task(cast(Scorer, scorer), [], None)
+    assert found.verdict == verdict
+    assert told in found.said
+    assert found.measures[0].is_ok == ("weights" not in found.said and verdict is None)
 
 
 def test_an_output_head_of_zeros_is_caught_by_not_constant(copied: Path) -> None:
