@@ -125,11 +125,12 @@ def notes_on(rows: Sequence[ComparisonRow]) -> list[str]:
             f"{MISSING}: held-out reverse KL was not measured; evaluate.reverse_kl_problems says on how many prompts"
         )
     notes += _notes_on_divergence(rows)
-    contenders = [one for row in recipes for one in row.contenders]
-    for measure in {one.headline: None for row in recipes for one in row.measured}:
+    for measure, fields in MEASURED_BY.items():
+        measured = [one for row in recipes for one in row.measured if one.headline is measure]
+        contenders = [one for row in measured for one in row.contenders]
         notes += [
             f"{field} is not the same in all rows: part of a difference in {measure.name} may be that"
-            for field in MEASURED_BY[measure]
+            for field in fields
             if len({_set_by(one, field) for one in contenders}) > 1
         ]
     notes += _notes_on_seeds({len(row.contenders) for row in recipes})
@@ -183,8 +184,10 @@ def comparison_json(rows: Sequence[ComparisonRow]) -> list[dict[str, JsonValue]]
 
 def _measured_json(row: ComparisonRow) -> dict[str, JsonValue]:
     """A measure of a row: its level, and what changed."""
+    how: JsonValue = row.contenders[0].divergence
     return {
         **_interval_json(row.level),
+        **({"divergence": how} if row.headline is REVERSE_KL else {}),
         "change": _difference_json(row.change),
         "difference": _difference_json(row.difference),
         "pairs": {other: _difference_json(found) for other, found in row.pairs.items()},

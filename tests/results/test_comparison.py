@@ -331,6 +331,16 @@ def test_distances_that_are_not_one_measure_are_said_to_be_so_beside_accuracy() 
         assert told[0].endswith("in held-out reverse KL may be that")
 
 
+def test_a_teacher_to_whom_no_distance_was_measured_is_not_said_to_be_another() -> None:
+    rows = compare(
+        [
+            trained(student([0, 1], [1.0, 2.0]), [1, 1], [1.0, 0.5], **{"teachers.0.model": "t"}),
+            trained(student([0, 1], None), [1, 1], None, **{"teachers.0.self": "current"}),
+        ]
+    )
+    assert not any("part of a difference" in note for note in notes_on(rows))
+
+
 def test_long_labels_have_lines_of_their_own_and_nothing_is_cut() -> None:
     label = "train.optimizer.learning_rate=0.00001, train.objective.kd.term=rkl, rollout.temperature=0.7"
     before = student([0] * 9 + [1], [12.3456] * 9 + [1.0])
