@@ -112,7 +112,7 @@ class OwnTask(QuestionTask):
 
     kind: str
     question_field: str | None = None
-    """Field of the question, a text or a list of turns; null is found out from the first record."""
+    """Field of the question, a text or a list of turns (a.b is b in a); null is found out from the first record."""
     answer_field: str | None = None
     """Field of the answer, a number or a solution that ends in `#### N`; null is found out from the records."""
     id_field: str | None = None

@@ -26,6 +26,34 @@ def read(folder, rows, say=lambda _: None, **settings):
     return read_problems(task, folder, say=say)[0]
 
 
+NESTED = {"task": {"asked": {"text": "2 + 3?"}, "right": 5}, "meta": {"id": "a"}, "a.b": "x"}
+
+
+def test_a_dot_names_what_is_in_an_object_unless_a_field_has_that_name(tmp_path):
+    named = {"question_field": "task.asked.text", "answer_field": "task.right", "id_field": "meta.id"}
+    task = JsonlTask(kind="jsonl", train="a.jsonl", test="b.jsonl", **named)
+    (tmp_path / "a.jsonl").write_text(json.dumps(NESTED) + "\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps(NESTED | {"meta": {"id": "b"}}) + "\n")
+    [found], _ = read_problems(task, tmp_path)
+    assert (found.prompt_id, found.question, found.expected) == ("a", "2 + 3?", "5")
+    assert read(tmp_path, [NESTED], question_field="a.b", answer_field="task.right")[0].question == "x"
+    with pytest.raises(DataError, match=r"no record has the field 'task\.wrong'"):
+        read(tmp_path, [NESTED], question_field="a.b", answer_field="task.wrong")
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, [NESTED], question_field="task.asked", answer_field="task.right")
+    assert caught.value.hint.endswith("; what is in an object is named with a dot: task.asked.text")
+
+
+def test_what_is_below_a_question_is_said(tmp_path):
+    said = []
+    read(tmp_path, [{"instruction": "Add.", "input": "2 + 3", "output": "5"}], say=said.append)
+    assert said == [
+        "task: of each record 'instruction' is asked with 'input' below it, and 'output' is its answer"
+    ]
+    with pytest.raises(DataError, match="field 'input' is a list of text, expected text"):
+        read(tmp_path, [{"instruction": "Add.", "input": ["2"], "output": "5"}])
+
+
 def parquet(folder, rows):
     pq.write_table(pa.Table.from_pylist(rows), folder / "made.parquet")
     return "data.parquet", (folder / "made.parquet").read_bytes()
@@ -53,6 +81,10 @@ def parquet(folder, rows):
             "100000000000000000000",
         ),
         ({"problem": "2 + 3?", "solution": "#### 5", "level": 3}, (), "2 + 3?", "5", "#### 5"),
+        ({"instruction": "Add.", "input": "2 + 3", "output": "5"}, (), "Add.\n\n2 + 3", "5", "5"),
+        ({"instruction": "2 + 3?", "input": "", "output": "It is 5.\n#### 5"}, (), "2 + 3?", "5", "It is 5.\n#### 5"),
+        ({"instruction": "You add.", "question": "2 + 3?", "output": "5"}, (), "2 + 3?", "5", "5"),
+        ({"prompt": [ASKED], "reward_model": {"style": "rule", "ground_truth": "5"}}, (), "2 + 3?", "5", "5"),
         ({"question": "2 + 3?", "answer": 10**400, "x": 10**400}, (), "2 + 3?", str(10**400), str(10**400)),
     ],
 )  # fmt: skip
@@ -224,6 +256,6 @@ def test_an_answer_field_that_no_record_has_is_refused_also_where_nothing_is_gra
 
 
 def test_a_record_without_a_known_question_says_what_it_has(tmp_path):
-    with pytest.raises(DataError, match="the record has: 'instruction', 'output'") as found:
-        read(tmp_path, [{"instruction": "q", "output": "1"}])
+    with pytest.raises(DataError, match="the record has: 'task', 'output'") as found:
+        read(tmp_path, [{"task": "q", "output": "1"}])
     assert "task.question_field" in found.value.hint

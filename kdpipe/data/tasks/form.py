@@ -13,8 +13,10 @@ from kdpipe.data.tasks.record import RIGHT_LINE, RIGHT_TURNS, DataRecord
 from kdpipe.errors import DataError
 from kdpipe.recipe.task import OwnTask, PythonGrader, QuestionTask
 
-QUESTIONS = ("question", "prompt", "messages", "problem", "query", "conversations")
-ANSWERS = ("answer", "solution", "completion", "response")
+QUESTIONS = ("question", "prompt", "messages", "problem", "query", "conversations", "instruction")
+CONTEXTS = {"instruction": "input"}
+"""Fields whose text belongs below a question's, as Alpaca has them."""
+ANSWERS = ("answer", "solution", "completion", "response", "output", "reward_model.ground_truth")
 NUMBERS_HINT = "write numbers as 1234.5 or 1,234.5; task.grader says how other answers are graded"
 GRADER_HINT = "task.answer_field names the field of the answer, task.grader how it is graded"
 NO_ANSWERS_HINT = "task.answer_field names the answer; prompts without answers need task.grader: none"
@@ -26,11 +28,13 @@ class Form:
 
     question: str
     answer: str | None
+    context: str | None = None
 
     def words(self) -> str:
         """Which fields those are, for people."""
         answer = "no field is its answer" if self.answer is None else f"{self.answer!r} is its answer"
-        return f"{self.question!r} is asked, and {answer}"
+        context = "" if self.context is None else f" with {self.context!r} below it"
+        return f"{self.question!r} is asked{context}, and {answer}"
 
 
 def read_splits(
@@ -71,13 +75,18 @@ def _find_form(task: OwnTask, records: Sequence[DataRecord]) -> Form:
     known = (
         [name for name in ANSWERS if name != question] if task.answer_field is None else [task.answer_field]
     )
-    answer = next((name for name in known if any(name in record.fields for record in records)), None)
+    answer = next((name for name in known if _any_has(records, name)), None)
     if answer is None and task.answer_field is not None:
         raise DataError(
             f"{first.place}: no record has the field {task.answer_field!r}; this one has: {_names(first)}",
             hint="correct task.answer_field, or leave it out",
         )
-    return Form(question, answer)
+    context = CONTEXTS.get(question)
+    return Form(question, answer, context if context and _any_has(records, context) else None)
+
+
+def _any_has(records: Sequence[DataRecord], field: str) -> bool:
+    return any(field in record.fields or record.value(field) is not None for record in records)
 
 
 def _names(record: DataRecord) -> str:
@@ -100,7 +109,7 @@ def _identity(task: OwnTask, record: DataRecord, seen: dict[str, str]) -> str | 
 
 
 def _problem(task: OwnTask, form: Form, record: DataRecord, prompt_id: str) -> Problem:
-    turns = record.asked(form.question)
+    turns = record.asked(form.question, form.context)
     said = turns[-1].content if turns and turns[-1].role == "assistant" else None
     asked = turns if said is None else turns[:-1]
     if not asked or asked[-1].role != "user":
@@ -132,7 +141,7 @@ def _answer(task: OwnTask, form: Form, record: DataRecord, said: str | None) -> 
     """The text of the answer; what the assistant `said` where no field has it, None where nothing does."""
     if form.answer is None:
         return said
-    is_blank = record.fields.get(form.answer) in (None, "")
+    is_blank = record.value(form.answer) in (None, "")
     if is_blank and (said is not None or task.grader == "none"):
         return said
     return record.answer(form.answer)

@@ -26,6 +26,18 @@ class DataRecord:
     place: str
     fields: dict[str, object]
 
+    def value(self, field: str) -> object:
+        """What `field` holds, None where nothing does.
+
+        `a.b` is b in the object a, unless a field has that name.
+        """
+        if field in self.fields or "." not in field:
+            return self.fields.get(field)
+        found: object = self.fields
+        for name in field.split("."):
+            found = found.get(name) if isinstance(found, dict) else None
+        return found
+
     def text(self, field: str) -> str:
         """The text in `field`; raises DataError when it is missing, not text, blank or not Unicode."""
         return self._checked(field, self._present(field))
@@ -43,15 +55,20 @@ class DataRecord:
             return str(value) if isinstance(value, int) else format(Decimal(str(value)), "f")
         return self._checked(field, value, "text or a number")
 
-    def asked(self, field: str) -> tuple[Turn, ...]:
-        """The turns that `field` holds: those of a list, or one of the user for a text."""
+    def asked(self, field: str, context: str | None = None) -> tuple[Turn, ...]:
+        """The turns that `field` holds: those of a list, or one of the user for a text.
+
+        Under a text stands that of the field `context`, where there is one.
+        """
         value = self._present(field)
         if isinstance(value, list):
             return self.turns(field)
         text = self._checked(field, value, "text or a list of turns")
         if re.match(r'\s*\[\s*\{\s*"', text):
             raise self._refusal(field, "a list written as text", "the list itself", RIGHT_TURNS)
-        return (Turn("user", text),)
+        if context is None or self.value(context) in (None, ""):
+            return (Turn("user", text),)
+        return (Turn("user", f"{text}\n\n{self.text(context)}"),)
 
     def turns(self, field: str) -> tuple[Turn, ...]:
         """The turns of a list of `{"role": ..., "content": ...}`, a system turn at most as the first."""
@@ -87,19 +104,21 @@ class DataRecord:
         }
 
     def _present(self, field: str) -> object:
-        if field not in self.fields:
+        if (value := self.value(field)) is None and field not in self.fields:
             known = ", ".join(map(repr, self.fields)) or "none"
             raise DataError(
                 f"{self.place}: field {field!r} is missing; the record has: {known}",
                 hint="task.question_field and task.answer_field name the fields to read",
             )
-        return self.fields[field]
+        return value
 
     def _checked(self, field: str, value: object, expected: str = "text") -> str:
         if not isinstance(value, str):
-            right = (
-                "write it in quotes" if isinstance(value, int | float) else f"one right line: {RIGHT_LINE}"
-            )
+            right = f"one right line: {RIGHT_LINE}"
+            if isinstance(value, int | float):
+                right = "write it in quotes"
+            elif isinstance(value, dict) and value:
+                right += f"; what is in an object is named with a dot: {field}.{next(iter(value))}"
             raise DataError(
                 f"{self.place}: field {field!r} is {kind_of(value)}, expected {expected}", hint=right
             )
