@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def check(given: Given) -> None:
     """Check a recipe, its local data and the configs of its models.
 
-    Takes less than a second, and needs no network: what is on the hub is not looked at.
+    Takes less than a second, and needs no network: what is on the hub is not looked at, but data that a run fetched.
 
     Example: kdpipe check recipes/quickstart.yaml
     """
@@ -34,9 +34,10 @@ def check(given: Given) -> None:
     from kdpipe.recipe.schema import resolved
 
     loaded = given.load()
-    models = Sources(loaded, given.place).look()
-    hub = hub_data(loaded.recipe.task, loaded.folder)
-    data = open_data(loaded.recipe, loaded.folder) if hub is None else None
+    sources = Sources(loaded, given.place)
+    models, cached = sources.look(), sources.cached_data()
+    hub = None if cached else hub_data(loaded.recipe.task, loaded.folder)
+    data = open_data(loaded.recipe, loaded.folder, cached) if hub is None else None
     lines = [f"{given.recipe}: good; {loaded.recipe.rounds} rounds"]
     if data is None:
         lines.append(f"data: {hub.name} on the hub, not looked at" if hub else "")

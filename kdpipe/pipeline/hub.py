@@ -8,6 +8,7 @@ their queries, which may be signed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import re
 import sys
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from json import JSONDecodeError
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from huggingface_hub import HfApi, constants, get_token, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
@@ -31,11 +32,15 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 from huggingface_hub.utils.tqdm import tqdm
 
+from kdpipe.engines.server.http import retry_after
 from kdpipe.errors import KdpipeError, PreflightError, RecipeError, StepError, is_machine_fault, refusal
 from kdpipe.pipeline.signals import Stop, signals
 
 Kind = Literal["model", "dataset"]
 Tell = Callable[[str], None]
+Found = TypeVar("Found")
+RETRIES = 4
+"""How often the hub is asked again where it is asked too much."""
 LINE_SECONDS = 10.0
 """How often a download says how far it is where stderr is no terminal, which shows a bar."""
 KEPT = "repeat the command later: files that are whole are kept; or name a local folder instead"
@@ -63,16 +68,21 @@ def resolve(asked: Repository, tell: Tell) -> tuple[str, str]:
     Where the hub is away: what it meant when the cache got it.
     """
     api, name, away = HfApi(), asked.name, None
-    with _explained(asked):
+    with _explained(asked), signals() as stop:
+        wait = functools.partial(_wait, asked, tell=tell, stop=stop)
         try:
-            name = api.repo_info(name, revision=asked.revision, repo_type=asked.kind).id
+            name = _let_in(
+                lambda: api.repo_info(asked.name, revision=asked.revision, repo_type=asked.kind), wait
+            ).id
         except (OfflineModeIsEnabled, HTTPError) as error:
             if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
                 raise
             away = error
         # Asked once more, unless it is a commit: this keeps the answer in the cache, and takes it from there where the
         # hub is away.
-        commit = api.resolve_revision(name, revision=asked.revision, repo_type=asked.kind).resolved
+        commit = _let_in(
+            lambda: api.resolve_revision(name, revision=asked.revision, repo_type=asked.kind), wait
+        ).resolved
     if away is not None and commit != asked.revision:
         tell(f"{asked}: {_reason(away)}; taken at commit {commit}, which the cache has")
     if name != asked.name:
@@ -82,20 +92,55 @@ def resolve(asked: Repository, tell: Tell) -> tuple[str, str]:
     return name, commit
 
 
+def _let_in(ask: Callable[[], Found], wait: Callable[[float], None]) -> Found:
+    """What the hub answers; where it is asked too much (429), after the time that it asks to wait.
+
+    The client does so itself of files.
+    """
+    for attempt in range(RETRIES):
+        try:
+            return ask()
+        except HfHubHTTPError as error:
+            if error.response.status_code != 429:
+                raise
+            wait(retry_after(error.response.headers.get("Retry-After")) or 2.0**attempt)
+    return ask()
+
+
+def _wait(asked: Repository, seconds: float, *, tell: Tell, stop: Stop) -> None:
+    tell(f"{asked}: the hub is asked too much (429), and asked again in {seconds:.0f} seconds")
+    end = time.monotonic() + seconds
+    while (rest := end - time.monotonic()) > 0:
+        stop.check(f"the wait for {asked}")
+        time.sleep(min(rest, 0.2))
+
+
 def download(wanted: Repository, patterns: list[str], tell: Tell) -> Path:
     """The folder with the files of a commit that match; fetches what the cache does not have."""
     with _explained(wanted), _told(tell), signals() as stop:
-        return Path(
-            snapshot_download(
-                wanted.name,
-                revision=wanted.revision,
-                repo_type=wanted.kind,
-                allow_patterns=patterns,
-                # Other forms of the same weights: a runtime's folder, Mistral's own file.
-                ignore_patterns=["*/*.safetensors", "consolidated*.safetensors"],
-                tqdm_class=_bar(wanted, tell, stop),
-            )
+        return _snapshot(wanted, patterns, tqdm_class=_bar(wanted, tell, stop))
+
+
+def cached_folder(wanted: Repository, patterns: list[str]) -> Path | None:
+    """The folder with the files of a commit that match, if the cache has them all."""
+    try:
+        return _snapshot(wanted, patterns, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _snapshot(wanted: Repository, patterns: list[str], **more: Any) -> Path:
+    return Path(
+        snapshot_download(
+            wanted.name,
+            revision=wanted.revision,
+            repo_type=wanted.kind,
+            allow_patterns=patterns,
+            # Other forms of the same weights: a runtime's folder, Mistral's own file.
+            ignore_patterns=["*/*.safetensors", "consolidated*.safetensors"],
+            **more,
         )
+    )
 
 
 def cached_file(name: str, file: str, commit: str) -> Path | None:

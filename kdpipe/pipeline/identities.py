@@ -129,6 +129,19 @@ class Sources:
             folders["data"] = self._download("dataset", hub.name, hub.revision, hub.patterns, tell)
         return folders
 
+    def cached_data(self) -> Path | None:
+        """The folder of the recipe's hub data if a run has fetched it to this machine; downloads nothing."""
+        hub = hub_data(self.loaded.recipe.task, self.loaded.folder)
+        commit = None if hub is None else self._pinned("dataset", hub.name, hub.revision)
+        if hub is None or commit is None:
+            return None
+        _require_endpoint()
+        from kdpipe.pipeline.hub import Repository, cached_folder
+
+        return cached_folder(
+            Repository("dataset", self._name_today("dataset", hub.name), commit), hub.patterns
+        )
+
     def tokenizer_file(self, role: str) -> Path | None:
         """The tokenizer.json of a named model if it is on this machine; downloads nothing."""
         if (named := self._named().get(role)) is None:

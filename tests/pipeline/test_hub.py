@@ -175,6 +175,7 @@ def test_a_data_set_of_the_hub_is_read_by_its_own_library_and_pinned(world: Worl
     assert json.loads(out)["pinned"]["datasets/someone/sums"] == [commit]
     world.hub.add("datasets", "someone/sums", {"README.md": b"moved"}, ref="v1")
     world.environment["HF_HUB_OFFLINE"] = "1"
+    assert "8 train, 4 test problems; first prompt: Tom has 0 apples" in world.answer("check")[1]
     assert world.answer("run")[0] == 0
 
 

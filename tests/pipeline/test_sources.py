@@ -174,7 +174,33 @@ def lose_data(hub: Hub) -> None:
 
 
 def busy(hub: Hub) -> None:
-    hub.refusals["student"] = Refusal(429, {"Retry-After": "7"}, times=9)
+    hub.refusals["student"] = Refusal(429, {"Retry-After": "0"}, times=9)
+
+
+def test_a_hub_that_is_asked_too_much_is_asked_again_after_the_time_that_it_says(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(client, "_wait", lambda _asked, seconds, **_more: waits.append(seconds))
+    hub.refusals["student"] = Refusal(429, {"Retry-After": "7"}, times=3)
+    hub.refusals["teacher"] = Refusal(429, times=3)
+    sources(tmp_path).fetch()
+    assert waits == [7, 7, 7, 1, 2, 4]
+    waits.clear()
+    hub.refusals["gsm8k"] = Refusal(429, {"Retry-After": "9"}, times=99)
+    with pytest.raises(StepError, match="the hub answers 429"):
+        sources(tmp_path, workspace="other").fetch()
+    assert waits == [9] * client.RETRIES
+
+
+def test_data_of_the_hub_are_at_hand_once_they_were_fetched_whole(tmp_path: Path, hub: Hub) -> None:
+    assert sources(tmp_path).cached_data() is None
+    folder = sources(tmp_path).fetch()["data"]
+    hub.asked.clear()
+    assert sources(tmp_path).cached_data() == folder
+    assert hub.asked == []
+    next(folder.rglob("*.parquet")).unlink()
+    assert sources(tmp_path).cached_data() is None
 
 
 def down(hub: Hub) -> None:
@@ -214,7 +240,7 @@ def log_in(hub: Hub) -> None:
             marks=slow,
         ),
         (lambda _hub: None, "hf_unknown", 4, "does not know the token in HF_TOKEN|make a token"),
-        pytest.param(busy, None, 1, "the hub answers 429|wait 7 seconds; repeat the command", marks=slow),
+        pytest.param(busy, None, 1, "the hub answers 429|wait 0 seconds; repeat the command", marks=slow),
         (down, None, 1, "the hub answers 503|wait 9 seconds; repeat the command"),
         pytest.param(log_in, None, 1, "is not the hub|HF_ENDPOINT", marks=slow),
     ],

@@ -250,7 +250,7 @@ class HttpClient:
         said = self._clean(_message(data))
         what = f"HTTP {status}" + (f": {said}" if said else "")
         if status in (408, 429) or status >= 500:
-            return _PassingError(what, after_seconds=_retry_after(headers.get("Retry-After")))
+            return _PassingError(what, after_seconds=retry_after(headers.get("Retry-After")))
         if 300 <= status < 400:
             hint = "redirects are not followed, since the key would travel along: write the last URL"
             return EngineError(f"{where}: redirects elsewhere (HTTP {status})", hint=hint)
@@ -382,7 +382,7 @@ def _pause(failures: int) -> float:
     return min(FIRST_DELAY_SECONDS * 2.0 ** min(failures, 20), MAX_DELAY_SECONDS)
 
 
-def _retry_after(value: str | None) -> float:
+def retry_after(value: str | None) -> float:
     """What a Retry-After header asks for, in seconds and within reason; 0 without one."""
     try:
         if value is None or value.strip().isdecimal():
