@@ -185,18 +185,20 @@ def _divergence_sentence(measures: Measures, before: Evaluation, after: Evaluati
 
 def _attribution_sentence(measures: Measures, after: Evaluation) -> str:
     """What other runs tell about how much of it is due to the seed, and to the teacher."""
-    controls, objective = controls_of(measures.project, after.round), measures.project.recipe.train.objective
+    controls, train = controls_of(measures.project, after.round), measures.project.recipe.train
     count = len(controls.seeds)
     seeds = "One seed" if count == 1 else f"{count} seeds (kdpipe compare {' '.join(controls.runs)})"
-    if not objective.has_kd:
+    if train.control != "none":
+        return f"{seeds}. This run is itself a control arm: train.control {train.control}."
+    if not train.objective.has_kd:
         return f"{seeds}: another one may do better or worse." if count == 1 else f"{seeds}."
     due = "how much of this is due to the teacher" + (
-        ", and how much to the reward," if objective.has_rl else ""
+        ", and how much to the reward," if train.objective.has_rl else ""
     )
     if controls.study is None:
         return f"{seeds}; no control arm was run: {due} is not known (kdpipe arms shows it)."
     arms = ", ".join(controls.arms)
-    return f"{seeds}; control arms: {arms}: {due} stands in {controls.study}/{TABLE}."
+    return f"{seeds}; control arms were run ({arms}): {due} stands in {controls.study}/{TABLE}."
 
 
 def _training_sentence(measures: Measures) -> str | None:
@@ -310,7 +312,7 @@ def _sampling(measures: Measures) -> Iterator[str]:
 def _engines(measures: Measures) -> Iterator[str]:
     p99 = measures.by_round("train/mismatch_nats_p99")
     dtypes = measures.provenance().get("dtype", ["bfloat16"])
-    limit, dtype = max((MUCH_MISMATCH_NATS.get(name, 0.0), name) for name in dtypes)
+    limit, dtype = max((MUCH_MISMATCH_NATS.get(name, 2e-3), name) for name in dtypes)
     if p99 and max(p99.values()) > limit:
         worst = max(p99, key=lambda number: p99[number])
         yield (

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from kdpipe.cli import terminal
-from kdpipe.cli.overview import grid_lines, overview, progress_line, seconds_left
+from kdpipe.cli.overview import grid_lines, overview, progress_line, seconds_left, status_lines
 from kdpipe.pipeline.progress import PROGRESS, ProgressFile, read_progress
 from kdpipe.pipeline.project import open_project
 from kdpipe.pipeline.runs import RunEvent, RunFolder
+from kdpipe.results.measures import Measures
+from kdpipe.results.verdict import verdict
 from kdpipe.workers.pulse import Progressed
 from tests.worlds import Watcher, load_tiny, run_near
 
@@ -65,11 +67,16 @@ def test_a_finished_run_is_done_everywhere_and_leaves_no_progress(seen: dict[str
     found = overview(project)
     assert not found.running
     assert {cell for row in found.to_json()["grid"].values() for cell in row.values()} == {"done"}
+    assert found.to_json()["result"] == verdict(Measures(project)).headline
+    assert found.result in status_lines(found, plain)
     assert not (project.run.path / PROGRESS).exists()
 
 
 def test_a_longer_and_a_changed_recipe_show_what_is_left_and_what_is_stale(seen: dict[str, Any]) -> None:
-    longer = grid_lines(overview(open_project(load_tiny(seen["folder"], rounds=3), seen["folder"])), plain)
+    further = overview(open_project(load_tiny(seen["folder"], rounds=3), seen["folder"]))
+    assert further.result is not None
+    assert further.result.endswith("; round 1 of 3.")
+    longer = grid_lines(further, plain)
     assert marks_of(longer, "train") == "#.."
     changed = load_tiny(seen["folder"], rounds=1, train__optimizer={"learning_rate": 0.5})
     lines = grid_lines(overview(open_project(changed, seen["folder"])), plain)

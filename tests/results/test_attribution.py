@@ -94,6 +94,6 @@ def test_the_verdict_names_other_seeds_and_the_study_of_the_arms(tmp_path: Path)
     run(tmp_path, "told-3", recipe_of(tmp_path, *GROUPS, "train.objective.kind=grpo"))
     study = make_study(tmp_path, "arms", recipe="told", runs={"told-3": "rl, seed 0"})
     assert verdict(told).sentences[-1] == (
-        "2 seeds (kdpipe compare told-1 told-2); control arms: rl: how much of this is due to the teacher stands in "
-        f"studies/{study.name}/comparison.md."
+        "2 seeds (kdpipe compare told-1 told-2); control arms were run (rl): how much of this is due to the teacher "
+        f"stands in studies/{study.name}/comparison.md."
     )

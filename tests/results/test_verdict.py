@@ -11,7 +11,7 @@ from kdpipe.cli.display import change_lines
 from kdpipe.pipeline.headline import ACCURACY, REVERSE_KL
 from kdpipe.pipeline.runs import RunEvent
 from kdpipe.results.effect import BY_ACCURACY, BY_REVERSE_KL, Way, effect_of, way_of
-from kdpipe.results.verdict import Verdict, verdict
+from kdpipe.results.verdict import Verdict, _engines, verdict
 from kdpipe.tracking.findings import Findings
 from tests.results.told import DOWN, UNCLEAR, UP, Bounds, Told, graded, named, recipe_of
 
@@ -204,3 +204,36 @@ def test_a_share_of_the_gap_has_its_interval_and_is_left_out_without_one(tmp_pat
         recipe_of(tmp_path), [graded(0), graded(4, DOWN, UP), teacher], lead=(0.2, 0.1, 0.3), share=UP
     )
     assert "closes" not in said(verdict(lost))
+
+
+def test_a_control_arm_is_told_to_be_one(tmp_path: Path) -> None:
+    told: Any = told_of(tmp_path, "up", "down", "train.control=shuffled_teacher")
+    assert (
+        verdict(told).sentences[-1]
+        == "One seed. This run is itself a control arm: train.control shuffled_teacher."
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ warnings
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "p99", "limit"),
+    [
+        (["float32"], 0.003, "float32 explains 0.002"),
+        (["float32"], 0.001, None),
+        (["float16"], 0.04, None),
+        (["bfloat16"], 0.15, None),
+        (["bfloat16"], 0.3, "bfloat16 explains 0.2"),
+        (["bfloat16", "float32"], 0.15, None),
+    ],
+)
+def test_a_mismatch_is_a_fault_beyond_what_rounding_explains(
+    tmp_path: Path, dtypes: list[str], p99: float, limit: str | None
+) -> None:
+    rounds = {"train/mismatch_nats_p99": {1: 1e-5, 2: p99}}
+    told: Any = Told(recipe_of(tmp_path), [graded(0)], rounds=rounds, made={"dtype": dtypes})
+    found = [line for line in _engines(told) if "disagree" in line]
+    assert [f"p99 of {p99:g} nats in round 2, and rounding in {limit}" in line for line in found] == (
+        [] if limit is None else [True]
+    )

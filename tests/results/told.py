@@ -70,6 +70,8 @@ class Told(Evaluations):
         events: Sequence[RunEvent] = (),
         lead: Bounds | None = None,
         share: Bounds | None = None,
+        rounds: Mapping[str, dict[int, float]] | None = None,
+        made: Mapping[str, list[str]] | None = None,
     ) -> None:
         super().__init__(summaries)
         run = SimpleNamespace(name="told-1", path=folder / "runs" / "told-1", events=lambda: list(events))
@@ -77,6 +79,7 @@ class Told(Evaluations):
         self.states: Any = [SimpleNamespace(step=SimpleNamespace(id=name), done=False) for name in left]
         self.rounds_done = max([0, *(one.round for one in self.evaluations)])
         self.lead = None if lead is None else Interval(*lead)
+        self.rounds, self.made = dict(rounds or {}), dict(made or {})
         self.share = None if share is None else Interval(*share)
 
     def flips(self, _first: Evaluation, _second: Evaluation) -> tuple[int, int]:
@@ -94,5 +97,8 @@ class Told(Evaluations):
     def own_reverse_kl(self) -> dict[int, float]:
         return {}
 
-    def by_round(self, _name: str) -> dict[int, float]:
-        return {}
+    def by_round(self, name: str) -> dict[int, float]:
+        return self.rounds.get(name, {})
+
+    def provenance(self) -> dict[str, list[str]]:
+        return self.made
