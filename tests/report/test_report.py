@@ -32,6 +32,7 @@ from kdpipe.cli.app import app
 from kdpipe.data.tables import SCORES, read_lists, read_scores, write_rows
 from kdpipe.method.statistics import wilson
 from kdpipe.pipeline.project import Project
+from kdpipe.recipe.stages import RolloutSection
 from kdpipe.report.charts import charts, zero_charts
 from kdpipe.report.figure import element
 from kdpipe.report.page import MAX_BYTES, render
@@ -40,6 +41,7 @@ from kdpipe.report.tokens_data import UNITS, Titled, titled_completions, token_d
 from kdpipe.report.writing import is_current, renew_report, report_path, stamp, write_report
 from kdpipe.results.comparison import ComparisonRow, compare
 from kdpipe.results.contender import Contender, read_contender
+from kdpipe.results.evaluations import Evaluation
 from kdpipe.results.measures import Measures
 from kdpipe.results.reader import Reader
 from kdpipe.results.table import tables_of
@@ -538,6 +540,23 @@ def test_warnings_tell_a_wide_interval_and_truncation(project: Project) -> None:
     is_all = "100% of the held-out" in told or "100.0% of the held-out" in told
     assert ("raise max_new_tokens" in told) != is_all
     assert ("none holds an end token" in told) == is_all
+
+
+def test_a_reverse_kl_of_tokens_that_a_cut_let_pass_is_said_to_be_so(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measures = Measures(project)
+    rounds = measures.own_reverse_kl()
+    assert rounds == measures.by_round("score/reverse_kl_nats")
+    monkeypatch.setattr(RolloutSection, "is_cut", True)
+    assert measures.own_reverse_kl() == {}  # what a cut adds is known of none of these rounds
+    assert not any("cut distribution" in text for text in warnings(measures))
+    sampled = [
+        {key: value for key, value in one.summary.items() if "exact" not in key}
+        for one in measures.evaluations
+    ]
+    monkeypatch.setattr(measures, "evaluations", [Evaluation(one) for one in sampled])
+    assert any("Held-out reverse KL is that of the cut distribution" in text for text in warnings(measures))
 
 
 def contender(project: Project, run: str, **settings: str) -> Contender:
