@@ -100,7 +100,7 @@ def arms(
     if dry_run:
         _print_forecast(given, study, rounds)
     else:
-        _run_arms(given, study, rounds, markdown=markdown)
+        _run_arms(given, study, rounds, markdown=markdown, left_out=[error.message for error in left_out])
 
 
 def _print_forecast(given: Given, study: "list[ArmRun]", rounds: int | None) -> None:
@@ -124,7 +124,9 @@ def _print_forecast(given: Given, study: "list[ArmRun]", rounds: int | None) -> 
     given.show(documents, "\n".join([*lines, f"{len(study)} runs, {total:,} steps to do in all"]))
 
 
-def _run_arms(given: Given, study: "list[ArmRun]", rounds: int | None, *, markdown: bool) -> None:
+def _run_arms(
+    given: Given, study: "list[ArmRun]", rounds: int | None, *, markdown: bool, left_out: Sequence[str]
+) -> None:
     from kdpipe.pipeline.runner import Request
     from kdpipe.results.contender import read_contender
     from kdpipe.results.studies import arm_rows
@@ -136,7 +138,7 @@ def _run_arms(given: Given, study: "list[ArmRun]", rounds: int | None, *, markdo
         return arm_rows(sorted(ended, key=lambda pair: order.index(pair[0])))
 
     runs = [(f"{one.arm}, seed {one.seed}", given.varied(one.overrides)) for one in study]
-    run_study("arms", runs, Request(rounds=rounds), compare=table, markdown=markdown)
+    run_study("arms", runs, Request(rounds=rounds), compare=table, markdown=markdown, left_out=left_out)
 
 
 def run_study(
@@ -146,6 +148,7 @@ def run_study(
     *,
     compare: "Callable[[dict[int, RunFolder]], Sequence[ComparisonRow]]",
     markdown: bool,
+    left_out: Sequence[str] = (),
 ) -> None:
     """Performs each (label, run) as one study; prints and keeps the comparison of those that ended.
 
@@ -163,7 +166,7 @@ def run_study(
     given, first = runs[0][1], recipes[0]
     place = given.place
     names = {run_folder(place, one).name: label for one, (label, _) in zip(recipes, runs, strict=True)}
-    study = make_study(place, kind, recipe=first.name, runs=names)
+    study = make_study(place, kind, recipe=first.name, runs=names, left_out=left_out)
     status: Status = "FAILED"
     with run_lock(study.path):
         study.event("study started")
@@ -174,7 +177,7 @@ def run_study(
             found = comparison_json(rows)
             study.keep(found, markdown_lines(rows) if rows else [], failed)
             if given.as_json:
-                print_event("comparison", rows=found)
+                print_event("comparison", rows=found, left_out=[*left_out])
             elif rows:
                 print(f"\n{table_text(rows, markdown=markdown)}")
             if failed:

@@ -56,12 +56,16 @@ TABLE = "comparison.md"
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """A study and its folder; `runs` are what the study calls its runs, by their names."""
+    """A study and its folder; `runs` are what the study calls its runs, by their names.
+
+    `left_out` are the arms that its recipe cannot have, each with the reason.
+    """
 
     path: Path
     kind: StudyKind
     recipe: str
     runs: Mapping[str, str]
+    left_out: Sequence[str] = ()
 
     @property
     def name(self) -> str:
@@ -81,22 +85,34 @@ class Study:
 
     def keep(self, rows: Sequence[JsonValue], table: Sequence[str], failed: Sequence[str]) -> None:
         """Keeps the comparison of the runs that ended, its `time` that of the first one that was just so."""
-        now: dict[str, JsonValue] = {"rows": list(rows), "failed": list(failed)}
+        now: dict[str, JsonValue] = {
+            "rows": list(rows),
+            "failed": list(failed),
+            "left_out": list(self.left_out),
+        }
         before = self.comparison()
         if before is not None and {key: before.get(key) for key in now} == now:
             return
         names = [f"* {label}: `{run}`" for run, label in self.runs.items()]
         missing = ["", f"Failed: {'; '.join(failed)}."] if failed else []
+        missing += ["", "Left out:", "", *(f"* {one}" for one in self.left_out)] if self.left_out else []
         lines = [f"# {self.recipe}: {self.kind}", "", *table, *missing, "", "Runs:", "", *names]
         write_bytes(self.path / TABLE, ("\n".join(lines) + "\n").encode())
         write_json(self.path / COMPARISON, {**now, "time": time.time()})
 
 
-def make_study(workspace: Path, kind: StudyKind, *, recipe: str, runs: Mapping[str, str]) -> Study:
+def make_study(
+    workspace: Path,
+    kind: StudyKind,
+    *,
+    recipe: str,
+    runs: Mapping[str, str],
+    left_out: Sequence[str] = (),
+) -> Study:
     """The study of these runs, by name what it calls each; its folder is there after that."""
     names: list[JsonValue] = [*sorted(runs)]
     digest = hashlib.sha256(canonical(names)).hexdigest()[:8]
-    study = Study(workspace / STUDIES / f"{recipe}-{kind}-{digest}", kind, recipe, dict(runs))
+    study = Study(workspace / STUDIES / f"{recipe}-{kind}-{digest}", kind, recipe, dict(runs), left_out)
     named: list[JsonValue] = [{"run": run, "label": label} for run, label in runs.items()]
     write_json(study.path / NOTE, {"kind": kind, "recipe": recipe, "runs": named})
     return study

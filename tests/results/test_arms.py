@@ -23,6 +23,7 @@ from kdpipe.data.rows import Rollout
 from kdpipe.data.tables import Scores
 from kdpipe.errors import RecipeError, StepError
 from kdpipe.method import statistics
+from kdpipe.method.interval import Interval
 from kdpipe.method.mixture import RoundScores, TeacherScores, donors_of, shuffled
 from kdpipe.method.objective import shares, token_loss
 from kdpipe.method.token_batch import TokenBatch
@@ -37,6 +38,7 @@ from kdpipe.results.studies import (
     arm_rows,
     arm_runs,
     forecast,
+    make_study,
     obstacle,
     parse_arms,
     possible_arms,
@@ -538,15 +540,24 @@ def test_arms_stand_against_the_arms_that_have_one_source_less_paired_by_seed_an
         "kdrl less kd": [0.0, 0.25],
     }
     assert all(row.difference is None for row in rows)
-    by_seed = [sum(right["kdrl"][seed]) / 4 - sum(right["kd"][seed]) / 4 for seed in (0, 1)]
-    pair = rows[[row.label for row in rows].index("kdrl")].pairs["kd"]
-    each = np.array(right["kdrl"], float) - np.array(right["kd"], float)
-    assert (sum(by_seed) / 2, pair.interval) == (0.0, statistics.pooled(each))
+    pair = rows[[row.label for row in rows].index("kdrl")].pairs["rl"]
+    by_seed = statistics.pooled(np.array(right["kdrl"], float) - np.array(right["rl"], float))
+    assert pair.interval == Interval(by_seed.estimate, max(-1.0, by_seed.low), min(1.0, by_seed.high))
     lines = "\n".join(markdown_lines(rows))
     assert "| kdrl less rl | +25.0 (" in lines
     assert "against the first" not in lines
     [document] = [row for row in comparison_json(rows) if row["label"] == "kd"]
     assert list(document["accuracy"]["pairs"]) == ["shuffled-teacher", "self-teacher"]  # type: ignore[index,call-overload,arg-type]
+
+
+def test_what_is_kept_of_a_study_names_the_arms_that_are_not_in_it(tmp_path: Path) -> None:
+    reason = "arm rl: rollout.samples is 1, and a group of one has no advantage"
+    study = make_study(tmp_path, "arms", recipe="tiny", runs={"tiny-1": "kd, seed 1"}, left_out=[reason])
+    study.keep([], ["| a table |"], [])
+    kept = study.comparison()
+    assert kept is not None
+    assert kept["left_out"] == [reason]
+    assert f"Left out:\n\n* {reason}\n" in (study.path / "comparison.md").read_text()
 
 
 @pytest.mark.slow
