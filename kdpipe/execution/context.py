@@ -69,7 +69,9 @@ class StepContext:
     def grade(self, task: TaskSettings) -> Callable[[str, Problem], Graded]:
         if is_judged(task.grader):
             return self.judge(self.inputs, task.grader).grade
-        return lambda text, problem: grade(text, problem.expected, grader=task.grader, reader=task.reader)
+        return lambda text, problem: grade(
+            text, problem.expected, grader=task.grader, reader=task.reader, question=problem.question
+        )
 
     def rollouts(self) -> list[Rollout]:
         return read_rollouts(self.inputs.opened(ROLLOUT_ROLE, ROLLOUTS_FILE))

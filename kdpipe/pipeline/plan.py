@@ -37,10 +37,10 @@ from kdpipe.store.step import Fields, Input, Step, canonical, step_id_of
 
 FORMATS: dict[Stage, int] = {
     Stage.SFT: 2,
-    Stage.ROLLOUT: 3,
+    Stage.ROLLOUT: 4,
     Stage.TEACHER_SCORE: 3,
     Stage.TRAIN: 4,
-    Stage.EVALUATE: 6,
+    Stage.EVALUATE: 7,
 }
 Inputs: TypeAlias = dict[Role, Input]
 UNRESOLVED = "unresolved"

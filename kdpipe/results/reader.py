@@ -167,7 +167,9 @@ class Reader:
             text = text.partition(stop)[0]
         task, graded = recipe.task, UNGRADED
         if known is not None and not is_judged(task.grader):  # nobody's code runs to show a sample
-            graded = grade(text, known.expected, grader=task.grader, reader=task.headline)
+            graded = grade(
+                text, known.expected, grader=task.grader, reader=task.headline, question=known.question
+            )
         ended = self.detokenizer.of(completion[-1:])
         is_full = len(completion) >= recipe.rollout.max_new_tokens
         return CompletionRow(

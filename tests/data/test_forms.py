@@ -44,6 +44,36 @@ def test_a_dot_names_what_is_in_an_object_unless_a_field_has_that_name(tmp_path)
     assert caught.value.hint.endswith("; what is in an object is named with a dot: task.asked.text")
 
 
+ASKS = {"question": "The capital of France?"}
+LISTED = "The capital of France?\n\nA) Rome\nB) Paris"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        ASKS | {"choices": ["Rome", "Paris"], "answer": "B"},
+        ASKS | {"choices": ["Rome", "Paris"], "answer": "paris"},
+        ASKS | {"choices": ["Rome", "Paris"], "answer": 1},  # MMLU
+        ASKS | {"choices": {"text": ["Rome", "Paris"], "label": ["1", "2"]}, "answer": "2"},  # ARC
+        ASKS | {"options": {"A": "Rome", "B": "Paris"}, "answer": "B"},
+        {"question": LISTED, "answer": "It is Paris.\n#### Paris"},
+        {"question": LISTED, "choices": ["Paris", "Rome"], "answer": "Paris"},
+    ],
+)
+def test_options_of_a_choice_are_listed_and_the_reference_is_a_letter(tmp_path, record):
+    said = []
+    [problem] = read(tmp_path, [record], grader="choice", say=said.append)
+    assert (problem.question, problem.expected) == (LISTED, "B")
+    assert ("with its options below it, where it does not list them" in said[0]) == (len(record) == 3)
+
+
+def test_options_are_listed_for_a_choice_alone_and_an_answer_that_is_none_of_them_is_refused(tmp_path):
+    record = ASKS | {"choices": ["Rome", "Paris"], "answer": "Oslo"}
+    assert read(tmp_path, [record], grader="exact")[0].question == ASKS["question"]
+    with pytest.raises(DataError, match="the answer is or ends in 'Oslo', expected a letter from A to E"):
+        read(tmp_path, [record], grader="choice")
+
+
 def test_what_is_below_a_question_is_said(tmp_path):
     said = []
     read(tmp_path, [{"instruction": "Add.", "input": "2 + 3", "output": "5"}], say=said.append)

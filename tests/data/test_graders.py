@@ -3,7 +3,7 @@ import time
 import pytest
 
 from kdpipe.data.graders import UNGRADED, grade
-from kdpipe.data.graders.choice import choice_answer
+from kdpipe.data.graders.choice import choice_answer, options_of
 from kdpipe.data.tasks import read_problems
 from kdpipe.errors import DataError
 from kdpipe.recipe.task import JsonlTask
@@ -43,10 +43,38 @@ def test_a_choice_is_compared_by_its_letter():
     assert (graded.answer, graded.correct, graded.reward) == (None, False, 0.0)
 
 
+QUESTION = "What is the capital of France?\n\nA) Rome\nB) Paris\nC) New York\nD) the A train"
+BY_TEXT = (
+    "Paris", "paris.", "**Paris**", r"\boxed{Paris}", r"\boxed{\text{Paris}}", "#### Paris", "The answer is Paris.",
+    "Rome is in Italy.\nAnswer: Paris", "Answer: **Paris**", "<think>Rome</think>Paris", "Answer: Rome\nAnswer: Paris",
+)  # fmt: skip
+
+
+def test_the_text_of_an_option_that_the_question_lists_is_its_letter():
+    for text in BY_TEXT:
+        assert grade(text, "B", grader="choice", reader=None, question=QUESTION).correct, text
+        assert not grade(text, "B", grader="choice", reader=None).correct, text
+    for text, letter in (("(A) Paris", "A"), ("Answer: C", "C"), ("new  york", "C"), ("the A train", "D")):
+        assert choice_answer(text, QUESTION) == letter
+    for text in ("I know Paris well", "Paris or Rome", "London", "", "<think>Paris"):
+        assert choice_answer(text, QUESTION) is None
+    assert choice_answer("same", "A) same\nB) same") is None
+
+
+def test_options_are_what_a_question_lists_last_from_a_on():
+    assert options_of(QUESTION) == ["Rome", "Paris", "New York", "the A train"]
+    assert options_of("(A) x y\n(B) z") == ["x y", "z"]
+    five = "A. 1\nB. 2\nC. 3\nD. 4\nE. 5\n"
+    assert options_of(f"Example:\n{five}Now:\n{five.replace('1', '6')}") == ["6", "2", "3", "4", "5"]
+    for text in ("", "A) alone", "B) x\nC) y", "I like A) x and B) y"):
+        assert options_of(text) == []
+
+
 @pytest.mark.parametrize("pattern", ["B", "(", "A ", "Answer: ", "**", "B.\n", "_"])
 def test_the_time_of_a_choice_grows_with_the_length_of_the_text_only(pattern):
     start = time.process_time()
-    choice_answer(pattern * (60_000 // len(pattern)) + "x1")
+    choice_answer(pattern * (60_000 // len(pattern)) + "x1", QUESTION)
+    options_of(pattern * (60_000 // len(pattern)))
     assert time.process_time() - start < 1
 
 

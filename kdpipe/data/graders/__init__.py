@@ -13,10 +13,13 @@ from kdpipe.recipe.task import AnyGrader, NumberReader, PythonGrader
 UNGRADED = Graded(answer=None, correct=None, reward=None)
 
 
-def grade(text: str, expected: str | None, *, grader: AnyGrader, reader: NumberReader | None) -> Graded:
+def grade(
+    text: str, expected: str | None, *, grader: AnyGrader, reader: NumberReader | None, question: str = ""
+) -> Graded:
     """What `text` answers, and whether that is `expected`; `reader` is there where numbers are graded.
 
-    Raises ValueError where the grader cannot compare with `expected`: the task readers let no such problem through.
+    Of a `question` that lists its options a choice is read by its text too. Raises ValueError where the grader cannot
+    compare with `expected`: the task readers let no such problem through.
     """
     if grader == "none":
         return UNGRADED
@@ -30,7 +33,7 @@ def grade(text: str, expected: str | None, *, grader: AnyGrader, reader: NumberR
         case "exact":
             return _compared(exact_answer(text), exact_answer(expected))
         case "choice":
-            return _compared(choice_answer(text), reference_letter(expected))
+            return _compared(choice_answer(text, question), reference_letter(expected))
         case _:
             raise ValueError("a judge grades by math-verify and by a user's code")
 

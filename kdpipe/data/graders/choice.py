@@ -1,7 +1,8 @@
 r"""The letter of a choice, A to E: `(B)`, `B.`, `**B**`, `Answer: B`, `\boxed{B}`.
 
 Of an answer that is stated the last statement counts; else the line that begins with a letter, if all that do begin
-with one; else the last letter in parentheses or in bold. `A` before a word is an article.
+with one; else the last letter in parentheses or in bold. `A` before a word is an article. An answer that names no
+letter but is the text of one option, as the question lists them, is that option's.
 """
 
 from __future__ import annotations
@@ -28,15 +29,50 @@ _LINE = re.compile(
     r"(?m)^[ \t>\-]*(?:\(([A-Ea-e])\)|([A-E])[.):](?=\s|$)|([A-E])(?:[ \t]*$|[ \t]+(?:because|since)\b))"
 )
 _FRAMED = re.compile(r"\(([A-E])\)|\*\*\(?([A-E])[).:]*\*\*")
+_OPTION = re.compile(r"(?m)^[ \t>*\-]*\(?([A-E])[.):][ \t]+(\S[^\n]*)$")
+_SAID = re.compile(
+    r"(?i:\b(?:answer|choice|solution)\b(?:[ \t]+(?:is|would be|must be|should be))?)[ \t:=]*\s*([^\n]+)"
+)
+LETTERS = "ABCDE"
 
 
-def choice_answer(text: str) -> str | None:
-    """The letter that a text answers, a capital; None where it names none, or several lines name several."""
-    text = after_thinking(text)
-    for part in (last_box(text), text.rpartition(MARK)[2] if MARK in text else None, text):
-        if part is not None and (letter := _letter(part)) is not None:
+def choice_answer(text: str, question: str = "") -> str | None:
+    """The letter that a text answers, a capital; None where it names none, or several lines name several.
+
+    Of a `question` that lists its options, one a line, the text of an option is read as its letter.
+    """
+    text, options = after_thinking(text), options_of(question)
+    parts = (last_box(text), text.rpartition(MARK)[2] if MARK in text else None, text)
+    for part in (part for part in parts if part is not None):
+        if (letter := _letter(part) or _by_text(part, options)) is not None:
             return letter
     return None
+
+
+def options_of(question: str) -> list[str]:
+    """The texts of the options that a question lists last: one a line, from A on."""
+    found: list[str] = []
+    for letter, option in _OPTION.findall(question):
+        found = [*found, option] if letter == LETTERS[len(found) :][:1] else [option] * (letter == "A")
+    return found if len(found) > 1 else []
+
+
+def letter_of(text: str, options: list[str]) -> str | None:
+    """The letter of the one option that has this text, up to case, blanks, and what stands around it."""
+    plain = _plain(text)
+    found = [
+        letter for letter, option in zip(LETTERS, options, strict=False) if plain and _plain(option) == plain
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _by_text(part: str, options: list[str]) -> str | None:
+    said = _SAID.findall(part) if options else []
+    return letter_of(part, options) or (letter_of(said[-1], options) if said else None)
+
+
+def _plain(text: str) -> str:
+    return " ".join(_MARKUP.sub("", text).casefold().split()).strip(" .,:;!?\"'")
 
 
 def reference_letter(expected: str) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kdpipe.data.graders import unfit_reference
+from kdpipe.data.graders.choice import LETTERS, letter_of, options_of
 from kdpipe.data.graders.marking import MARK
 from kdpipe.data.graders.number import extract_expected, grade_number
 from kdpipe.data.rows import Problem
@@ -29,12 +30,14 @@ class Form:
     question: str
     answer: str | None
     context: str | None = None
+    has_options: bool = False
 
     def words(self) -> str:
         """Which fields those are, for people."""
         answer = "no field is its answer" if self.answer is None else f"{self.answer!r} is its answer"
         context = "" if self.context is None else f" with {self.context!r} below it"
-        return f"{self.question!r} is asked{context}, and {answer}"
+        options = " with its options below it, where it does not list them" if self.has_options else ""
+        return f"{self.question!r} is asked{context}{options}, and {answer}"
 
 
 def read_splits(
@@ -82,7 +85,8 @@ def _find_form(task: OwnTask, records: Sequence[DataRecord]) -> Form:
             hint="correct task.answer_field, or leave it out",
         )
     context = CONTEXTS.get(question)
-    return Form(question, answer, context if context and _any_has(records, context) else None)
+    has_options = task.grader == "choice" and any(record.options() for record in records)
+    return Form(question, answer, context if context and _any_has(records, context) else None, has_options)
 
 
 def _any_has(records: Sequence[DataRecord], field: str) -> bool:
@@ -119,22 +123,32 @@ def _problem(task: OwnTask, form: Form, record: DataRecord, prompt_id: str) -> P
             hint=f"one right line: {RIGHT_TURNS}",
         )
     answer = _answer(task, form, record, said)
-    expected = None
+    question, expected = asked[-1].content, None
+    if form.has_options:
+        question = _listed(record, question)
     if task.grader != "none" and not (answer is None and isinstance(task.grader, PythonGrader)):
         if answer is None:
             raise DataError(
                 f"{record.place}: has no answer to grade by; the record has: {_names(record)}",
                 hint=NO_ANSWERS_HINT,
             )
-        expected = read_expected(task, record, answer)
+        expected = read_expected(task, record, answer, question=question)
     return Problem(
         prompt_id,
-        asked[-1].content,
+        question,
         expected,
         said or answer,
         record.others(form.question, form.answer),
         asked[:-1],
     )
+
+
+def _listed(record: DataRecord, question: str) -> str:
+    """The question, and below it the options that its record has, where it does not list some itself."""
+    if options_of(question) or not (options := record.options()):
+        return question
+    lines = [f"{letter}) {option}" for letter, option in zip(LETTERS, options.values(), strict=False)]
+    return "\n".join([question, "", *lines])
 
 
 def _answer(task: OwnTask, form: Form, record: DataRecord, said: str | None) -> str | None:
@@ -147,13 +161,17 @@ def _answer(task: OwnTask, form: Form, record: DataRecord, said: str | None) -> 
     return record.answer(form.answer)
 
 
-def read_expected(task: QuestionTask, record: DataRecord, answer: str) -> str:
+def read_expected(task: QuestionTask, record: DataRecord, answer: str, *, question: str = "") -> str:
     """The reference in an answer: all of it, or what stands after its last mark.
 
+    Of a choice it is the letter, also where the answer is the text or the label of an option of the question.
     Raises DataError where the grader cannot compare with it, or where a reader of the task would read another number in
     a solution.
     """
     expected = extract_expected(answer) if MARK in answer else answer.strip()
+    if task.grader == "choice" and expected is not None and unfit_reference(expected, "choice"):
+        labels = dict(zip(record.options(), LETTERS, strict=False))
+        expected = letter_of(expected, options_of(question)) or labels.get(expected, expected)
     if (wanted := unfit_reference(expected, task.grader)) is not None or expected is None:
         raise DataError(
             f"{record.place}: the answer is or ends in {(expected or answer)[-60:]!r}, expected {wanted}, alone or "

@@ -15,6 +15,7 @@ from kdpipe.errors import DataError
 MAX_ID_LENGTH = 200
 RIGHT_LINE = '{"question": "What is 2 + 3?", "answer": "5"}'
 RIGHT_TURNS = '{"messages": [{"role": "user", "content": "What is 2 + 3?"}]}'
+OPTIONS = ("choices", "options")
 ROLES = ("system", "user", "assistant")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -78,6 +79,28 @@ class DataRecord:
         if any(turn.role == "system" for turn in turns[1:]):
             raise self._refusal(field, "a system turn after others", "one at most, the first", RIGHT_TURNS)
         return turns
+
+    def options(self) -> dict[str, str]:
+        """The texts of two to five options in `choices` or `options`, by their labels, if it has any."""
+        for name in OPTIONS:
+            value = self.value(name)
+            if isinstance(value, dict) and isinstance(texts := value.get("text"), list):  # as ARC has them
+                labels = value.get("label")
+                value = texts
+            elif isinstance(value, dict):
+                labels, value = list(value), list(value.values())
+            else:
+                labels = None
+            if (
+                isinstance(value, list)
+                and 2 <= len(value) <= 5
+                and all(isinstance(one, str) for one in value)
+            ):
+                known = (
+                    labels if isinstance(labels, list) and len(labels) == len(value) else range(len(value))
+                )
+                return {str(label): " ".join(one.split()) for label, one in zip(known, value, strict=True)}
+        return {}
 
     def identity(self, field: str) -> str:
         """The record's own id in `field`, text or a whole number; raises DataError on one unfit for logs."""
