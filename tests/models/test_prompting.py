@@ -343,6 +343,7 @@ def test_completion_text_lacks_the_end_token_special_tokens_and_what_follows_a_s
 
     assert text([*token_ids, tokenizer.eos_token_id]) == "<think> a , b\n\nQuestion: c"
     assert text([*token_ids, end[0]]) == "<think> a , b\n\nQuestion: c"
+    assert text(token_ids[:-1]) == "<think> a , b\n\nQuestion: c"  # cut: its last token is of the answer
     assert text([end[0], *token_ids]).startswith("d<think>")
     assert text(token_ids, "Question:", "\n\n", "nowhere") == "<think> a , b"
     assert text([end[1]]) == ""

@@ -697,6 +697,27 @@ def test_frozen_narrow_weights_compute_in_their_own_dtype_as_the_sampler_does() 
         gradients(lora_trainer(model, compute=torch.bfloat16), casts=casts)
 
 
+def test_what_an_adapter_adds_is_alpha_over_rank_times_b_a_trained_merged_and_read(tmp_path: Path) -> None:
+    trained, merged, read, plain = (tiny_model("llama") for _ in range(4))
+    start_adapter(trained, Lora(rank=2, alpha=6, targets=["q_proj", "down_proj"]), seed=0)
+    with torch.no_grad():
+        for name, weight in trained.named_parameters():
+            if ".lora_B." in name:
+                weight.copy_(0.1 * torch.ones(weight.shape).cumsum(0))
+    write_adapter(trained, tmp_path)
+    merge_adapter(merged, tmp_path)
+    read_adapter(read, tmp_path)
+    parts = load_file(tmp_path / "adapter_model.safetensors")
+    for name in {name.partition(".lora_")[0] for name in parts}:
+        added = parts[f"{name}.lora_B.weight"] @ parts[f"{name}.lora_A.weight"] * 6 / 2
+        path = name.removeprefix("base_model.model.")
+        found = merged.get_submodule(path).weight - plain.get_submodule(path).weight
+        torch.testing.assert_close(found, added, rtol=0, atol=1e-6)
+        assert added.abs().max() > 1e-2
+    torch.testing.assert_close(logits(trained), logits(merged), rtol=0, atol=1e-3)
+    torch.testing.assert_close(logits(read), logits(merged), rtol=0, atol=1e-3)
+
+
 def test_a_fresh_adapter_changes_nothing_and_comes_from_its_seed_alone() -> None:
     model = tiny_model("qwen2")
     plain = logits(model)
