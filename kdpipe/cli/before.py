@@ -3,8 +3,11 @@
 import itertools
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from kdpipe.cli.estimate import show_estimate
 from kdpipe.cli.parameters import Given, on_recipe
 from kdpipe.cli.terminal import Paint, Style, counted, painter
 from kdpipe.results.visible_text import visible
@@ -58,13 +61,29 @@ def check(given: Given) -> None:
 
 
 @on_recipe
-def plan(given: Given) -> None:
+def plan(
+    given: Given,
+    estimates: Annotated[
+        bool, typer.Option("--estimate", help="Memory of every device, disk and tokens instead of the steps.")
+    ] = False,
+    gpus: Annotated[
+        str,
+        typer.Option(
+            "--gpus", metavar="NxGIB", help="GPUs to estimate for, as in 8x80; default: those here."
+        ),
+    ] = "",
+) -> None:
     """List every step: done, stale or to do, and why. Runs nothing.
+
+    With --estimate: what the recipe takes, from the configs of its models; weights are neither fetched nor read.
 
     Example: kdpipe plan recipes/quickstart.yaml --set train.optimizer.learning_rate=3e-4
     """
     from kdpipe.pipeline.project import open_project
 
+    if estimates or gpus:
+        show_estimate(given, gpus)
+        return
     project = open_project(given.load(), given.place)
     states = project.survey()
     unresolved, pinned = project.identities.unresolved(), project.identities.pinned()

@@ -28,7 +28,6 @@ from kdpipe.results.visible_text import visible
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
-    from kdpipe.doctor.estimate import Estimate, NoEstimate
     from kdpipe.doctor.finding import Finding, Measure, Phase, Verdict
     from kdpipe.recipe.schema import Recipe
 
@@ -146,7 +145,8 @@ def _examine(given: Given) -> None:
     """Examines a recipe's models; raises PreflightError when a probe fails."""
     from dataclasses import asdict
 
-    from kdpipe.doctor.estimate import ESTIMATE
+    from kdpipe.cli.estimate import estimate_lines
+    from kdpipe.doctor.budget import SIZES
     from kdpipe.doctor.finding import FINDINGS
     from kdpipe.pipeline.preflight import examine_recipe
     from kdpipe.pipeline.requirements import key_uses
@@ -168,9 +168,7 @@ def _examine(given: Given) -> None:
     result = examine_recipe(loaded, given.place, tell=say, on_finding=tell)
     failed = [f"{one.probe} ({one.about})" for one in told if one.verdict == "FAILED"]
     lines = ["", summary_line(result.run, told, paint), ""]
-    lines += estimate_lines(
-        ESTIMATE.validate_python(result.estimate), paint, free_bytes=result.free_disk_bytes
-    )
+    lines += estimate_lines(SIZES.validate_python(result.estimate), paint, free_bytes=result.free_disk_bytes)
     if not failed:
         lines += ["", *_after_doctor(given, result.missing)]
     given.show({"recipe": recipe, **asdict(result), "failed": failed}, "\n".join(lines))
@@ -260,38 +258,3 @@ def _limited(measure: "Measure") -> str:
 
 def _shown_number(measure: "Measure", spec: str) -> str:
     return f"{measure.value:{spec}}" if math.isfinite(measure.value) else "not finite"
-
-
-def estimate_lines(found: "Estimate | NoEstimate", paint: Paint, *, free_bytes: int) -> list[str]:
-    """What the recipe takes: memory by role, disk and tokens of a round."""
-    from kdpipe.doctor.estimate import NoEstimate
-
-    if isinstance(found, NoEstimate):
-        return [f"what it takes is unknown: {visible(found.problem)}"]
-    lines = [paint("takes (completions of full length, nothing compressed, activations roughly)", "bold")]
-    parameters = ", ".join(
-        f"{name} {count / 1e9:.2f} B" if count >= 1e9 else f"{name} {count / 1e6:.2f} M"
-        for name, count in found.parameters.items()
-    )
-    lines.append(f"  parameters  {parameters}")
-    for role, parts in found.memory_bytes.items():
-        kept = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
-        lines += indented(f"{role} {_size(sum(parts.values()))}: {kept}", "  memory      ", " " * 16)
-    disk = found.disk_bytes_per_round
-    files = ", ".join(f"{name} {_size(size)}" for name, size in disk.items())
-    text = (
-        f"{_size(sum(disk.values()))} a round ({files}); {_size(found.disk_bytes_kept)} stay at the end, "
-        f"{_size(free_bytes)} are free"
-    )
-    lines += indented(text, "  disk        ", " " * 16)
-    tokens = ", ".join(f"{count:,} {name}" for name, count in found.tokens_per_round.items())
-    lines.append(f"  tokens      {tokens}, a round")
-    return lines
-
-
-def _size(count: int) -> str:
-    """Bytes in the largest unit that keeps the number above 1."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count / 1e3:,.0f} kB"

@@ -10,14 +10,15 @@ import torch
 
 from kdpipe.data.rows import Problem
 from kdpipe.doctor import text as texts
+from kdpipe.doctor.budget import Sizes, sizes
 from kdpipe.doctor.engine import Forward, Passed, tolerance_of
-from kdpipe.doctor.estimate import Estimate, Sized, estimate
+from kdpipe.doctor.estimate import Sized
 from kdpipe.doctor.finding import Outcome
 from kdpipe.doctor.lengths import PromptReader, Split
 from kdpipe.engines.handle import ModelHandle
 from kdpipe.errors import EngineError
 from kdpipe.models import config
-from kdpipe.models.devices import dtype_name, resolve_dtype
+from kdpipe.models.devices import dtype_name, memory_of, resolve_dtype
 from kdpipe.models.reference import (
     Pair,
     adapter_parameters,
@@ -92,8 +93,8 @@ class Case:
         if self.device.type == "cuda" and model.engine_name not in ("hf", "server"):
             model.open_engine().sleep()
 
-    def sizes(self) -> Estimate:
-        """The estimate of the recipe, from the configs of its models and the length of its prompts."""
+    def sizes(self) -> Sizes:
+        """What the recipe takes, from the configs of its models and the length of its prompts."""
         recipe, text, source = self.recipe, self.student.text, self.student.source
         prompts = [text.prompt(problem) for problem in self.job.train[:LONGEST]]
         lora = recipe.student.lora
@@ -104,7 +105,9 @@ class Case:
             is_student = isinstance(settings, SelfTeacher)
             teachers[model.name] = student if is_student else None if model.is_served else self._sized(model)
         mean = sum(map(len, prompts)) / len(prompts)
-        return estimate(recipe, student, teachers, prompt_tokens=round(mean))
+        return sizes(
+            recipe, student, teachers, prompt_tokens=round(mean), memory=memory_of(recipe.runtime.device)
+        )
 
     def _sized(self, model: ModelHandle, *, adapter: int = 0) -> Sized:
         shape = shape_of(model.source.folder, trust_remote_code=model.source.trust_remote_code)

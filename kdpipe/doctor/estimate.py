@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pydantic import TypeAdapter
-
 from kdpipe.models.reference import Shape
 from kdpipe.recipe.schema import Recipe
 
@@ -19,6 +17,10 @@ _ID = 4  # bytes of a token id, and of a log-prob
 _TEXT = 4  # bytes of text for a token, about
 _KEPT_PER_LAYER = 10  # activations of a layer that backward needs, in hidden sizes beside its MLP, about
 _LOGIT_COPIES = 3  # logits, their log-softmax and its gradient
+STAYS = ("weights", "optimizer")
+"""What the trainer keeps on its device while others work; all else it needs while it trains."""
+LEAST_SEQUENCES = 16
+"""What a vLLM that samples is to hold at once, at full length; it takes more where there is room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +54,6 @@ class Estimate:
     tokens_per_round: Mapping[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class NoEstimate:
-    """Why there is none."""
-
-    problem: str
-
-
-ESTIMATE: TypeAdapter[Estimate | NoEstimate] = TypeAdapter(Estimate | NoEstimate)
-"""From and to what a worker sends."""
-
-
 def estimate(
     recipe: Recipe, student: Sized, teachers: Mapping[str, Sized | None], *, prompt_tokens: int
 ) -> Estimate:
@@ -70,10 +61,10 @@ def estimate(
     here = {name: teacher for name, teacher in teachers.items() if teacher is not None}
     distinct = {name: teacher for name, teacher in here.items() if teacher.name != student.name}
     memory = {
-        "train student": _training(recipe, student),
+        "train student": training(recipe, student),
         "sample student": _sampling(recipe, student, prompt_tokens),
     }
-    memory |= {f"score {name}": _scoring(recipe, teacher) for name, teacher in distinct.items()}
+    memory |= {f"score {name}": _scoring(recipe, one, prompt_tokens) for name, one in distinct.items()}
     disk = _disk(recipe, student, teachers, prompt_tokens)
     keep = recipe.runtime.keep
     small = sum(size for name, size in disk.items() if name not in ("model", "trainer", "ema"))
@@ -89,7 +80,7 @@ def estimate(
     return Estimate(parameters, memory, disk, kept, _tokens(recipe, len(teachers), prompt_tokens))
 
 
-def _training(recipe: Recipe, student: Sized) -> dict[str, int]:
+def training(recipe: Recipe, student: Sized) -> dict[str, int]:
     """Weights with their masters, gradients, both moments, and what backward needs of a micro-batch."""
     shape, runtime = student.shape, recipe.runtime
     trained = student.adapter or shape.parameters
@@ -102,32 +93,48 @@ def _training(recipe: Recipe, student: Sized) -> dict[str, int]:
         "weights": frozen + 4 * trained,
         "gradients": 4 * trained,
         "optimizer": 8 * trained,
-        "activations, roughly": runtime.train_tokens * kept * student.element + _logits(recipe, student),
+        "activations, roughly": runtime.train_tokens * kept * student.element
+        + _logits(student, runtime.head_chunk_tokens),
     }
 
 
-def _logits(recipe: Recipe, model: Sized) -> int:
-    return _LOGIT_COPIES * recipe.runtime.head_chunk_tokens * model.shape.rows * 4
+def _logits(model: Sized, tokens: int) -> int:
+    return _LOGIT_COPIES * tokens * model.shape.rows * 4
 
 
 def _sampling(recipe: Recipe, student: Sized, prompt_tokens: int) -> dict[str, int]:
     """A copy of the weights, unless the trained ones serve, and keys and values of one batch."""
-    shape = student.shape
-    shared = recipe.rollout.engine == "hf" and (student.adapter or student.dtype == "float32")
+    shape, runtime = student.shape, recipe.runtime
     length = prompt_tokens + recipe.rollout.max_new_tokens
     rows = recipe.rollout.on_policy_prompts * recipe.rollout.samples
-    tokens = min(max(recipe.runtime.sample_tokens, length), rows * length)
+    tokens = min(max(runtime.sample_tokens, length), rows * length)
+    if recipe.rollout.engine == "vllm":
+        tokens = min(LEAST_SEQUENCES, runtime.vllm.max_num_seqs, rows) * length
+    is_shared = shares_weights(recipe, student)
     return {
-        "weights": 0 if shared else student.weights,
+        "weights": 0 if is_shared else student.weights,
         "keys and values": 2 * tokens * shape.layers * shape.kv_width * student.element,
     }
 
 
-def _scoring(recipe: Recipe, teacher: Sized) -> dict[str, int]:
+def shares_weights(recipe: Recipe, student: Sized) -> bool:
+    """Whether the sampler runs the very weights that are trained."""
+    placement, runtime = recipe.runtime.placement, recipe.runtime
+    is_here = placement.sampler in (None, runtime.device) and "sampler" not in placement.own_process
+    return recipe.rollout.engine == "hf" and is_here and (bool(student.adapter) or student.dtype == "float32")
+
+
+def _scoring(recipe: Recipe, teacher: Sized, prompt_tokens: int) -> dict[str, int]:
     """The teacher's weights, and one forward pass without gradients."""
-    shape, tokens = teacher.shape, recipe.runtime.score_tokens
+    shape, runtime = teacher.shape, recipe.runtime
+    tokens, at_once, cached = runtime.score_tokens, runtime.head_chunk_tokens, 0
+    if recipe.teacher_score.engine == "vllm":
+        tokens = at_once = runtime.vllm.batch_tokens
+        length = prompt_tokens + recipe.rollout.max_new_tokens
+        cached = 2 * max(tokens, length) * shape.layers * shape.kv_width * teacher.element
     passing = tokens * (4 * shape.hidden + 2 * shape.intermediate) * teacher.element
-    return {"weights": teacher.weights, "activations, roughly": passing + _logits(recipe, teacher)}
+    found = {"weights": teacher.weights, "activations, roughly": passing + _logits(teacher, at_once)}
+    return {**found, "keys and values": cached} if cached else found
 
 
 def _disk(

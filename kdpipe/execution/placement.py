@@ -19,13 +19,17 @@ from kdpipe.engines.protocol import Engine
 from kdpipe.engines.remote import Hosting, WorkerEngine
 from kdpipe.errors import RecipeError
 from kdpipe.models.cache import ModelCache
-from kdpipe.models.devices import resolve_device
+from kdpipe.models.devices import memory_of, resolve_device
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.roles import STUDENT_ROLE, Role, teacher_role
+from kdpipe.recipe.runtime import Vllm
 from kdpipe.recipe.schema import Recipe
 from kdpipe.recipe.section import EngineName
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+WHOLE_SHARE = 0.9
+"""Of a GPU's memory, for a vLLM that has it for itself."""
+LEAST_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,14 @@ class Engines:
         self._places = _places(recipe)
         self._shared = HfEngine(cache, recipe.runtime)
         self._engines: dict[str, WorkerEngine] = {}
+        self.trainer_bytes = 0
+        """What the trainer keeps on its device while others work."""
         self._turns: dict[torch.device, Turns] = {}
+
+    @property
+    def is_on_cuda(self) -> bool:
+        """Whether the trainer is on a CUDA device."""
+        return self._device.type == "cuda"
 
     def engine(self, name: EngineName, role: Role, *, note: Callable[[str], None] = lambda _: None) -> Engine:
         """The engine `name` for the model in `role`; `note` is called when a process is opened for it."""
@@ -62,8 +73,10 @@ class Engines:
         place, key = self._places[role], f"{name} {role}"
         if key not in self._engines:
             log = self._logs / f"{place.name}.log"
-            device, environment = seen_alone(self._devices_of(name, place), os.environ)
-            hosting = Hosting(name, device, self._runtime, place.num_models)
+            devices = self._devices_of(name, place)
+            device, environment = seen_alone(devices, os.environ)
+            runtime = self._runtime.model_copy(update={"vllm": self._shared_out(devices)})
+            hosting = Hosting(name, device, runtime, place.num_models)
             self._engines[key] = WorkerEngine(hosting, log=log, environment=environment, keys=self._keys)
             note(
                 f"{place.name}: {name} on {place.device} in a process of its own, which logs to logs/{log.name}"
@@ -84,7 +97,7 @@ class Engines:
 
     def make_room(self) -> None:
         """Puts to sleep what is on the trainer's device, but for the engine that shares its weights."""
-        if self._device.type == "cuda":
+        if self.is_on_cuda:
             self._turns_on(self._device).take(self._shared)
 
     def close(self) -> None:
@@ -104,6 +117,25 @@ class Engines:
             return [place.device]
         count = self._runtime.vllm.tensor_parallel_size
         return [torch.device("cuda", place.device.index + number) for number in range(count)]
+
+    def _shared_out(self, devices: Sequence[torch.device]) -> Vllm:
+        """How vLLM runs on these devices: it sleeps where it shares one, and leaves the trainer's share of it."""
+        asked = self._runtime.vllm
+        # Of an engine hf more devices than its own: at worst a vLLM sleeps that need not.
+        taken = [
+            self._device,
+            *(one for place in self._places.values() for one in self._devices_of("vllm", place)),
+        ]
+        is_shared = any(taken.count(device) > 1 for device in devices if device.type == "cuda")
+        share = WHOLE_SHARE
+        if self.is_on_cuda and self._device in devices:
+            share -= self.trainer_bytes / memory_of(str(self._device))[str(self._device)]
+        return asked.model_copy(
+            update={
+                "sleep": is_shared if asked.sleep is None else asked.sleep,
+                "gpu_memory_utilization": asked.gpu_memory_utilization or max(share, LEAST_SHARE),
+            }
+        )
 
     def _turns_on(self, device: torch.device) -> Turns:
         return self._turns.setdefault(device, Turns())

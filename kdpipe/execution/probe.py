@@ -12,8 +12,8 @@ from pydantic import JsonValue
 
 from kdpipe.data.rows import Problem
 from kdpipe.data.tasks.arithmetic import words
+from kdpipe.doctor.budget import SIZES, require_fit
 from kdpipe.doctor.case import Case
-from kdpipe.doctor.estimate import ESTIMATE
 from kdpipe.doctor.finding import FINDINGS
 from kdpipe.doctor.teacher import examine
 from kdpipe.errors import KdpipeError
@@ -70,6 +70,8 @@ class Probe:
                 depth=depth,
                 folder=Path(folder),
             )
+            if self.device.type == "cuda" and depth != "servers":
+                require_fit(case.sizes())
             findings: list[dict[str, JsonValue]] = []
             for finding in examine(case):
                 findings += FINDINGS.dump_python((finding,), mode="json")
@@ -78,7 +80,7 @@ class Probe:
             if depth != "full":
                 return Examined(findings)
             try:
-                return Examined(findings, ESTIMATE.dump_python(case.sizes(), mode="json"))
+                return Examined(findings, SIZES.dump_python(case.sizes(), mode="json"))
             except KdpipeError as error:  # the findings are not lost with it
                 return Examined(findings, {"problem": error.message})
 

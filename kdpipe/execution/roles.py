@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from kdpipe.data.rows import Problem
+from kdpipe.doctor.sizing import trainer_bytes
 from kdpipe.engines.handle import ModelHandle, Runs
 from kdpipe.engines.protocol import Engine
 from kdpipe.engines.server.engine import ServerEngine
@@ -54,6 +55,8 @@ class Roles:
         hold are checked; raises ArtifactError where they are not those that were published.
         """
         settings, source, place = inputs.settings(role), inputs.source(role), at or role
+        if engine == "vllm" and not self._engines.trainer_bytes and self._engines.is_on_cuda:
+            self._engines.trainer_bytes = trainer_bytes(self._recipe, inputs.folders)
         if isinstance(settings, ServedTeacher):
             open_server = partial(self._server, inputs, settings, role)
             return ModelHandle(settings.name, source, self.text(inputs, role), "server", open_server)

@@ -5,6 +5,7 @@ Asks torch alone: `kdpipe doctor` reports it in half the time that the libraries
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -53,6 +54,14 @@ def resolve_dtype(
         return torch.bfloat16, f"the CPU has {' and '.join(found)}"
     missing = " or ".join(_CPU_BFLOAT16_FLAGS)
     return torch.float32, f"no {missing} here: bfloat16 would be emulated, 100 times slower"
+
+
+def memory_of(device: str) -> dict[str, int]:
+    """Bytes of each device of the kind that `device` is, by name; the first is the one that `auto` means."""
+    if resolve_device(device).type == "cuda":
+        found = range(torch.cuda.device_count())
+        return {f"cuda:{number}": torch.cuda.get_device_properties(number).total_memory for number in found}
+    return {"cpu": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -133,7 +133,11 @@ def perturb(source: ModelSource, folder: Path, *, dtype: torch.dtype, share: flo
 
 def shape_of(folder: Path, *, trust_remote_code: bool = False) -> Shape:
     """The sizes of the model in a folder, of which only config.json is read."""
-    model = skeleton(folder, trust_remote_code=trust_remote_code)
+    return shape_of_model(skeleton(folder, trust_remote_code=trust_remote_code))
+
+
+def shape_of_model(model: Any) -> Shape:
+    """The sizes of a model that is open."""
     text = model.config.get_text_config()
     heads, hidden = int(text.num_attention_heads), int(text.hidden_size)
     written = text.to_dict()

@@ -113,17 +113,20 @@ class Sources:
         read: JsonValue = [section.model_dump(mode="json", by_alias=True) for section in sections]
         return {"models": dict(models), "sections": read}
 
-    def fetch(self, tell: Callable[[str], None] = lambda _text: None) -> dict[str, Path]:
+    def fetch(
+        self, tell: Callable[[str], None] = lambda _text: None, *, without_weights: bool = False
+    ) -> dict[str, Path]:
         """Folders of every model by role, and of hub data as "data"; downloads and pins what is not here.
 
-        `tell` is told what a person should know of it, and how far it is.
+        `tell` is told what a person should know of it, and how far it is. Without weights, configs and tokenizers are
+        fetched alone.
         """
         folders: dict[str, Path] = {}
         for role, named in self._named().items():
             local = _local_folder(named.name, self.loaded.folder)
             kind: Kind = "model" if named.served is None else "tokenizer"
-            suffixes = MODEL_SUFFIXES if kind == "model" else TEXT_SUFFIXES
-            patterns = [f"*{suffix}" for suffix in suffixes]
+            is_whole = kind == "model" and not without_weights
+            patterns = [f"*{suffix}" for suffix in (MODEL_SUFFIXES if is_whole else TEXT_SUFFIXES)]
             folders[role] = local or self._download(kind, named.name, named.revision, patterns, tell)
         if hub := hub_data(self.loaded.recipe.task, self.loaded.folder):
             folders["data"] = self._download("dataset", hub.name, hub.revision, hub.patterns, tell)
@@ -233,7 +236,7 @@ class Sources:
             write_json(path, seal_value(PINS, self._pins))
         pinned = Repository(repo_kind, self._name_today(kind, name), str(self._pins[key]))
         folder = download(pinned, patterns, tell)
-        if kind == "model" and not any(folder.glob("*.safetensors")):
+        if "*.safetensors" in patterns and not any(folder.glob("*.safetensors")):
             raise ModelError(
                 f"model {name}: the hub has no *.safetensors of it, and pickles (*.bin) are not opened",
                 hint="look for another revision of it: the hub converts many, as a pull request (revision: refs/pr/1)",

@@ -100,8 +100,8 @@ class Vllm(Section):
 
     tensor_parallel_size: Count = 1
     """GPUs that share one model."""
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Share of the GPU's memory."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the GPU's memory; null is 0.9, less what the trainer keeps on the same GPU."""
     kv_cache_gib: Positive | None = None
     """null is 2 on a CPU, and what gpu_memory_utilization leaves on a GPU."""
     enforce_eager: bool | None = None
@@ -114,8 +114,8 @@ class Vllm(Section):
     """Tokens of a forward pass, whose logits exist at once where they are scored."""
     prefix_caching: bool = True
     """Whether prompts that begin alike share their cache."""
-    sleep: bool = False
-    """Frees the GPU while other engines work."""
+    sleep: bool | None = None
+    """Frees the GPU while others work; null is on where roles share a GPU."""
     check_weights: bool = True
     """Compares each loaded model with transformers."""
 

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from kdpipe.doctor.estimate import ESTIMATE, Sized, estimate
+from kdpipe.doctor.budget import SIZES, Sizes
+from kdpipe.doctor.estimate import Sized, estimate
 from kdpipe.models.adapters import start_adapter
 from kdpipe.models.reference import Shape, adapter_parameters, shape_of
 from kdpipe.recipe.models import Lora
@@ -162,5 +163,6 @@ def test_a_teacher_that_is_the_student_has_no_weights_of_its_own(tmp_path: Path)
     found = estimate(loaded.recipe, sized(), {"teacher": sized()}, prompt_tokens=10)
     assert set(found.memory_bytes) == {"train student", "sample student"}
     assert found.parameters == {"student": BILLION}
-    sent = json.loads(json.dumps(ESTIMATE.dump_python(found, mode="json")))
-    assert ESTIMATE.validate_python(sent) == found
+    sizes = Sizes(found, ())
+    sent = json.loads(json.dumps(SIZES.dump_python(sizes, mode="json")))
+    assert SIZES.validate_python(sent) == sizes

@@ -13,7 +13,7 @@ import torch
 
 import kdpipe.execution.placement
 from kdpipe.engines.handle import ModelHandle, Turns
-from kdpipe.engines.remote import WorkerEngine
+from kdpipe.engines.remote import Hosting, WorkerEngine
 from kdpipe.errors import ArtifactError, RecipeError
 from kdpipe.execution.placement import Engines, seen_alone
 from kdpipe.models.cache import ModelCache
@@ -28,6 +28,8 @@ NO_TEXT: Any = None
 TEACHER = Role.parse("teacher")
 TWO_TEACHERS = [{"name": name, "model": "org/model"} for name in ("ada", "bob")]
 ALL_OWN = {"own_process": ["sampler", "teacher"]}
+hosted_as: dict[str, tuple[bool | None, float | None]] = {}
+"""How vLLM was asked to run in a process, by the process's name: whether it sleeps, and its share of a GPU."""
 
 
 def recipe_of(**changes: Any) -> Recipe:
@@ -169,9 +171,14 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Engines, l
         names = iter(("trainer", "sampler", "teacher"))
         monkeypatch.setattr(kdpipe.execution.placement, "resolve_device", torch.device)
         monkeypatch.setattr(kdpipe.execution.placement, "HfEngine", lambda *_: Sleeper(next(names), diary))
-        monkeypatch.setattr(
-            kdpipe.execution.placement, "WorkerEngine", lambda _hosting, log, **_: Sleeper(log.stem, diary)
-        )
+        monkeypatch.setattr(kdpipe.execution.placement, "memory_of", lambda name: {name: 80_000})
+
+        def hosted(hosting: Hosting, log: Path, **_: Any) -> Sleeper:
+            vllm = hosting.runtime.vllm
+            hosted_as[log.stem] = (vllm.sleep, vllm.gpu_memory_utilization)
+            return Sleeper(log.stem, diary)
+
+        monkeypatch.setattr(kdpipe.execution.placement, "WorkerEngine", hosted)
         more = {f"runtime__{name}": value for name, value in runtime.items()}
         recipe = recipe_of(runtime__device=device, runtime__placement=placement, **more)
         return Engines(recipe, ModelCache(torch.device(device)), logs=Path("nowhere")), diary
@@ -200,6 +207,30 @@ def test_on_one_gpu_roles_sleep_while_others_work_and_before_training(
     handle(placed, "hf", STUDENT_ROLE, source).load()
     placed.make_room()
     assert diary[-2:] == ["sampler loads", "sampler sleeps"]
+
+
+@pytest.mark.parametrize(
+    ("placement", "vllm", "expected"),
+    [
+        ({}, {}, (True, 0.9 - 0.25)),  # beside the trainer, which keeps 20,000 of 80,000 bytes
+        ({"sampler": "cuda:1", "teacher": "cuda:1"}, {}, (True, 0.9)),
+        ({"sampler": "cuda:1", "teacher": "cuda:2"}, {}, (False, 0.9)),
+        ({"sampler": "cuda:1", "teacher": "cuda:2"}, {"tensor_parallel_size": 2}, (True, 0.9)),
+        ({}, {"sleep": False, "gpu_memory_utilization": 0.3}, (False, 0.3)),
+    ],
+)
+def test_vllm_sleeps_where_it_shares_a_gpu_and_leaves_the_trainer_its_share(
+    placement: dict[str, Any],
+    vllm: dict[str, Any],
+    expected: tuple[bool, float],
+    with_cuda: Callable[..., tuple[Engines, list[str]]],
+    tmp_path: Path,
+) -> None:
+    placed, _ = with_cuda(placement, vllm=vllm)
+    placed.trainer_bytes = 20_000
+    handle(placed, "vllm", STUDENT_ROLE, ModelSource(tmp_path, "a")).load()
+    sleeps, share = hosted_as["sampler"]
+    assert (sleeps, share) == (expected[0], pytest.approx(expected[1]))
 
 
 def test_on_gpus_of_their_own_roles_do_not_sleep(
