@@ -34,9 +34,14 @@ def show_estimate(given: Given, gpus: str) -> None:
     assert found is not None
     free = shutil.disk_usage(given.place).free
     lines = estimate_lines(found.sizes, painter(sys.stdout), free_bytes=free)
-    given.show(
-        {"recipe": str(loaded.path), "fits": found.sizes.fits, **asdict(found.sizes)}, "\n".join(lines)
-    )
+    devices = [asdict(one) | {"peak_bytes": one.peak_bytes, "fits": one.fits} for one in found.sizes.devices]
+    document = {
+        "recipe": str(loaded.path),
+        "fits": found.sizes.fits,
+        **asdict(found.sizes),
+        "devices": devices,
+    }
+    given.show(document, "\n".join(lines))
 
 
 def _bytes_of(gpus: str) -> tuple[int, ...]:

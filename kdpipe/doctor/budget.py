@@ -1,4 +1,4 @@
-"""What each device must hold at once, against what it has, and the change of the recipe that makes it fit.
+"""What each device must hold at once, against what it has, and what makes it fit.
 
 On a CUDA device the trainer's weights and optimizer stay; all else has a turn: gradients and activations while it
 trains, a model while it samples or scores. A vLLM that may not sleep stays too.
@@ -57,7 +57,7 @@ class DeviceBudget:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The estimate of a recipe, what each device must hold, and changes that make it fit where it does not.
+    """The estimate of a recipe, what each device must hold, and what makes it fit where it does not.
 
     `changes` are of the form `a.b=c`; without any, none was found that does.
     """

@@ -1,4 +1,4 @@
-"""What a worker runs for `kdpipe plan --estimate`: the sizes of a recipe, from configs, tokenizers and data alone."""
+"""The sizes of a recipe, from configs, tokenizers and data alone: what `plan --estimate` runs."""
 
 from __future__ import annotations
 

@@ -133,3 +133,25 @@ def test_run_reads_the_data_before_it_opens_a_model(tmp_path: Path, monkeypatch:
     assert "'question' is asked" in watcher.notes[0]
     with pytest.raises(kdpipe.errors.DataError, match="has no answer to grade by"):
         run_near(load_recipe(write(tmp_path, [{"prompt": "q"}], TEST)), tmp_path / "out")
+
+
+@pytest.mark.parametrize("gpus", ["2", "x80", "0x80", "2x0", "2x80x", "99999x8", "-1x80"])
+def test_gpus_are_a_number_and_a_size(gpus: str) -> None:
+    result = CliRunner().invoke(app, ["plan", "quickstart", "--gpus", gpus])
+    assert result.exit_code == 2
+    assert "as in 8x80" in result.stderr
+
+
+@pytest.mark.slow
+def test_plan_estimates_what_every_device_must_hold_without_weights(tmp_path: Path) -> None:
+    words = ["plan", "quickstart", "--gpus", "2x24", "--workspace", str(tmp_path), "--json"]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    found = json.loads(result.stdout)
+    assert found["fits"]
+    [device] = found["devices"]
+    assert (device["device"], device["total_bytes"], device["fits"]) == ("cuda:0", 24 << 30, True)
+    assert 0 < device["peak_bytes"] < 24 << 30
+    assert found["estimate"]["parameters"]["student"] > 100_000
+    told = CliRunner().invoke(app, words[:-1], catch_exceptions=False).stdout
+    assert "cuda:0" in told
+    assert "fits" in told
