@@ -256,8 +256,8 @@ def _evaluation(measures: Measures) -> Iterator[str]:
         yield f"Only {count} evaluated: the interval of the accuracy is {width:.0f} points wide."
     if after.headline is REVERSE_KL and problems < FEW_FOR_A_MEAN:
         yield (
-            f"Held-out reverse KL was measured on {problems} problems only, and intervals of so few are too narrow: "
-            "raise evaluate.reverse_kl_problems."
+            f"Held-out reverse KL was measured on {problems} problems only: raise evaluate.reverse_kl_problems for an "
+            "interval that goes by more."
         )
     truncated = after.summary["truncated_fraction"]
     if truncated > MUCH_TRUNCATION:

@@ -50,6 +50,7 @@ from kdpipe.results.verdict import warnings
 from kdpipe.results.visible_text import visible
 from kdpipe.stages.sampling import _over_prompts
 from tests.reports import NASTY, page_of, story
+from tests.results.told import evaluated_run
 from tests.worlds import load_tiny, run_near
 
 WHOLE = {"kind": "kd", "kd": {"term": "jsd", "beta": 1.0, "support": "vocabulary"}}
@@ -660,6 +661,9 @@ def test_a_report_is_written_again_only_when_something_changed(unwritten: Projec
     assert path.stat().st_mtime_ns == written
     assert not is_current(unwritten, path, {**digests, "train@2": "other"})
     assert stamp(unwritten, digests) != stamp(unwritten, {**digests, "train@2": None})
+    another = unwritten.recipe.model_copy(update={"seed": 2})
+    evaluated_run(unwritten.workspace, "tiny-of-seed-2", another, evaluated=2)
+    assert not is_current(unwritten, path, digests)
     assert said == []
 
 

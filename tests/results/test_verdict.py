@@ -12,6 +12,7 @@ from kdpipe.pipeline.headline import ACCURACY, REVERSE_KL
 from kdpipe.pipeline.runs import RunEvent
 from kdpipe.results.effect import BY_ACCURACY, BY_REVERSE_KL, Way, effect_of, way_of
 from kdpipe.results.verdict import Verdict, _engines, verdict
+from kdpipe.store.locks import run_lock
 from kdpipe.tracking.findings import Findings
 from tests.results.told import DOWN, UNCLEAR, UP, Bounds, Told, graded, named, recipe_of
 
@@ -140,6 +141,16 @@ def test_a_run_that_is_not_finished_says_so_in_its_headline(
     told: Any = Told(recipe_of(tmp_path), summaries, left=["train@4"], events=events)
     assert verdict(told).headline == f"It worked so far: {GAINED}; round 3 of 4{then}."
     assert change_lines(told.after, 4)[-1] == f"It worked so far: {GAINED}; round 3 of 4."
+
+
+def test_a_run_that_somebody_runs_now_did_not_break_off(tmp_path: Path) -> None:
+    events = [ended("step started", "train@4")]
+    told: Any = Told(
+        recipe_of(tmp_path), [graded(0), graded(3, UP)], folder=tmp_path, left=["train@4"], events=events
+    )
+    assert verdict(told).headline.endswith("round 3 of 4, then it broke off in train@4.")
+    with run_lock(told.project.run.path):
+        assert verdict(told).headline.endswith("round 3 of 4.")
 
 
 @pytest.mark.parametrize("key", TABLE)

@@ -10,8 +10,11 @@ from typing import Any
 from kdpipe.method.interval import Interval
 from kdpipe.pipeline.runs import RunEvent
 from kdpipe.recipe.file import LoadedRecipe, load_recipe
-from kdpipe.recipe.schema import Recipe
+from kdpipe.recipe.schema import Recipe, resolved
 from kdpipe.results.evaluations import Evaluation, Evaluations
+from kdpipe.store.artifacts import MANIFEST
+from kdpipe.store.durable import write_json
+from kdpipe.store.link import write_link
 
 RECIPE = """
 name: told
@@ -55,6 +58,16 @@ def graded(
 
 def named(name: str, bounds: Bounds, *, unit: str = "") -> dict[str, float]:
     return dict(zip((f"{name}{unit}", f"{name}_low", f"{name}_high"), bounds, strict=True))
+
+
+def evaluated_run(workspace: Path, name: str, recipe: Recipe, *, evaluated: int | None = 4) -> None:
+    """Makes a run's folder; its student was evaluated in that round."""
+    path = workspace / "runs" / name
+    write_json(path / "resolved.json", {"recipe": resolved(recipe)})
+    if evaluated is not None:
+        entry = workspace / "artifacts" / name
+        write_json(entry / MANIFEST, {})
+        write_link(path / f"round-{evaluated:03d}" / "evaluate-student", entry)
 
 
 class Told(Evaluations):
