@@ -144,8 +144,8 @@ def _notes_on_seeds(counts: set[int]) -> Iterator[str]:
         yield told + ("; against several seeds it is taken to vary as they do" if counts - {1} else "")
     if counts - {1}:
         yield "several seeds: mean, with the interval for other seeds and other problems"
-    if counts & {2, 3}:
-        yield "two or three seeds: where seeds matter, such an interval holds the truth in about 90 of 100 cases"
+    if 2 in counts:
+        yield "two seeds cannot tell how far seeds spread, so intervals are wide: a third makes them far shorter"
 
 
 def _notes_on_divergence(rows: Sequence[ComparisonRow]) -> Iterator[str]:

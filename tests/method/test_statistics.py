@@ -255,20 +255,16 @@ def test_without_problem_effects_several_seeds_are_students_t_over_the_seeds() -
     assert (found.low, found.high) == pytest.approx((low, high), abs=1e-12)
 
 
-def test_the_variance_over_seeds_and_problems_is_that_of_the_two_way_table() -> None:
+def test_the_variances_over_seeds_and_problems_add_each_with_its_own_t() -> None:
     table = np.array([[0.0, 1.0, 4.0, 2.0], [2.0, 3.5, 7.0, 1.0], [2.0, 2.0, 9.0, 5.0]])
-    mean, (count, width) = table.mean(), table.shape
-    rows, columns = table.mean(axis=1) - mean, table.mean(axis=0) - mean
-    rest = sum(
-        (table[i, j] - mean - rows[i] - columns[j]) ** 2 for i in range(count) for j in range(width)
-    ) / ((count - 1) * (width - 1))
-    squares = (width * sum(rows**2) / (count - 1), count * sum(columns**2) / (width - 1), rest)
-    assert 0.5 < rest < min(squares[:2])
-    variance = (squares[0] + squares[1] - rest) / table.size
-    spread = sum((each / table.size) ** 2 / free for each, free in zip(squares, (2, 3, 6), strict=True))
-    reach = stats.t.ppf(0.975, variance**2 / spread) * variance**0.5
+    mean = table.mean()
+    of_seeds, of_problems = (stats.sem(table.mean(axis=axis)) ** 2 for axis in (1, 0))
+    ts, tp = (stats.t.ppf(0.975, freedom) ** 2 for freedom in (2, 3))
+    reach, lone = ((ts * of_seeds * more + tp * of_problems) ** 0.5 for more in (1, 4))
     found = pooled(table)
     assert (found.low, found.high) == pytest.approx((mean - reach, mean + reach), abs=1e-12)
+    apart = pooled_difference(table, 0 * table[:1])
+    assert (apart.low, apart.high) == pytest.approx((mean - lone, mean + lone), abs=1e-12)
 
 
 @pytest.mark.parametrize(("seed_spread", "problem_spread"), [(0.0, 0.3), (0.1, 0.3), (0.2, 0.0), (0.05, 0.1)])
@@ -277,18 +273,18 @@ def test_the_pooled_interval_covers_the_truth_about_as_often_as_it_says(
 ) -> None:
     generator = np.random.default_rng(0)
     covered = 0
-    for _ in range(1500):
+    for _ in range(600):
         seeds = generator.normal(0, seed_spread, (3, 1))
         problems = generator.normal(0, problem_spread, (1, 40))
         found = pooled(0.1 + seeds + problems + generator.normal(0, 0.3, (3, 40)))
         covered += found.low <= 0.1 <= found.high
-    assert 0.925 < covered / 1500 < 0.98
+    assert covered / 600 > 0.935
 
 
 def test_a_difference_of_other_seeds_on_each_side_covers_the_truth_too() -> None:
     generator = np.random.default_rng(1)
     covered = 0
-    for _ in range(1500):
+    for _ in range(600):
         problems = generator.normal(0, 0.3, (1, 40))
         sides = [
             level + problems + generator.normal(0, 0.1, (count, 1)) + generator.normal(0, 0.3, (count, 40))
@@ -296,7 +292,7 @@ def test_a_difference_of_other_seeds_on_each_side_covers_the_truth_too() -> None
         ]
         found = pooled_difference(*sides)
         covered += found.low <= 0.1 <= found.high
-    assert 0.925 < covered / 1500 < 0.98
+    assert covered / 600 > 0.935
 
 
 def test_a_lone_seed_is_taken_to_vary_as_those_that_it_is_compared_with() -> None:
@@ -311,7 +307,7 @@ def test_a_lone_seed_is_taken_to_vary_as_those_that_it_is_compared_with() -> Non
         found, mirrored = pooled_difference(*sides), pooled_difference(*sides[::-1])
         assert (mirrored.low, mirrored.high) == pytest.approx((-found.high, -found.low), abs=1e-12)
         covered += found.low <= 0 <= found.high
-    assert 0.92 < covered / trials <= 0.99
+    assert covered / trials > 0.92
 
 
 def test_one_problem_has_no_interval() -> None:
