@@ -13,13 +13,13 @@ from kdpipe.cli.parameters import (
     RoundOption,
     WorkspaceOption,
     on_recipe,
+    page_at,
     path_named,
     recipe_names,
     workspace_at,
 )
 from kdpipe.cli.terminal import painter, print_json, shown
 from kdpipe.errors import PreflightError, RecipeError
-from kdpipe.recipe.place import place_of
 
 
 @on_recipe
@@ -123,13 +123,9 @@ def report(
     from kdpipe.store.target import STDOUT
 
     project = given.open()
-    path = report_path(project) if output is None else output if output == STDOUT else place_of(output)
-    if given.as_json and path == STDOUT:
-        raise RecipeError("--json and -o -: both go to stdout", hint="one of them")
+    path = report_path(project) if output is None else page_at(output, as_json=given.as_json)
     if all(state.verdict == "to do" for state in project.states()):
         raise RecipeError(f"{project.run.name}: no step is done yet", hint=f"kdpipe run {given.recipe}")
-    if path.is_dir():
-        raise RecipeError(f"{path}: is a folder", hint=f"name the file: -o {path / 'report.html'}")
     others = [Given(run, workspace=given.workspace).run_folder() for run in dict.fromkeys(against or ())]
     size = write_report(project, path, commands=commands_again(project.loaded, given), others=others)
     if path != STDOUT:

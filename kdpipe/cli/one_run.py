@@ -54,7 +54,7 @@ def commands_again(loaded: "LoadedRecipe", given: Given) -> list[str]:
         recipe = loaded.path.stem
     elif Path(recipe).resolve() != loaded.path:  # a run's name, which says nothing elsewhere
         recipe = shown(loaded.path)
-    sets = [word for override in loaded.overrides for word in ("--set", override)]
+    sets = given._replace(overrides=loaded.overrides).set_words
     tails = (["run"], ["verify", "--full"], ["samples", "--worst"])
     return [given.command(command, recipe, *sets, *flags) for command, *flags in tails]
 

@@ -55,6 +55,16 @@ WorkspaceOption = Annotated[
     typer.Option("--workspace", parser=path_named, metavar="PATH", help="Where everything is written."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        parser=path_named,
+        metavar="PATH",
+        help="Write it as an HTML page there; - is stdout.",
+    ),
+]
 RoundOption = Annotated[int | None, typer.Option("--round", min=0, help="The round; 0 is before training.")]
 WORKSPACE = Path("kdpipe-out")
 MAX_NAMES = 8
@@ -66,6 +76,18 @@ def workspace_at(named: Path) -> Path:
     path = place_of(named).resolve()
     if path.exists() and not path.is_dir():
         raise RecipeError(f"{path}: is no folder", hint="name another place with --workspace")
+    return path
+
+
+def page_at(named: Path, *, as_json: bool) -> Path:
+    """Where a page goes; raises RecipeError where none can."""
+    from kdpipe.store.target import STDOUT
+
+    path = named if named == STDOUT else place_of(named)
+    if as_json and path == STDOUT:
+        raise RecipeError("--json and -o -: both go to stdout", hint="one of them")
+    if path.is_dir():
+        raise RecipeError(f"{path}: is a folder", hint=f"name the file: -o {path / 'report.html'}")
     return path
 
 
@@ -89,6 +111,11 @@ class Given(NamedTuple):  # a dataclass would take a hundredth of what `kdpipe -
     def place(self) -> Path:
         """The workspace's absolute path; raises RecipeError where it can be none."""
         return workspace_at(self.workspace)
+
+    @property
+    def set_words(self) -> list[str]:
+        """How the changes of the recipe are typed."""
+        return [word for override in self.overrides for word in ("--set", override)]
 
     def varied(self, changes: Iterable[str]) -> "Given":
         return self._replace(overrides=(*self.overrides, *changes))

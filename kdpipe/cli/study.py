@@ -1,6 +1,7 @@
 """What compares runs: those that exist, the control arms of a recipe, and any runs made as one study."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,15 +11,18 @@ from kdpipe.cli.parameters import (
     WORKSPACE,
     Given,
     JsonOption,
+    OutputOption,
     SetOption,
     WorkspaceOption,
     on_recipe,
+    page_at,
     recipe_names,
 )
-from kdpipe.cli.terminal import print_error, print_event, print_result, say
+from kdpipe.cli.terminal import print_error, print_event, print_result, say, shown
 from kdpipe.cli.trust import TrustOption
-from kdpipe.errors import Interrupted, KdpipeError, StepError
+from kdpipe.errors import Interrupted, KdpipeError, RecipeError, StepError
 from kdpipe.results.visible_text import visible
+from kdpipe.store.target import STDOUT
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.runner import Request
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
     from kdpipe.results.comparison import ComparisonRow
     from kdpipe.results.studies import ArmRun, StudyKind
     from kdpipe.tracking.memory import Status
+
+    Show = Callable[[Sequence[ComparisonRow], Sequence[str]], None]
 
 
 def compare(
@@ -36,6 +42,7 @@ def compare(
         ),
     ],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    output: OutputOption = None,
     overrides: SetOption = None,
     workspace: WorkspaceOption = WORKSPACE,
     as_json: JsonOption = False,
@@ -52,12 +59,36 @@ def compare(
     from kdpipe.results.contender import read_contender
     from kdpipe.results.table import comparison_json
 
+    page = None if output is None else page_at(output, as_json=as_json)
     changes = tuple(overrides or ())
     folders = (Given(run, changes, workspace).run_folder() for run in runs)
     rows = rows_of(
         [read_contender(folder) for folder in {folder.path: folder for folder in folders}.values()]
     )
-    print_result(comparison_json(rows), table_text(rows, markdown=markdown), as_json=as_json)
+    if page is not None:
+        given = Given(runs[0], changes, workspace)
+        title = " against ".join(dict.fromkeys(row.label for row in rows if not row.is_before))
+        _write_page(page, rows, given, title=title, command=["compare", *runs, *given.set_words])
+    if page != STDOUT:
+        print_result(comparison_json(rows), table_text(rows, markdown=markdown), as_json=as_json)
+
+
+def _write_page(
+    page: Path,
+    rows: "Sequence[ComparisonRow]",
+    given: Given,
+    *,
+    title: str,
+    command: Sequence[str],
+    missing: Sequence[str] = (),
+) -> None:
+    """Writes the page of a comparison and says where it is."""
+    from kdpipe.report.writing import write_comparison
+
+    commands = [given.command(*command)]
+    size = write_comparison(page, rows, given.place, title=title, commands=commands, missing=missing)
+    if page != STDOUT:
+        say(f"{shown(page.resolve())}  {size / 1e6:.2f} MB")
 
 
 @on_recipe
@@ -78,6 +109,7 @@ def arms(
         bool, typer.Option("--dry-run", help="List the runs and what they need; run none.")
     ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    output: OutputOption = None,
     trust: TrustOption = False,
 ) -> None:
     """Run a recipe's control arms on several seeds.
@@ -99,8 +131,30 @@ def arms(
     study = arm_runs(loaded, wanted, seeds=seeds)
     if dry_run:
         _print_forecast(given, study, rounds)
-    else:
-        _run_arms(given, study, rounds, markdown=markdown, left_out=[error.message for error in left_out])
+        return
+    reasons = [error.message for error in left_out]
+    show = _arms_page(output, given, {"--seeds": seeds, "--arms": which, "--rounds": rounds}, reasons)
+    _run_arms(given, study, rounds, markdown=markdown, left_out=reasons, show=show)
+
+
+def _arms_page(
+    output: Path | None, given: Given, flags: Mapping[str, object], left_out: Sequence[str]
+) -> "Show":
+    """What writes the page, where one is asked for; raises RecipeError where none can be."""
+    if output is None:
+        return lambda _rows, _failed: None
+    if output == STDOUT:
+        raise RecipeError("-o -: what the runs say goes to stdout too", hint="name a file: -o arms.html")
+    page = page_at(output, as_json=given.as_json)
+    again = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
+
+    def show(rows: "Sequence[ComparisonRow]", failed: Sequence[str]) -> None:
+        title = f"{given.load().recipe.name}: control arms"
+        command = ["arms", given.recipe, *again, *given.set_words]
+        missing = [*left_out, *(f"{label} failed" for label in failed)]
+        _write_page(page, rows, given, title=title, command=command, missing=missing)
+
+    return show
 
 
 def _print_forecast(given: Given, study: "list[ArmRun]", rounds: int | None) -> None:
@@ -125,7 +179,13 @@ def _print_forecast(given: Given, study: "list[ArmRun]", rounds: int | None) -> 
 
 
 def _run_arms(
-    given: Given, study: "list[ArmRun]", rounds: int | None, *, markdown: bool, left_out: Sequence[str]
+    given: Given,
+    study: "list[ArmRun]",
+    rounds: int | None,
+    *,
+    markdown: bool,
+    left_out: Sequence[str],
+    show: "Show",
 ) -> None:
     from kdpipe.pipeline.runner import Request
     from kdpipe.results.contender import read_contender
@@ -138,7 +198,9 @@ def _run_arms(
         return arm_rows(sorted(ended, key=lambda pair: order.index(pair[0])))
 
     runs = [(f"{one.arm}, seed {one.seed}", given.varied(one.overrides)) for one in study]
-    run_study("arms", runs, Request(rounds=rounds), compare=table, markdown=markdown, left_out=left_out)
+    run_study(
+        "arms", runs, Request(rounds=rounds), compare=table, markdown=markdown, left_out=left_out, show=show
+    )
 
 
 def run_study(
@@ -149,10 +211,12 @@ def run_study(
     compare: "Callable[[dict[int, RunFolder]], Sequence[ComparisonRow]]",
     markdown: bool,
     left_out: Sequence[str] = (),
+    show: "Show" = lambda _rows, _failed: None,
 ) -> None:
     """Performs each (label, run) as one study; prints and keeps the comparison of those that ended.
 
-    `compare` is given their folders by their place. Raises StepError where some failed.
+    `compare` is given their folders by their place, and `show` what it made of them with the labels of those that
+    failed. Raises StepError where some failed.
     """
     from kdpipe.cli.comparison_table import markdown_lines
     from kdpipe.pipeline.runs import run_folder
@@ -180,6 +244,8 @@ def run_study(
                 print_event("comparison", rows=found, left_out=[*left_out])
             elif rows:
                 print(f"\n{table_text(rows, markdown=markdown)}")
+            if rows:
+                show(rows, failed)
             if failed:
                 raise StepError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
             status = "FINISHED"

@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const read = (id) => JSON.parse(document.getElementById(id).textContent);
+  const read = (id) => JSON.parse(document.getElementById(id)?.textContent ?? "null");
   const make = (name, className, text) => {
     const node = document.createElement(name);
     if (className) node.className = className;
@@ -65,9 +65,8 @@
 
   // ------------------------------------------------------------------------------------------ token view
 
-  const view = document.getElementById("token-data");
-  if (!view) return;
   const data = read("token-data");
+  if (!data) return;
   const BATCH = 12;
   const EDGES = [0.1, 0.5, 1.5, 4];
   const UNITS = 10000;

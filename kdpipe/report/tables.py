@@ -12,11 +12,10 @@ from dataclasses import astuple
 from kdpipe.method.interval import Interval
 from kdpipe.pipeline.headline import Headline
 from kdpipe.pipeline.progress import duration
-from kdpipe.report.figure import axis_of, axis_svg, element, interval_svg, share_svg
-from kdpipe.results.comparison import ComparisonRow
+from kdpipe.report.figure import axis_of, axis_svg, interval_svg, share_svg
 from kdpipe.results.evaluations import Evaluation
 from kdpipe.results.measures import Cost, Measures
-from kdpipe.results.table import Table, tables_of
+from kdpipe.results.table import Table
 from kdpipe.results.verdict import delta, nats, percent, shown, signed
 
 AROUND = "loading and saving"
@@ -81,23 +80,6 @@ def samples_table(evaluations: Sequence[Evaluation]) -> Table | None:
         for one in evaluations
     ]
     return Table(["", *(name.replace("_at_", "@") for name in ordered)], rows) if ordered else None
-
-
-def comparison_tables(rows: Sequence[ComparisonRow]) -> list[Table]:
-    """Those of `tables_of`, the first with its levels drawn and the runs of each row."""
-    levels, *others = tables_of(rows)
-    axis = axis_of(rows[0].headline, [row.level for row in rows])
-    drawn = [
-        [_named(row), interval_svg(row.level, axis, style=1 if row.is_before else 2), *cells[1:]]
-        for row, cells in zip(rows, levels.rows, strict=True)
-    ]
-    return [Table(["", axis_svg(axis), *levels.columns[1:]], drawn), *others]
-
-
-def _named(row: ComparisonRow) -> str:
-    """A row's label, its runs below it."""
-    runs = ", ".join(one.run for one in row.contenders)
-    return element("span", {}, row.label, element("span", {"class": "sub"}, runs))
 
 
 def costs_table(measures: Measures) -> Table | None:

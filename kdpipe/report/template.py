@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from kdpipe import __version__
-from kdpipe.report.tables import comparison_tables
+from kdpipe.report.comparison_tables import cost_table, forests_of
 from kdpipe.report.terms import explained
 from kdpipe.results.table import notes_on
 from kdpipe.results.visible_text import visible
@@ -41,7 +41,8 @@ def _environment() -> Environment:
     environment.filters["embedded"] = embedded
     style, script = _resource("style.css"), _resource("script.js")
     environment.globals |= {
-        "comparison_tables": comparison_tables,
+        "cost_table": cost_table,
+        "forests_of": forests_of,
         "explained": explained,
         "notes_on": notes_on,
         "policy": f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; "

@@ -1,4 +1,4 @@
-"""Writes the report of a project."""
+"""Writes the report of a project, and the page of a comparison."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
@@ -16,6 +17,9 @@ from kdpipe.results.attribution import controls_of
 from kdpipe.store.durable import write_bytes
 from kdpipe.store.step import canonical
 from kdpipe.store.target import write_file
+
+if TYPE_CHECKING:
+    from kdpipe.results.comparison import ComparisonRow
 
 FILE = "report.html"
 FIGURES = "figures"
@@ -102,4 +106,21 @@ def write_report(
             file = project.run.path / FIGURES / f"{chart.key}.svg"
             write_bytes(file, figure_file(chart, rounds_of(drawn)).encode())
     write_file(path, page)  # last: once it is there, it says that all of this was made
+    return len(page)
+
+
+def write_comparison(
+    path: Path,
+    rows: Sequence[ComparisonRow],
+    workspace: Path,
+    *,
+    title: str,
+    commands: Sequence[str],
+    missing: Sequence[str] = (),
+) -> int:
+    """Writes the page of a comparison to `path`; returns its size in bytes."""
+    from kdpipe.report.comparison_page import render_comparison
+
+    page = render_comparison(rows, workspace, title=title, commands=commands, missing=missing).encode()
+    write_file(path, page)
     return len(page)

@@ -384,6 +384,7 @@ def _paired(row: ComparisonRow, others: Sequence[ComparisonRow]) -> ComparisonRo
     beside = [other.beside for other in others if other.beside is not None]
     return replace(
         row,
+        fields="",
         difference=None,
         pairs={other.label: difference(row.contenders, other.contenders) for other in others},
         beside=None if row.beside is None else _paired(row.beside, beside),

@@ -40,7 +40,7 @@ def tables_of(rows: Sequence[ComparisonRow]) -> list[Table]:
     """Levels, changes since the student before, differences to the first or between recipes, costs."""
     measures = [one for one in MEASURES if one in (rows[0].headline, rows[0].headline.beside)]
     recipes = [row for row in rows if not row.is_before]
-    levels = [(row.label, *(_level_cell(row, measure) for measure in measures)) for row in rows]
+    levels = [(row.label, *(level_cell(row, measure) for measure in measures)) for row in rows]
     found = [Table(["", *(measure.title for measure in measures)], levels)]
     changes = [(row.label, [one.change for one in row.measured]) for row in recipes]
     differences = [(row.label, [one.difference for one in row.measured]) for row in recipes[1:]]
@@ -74,19 +74,21 @@ def _differences(
     for label, found in rows:
         cells = [label]
         for measure, one in zip(measures, [*found, None], strict=False):
-            cells.append(_difference_cell(one, measure))
+            cells.append(difference_cell(one, measure))
             if has_p and measure is ACCURACY:
                 cells.append("" if one is None or one.p_value is None else f"{one.p_value:.2g}")
         body.append(cells)
     return Table(columns, body)
 
 
-def _level_cell(row: ComparisonRow, measure: Headline) -> str:
+def level_cell(row: ComparisonRow, measure: Headline) -> str:
+    """A row's value by a measure with its interval."""
     found = next((one.level for one in row.measured if one.headline is measure), None)
     return MISSING if found is None else _bounded(map(measure.show, astuple(found)))
 
 
-def _difference_cell(found: Difference | None, measure: Headline) -> str:
+def difference_cell(found: Difference | None, measure: Headline) -> str:
+    """A difference with its interval, marked where it is not paired."""
     if found is None:
         return MISSING
     cell = _bounded(map(measure.show_change, astuple(found.interval)))

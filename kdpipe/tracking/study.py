@@ -95,7 +95,7 @@ def _child(name: str, run_id: str) -> Item:
 
 
 def _comparison_metrics(found: Mapping[str, Any]) -> Iterator[MetricRow]:
-    """Each measure of the comparison's rows and its differences, with their intervals."""
+    """Each measure of the comparison's rows and its differences; their bounds are in tags."""
     at = round(1000 * found["time"])
     for row in found["rows"]:
         for measure in (one for one in MEASURES if one.metric in row):
@@ -103,9 +103,9 @@ def _comparison_metrics(found: Mapping[str, Any]) -> Iterator[MetricRow]:
             told = {"": level, **{f"_{kind}": level[kind] for kind in KINDS}}
             told |= {f"_less_{other}": change for other, change in level["pairs"].items()}
             for kind, each in told.items():
-                for bound in BOUNDS if each else ():
-                    name = f"{measure.metric}{kind}{'' if bound == 'estimate' else f'_{bound}'}"
-                    yield MetricRow(f"study/{_label(row)}/{name}", each[bound], at, 0)
+                if each:
+                    name = f"study/{_label(row)}/{measure.metric}{kind}"
+                    yield MetricRow(name, each["estimate"], at, 0)
 
 
 def _label(row: Mapping[str, Any]) -> str:

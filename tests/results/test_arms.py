@@ -573,7 +573,18 @@ def test_a_study_runs_resumes_and_survives_an_arm_that_fails(
         **FEW,
         train__objective={"kind": "kd", "kd": {"term": "jsd", "beta": 1.0, "support": "vocabulary"}},
     )
-    command = ["arms", str(path), "--seeds", "1", "--workspace", str(tmp_path / "out"), "--json"]
+    page = tmp_path / "arms.html"
+    command = [
+        "arms",
+        str(path),
+        "--seeds",
+        "1",
+        "--workspace",
+        str(tmp_path / "out"),
+        "--json",
+        "-o",
+        str(page),
+    ]
     refuse = NearWorker.call
 
     def failing(self: Any, request: Any, **rest: Any) -> Any:
@@ -587,6 +598,7 @@ def test_a_study_runs_resumes_and_survives_an_arm_that_fails(
         broken = CliRunner().invoke(app, command)
         assert broken.exit_code == 1, broken.output
         assert "1 of 6 runs failed: rl, seed 1" in broken.output
+        assert "Not shown: rl, seed 1 failed" in page.read_text()
         monkeypatch.setattr(NearWorker, "call", refuse)
         began = NearWorker.started
         done = CliRunner().invoke(app, command)
@@ -596,6 +608,8 @@ def test_a_study_runs_resumes_and_survives_an_arm_that_fails(
     assert NearWorker.started == began + 1  # the other five were finished
     table = json.loads(next(line for line in done.stdout.splitlines() if '"comparison"' in line))["rows"]
     assert [row["label"] for row in table] == ["student before", *ARMS]
+    assert "kdrl less rl" in page.read_text()
+    assert "Not shown" not in page.read_text()
     for row in table:
         [run] = row["runs"]
         place = tmp_path / "out" / "runs" / run["run"] / f"round-{run['round']:03d}" / "evaluate-student"
@@ -644,3 +658,10 @@ def first_reverse_kl(run: Path, *, is_shuffled: bool) -> float:
         if found["optimizer_step"] == 1:
             differences += [s - t for s, t in zip(found["proximal_logprobs"], q, strict=True)]
     return sum(differences) / len(differences)
+
+
+def test_arms_have_no_page_on_stdout_nor_in_the_place_of_a_folder(tmp_path: Path) -> None:
+    for flags, said in ((["-o", "-"], "name a file"), (["-o", str(tmp_path)], "is a folder")):
+        result = CliRunner().invoke(app, ["arms", "quickstart", "--arms", "kd", *flags])
+        assert result.exit_code == 2
+        assert said in result.stderr

@@ -349,6 +349,20 @@ def test_long_labels_have_lines_of_their_own_and_nothing_is_cut() -> None:
     assert all(cell in " ".join(lines) for found in tables_of(rows) for row in found.rows for cell in row[1:])
 
 
+def test_a_page_is_written_beside_the_table_or_in_its_place(workspace: Path, tmp_path: Path) -> None:
+    runs = [named(workspace, term, seed) for term in ("rkl", "k2") for seed in (1, 2)]
+    target = tmp_path / "page.html"
+    assert invoke(workspace, *runs, "-o", str(target)).stdout == invoke(workspace, *runs).stdout
+    page = target.read_text()
+    assert all(f">{run}<" in page for run in runs)
+    assert f"kdpipe compare {' '.join(runs)} --workspace" in page
+    assert re.search(r"train\.objective\.kd\.term</th><td[^>]*>rkl</td><td[^>]*>k2</td>", page)
+    assert invoke(workspace, *runs, "-o", "-").stdout == page
+    assert json.loads(invoke(workspace, *runs, "-o", str(target), "--json").stdout)[0]["before"] is True
+    assert "both go to stdout" in invoke(workspace, *runs, "-o", "-", "--json", code=2).stderr
+    assert "is a folder" in invoke(workspace, *runs, "-o", str(tmp_path), code=2).stderr
+
+
 def test_a_run_that_is_not_there_is_told_with_those_that_are(workspace: Path) -> None:
     result = invoke(workspace, "tiny-00000000", code=2)
     assert named(workspace, "k2", 2) in result.stderr
