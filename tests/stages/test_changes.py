@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from kdpipe.stages.evaluate import _accuracy_change, _reverse_kl
+from kdpipe.method.statistics import wilson
+from kdpipe.stages.evaluate import _accuracy, _accuracy_change, _by_problem, _reverse_kl
 
 
 def graded(**right: list[bool]) -> list[dict[str, Any]]:
@@ -36,6 +38,19 @@ def test_with_several_samples_it_is_of_the_fraction_that_is_right() -> None:
     )
     assert found["accuracy_change"] == 0.25
     assert "accuracy_change_p_value" not in found
+
+
+def test_the_interval_of_an_accuracy_is_over_problems_and_not_over_samples() -> None:
+    settings: Any = SimpleNamespace(task=SimpleNamespace(grader="exact"))
+    grades = graded(a=[True, True, False, False], b=[True] * 4, c=[False] * 4, d=[True] * 4)
+    found = _accuracy(settings, grades, _by_problem(grades))
+    expected = wilson([0.5, 1.0, 0.0, 1.0])
+    assert (found["accuracy"], found["accuracy_low"], found["accuracy_high"]) == (
+        expected.estimate,
+        expected.low,
+        expected.high,
+    )
+    assert expected.high - expected.low > 0.6
 
 
 def divergent(*differences: list[float], exact: float) -> list[dict[str, Any]]:
