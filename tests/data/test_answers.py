@@ -84,6 +84,7 @@ def test_the_headline_decides_which_answer_counts():
     assert grade_number(text, "8", reader="flexible").correct
     graded = grade_number(text, "8", reader="strict")
     assert (graded.answer_strict, graded.answer_flexible, graded.correct) == ("7", "8.", False)
+    assert (graded.reward, grade_number(text, "7", reader="strict").reward) == (0.0, 1.0)
 
 
 def test_a_text_without_an_answer_is_wrong_and_has_none():

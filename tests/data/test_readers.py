@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kdpipe.data.graders import vote
 from kdpipe.data.graders.number import grade_number, number_of, robust_answer
 from kdpipe.data.graders.robust import robust_value
 from kdpipe.recipe.task import ArithmeticTask, Gsm8kTask
@@ -44,6 +45,8 @@ def test_writings_of_one_number_vote_for_one_answer():
     written = ("18", "18.0", "$18", "36/2", "1800%", "1.8e1")
     assert {number_of(answer, reader="robust") for answer in written} == {18}
     assert number_of("2/6", reader="robust") == number_of("10/30", reader="robust") != 0
+    assert {vote(answer, reader="robust") for answer in written} == {18}
+    assert [vote(answer, reader=None) for answer in ("18", "18.0", None)] == ["18", "18.0", None]
 
 
 @given(st.text(alphabet="0123456789.,$-#/%:^x(){}\\boxed \n−", max_size=60))
