@@ -47,7 +47,8 @@ def check(given: Given) -> None:
     else:
         first = " ".join(data.first_prompt.split())
         first = first if len(first) <= SHOWN else f"{first[:SHOWN]}..."
-        lines += [f"{data.train} train, {data.test} test problems; first prompt: {first}", data.form or ""]
+        lines.append(f"{data.train} train, {data.test} test problems; first prompt: {first}")
+        lines += [data.form or "", data.references or ""]
         lines += [f"warning: {sentence}" for sentence in data.warnings()]
     lines += [f"{role}: {text}" for role, text in models.items()]
     lines += left_out(loaded.recipe)

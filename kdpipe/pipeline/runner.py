@@ -76,8 +76,9 @@ def run(
         display.warn(lack)
     if not _is_linked(project):
         data = open_data(loaded.recipe, loaded.folder, folders.get("data"))
-        if data.form is not None:
-            display.note(data.form)
+        for found in (data.form, data.references):
+            if found is not None:
+                display.note(found)
         for lack in data.warnings():
             display.warn(lack)
     with run_lock(project.run.path), signals() as stop:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from kdpipe.data.rows import Problem
@@ -18,7 +19,8 @@ from kdpipe.recipe.task import QuestionTask
 class TaskData:
     """What is known of a task's problems.
 
-    `form` says which fields were found to be read, None where the recipe says it. `overlap` counts test problems whose
+    `form` says which fields were found to be read, None where the recipe says it; `references` how many of them were
+    found to be formulas, where they must be. `overlap` counts test problems whose
     text is also a train problem's. `first_prompt` is the user's text in the first one.
     """
 
@@ -26,6 +28,7 @@ class TaskData:
     test: int
     overlap: int
     form: str | None
+    references: str | None
     first_prompt: str
 
     def warnings(self) -> list[str]:
@@ -49,8 +52,17 @@ def open_data(recipe: Recipe, folder: Path, hub_folder: Path | None = None) -> T
         test=len(test),
         overlap=sum(problem.normalized in known for problem in test),
         form=said[0] if said else None,
+        references=_references([*train, *test]) if recipe.task.grader == "math" else None,
         first_prompt=_first_prompt(recipe, train),
     )
+
+
+def _references(problems: Sequence[Problem]) -> str:
+    if find_spec("math_verify") is None:
+        return "references were not read, as math-verify is not installed"
+    from kdpipe.data.graders.judge import read_formulas
+
+    return read_formulas(problems)
 
 
 def _first_prompt(recipe: Recipe, train: Sequence[Problem]) -> str:

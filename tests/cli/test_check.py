@@ -63,6 +63,7 @@ def test_check_says_how_many_problems_there_are_the_first_prompt_and_what_the_mo
         "test": 4,
         "overlap": 2,
         "form": form,
+        "references": None,
         "first_prompt": "Add.\n\nWhat is 0\x1b[31m plus 1?",
     }
     assert not (tmp_path / "out").exists()

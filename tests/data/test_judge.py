@@ -105,6 +105,26 @@ def test_a_file_without_the_function_is_refused_before_anything_of_it_runs(own: 
     assert not Path("touched").exists()
 
 
+def formulas(*references: str) -> list[Problem]:
+    return [Problem(f"p/{n}", "?", reference, reference) for n, reference in enumerate(references)]
+
+
+@pytest.mark.slow
+def test_references_are_read_beforehand_and_one_that_is_no_formula_is_refused_by_its_problem(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = "4 of 4 different references read by math-verify, each a formula"
+    assert judging.read_formulas(formulas("1", r"\frac{1}{2}", "x^2", "1", "[0,1)")) == said
+    for broken in ("?", r"\frac{1}{", "="):
+        with pytest.raises(DataError, match=r"problem p/1: the reference answer is .*, expected a formula"):
+            judging.read_formulas(formulas("1", broken))
+    monkeypatch.setattr(judging, "FORMULAS", 3)
+    assert judging.read_formulas(formulas(*map(str, range(7)))).startswith("3 of 7 different references")
+    monkeypatch.setattr(judging, "MATH_SECONDS", 0.0)
+    with pytest.raises(DataError, match="problem p/0: it does not finish the reference answer, '7',"):
+        judging.read_formulas(formulas("7"))
+
+
 @pytest.mark.slow
 def test_formulas_are_compared_and_one_that_never_ends_is_wrong_and_counted(tmp_path: Path) -> None:
     judge = Judge(Code(), log=tmp_path / "log")

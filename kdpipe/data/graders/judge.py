@@ -7,11 +7,14 @@ environment, and is started again after a text that took too long.
 from __future__ import annotations
 
 import ast
+import math
 import numbers
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeAlias
 
 from kdpipe.data.graders.marking import after_thinking, answer_part, last_box
@@ -26,6 +29,8 @@ MATH_SECONDS = 5.0
 CODE_SECONDS = 60.0
 MATH_BYTES = 4 << 30
 """How long one text may take before the process is ended, with a moment more; and what formulas may fill."""
+FORMULAS = 200
+"""How many references are read beforehand, in a second or so."""
 
 
 @message
@@ -117,6 +122,25 @@ class Judge:
         return found
 
 
+def read_formulas(problems: Sequence[Problem]) -> str:
+    """How many references were found to be formulas: up to `FORMULAS`, spread over the problems.
+
+    Raises DataError on one that math-verify reads no formula in, or does not finish.
+    """
+    references = list({problem.expected: problem for problem in problems}.values())
+    chosen = references[:: math.ceil(len(references) / FORMULAS)]
+    with TemporaryDirectory() as folder, closing(Judge(Code(), log=Path(folder) / "grader.log")) as judge:
+        for problem in chosen:
+            judge.grade("", problem)
+            if judge.unfinished:
+                raise DataError(
+                    f"task.grader: math-verify: problem {problem.prompt_id}: it does not finish the reference answer, "
+                    f"{problem.expected!r:.200}, within {MATH_SECONDS:.0f} s",
+                    hint="write it in a shorter form, or remove the record",
+                )
+    return f"{len(chosen)} of {len(references)} different references read by math-verify, each a formula"
+
+
 def require_function(path: Path, name: str) -> None:
     """Raises RecipeError unless the file is Python that makes something of that name; nothing of it runs."""
     hint = "task.grader.python is file.py:function, from the recipe's folder"
@@ -198,7 +222,7 @@ def _math() -> Callable[[str, Problem], Judged]:
     def judged(text: str, problem: Problem) -> Judged:
         wanted = parse(f"${problem.expected}$", extraction_config=forms, parsing_timeout=None)
         found = parse(_shown(text), extraction_config=forms, parsing_timeout=None)
-        if not wanted:
+        if all(isinstance(one, str) for one in wanted):  # what it reads no formula in comes back as it is
             raise DataError(
                 f"the reference answer is {problem.expected!r:.200}, expected a formula",
                 hint="write it as LaTeX does, without the dollars",
