@@ -13,13 +13,16 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kdpipe.pipeline.project import Project
-from kdpipe.report.writing import write_report
+from kdpipe.report.writing import write_comparison, write_report
+from kdpipe.results.comparison import compare
+from kdpipe.results.contender import read_contender
 from kdpipe.results.visible_text import visible
 from tests.reports import NASTY, page_of, story
 from tests.worlds import load_tiny, run_near
@@ -71,10 +74,16 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture(scope="module")
 def pages(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the report of a run, and with one whose completions are nasty and of every kind."""
+    """Reports of a run and of one whose completions are nasty and of every kind, and a comparison."""
     folder = tmp_path_factory.mktemp("pages")
     write_report(project, folder / "run.html", commands=["kdpipe run recipe.yaml"])
     (folder / "nasty.html").write_text(page_of(project, story()), encoding="utf-8")
+    own = read_contender(project.run)
+    others = [replace(own, seed=seed, settings={**own.settings, "student.x": "1"}) for seed in (1, 2)]
+    title, commands = "one against another", ["kdpipe compare a b"]
+    write_comparison(
+        folder / "comparison.html", compare([own, *others]), project.workspace, title=title, commands=commands
+    )
     return folder
 
 
@@ -185,7 +194,7 @@ def number(text: str) -> float:
 # ---------------------------------------------------------------------------------------- quiet and alone
 
 
-@pytest.mark.parametrize("name", ["run.html", "nasty.html"])
+@pytest.mark.parametrize("name", ["run.html", "nasty.html", "comparison.html"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_page_logs_nothing_and_asks_for_nothing_but_itself(
     open_page: Callable[..., Page], pages: Path, name: str, scheme: str
@@ -440,19 +449,20 @@ CONTRAST = """
 """
 
 
+@pytest.mark.parametrize("name", ["nasty.html", "comparison.html"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_all_text_has_enough_contrast(open_page: Callable[..., Page], scheme: str) -> None:
-    page = open_page("nasty.html", scheme=scheme)
+def test_all_text_has_enough_contrast(open_page: Callable[..., Page], name: str, scheme: str) -> None:
+    page = open_page(name, scheme=scheme)
     assert page.js(CONTRAST.strip()) == []
 
 
-@pytest.mark.parametrize("name", ["run.html", "nasty.html"])
+@pytest.mark.parametrize("name", ["run.html", "nasty.html", "comparison.html"])
 @pytest.mark.parametrize("size", [PHONE, WIDE])
 def test_no_width_scrolls_sideways(open_page: Callable[..., Page], name: str, size: tuple[int, int]) -> None:
     page = open_page(name, size)
     page.js("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
-    for at in range(page.js("document.querySelectorAll('#sets button').length")):
-        page.js("document.querySelectorAll('#sets button')[arguments[0]].click()", at)
+    for at in range(max(1, page.js("document.querySelectorAll('#sets button').length"))):
+        page.js("document.querySelectorAll('#sets button')[arguments[0]]?.click()", at)
         wide = page.js(
             "[document.documentElement.scrollWidth, document.documentElement.clientWidth, innerWidth]"
         )
@@ -470,14 +480,21 @@ SHOWN = """
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("name", "some"),
+    [
+        ("run.html", {"accuracy", "95% interval", "truncated", "p99", "tokens"}),
+        ("comparison.html", {"accuracy", "held-out reverse KL", "points", "nats", "seeds", "seed"}),
+    ],
+)
 def test_a_phone_shows_every_cell_of_every_table_with_its_column(
-    open_page: Callable[..., Page], scheme: str
+    open_page: Callable[..., Page], name: str, some: set[str], scheme: str
 ) -> None:
-    page = open_page("run.html", (390, 844), scheme)
+    page = open_page(name, (390, 844), scheme)
     cells = page.js(SHOWN.strip())
-    assert len(cells) > 40
+    assert len(cells) > 30
     assert [cell for cell in cells if not cell[3]] == []
-    assert {column for _, column, _, _ in cells} >= {"accuracy", "95% interval", "truncated", "p99", "tokens"}
+    assert {column for _, column, _, _ in cells} >= some
     assert all(written == f'"{column}"' for _, column, written, _ in cells if column)
 
 
