@@ -120,7 +120,11 @@ def test_references_are_read_beforehand_and_one_that_is_no_formula_is_refused_by
             judging.read_formulas(formulas("1", broken))
     monkeypatch.setattr(judging, "FORMULAS", 3)
     assert judging.read_formulas(formulas(*map(str, range(7)))).startswith("3 of 7 different references")
-    monkeypatch.setattr(judging, "MATH_SECONDS", 0.0)
+
+    def unfinished(judge: Judge, _text: str, _problem: Problem) -> None:
+        judge.unfinished += 1
+
+    monkeypatch.setattr(Judge, "grade", unfinished)
     with pytest.raises(DataError, match="problem p/0: it does not finish the reference answer, '7',"):
         judging.read_formulas(formulas("7"))
 
