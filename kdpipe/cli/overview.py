@@ -15,6 +15,7 @@ from kdpipe.pipeline.progress import Progress, duration, pace_words, read_progre
 from kdpipe.pipeline.project import Project, round_metrics
 from kdpipe.pipeline.runs import RunEvent, unended
 from kdpipe.pipeline.status import State
+from kdpipe.results.effect import ending
 from kdpipe.results.evaluations import Evaluations, summaries_of
 from kdpipe.results.visible_text import visible
 from kdpipe.store.locks import is_running
@@ -57,7 +58,8 @@ class Overview:
     def result(self) -> str | None:
         """The headline so far."""
         done = (state.step for state in self.states if state.done)
-        return Evaluations(summaries_of(self.project, done)).result(self.project.recipe.rounds)
+        then = ending(self.project.run, self.states)
+        return Evaluations(summaries_of(self.project, done)).result(self.project.recipe.rounds, then=then)
 
     def cell(self, state: State) -> Cell:
         return "running" if state.step.id == self.current else state.verdict

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
 from kdpipe.pipeline.headline import ACCURACY, REVERSE_KL, Headline, headline_of
+from kdpipe.pipeline.runs import RunFolder, unended
+from kdpipe.pipeline.status import State
+from kdpipe.store.locks import is_running
 
 Tone = Literal["good", "bad", "open"]
 
@@ -74,6 +77,14 @@ class Effect:
             return self
         so_far = re.sub(r"(?=[:,.](?: |$))", " so far", self.headline, count=1)
         return Effect(self.tone, f"{so_far.removesuffix('.')}; round {number} of {of}{then}.")
+
+
+def ending(run: RunFolder, states: Iterable[State]) -> str:
+    """Where a run broke off that nobody runs now, as the end of a headline."""
+    last, left = unended(run.events()), {state.step.id for state in states if not state.done}
+    if last is None or last.step not in left or is_running(run.path):
+        return ""
+    return f", then it {'was stopped' if last.kind == 'step stopped' else 'broke off'} in {last.step}"
 
 
 def way_of(measure: Headline, summary: Mapping[str, Any]) -> Way:

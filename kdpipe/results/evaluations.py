@@ -120,9 +120,9 @@ class Evaluations:
         trained = (one for one in self.evaluations if one.is_student and one.round)
         return max(trained, key=lambda one: one.round, default=None)
 
-    def result(self, rounds: int) -> str | None:
-        """The headline of the last trained student, as far as it can be told."""
-        effect = None if self.after is None else self.after.effect(rounds)
+    def result(self, rounds: int, *, then: str = "") -> str | None:
+        """The headline of the last trained student, as far as it can be told; `then` as in `effect`."""
+        effect = None if self.after is None else self.after.effect(rounds, then=then)
         return None if effect is None else effect.headline
 
     @property

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from kdpipe.method.interval import Interval
 from kdpipe.pipeline.headline import ACCURACY, KEPT_MASS, REVERSE_KL, Headline
 from kdpipe.pipeline.headroom import Distance, Headroom
-from kdpipe.pipeline.runs import unended
 from kdpipe.recipe.roles import STUDENT
 from kdpipe.recipe.schema import ModelTeacher, ScratchTeacher, SelfTeacher, ServedTeacher
 from kdpipe.results.attribution import controls_of
-from kdpipe.results.effect import Effect, Tone, Way, way_of
+from kdpipe.results.effect import Effect, Tone, Way, ending, way_of
 from kdpipe.results.evaluations import Evaluation
 from kdpipe.results.measures import FEW_FOR_A_MEAN, Measures, last
 from kdpipe.results.studies import TABLE
-from kdpipe.store.locks import is_running
 
 FEW_PROBLEMS = 100
 MUCH_TRUNCATION = 0.1
@@ -77,14 +75,12 @@ def share_text(share: Interval) -> str:
 def verdict(measures: Measures) -> Verdict:
     """Whether the student gained anything on held-out problems, and whether chance could explain it."""
     before, after, rounds = measures.before, measures.after, measures.project.recipe.rounds
+    then = ending(measures.project.run, measures.states)
     if after is None:
         told = "No trained student was evaluated yet, so nothing can be said about what it gained."
         closer = _training_sentence(measures)
-        headline = (
-            f"No verdict yet; {measures.rounds_done} of {rounds} rounds are trained{_ending(measures)}."
-        )
+        headline = f"No verdict yet; {measures.rounds_done} of {rounds} rounds are trained{then}."
         return Verdict("open", headline, (told, *filter(None, [closer])))
-    then = _ending(measures)
     if before is None or (effect := after.effect(rounds, then=then)) is None:
         level = after.headline.told.format(shown(after.headline, after.level.estimate))
         effect = Effect("open", level).by_round(after.round, of=rounds, then=then)
@@ -96,15 +92,6 @@ def verdict(measures: Measures) -> Verdict:
         _attribution_sentence(measures, after),
     )
     return Verdict(effect.tone, effect.headline, tuple(filter(None, sentences)))
-
-
-def _ending(measures: Measures) -> str:
-    """Where a run broke off that nobody runs now, as the end of a headline."""
-    run, left = measures.project.run, {state.step.id for state in measures.states if not state.done}
-    last = unended(run.events())
-    if last is None or last.step not in left or is_running(run.path):
-        return ""
-    return f", then it {'was stopped' if last.kind == 'step stopped' else 'broke off'} in {last.step}"
 
 
 def _chance(after: Evaluation, change: Interval) -> str:

@@ -75,7 +75,10 @@ def test_a_finished_run_is_done_everywhere_and_leaves_no_progress(seen: dict[str
 def test_a_longer_and_a_changed_recipe_show_what_is_left_and_what_is_stale(seen: dict[str, Any]) -> None:
     further = overview(open_project(load_tiny(seen["folder"], rounds=3), seen["folder"]))
     assert further.result is not None
-    assert further.result.endswith("; round 1 of 3.")
+    so_far = further.result
+    assert so_far.endswith("; round 1 of 3.")
+    further.project.run.event("step started", step="train@2")
+    assert f"{so_far.removesuffix('.')}, then it broke off in train@2." in status_lines(further, plain)
     longer = grid_lines(further, plain)
     assert marks_of(longer, "train") == "#.."
     changed = load_tiny(seen["folder"], rounds=1, train__optimizer={"learning_rate": 0.5})
