@@ -67,7 +67,8 @@ def compare(
     )
     if page is not None:
         given = Given(runs[0], changes, workspace)
-        title = " against ".join(dict.fromkeys(row.label for row in rows if not row.is_before))
+        names = [row.label for row in rows if not row.is_before]
+        title = " against ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} others"
         _write_page(page, rows, given, title=title, command=["compare", *runs, *given.set_words])
     if page != STDOUT:
         print_result(comparison_json(rows), table_text(rows, markdown=markdown), as_json=as_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from kdpipe.pipeline.runs import run_at
@@ -29,7 +30,7 @@ def render_comparison(
         title=title,
         missing=missing,
         forests=forests_of(rows),
-        notes=notes_on(rows),
+        notes=notes_on([replace(row, fields="") for row in rows]),  # the fields have a table
         fields=field_table({row.label: _settings(workspace, row) for row in recipes}),
         costs=cost_table(rows),
         runs=run_table(rows),

@@ -76,9 +76,10 @@ def _differences(title: str, measure: Headline, rows: Sequence[tuple[str, Differ
 
 
 def _named(row: ComparisonRow) -> str:
-    """A row's label, its runs below it."""
-    runs = ", ".join(one.run for one in row.contenders)
-    return element("span", {}, row.label, element("span", {"class": "sub"}, runs))
+    """A row's label, its runs below it where they are called otherwise."""
+    runs = [one.run for one in row.contenders]
+    below = [] if runs == [row.label] else [element("span", {"class": "sub"}, ", ".join(runs))]
+    return element("span", {}, row.label, *below)
 
 
 def cost_table(rows: Sequence[ComparisonRow]) -> Table:
