@@ -36,6 +36,7 @@ HEAVY = (
     "scipy.special",
 )
 """Imported once, before processes are forked that each import a package of their own."""
+NAMED = ("file", "kind", "fault", "caught_by")
 FOUND_FAULT = {"tests": 1, "check-loss": 4, "doctor": 4}
 """The exit status of each catcher that found something; any other is not about the fault."""
 
@@ -50,6 +51,11 @@ class Fault:
     line: str
     instead: str
     caught_by: str
+
+    @property
+    def named(self) -> dict[str, str]:
+        """What a line of the results says of it."""
+        return {name: getattr(self, name) for name in NAMED}
 
     @property
     def found(self) -> int:
@@ -75,8 +81,19 @@ def faults() -> list[Fault]:
 def main() -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--only", default="", help="faults whose kind, name or file holds this text")
+    parser.add_argument(
+        "--without", type=Path, help="results whose faults, where caught by the same, are left out"
+    )
     arguments = parsed(parser, markdown)
-    chosen = [one for one in faults() if arguments.only in f"{one.file} {one.kind}: {one.fault}"]
+    known = (
+        [json.loads(line) for line in arguments.without.read_text().splitlines()] if arguments.without else []
+    )
+    done = [{name: line[name] for name in NAMED} for line in known if line.get("outcome") == "caught"]
+    chosen = [
+        one
+        for one in faults()
+        if arguments.only in f"{one.file} {one.kind}: {one.fault}" and one.named not in done
+    ]
     for one in chosen:
         one.put_into((ROOT / "kdpipe" / one.file).read_text(encoding="utf-8"))
     for name in HEAVY:
@@ -148,8 +165,7 @@ class Tree:
         outcome = "caught" if status == fault.found else "survived" if status == 0 else "no verdict"
         if outcome != "caught":
             print(f"{fault}: {status}\n{self.log.read_text(encoding='utf-8')[-1500:]}", file=sys.stderr)
-        named = {name: getattr(fault, name) for name in ("file", "kind", "fault", "caught_by")}
-        return {**named, "outcome": outcome, "seconds": round(seconds, 1)}
+        return {**fault.named, "outcome": outcome, "seconds": round(seconds, 1)}
 
     def run(self, catcher: str) -> tuple[int, float]:
         """The exit status of a test or a command on this copy, and its CPU seconds."""

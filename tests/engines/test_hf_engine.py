@@ -12,6 +12,7 @@ import torch
 from kdpipe.engines.hf import engine as hf
 from kdpipe.engines.hf.choice import decoding_of
 from kdpipe.engines.hf.decoding import CacheDecoder, LlamaDecoder, is_llama_like
+from kdpipe.engines.hf.sampling import uniforms
 from kdpipe.engines.protocol import SampleRequest, Sampling, ScoreRequest, Scoring
 from kdpipe.errors import EngineError
 from kdpipe.models.cache import ModelCache
@@ -144,6 +145,21 @@ def test_compaction_does_not_change_what_is_drawn(name, monkeypatch):
         ):
             assert (one.token_ids, one.finish_reason) == (other.token_ids, other.finish_reason)
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=FLOAT32_NATS)
+
+
+def test_each_token_is_drawn_by_the_uniform_of_its_own_place_and_seed():
+    model = tiny_model("llama")
+    torch.nn.init.zeros_(model.lm_head.weight)  # all ids are equally likely, whatever stands before
+    settings = replace(SAMPLING, end_ids=(1,))
+    drawn = sample(engine_of(model), settings)
+    lengths = set()
+    for request, row in zip(requests(), drawn, strict=True):
+        wanted = (uniforms(request.seeds, settings.max_new_tokens) * NUM_IDS).astype(int).tolist()
+        for completion, ids in zip(row, wanted, strict=True):
+            end = ids.index(1) + 1 if 1 in ids else len(ids)
+            assert completion.token_ids == ids[:end]
+            lengths.add(end)
+    assert len(lengths) > 2
 
 
 def test_equal_calls_give_equal_bits():

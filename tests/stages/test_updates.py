@@ -25,8 +25,8 @@ class Listener:
 
     device = torch.device("cpu")
 
-    def __init__(self, step: int = 0) -> None:
-        self.step = step
+    def __init__(self, step: int = 0, *, signal: float = 1.0) -> None:
+        self.step, self.signal = step, signal
         self.losses: list[Any] = []
         self.temperatures: list[float] = []
 
@@ -36,7 +36,13 @@ class Listener:
 
     def accumulate(self, _batch: Batch, loss: Any) -> dict[str, float]:
         self.losses.append(loss)
-        return {"loss": 0.5, "kept_tokens": 2.0, "sampled_tokens": 2.0, "signal_tokens": 1.0}
+        return {
+            "loss": 0.5,
+            "kept_tokens": 2.0,
+            "sampled_tokens": 2.0,
+            "signal_tokens": self.signal,
+            "rounding_tokens": 1.0,
+        }
 
     def apply(self, *, is_rounding: bool = False) -> Update:
         return Update(1.0, 1e-3, is_skipped=is_rounding)
@@ -88,6 +94,26 @@ def test_a_step_is_at_the_rollouts_temperature_with_the_weight_of_its_place_in_t
         assert loss.keywords["temperature"] == 0.7
         assert len(ids) == count
         assert batch.share.tolist() == pytest.approx([1 / (3 * 5)] * count)  # an empty completion is one too
+
+
+def test_a_steps_baseline_is_the_mean_signal_of_its_other_completions_whatever_their_prompt() -> None:
+    goal = objective(kind="kd", kd={"term": "k2", "baseline": "step"})
+    given = [rollout("a", 0, [5, END]), rollout("b", 0, [6])]
+    scores = [scored(given[0], [-1.5, -1.75]), scored(given[1], [-2.5])]  # 1 less than s, and 2 less
+    listener: Any = Listener()
+    train._RoundUpdates(settings(goal), job(), listener, None).step(made(goal, given, scores))
+    found = [value for loss in listener.losses for value in loss.args[1].baseline.tolist()]
+    assert sorted(found) == pytest.approx([-2.0, -2.0, -1.0])
+
+
+@pytest.mark.parametrize("signal", [0.0, 1.0])
+def test_a_step_of_which_rounding_alone_is_left_is_skipped(signal: float) -> None:
+    goal = objective()
+    given = rows([5, END])
+    mine = made(goal, given, [scored(given[0], [-1.0, -1.0])])
+    listener: Any = Listener(signal=signal)
+    found = train._RoundUpdates(settings(goal), job(), listener, None).step(mine)
+    assert ("skipped" in found) is (signal == 0)
 
 
 def test_the_trainers_own_log_probs_stand_at_their_completions() -> None:

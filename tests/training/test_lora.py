@@ -24,7 +24,7 @@ import kdpipe.models.cache
 import kdpipe.pipeline.housekeeping
 import kdpipe.pipeline.requirements
 from kdpipe.data.tasks.arithmetic import words
-from kdpipe.engines.hf.decoding import is_llama_like
+from kdpipe.engines.hf.decoding import LlamaDecoder, is_llama_like
 from kdpipe.engines.hf.engine import HfEngine
 from kdpipe.engines.protocol import SampleRequest, Sampling
 from kdpipe.errors import ArtifactError, Interrupted, ModelError, RecipeError, StepError
@@ -44,7 +44,7 @@ from kdpipe.models.adapters import (
 from kdpipe.models.batching import make_batch
 from kdpipe.models.cache import ModelCache
 from kdpipe.models.folder import open_model, reach_of, write_model
-from kdpipe.models.logprobs import Head, token_logprobs
+from kdpipe.models.logprobs import Head, body_of, token_logprobs
 from kdpipe.models.source import AdapterSource, ModelSource
 from kdpipe.models.tokenizer import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.pipeline.housekeeping import export
@@ -661,6 +661,20 @@ def gradients(trainer: Trainer, *, casts: bool = False) -> dict[str, torch.Tenso
 
     trainer.accumulate(batch, loss)
     return {name: w.grad.clone() for name, w in trainer.weights().items() if w.grad is not None}
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_the_fast_decoder_adds_the_adapter_at_its_scale(name: str) -> None:
+    """Decoders are chosen once for all adapters of a model, and a fresh adapter adds nothing."""
+    model = adapted(tiny_model(name))
+    ids = torch.tensor([[3, 4, 5, 6]])
+    decoder = LlamaDecoder(model, max_new_tokens=2)
+    with torch.inference_mode():
+        first = decoder.prefill([ids[0, :3].tolist()], [1], max_tokens=9)
+        second = decoder.step(ids[0, 3:])
+        wanted_BTH = body_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+    torch.testing.assert_close(first[:, 0], wanted_BTH[0, 2], rtol=0, atol=1e-4)
+    torch.testing.assert_close(second[:, 0], wanted_BTH[0, 3], rtol=0, atol=1e-4)
 
 
 def test_recomputing_in_the_backward_pass_gives_the_same_gradients_to_the_adapter_only() -> None:
