@@ -57,7 +57,7 @@ def compare(
     """
     from kdpipe.results.comparison import compare as rows_of
     from kdpipe.results.contender import read_contender
-    from kdpipe.results.table import comparison_json
+    from kdpipe.results.table import comparison_json, notes_on
 
     page = None if output is None else page_at(output, as_json=as_json)
     changes = tuple(overrides or ())
@@ -71,7 +71,8 @@ def compare(
         title = " against ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} others"
         _write_page(page, rows, given, title=title, command=["compare", *runs, *given.set_words])
     if page != STDOUT:
-        print_result(comparison_json(rows), table_text(rows, markdown=markdown), as_json=as_json)
+        found = {"rows": comparison_json(rows), "notes": notes_on(rows)}
+        print_result(found, table_text(rows, markdown=markdown), as_json=as_json)
 
 
 def _write_page(
@@ -222,7 +223,7 @@ def run_study(
     from kdpipe.cli.comparison_table import markdown_lines
     from kdpipe.pipeline.runs import run_folder
     from kdpipe.results.studies import make_study
-    from kdpipe.results.table import comparison_json
+    from kdpipe.results.table import comparison_json, notes_on
     from kdpipe.store.locks import run_lock
     from kdpipe.tracking import begin_study, end_study
 
@@ -242,7 +243,7 @@ def run_study(
             found = comparison_json(rows)
             study.keep(found, markdown_lines(rows) if rows else [], failed)
             if given.as_json:
-                print_event("comparison", rows=found, left_out=[*left_out])
+                print_event("comparison", rows=found, notes=notes_on(rows), left_out=[*left_out])
             elif rows:
                 print(f"\n{table_text(rows, markdown=markdown)}")
             if rows:

@@ -112,6 +112,8 @@ def _cost(row: ComparisonRow) -> list[str]:
 
 def notes_on(rows: Sequence[ComparisonRow]) -> list[str]:
     """A sentence for whatever the cells cannot say."""
+    if not rows:
+        return []
     recipes = [row for row in rows if not row.is_before]
     notes = ["(a to b): 95 % interval"]
     found = [

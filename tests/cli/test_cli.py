@@ -338,7 +338,7 @@ def test_a_step_that_is_linked_and_was_not_begun_is_no_damage(world: dict[str, A
     for path in place.resolve().iterdir():
         path.unlink()
     shown = on(world, "compare", "--json", workspace=copied).stdout
-    assert len(json.loads(shown)) == 1
+    assert [row["before"] for row in json.loads(shown)["rows"]] == [True, False]
     assert on(world, "verify", workspace=copied).stdout.startswith("11 steps")
 
 

@@ -197,7 +197,9 @@ def reverse_kl(found: Any) -> float:
 
 def test_the_table_is_that_of_the_grades_and_metrics_on_disk(workspace: Path) -> None:
     names = [named(workspace, term, seed) for term in ("rkl", "k2") for seed in (1, 2)]
-    before, *rows = json.loads(invoke(workspace, *names, "--json").stdout)
+    document = json.loads(invoke(workspace, *names, "--json").stdout)
+    before, *rows = document["rows"]
+    assert any(note.startswith("several seeds") for note in document["notes"])
     assert [row["label"] for row in rows] == ["train.objective.kd.term=rkl", "train.objective.kd.term=k2"]
     assert (before["label"], before["before"]) == ("student before", True)
     for row in (before, *rows):
