@@ -210,30 +210,26 @@ def pooled(values_SP: Floats) -> Interval:
     shorter than it says; with one freedom for the sum (Satterthwaite 1946) it is, at two and three seeds
     (docs/statistics.md). With one seed only problems vary.
     """
-    return _over_seeds(values_SP.mean(axis=0), [(values_SP, 1 / len(values_SP))])
+    return _over_seeds(values_SP.mean(axis=0), [values_SP])
 
 
 def pooled_difference(first_SP: Floats, second_SP: Floats) -> Interval:
     """The difference of two such means over the same problems, the seeds of the two being unrelated.
 
-    A side with one seed cannot say how far seeds spread: it is taken to be as far as the other side's.
+    How far seeds spread is taken to be the same on both sides: one seed alone cannot say it.
     """
-    lone = sum(len(values) == 1 for values in (first_SP, second_SP))
-    sides = [(values, 1 / len(values) + lone) for values in (first_SP, second_SP)]
-    return _over_seeds(first_SP.mean(axis=0) - second_SP.mean(axis=0), sides)
+    return _over_seeds(first_SP.mean(axis=0) - second_SP.mean(axis=0), [first_SP, second_SP])
 
 
-def _over_seeds(by_problem_P: Floats, sides: Sequence[tuple[Floats, float]]) -> Interval:
-    """The mean of values of problems; each side with several seeds adds their variance, times its weight."""
+def _over_seeds(by_problem_P: Floats, sides: Sequence[Floats]) -> Interval:
+    """The mean of what was made of these sides' means over seeds, for other seeds and other problems."""
     num_problems = len(by_problem_P)
     if num_problems < 2:
         raise DataError(f"{num_problems} problem in common: an interval needs two or more")
     parts = [(float(by_problem_P.var(ddof=1)) / num_problems, num_problems - 1)]
-    parts += [
-        (float(values_SP.mean(axis=1).var(ddof=1)) * weight, len(values_SP) - 1)
-        for values_SP, weight in sides
-        if len(values_SP) > 1
-    ]
+    if freedom := sum(len(values_SP) - 1 for values_SP in sides):
+        squares = sum(len(values_SP) * float(values_SP.mean(axis=1).var()) for values_SP in sides)
+        parts.append((squares / freedom * sum(1 / len(values_SP) for values_SP in sides), freedom))
     return _around(float(by_problem_P.mean()), parts)
 
 

@@ -265,6 +265,14 @@ def test_the_variances_over_seeds_and_problems_add_each_with_its_own_t() -> None
     assert (found.low, found.high) == pytest.approx((mean - reach, mean + reach), abs=1e-12)
     apart = pooled_difference(table, 0 * table[:1])
     assert (apart.low, apart.high) == pytest.approx((mean - lone, mean + lone), abs=1e-12)
+    other = table[:2] - table[:1].mean(axis=0)
+    by_problem = table.mean(axis=0) - other.mean(axis=0)
+    squares = sum(((side.mean(axis=1) - side.mean()) ** 2).sum() for side in (table, other))
+    of_seeds = squares / 3 * (1 / 3 + 1 / 2) * stats.t.ppf(0.975, 3) ** 2
+    reach = (of_seeds + tp * stats.sem(by_problem) ** 2) ** 0.5
+    both = pooled_difference(table, other)
+    middle = by_problem.mean()
+    assert (both.low, both.high) == pytest.approx((middle - reach, middle + reach), abs=1e-12)
 
 
 @pytest.mark.parametrize(("seed_spread", "problem_spread"), [(0.0, 0.3), (0.1, 0.3), (0.2, 0.0), (0.05, 0.1)])
