@@ -41,14 +41,24 @@ def test_arms_are_held_against_those_with_one_source_less(label: str) -> None:
     assert set(row["accuracy"]["pairs"]) == set(PAIRS[label])
 
 
-def test_the_sentence_on_rates_has_the_sweeps_figures() -> None:
-    found = STUDY["rl_rates"]
+@pytest.mark.parametrize(
+    ("sweep", "rates"),
+    [("rl_rates", ["1e-4", "3e-4", "1e-3"]), ("constant_rates", ["1e-5", "1e-4", "3e-4"])],
+)
+def test_the_sentences_on_rates_have_the_sweeps_figures(sweep: str, rates: list[str]) -> None:
+    found = STUDY[sweep]
     text = " ".join(PAGE.split())
     assert found["command"] in text
     assert f"`{found['commit'][:7]}`" in text
     figures = [
         f"{100 * row['accuracy']['estimate']:.1f} % at {rate}"
-        for row, rate in zip(found["rows"], ("1e-4", "3e-4", "1e-3"), strict=True)
+        for row, rate in zip(found["rows"], rates, strict=True)
     ]
     assert f"{figures[0]}, {figures[1]} and {figures[2]}" in text
-    assert [float(row["label"].partition("=")[2]) for row in found["rows"]] == [1e-4, 3e-4, 1e-3]
+    assert [float(row["label"].partition("=")[2]) for row in found["rows"]] == [float(rate) for rate in rates]
+
+
+def test_what_the_text_says_of_a_fixed_length_is_its_runs() -> None:
+    found = STUDY["constant_fixed"]
+    assert (found["accuracy"], found["completion_tokens_mean"]["8"]) == (0, 1)
+    assert "to completions of the end token alone by round 8, and 0 %" in PAGE
