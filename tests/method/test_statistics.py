@@ -15,6 +15,7 @@ from kdpipe.method.statistics import (
     pass_at_k,
     pooled,
     pooled_difference,
+    ratio_shares,
     score_difference,
     score_p_value,
     token_mean,
@@ -177,6 +178,7 @@ def test_the_majority_of_the_first_k_votes_counts() -> None:
     assert majority_at_k(answers, right, 2) == 0.5
     assert majority_at_k(answers, right, 4) == 1.0
     assert majority_at_k([None, None], [False, False], 2) == 0.0
+    assert majority_at_k([None, None, "8"], [False, False, True], 3) == 1.0
     assert majority_at_k(answers[::-1], right[::-1], 5) == majority_at_k(answers, right, 5)
     with pytest.raises(ValueError, match="both right and wrong"):
         majority_at_k(["7", "7"], [True, False], 2)
@@ -195,6 +197,7 @@ def test_pairing_removes_what_problems_have_in_common() -> None:
 
 def test_the_token_mean_weighs_problems_by_their_tokens() -> None:
     assert token_mean(([10.0, 0.0], [1.0, 9.0])).estimate == 1.0
+    assert ratio_shares(([10.0, 0.0], [1.0, 9.0])) == pytest.approx([1 + 9 / 5, 1 - 9 / 5])
     same = token_mean(([2.0, 6.0, 4.0], [1.0, 3.0, 2.0]))
     assert (same.low, same.estimate, same.high) == pytest.approx((2.0, 2.0, 2.0))
 
