@@ -64,8 +64,8 @@ def _reverse_kl(measures: Measures) -> Chart:
 def _reward(measures: Measures) -> Chart:
     values, low, high = (measures.by_round(f"rollout/reward_{name}") for name in ("mean", "low", "high"))
     points = [Point(number, values[number], low.get(number), high.get(number)) for number in sorted(values)]
-    bands = "95% interval over its prompts" if low else ""
-    return Chart("reward", "Reward", "mean of a round's samples", [Series("", points)], _number, bands)
+    bands = "95% interval over prompts" if low else ""
+    return Chart("reward", "Reward", "mean of a round", [Series("", points)], _number, bands)
 
 
 def _accuracy(measures: Measures) -> Chart:

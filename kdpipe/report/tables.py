@@ -27,7 +27,7 @@ def evaluations_table(measures: Measures) -> Table:
     found = measures.shown
     measure = found[0].headline
     axis = axis_of(measure, [one.level for one in found])
-    beside = ["held-out reverse KL, nats"] if measure.beside else []
+    beside = ["reverse KL, nats"] if measure.beside else []
     rows = []
     for one in found:
         level = one.reverse_kl if beside else None
