@@ -162,6 +162,18 @@ def test_evaluations_are_of_test_the_same_in_every_round_and_with_draws_of_their
     assert (grades.how.temperature, reverse_kl.how.temperature) == (0.3, 0.7)
 
 
+def test_a_teacher_is_evaluated_after_its_own_prompt_and_the_student_after_its() -> None:
+    given: dict[str, Any] = {"evaluate": DRAWS, "samples": 1, "problems": 4, "teachers": {}, "task": None}
+    teacher: Any = SimpleNamespace(name="teacher", model=MODEL, prompt=lambda _: [7], student=TEXT)
+    context: Any = SimpleNamespace(
+        **{**vars(CONTEXT), "teacher": lambda _: teacher}, baseline=lambda *_: None
+    )
+    settings: Any = SimpleNamespace(**given, engine="hf", teacher=SimpleNamespace(only=None, name="teacher"))
+    assert asked(evaluate.evaluate, settings, job(), context).prompts == [7] * 4
+    settings.teacher = None
+    assert {prompt // 100 for prompt in asked(evaluate.evaluate, settings, job(), context).prompts} == {2}
+
+
 def test_the_subset_of_test_does_not_follow_the_order_of_the_file() -> None:
     chosen = {problem.prompt_id for problem in evaluate.subset(TEST, 9)}
     assert chosen == {problem.prompt_id for problem in evaluate.subset(TEST[::-1], 9)}
