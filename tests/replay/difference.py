@@ -18,8 +18,8 @@ BOUNDS = {
     "loss": 2e-5,
     "gradient norm": 2e-4,
     "moments": 5e-4,
-    "weights": 0.1,  # AdamW divides: a weight whose gradient is rounding moves by rounding over rounding
-    "direction": 2e-6,
+    "weights": 0.3,  # AdamW divides: a weight whose gradient is rounding moves by rounding over rounding
+    "direction": 1e-5,
     "average": 1e-6,
 }
 """What float32 may be off by: nats, the loss, advantages, rates and averages as they are; the norm and moments relative

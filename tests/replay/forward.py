@@ -32,13 +32,6 @@ class Network:
                 module.forward = _norm(module)
         self.weights: Tensors = {name: weight.detach() for name, weight in self.model.named_parameters()}
 
-    def states(self, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
-        """The hidden states [n, H] that predict the completion's tokens."""
-        ids = torch.tensor([[*prompt, *completion]])
-        with torch.no_grad():
-            found: Tensor = self.model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        return found[len(prompt) - 1 : -1]
-
     def logits(
         self, prompt: Sequence[int], completion: Sequence[int], weights: Tensors | None = None
     ) -> Tensor:
@@ -49,7 +42,8 @@ class Network:
 
     def head(self, states: Tensor) -> Tensor:
         """Logits [n, V] of hidden states."""
-        return states @ self.weights["lm_head.weight"][: self.num_ids].T
+        head = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])
+        return states @ head[: self.num_ids].T
 
 
 def _norm(module: Any) -> Any:

@@ -270,7 +270,7 @@ def what_kd_reads(objective: Settings, sample: Sample, logprobs: Tensor, baselin
     """All that decides the KD term at the tokens it looks at."""
     s = logprobs[torch.arange(len(sample.ids)), torch.tensor(sample.ids)]
     found = [sample.teacher - s, torch.full_like(s, baseline)]
-    if objective["kd"]["term"] == "k1_loss":  # pushes with a constant
+    if objective["kd"]["term"] == "k1_loss" or objective["control"] == "constant_advantage":
         found.append(torch.ones_like(s))
     if is_divergence(objective):
         found.append(divergences(objective["kd"], sample, logprobs))
@@ -287,7 +287,10 @@ def kd_losses(objective: Settings, sample: Sample, logprobs: Tensor, s: Tensor, 
         return s - sample.teacher
     now, taught = s.detach(), sample.taught(objective)
     off = expected(sample, logprobs.detach()) if subtracts(objective, "exact") else baseline
-    signal = signals(kd, torch.where(taught, sample.teacher - now, 0.0)) - off
+    difference = sample.teacher - now
+    if objective["control"] == "constant_advantage":
+        difference = torch.full_like(now, -1.0)
+    signal = signals(kd, torch.where(taught, difference, 0.0)) - off
     if kd["decoupled"] is None:
         weight = controlled(kd["ratio"], (now - sample.behaviour).exp(), signal)
     else:
@@ -295,7 +298,6 @@ def kd_losses(objective: Settings, sample: Sample, logprobs: Tensor, s: Tensor, 
         weight = controlled(kd["decoupled"]["update"], update, signal) * controlled(
             kd["decoupled"]["behaviour"], before, signal
         )
-    difference = sample.teacher - now
     match kd["term"]:
         case "rkl":
             value = -weight * signal * now
@@ -324,7 +326,7 @@ def baselines(objective: Settings, samples: Sequence[Sample], groups: Sequence[o
     """The mean signal of the other samples of the same group, from q - p."""
     totals: list[tuple[float, int]] = []
     for sample in samples:
-        taught = sample.taught(objective)
+        taught = sample.taught(objective) & sample.is_sampled
         signal = signals(objective["kd"], torch.where(taught, sample.teacher - sample.proximal, 0.0))
         totals.append((float(signal[taught].sum()), int(taught.sum())))
     found = []

@@ -6,6 +6,7 @@ reads, so that it computes something else than the run did.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from kdpipe.models.tokenizer import arithmetic_tokenizer
 from tests.replay.reading import Run
@@ -25,12 +26,12 @@ TEMPLATE = (
     "{% if add_generation_prompt %}####\n{% endif %}"
 )
 HINTED = "{question} {hint} + {question}"
-MODELS = {"student": (16, 1), "first": (24, 2), "second": (20, 3), "other-end": (24, 4)}
+MODELS = {"student": (16, 1), "first": (24, 2), "second": (20, 3), "other-end": (24, 4), "qwen2": (16, 5)}
 """Width and seed."""
 
 
 def write_world(folder: Path) -> None:
-    """Four sharp random models with padding rows and three end ids, and problems with a kind and a hint."""
+    """Five sharp random models with padding rows and three end ids, and problems with a kind and a hint."""
     for name, (width, seed) in MODELS.items():
         write_model(folder / name, width=width, seed=seed, end="pens" if name == "other-end" else "<eos>")
     for split, count in (("train", 24), ("test", 4)):
@@ -50,7 +51,8 @@ def write_world(folder: Path) -> None:
 def write_model(folder: Path, *, width: int, seed: int, end: str) -> None:
     tokenizer = arithmetic_tokenizer(WORDS)
     tokenizer.eos_token, tokenizer.chat_template = end, TEMPLATE
-    config = LlamaConfig(
+    is_qwen = folder.name == "qwen2"
+    config = (Qwen2Config if is_qwen else LlamaConfig)(
         vocab_size=32,  # 20 are in use
         hidden_size=width,
         intermediate_size=2 * width,
@@ -59,14 +61,14 @@ def write_model(folder: Path, *, width: int, seed: int, end: str) -> None:
         num_key_value_heads=1,
         max_position_embeddings=96,
         initializer_range=0.35,
-        tie_word_embeddings=False,
+        tie_word_embeddings=is_qwen,
         bos_token_id=None,
         eos_token_id=tokenizer.convert_tokens_to_ids(end),
         pad_token_id=0,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if end == "<eos>":
         model.generation_config.eos_token_id = [1, tokenizer.convert_tokens_to_ids("apples"), 16]
     model.save_pretrained(folder)
@@ -107,7 +109,7 @@ class Case:
     def run(self, folder: Path) -> Run:
         """Writes the world to `folder`, runs the recipe there, and returns the finished run."""
         write_world(folder)
-        settings = {**DEFAULTS, "train__objective": dict(self.objective), **self.changes}
+        settings = copy.deepcopy({**DEFAULTS, "train__objective": self.objective, **self.changes})
         project = run_near(load_tiny(folder, **settings), folder / "out")
         return Run(project.run.path)
 
@@ -306,12 +308,29 @@ CASES: dict[str, Case] = {
         {"teachers": [{"name": "cool", "self": "initial", "temperature": 0.7}]},
     ),
     "reference text, cross-entropy": Case(
-        {"kd": "k2", "distill_weight": 0.5},
+        {"kd": kd("k2", baseline="step"), "distill_weight": 0.5},
         {"rollout.on_policy_fraction": 0.625},
         {"rollout": HALF},
     ),
     "reference text, kd": Case(
         {"kd": JSD}, {"train.objective.off_policy_term": "cross_entropy"}, {"rollout": HALF}
+    ),
+    "teacher's text, cross-entropy": Case(
+        {"kd": "k2"},
+        {"seed": 2},
+        {"rollout": {**HALF, "off_policy_text": "teacher"}},
+    ),
+    "shuffled teacher": Case({"kd": "k2"}, {"train.control": "none"}, {"train__control": "shuffled_teacher"}),
+    "shuffled teacher, top 4 of either": Case(
+        {"kd": kd("jsd", beta=0.3, support={"union_top_k": 4})},
+        {"train.control": "none"},
+        {"train__control": "shuffled_teacher"},
+    ),
+    "constant advantage": Case(
+        {"kd": "rkl"}, {"train.control": "none"}, {"train__control": "constant_advantage"}
+    ),
+    "Qwen2, tied embeddings": Case(
+        {"kd": JSD}, {"train.objective.kd.beta": 0.51}, {"student": {**STUDENT, "model": "./qwen2"}}
     ),
     "end token masked, cut ones dropped": Case(
         {"kd": "k2", "end_token": "mask", "truncated": "drop"}, {"train.objective.end_token": "keep"}

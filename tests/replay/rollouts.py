@@ -22,6 +22,8 @@ def compare_rollouts(view: Round, found: Differences) -> None:
         found.require(row["text"], shown(view.tokenizer, row))
         found.require((row["correct"], row["reward"]), graded(view, row, problem))
     compare_sampler(view, found)
+    if view.recipe["rollout"]["off_policy_text"] == "teacher":
+        compare_written(view, found)
 
 
 def expected_rows(view: Round) -> list[tuple[str, int, bool]]:
@@ -69,3 +71,14 @@ def compare_sampler(view: Round, found: Differences) -> None:
             kept.append((view.proximal[key(row)] - stored).exp())
     if rollout["top_p"] < 1 or rollout["top_k"]:
         found.note("kept mass", view.metrics[None, "rollout/kept_mass_mean"], joined(kept).mean())
+
+
+def compare_written(view: Round, found: Differences) -> None:
+    """Rows that are not sampled hold what the teacher wrote, whose log-probs are not kept."""
+    [teacher] = view.recipe["teachers"]
+    written = view.run.rows(view.number, f"rollout-{teacher['name']}/rollouts.parquet")
+    given = [row for row in view.rollouts if row["source"] == "teacher"]
+    stored, expected = (
+        [(key(row), row["completion_token_ids"]) for row in rows] for rows in (given, written)
+    )
+    found.require(stored, expected)

@@ -18,30 +18,79 @@ from tests.replay.view import Round
 
 
 def compare_steps(view: Round, samples: Sequence[Sample], found: Differences) -> None:
+    """All optimizer steps of the round, from the stored weights and moments before it to those after it."""
     by_key = {key(row): sample for row, sample in zip(view.rollouts, samples, strict=True)}
     for row in view.completions:
         found.note("advantage", row["advantage"] or 0.0, by_key[key(row)].advantage)
         found.require(row["kept"], bool(by_key[key(row)].kept(view.objective).any()))
-    if view.weights is None:
-        return
-    optimizer = AdamW(
-        view.recipe["train"]["optimizer"],
-        rate_horizon(view.recipe),
-        steps_taken(view.run, view.number - 1),
-        *student.moments(view.run, view.number - 1),
-    )
-    of_group = baselines_of(view, "group", samples, [sample.prompt_id for sample in samples])
-    weights, plan = view.weights, planned(view)
-    for place, (epoch, indices) in enumerate(plan):
-        number = (view.number - 1) * len(plan) + place + 1
-        stored = [key(row) for row in view.completions if row["optimizer_step"] == number]
-        found.require(stored, [key(view.rollouts[index]) for index in indices])
-        found.require({row["epoch"] for row in view.completions if row["optimizer_step"] == number}, {epoch})
-        chosen = [samples[index] for index in indices]
-        of_step = baselines_of(view, "step", chosen, [0] * len(chosen))
-        baseline = [of_step[n] + of_group[index] for n, index in enumerate(indices)]
-        weights = take(view, Taking(number, chosen, baseline), optimizer, weights, found)
-    compare_what_is_left(view, weights, optimizer, found)
+    if view.weights is not None:
+        Steps(view, samples, found).compare(view.weights)
+
+
+class Steps:
+    """The steps of one round; `optimizer` goes from one to the next."""
+
+    def __init__(self, view: Round, samples: Sequence[Sample], found: Differences) -> None:
+        self.view, self.samples, self.found = view, samples, found
+        before = view.number - 1
+        taken, moments = steps_taken(view.run, before), student.moments(view.run, before)
+        settings = view.recipe["train"]["optimizer"]
+        self.optimizer = AdamW(settings, rate_horizon(view.recipe), taken, *moments)
+
+    def compare(self, weights: Tensors) -> None:
+        before, plan = weights, planned(self.view)
+        for place, (epoch, chosen) in enumerate(plan):
+            number = (self.view.number - 1) * len(plan) + place + 1
+            rows = [row for row in self.view.completions if row["optimizer_step"] == number]
+            expected = [(epoch, key(self.view.rollouts[index])) for index in chosen]
+            self.found.require([(row["epoch"], key(row)) for row in rows], expected)
+            weights = self.take(number, chosen, weights)
+        stored = student.trained(self.view.run, self.view.number)
+        compare_updates(before, weights, stored, self.found)
+        self.compare_state()
+        compare_average(self.view, stored, self.found)
+
+    def take(self, number: int, chosen: Sequence[int], weights: Tensors) -> Tensors:
+        """The weights after optimizer step `number` of the run, whose metrics are compared."""
+        view, found, optimizer = self.view, self.found, self.optimizer
+        weight = distill_weight(view.objective, optimizer.step, weight_horizon(view.recipe))
+        objective = {**view.objective, "distill_weight": weight}
+        samples = [self.samples[index] for index in chosen]
+        step = Step(objective, samples, view.recipe["rollout"]["max_new_tokens"], self.baselines(chosen))
+        learning = {name: value.clone().requires_grad_() for name, value in weights.items()}
+        now = [
+            logprobs(view.policy.logits(sample.prompt, sample.ids, learning), view.temperature)
+            for sample in samples
+        ]
+        loss = step.loss(now)
+        gradients = gradients_of(loss, learning)
+        metrics = {name: value for (at, name), value in view.metrics.items() if at == number}
+        found.note("loss", metrics["train/loss"], loss)
+        found.note("schedules", metrics["train/learning_rate"], optimizer.rate())
+        found.note("schedules", metrics.get("train/distill_weight", weight), weight)
+        is_skipped = step.is_rounding(now)
+        found.require("train/skipped" in metrics, is_skipped)
+        if is_skipped:
+            return weights
+        found.note("gradient norm", metrics["train/grad_norm"], norm_of(gradients), relative=True)
+        return optimizer.update(weights, gradients)
+
+    def baselines(self, chosen: Sequence[int]) -> list[float]:
+        """What is subtracted from the signals of each completion of a step."""
+        objective, groups = self.view.objective, [sample.prompt_id for sample in self.samples]
+        if subtracts(objective, "group"):
+            of_all = baselines(objective, self.samples, groups)
+            return [of_all[index] for index in chosen]
+        if subtracts(objective, "step"):
+            return baselines(objective, [self.samples[index] for index in chosen], [0] * len(chosen))
+        return [0.0] * len(chosen)
+
+    def compare_state(self) -> None:
+        """The moments, and how many steps were taken."""
+        run, number, own = self.view.run, self.view.number, self.optimizer
+        for mine, stored in zip((own.first, own.second), student.moments(run, number), strict=True):
+            self.found.note("moments", flat(stored), flat(mine), relative=True)
+        self.found.require(steps_taken(run, number), own.step)
 
 
 def planned(view: Round) -> list[tuple[int, list[int]]]:
@@ -55,61 +104,16 @@ def planned(view: Round) -> list[tuple[int, list[int]]]:
     return found
 
 
-def baselines_of(view: Round, scope: str, samples: Sequence[Sample], groups: Sequence[object]) -> list[float]:
-    """0 where the objective does not subtract that one."""
-    if not subtracts(view.objective, scope):
-        return [0.0] * len(samples)
-    return baselines(view.objective, samples, groups)
-
-
-class Taking:
-    """Optimizer step `number` of the run, its samples and their baselines."""
-
-    def __init__(self, number: int, samples: Sequence[Sample], baseline: Sequence[float]) -> None:
-        self.number, self.samples, self.baseline = number, samples, baseline
-
-
-def take(view: Round, taking: Taking, optimizer: AdamW, weights: Tensors, found: Differences) -> Tensors:
-    """The weights after one optimizer step, whose metrics are compared."""
-    objective = dict(view.objective)
-    objective["distill_weight"] = distill_weight(objective, optimizer.step, weight_horizon(view.recipe))
-    step = Step(objective, taking.samples, view.recipe["rollout"]["max_new_tokens"], taking.baseline)
-    learning = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
-    now = [
-        logprobs(view.policy.logits(sample.prompt, sample.ids, learning), view.temperature)
-        for sample in taking.samples
-    ]
-    loss = step.loss(now)
-    gradients = gradients_of(loss, learning)
-    metrics = {name: value for (at, name), value in view.metrics.items() if at == taking.number}
-    found.note("loss", metrics["train/loss"], loss)
-    found.note("schedules", metrics["train/learning_rate"], optimizer.rate())
-    if "train/distill_weight" in metrics:
-        found.note("schedules", metrics["train/distill_weight"], objective["distill_weight"])
-    is_skipped = step.is_rounding(now)
-    found.require("train/skipped" in metrics, is_skipped)
-    if is_skipped:
-        return weights
-    found.note("gradient norm", metrics["train/grad_norm"], norm_of(gradients), relative=True)
-    return optimizer.update(weights, gradients)
-
-
-def compare_what_is_left(view: Round, weights: Tensors, optimizer: AdamW, found: Differences) -> None:
-    """Weights, moments, the number of steps taken, and the average of students."""
-    assert view.weights is not None
-    run, number = view.run, view.number
-    stored = student.trained(run, number)
-    compare_updates(view.weights, weights, stored, found)
-    for own, kept in zip((optimizer.first, optimizer.second), student.moments(run, number), strict=True):
-        found.note("moments", flat(kept), flat(own), relative=True)
-    found.require(steps_taken(run, number), optimizer.step)
+def compare_average(view: Round, weights: Tensors, found: Differences) -> None:
+    """The moving average of the students, where a teacher is one."""
     for teacher in view.recipe["teachers"]:
         if teacher["self"] == "ema":
             old, new = (
-                read_tensors(student.teacher_folder(run, teacher, round_)) for round_ in (number, number + 1)
+                read_tensors(student.teacher_folder(view.run, teacher, number))
+                for number in (view.number, view.number + 1)
             )
             decay = teacher["decay"]
-            own = {name: decay * old[name] + (1 - decay) * stored[name] for name in old}
+            own = {name: decay * old[name] + (1 - decay) * weights[name] for name in old}
             found.note("average", flat(new), flat(own))
 
 

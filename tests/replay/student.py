@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,15 @@ def trained(run: Run, number: int) -> Tensors:
     if masters:
         return masters
     folder = student_folder(run, number)
-    return read_adapter(folder)[0] if number and has_adapter(run) else read_tensors(folder)
+    return read_adapter(folder)[0] if number and has_adapter(run) else read_weights(folder)
+
+
+def read_weights(folder: Path) -> Tensors:
+    """Those of a model; an output head that is tied to the embeddings is none of its own."""
+    found = read_tensors(folder)
+    if json.loads((folder / "config.json").read_text())["tie_word_embeddings"]:
+        found.pop("lm_head.weight", None)
+    return found
 
 
 def moments(run: Run, number: int) -> tuple[Tensors, Tensors]:

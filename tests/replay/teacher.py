@@ -42,7 +42,24 @@ def stored_scores(view: Round, found: Differences) -> dict[Key, Scores]:
             result[key(row)] = mixture(view, row, scored)
         else:
             result[key(row)] = scored[0].scores(row)
-    return result
+    return shuffled(view, result) if view.objective["control"] == "shuffled_teacher" else result
+
+
+def shuffled(view: Round, scores: Mapping[Key, Scores]) -> dict[Key, Scores]:
+    """Each completion with the scores of one of the next prompt in an order, wrapped: sample by sample."""
+    groups: dict[str, list[Key]] = {}
+    for row in view.rollouts:
+        groups.setdefault(row["prompt_id"], []).append(key(row))
+    names = sorted(groups)
+    ring = [names[n] for n in text.order(names, view.recipe["seed"], "shuffled-teacher", view.number)]
+    found = {}
+    for name, giver in zip(ring, [*ring[1:], ring[0]], strict=True):
+        for rank, taker in enumerate(groups[name]):
+            given = scores[groups[giver][rank % len(groups[giver])]]
+            places = [t % len(given.q) for t in range(len(scores[taker].q))]
+            supports = [given.supports[t] for t in places] if given.supports else ()
+            found[taker] = Scores(given.q[places], given.scorable[places], supports)
+    return found
 
 
 def routes_to(teacher: Record, problem: Record) -> bool:

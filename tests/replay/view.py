@@ -32,8 +32,8 @@ class Round:
 
     @functools.cached_property
     def objective(self) -> Record:
-        """That of the round: `then` is `kd` in its first rounds, and `grpo` after."""
-        found = dict(self.recipe["train"]["objective"])
+        """That of the round, and the arm's `control`: `then` is `kd` in its first rounds, and `grpo` after."""
+        found = {**self.recipe["train"]["objective"], "control": self.recipe["train"]["control"]}
         if found["kind"] == "then":
             found["kind"] = "kd" if self.number <= found["kd_rounds"] else "grpo"
         return found
