@@ -81,7 +81,8 @@ def require(recipe: Recipe, warn: Callable[[str], None]) -> None:
     if recipe.rollout.is_cut:
         warn(
             "rollout.top_p or top_k cuts the distribution that is sampled, and the trained one is whole: importance "
-            "ratios are biased, and score/reverse_kl_nats is too high; rollout/kept_mass_mean says by how much"
+            "ratios are biased, and a reverse KL of sampled tokens is that of the cut one; rollout/kept_mass_mean says "
+            "how much is left"
         )
 
 

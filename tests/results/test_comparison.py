@@ -360,7 +360,7 @@ def test_a_page_is_written_beside_the_table_or_in_its_place(workspace: Path, tmp
     assert f"kdpipe compare {' '.join(runs)} --workspace" in page
     assert re.search(r"train\.objective\.kd\.term</th><td[^>]*>rkl</td><td[^>]*>k2</td>", page)
     assert invoke(workspace, *runs, "-o", "-").stdout == page
-    assert json.loads(invoke(workspace, *runs, "-o", str(target), "--json").stdout)[0]["before"] is True
+    assert json.loads(invoke(workspace, *runs, "-o", str(target), "--json").stdout)["rows"][0]["before"]
     assert "both go to stdout" in invoke(workspace, *runs, "-o", "-", "--json", code=2).stderr
     assert "is a folder" in invoke(workspace, *runs, "-o", str(tmp_path), code=2).stderr
 
