@@ -64,8 +64,8 @@ class Targets:
 def targets_of(model: PreTrainedModel, lora: Lora) -> Targets:
     """What gets an adapter of a model that has none yet.
 
-    Raises ModelError on a target that names no layer, or one that is not linear, or the output head, on tensors that
-    are no experts', and on all linear layers where most weights are in others.
+    Raises ModelError on a target that names no layer, or one that is not linear, or a tied output head, on tensors that
+    are no experts', and on all linear layers where most weights are in others. An untied head is one where it is named.
     """
     found = Targets(_layer_targets(model, lora), sorted(set(lora.target_parameters)))
     experts = _experts(model)
@@ -102,8 +102,10 @@ def _layer_targets(model: PreTrainedModel, lora: Lora) -> list[str]:
     """The last parts of the names of the layers."""
     head = model.get_output_embeddings()
     named = dict(model.named_modules())
-    linear = {name for name, module in named.items() if type(module) is nn.Linear and module is not head}
-    known = sorted({name.rpartition(".")[2] for name in linear})
+    linear = {name for name, module in named.items() if type(module) is nn.Linear}
+    known = sorted({name.rpartition(".")[2] for name in linear if named[name] is not head})
+    if is_tied := model.get_input_embeddings().weight is head.weight:
+        linear = {name for name in linear if named[name] is not head}
     targets = known if lora.targets == "all-linear" else sorted(set(lora.targets))
     hint = f"its linear layers are {', '.join(known[:_SHOWN_TARGETS])}" if known else "train all its weights"
     where = f"student.lora.targets: {type(model).__name__}"
@@ -114,10 +116,13 @@ def _layer_targets(model: PreTrainedModel, lora: Lora) -> list[str]:
         if not hit:
             raise ModelError(f"{where} has no layer called {target!r}", hint=hint)
         for name in sorted(set(hit) - linear):
-            what = "the output head" if named[name] is head else type(named[name]).__name__
+            what = type(named[name]).__name__
+            if (
+                named[name] is head and is_tied
+            ):  # merged it would be another model: its embeddings would be parted
+                what = "the output head, tied to the input embeddings"
             raise ModelError(
-                f"{where}: {target!r} names {name}, which is {what}, expected linear layers below the output head",
-                hint=hint,
+                f"{where}: {target!r} names {name}, which is {what}, expected linear layers", hint=hint
             )
     return targets
 
@@ -189,6 +194,24 @@ def switch_adapter(model: nn.Module, *, on: bool) -> None:
     """Switches the adapter on and trainable, or off: then the model is bit for bit the one below."""
     for layer in _layers(model):
         layer.enable_adapters(on)
+
+
+def factors_of(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """The matrices A [R, H] and B [V, R] of a layer's adapter, and what B A is multiplied with.
+
+    None without an adapter, or while it is off.
+    """
+    if not is_lora(layer) or layer.disable_adapters:
+        return None
+    found: Any = layer
+    return found.lora_A[_NAME].weight, found.lora_B[_NAME].weight, found.scaling[_NAME]
+
+
+def read_factors(folder: Path, layer: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """Those of the layer of that name in an adapter's files; None where it is no target."""
+    config, tensors = _read(folder)
+    down, up = (tensors.get(f"{_PREFIX}{layer}.{part}.weight") for part in ("lora_A", "lora_B"))
+    return None if down is None or up is None else (down, up, config["lora_alpha"] / config["r"])
 
 
 def write_adapter(model: PreTrainedModel, folder: Path) -> None:

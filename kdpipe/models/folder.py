@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from kdpipe.errors import ModelError, as_os_error
 from kdpipe.models.adapters import CONFIG_FILE as ADAPTER_CONFIG
-from kdpipe.models.adapters import Reach, is_adapted, reach, targets_of, write_adapter
+from kdpipe.models.adapters import Reach, is_adapted, reach, read_factors, targets_of, write_adapter
 from kdpipe.models.config import TEXT_KEYS, context_of, left_out, open_config, scale_and_cap
 from kdpipe.models.devices import dtype_name
-from kdpipe.models.logprobs import Head, body_of, head_logits, head_of, head_to
+from kdpipe.models.logprobs import Head, LowRank, body_of, head_logits, head_of, head_to
 from kdpipe.models.model_folder import require_own_files, tensors_of, unfit
 from kdpipe.recipe.models import Lora, Scratch
 
@@ -99,9 +99,15 @@ def load_text_model(
 
 
 def read_head(
-    folder: Path, *, num_ids: int, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    num_ids: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    adapter: Path | None = None,
 ) -> Head:
-    """The output head of the model in a folder, for `num_ids` ids in use.
+    """The output head of the model in a folder for `num_ids` ids in use, with what an `adapter` adds.
 
     Its rows are all that is read where they go by their own name or that of the input embeddings that they are
     tied to. Some are found by transformers alone (Pythia's `embed_out`), or stand there quantized: these are taken
@@ -110,6 +116,10 @@ def read_head(
     _require_weights(folder)
     model = skeleton(folder, trust_remote_code=trust_remote_code)
     layer = model.get_output_embeddings()
+    low_rank = None
+    own = next(name for name, module in model.named_modules() if module is layer)
+    if adapter is not None and (factors := read_factors(adapter, own)) is not None:
+        low_rank = LowRank(factors[0].to(device), factors[1][:num_ids].to(device), factors[2])
     found = {}
     for key, wanted in (("weight", layer.weight), ("bias", layer.bias)):
         if wanted is not None:
@@ -117,10 +127,11 @@ def read_head(
             if rows is None:
                 cpu = torch.device("cpu")
                 opened = open_model(folder, dtype=dtype, device=cpu, trust_remote_code=trust_remote_code)
-                return head_to(head_of(opened, num_ids=num_ids), dtype=dtype, device=device)
+                head = head_to(head_of(opened, num_ids=num_ids), dtype=dtype, device=device)
+                return replace(head, low_rank=low_rank)
             found[key] = rows
     head = Head(found["weight"], found.get("bias"), *scale_and_cap(model.config))
-    return head_to(head, dtype=dtype, device=device)
+    return replace(head_to(head, dtype=dtype, device=device), low_rank=low_rank)
 
 
 def _names_in_files(
@@ -201,7 +212,8 @@ def head_digest(head: Head) -> str:
     """sha256 of the head's numbers, in its dtype: hidden states mean something only beside this very head."""
     form = str(head.weight_VH.dtype) + (f" {head.scale} {head.cap}" if head.scale != 1 or head.cap else "")
     digest = hashlib.sha256(form.encode())
-    for tensor in (head.weight_VH, head.bias_V):
+    low_rank = () if head.low_rank is None else (head.low_rank.down_RH, head.low_rank.up_VR)
+    for tensor in (head.weight_VH, head.bias_V, *low_rank):
         if tensor is not None:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

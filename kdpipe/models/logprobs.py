@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
+from kdpipe.models.adapters import factors_of
 from kdpipe.models.batching import Batch
 from kdpipe.models.config import scale_and_cap
 
@@ -30,16 +31,31 @@ _MIN_CHUNK_LOGITS = 2**22
 
 
 @dataclass(frozen=True, slots=True)
+class LowRank:
+    """What an adapter adds to a head's products: `scaling * up @ down @ hidden`, in its own dtype."""
+
+    down_RH: torch.Tensor
+    up_VR: torch.Tensor
+    scaling: float
+
+    def products(self, hidden_CH: torch.Tensor) -> torch.Tensor:
+        """The products [C, V] of hidden states."""
+        return linear(linear(hidden_CH.to(self.down_RH.dtype), self.down_RH), self.up_VR) * self.scaling
+
+
+@dataclass(frozen=True, slots=True)
 class Head:
     """The rows of the output head that belong to ids in use, and what is made of their products.
 
-    Logits are `cap * tanh(scale * (weight @ hidden + bias) / cap)`, without a `cap` those inside the tanh.
+    Logits are `cap * tanh(scale * (weight @ hidden + bias) / cap)`, without a `cap` those inside the tanh. With
+    a `low_rank` its products are added to those of the weight.
     """
 
     weight_VH: torch.Tensor
     bias_V: torch.Tensor | None = None
     scale: float = 1.0
     cap: float | None = None
+    low_rank: LowRank | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +87,16 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 
 def head_of(model: PreTrainedModel, *, num_ids: int) -> Head:
-    """The output head without its padding rows."""
+    """The output head without its padding rows, with what an adapter on it adds while that is on."""
     weight_VH, bias_V = (layer := model.get_output_embeddings()).weight, layer.bias
     scale, cap = scale_and_cap(model.config)
+    low_rank = None
+    if (factors := factors_of(layer)) is not None:
+        down_RH, up_VR, scaling = factors
+        low_rank = LowRank(down_RH, up_VR[:num_ids], scaling)
     if num_ids == weight_VH.shape[0]:
-        return Head(weight_VH, bias_V, scale, cap)
-    return Head(weight_VH[:num_ids], None if bias_V is None else bias_V[:num_ids], scale, cap)
+        return Head(weight_VH, bias_V, scale, cap, low_rank)
+    return Head(weight_VH[:num_ids], None if bias_V is None else bias_V[:num_ids], scale, cap, low_rank)
 
 
 def head_to(head: Head, *, dtype: torch.dtype, device: torch.device) -> Head:
@@ -96,7 +116,10 @@ def logits_of(products: torch.Tensor, head: Head) -> torch.Tensor:
 
 def head_logits(hidden_CH: torch.Tensor, head: Head, *, temperature: float) -> torch.Tensor:
     """Logits [C, V] divided by the temperature, in float32, or float64 when the model is."""
-    logits_CV = logits_of(linear(hidden_CH, head.weight_VH, head.bias_V), head)
+    products_CV = linear(hidden_CH, head.weight_VH, head.bias_V)
+    if head.low_rank is not None:
+        products_CV = products_CV + head.low_rank.products(hidden_CH)
+    logits_CV = logits_of(products_CV, head)
     return logits_CV if temperature == 1 else logits_CV / temperature
 
 

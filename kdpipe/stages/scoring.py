@@ -206,7 +206,8 @@ def swapped_head(head: Head, swap: tuple[int, int] | None) -> Head:
     order = torch.arange(head.weight_VH.shape[0], device=head.weight_VH.device)
     order[list(swap)] = order[list(reversed(swap))]
     bias_V = None if head.bias_V is None else head.bias_V[order]
-    return replace(head, weight_VH=head.weight_VH[order], bias_V=bias_V)
+    low_rank = None if head.low_rank is None else replace(head.low_rank, up_VR=head.low_rank.up_VR[order])
+    return replace(head, weight_VH=head.weight_VH[order], bias_V=bias_V, low_rank=low_rank)
 
 
 def output_head(job: Job, source: ModelSource, *, num_ids: int) -> Head:
@@ -214,7 +215,12 @@ def output_head(job: Job, source: ModelSource, *, num_ids: int) -> Head:
     device = resolve_device(job.runtime.device)
     dtype, _ = resolve_dtype(source.dtype, device)
     return read_head(
-        source.folder, num_ids=num_ids, dtype=dtype, device=device, trust_remote_code=source.trust_remote_code
+        source.folder,
+        num_ids=num_ids,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=source.trust_remote_code,
+        adapter=None if source.adapter is None else source.adapter.folder,
     )
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 import kdpipe.models.cache
+import kdpipe.models.logprobs
 import kdpipe.pipeline.housekeeping
 import kdpipe.pipeline.requirements
 from kdpipe.data.tasks.arithmetic import words
@@ -32,7 +33,9 @@ from kdpipe.models.adapters import (
     LEAST_OF_ALL,
     Reach,
     Targets,
+    factors_of,
     is_adapted,
+    is_lora,
     merge_adapter,
     reach,
     read_adapter,
@@ -43,8 +46,8 @@ from kdpipe.models.adapters import (
 )
 from kdpipe.models.batching import make_batch
 from kdpipe.models.cache import ModelCache
-from kdpipe.models.folder import open_model, reach_of, write_model
-from kdpipe.models.logprobs import Head, body_of, token_logprobs
+from kdpipe.models.folder import head_digest, open_model, reach_of, read_head, write_model
+from kdpipe.models.logprobs import Head, body_of, head_of, hidden_states, token_logprobs
 from kdpipe.models.source import AdapterSource, ModelSource
 from kdpipe.models.tokenizer import arithmetic_tokenizer, num_ids_in_use
 from kdpipe.pipeline.housekeeping import export
@@ -639,6 +642,62 @@ def test_sampled_logprobs_are_those_of_a_plain_forward_with_the_adapter_on_and_o
     assert sample(model) == sample(plain) != with_adapter
 
 
+def headed(model: Any) -> Any:
+    """The model with an adapter on its output head too, that changes what it computes."""
+    start_adapter(model, Lora(rank=3, alpha=6, targets=["lm_head", "q_proj"]), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".lora_B." in name:
+                weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+    return model
+
+
+def test_loss_and_gradient_of_an_adapted_head_are_those_of_a_plain_forward_of_the_merged_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kdpipe.models.logprobs, "_MIN_CHUNK_LOGITS", 1)  # so that chunks are computed again
+    plain, model = tiny_model("llama").double(), headed(tiny_model("llama")).double()
+    prompt, completion = [2, 3, 4], [7, 8, 9, 10, 1]
+    batch = make_batch([prompt], [completion], device=CPU)
+    head = head_of(model, num_ids=ROWS)
+    found, _ = token_logprobs(hidden_states(model, batch), head, batch.target_ids_N, temperature=0.7, chunk=2)
+    found.sum().backward()
+    low = {name: layer for name, layer in model.named_modules() if is_lora(layer)}
+    for name, layer in low.items():
+        plain.get_submodule(name).weight.data += layer.get_delta_weight("default").detach()
+    logits = plain(input_ids=torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1, :ROWS]
+    wanted = (logits / 0.7).log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-13)
+    wanted.sum().backward()
+    assert len(low) == 3
+    for name, layer in low.items():
+        gradient, a, b = plain.get_submodule(name).weight.grad, *factors_of(layer)[:2]
+        torch.testing.assert_close(b.grad, 2 * gradient @ a.T, rtol=0, atol=1e-12)
+        torch.testing.assert_close(a.grad, 2 * b.T @ gradient, rtol=0, atol=1e-12)
+
+
+def test_an_adapted_head_is_sampled_with_switched_off_read_and_merged(tmp_path: Path) -> None:
+    plain, model = tiny_model("llama"), headed(tiny_model("llama"))
+    for prompt, ids, logprobs in sample(model):
+        wanted = logprobs_of(copy.deepcopy(model).double(), prompt, ids)
+        assert logprobs == pytest.approx(wanted, abs=FLOAT32_NATS)
+    write_adapter(model, tmp_path / "adapter")
+    plain.save_pretrained(str(tmp_path / "plain"))
+    settings: Any = {"num_ids": ROWS - 2, "dtype": torch.float32, "device": CPU}
+    read = read_head(tmp_path / "plain", **settings, adapter=tmp_path / "adapter")
+    assert head_digest(read) == head_digest(head_of(model, num_ids=ROWS - 2))
+    assert head_digest(read) != head_digest(read_head(tmp_path / "plain", **settings))
+    merged = copy.deepcopy(plain)
+    merge_adapter(merged, tmp_path / "adapter")
+    ids = torch.tensor([[2, 3, 4, 5]])
+    torch.testing.assert_close(merged(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert not torch.equal(merged.lm_head.weight, plain.lm_head.weight)
+    switch_adapter(model, on=False)
+    assert head_of(model, num_ids=ROWS).low_rank is None
+    assert sample(model) == sample(plain)
+
+
 # ------------------------------------------------------------------------------------------- training
 
 
@@ -754,7 +813,7 @@ def test_a_fresh_adapter_changes_nothing_and_comes_from_its_seed_alone() -> None
 @pytest.mark.parametrize(
     ("name", "targets", "message"),
     [
-        ("llama", ["lm_head"], "'lm_head' names lm_head, which is the output head"),
+        ("llama-tied-biased", ["lm_head"], "'lm_head' names lm_head, which is the output head, tied to"),
         ("llama-tied-biased", ["q_proj", "embed_tokens"], r"names model\.embed_tokens, which is Embedding"),
         ("qwen3", ["q_norm"], "which is Qwen3RMSNorm, expected linear layers"),
         ("llama", ["q_proj", "w_proj"], "no layer called 'w_proj'"),

@@ -299,7 +299,10 @@ def _logits(hidden_HB: torch.Tensor, head: Head) -> torch.Tensor:
     products_VB = torch.mm(head.weight_VH, hidden_HB)
     if head.bias_V is not None:
         products_VB += head.bias_V[:, None]
-    return logits_of(products_VB.t().contiguous(), head)
+    products_BV = products_VB.t().contiguous()
+    if head.low_rank is not None:
+        products_BV = products_BV + head.low_rank.products(hidden_HB.t())
+    return logits_of(products_BV, head)
 
 
 def _split(
