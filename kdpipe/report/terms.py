@@ -7,7 +7,8 @@ from collections.abc import Iterable
 TERMS = {
     "accuracy": "The share of the held-out problems that are answered right.",
     "95% interval": "If the evaluation were repeated on other problems of the same kind, 95 of 100 such intervals "
-    "would hold the true value. It covers the choice of problems, not that of the seed.",
+    "would hold the true value. It covers the choice of problems; that of the seed only where several seeds are "
+    "one row of a comparison.",
     "paired difference": "Both students answered the same problems, so the difference is taken problem by problem. "
     "That makes its interval narrower than those of the two levels suggest.",
     "reverse KL": "How far the student's own text is from what the teacher would say: the student's log-prob of "

@@ -83,6 +83,9 @@ def test_costs_are_those_of_a_run_by_stage() -> None:
     table = cost_table(compare([contender("a-1", 30, x="1"), contender("b-2", 20, x="2")]))
     assert table.columns[1:] == ["seeds", "round", "tokens", "seconds", "rollout, time", "train, time"]
     assert list(table.rows[0]) == ["a-1", "1", "3", "1,000,000", "120", "30.0 s", "1 min 30 s"]
+    longer = replace(contender("a-2", 30, x="1"), seed=2, seconds={"train": 30.0, "rollout": 90.0})
+    [of_two] = cost_table(compare([contender("a-1", 30, x="1"), longer])).rows
+    assert list(of_two)[-3:] == ["120", "1 min 00 s", "1 min 00 s"]
 
 
 def test_nasty_texts_make_no_element_of_the_page(tmp_path: Path) -> None:
