@@ -546,6 +546,7 @@ def test_arms_stand_against_the_arms_that_have_one_source_less_paired_by_seed_an
     lines = "\n".join(markdown_lines(rows))
     assert "| kdrl less rl | +25.0 (" in lines
     assert "against the first" not in lines
+    assert "arm=" not in lines
     [document] = [row for row in comparison_json(rows) if row["label"] == "kd"]
     assert list(document["accuracy"]["pairs"]) == ["shuffled-teacher", "self-teacher"]  # type: ignore[index,call-overload,arg-type]
 
