@@ -23,7 +23,6 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 CLAIMS = ROOT / "benchmarks" / "peers.yaml"
 READ = (".py", ".yaml", ".md", ".j2")
-PROBES = re.compile(r"^\| `[a-z -]+` \| (?:student|teacher|both) \|", re.MULTILINE)
 
 
 def main() -> None:
@@ -97,13 +96,11 @@ def _line(distribution: Distribution, path: str, expression: str) -> int | None:
 def markdown(document: dict[str, Any]) -> str:
     """The table of docs/comparison.md, and the table of where each cell was found."""
     names = list(document["peers"])
-    probes = len(PROBES.findall((ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")))
     words = [["", "kdpipe", *names]]
     places = [["", *(_source(name, peer) for name, peer in document["peers"].items())]]
     for row in document["rows"]:
         cells = [row["peers"][name] for name in names]
-        own = row["kdpipe"].replace("{probes}", str(probes))
-        words.append([row["row"], own, *(cell.get("says", "") for cell in cells)])
+        words.append([row["row"], row["kdpipe"], *(cell.get("says", "") for cell in cells)])
         places.append([row["row"], *(_place(cell) for cell in cells)])
     return f"{_table(words)}\n\n<!-- where -->\n\n{_table(places)}"
 
