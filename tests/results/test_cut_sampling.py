@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -14,8 +16,10 @@ from kdpipe.engines.hf.sampling import truncated
 from kdpipe.method.statistics import Floats
 from kdpipe.pipeline.headline import own_reverse_kl
 from kdpipe.results.comparison import compare
-from kdpipe.results.contender import Contender, Divergence
+from kdpipe.results.contender import Contender, Divergence, read_contender
+from kdpipe.results.measures import Measures
 from kdpipe.results.table import notes_on
+from tests.worlds import load_tiny, run_near
 
 V, TOKENS = 5, 2
 DRAWN = np.random.default_rng(3).normal(0, 1.5, (3, 1 + V, V))
@@ -134,3 +138,18 @@ def measured(*, run: str, divergence: Divergence, kd: str) -> Contender:
     totals = {f"p/{number}": (float(number), 10.0) for number in range(4)}
     values = {key: nats / 10 for key, (nats, _) in totals.items()}
     return Contender(run, 1, 3, 1, values, {"kd": kd}, {}, {}, totals, divergence)
+
+
+@pytest.mark.slow
+def test_a_real_round_is_shown_by_what_its_trainer_thinks_of_the_sampled_tokens(tmp_path: Path) -> None:
+    rollout = {"prompts": 8, "samples": 2, "max_new_tokens": 12, "top_p": 0.8}
+    project = run_near(load_tiny(tmp_path, rounds=1, rollout=rollout), tmp_path / "out")
+    folder = project.run.path / "round-001"
+    rows = pd.read_parquet(folder / "teacher-score/scores.parquet").merge(
+        pd.read_parquet(folder / "train/completions.parquet"), on=["prompt_id", "sample"]
+    )
+    found = np.concatenate(rows.proximal_logprobs).astype(float) - np.concatenate(rows.teacher_logprobs)
+    measures = Measures(project)
+    assert measures.own_reverse_kl()[1] == pytest.approx(found.mean(), abs=1e-5)
+    assert measures.by_round("score/reverse_kl_nats")[1] > found.mean() + 0.1
+    assert read_contender(project.run).measured[-1].divergence == "exact"
