@@ -1,7 +1,7 @@
 """Intervals and paired tests for evaluations. The unit is the problem, never the sample or the token.
 
 How often each interval holds the truth, and how often each calls chance an effect, was enumerated or simulated:
-docs/statistics.md.
+`kdpipe docs statistics`.
 
 Left out: the normal approximation, which is wrong near 0 and 1 and for few problems, where evaluations live. And
 scipy.stats, whose values for whole counts are these (tests/method/test_statistics.py): its import takes 0.7 s of CPU
@@ -79,7 +79,7 @@ def score_difference(gained: int, lost: int, problems: int) -> Interval:
 
     It holds every difference that the test of `score_p_value`, asked for that difference, does not reject: 0 is outside
     if and only if that p-value is below 0.05. The correction keeps the error under the null at or below 5 % at every
-    number of problems (docs/statistics.md); without it, it is 8 % at 16.
+    number of problems (`kdpipe docs statistics`); without it, it is 8 % at 16.
     """
     if problems < 1 or min(gained, lost) < 0 or gained + lost > problems:
         raise ValueError(f"{gained} gained and {lost} lost of {problems} problems")
@@ -171,7 +171,7 @@ def token_mean(totals: Totals, before: Totals | None = None) -> Interval:
     Student's t over what each problem adds to it, with the farthest problem's square counted three times: totals have
     heavy tails, and a sample without a far problem has too small a variance. Sums that are 0 or more but for rounding,
     as divergences are, are skewed too: there t is of the logarithm. Bootstraps (percentile, studentised) were shorter
-    than they say, or called chance an effect (docs/statistics.md). The spread of a lone problem is its value.
+    than they say, or called chance an effect (`kdpipe docs statistics`). The spread of a lone problem is its value.
     """
     shares, estimate = np.array(ratio_shares(totals)), sum(totals[0]) / sum(totals[1])
     if before is not None:
@@ -208,7 +208,7 @@ def pooled(values_SP: Floats) -> Interval:
     Two crossed random effects, of the seed and of the problem: the variances of the means of both add, each with the t
     of its own degrees of freedom (after Graybill and Wang 1980). The residual is in both, so that the interval is never
     shorter than it says; with one freedom for the sum (Satterthwaite 1946) it is, at two and three seeds
-    (docs/statistics.md). With one seed only problems vary.
+    (`kdpipe docs statistics`). With one seed only problems vary.
     """
     return _over_seeds(values_SP.mean(axis=0), [values_SP])
 

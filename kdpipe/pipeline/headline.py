@@ -15,7 +15,7 @@ class Headline:
 
     A summary has it by the first of `keys` that is there, followed by `suffix`. `beside` is shown with it where it is
     the headline. `sign` is 1 where more is better, -1 where less is. What is not above `least` may be rounding. Of
-    fewer problems than `fewest` no change can be told (docs/statistics.md says how each was found).
+    fewer problems than `fewest` no change can be told (`kdpipe docs statistics` says how each was found).
     """
 
     name: str
