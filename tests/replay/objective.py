@@ -133,7 +133,8 @@ def has_rl(objective: Settings) -> bool:
 
 
 def has_kd(objective: Settings) -> bool:
-    return bool(objective["kind"] != "grpo" and objective["distill_weight"] > 0)
+    moves = bool(objective["distill_schedule"]["end"])  # a schedule may begin with 0
+    return bool(objective["kind"] != "grpo" and (objective["distill_weight"] > 0 or moves))
 
 
 def is_divergence(objective: Settings) -> bool:
