@@ -224,7 +224,9 @@ CASES: dict[str, Case] = {
         {**GROUPS, **OFTEN},
     ),
     "grpo, over the group": Case(
-        {"kind": "grpo", "truncated": "no_reward"}, {"train.objective.truncated": "keep"}, GROUPS
+        {"kind": "grpo", "truncated": "no_reward"},
+        {"train.objective.group_normalization": "mean"},
+        {"rollout": {"prompts": 12, "samples": 8, "max_new_tokens": 16, "temperature": 1.3}},
     ),
     "kdrl, linear schedule, wrong ones": Case(
         {
