@@ -585,7 +585,7 @@ MODELS = {
     ),
     "a teacher that is the student": Bad(
         (
-            "student={model: ./model}",
+            *JSONL,
             "teachers=[{model: ./model}]",
             "task.grader=none",
             "runtime.allow_weak_teacher=false",

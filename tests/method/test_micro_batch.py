@@ -99,9 +99,8 @@ def all_tokens(settings: dict[str, Any]) -> TokenBatch:
 
 def some_tokens(batch: TokenBatch, completions: Sequence[int]) -> TokenBatch:
     at = places(completions)
-    columns = {
-        field.name: getattr(batch, field.name)[at] for field in fields(batch) if field.name != "lengths"
-    }
+    found = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "lengths"}
+    columns = {name: None if column is None else column[at] for name, column in found.items()}
     return TokenBatch(**columns, lengths=[LENGTHS[number] for number in completions])
 
 

@@ -527,7 +527,7 @@ def others(value: Any) -> list[Any]:
         case dict():
             return [{"enable_thinking": False}, {"level": ["high"]}]
         case None:
-            return [7, 1.5, True, "other", "{question}!", *LITERALS, SFT, {}, TOP_3]
+            return [7, 1.5, 0.5, True, "other", "{question}!", *LITERALS, SFT, {}, TOP_3]
     raise AssertionError(f"no other value for {value!r}")
 
 
