@@ -121,9 +121,9 @@ CHANGES: dict[str, Change] = {
     "a template that is a number": edited("tokenizer_config.json", chat_template=5),
 }
 TAKEN = (
-    r"max_position_embeddings: (10000000|None|10{30})$",
+    r"max_position_embeddings: (0|10000000|None|10{30})$",  # 0 and null are no limit
     r"eos_token_id: (-1|10{12})$",
-    r"a quantization without|rope|generation|a template|an unknown dtype|.*: True$",
+    r"a pattern without end|a quantization without|rope|generation|a template|an unknown dtype|.*: True$",
 )
 """What nothing that is distilled follows from, and may be refused or not."""
 
