@@ -412,6 +412,7 @@ def test_the_schema_knows_every_section() -> None:
     assert {"task", "student", "teachers", "train", "runtime"} <= set(document["properties"])
 
 
+@pytest.mark.slow
 def test_doctor_prints_the_environment_as_a_block() -> None:
     shown = invoke("doctor").stdout
     for name in ("kdpipe", "python", "torch", "transformers", "cpu_cores"):
@@ -428,7 +429,7 @@ JSON_COMMANDS = [
     ["recipes"],
     ["init", "NEW"],
     ["export", "RECIPE", "NEW", "PLACE"],
-    ["doctor"],
+    pytest.param(["doctor"], marks=pytest.mark.slow),
     ["doctor", "RECIPE", "PLACE"],
 ]
 

@@ -157,9 +157,8 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
     return {path.removeprefix("."): value}
 
 
-@pytest.mark.parametrize(
-    "name", ["gsm8k-qwen3-kdrl", pytest.param("gsm8k-qwen3-opd", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gsm8k-qwen3-kdrl", "gsm8k-qwen3-opd"])
 def test_a_gpu_recipe_runs_two_rounds_with_only_models_data_engines_and_counts_replaced(
     tmp_path: Path, name: str
 ) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from kdpipe.pipeline.headline import ACCURACY, REVERSE_KL
 from kdpipe.report.comparison_page import render_comparison
 from kdpipe.report.comparison_tables import cost_table, field_table, forests_of
@@ -88,6 +90,7 @@ def test_costs_are_those_of_a_run_by_stage() -> None:
     assert list(of_two)[-3:] == ["120", "1 min 00 s", "1 min 00 s"]
 
 
+@pytest.mark.slow
 def test_nasty_texts_make_no_element_of_the_page(tmp_path: Path) -> None:
     runs = [make_world(tmp_path, "tiny", overrides=(f"seed={seed}",)).run.name for seed in (1, 2)]
 
