@@ -182,8 +182,10 @@ def token_mean(totals: Totals, before: Totals | None = None) -> Interval:
     freedom = max(1, count - 1)
     found = _around(estimate, [(float(squares.sum() + 2 * squares.max()) / (count * freedom), freedom)])
     is_divergence = estimate > 0 and sum(map(abs, totals[0])) < 1.01 * sum(totals[0])
-    if before is not None or count < FEWEST_OF_A_LOGARITHM or not is_divergence:
+    if before is not None or not is_divergence:
         return found
+    if count < FEWEST_OF_A_LOGARITHM:
+        return Interval(estimate, max(0.0, found.low), found.high)
     factor = math.exp((found.high - estimate) / estimate)
     return Interval(estimate, estimate / factor, estimate * factor)
 

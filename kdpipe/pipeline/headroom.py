@@ -59,7 +59,7 @@ class Headroom:
         p = "" if self.p_value is None else f", p = {self.p_value:.2g}"
         low, high, change = map(ACCURACY.show_change, (self.low, self.high, self.change))
         where = (
-            f"the {self.problems} problems that it teaches" if self.is_routed else f"{self.problems} problems"
+            f"the {_problems(self.problems)} that it teaches" if self.is_routed else _problems(self.problems)
         )
         exempt = "" if self.exempt is None else f"; it need not be better: {self.exempt}"
         return (
@@ -110,7 +110,7 @@ class Distance:
         exempt = "" if self.exempt is None else f"; it need not be above 0: {self.exempt}"
         return (
             f"headroom {level} nats a token, the held-out reverse KL before training (95 % interval {low} to {high}) "
-            f"on {self.problems} problems{exempt}; whether the teacher knows the task cannot be told: "
+            f"on {_problems(self.problems)}{exempt}; whether the teacher knows the task cannot be told: "
             "task.grader is none"
         )
 
@@ -157,3 +157,7 @@ def _distance(recipe: Recipe, summary: Mapping[str, Any]) -> Distance:
     selves = [isinstance(teacher, SelfTeacher) and teacher.prompt is None for teacher in recipe.teachers]
     exempt = ITSELF if all(selves) else None
     return Distance(names, summary[REVERSE_KL.counted], level.estimate, level.low, level.high, exempt)
+
+
+def _problems(count: int) -> str:
+    return f"{count} problem{'' if count == 1 else 's'}"
