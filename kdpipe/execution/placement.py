@@ -22,13 +22,11 @@ from kdpipe.models.cache import ModelCache
 from kdpipe.models.devices import memory_of, resolve_device
 from kdpipe.models.source import ModelSource
 from kdpipe.recipe.roles import STUDENT_ROLE, Role, teacher_role
-from kdpipe.recipe.runtime import Vllm
+from kdpipe.recipe.runtime import WHOLE_SHARE, Vllm
 from kdpipe.recipe.schema import Recipe
 from kdpipe.recipe.section import EngineName
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-WHOLE_SHARE = 0.9
-"""Of a GPU's memory, for a vLLM that has it for itself."""
 LEAST_SHARE = 0.05
 
 

@@ -95,6 +95,10 @@ class Placement(Section):
         return self.teacher.get(name) if isinstance(self.teacher, dict) else self.teacher
 
 
+WHOLE_SHARE = 0.9
+"""Of a GPU's memory, for a vLLM that has it for itself."""
+
+
 class Vllm(Section):
     """How vLLM runs."""
 

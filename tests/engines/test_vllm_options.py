@@ -216,6 +216,11 @@ def test_every_setting_reaches_vllm_under_its_name(tmp_path: Path) -> None:
         assert plain[name] != value, f"{name}: the default already"
 
 
+def test_an_engine_by_itself_takes_a_gpu_for_itself_and_does_not_sleep(tmp_path: Path) -> None:
+    given = options_of(tmp_path, Vllm(), device=torch.device("cuda"))
+    assert (given["enable_sleep_mode"], given["gpu_memory_utilization"]) == (False, 0.9)
+
+
 def test_what_decides_results_is_fixed_whatever_the_settings(tmp_path: Path) -> None:
     given = options_of(tmp_path)
     assert given["generation_config"] == "vllm"

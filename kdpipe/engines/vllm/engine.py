@@ -40,7 +40,7 @@ from kdpipe.models.devices import dtype_name, resolve_dtype
 from kdpipe.models.folder import Architecture, read_architecture
 from kdpipe.models.reference import plain_logprobs
 from kdpipe.models.source import ModelSource
-from kdpipe.recipe.runtime import Runtime
+from kdpipe.recipe.runtime import WHOLE_SHARE, Runtime
 from kdpipe.recipe.section import ENGINE_ABILITIES
 
 CPU = torch.device("cpu")
@@ -87,7 +87,7 @@ class VllmEngine:
         self._device = device
         self._started: _Started | None = None
         self._source: ModelSource | None = None
-        self._sleeps = runtime.vllm.sleep and device.type == "cuda"
+        self._sleeps = runtime.vllm.sleep is True and device.type == "cuda"
         self._shape: tuple[int, float] | None = None
 
     def load(self, source: ModelSource) -> None:
@@ -144,7 +144,7 @@ class VllmEngine:
             "max_logprobs": -1,
             "worker_extension_cls": "kdpipe.engines.vllm.worker.WorkerExtension",
             "tensor_parallel_size": settings.tensor_parallel_size,
-            "gpu_memory_utilization": settings.gpu_memory_utilization,
+            "gpu_memory_utilization": settings.gpu_memory_utilization or WHOLE_SHARE,
             "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
             "enable_prefix_caching": settings.prefix_caching,
             "max_model_len": max_tokens,
