@@ -74,7 +74,8 @@ def run(
     project = open_project(loaded, workspace)
     for lack in try_workspace(workspace):
         display.warn(lack)
-    if not _is_linked(project):
+    asked = request(project)
+    if not _is_linked(project, steps_of(project, asked)):
         data = open_data(loaded.recipe, loaded.folder, folders.get("data"))
         for found in (data.form, data.references):
             if found is not None:
@@ -83,7 +84,6 @@ def run(
             display.warn(lack)
     with run_lock(project.run.path), signals() as stop:
         project.run.write_recipe(loaded)
-        asked = request(project)
         worker = StepWorker(project, folders, display, stop, performer=performer)
         mirror = open_mirror(project)
         status = "FAILED"
@@ -105,10 +105,10 @@ def run(
     return project
 
 
-def _is_linked(project: Project) -> bool:
-    """Whether every step has its link: nothing is left but to rebuild, whose worker reads the data."""
+def _is_linked(project: Project, steps: Sequence[Step]) -> bool:
+    """Whether these steps have their links: nothing is left but to rebuild, whose worker reads the data."""
     linked = {(link.round, link.name) for link in project.run.links()}
-    return all((step.round, step.link_name) in linked for step in project.plan.steps)
+    return all((step.round, step.link_name) in linked for step in steps)
 
 
 class _Run:

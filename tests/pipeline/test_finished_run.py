@@ -70,6 +70,10 @@ def test_problems_are_read_only_where_something_is_to_be_done(
     monkeypatch.setattr(kdpipe.pipeline.runner, "open_data", refuse)
     loaded = load_tiny(finished, **CHANGES)
     run_near(loaded, finished / "out")
+    longer = load_tiny(finished, **{**CHANGES, "rounds": 9})
+    run_near(longer, finished / "out", rounds=0)
+    with pytest.raises(DataError, match="read"):
+        run_near(longer, finished / "out", rounds=5)
     with pytest.raises(DataError, match="read"):
         run_near(loaded, tmp_path)
 
