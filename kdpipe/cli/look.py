@@ -13,8 +13,8 @@ from kdpipe.cli.parameters import (
     RoundOption,
     WorkspaceOption,
     on_recipe,
+    output_option,
     page_at,
-    path_named,
     recipe_names,
     workspace_at,
 )
@@ -94,14 +94,7 @@ def samples(
 def report(
     given: Given,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            parser=path_named,
-            metavar="PATH",
-            help="Where to write it, - for stdout; else into the run's folder.",
-        ),
+        Path | None, output_option("Where to write it, - for stdout; else into the run's folder.")
     ] = None,
     against: Annotated[
         list[str] | None,

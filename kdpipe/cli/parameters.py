@@ -5,7 +5,7 @@ import inspect
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Concatenate, NamedTuple, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate, NamedTuple, ParamSpec
 
 import typer
 
@@ -55,16 +55,14 @@ WorkspaceOption = Annotated[
     typer.Option("--workspace", parser=path_named, metavar="PATH", help="Where everything is written."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-OutputOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        parser=path_named,
-        metavar="PATH",
-        help="Write it as an HTML page there; - is stdout.",
-    ),
-]
+
+
+def output_option(help_text: str) -> Any:
+    """The option of where a command writes its page."""
+    return typer.Option("--output", "-o", parser=path_named, metavar="PATH", help=help_text)
+
+
+OutputOption = Annotated[Path | None, output_option("Write it as an HTML page there; - is stdout.")]
 RoundOption = Annotated[int | None, typer.Option("--round", min=0, help="The round; 0 is before training.")]
 WORKSPACE = Path("kdpipe-out")
 MAX_NAMES = 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,13 @@ from kdpipe.errors import DataError, RecipeError
 from kdpipe.method import statistics
 from kdpipe.pipeline.headline import ACCURACY, REVERSE_KL, headline_of
 from kdpipe.pipeline.headroom import Distance, headrooms_of
-from kdpipe.recipe.file import LoadedRecipe, load_recipe
 from kdpipe.recipe.schema import Recipe
 from kdpipe.results.comparison import compare
 from kdpipe.results.contender import Contender
 from kdpipe.results.studies import arm_runs
 from kdpipe.results.verdict import verdict
 from kdpipe.tracking.findings import Findings
-from tests.results.told import Told
+from tests.results.told import Told, loaded_of
 
 RECIPE = """
 name: prompts
@@ -36,10 +36,7 @@ CLOSER = "the student came 0.500 nats a token closer to the teacher"
 AWAY = "the student went 0.400 nats a token away from the teacher"
 
 
-def loaded(folder: Path, *overrides: str) -> LoadedRecipe:
-    path = folder / "recipe.yaml"
-    path.write_text(RECIPE)
-    return load_recipe(path, overrides)
+loaded = partial(loaded_of, text=RECIPE)
 
 
 def recipe(folder: Path, *overrides: str) -> Recipe:

@@ -27,9 +27,9 @@ Bounds = tuple[float, float, float]
 DOWN, UNCLEAR, UP = (-0.1, -0.2, -0.02), (0.05, -0.02, 0.2), (0.1, 0.02, 0.2)
 
 
-def loaded_of(folder: Path, *overrides: str) -> LoadedRecipe:
+def loaded_of(folder: Path, *overrides: str, text: str = RECIPE) -> LoadedRecipe:
     path = folder / "recipe.yaml"
-    path.write_text(RECIPE)
+    path.write_text(text)
     return load_recipe(path, overrides)
 
 
