@@ -77,8 +77,8 @@ def estimate_lines(sizes: "Sizes | NoEstimate", paint: Paint, *, free_bytes: int
     disk = found.disk_bytes_per_round
     files = ", ".join(f"{name} {_size(size)}" for name, size in disk.items())
     text = (
-        f"{_size(sum(disk.values()))} a round ({files}); {_size(found.disk_bytes_kept)} stay at the end, "
-        f"{_size(free_bytes)} are free"
+        f"{_size(sum(disk.values()))} a round ({files}); {_size(found.disk_bytes_written)} in all, of which "
+        f"{_size(found.disk_bytes_kept)} stay; {_size(free_bytes)} are free"
     )
     lines += indented(text, "  disk        ", " " * 16)
     tokens = ", ".join(f"{count:,} {name}" for name, count in found.tokens_per_round.items())
@@ -105,7 +105,7 @@ def _device_text(device: "DeviceBudget") -> str:
 
 def _size(count: int) -> str:
     """Bytes in the largest unit that keeps the number above 1."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if count >= size:
             return f"{count / size:,.1f} {unit}"
     return f"{count / 1e3:,.0f} kB"

@@ -45,11 +45,15 @@ class Sized:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes by role and part, bytes on disk of a round by file, tokens of a round by stage."""
+    """Bytes by role and part, bytes on disk of a round by file, tokens of a round by stage.
+
+    Of the whole run, `disk_bytes_written` is what all rounds write, `disk_bytes_kept` what stays of it.
+    """
 
     parameters: Mapping[str, int]
     memory_bytes: Mapping[str, Mapping[str, int]]
     disk_bytes_per_round: Mapping[str, int]
+    disk_bytes_written: int
     disk_bytes_kept: int
     tokens_per_round: Mapping[str, int]
 
@@ -77,7 +81,8 @@ def estimate(
     parameters |= {name: teacher.shape.parameters for name, teacher in distinct.items()}
     if student.adapter:
         parameters["adapter"] = student.adapter
-    return Estimate(parameters, memory, disk, kept, _tokens(recipe, len(teachers), prompt_tokens))
+    written = recipe.rounds * sum(disk.values())
+    return Estimate(parameters, memory, disk, written, kept, _tokens(recipe, len(teachers), prompt_tokens))
 
 
 def training(recipe: Recipe, student: Sized) -> dict[str, int]:

@@ -166,3 +166,9 @@ def test_a_teacher_that_is_the_student_has_no_weights_of_its_own(tmp_path: Path)
     sizes = Sizes(found, ())
     sent = json.loads(json.dumps(SIZES.dump_python(sizes, mode="json")))
     assert SIZES.validate_python(sent) == sizes
+
+
+def test_what_a_run_writes_is_what_its_rounds_write(tmp_path: Path) -> None:
+    found = estimate(load_tiny(tmp_path, rounds=500).recipe, sized(), {"teacher": None}, prompt_tokens=10)
+    assert found.disk_bytes_written == 500 * sum(found.disk_bytes_per_round.values())
+    assert found.disk_bytes_kept < found.disk_bytes_written
