@@ -214,8 +214,13 @@ def markdown(rows: Rows) -> str:
                 f"database {each['database_megabytes']} MB"
                 for each in row["each"]
             )
+        elif "beside" in row:
+            ends = [(*what.rsplit(": ", 1), count) for what, count in sorted(row["beside"].items())]
+            seen = f"{row['runs']} runs; " + ", ".join(
+                f"{count} x `{command}` (exit {code})" for command, code, count in ends
+            )
         else:
-            seen = json.dumps(row.get("beside") or {"processes": row["processes"], "seconds": row["seconds"]})
+            seen = f"{row['processes']} processes, {row['seconds']:.0f} s"
         lines.append(f"| {row['part']} | {seen} | {len(row['failed'])} |")
     return "\n".join(lines)
 
