@@ -30,8 +30,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 from kdpipe.pipeline.project import Project, open_project
 from kdpipe.recipe.file import load_recipe, shipped_path
 from kdpipe.report.writing import write_report
-from kdpipe.tracking import settle
 from kdpipe.tracking.memory import read_memory
+from kdpipe.tracking.mirror import settle
 from kdpipe.tracking.page import free_port
 
 FLAGS = (

@@ -134,7 +134,8 @@ def ui(
 
     Example: kdpipe ui --port 5001
     """
-    from kdpipe.tracking import serve_ui, settle
+    from kdpipe.tracking.mirror import settle
+    from kdpipe.tracking.page import serve_ui
 
     settle(workspace_at(workspace))
     code = serve_ui(workspace_at(workspace), host, port)

@@ -21,7 +21,7 @@ def run_one(given: Given, request: "Callable[[Project], Request]") -> "Project":
     from kdpipe.cli.display import JsonLines, Terminal
     from kdpipe.pipeline.runner import run as run_steps
     from kdpipe.report.writing import renew_report
-    from kdpipe.tracking import open_mirror
+    from kdpipe.tracking.mirror import open_mirror
 
     outlive_reader()
     display = JsonLines() if given.as_json else Terminal()

@@ -20,7 +20,7 @@ from kdpipe.results.evaluations import Evaluations, summaries_of
 from kdpipe.results.visible_text import visible
 from kdpipe.store.locks import is_running
 from kdpipe.store.stage import Stage
-from kdpipe.tracking import pending, waiting
+from kdpipe.tracking.pending import pending, waiting
 
 Cell = Literal["done", "running", "stale", "to do", "damaged"]
 LAST_STEPS = 5  # of a stage, whose median is the estimate of the next one

@@ -225,7 +225,7 @@ def run_study(
     from kdpipe.results.studies import make_study
     from kdpipe.results.table import comparison_json, notes_on
     from kdpipe.store.locks import run_lock
-    from kdpipe.tracking import begin_study, end_study
+    from kdpipe.tracking.mirror import begin_study, end_study
 
     # a mistake in the last one is reported before the first one costs anything
     recipes = [given.load().recipe for _, given in runs]

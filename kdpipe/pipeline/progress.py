@@ -12,8 +12,10 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kdpipe.workers.pulse import Progressed
+if TYPE_CHECKING:
+    from kdpipe.workers.pulse import Progressed
 
 PROGRESS = "progress.json"
 INTERVAL_SECONDS = 1.0

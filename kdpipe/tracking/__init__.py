@@ -11,11 +11,3 @@ a kill are the same rows, of which an MLflow store keeps one.
 
 Only `run.py` imports MLflow.
 """
-
-from __future__ import annotations
-
-from kdpipe.tracking.mirror import begin_study, end_study, open_mirror, settle
-from kdpipe.tracking.page import serve_ui
-from kdpipe.tracking.pending import pending, waiting
-
-__all__ = ["begin_study", "end_study", "open_mirror", "pending", "serve_ui", "settle", "waiting"]

@@ -567,7 +567,7 @@ def test_a_study_runs_resumes_and_survives_an_arm_that_fails(
 ) -> None:
     """One command: six arms of one seed, the comparison, and the numbers again from the tables of the runs."""
     monkeypatch.setattr(kdpipe.pipeline.request, "Worker", NearWorker)
-    monkeypatch.setattr("kdpipe.tracking.open_mirror", lambda _project: SilentMirror())
+    monkeypatch.setattr("kdpipe.tracking.mirror.open_mirror", lambda _project: SilentMirror())
     threads = torch.get_num_threads()
     path = write_recipe(
         tmp_path,

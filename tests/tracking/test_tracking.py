@@ -749,7 +749,7 @@ def test_a_real_server_mirrors_as_the_database_does(world: World, tmp_path: Path
     port = serving.free_port("127.0.0.1", 23000)
     program = (
         "import sys, pathlib\n"
-        "from kdpipe.tracking import serve_ui\n"
+        "from kdpipe.tracking.page import serve_ui\n"
         "sys.exit(serve_ui(pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))\n"
     )
     command = [sys.executable, "-P", "-c", program, str(world.workspace), "127.0.0.1", str(port)]

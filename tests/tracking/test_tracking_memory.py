@@ -197,7 +197,7 @@ def test_what_is_pending_is_known_without_mlflow_and_torch(world: World) -> None
     world.finish_everything()
     program = (
         "import sys, pathlib\n"
-        "from kdpipe.tracking import pending, waiting\n"
+        "from kdpipe.tracking.pending import pending, waiting\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "heavy = [name for name in ('mlflow', 'torch', 'numpy', 'pyarrow') if name in sys.modules]\n"
         "print(pending(folder), len(waiting(folder)), heavy)\n"
