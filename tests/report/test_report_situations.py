@@ -1,4 +1,4 @@
-"""Report pages of nine situations in a real browser: each has its headline, and is whole on a desk and on a phone."""
+"""Report pages of ten situations in a real browser: each has its headline, and is whole on a desk and on a phone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ HEADLINES = {
         "bad",
         "It did harm: the student lost 25.0 points and went 3.640 nats a token away from the teacher.",
     ),
-    "nothing": ("open", f"{CLOSER}, but no clear change in accuracy."),
+    "nothing": ("open", "No clear effect."),
+    "closer": ("open", f"{CLOSER}, but no clear change in accuracy."),
     "one": ("open", "Too few problems to tell."),
     "twelve": ("open", f"{CLOSER}, but no clear change in accuracy."),
     "unfinished": ("open", f"{CLOSER} so far, but no clear change in accuracy; round 2 of 4."),
@@ -39,6 +40,7 @@ HEADLINES = {
 PATCHED: dict[str, tuple[Bounds, Bounds]] = {
     "gain": ((0.46, 0.38, 0.53), (-0.6, -0.7, -0.5)),
     "harm": ((-0.25, -0.32, -0.18), (3.64, 1.56, 5.96)),
+    "nothing": ((0.01, -0.04, 0.06), (0.01, -0.02, 0.04)),
 }
 """Changes that no run of seconds makes."""
 
@@ -62,7 +64,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_report(project, out / f"{name}.html", commands=["kdpipe run recipe.yaml"])
 
     base = run_near(load(), folder / "out")
-    write("nothing", base)
+    write("closer", base)
     for name, (accuracy, kl) in PATCHED.items():
         with pytest.MonkeyPatch.context() as patch:
             after = graded(2, accuracy, kl)
