@@ -116,9 +116,10 @@ def require_fit(found: Sizes) -> None:
         f"{one.device} has {one.total_bytes or 0:,} bytes and would hold {one.peak_bytes:,}" for one in short
     )
     changes = " ".join(f"--set {change}" for change in found.changes)
+    helps = f"it fits with {changes}" if changes else "take smaller models, or more or larger devices"
     raise PreflightError(
         f"the models do not fit: {told}",
-        hint=f"it fits with {changes}" if changes else "take smaller models, or more or larger devices",
+        hint=f"{helps}; activations are counted roughly: --set runtime.preflight=false goes on all the same",
     )
 
 

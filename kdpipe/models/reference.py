@@ -139,20 +139,30 @@ def shape_of(folder: Path, *, trust_remote_code: bool = False) -> Shape:
 def shape_of_model(model: Any) -> Shape:
     """The sizes of a model that is open."""
     text = model.config.get_text_config()
-    heads, hidden = int(text.num_attention_heads), int(text.hidden_size)
+    hidden = int(text.hidden_size)
     written = text.to_dict()
+    heads = _largest(
+        getattr(text, "num_attention_heads", None)
+    )  # 0 of a state-space model, which keeps no keys
     # Not every architecture has these fields: without them heads are all alike, and the MLP four times as wide.
-    kv_heads = written.get("num_key_value_heads") or heads
-    head_dim = written.get("head_dim") or hidden // heads
-    intermediate = written.get("intermediate_size") or written.get("n_inner") or 4 * hidden
+    kv_heads = _largest(written.get("num_key_value_heads")) or heads
+    head_dim = _largest(written.get("head_dim")) or hidden // max(1, heads)
+    intermediate = (
+        _largest(written.get("intermediate_size")) or _largest(written.get("n_inner")) or 4 * hidden
+    )
     return Shape(
         parameters=sum(weight.numel() for weight in model.parameters()),
         layers=int(text.num_hidden_layers),
         hidden=hidden,
-        intermediate=int(intermediate),
-        kv_width=int(kv_heads) * int(head_dim),
+        intermediate=intermediate,
+        kv_width=kv_heads * head_dim,
         rows=int(model.get_input_embeddings().weight.shape[0]),
     )
+
+
+def _largest(found: Any) -> int:
+    """A size, the largest where each layer has its own (Gemma 3n), 0 where there is none."""
+    return max(map(int, found), default=0) if isinstance(found, list | tuple) else int(found or 0)
 
 
 def adapter_parameters(folder: Path, lora: Lora) -> int:

@@ -18,6 +18,7 @@ from kdpipe.models.reference import Shape, adapter_parameters, shape_of
 from kdpipe.recipe.models import Lora
 from tests import clinic
 from tests.clinic import load_world, new_model, write_world
+from tests.models.families import tiny_config
 from tests.worlds import load_tiny, run_near
 
 HEADERS = 30_000
@@ -58,6 +59,17 @@ def test_keys_and_values_are_as_wide_as_the_cache_that_transformers_makes(tmp_pa
         held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
         shape = shape_of(tmp_path / kind)
         assert held == 2 * 7 * shape.layers * shape.kv_width
+
+
+@pytest.mark.parametrize("family", ["mamba", "rwkv", "gemma3n_text", "falcon", "jamba", "gpt2"])
+def test_sizes_are_known_of_families_without_heads_and_of_those_whose_layers_differ(
+    family: str, tmp_path: Path
+) -> None:
+    config = tiny_config(family)
+    config.save_pretrained(tmp_path)
+    shape = shape_of(tmp_path)
+    assert min(shape.parameters, shape.layers, shape.hidden, shape.intermediate, shape.rows) > 0
+    assert (shape.kv_width == 0) == (family in ("mamba", "rwkv"))
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
