@@ -132,7 +132,7 @@ def share_of(parts: Sequence[float], wholes: Sequence[float]) -> Interval | None
     where the wholes are only just clear, and so are large by chance (tests/method/test_share.py).
     """
     values_2P = np.array([parts, wholes], dtype=np.float64)
-    squared = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) ** 2 / values_2P.shape[1]
+    squared = NORMAL_REACH**2 / values_2P.shape[1]
     mean_part, mean_whole = (float(mean) for mean in values_2P.mean(axis=1))
     (var_part, covariance), (_, var_whole) = (squared * np.cov(values_2P)).tolist()
     if mean_whole <= 0 or (curvature := mean_whole**2 - var_whole) <= 0:
